@@ -1,0 +1,352 @@
+"""The operators ``torch.ops.at_fused.*``: schema, fake kernel and autograd of each, in one place.
+
+    attention_map            raw maps of a list of features
+    at_loss                  the loss of a list of pairs, and their maps for the backward pass
+    attention_map_backward   the gradient of a list of features from their coefficient maps
+
+A feature is (B, C, *spatial) with any strides. All take lists, so that a network's stages are one
+call and, on a GPU, one launch. What runs them is chosen in ``backends``; ``backends.eager`` is
+registered for every device, a compiled library for its own on top of it.
+
+``at_loss`` returns ``(loss, maps)``. ``maps`` is empty without ``student_grad`` and
+``teacher_grad``; otherwise it holds one (B, N) map per feature, students first: the coefficient map
+k of a side whose gradient is asked for, the raw attention map of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from at_fused.backends import eager
+
+_library = torch.library.Library("at_fused", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_library.define("attention_map(Tensor[] features, float p, str collapse) -> Tensor[]", tags=_tags)
+_library.define(
+    "at_loss(Tensor[] student, Tensor[] teacher, float[] weights, float p, str collapse, str form,"
+    " str reduction, float eps, bool student_grad, bool teacher_grad) -> (Tensor, Tensor[])",
+    tags=_tags,
+)
+_library.define(
+    "attention_map_backward(Tensor[] features, Tensor[] coefficients, Tensor? loss_gradient,"
+    " int[] pairs, float p) -> Tensor[]",
+    tags=_tags,
+)
+
+OPERATORS = ("attention_map", "at_loss", "attention_map_backward")
+
+for _name in OPERATORS:
+    _library.impl(_name, getattr(eager, _name), "CompositeExplicitAutograd")
+
+attention_map = torch.ops.at_fused.attention_map.default
+at_loss = torch.ops.at_fused.at_loss.default
+attention_map_backward = torch.ops.at_fused.attention_map_backward.default
+
+
+# ---- fake kernels: shapes, dtypes and strides without data ---------------------------------------
+
+
+def _fake_map(x: Tensor) -> Tensor:
+    positions = 1
+    for size in x.shape[2:]:
+        positions = positions * size
+    return x.new_empty((x.shape[0], positions), dtype=eager.accumulate_dtype(x))
+
+
+@torch.library.register_fake("at_fused::attention_map", lib=_library)
+def _(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
+    return [_fake_map(x) for x in features]
+
+
+@torch.library.register_fake("at_fused::at_loss", lib=_library)
+def _(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: list[float],
+    p: float,
+    collapse: str,
+    form: str,
+    reduction: str,
+    eps: float,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    shape = () if reduction == "sum" else (len(student),)
+    loss = student[0].new_empty(shape, dtype=eager.accumulate_dtype(*student, *teacher))
+    keep = student_grad or teacher_grad
+    return loss, [_fake_map(x) for x in (*student, *teacher)] if keep else []
+
+
+@torch.library.register_fake("at_fused::attention_map_backward", lib=_library)
+def _(
+    features: list[Tensor],
+    coefficients: list[Tensor],
+    loss_gradient: Tensor | None,
+    pairs: list[int],
+    p: float,
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in features]
+
+
+# ---- autograd ------------------------------------------------------------------------------------
+#
+# torch.library.register_autograd would do, at twice the time per call: it walks every argument as a
+# tree. These functions take their tensors flat instead.
+
+
+# Second derivatives are taken by aliases (view_as) of what was saved: a coefficient map is itself a
+# function of the features beside it, and that way must not be gone here as well.
+
+
+def _differentiate(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    wanted: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """Vector-Jacobian products for the wanted inputs, None for the others."""
+    known = [
+        (out, g)
+        for out, g in zip(outputs, gradients, strict=True)
+        if g is not None and out.requires_grad
+    ]
+    chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
+    if not known or not chosen:
+        return [None] * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in known],
+            chosen,
+            [g for _, g in known],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if w else None for w in wanted]
+
+
+def _below_autograd(operator: Any, *arguments: Any) -> Any:
+    """Calls an operator's kernel itself, not its autograd again."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if torch._C._are_functorch_transforms_active():
+            # Below this level of torch.func may lie another one that differentiates, and
+            # Function.forward has switched that off for it.
+            with torch.enable_grad():
+                return operator(*arguments)
+        return operator(*arguments)
+
+
+class _AttentionMap(torch.autograd.Function):
+    @staticmethod
+    def forward(p: float, collapse: str, *features: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_below_autograd(attention_map, list(features), p, collapse))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        p, collapse, *features = inputs
+        ctx.set_materialize_grads(False)
+        ctx.options = p, collapse
+        ctx.save_for_backward(*features)
+
+    @staticmethod
+    def backward(ctx: Any, *map_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        p, collapse = ctx.options
+        features = ctx.saved_tensors
+        gradients: list[Tensor | None] = [None] * len(features)
+        wanted = [
+            i for i, g in enumerate(map_gradients) if g is not None and ctx.needs_input_grad[2 + i]
+        ]
+        coefficients = [
+            map_gradients[i] * (p * eager.collapse_scale(features[i], collapse)) for i in wanted
+        ]
+        found = attention_map_backward([features[i] for i in wanted], coefficients, None, wanted, p)
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+        return None, None, *gradients
+
+
+class _ATLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(pairs: int, options: tuple[Any, ...], *features: Tensor) -> tuple[Tensor, ...]:
+        loss, maps = _below_autograd(
+            at_loss, list(features[:pairs]), list(features[pairs:]), *options
+        )
+        return loss, *maps
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pairs, options, *features = inputs
+        _, *maps = output
+        ctx.set_materialize_grads(False)
+        # A side without a gradient is remembered by its maps alone: its features may die.
+        sides = [side for side, wanted in enumerate(options[-2:]) if wanted]
+        kept = [x for side in sides for x in features[side * pairs : (side + 1) * pairs]]
+        ctx.pairs, ctx.options, ctx.sides = pairs, options, sides
+        ctx.channels = [x.shape[1] for x in features]
+        ctx.save_for_backward(*kept, *maps)
+        ctx.mark_non_differentiable(*(m for i, m in enumerate(maps) if i // pairs not in sides))
+
+    @staticmethod
+    def backward(
+        ctx: Any, loss_gradient: Tensor | None, *map_gradients: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        pairs, sides = ctx.pairs, ctx.sides
+        p = ctx.options[1]
+        needed = ctx.needs_input_grad[2:]
+        kept = len(sides) * pairs
+        maps = ctx.saved_tensors[kept:]
+        features: list[Tensor | None] = [None] * (2 * pairs)
+        for slot, side in enumerate(sides):
+            features[side * pairs : (side + 1) * pairs] = ctx.saved_tensors[
+                slot * pairs : (slot + 1) * pairs
+            ]
+        wanted = [i for i, x in enumerate(features) if x is not None and needed[i]]
+        if len(wanted) != sum(needed):
+            raise RuntimeError(
+                "at_fused::at_loss: a gradient is wanted for a side that was called without "
+                "student_grad=True or teacher_grad=True"
+            )
+        gradients: list[Tensor | None] = [None] * (2 * pairs)
+        if loss_gradient is not None:
+            found = attention_map_backward(
+                [features[i] for i in wanted],
+                [maps[i] for i in wanted],
+                loss_gradient,
+                [i % pairs for i in wanted],
+                p,
+            )
+            for i, gradient in zip(wanted, found, strict=True):
+                gradients[i] = gradient
+        if any(g is not None for g in map_gradients):
+            second = _through_coefficients(ctx, features, maps, wanted, map_gradients)
+            gradients = [
+                b if a is None else a if b is None else a + b
+                for a, b in zip(gradients, second, strict=True)
+            ]
+        return None, None, *gradients
+
+
+def _through_coefficients(
+    ctx: Any,
+    features: list[Tensor | None],
+    maps: Sequence[Tensor],
+    wanted: list[int],
+    map_gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """What a second derivative sends back through the coefficient maps of ``at_loss``."""
+    pairs = ctx.pairs
+    weights, p, collapse, form, _, eps, _, _ = ctx.options
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        features = [None if x is None else x.view_as(x) for x in features]
+        raw = [
+            m if x is None else attention_map([x], p, collapse)[0]
+            for x, m in zip(features, maps, strict=True)
+        ]
+        scales = [p / c if collapse == "mean" else p for c in ctx.channels]
+        coefficients: list[Tensor] = [None] * (2 * pairs)  # type: ignore[list-item]
+        for i in range(pairs):
+            j = pairs + i
+            _, ks, kt = eager.pair_loss(
+                raw[i], raw[j], weights[i] if weights else 1.0, form, eps, scales[i], scales[j]
+            )
+            coefficients[i], coefficients[j] = ks.to(raw[i].dtype), kt.to(raw[j].dtype)
+        inputs = [x for x in features if x is not None]
+        flags = [i in wanted for i, x in enumerate(features) if x is not None]
+        found = iter(_differentiate(coefficients, inputs, flags, map_gradients, create_graph))
+    return [None if x is None else next(found) for x in features]
+
+
+class _AttentionMapBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        pairs: list[int], p: float, loss_gradient: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        count = len(pairs)
+        features, coefficients = list(tensors[:count]), list(tensors[count:])
+        return tuple(
+            _below_autograd(
+                attention_map_backward, features, coefficients, loss_gradient, pairs, p
+            )
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pairs, p, loss_gradient, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.options = pairs, p, loss_gradient is None
+        ctx.save_for_backward(*(() if loss_gradient is None else (loss_gradient,)), *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        pairs, p, no_gradient = ctx.options
+        saved = ctx.saved_tensors
+        create_graph = torch.is_grad_enabled()
+        count = len(pairs)
+        with torch.enable_grad():
+            saved = [x.view_as(x) for x in saved]
+            loss_gradient, tensors = (None, saved) if no_gradient else (saved[0], saved[1:])
+            outputs = eager.attention_map_backward(
+                list(tensors[:count]), list(tensors[count:]), loss_gradient, pairs, p
+            )
+            wanted = ctx.needs_input_grad[3:] if no_gradient else ctx.needs_input_grad[2:]
+            found = _differentiate(outputs, saved, wanted, gradients, create_graph)
+        return None, None, *((None,) if no_gradient else ()), *found
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Tensor, ...]:
+    """``function.apply`` for a kernel below the dispatcher, where torch.func has done its part.
+
+    ``Function.apply`` would hand the call to torch.func again, which refuses it at this level.
+    """
+    plain = super(torch.autograd.Function, function)
+    if torch._C._are_functorch_transforms_active():
+        with torch._functorch.utils.enable_single_level_autograd_function():
+            return plain.apply(*arguments)
+    return plain.apply(*arguments)
+
+
+def _tracks(*groups: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for group in groups for x in group
+    )
+
+
+def _attention_map_autograd(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
+    if _tracks(features):
+        return list(_apply(_AttentionMap, p, collapse, *features))
+    return _below_autograd(attention_map, features, p, collapse)
+
+
+def _at_loss_autograd(
+    student: list[Tensor], teacher: list[Tensor], *options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    if _tracks(student, teacher):
+        loss, *maps = _apply(_ATLoss, len(student), options, *student, *teacher)
+        return loss, maps
+    return _below_autograd(at_loss, student, teacher, *options)
+
+
+def _attention_map_backward_autograd(
+    features: list[Tensor],
+    coefficients: list[Tensor],
+    loss_gradient: Tensor | None,
+    pairs: list[int],
+    p: float,
+) -> list[Tensor]:
+    if _tracks(features, coefficients, [loss_gradient]):
+        return list(
+            _apply(_AttentionMapBackward, pairs, p, loss_gradient, *features, *coefficients)
+        )
+    return _below_autograd(attention_map_backward, features, coefficients, loss_gradient, pairs, p)
+
+
+_library.impl("attention_map", _attention_map_autograd, "Autograd")
+_library.impl("at_loss", _at_loss_autograd, "Autograd")
+_library.impl("attention_map_backward", _attention_map_backward_autograd, "Autograd")

@@ -1,0 +1,43 @@
+"""``python -m at_fused.info``: what is installed, how it was built, what runs and what does not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+import torch
+
+import at_fused
+from at_fused.backends import backends, cpu
+
+
+def lines() -> list[str]:
+    """The report, a line each."""
+    try:
+        from at_fused import _build_info as build
+
+        built = (
+            f"{build.compiler} against torch {build.torch}, "
+            f"CPU levels {', '.join(build.cpu_isa_levels)}"
+        )
+        cuda = build.cuda
+    except ImportError as error:
+        built, cuda = f"unknown ({error})", "unknown"
+    report = [
+        f"at_fused   {at_fused.__version__} ({os.path.dirname(at_fused.__file__)})",
+        f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"torch      {torch.__version__}, {torch.get_num_threads()} threads",
+        f"built      {built}",
+        f"CUDA       {cuda}",
+        f"CPU level  {cpu.isa() if cpu.available() else 'none in use'}",
+        "back ends",
+    ]
+    for row in backends().values():
+        state = "in use" if row.in_use else "available" if row.available else "not available"
+        report.append(f"  {row.name:8} {state:14} {', '.join(row.devices):12} {row.reason}")
+    return report
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(lines()) + "\n")

@@ -1,0 +1,368 @@
+// The CPU kernels, once for every instruction-set level: kernels_*.cpp choose the level and include
+// this file. A position's value never depends on where a tile begins or ends, so that results are
+// the same bits for any number of threads: a partial vector does the arithmetic of a full one.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace at_fused {
+namespace {
+
+// ---- |x|^p and its derivative over p: |x|^(p-1) * sign(x) -------------------------------------
+
+// 2^(p * log2(x)) for x >= 0 (NaN stays), relative error about 1e-6 at the ends of the range.
+AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, float p) {
+  const auto subnormal = x < 0x1p-126f;
+  const Vec<float> scaled = select(subnormal, x * 0x1p24f, x);
+  const Word bits = bit_cast<Word>(scaled);
+  // Mantissa in [sqrt(1/2), sqrt(2)): the offset moves the split of the exponent there.
+  const Word shifted = bits - 0x3f3504f3u;
+  const VectorOf<int32_t, lanes<float>>::type whole =
+      (VectorOf<int32_t, lanes<float>>::type)shifted >> 23;
+  const Vec<float> mantissa = bit_cast<Vec<float>>(bits - ((Word)whole << 23));
+  const Vec<float> exponent =
+      __builtin_convertvector(whole, Vec<float>) - select(subnormal, splat(24.0f), Vec<float>{});
+  const Vec<float> s = (mantissa - 1) / (mantissa + 1);
+  const Vec<float> z = s * s;
+  const Vec<float> log2_mantissa =
+      s * (2.88539008f + z * (0.961796694f + z * (0.577078016f + z * (0.412198583f + z * 0.320598898f))));
+
+  const Vec<float> tail = p * log2_mantissa;
+  Vec<float> y = p * exponent + tail;
+  y = select(y > 192.0f, splat(192.0f), y);
+  y = select(y < -192.0f, splat(-192.0f), y);
+  const Vec<float> rounded = (y + 0x1.8p23f) - 0x1.8p23f;
+  // The large product cancels before the small part is added: no digit of it is lost.
+  const Vec<float> saturated = splat(0.0f);
+  Vec<float> f = (p * exponent - rounded) + tail;
+  f = select((absolute(y) >= 192.0f), saturated, f);
+  const Vec<float> e = 1 + f * (0.693147181f + f * (0.240226507f + f * (0.0555041087f + f * (0.00961812911f +
+                       f * (0.00133335581f + f * (0.000154035304f + f * 1.52527338e-05f))))));
+  // 2^rounded in two factors, so that the result may be subnormal or infinite.
+  const auto n = __builtin_convertvector(rounded, VectorOf<int32_t, lanes<float>>::type);
+  const auto low = n >> 1;
+  const Vec<float> power = e * bit_cast<Vec<float>>((low + 127) << 23) *
+                           bit_cast<Vec<float>>((n - low + 127) << 23);
+  const auto edge = (x == 0) | (x != x) | (x == __builtin_inff());
+  return select(edge, x, power);
+}
+
+AT_FUSED_INLINE Vec<double> positive_power(Vec<double> x, double p) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = std::pow(x[i], p);
+  return x;
+}
+
+template <class V>
+AT_FUSED_INLINE V signed_like(V magnitude, V x) {
+  const auto sign = bit_cast<MaskOf<V>>(-V{});
+  const V value = bit_cast<V>((bit_cast<MaskOf<V>>(magnitude) & ~sign) |
+                              (bit_cast<MaskOf<V>>(x) & sign));
+  return select((x == 0) | (x != x), x, value);  // sign(0) = 0, and a NaN is not hidden
+}
+
+// One exponent p each: `power` is |x|^p, `slope` is |x|^(p-1) * sign(x).
+template <class A>
+struct One {
+  explicit One(double) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return absolute(x); }
+  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const { return signed_like(splat(A(1)), x); }
+};
+
+template <class A>
+struct Two {
+  explicit Two(double) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return x * x; }
+  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const { return x; }
+};
+
+template <class A>
+struct Four {
+  explicit Four(double) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return (x * x) * (x * x); }
+  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const { return (x * x) * x; }
+};
+
+template <class A>
+struct AnyExponent {
+  A p;
+  explicit AnyExponent(double p) : p(A(p)) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return positive_power(absolute(x), p); }
+  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const {
+    return signed_like(positive_power(absolute(x), p - 1), x);
+  }
+};
+
+// ---- forward: the attention map of one sample -------------------------------------------------
+
+// Adds `rows` channels to the map in one pass over it. Each channel is read front to back, which
+// is what the hardware prefetchers want; the map itself stays in the first-level cache.
+template <int rows, class T, class A, class P>
+AT_FUSED_INLINE void add_channels(const T* x, int64_t line, int64_t n, P p, bool first, A scale,
+                                  A* map) {
+  constexpr int width = lanes<A>;
+  const auto block = [&](auto&& read_channel, Vec<A> before) {
+    Vec<A> total = p.power(read_channel(x));
+    for (int r = 1; r < rows; ++r) total += p.power(read_channel(x + r * line));
+    return (before + total) * scale;
+  };
+  int64_t i = 0;
+  for (; i + width <= n; i += width) {
+    store(map + i, block([&](const T* c) AT_FUSED_LAMBDA { return load(c + i); },
+                         first ? Vec<A>{} : load(map + i)));
+  }
+  if (const int rest = int(n - i)) {
+    const Vec<A> value = block([&](const T* c) AT_FUSED_LAMBDA { return load_partial(c + i, rest); },
+                               first ? Vec<A>{} : load_partial(map + i, rest));
+    store_partial(map + i, value, rest);
+  }
+}
+
+template <class T, class A, class P>
+void attention_map_planar(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale, A* map) {
+  constexpr int64_t tile = 16384 / sizeof(A);  // half of a small first-level cache
+  for (int64_t i = 0; i < n; i += tile) {
+    const int64_t count = n - i < tile ? n - i : tile;
+    int64_t c = 0;
+    for (; c + 8 <= C; c += 8) {
+      add_channels<8>(x + c * line + i, line, count, p, c == 0, c + 8 == C ? scale : A(1), map + i);
+    }
+    for (; c < C; ++c) {
+      add_channels<1>(x + c * line + i, line, count, p, c == 0, c + 1 == C ? scale : A(1), map + i);
+    }
+  }
+}
+
+template <class T, class A, class P>
+void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale,
+                               A* map) {
+  constexpr int width = lanes<A>;
+  for (int64_t i = 0; i < n; ++i, x += line) {
+    Vec<A> total[4] = {};
+    int64_t c = 0;
+    for (; c + 4 * width <= C; c += 4 * width) {
+      for (int u = 0; u < 4; ++u) total[u] += p.power(load(x + c + u * width));
+    }
+    for (; c + width <= C; c += width) total[0] += p.power(load(x + c));
+    if (const int rest = int(C - c)) total[1] += p.power(load_partial(x + c, rest));
+    map[i] = sum<A>((total[0] + total[1]) + (total[2] + total[3])) * scale;
+  }
+}
+
+// ---- backward: one sweep over the features ----------------------------------------------------
+
+// out = f(x, k) over one line. With `stream` the aligned middle is written past the caches.
+template <class T, class A, class K, class F>
+AT_FUSED_INLINE void sweep_line(const T* x, T* out, int64_t n, bool stream, K k, F f) {
+  constexpr int width = lanes<A>;
+  int64_t i = 0;
+  const auto partial = [&](int count) {
+    store_partial(out + i, f(load_partial(x + i, count), k.partial(i, count)), count);
+    i += count;
+  };
+  if (stream) {
+    constexpr uintptr_t bytes = width * sizeof(T);
+    const uintptr_t off = reinterpret_cast<uintptr_t>(out) % bytes;
+    const int64_t head = off ? int64_t((bytes - off) / sizeof(T)) : 0;
+    if (head && head < n) partial(int(head));
+    if (reinterpret_cast<uintptr_t>(out + i) % bytes == 0) {
+      for (; i + width <= n; i += width) store_streaming(out + i, f(load(x + i), k.full(i)));
+    }
+  }
+  for (; i + width <= n; i += width) store(out + i, f(load(x + i), k.full(i)));
+  if (i < n) partial(int(n - i));
+}
+
+template <class A>
+struct CoefficientRow {
+  const A* k;
+  AT_FUSED_INLINE Vec<A> full(int64_t i) const { return load(k + i); }
+  AT_FUSED_INLINE Vec<A> partial(int64_t i, int count) const { return load_partial(k + i, count); }
+};
+
+template <class A>
+struct CoefficientSplat {
+  Vec<A> k;
+  AT_FUSED_INLINE Vec<A> full(int64_t) const { return k; }
+  AT_FUSED_INLINE Vec<A> partial(int64_t, int) const { return k; }
+};
+
+template <class T, class A, class P>
+void backward_planar(const T* x, int64_t line, T* out, int64_t out_line, int64_t channels, int64_t n,
+                     P p, A gradient, const A* k, bool stream) {
+  for (int64_t c = 0; c < channels; ++c) {
+    sweep_line<T, A>(x + c * line, out + c * out_line, n, stream, CoefficientRow<A>{k},
+                     [&](Vec<A> a, Vec<A> kn)
+                         AT_FUSED_LAMBDA { return (gradient * kn) * p.slope(a); });
+  }
+}
+
+template <class T, class A, class P>
+void backward_interleaved(const T* x, int64_t line, T* out, int64_t out_line, int64_t positions,
+                          int64_t C, P p, A gradient, const A* k, bool stream) {
+  for (int64_t i = 0; i < positions; ++i) {
+    sweep_line<T, A>(x + i * line, out + i * out_line, C, stream,
+                     CoefficientSplat<A>{splat(gradient * k[i])},
+                     [&](Vec<A> a, Vec<A> kn) AT_FUSED_LAMBDA { return kn * p.slope(a); });
+  }
+}
+
+// ---- the loss of one sample -------------------------------------------------------------------
+
+// Everything from here to the coefficients is done in fp64: maps are small, and their squares
+// overflow fp32 from features of 1e10 on.
+AT_FUSED_INLINE Vec<double> load_fp64(const double* from) { return load(from); }
+AT_FUSED_INLINE Vec<double> load_fp64(const float* from) {
+  return __builtin_convertvector(read<VectorOf<float, lanes<double>>::type>(from), Vec<double>);
+}
+AT_FUSED_INLINE void store_fp64(double* to, Vec<double> v) { store(to, v); }
+AT_FUSED_INLINE void store_fp64(float* to, Vec<double> v) {
+  const auto narrowed = __builtin_convertvector(v, VectorOf<float, lanes<double>>::type);
+  std::memcpy(to, &narrowed, sizeof(narrowed));
+}
+
+// f(i, load, store) for every vector of a map; the last, partial one goes through a padded copy.
+template <class S, class T, class F>
+AT_FUSED_INLINE void for_each_position(S* student, T* teacher, int64_t n, F f) {
+  constexpr int width = lanes<double>;
+  int64_t i = 0;
+  for (; i + width <= n; i += width) f(student + i, teacher + i);
+  if (i < n) {
+    S s[width] = {};
+    T t[width] = {};
+    for (int64_t j = i; j < n; ++j) s[j - i] = student[j], t[j - i] = teacher[j];
+    f(s, t);
+    for (int64_t j = i; j < n; ++j) student[j] = s[j - i], teacher[j] = t[j - i];
+  }
+}
+
+template <class S, class T>
+double sample_loss(const SampleLoss& sample, S* student, T* teacher) {
+  Vec<double> student_squares{}, teacher_squares{};
+  for_each_position(student, teacher, sample.N, [&](S* s, T* t) AT_FUSED_LAMBDA {
+    const Vec<double> a = load_fp64(s), b = load_fp64(t);
+    student_squares += a * a;
+    teacher_squares += b * b;
+  });
+  const double student_norm = std::sqrt(sum<double>(student_squares));
+  const double teacher_norm = std::sqrt(sum<double>(teacher_squares));
+  // Written so that a NaN norm is not clamped away.
+  const bool student_zero = student_norm <= sample.eps, teacher_zero = teacher_norm <= sample.eps;
+  const double is = 1.0 / (student_zero ? sample.eps : student_norm);
+  const double it = 1.0 / (teacher_zero ? sample.eps : teacher_norm);
+
+  // The differences are summed as such: 2 - 2 qs.qt would cancel where the maps are alike.
+  Vec<double> squares{}, along_student{}, along_teacher{};
+  for_each_position(student, teacher, sample.N, [&](S* s, T* t) AT_FUSED_LAMBDA {
+    const Vec<double> qs = load_fp64(s) * is, qt = load_fp64(t) * it;
+    const Vec<double> difference = qs - qt;
+    squares += difference * difference;
+    along_student += difference * qs;
+    along_teacher += difference * qt;
+  });
+  const double squared_distance = sum<double>(squares);
+  const double distance = std::sqrt(squared_distance);
+  const bool code = sample.form == Form::code;
+  const double mean = sample.weight / (double(sample.B) * double(code ? sample.N : 1));
+  const double loss = mean * (code ? squared_distance : distance);
+
+  if (sample.student_grad || sample.teacher_grad) {
+    // dL/dq = slope * difference; at difference = 0 the norm of the paper's form takes 0.
+    const double slope = code ? 2 * mean : distance == 0 ? 0.0 : mean / distance;
+    // Below eps the map is divided by a constant: there is nothing to project out.
+    const double ps = student_zero ? 0.0 : sum<double>(along_student);
+    const double pt = teacher_zero ? 0.0 : sum<double>(along_teacher);
+    const double gs = slope * is * sample.student_scale, gt = slope * it * sample.teacher_scale;
+    for_each_position(student, teacher, sample.N, [&](S* s, T* t) AT_FUSED_LAMBDA {
+      const Vec<double> qs = load_fp64(s) * is, qt = load_fp64(t) * it;
+      const Vec<double> difference = qs - qt;
+      if (sample.student_grad) store_fp64(s, gs * (difference - qs * ps));
+      if (sample.teacher_grad) store_fp64(t, gt * (qt * pt - difference));
+    });
+  }
+  return loss;
+}
+
+// ---- the table --------------------------------------------------------------------------------
+
+template <class A, class F>
+AT_FUSED_INLINE void with_exponent(double p, F f) {
+  if (p == 2) {
+    f(Two<A>(p));
+  } else if (p == 1) {
+    f(One<A>(p));
+  } else if (p == 4) {
+    f(Four<A>(p));
+  } else {
+    f(AnyExponent<A>(p));
+  }
+}
+
+template <class F>
+AT_FUSED_INLINE void with_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(float{}, float{});
+    case Dtype::float64:
+      return f(double{}, double{});
+    case Dtype::float16:
+      return f(Half{}, float{});
+    case Dtype::bfloat16:
+      return f(BFloat16{}, float{});
+  }
+}
+
+void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
+                   double scale, void* map) {
+  with_dtype(feature.dtype, [&](auto element, auto accumulator) {
+    using T = decltype(element);
+    using A = decltype(accumulator);
+    const T* x = static_cast<const T*>(feature.data) + b * feature.batch;
+    A* out = static_cast<A*>(map) + begin;
+    with_exponent<A>(p, [&](auto exponent) {
+      if (feature.layout == Layout::planar) {
+        attention_map_planar<T, A>(x + begin, feature.C, feature.line, end - begin, exponent,
+                                   A(scale), out);
+      } else {
+        attention_map_interleaved<T, A>(x + begin * feature.line, feature.C, feature.line,
+                                        end - begin, exponent, A(scale), out);
+      }
+    });
+  });
+}
+
+double sample_loss(const SampleLoss& sample) {
+  const auto with_teacher = [&](auto* student) {
+    return sample.teacher_double
+               ? sample_loss(sample, student, static_cast<double*>(sample.teacher))
+               : sample_loss(sample, student, static_cast<float*>(sample.teacher));
+  };
+  return sample.student_double ? with_teacher(static_cast<double*>(sample.student))
+                               : with_teacher(static_cast<float*>(sample.student));
+}
+
+void attention_map_backward(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
+                            double gradient, const void* k, const Feature& out, bool stream) {
+  with_dtype(feature.dtype, [&](auto element, auto accumulator) {
+    using T = decltype(element);
+    using A = decltype(accumulator);
+    const T* x = static_cast<const T*>(feature.data) + b * feature.batch + begin * feature.line;
+    T* to = static_cast<T*>(const_cast<void*>(out.data)) + b * out.batch + begin * out.line;
+    const A* coefficients = static_cast<const A*>(k);
+    with_exponent<A>(p, [&](auto exponent) {
+      if (feature.layout == Layout::planar) {
+        backward_planar<T, A>(x, feature.line, to, out.line, end - begin, feature.N, exponent,
+                              A(gradient), coefficients, stream);
+      } else {
+        backward_interleaved<T, A>(x, feature.line, to, out.line, end - begin, feature.C, exponent,
+                                   A(gradient), coefficients + begin, stream);
+      }
+    });
+  });
+  if (stream) streaming_fence();
+}
+
+}  // namespace
+}  // namespace at_fused

@@ -1,0 +1,503 @@
+// The CPU implementations of torch.ops.at_fused.*: tensors in, work shared out over torch's
+// threads, kernels of the instruction-set level found at load time. Schemas are in _ops.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "kernels.h"
+
+namespace at_fused {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// ---- instruction-set level --------------------------------------------------------------------
+
+// AT_FUSED_CPU_ISA asks for a lower level than the processor's best, for tests and comparisons.
+const Kernels& choose_kernels() {
+  std::vector<const Kernels*> usable = {&kernels_baseline};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    usable.push_back(&kernels_avx2);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      usable.push_back(&kernels_avx512);
+    }
+  }
+#endif
+  if (const char* wanted = std::getenv("AT_FUSED_CPU_ISA")) {
+    for (const Kernels* kernels : usable) {
+      if (std::string(wanted) == kernels->name) return *kernels;
+    }
+  }
+  return *usable.back();
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose_kernels();
+  return chosen;
+}
+
+// ---- tensors as features ----------------------------------------------------------------------
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "at_fused: features must be float16, bfloat16, float32 or float64");
+  }
+}
+
+int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+bool accumulates_fp64(const Feature& feature) { return feature.dtype == Dtype::float64; }
+int64_t map_element_size(const Feature& feature) { return accumulates_fp64(feature) ? 8 : 4; }
+ScalarType map_dtype(const Feature& feature) {
+  return accumulates_fp64(feature) ? ScalarType::Double : ScalarType::Float;
+}
+int64_t sample_bytes(const Feature& feature) {
+  return feature.C * feature.N * element_size(feature.dtype);
+}
+
+// The strides of (B, C, *spatial) as those of (B, C, N); false where no native layout has them.
+bool describe(const Tensor& tensor, Feature& feature) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const int64_t rank = tensor.dim();
+  feature.dtype = dtype_of(tensor);
+  feature.data = tensor.data_ptr();
+  feature.B = sizes[0];
+  feature.C = sizes[1];
+  feature.N = 1;
+  int64_t position = 0;  // the stride from one position to the next
+  for (int64_t d = rank - 1; d >= 2; --d) {
+    if (sizes[d] == 1) continue;
+    if (feature.N == 1) position = strides[d];
+    if (strides[d] != position * feature.N) return false;
+    feature.N *= sizes[d];
+  }
+  feature.batch = strides[0];
+  const int64_t channel = strides[1];
+  if (feature.N > 1 && position == 1) {
+    feature.layout = Layout::planar;
+    feature.line = channel;
+    return true;
+  }
+  if (channel == 1 || feature.C == 1) {
+    feature.layout = Layout::interleaved;
+    feature.line = position;
+    return true;
+  }
+  feature.layout = Layout::planar;
+  feature.line = channel;
+  return feature.N == 1;
+}
+
+void check_feature(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
+  STD_TORCH_CHECK(tensor.numel() > 0, "at_fused: features must not be empty");
+  STD_TORCH_CHECK(tensor.is_cpu(), "at_fused: all features must be on the same device");
+}
+
+// A native view of the tensor; `tensor` is replaced by a contiguous copy where it has none.
+Feature native_feature(Tensor& tensor) {
+  check_feature(tensor);
+  Feature feature;
+  if (!describe(tensor, feature)) {
+    tensor = torch::stable::contiguous(tensor);
+    STD_TORCH_CHECK(describe(tensor, feature), "at_fused: a contiguous copy has no layout");
+  }
+  return feature;
+}
+
+std::vector<Feature> native_features(Tensors& tensors) {
+  std::vector<Feature> features;
+  features.reserve(tensors.size());
+  for (Tensor& tensor : tensors) features.push_back(native_feature(tensor));
+  return features;
+}
+
+Tensor new_map(const Tensor& tensor, const Feature& feature) {
+  const int64_t shape[] = {feature.B, feature.N};
+  return torch::stable::new_empty(tensor, {shape, 2}, map_dtype(feature));
+}
+
+double collapse_scale(const std::string& collapse, const Feature& feature) {
+  if (collapse == "mean") return 1.0 / double(feature.C);
+  STD_TORCH_CHECK(collapse == "sum", "at_fused: collapse must be 'mean' or 'sum', got '", collapse,
+                  "'");
+  return 1.0;
+}
+
+void check_exponent(double p) {
+  STD_TORCH_CHECK(p >= 1 && std::isfinite(p), "at_fused: p must be a finite number >= 1, got ", p);
+}
+
+// ---- sharing out the work ---------------------------------------------------------------------
+
+// A piece of one tensor or pair: samples [b0, b1), or lines or positions [begin, end) of one.
+struct Task {
+  int64_t index;
+  int64_t b0, b1;
+  int64_t begin, end;
+};
+
+constexpr int64_t kSerialBytes = 1 << 16;  // below this a second thread costs more than it brings
+
+int64_t worker_count(int64_t total_bytes, size_t tasks) {
+  if (total_bytes < kSerialBytes) return 1;
+  return std::min<int64_t>(torch::stable::get_num_threads(), int64_t(tasks));
+}
+
+// Bytes of a task: several tasks per thread, so that unequal ones even out.
+int64_t task_bytes(int64_t total_bytes, int64_t most) {
+  const int64_t per_thread = 4;
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::clamp<int64_t>(total_bytes / (threads * per_thread), kSerialBytes / 2, most);
+}
+
+// Cuts B samples of `lines` lines into tasks of about `bytes`, along samples while they are small
+// and in multiples of `step` lines where one alone is larger.
+void cut(std::vector<Task>& tasks, int64_t index, int64_t B, int64_t lines, int64_t bytes_per_sample,
+         int64_t bytes, int64_t step) {
+  const int64_t parts = (bytes_per_sample + bytes / 2) / bytes;
+  if (parts > 1 && lines > step) {
+    const int64_t count = (lines / parts + step - 1) / step * step;
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t begin = 0; begin < lines; begin += std::max(count, step)) {
+        tasks.push_back({index, b, b + 1, begin, std::min(begin + std::max(count, step), lines)});
+      }
+    }
+    return;
+  }
+  const int64_t samples = std::max<int64_t>(1, bytes / std::max<int64_t>(bytes_per_sample, 1));
+  for (int64_t b = 0; b < B; b += samples) {
+    tasks.push_back({index, b, std::min(b + samples, B), 0, lines});
+  }
+}
+
+// Runs f(task, worker) for every task; idle workers take the next one. Who runs a task never
+// changes what it computes.
+template <class F>
+void run(const std::vector<Task>& tasks, int64_t workers, const F& f) {
+  std::atomic<size_t> next{0};
+  const auto work = [&](int64_t worker) {
+    for (size_t i = next++; i < tasks.size(); i = next++) f(tasks[i], worker);
+  };
+  if (workers <= 1) {
+    work(0);
+    return;
+  }
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) work(worker);
+  });
+}
+
+// ---- attention_map ----------------------------------------------------------------------------
+
+constexpr int64_t kPositionStep = 256;  // a cut through a row keeps runs of at least this length
+
+Tensors attention_map(Tensors tensors, double p, std::string collapse) {
+  check_exponent(p);
+  const std::vector<Feature> features = native_features(tensors);
+  Tensors maps;
+  std::vector<char*> out;
+  int64_t total = 0;
+  for (size_t i = 0; i < features.size(); ++i) {
+    maps.push_back(new_map(tensors[i], features[i]));
+    out.push_back(static_cast<char*>(maps[i].mutable_data_ptr()));
+    total += features[i].B * sample_bytes(features[i]);
+  }
+  std::vector<Task> tasks;
+  for (size_t i = 0; i < features.size(); ++i) {
+    cut(tasks, int64_t(i), features[i].B, features[i].N, sample_bytes(features[i]),
+        task_bytes(total, 8 << 20), kPositionStep);
+  }
+  run(tasks, worker_count(total, tasks.size()), [&](const Task& task, int64_t) {
+    const Feature& feature = features[task.index];
+    const double scale = collapse_scale(collapse, feature);
+    const int64_t map_bytes = feature.N * map_element_size(feature);
+    for (int64_t b = task.b0; b < task.b1; ++b) {
+      kernels().attention_map(feature, b, task.begin, task.end, p, scale,
+                              out[task.index] + b * map_bytes);
+    }
+  });
+  return maps;
+}
+
+// ---- at_loss ----------------------------------------------------------------------------------
+
+struct Pair {
+  Feature student, teacher;
+  double student_collapse, teacher_collapse;
+  double weight;
+  // Where the maps of sample 0 lie; null where they are dropped once their loss is known.
+  char* student_map = nullptr;
+  char* teacher_map = nullptr;
+  // For samples that are cut: how many pieces are still missing.
+  int64_t pieces = 1;
+  std::unique_ptr<std::atomic<int64_t>[]> missing;
+  std::unique_ptr<double[]> losses;
+};
+
+std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vector<double> weights,
+                                    double p, std::string collapse, std::string form,
+                                    std::string reduction, double eps, bool student_grad,
+                                    bool teacher_grad) {
+  const size_t n = student.size();
+  STD_TORCH_CHECK(n > 0 && teacher.size() == n, "at_fused: as many teachers as students, got ", n,
+                  " and ", teacher.size());
+  STD_TORCH_CHECK(weights.empty() || weights.size() == n, "at_fused: a weight per pair, got ",
+                  weights.size(), " for ", n);
+  STD_TORCH_CHECK(form == "code" || form == "paper", "at_fused: form must be 'code' or 'paper', got '",
+                  form, "'");
+  STD_TORCH_CHECK(reduction == "sum" || reduction == "none",
+                  "at_fused: reduction must be 'sum' or 'none', got '", reduction, "'");
+  STD_TORCH_CHECK(eps > 0 && std::isfinite(eps), "at_fused: eps must be a finite number > 0, got ",
+                  eps);
+  check_exponent(p);
+
+  // With a gradient to come both sides' maps are kept: k where it is asked for, else the raw map,
+  // which a second derivative needs (and which is cheaper to keep than the features).
+  const bool keep_maps = student_grad || teacher_grad;
+  std::vector<Pair> pairs(n);
+  Tensors maps(keep_maps ? 2 * n : 0);
+  int64_t total = 0, longest = 0;
+  bool loss_fp64 = false;
+  for (size_t i = 0; i < n; ++i) {
+    Pair& pair = pairs[i];
+    pair.student = native_feature(student[i]);
+    pair.teacher = native_feature(teacher[i]);
+    STD_TORCH_CHECK(pair.student.B == pair.teacher.B && pair.student.N == pair.teacher.N,
+                    "at_fused: student and teacher of a pair must have the same B and positions");
+    pair.student_collapse = collapse_scale(collapse, pair.student);
+    pair.teacher_collapse = collapse_scale(collapse, pair.teacher);
+    pair.weight = weights.empty() ? 1.0 : weights[i];
+    if (keep_maps) {
+      maps[i] = new_map(student[i], pair.student);
+      maps[n + i] = new_map(teacher[i], pair.teacher);
+      pair.student_map = static_cast<char*>(maps[i].mutable_data_ptr());
+      pair.teacher_map = static_cast<char*>(maps[n + i].mutable_data_ptr());
+    }
+    pair.losses.reset(new double[pair.student.B]);
+    total += pair.student.B * (sample_bytes(pair.student) + sample_bytes(pair.teacher));
+    longest = std::max(longest, pair.student.N);
+    loss_fp64 |= accumulates_fp64(pair.student) || accumulates_fp64(pair.teacher);
+  }
+
+  std::vector<Task> tasks;
+  std::vector<Tensor> shared_maps;  // maps that several workers fill and nobody keeps
+  for (size_t i = 0; i < n; ++i) {
+    Pair& pair = pairs[i];
+    const size_t before = tasks.size();
+    cut(tasks, int64_t(i), pair.student.B, pair.student.N,
+        sample_bytes(pair.student) + sample_bytes(pair.teacher), task_bytes(total, 16 << 20),
+        kPositionStep);
+    if (tasks[before].end == pair.student.N) continue;
+    pair.pieces = int64_t(tasks.size() - before) / pair.student.B;
+    pair.missing.reset(new std::atomic<int64_t>[pair.student.B]);
+    for (int64_t b = 0; b < pair.student.B; ++b) pair.missing[b] = pair.pieces;
+    if (keep_maps) continue;
+    shared_maps.push_back(new_map(student[i], pair.student));
+    pair.student_map = static_cast<char*>(shared_maps.back().mutable_data_ptr());
+    shared_maps.push_back(new_map(teacher[i], pair.teacher));
+    pair.teacher_map = static_cast<char*>(shared_maps.back().mutable_data_ptr());
+  }
+
+  const int64_t workers = worker_count(total, tasks.size());
+  std::unique_ptr<double[]> scratch(new double[workers * 2 * longest]);
+  run(tasks, workers, [&](const Task& task, int64_t worker) {
+    Pair& pair = pairs[task.index];
+    const int64_t N = pair.student.N;
+    for (int64_t b = task.b0; b < task.b1; ++b) {
+      void* student_map =
+          pair.student_map ? static_cast<void*>(pair.student_map + b * N * map_element_size(pair.student))
+                           : scratch.get() + worker * 2 * longest;
+      void* teacher_map =
+          pair.teacher_map ? static_cast<void*>(pair.teacher_map + b * N * map_element_size(pair.teacher))
+                           : scratch.get() + (worker * 2 + 1) * longest;
+      kernels().attention_map(pair.student, b, task.begin, task.end, p, pair.student_collapse,
+                              student_map);
+      kernels().attention_map(pair.teacher, b, task.begin, task.end, p, pair.teacher_collapse,
+                              teacher_map);
+      // Whoever brings the last piece of a sample finishes it, and must see all the others'.
+      if (pair.missing && pair.missing[b].fetch_sub(1, std::memory_order_acq_rel) != 1) continue;
+      pair.losses[b] = kernels().sample_loss(
+          {student_map, teacher_map, accumulates_fp64(pair.student), accumulates_fp64(pair.teacher),
+           student_grad, teacher_grad, pair.student.B, N, form == "code" ? Form::code : Form::paper,
+           eps, pair.weight, p * pair.student_collapse, p * pair.teacher_collapse});
+    }
+  });
+
+  // Summed here, in order, so that neither threads nor tasks can change a bit of it.
+  std::vector<double> losses;
+  for (const Pair& pair : pairs) {
+    double sum = 0;
+    for (int64_t b = 0; b < pair.student.B; ++b) sum += pair.losses[b];
+    if (reduction == "none" || losses.empty()) {
+      losses.push_back(sum);
+    } else {
+      losses[0] += sum;
+    }
+  }
+  const int64_t shape[] = {int64_t(losses.size())};
+  Tensor loss = torch::stable::new_empty(student[0], {shape, size_t(reduction == "none" ? 1 : 0)},
+                                         loss_fp64 ? ScalarType::Double : ScalarType::Float);
+  for (size_t i = 0; i < losses.size(); ++i) {
+    if (loss_fp64) {
+      static_cast<double*>(loss.mutable_data_ptr())[i] = losses[i];
+    } else {
+      static_cast<float*>(loss.mutable_data_ptr())[i] = float(losses[i]);
+    }
+  }
+  return {std::move(loss), std::move(maps)};
+}
+
+// ---- attention_map_backward -------------------------------------------------------------------
+
+#if defined(__linux__)
+// Fresh memory of this size is bound by page faults, one in 4 KiB; asked for 2 MiB pages before it
+// is first written it is not.
+void advise_huge_pages(void* data, int64_t bytes) {
+  constexpr uintptr_t huge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge - 1) / huge * huge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / huge * huge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+int64_t last_level_cache_bytes() {
+  static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 8 << 20);
+  return bytes;
+}
+#else
+void advise_huge_pages(void*, int64_t) {}
+int64_t last_level_cache_bytes() { return 32 << 20; }
+#endif
+
+// The gradient of each pair's loss, from a scalar (all pairs alike), a vector, or nothing (1).
+auto pair_gradients(const std::optional<Tensor>& gradient) {
+  std::vector<double> values = {1.0};
+  if (gradient) {
+    STD_TORCH_CHECK(gradient->is_cpu() && gradient->dim() <= 1,
+                    "at_fused: the loss gradient must be a scalar or a vector on the CPU");
+    const bool fp64 = gradient->scalar_type() == ScalarType::Double;
+    STD_TORCH_CHECK(fp64 || gradient->scalar_type() == ScalarType::Float,
+                    "at_fused: the loss gradient must be float32 or float64");
+    values.resize(gradient->numel());
+    const int64_t stride = gradient->dim() == 1 ? gradient->stride(0) : 0;
+    for (size_t i = 0; i < values.size(); ++i) {
+      values[i] = fp64 ? static_cast<const double*>(gradient->data_ptr())[i * stride]
+                       : static_cast<const float*>(gradient->data_ptr())[i * stride];
+    }
+  }
+  const bool same = !gradient || gradient->dim() == 0;
+  return [values, same](int64_t pair) {
+    STD_TORCH_CHECK(same || (pair >= 0 && size_t(pair) < values.size()),
+                    "at_fused: pair number ", pair, " is out of range");
+    return values[same ? 0 : pair];
+  };
+}
+
+Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
+                               std::optional<Tensor> loss_gradient, std::vector<int64_t> pairs,
+                               double p) {
+  const size_t n = tensors.size();
+  STD_TORCH_CHECK(coefficients.size() == n, "at_fused: a coefficient map per feature");
+  STD_TORCH_CHECK(pairs.size() == n, "at_fused: a pair number per feature");
+  check_exponent(p);
+  const auto gradient_of = pair_gradients(loss_gradient);
+
+  Tensors gradients;
+  for (const Tensor& tensor : tensors) {
+    check_feature(tensor);
+    gradients.push_back(torch::stable::empty_like(tensor));
+  }
+  std::vector<Feature> features = native_features(tensors);
+  Tensors written = gradients;
+  std::vector<Feature> out(n);
+  std::vector<const char*> k(n);
+  std::vector<double> gradient(n);
+  int64_t total = 0;
+  for (size_t i = 0; i < n; ++i) {
+    Feature& feature = features[i];
+    Tensor& map = coefficients[i];
+    STD_TORCH_CHECK(map.dim() == 2 && map.size(0) == feature.B && map.size(1) == feature.N &&
+                        map.is_cpu() && map.scalar_type() == map_dtype(feature),
+                    "at_fused: a coefficient map must be (B, N), float64 for float64 features and "
+                    "float32 otherwise");
+    map = torch::stable::contiguous(map);
+    k[i] = static_cast<const char*>(map.data_ptr());
+    gradient[i] = gradient_of(pairs[i]);
+    // Strides that no layout has (H and W transposed, say) are written through a plain tensor.
+    if (!describe(written[i], out[i]) || out[i].layout != feature.layout) {
+      tensors[i] = torch::stable::contiguous(tensors[i]);
+      written[i] = torch::stable::new_empty(tensors[i], tensors[i].sizes());
+      describe(tensors[i], feature);
+      describe(written[i], out[i]);
+    }
+    total += feature.B * sample_bytes(feature);
+  }
+  std::vector<Task> tasks;
+  for (size_t i = 0; i < n; ++i) {
+    const Feature& feature = features[i];
+    advise_huge_pages(written[i].mutable_data_ptr(), feature.B * sample_bytes(feature));
+    cut(tasks, int64_t(i), feature.B, feature.layout == Layout::planar ? feature.C : feature.N,
+        sample_bytes(feature), task_bytes(total, 2 << 20), 1);
+  }
+  const bool stream = total > last_level_cache_bytes();
+  run(tasks, worker_count(total, tasks.size()), [&](const Task& task, int64_t) {
+    const Feature& feature = features[task.index];
+    const int64_t map_bytes = feature.N * map_element_size(feature);
+    for (int64_t b = task.b0; b < task.b1; ++b) {
+      kernels().attention_map_backward(feature, b, task.begin, task.end, p, gradient[task.index],
+                                       k[task.index] + b * map_bytes, out[task.index], stream);
+    }
+  });
+  for (size_t i = 0; i < n; ++i) {
+    if (written[i].get() != gradients[i].get()) torch::stable::copy_(gradients[i], written[i]);
+  }
+  return gradients;
+}
+
+std::string cpu_isa() { return kernels().name; }
+
+}  // namespace
+}  // namespace at_fused
+
+STABLE_TORCH_LIBRARY_FRAGMENT(at_fused, m) { m.def("cpu_isa() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(at_fused, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&at_fused::cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) {
+  m.impl("attention_map", TORCH_BOX(&at_fused::attention_map));
+  m.impl("at_loss", TORCH_BOX(&at_fused::at_loss));
+  m.impl("attention_map_backward", TORCH_BOX(&at_fused::attention_map_backward));
+}

@@ -1,0 +1,263 @@
+// Vectors of one instruction-set level, in the compiler's own vector types, so that one source
+// serves x86 and everything else. AT_FUSED_VECTOR_BYTES is set by the including kernels_*.cpp;
+// intrinsics appear only where the compiler has no good code of its own: fp16, masks, streaming.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define AT_FUSED_INLINE inline __attribute__((always_inline))
+#define AT_FUSED_LAMBDA __attribute__((always_inline))
+
+namespace at_fused {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class E, int n>
+struct VectorOf {
+  typedef E type __attribute__((vector_size(n * sizeof(E))));
+};
+
+template <class A>
+constexpr int lanes = AT_FUSED_VECTOR_BYTES / sizeof(A);
+
+template <class A>
+using Vec = typename VectorOf<A, lanes<A>>::type;
+
+using Word = VectorOf<uint32_t, lanes<float>>::type;       // the bits of a Vec<float>
+using HalfWord = VectorOf<uint16_t, lanes<float>>::type;   // as many 16-bit elements
+
+template <class To, class From>
+AT_FUSED_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast changes no size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class A>
+AT_FUSED_INLINE Vec<A> splat(A value) {
+  return value - Vec<A>{};
+}
+
+template <class V>
+AT_FUSED_INLINE V read(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+// ---- 16-bit floating point, in fp32 registers -------------------------------------------------
+
+AT_FUSED_INLINE Vec<float> widen(HalfWord bits, BFloat16) {
+  return bit_cast<Vec<float>>(__builtin_convertvector(bits, Word) << 16);
+}
+
+// Round to nearest even; a NaN stays one (the rounding could carry its payload away).
+AT_FUSED_INLINE HalfWord narrow(Vec<float> value, BFloat16) {
+  const Word bits = bit_cast<Word>(value);
+  const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Word nan = (bits >> 16) | 0x40u;
+  const Word is_nan = (Word)(value != value);
+  return __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), HalfWord);
+}
+
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES >= 32
+
+AT_FUSED_INLINE Vec<float> widen(HalfWord bits, Half) {
+#if AT_FUSED_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_cvtph_ps((__m256i)bits);
+#else
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)bits);
+#endif
+}
+
+AT_FUSED_INLINE HalfWord narrow(Vec<float> value, Half) {
+#if AT_FUSED_VECTOR_BYTES == 64
+  return (HalfWord)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  return (HalfWord)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#endif
+}
+
+#else
+
+// Exponents are re-biased by a multiplication, which also normalises subnormals.
+AT_FUSED_INLINE Vec<float> widen(HalfWord bits, Half) {
+  const Word wide = __builtin_convertvector(bits, Word);
+  const Word magnitude = (wide & 0x7fffu) << 13;
+  const Vec<float> scaled = bit_cast<Vec<float>>(magnitude) * 0x1p112f;
+  const Word special = (Word)((wide & 0x7c00u) == 0x7c00u);  // infinity or NaN
+  const Word finite_bits = bit_cast<Word>(scaled);
+  const Word result = (special & (magnitude | 0x7f800000u)) | (~special & finite_bits);
+  return bit_cast<Vec<float>>(result | ((wide & 0x8000u) << 16));
+}
+
+// Adding 2^(exponent + 13) lets the fp32 adder round to nearest even at fp16's last bit.
+AT_FUSED_INLINE HalfWord narrow(Vec<float> value, Half) {
+  const Word bits = bit_cast<Word>(value);
+  const Word sign = (bits >> 16) & 0x8000u;
+  const Word magnitude = bits & 0x7fffffffu;
+  // Below 2^-14 the result is subnormal: the unit of the last place stays at 2^-24.
+  const Word exponent = magnitude & 0x7f800000u;
+  const Word least = Word{} + 0x38800000u;
+  const Word small = (Word)(exponent < least);
+  const Word base = ((small & least) | (~small & exponent)) + (13u << 23);
+  const Vec<float> anchor = bit_cast<Vec<float>>(base);
+  const Word rounded = bit_cast<Word>(bit_cast<Vec<float>>(magnitude) + anchor);
+  // rounded = anchor + units, so its low bits count fp16 units of the last place.
+  const Word units = rounded - base;
+  const Word half_exponent = (((base - (13u << 23)) >> 23) - 113u) << 10;
+  Word result = half_exponent + units;
+  const Word overflow = (Word)(magnitude >= 0x477ff000u);
+  result = (overflow & 0x7c00u) | (~overflow & result);
+  const Word is_nan = (Word)(magnitude > 0x7f800000u);
+  result = (is_nan & 0x7e00u) | (~is_nan & result);
+  return __builtin_convertvector(result | sign, HalfWord);
+}
+
+#endif
+
+// ---- memory -----------------------------------------------------------------------------------
+
+AT_FUSED_INLINE Vec<float> load(const float* from) { return read<Vec<float>>(from); }
+AT_FUSED_INLINE Vec<double> load(const double* from) { return read<Vec<double>>(from); }
+AT_FUSED_INLINE Vec<float> load(const Half* from) { return widen(read<HalfWord>(from), Half{}); }
+AT_FUSED_INLINE Vec<float> load(const BFloat16* from) {
+  return widen(read<HalfWord>(from), BFloat16{});
+}
+
+AT_FUSED_INLINE void store(float* to, Vec<float> v) { std::memcpy(to, &v, sizeof(v)); }
+AT_FUSED_INLINE void store(double* to, Vec<double> v) { std::memcpy(to, &v, sizeof(v)); }
+template <class T>
+AT_FUSED_INLINE void store(T* to, Vec<float> v) {
+  const HalfWord bits = narrow(v, T{});
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+// The first `count` elements, zeros behind them. Reads nothing beyond.
+template <class T>
+AT_FUSED_INLINE auto load_partial(const T* from, int count) {
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
+  const uint32_t mask = (1u << count) - 1u;
+  if constexpr (sizeof(T) == 8) {
+    return (Vec<double>)_mm512_maskz_loadu_pd((__mmask8)mask, from);
+  } else if constexpr (sizeof(T) == 4) {
+    return (Vec<float>)_mm512_maskz_loadu_ps((__mmask16)mask, from);
+  } else {
+    return widen((HalfWord)_mm256_maskz_loadu_epi16((__mmask16)mask, from), T{});
+  }
+#else
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (Vec<float>)_mm256_maskload_ps((const float*)from,
+                                          _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+  }
+#endif
+  T padded[AT_FUSED_VECTOR_BYTES / (sizeof(T) < 4 ? 4 : sizeof(T))] = {};
+  for (int i = 0; i < count; ++i) padded[i] = from[i];
+  return load(padded);
+#endif
+}
+
+template <class T, class V>
+AT_FUSED_INLINE void store_partial(T* to, V v, int count) {
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
+  const uint32_t mask = (1u << count) - 1u;
+  if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(to, (__mmask8)mask, (__m512d)v);
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(to, (__mmask16)mask, (__m512)v);
+  } else {
+    _mm256_mask_storeu_epi16(to, (__mmask16)mask, (__m256i)narrow(v, T{}));
+  }
+#else
+  T padded[AT_FUSED_VECTOR_BYTES / (sizeof(T) < 4 ? 4 : sizeof(T))];
+  store(padded, v);
+  for (int i = 0; i < count; ++i) to[i] = padded[i];
+#endif
+}
+
+// Writes past the caches; `to` must be aligned to the bytes written.
+template <class T, class V>
+AT_FUSED_INLINE void store_streaming(T* to, V v) {
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 8) {
+    _mm512_stream_pd(to, (__m512d)v);
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_stream_ps(to, (__m512)v);
+  } else {
+    _mm256_stream_si256((__m256i*)to, (__m256i)narrow(v, T{}));
+  }
+#elif defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 8) {
+    _mm256_stream_pd(to, (__m256d)v);
+  } else if constexpr (sizeof(T) == 4) {
+    _mm256_stream_ps(to, (__m256)v);
+  } else {
+    _mm_stream_si128((__m128i*)to, (__m128i)narrow(v, T{}));
+  }
+#else
+  store(to, v);
+#endif
+}
+
+// Streaming stores are weakly ordered: other threads may read only after this.
+AT_FUSED_INLINE void streaming_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// ---- arithmetic -------------------------------------------------------------------------------
+
+template <class V, class M>
+AT_FUSED_INLINE V select(M mask, V yes, V no) {
+  return bit_cast<V>((mask & bit_cast<M>(yes)) | (~mask & bit_cast<M>(no)));
+}
+
+template <class V>
+using MaskOf = decltype(V{} < V{});
+
+template <class V>
+AT_FUSED_INLINE V absolute(V x) {
+  const auto sign = bit_cast<MaskOf<V>>(-V{});
+  return bit_cast<V>(bit_cast<MaskOf<V>>(x) & ~sign);
+}
+
+// The sum of the lanes, in halves: its order depends on the vector's width alone.
+template <class A, int n>
+AT_FUSED_INLINE A sum_lanes(typename VectorOf<A, n>::type v) {
+  if constexpr (n == 2) {
+    return v[0] + v[1];
+  } else if constexpr (n == 4) {
+    return sum_lanes<A, 2>(__builtin_shufflevector(v, v, 0, 1) +
+                           __builtin_shufflevector(v, v, 2, 3));
+  } else if constexpr (n == 8) {
+    return sum_lanes<A, 4>(__builtin_shufflevector(v, v, 0, 1, 2, 3) +
+                           __builtin_shufflevector(v, v, 4, 5, 6, 7));
+  } else {
+    static_assert(n == 16, "no wider vectors");
+    return sum_lanes<A, 8>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  }
+}
+
+template <class A>
+AT_FUSED_INLINE A sum(Vec<A> v) {
+  return sum_lanes<A, lanes<A>>(v);
+}
+
+}  // namespace
+}  // namespace at_fused
