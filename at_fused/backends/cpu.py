@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -25,6 +26,14 @@ def load() -> None:
             _failure = ""
         except (OSError, RuntimeError) as error:
             _failure = f"{libraries[0].name} does not load: {error}"
+    wanted = os.environ.get("AT_FUSED_CPU_ISA")
+    if not _failure and wanted and wanted != isa():
+        warnings.warn(
+            f"AT_FUSED_CPU_ISA must be one of {', '.join(isa_levels())} on this machine, "
+            f"got {wanted!r}; {isa()} is used",
+            AtFusedWarning,
+            stacklevel=2,
+        )
     if _failure:
         warnings.warn(
             f"the CPU kernels are not used ({_failure}); at_fused runs on plain PyTorch, slower",
@@ -41,6 +50,11 @@ def available() -> bool:
 def isa() -> str:
     """The instruction-set level in use: "baseline", "avx2" or "avx512"."""
     return str(torch.ops.at_fused.cpu_isa())
+
+
+def isa_levels() -> list[str]:
+    """The levels that this processor can run, lowest first."""
+    return list(torch.ops.at_fused.cpu_isa_levels())
 
 
 def reason() -> str:

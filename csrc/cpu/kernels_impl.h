@@ -250,13 +250,22 @@ double sample_loss(const SampleLoss& sample, S* student, T* teacher) {
   const double teacher_norm = std::sqrt(sum<double>(teacher_squares));
   // Written so that a NaN norm is not clamped away.
   const bool student_zero = student_norm <= sample.eps, teacher_zero = teacher_norm <= sample.eps;
-  const double is = 1.0 / (student_zero ? sample.eps : student_norm);
-  const double it = 1.0 / (teacher_zero ? sample.eps : teacher_norm);
+  const double student_bound = student_zero ? sample.eps : student_norm;
+  const double teacher_bound = teacher_zero ? sample.eps : teacher_norm;
+  const double is = 1.0 / student_bound, it = 1.0 / teacher_bound;
+
+  // A division gives a single position exactly 1, so that its loss is exactly 0; it costs too much
+  // elsewhere.
+  const bool single = sample.N == 1;
+  const auto normalize = [single](Vec<double> raw, double bound, double inverse) AT_FUSED_LAMBDA {
+    return single ? raw / bound : raw * inverse;
+  };
 
   // The differences are summed as such: 2 - 2 qs.qt would cancel where the maps are alike.
   Vec<double> squares{}, along_student{}, along_teacher{};
   for_each_position(student, teacher, sample.N, [&](S* s, T* t) AT_FUSED_LAMBDA {
-    const Vec<double> qs = load_fp64(s) * is, qt = load_fp64(t) * it;
+    const Vec<double> qs = normalize(load_fp64(s), student_bound, is);
+    const Vec<double> qt = normalize(load_fp64(t), teacher_bound, it);
     const Vec<double> difference = qs - qt;
     squares += difference * difference;
     along_student += difference * qs;
@@ -276,7 +285,8 @@ double sample_loss(const SampleLoss& sample, S* student, T* teacher) {
     const double pt = teacher_zero ? 0.0 : sum<double>(along_teacher);
     const double gs = slope * is * sample.student_scale, gt = slope * it * sample.teacher_scale;
     for_each_position(student, teacher, sample.N, [&](S* s, T* t) AT_FUSED_LAMBDA {
-      const Vec<double> qs = load_fp64(s) * is, qt = load_fp64(t) * it;
+      const Vec<double> qs = normalize(load_fp64(s), student_bound, is);
+    const Vec<double> qt = normalize(load_fp64(t), teacher_bound, it);
       const Vec<double> difference = qs - qt;
       if (sample.student_grad) store_fp64(s, gs * (difference - qs * ps));
       if (sample.teacher_grad) store_fp64(t, gt * (qt * pt - difference));

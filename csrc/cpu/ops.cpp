@@ -30,8 +30,8 @@ using Tensors = std::vector<Tensor>;
 
 // ---- instruction-set level --------------------------------------------------------------------
 
-// AT_FUSED_CPU_ISA asks for a lower level than the processor's best, for tests and comparisons.
-const Kernels& choose_kernels() {
+// The levels that this processor has, lowest first.
+std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable = {&kernels_baseline};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
@@ -42,6 +42,12 @@ const Kernels& choose_kernels() {
     }
   }
 #endif
+  return usable;
+}
+
+// AT_FUSED_CPU_ISA asks for a lower level than the highest, for tests and comparisons.
+const Kernels& choose_kernels() {
+  const std::vector<const Kernels*> usable = usable_kernels();
   if (const char* wanted = std::getenv("AT_FUSED_CPU_ISA")) {
     for (const Kernels* kernels : usable) {
       if (std::string(wanted) == kernels->name) return *kernels;
@@ -487,13 +493,23 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
 
 std::string cpu_isa() { return kernels().name; }
 
+std::vector<std::string> cpu_isa_levels() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : usable_kernels()) names.push_back(kernels->name);
+  return names;
+}
+
 }  // namespace
 }  // namespace at_fused
 
-STABLE_TORCH_LIBRARY_FRAGMENT(at_fused, m) { m.def("cpu_isa() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(at_fused, m) {
+  m.def("cpu_isa() -> str");
+  m.def("cpu_isa_levels() -> str[]");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&at_fused::cpu_isa));
+  m.impl("cpu_isa_levels", TORCH_BOX(&at_fused::cpu_isa_levels));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) {

@@ -1,0 +1,26 @@
+"""What every test file shares: the back ends at hand, and quiet, repeatable randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import at_fused
+
+BACKENDS = [name for name, row in at_fused.backends().items() if row.available]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on every back end that this machine has."""
+    with at_fused.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    # Warnings of this package are errors here; the one-time warning has a test of its own.
+    monkeypatch.setattr(at_fused.functional, "_single_position_warned", True)

@@ -1,0 +1,320 @@
+"""The contract: every back end gives the float64 reference's values and gradients, to rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import assert_matches_reference, popular_at, popular_at_loss, raw_map, reference_loss
+from torch import Tensor
+
+import at_fused
+
+LAYOUTS = ("planar", "interleaved")
+# B, C of the student, C of the teacher, H, W
+SIZES = [
+    (2, 3, 5, 5, 7),
+    (3, 1, 1, 4, 4),
+    (1, 17, 9, 9, 11),
+    (4, 8, 16, 1, 1),
+    (2, 5, 3, 1, 2),
+    (2, 512, 40, 7, 7),
+    (3, 16, 33, 8, 8),
+    (2, 15, 17, 13, 1),
+    (64, 4, 8, 3, 3),
+    (1, 24, 40, 64, 80),  # large enough that one sample is cut into several tasks
+]
+
+
+def features(*shape: int, layout: str = "planar", dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(*shape, dtype=torch.float64).to(dtype)
+    return x if layout == "planar" else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_sizes_and_layouts(backend: str, size: tuple[int, ...], layout: str) -> None:
+    b, cs, ct, h, w = size
+    assert_matches_reference([features(b, cs, h, w, layout=layout)], [features(b, ct, h, w)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str
+)
+@pytest.mark.parametrize("p", [1.0, 2.0, 4.0, 3.0, 1.5, 2.7, 6.0])
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_exponents_forms_dtypes(
+    backend: str, p: float, form: str, dtype: torch.dtype, layout: str
+) -> None:
+    s = features(3, 20, 5, 7, layout=layout, dtype=dtype)
+    t = features(3, 11, 5, 7, layout=layout, dtype=dtype)
+    for collapse in ("mean", "sum"):
+        assert_matches_reference([s], [t], p=p, form=form, collapse=collapse, scale=2.0**10)
+
+
+@pytest.mark.parametrize("student_dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("teacher_dtype", [torch.bfloat16, torch.float64, torch.float32], ids=str)
+def test_student_and_teacher_of_different_dtypes(
+    backend: str, student_dtype: torch.dtype, teacher_dtype: torch.dtype
+) -> None:
+    s, t = features(2, 6, 4, 5, dtype=student_dtype), features(2, 4, 4, 5, dtype=teacher_dtype)
+    assert_matches_reference([s], [t], scale=2.0**8)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.25, -3.0, 0.0]], ids=str)
+def test_lists_of_unequal_pairs(backend: str, reduction: str, weights: list[float] | None) -> None:
+    students = [
+        features(4, 8, 16, 16),
+        features(4, 16, 8, 8, layout="interleaved"),
+        features(4, 32, 4, 4, dtype=torch.bfloat16),
+        features(2, 70, 7, 7),
+    ]
+    teachers = [features(x.shape[0], 9, *x.shape[2:]) for x in students]
+    for form in ("code", "paper"):
+        assert_matches_reference(
+            students, teachers, reduction=reduction, weights=weights, form=form, scale=2.0**8
+        )
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 6), (2, 4, 3, 5, 2), (2, 4, 3, 1, 5)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_ranks(backend: str, shape: tuple[int, ...], layout: str) -> None:
+    assert_matches_reference([features(*shape, layout=layout)], [features(*shape)])
+
+
+def test_channels_in_the_last_dimension(backend: str) -> None:
+    s, t = torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 9)
+    assert_matches_reference([s], [t], channel_dim=-1)
+    assert_matches_reference([s[:, 0]], [t[:, 0]], channel_dim=-1)
+
+
+def strided_views() -> dict[str, Tensor]:
+    base = torch.randn(4, 12, 9, 10)
+    return {
+        "channel slice": base[:, 2:9],
+        "batch step": base[::2],
+        "cropped": base[:, :, 1:7, 2:9],
+        "spatial step": base[:, :, ::2, ::3],
+        "transposed maps": base.transpose(2, 3),
+        "channels and height swapped": base.transpose(1, 2),
+        "expanded batch": base[:1].expand(4, -1, -1, -1),
+        "expanded channels": base[:, :1].expand(-1, 12, -1, -1),
+        "expanded positions": base[:, :, :1, :1].expand(-1, -1, 9, 10),
+        "unaligned start": torch.randn(4 * 12 * 90 + 3)[3:].view(4, 12, 9, 10),
+        "interleaved slice": base.to(memory_format=torch.channels_last)[:, 1:6],
+        "interleaved crop": base.to(memory_format=torch.channels_last)[:, :, 2:, :5],
+        "batch innermost": torch.randn(12, 9, 10, 4).permute(3, 0, 1, 2),
+        "one channel of many": base.to(memory_format=torch.channels_last)[:, 3:4],
+        "single position": base[:, :, 4:5, 4:5],
+        "one row": base[:, :, 3:4, :],
+        "one column": base[:, :, :, 3:4],
+    }
+
+
+@pytest.mark.parametrize("view", strided_views())
+def test_every_stride_pattern(backend: str, view: str) -> None:
+    x = strided_views()[view]
+    other = features(x.shape[0], 5, *x.shape[2:])
+    assert_matches_reference([x], [other])
+    assert_matches_reference([other], [x], form="paper", p=1.0)
+
+
+def test_gradients_only_where_asked_for(backend: str) -> None:
+    pair = [features(2, 3, 4, 4)], [features(2, 5, 4, 4)]
+    for student_grad in (True, False):
+        for teacher_grad in (True, False):
+            assert_matches_reference(*pair, student_grad=student_grad, teacher_grad=teacher_grad)
+    s = [features(2, 3, 4, 4).requires_grad_(), features(2, 3, 4, 4)]
+    at_fused.at_loss(s, [features(2, 5, 4, 4), features(2, 5, 4, 4)]).backward()
+    assert s[0].grad is not None
+    assert s[1].grad is None
+
+
+def test_one_tensor_as_student_and_teacher(backend: str) -> None:
+    x = features(2, 3, 4, 4).requires_grad_()
+    at_fused.at_loss(x, x, form="paper").backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    y = features(2, 3, 4, 4).double().requires_grad_()
+    loss = at_fused.at_loss([y, y], [y * y, y + 1])
+    expected = reference_loss([y, y], [y * y, y + 1])
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, y), torch.autograd.grad(expected, y), rtol=1e-10, atol=1e-14
+    )
+
+
+# ---- the popular lines ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(128, 16, 32, 32), (5, 7, 7, 7), (1, 2, 3, 3)], ids=str)
+def test_drop_in_for_the_popular_lines(backend: str, size: tuple[int, ...]) -> None:
+    x, y = torch.randn(size, requires_grad=True), torch.randn(size, requires_grad=True)
+    loss, expected = at_fused.at_loss(x, y), popular_at_loss(x, y)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for g, r in zip(
+        torch.autograd.grad(loss, (x, y)), torch.autograd.grad(expected, (x, y)), strict=True
+    ):
+        assert (g - r).norm() <= 1e-5 * r.norm()
+    torch.testing.assert_close(at_fused.at(x), popular_at(x), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_map(backend: str, layout: str, p: float, normalize: bool) -> None:
+    x = features(3, 6, 5, 4, layout=layout, dtype=torch.float64).requires_grad_()
+    q = at_fused.attention_map(x, p=p, collapse="sum", normalize=normalize)
+    right = raw_map(x, p, "sum")
+    if normalize:
+        right = right / right.flatten(1).norm(dim=1)[:, None, None]
+    torch.testing.assert_close(q, right, rtol=1e-11, atol=0)
+    v = torch.randn_like(q)
+    torch.testing.assert_close(
+        torch.autograd.grad(q, x, v), torch.autograd.grad(right, x, v), rtol=1e-9, atol=1e-12
+    )
+
+
+# ---- special values ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fp16_features_whose_squares_overflow(backend: str, layout: str) -> None:
+    s = (features(2, 8, 4, 4, layout=layout) * 10 + 300).half()
+    t = (features(2, 4, 4, 4, layout=layout) * 100 - 800).half()
+    assert not torch.isfinite(popular_at_loss(s, t))
+    assert_matches_reference([s], [t], scale=2.0**14)
+    assert_matches_reference([s], [t], p=4.0, scale=2.0**14)
+
+
+def test_fp16_features_whose_squares_underflow(backend: str) -> None:
+    s, t = (features(2, 8, 4, 4) * 1e-4).half(), (features(2, 4, 4, 4) * 1e-4).half()
+    assert not torch.isfinite(popular_at_loss(s, t))
+    # The gradient is 1e4 times the usual; no scale is needed to keep it in fp16's range.
+    assert_matches_reference([s], [t], scale=2.0**-4)
+
+
+def test_fp32_features_whose_squared_maps_overflow(backend: str) -> None:
+    s, t = features(2, 8, 4, 4) * 1e12, features(2, 4, 4, 4) * 1e15
+    assert_matches_reference([s], [t], scale=1e12)
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("size", [0.0, 1e-8])
+def test_maps_below_eps(backend: str, form: str, size: float) -> None:
+    s, t = features(2, 3, 4, 4), features(2, 3, 4, 4)
+    s[0] *= size  # squares to 1e-16: the norm is clamped at eps
+    for dtype in (torch.float32, torch.float64):
+        assert_matches_reference([s.to(dtype)], [t.to(dtype)], form=form)
+        assert_matches_reference([s.to(dtype)], [t.to(dtype)], form=form, eps=0.5)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 4.0])
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_zeros_and_equal_maps_have_finite_gradients(backend: str, p: float, form: str) -> None:
+    x = features(2, 3, 4, 4)
+    x[:, :, :2] = 0
+    s, t = x.clone().requires_grad_(), (2 * x).requires_grad_()
+    loss = at_fused.at_loss(s, t, p=p, form=form)
+    assert loss.item() < 1e-7
+    for g in torch.autograd.grad(loss, (s, t)):
+        assert torch.isfinite(g).all()
+        assert (g[:, :, :2] == 0).all()
+    loss = at_fused.at_loss(s, s.detach(), p=p, form=form)
+    assert loss.item() == 0
+    assert torch.equal(*torch.autograd.grad(loss, s), torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 4.0])
+def test_nan_and_infinity_come_out_as_nan(
+    backend: str, p: float, value: float, layout: str
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for where in (0, 1):
+            pair = [features(2, 5, 3, 6, layout=layout, dtype=dtype) for _ in range(2)]
+            pair[where][1, 2, 1, 3] = value
+            s = pair[0].requires_grad_()
+            losses = at_fused.at_loss([s, s], [pair[1], pair[0].detach()], p=p, reduction="none")
+            assert torch.isnan(losses[0])
+            (gradient,) = torch.autograd.grad(losses[0], s)
+            assert torch.isnan(gradient[1]).any()
+            assert torch.isfinite(gradient[0]).all()
+
+
+def test_a_single_position_is_always_zero(backend: str) -> None:
+    at_fused.functional._single_position_warned = False
+    s, t = features(3, 4, 1, 1).requires_grad_(), features(3, 5, 1, 1)
+    with pytest.warns(at_fused.AtFusedWarning, match="single position"):
+        loss = at_fused.at_loss(s, t)
+    loss.backward()
+    assert loss.item() == 0
+    assert s.grad.abs().max() < 1e-6
+    at_fused.at_loss(s, t)  # once: a second warning would be an error here
+
+
+# ---- same bits -----------------------------------------------------------------------------------
+
+
+def everything(threads: int, students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        loss = at_fused.at_loss(students, teachers, reduction="none")
+        maps = [at_fused.attention_map(x) for x in students]
+        return [loss, *maps, *torch.autograd.grad(loss.sum(), students + teachers)]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_for_any_number_of_threads(
+    backend: str, layout: str, dtype: torch.dtype
+) -> None:
+    students = [
+        features(1, 24, 91, 83, layout=layout, dtype=dtype),
+        features(40, 13, 17, 9, layout=layout, dtype=dtype),
+        features(2, 130, 31, 31, layout=layout, dtype=dtype),
+    ]
+    teachers = [features(x.shape[0], 7, *x.shape[2:], layout=layout) for x in students]
+    for x in students + teachers:
+        x.requires_grad_()
+    once = everything(1, students, teachers)
+    for threads in (1, 2, 3, 7):
+        again = everything(threads, students, teachers)
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True)), threads
+
+
+# ---- derivatives ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 4.0, 2.5])
+def test_gradcheck_and_gradgradcheck(backend: str, p: float, form: str, layout: str) -> None:
+    s = features(2, 3, 2, 3, layout=layout, dtype=torch.float64).requires_grad_()
+    t = features(2, 2, 2, 3, dtype=torch.float64).requires_grad_()
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return at_fused.at_loss([s, t], [t, s], p=p, form=form, weights=[1.0, 0.5])
+
+    assert torch.autograd.gradcheck(loss, (s, t))
+    assert torch.autograd.gradgradcheck(loss, (s, t))
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, t.detach()), (s,))
+    assert torch.autograd.gradgradcheck(lambda x: at_fused.at(x, p=p), (s,))
+
+
+def test_third_derivative(backend: str) -> None:
+    x = features(1, 2, 2, 2, dtype=torch.float64).requires_grad_()
+    t = features(1, 2, 2, 2, dtype=torch.float64)
+
+    def third(loss: Tensor) -> Tensor:
+        for _ in range(3):
+            (g,) = torch.autograd.grad(loss, x, create_graph=True)
+            loss = (g * torch.arange(1.0, 9.0, dtype=g.dtype).view_as(g)).sum()
+        return loss
+
+    torch.testing.assert_close(
+        third(at_fused.at_loss(x, t)), third(reference_loss([x], [t])), rtol=1e-8, atol=1e-12
+    )
