@@ -137,5 +137,7 @@ def attention_map_backward(
         if loss_gradient is not None:
             k = k * (loss_gradient if loss_gradient.dim() == 0 else loss_gradient[pair])
         k = k.reshape(x.shape[0], 1, *x.shape[2:])
-        gradients.append((k * slope(x.to(k.dtype), p)).to(x.dtype))
+        gradient = (k * slope(x.to(k.dtype), p)).to(x.dtype)
+        out = torch.empty_like(x)
+        gradients.append(gradient if gradient.stride() == out.stride() else out.copy_(gradient))
     return gradients

@@ -13,8 +13,9 @@ namespace {
 
 // ---- |x|^p and its derivative over p: |x|^(p-1) * sign(x) -------------------------------------
 
-// 2^(p * log2(x)) for x >= 0 (NaN stays), relative error about 1e-6 at the ends of the range.
-AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, float p) {
+// 2^((p_high + p_low) * log2(x)) for x >= 0 (NaN stays), to a few units of the last place: log2(x) is
+// a whole number and a small rest, and p_high is short, so that its product with the whole is exact.
+AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, float p_high, float p_low) {
   const auto subnormal = x < 0x1p-126f;
   const Vec<float> scaled = select(subnormal, x * 0x1p24f, x);
   const Word bits = bit_cast<Word>(scaled);
@@ -30,15 +31,14 @@ AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, float p) {
   const Vec<float> log2_mantissa =
       s * (2.88539008f + z * (0.961796694f + z * (0.577078016f + z * (0.412198583f + z * 0.320598898f))));
 
-  const Vec<float> tail = p * log2_mantissa;
-  Vec<float> y = p * exponent + tail;
+  const Vec<float> tail = (p_high + p_low) * log2_mantissa + p_low * exponent;
+  Vec<float> y = p_high * exponent + tail;
   y = select(y > 192.0f, splat(192.0f), y);
   y = select(y < -192.0f, splat(-192.0f), y);
   const Vec<float> rounded = (y + 0x1.8p23f) - 0x1.8p23f;
   // The large product cancels before the small part is added: no digit of it is lost.
-  const Vec<float> saturated = splat(0.0f);
-  Vec<float> f = (p * exponent - rounded) + tail;
-  f = select((absolute(y) >= 192.0f), saturated, f);
+  Vec<float> f = (p_high * exponent - rounded) + tail;
+  f = select(absolute(y) >= 192.0f, Vec<float>{}, f);
   const Vec<float> e = 1 + f * (0.693147181f + f * (0.240226507f + f * (0.0555041087f + f * (0.00961812911f +
                        f * (0.00133335581f + f * (0.000154035304f + f * 1.52527338e-05f))))));
   // 2^rounded in two factors, so that the result may be subnormal or infinite.
@@ -50,8 +50,8 @@ AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, float p) {
   return select(edge, x, power);
 }
 
-AT_FUSED_INLINE Vec<double> positive_power(Vec<double> x, double p) {
-  for (int i = 0; i < lanes<double>; ++i) x[i] = std::pow(x[i], p);
+AT_FUSED_INLINE Vec<double> positive_power(Vec<double> x, double p_high, double p_low) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = std::pow(x[i], p_high + p_low);
   return x;
 }
 
@@ -85,13 +85,23 @@ struct Four {
   AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const { return (x * x) * x; }
 };
 
+// The part of p in 12 bits; the exponents that it multiplies have 8.
+inline float short_part(double p, float) {
+  return bit_cast<float>(bit_cast<uint32_t>(float(p)) & 0xfffff000u);
+}
+inline double short_part(double p, double) { return p; }
+
 template <class A>
 struct AnyExponent {
-  A p;
-  explicit AnyExponent(double p) : p(A(p)) {}
-  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return positive_power(absolute(x), p); }
+  A p, p_low, slope_p, slope_p_low;
+  explicit AnyExponent(double exponent)
+      : p(short_part(exponent, A())),
+        p_low(A(exponent - p)),
+        slope_p(short_part(exponent - 1, A())),
+        slope_p_low(A(exponent - 1 - slope_p)) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return positive_power(absolute(x), p, p_low); }
   AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const {
-    return signed_like(positive_power(absolute(x), p - 1), x);
+    return signed_like(positive_power(absolute(x), slope_p, slope_p_low), x);
   }
 };
 

@@ -1,0 +1,132 @@
+"""What is particular to the compiled CPU library: instruction-set levels, 16-bit rounding, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import at_fused
+from at_fused import _ops
+from at_fused.backends import cpu
+
+OTHER_LEVELS = [level for level in cpu.isa_levels() if level != cpu.isa()]
+
+
+@pytest.mark.parametrize("level", OTHER_LEVELS)
+def test_other_instruction_set_levels_keep_the_contract(level: str) -> None:
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu or rounding",
+         str(here / "test_contract.py"), str(here / "test_cpu.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"AT_FUSED_CPU_ISA": level, "AT_FUSED_TEST_NESTED": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+if os.environ.get("AT_FUSED_TEST_NESTED"):
+    # Run by the test above: its own parametrisation would go on for ever.
+    del test_other_instruction_set_levels_keep_the_contract
+
+    def test_the_wanted_level_runs_cpu() -> None:
+        assert cpu.isa() == os.environ["AT_FUSED_CPU_ISA"]
+
+
+def test_an_unknown_level_is_said_and_not_used() -> None:
+    code = "import at_fused; print(at_fused.backends()['cpu'].reason)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"AT_FUSED_CPU_ISA": "mmx"},
+    )
+    assert "AT_FUSED_CPU_ISA must be one of baseline" in done.stderr
+    assert f"C++ kernels, {cpu.isa_levels()[-1]}" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding_of_all_16_bit_values(dtype: torch.dtype) -> None:
+    """Every 16-bit number times factors that make ties, subnormals, overflow and NaN."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x.reshape(1, 2**8, 2**8)
+    for factor in (1.0, 0.5, 1.5, 1 + 2**-9, 1 + 2**-12, 3.14159, 2**-10, 2**-20, 2**-35, 2**12, -1.0):
+        k = torch.full((1, 2**8), float(factor))
+        (found,) = _ops.attention_map_backward([x], [k], None, [0], 2.0)
+        expected = (x.float() * factor).to(dtype)
+        same = (found == expected) | (found.isnan() & expected.isnan())
+        assert same.all(), (factor, x[~same][:4], found[~same][:4], expected[~same][:4])
+
+
+@pytest.mark.parametrize("p", [1.25, 1.9, 2.5, 3.0, 5.0, 7.7])
+def test_rounding_of_any_exponent(p: float) -> None:
+    """The vector power is right to a few units of the last place over fp32's whole range."""
+    x = torch.cat([
+        torch.logspace(-44, 38, 4001),
+        torch.linspace(0.5, 2, 4001),
+        torch.tensor([0.0, 1.0, 2.0, float("inf")]),
+    ]).reshape(1, 1, -1)
+    found = _ops.attention_map([x], p, "sum")[0].flatten()
+    expected = x.flatten().double().pow(p)
+    representable = expected > 2.0**-126  # subnormal results keep fewer digits
+    error = (found.double() / expected.float().double() - 1).abs()
+    finite = representable & torch.isfinite(expected.float())
+    assert error[finite].max() < 2e-6
+    assert torch.equal(found.isinf(), expected.float().isinf())
+    assert (found[~representable].double() - expected[~representable]).abs().max() < 2.0**-140
+
+
+def test_large_gradients_are_written_whole() -> None:
+    """Above the size of the caches gradients are streamed to memory, from unaligned starts too."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(9, 67, 151, 149, dtype=dtype)[:, 1:].contiguous(memory_format=layout)
+            x = torch.cat([x] * (1 if dtype == torch.float32 else 2))
+            k = torch.randn(x.shape[0], x[0, 0].numel())
+            (found,) = _ops.attention_map_backward([x], [k], torch.tensor(2.0), [0], 2.0)
+            expected = (2 * k.reshape(x.shape[0], 1, *x.shape[2:]) * x.float()).to(dtype)
+            assert torch.equal(found, expected)
+
+
+def test_no_feature_sized_temporary() -> None:
+    """Forward allocates maps only, backward the gradient and nothing else."""
+    s = torch.randn(4, 64, 32, 32, requires_grad=True)
+    t = torch.randn(4, 64, 32, 32)
+    with torch.profiler.profile(profile_memory=True) as forward:
+        loss = at_fused.at_loss(s, t)
+    with torch.profiler.profile(profile_memory=True) as backward:
+        loss.backward()
+    size = s.numel() * 4
+
+    def allocated(profile: torch.profiler.profile) -> int:
+        memory = [event.self_cpu_memory_usage for event in profile.events()]
+        return sum(m for m in memory if m > 0)
+
+    assert 0 < allocated(forward) < size / 16
+    assert size <= allocated(backward) < size * 1.02
+
+
+def test_calls_from_many_threads_agree() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    s, t = torch.randn(8, 16, 20, 20), torch.randn(8, 16, 20, 20)
+
+    def work(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = (s * (1 + i % 3)).requires_grad_()
+        loss = at_fused.at_loss(x, t)
+        loss.backward()
+        return loss.detach(), x.grad * (1 + i % 3)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(64)))
+    for loss, gradient in results:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-5, atol=1e-9)

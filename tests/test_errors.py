@@ -1,0 +1,109 @@
+"""Bad input: one error that names the argument and what was given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import at_fused
+
+X = torch.randn(2, 3, 4, 4)
+Y = torch.randn(2, 5, 4, 4)
+
+CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
+    "not a tensor": ([1.0], Y, {}, TypeError, "both be tensors or both be sequences.*list.*Tensor"),
+    "a number": (3, [Y], {}, TypeError, "student must be a tensor or a list.*got int"),
+    "None": (None, None, {}, TypeError, "student must be.*NoneType"),
+    "a string": ("ab", [Y, Y], {}, TypeError, "student must be.*str"),
+    "None in the list": ([X, None], [Y, Y], {}, TypeError, r"student\[1\] must be a tensor.*None"),
+    "teacher not a tensor": (X, "t", {}, TypeError, "both be tensors"),
+    "an array": (X.numpy(), [Y], {}, TypeError, "student must be.*ndarray"),
+    "integers": (X.long(), Y, {}, TypeError, "student must be float32.*got torch.int64"),
+    "booleans": (X > 0, Y, {}, TypeError, "student must be float32.*got torch.bool"),
+    "complex": (X, Y + 0j, {}, TypeError, "teacher must be float32.*got torch.complex64"),
+    "float8": (X.to(torch.float8_e5m2), Y, {}, TypeError, "student must be.*float8_e5m2"),
+    "sparse": (X.to_sparse(), Y, {}, TypeError, "student must be a dense tensor.*sparse_coo"),
+    "rank 2": (X[0, 0], Y, {}, ValueError, r"student must be \(B, C, H, W\).*\(4, 4\)"),
+    "rank 6": (X, Y[..., None, None], {}, ValueError, r"teacher must be.*\(2, 5, 4, 4, 1, 1\)"),
+    "batch": (X, Y[:1], {}, ValueError, "same batch size, got 2 and 1"),
+    "batch of 1 is not broadcast": (X[:1], Y, {}, ValueError, "same batch size, got 1 and 2"),
+    "height": (X, Y[:, :, :3], {}, ValueError, "same map size.*4x4 and 3x4.*resize="),
+    "size 1 is not broadcast": (X, Y[:, :, :1, :1], {}, ValueError, "4x4 and 1x1"),
+    "4x16 against 8x8": (
+        torch.randn(2, 3, 4, 16),
+        torch.randn(2, 3, 8, 8),
+        {},
+        ValueError,
+        "4x16 and 8x8",
+    ),
+    "ranks differ": (X, Y.flatten(2), {}, ValueError, "4x4 and 16"),
+    "the pair is named": ([X, X], [Y, Y[:, :, :2]], {}, ValueError, "pair 1.*4x4 and 2x4"),
+    "list lengths": ([X, X], [Y], {}, ValueError, "same number of features, got 2 and 1"),
+    "empty list": ([], [], {}, ValueError, "student must not be an empty list"),
+    "a tensor and a list": (X, [Y], {}, TypeError, "Tensor and list"),
+    "empty batch": (X[:0], Y[:0], {}, ValueError, r"student must not be empty.*\(0, 3, 4, 4\)"),
+    "no channels": (X, Y[:, :0], {}, ValueError, "teacher must not be empty"),
+    "no positions": (X[..., :0], Y[..., :0], {}, ValueError, "student must not be empty"),
+    "devices": (X, Y.to("meta"), {}, ValueError, "teacher of pair 0 is on meta.*student on cpu"),
+    "p too small": (X, Y, {"p": 0.99}, ValueError, "p must be a finite number >= 1, got 0.99"),
+    "p nan": (X, Y, {"p": float("nan")}, ValueError, "p must be.*got nan"),
+    "p inf": (X, Y, {"p": float("inf")}, ValueError, "p must be.*got inf"),
+    "p text": (X, Y, {"p": "2"}, TypeError, "p must be a number, got str"),
+    "p bool": (X, Y, {"p": True}, TypeError, "p must be a number, got bool"),
+    "p tensor": (X, Y, {"p": torch.tensor(2.0)}, TypeError, "p must be a number, got Tensor"),
+    "collapse": (X, Y, {"collapse": "avg"}, ValueError, "collapse must be 'mean' or 'sum', got 'avg'"),
+    "form": (X, Y, {"form": 2}, ValueError, "form must be 'code' or 'paper', got 2"),
+    "reduction": (X, Y, {"reduction": "mean"}, ValueError, "reduction must be 'sum' or 'none'"),
+    "eps zero": (X, Y, {"eps": 0.0}, ValueError, "eps must be a finite number > 0, got 0.0"),
+    "eps negative": (X, Y, {"eps": -1e-12}, ValueError, "eps must be"),
+    "eps nan": (X, Y, {"eps": float("nan")}, ValueError, "eps must be.*got nan"),
+    "eps None": (X, Y, {"eps": None}, TypeError, "eps must be a number, got NoneType"),
+    "channel_dim": (X, Y, {"channel_dim": 2}, ValueError, "channel_dim must be 1 or -1, got 2"),
+    "weights length": (X, Y, {"weights": [1, 2]}, ValueError, "weights.*got 2 for 1 pairs"),
+    "weights number": (X, Y, {"weights": 1.0}, TypeError, "weights must be a list.*got float"),
+    "weights text": (X, Y, {"weights": ["a"]}, TypeError, r"weights\[0\] must be a number, got str"),
+    "weights nan": (X, Y, {"weights": [float("nan")]}, ValueError, r"weights\[0\] must be finite"),
+    "weights tensor": (X, Y, {"weights": torch.ones(1)}, TypeError, "weights must be.*Tensor"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_at_loss(case: str) -> None:
+    student, teacher, options, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        at_fused.at_loss(student, teacher, **options)
+
+
+def test_unknown_option() -> None:
+    with pytest.raises(TypeError, match="power"):
+        at_fused.at_loss(X, Y, power=2)
+    with pytest.raises(TypeError, match="positional"):
+        at_fused.at_loss(X, Y, 2)
+
+
+@pytest.mark.parametrize("function", [at_fused.at, at_fused.attention_map])
+def test_maps(function: Any) -> None:
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        function([X])
+    with pytest.raises(ValueError, match=r"x must be \(B, C, H, W\).*\(4,\)"):
+        function(X[0, 0, 0])
+    with pytest.raises(ValueError, match="collapse must be"):
+        function(X, collapse="max of all")
+    with pytest.raises(ValueError, match="p must be"):
+        function(X, p=0)
+
+
+def test_module_checks_its_options_when_made() -> None:
+    with pytest.raises(ValueError, match="form must be"):
+        at_fused.ATLoss(form="letter")
+    with pytest.raises(TypeError, match="p must be a number"):
+        at_fused.ATLoss(p=None)
+
+
+def test_use_backend() -> None:
+    with pytest.raises(ValueError, match="name must be one of 'auto', .*'eager', got 'gpu'"):
+        at_fused.use_backend("gpu")
+    with pytest.raises(ValueError, match="got None"):
+        at_fused.use_backend(None)

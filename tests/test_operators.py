@@ -1,0 +1,297 @@
+"""The operators inside PyTorch's machinery: opcheck, compile, export, autocast, torch.func."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from reference import popular_at_loss, reference_loss
+from torch import Tensor, nn
+
+import at_fused
+from at_fused import _ops
+
+
+def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    b, c, *spatial = shape
+    s = torch.randn(b, c, *spatial, dtype=dtype).requires_grad_()
+    return s, torch.randn(b, c + 1, *spatial, dtype=dtype)
+
+
+def loss_arguments(
+    student_grad: bool, teacher_grad: bool, form: str, reduction: str, p: float
+) -> tuple[Any, ...]:
+    students = [torch.randn(2, 3, 4, 5), torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last)]
+    teachers = [torch.randn(2, 4, 4, 5), torch.randn(2, 6, 2, 2)]
+    for x in students:
+        x.requires_grad_(student_grad)
+    for x in teachers:
+        x.requires_grad_(teacher_grad)
+    return (students, teachers, [1.0, 0.5], p, "mean", form, reduction, 1e-12, student_grad, teacher_grad)
+
+
+@pytest.mark.parametrize("student_grad", [True, False])
+@pytest.mark.parametrize("teacher_grad", [True, False])
+@pytest.mark.parametrize("form,reduction,p", [("code", "sum", 2.0), ("paper", "none", 3.0)])
+def test_opcheck_at_loss(
+    backend: str, student_grad: bool, teacher_grad: bool, form: str, reduction: str, p: float
+) -> None:
+    arguments = loss_arguments(student_grad, teacher_grad, form, reduction, p)
+    torch.library.opcheck(_ops.at_loss, arguments)
+
+
+@pytest.mark.parametrize("p", [2.0, 1.5])
+def test_opcheck_attention_map(backend: str, p: float) -> None:
+    features = [torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4).half()]
+    torch.library.opcheck(_ops.attention_map, (features, p, "sum"))
+
+
+@pytest.mark.parametrize("gradient", [None, torch.tensor(2.0), torch.tensor([2.0, 3.0])], ids=str)
+def test_opcheck_attention_map_backward(backend: str, gradient: Tensor | None) -> None:
+    features = [torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)]
+    coefficients = [torch.randn(2, 20, requires_grad=True), torch.randn(2, 4, requires_grad=True)]
+    arguments = (features, coefficients, gradient, [1, 0], 2.0)
+    torch.library.opcheck(_ops.attention_map_backward, arguments)
+
+
+def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_fullgraph(compiler: str) -> None:
+    (s0, t0), (s1, t1) = pair(2, 3, 8, 8), pair(2, 6, 4, 4)
+
+    def step(s0: Tensor, s1: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
+        # Non-leaf inputs, an expression around the loss, and maps beside it.
+        loss = at_fused.at_loss([s0 * 2, s1 + 1], [t0, t1], weights=[1.0, 2.0])
+        return 3 * loss + at_fused.at(s0).square().mean() + at_fused.attention_map(s1).mean()
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    for a, b in zip(
+        gradients(step(s0, s1, t0, t1), s0, s1), gradients(compiled(s0, s1, t0, t1), s0, s1), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(step(s0, s1, t0, t1), compiled(s0, s1, t0, t1))
+    with torch.no_grad():
+        torch.testing.assert_close(step(s0, s1, t0, t1), compiled(s0, s1, t0, t1))
+
+
+def test_compile_dynamic_shapes_without_a_new_graph() -> None:
+    torch._dynamo.reset()  # what other tests compiled would count here
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(at_fused.at_loss, fullgraph=True, dynamic=True, backend=counter)
+    for shape in [(2, 3, 8, 8), (4, 5, 6, 6), (3, 9, 7, 7)]:
+        s, t = pair(*shape)
+        torch.testing.assert_close(compiled(s, t), at_fused.at_loss(s, t))
+        torch.testing.assert_close(gradients(compiled(s, t), s), gradients(at_fused.at_loss(s, t), s))
+    assert counter.frame_count == 1
+
+
+def test_compile_channels_last() -> None:
+    s, t = pair(2, 3, 8, 8)
+    s = s.detach().to(memory_format=torch.channels_last).requires_grad_()
+    compiled = torch.compile(at_fused.at_loss, fullgraph=True)
+    (g,) = gradients(compiled(s, t), s)
+    torch.testing.assert_close(g, *gradients(at_fused.at_loss(s, t), s))
+    assert g.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gradients_have_the_layout_of_their_feature(backend: str) -> None:
+    x = torch.randn(2, 6, 4, 5)
+    for s in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
+        s = s.detach().requires_grad_()
+        (g,) = gradients(at_fused.at_loss(s, torch.randn_like(s)), s)
+        assert g.stride() == s.stride()
+
+
+def test_export_and_dynamic_batch(tmp_path: Any) -> None:
+    s, t = pair(4, 3, 8, 8)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        at_fused.ATLoss(p=4.0), (s.detach(), t), dynamic_shapes=({0: batch}, {0: batch})
+    )
+    torch.export.save(program, tmp_path / "loss.pt2")
+    loaded = torch.export.load(tmp_path / "loss.pt2").module()
+    for size in (4, 7):
+        s, t = pair(size, 3, 8, 8)
+        torch.testing.assert_close(loaded(s.detach(), t), at_fused.at_loss(s.detach(), t, p=4.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_gives_low_precision_features_and_a_float32_loss(
+    backend: str, dtype: torch.dtype
+) -> None:
+    student, teacher = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 16, 3)
+    x = torch.randn(4, 3, 10, 10)
+    with torch.autocast("cpu", dtype=dtype):
+        s, t = student(x), teacher(x)
+        loss = at_fused.at_loss(s, t)
+    assert s.dtype == t.dtype == dtype
+    assert loss.dtype == torch.float32
+    expected = reference_loss([s.double()], [t.double()])
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    (found,) = torch.autograd.grad(loss * 1024, student.weight, retain_graph=True)
+    (right,) = torch.autograd.grad(expected * 1024, student.weight)
+    assert (found - right).norm() < 0.02 * right.norm()
+
+
+def test_no_grad_and_inference_mode(backend: str) -> None:
+    s, t = pair(2, 3, 4, 4)
+    expected = at_fused.at_loss(s, t).detach()
+    with torch.no_grad():
+        loss = at_fused.at_loss(s, t)
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    with torch.inference_mode():
+        loss = at_fused.at_loss(s * 1, t)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+        torch.testing.assert_close(at_fused.at(s * 1), at_fused.at(s), rtol=0, atol=0)
+
+
+def test_gradients_accumulate_and_graphs_are_reusable(backend: str) -> None:
+    s, t = pair(2, 3, 4, 4)
+    loss = at_fused.at_loss(s, t)
+    loss.backward(retain_graph=True)
+    once = s.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(s.grad, 2 * once)
+    at_fused.at_loss(s, t).backward()
+    torch.testing.assert_close(s.grad, 3 * once)
+
+
+def test_a_feature_changed_before_backward_is_an_error(backend: str) -> None:
+    s, t = pair(2, 3, 4, 4)
+    x = s * 1
+    loss = at_fused.at_loss(x, t)
+    with torch.no_grad():
+        x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_teachers_features_are_not_kept_alive(backend: str) -> None:
+    import weakref
+
+    s, t = pair(2, 3, 4, 4)
+    alive = weakref.ref(t)
+    loss = at_fused.at_loss(s, t)
+    del t
+    assert alive() is None
+    loss.backward()
+
+
+def test_torch_func(backend: str) -> None:
+    s, t = pair(2, 3, 4, 4)
+    s = s.detach()
+    y = torch.randn_like(s)
+
+    def ours(x: Tensor) -> Tensor:
+        return at_fused.at_loss(x, y)
+
+    def lines(x: Tensor) -> Tensor:
+        return popular_at_loss(x, y)
+
+    grad = torch.func.grad
+    torch.testing.assert_close(grad(ours)(s), grad(lines)(s), rtol=1e-5, atol=1e-8)
+    value, gradient = torch.func.grad_and_value(ours)(s)[::-1]
+    torch.testing.assert_close(value, lines(s), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, grad(lines)(s), rtol=1e-5, atol=1e-8)
+    nested = grad(lambda x: grad(ours)(x).square().sum())(s)
+    torch.testing.assert_close(
+        nested, grad(lambda x: grad(lines)(x).square().sum())(s), rtol=1e-4, atol=1e-9
+    )
+    with pytest.raises(RuntimeError, match="at_fused::at_loss"):
+        torch.func.vmap(ours)(s.expand(2, *s.shape))
+
+
+def test_meta_tensors() -> None:
+    s, t = torch.randn(2, 3, 4, 5, device="meta"), torch.randn(2, 7, 4, 5, device="meta")
+    assert at_fused.at_loss(s, t).shape == ()
+    assert at_fused.at_loss([s, s], [t, t], reduction="none").shape == (2,)
+    assert at_fused.attention_map(s).shape == (2, 4, 5)
+
+
+def test_gradients_without_the_flags_are_refused() -> None:
+    s, t = pair(2, 3, 4, 4)
+    loss, maps = _ops.at_loss([s], [t], [], 2.0, "mean", "code", "sum", 1e-12, False, False)
+    assert maps == []
+    with pytest.raises(RuntimeError, match="student_grad"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"student": []}, "as many teachers"),
+        ({"student": [torch.randn(2, 3)]}, r"\(B, C, \*spatial\)"),
+        ({"student": [torch.randn(0, 3, 4, 4)]}, "empty"),
+        ({"student": [torch.randint(5, (2, 3, 4, 4))]}, "float16, bfloat16, float32 or float64"),
+        ({"teacher": [torch.randn(2, 3, 4, 5)]}, "same B and positions"),
+        ({"teacher": [torch.randn(1, 3, 4, 4)]}, "same B and positions"),
+        ({"weights": [1.0, 2.0]}, "a weight per pair"),
+        ({"p": float("nan")}, "p must be"),
+        ({"p": 0.5}, "p must be"),
+        ({"collapse": "median"}, "collapse must be"),
+        ({"form": "book"}, "form must be"),
+        ({"reduction": "mean"}, "reduction must be"),
+        ({"eps": 0.0}, "eps must be"),
+    ],
+    ids=str,
+)
+def test_direct_calls_of_the_compiled_operator_are_checked(
+    change: dict[str, Any], message: str
+) -> None:
+    arguments: dict[str, Any] = {
+        "student": [torch.randn(2, 3, 4, 4)],
+        "teacher": [torch.randn(2, 3, 4, 4)],
+        "weights": [],
+        "p": 2.0,
+        "collapse": "mean",
+        "form": "code",
+        "reduction": "sum",
+        "eps": 1e-12,
+        "student_grad": False,
+        "teacher_grad": False,
+    }
+    with at_fused.use_backend("cpu"), pytest.raises(RuntimeError, match=message):
+        _ops.at_loss(*(arguments | change).values())
+
+
+@pytest.mark.parametrize(
+    "coefficients,pairs,gradient",
+    [
+        (torch.randn(2, 15), [0], None),
+        (torch.randn(16, 2), [0], None),
+        (torch.randn(2, 16).double(), [0], None),
+        (torch.randn(2, 16), [1], torch.randn(1)),
+        (torch.randn(2, 16), [-1], torch.randn(3)),
+        (torch.randn(2, 16), [0, 1], None),
+        (torch.randn(2, 16), [0], torch.randn(2, 2)),
+        (torch.randn(2, 16), [0], torch.ones((), dtype=torch.int64)),
+    ],
+    ids=str,
+)
+def test_direct_calls_of_the_compiled_backward_are_checked(
+    coefficients: Tensor, pairs: list[int], gradient: Tensor | None
+) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    with at_fused.use_backend("cpu"), pytest.raises(RuntimeError, match="at_fused"):
+        _ops.attention_map_backward([x], [coefficients], gradient, pairs, 2.0)
+
+
+def test_module_is_the_function() -> None:
+    module = at_fused.ATLoss(p=4, form="paper", collapse="sum", weights=[1, 2], reduction="none")
+    s, t = pair(2, 3, 4, 4)
+    expected = at_fused.at_loss(
+        [s, s], [t, t], p=4, form="paper", collapse="sum", weights=[1, 2], reduction="none"
+    )
+    for same in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(same([s, s], [t, t]), expected, rtol=0, atol=0)
+    assert "form='paper'" in repr(module)
+    assert not list(module.parameters())
+    assert not module.state_dict()
