@@ -3,7 +3,6 @@
 ``at_loss`` is the drop-in; README.md has the API at a glance.
 """
 
-from at_fused import _ops
 from at_fused._version import __version__
 from at_fused._warnings import AtFusedWarning
 from at_fused.backends import Backend, backends, cpu, use_backend

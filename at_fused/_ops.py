@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from at_fused.backends import eager
+from at_fused.backends import OPERATORS, eager
 
 _library = torch.library.Library("at_fused", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -37,8 +36,6 @@ _library.define(
     " int[] pairs, float p) -> Tensor[]",
     tags=_tags,
 )
-
-OPERATORS = ("attention_map", "at_loss", "attention_map_backward")
 
 for _name in OPERATORS:
     _library.impl(_name, getattr(eager, _name), "CompositeExplicitAutograd")
@@ -271,9 +268,7 @@ class _AttentionMapBackward(torch.autograd.Function):
         count = len(pairs)
         features, coefficients = list(tensors[:count]), list(tensors[count:])
         return tuple(
-            _below_autograd(
-                attention_map_backward, features, coefficients, loss_gradient, pairs, p
-            )
+            _below_autograd(attention_map_backward, features, coefficients, loss_gradient, pairs, p)
         )
 
     @staticmethod
@@ -305,7 +300,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Te
 
     ``Function.apply`` would hand the call to torch.func again, which refuses it at this level.
     """
-    plain = super(torch.autograd.Function, function)
+    plain: Any = super(torch.autograd.Function, function)
     if torch._C._are_functorch_transforms_active():
         with torch._functorch.utils.enable_single_level_autograd_function():
             return plain.apply(*arguments)

@@ -79,7 +79,9 @@ def _features(name: str, given: object, channel_dim: int) -> list[Tensor]:
     if isinstance(given, Tensor):
         return [_feature(name, given, channel_dim)]
     if not isinstance(given, (list, tuple)):
-        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {_kind(given)}")
+        raise TypeError(
+            f"{name} must be a tensor or a list or tuple of tensors, got {_kind(given)}"
+        )
     if not given:
         raise ValueError(f"{name} must not be an empty {_kind(given)}")
     return [_feature(f"{name}[{i}]", x, channel_dim) for i, x in enumerate(given)]
@@ -281,7 +283,5 @@ def at(
     Raises:
         TypeError, ValueError: as :func:`at_loss`.
     """
-    q = attention_map(
-        x, p=p, collapse=collapse, normalize=True, channel_dim=channel_dim, eps=eps
-    )
+    q = attention_map(x, p=p, collapse=collapse, normalize=True, channel_dim=channel_dim, eps=eps)
     return q.flatten(1)

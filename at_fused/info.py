@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import sys
@@ -15,8 +16,7 @@ from at_fused.backends import backends, cpu
 def lines() -> list[str]:
     """The report, a line each."""
     try:
-        from at_fused import _build_info as build
-
+        build = importlib.import_module("at_fused._build_info")
         built = (
             f"{build.compiler} against torch {build.torch}, "
             f"CPU levels {', '.join(build.cpu_isa_levels)}"

@@ -26,9 +26,7 @@ def raw_map(x: Tensor, p: float = 2.0, collapse: str = "mean") -> Tensor:
     return powered.mean(1) if collapse == "mean" else powered.sum(1)
 
 
-def pair_loss(
-    s: Tensor, t: Tensor, p: float, collapse: str, form: str, eps: float
-) -> Tensor:
+def pair_loss(s: Tensor, t: Tensor, p: float, collapse: str, form: str, eps: float) -> Tensor:
     qs, qt = (F.normalize(raw_map(x, p, collapse).flatten(1), eps=eps) for x in (s, t))
     difference = qs - qt
     if form == "code":

@@ -269,9 +269,7 @@ def everything(threads: int, students: list[Tensor], teachers: list[Tensor]) -> 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_for_any_number_of_threads(
-    backend: str, layout: str, dtype: torch.dtype
-) -> None:
+def test_same_bits_for_any_number_of_threads(backend: str, layout: str, dtype: torch.dtype) -> None:
     students = [
         features(1, 24, 91, 83, layout=layout, dtype=dtype),
         features(40, 13, 17, 9, layout=layout, dtype=dtype),

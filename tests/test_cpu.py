@@ -1,4 +1,4 @@
-"""What is particular to the compiled CPU library: instruction-set levels, 16-bit rounding, memory."""
+"""The compiled CPU library: instruction-set levels, 16-bit rounding, memory, threads."""
 
 from __future__ import annotations
 
@@ -21,8 +21,18 @@ OTHER_LEVELS = [level for level in cpu.isa_levels() if level != cpu.isa()]
 def test_other_instruction_set_levels_keep_the_contract(level: str) -> None:
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu or rounding",
-         str(here / "test_contract.py"), str(here / "test_cpu.py")],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "cpu or rounding",
+            str(here / "test_contract.py"),
+            str(here / "test_cpu.py"),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -53,12 +63,15 @@ def test_an_unknown_level_is_said_and_not_used() -> None:
     assert f"C++ kernels, {cpu.isa_levels()[-1]}" in done.stdout
 
 
+TIES = (0.5, 1.5, 1 + 2**-9, 1 + 2**-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding_of_all_16_bit_values(dtype: torch.dtype) -> None:
     """Every 16-bit number times factors that make ties, subnormals, overflow and NaN."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x.reshape(1, 2**8, 2**8)
-    for factor in (1.0, 0.5, 1.5, 1 + 2**-9, 1 + 2**-12, 3.14159, 2**-10, 2**-20, 2**-35, 2**12, -1.0):
+    for factor in (*TIES, 1.0, 3.14159, 2**-10, 2**-20, 2**-35, 2**12, -1.0):
         k = torch.full((1, 2**8), float(factor))
         (found,) = _ops.attention_map_backward([x], [k], None, [0], 2.0)
         expected = (x.float() * factor).to(dtype)
@@ -69,11 +82,13 @@ def test_rounding_of_all_16_bit_values(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("p", [1.25, 1.9, 2.5, 3.0, 5.0, 7.7])
 def test_rounding_of_any_exponent(p: float) -> None:
     """The vector power is right to a few units of the last place over fp32's whole range."""
-    x = torch.cat([
-        torch.logspace(-44, 38, 4001),
-        torch.linspace(0.5, 2, 4001),
-        torch.tensor([0.0, 1.0, 2.0, float("inf")]),
-    ]).reshape(1, 1, -1)
+    x = torch.cat(
+        [
+            torch.logspace(-44, 38, 4001),
+            torch.linspace(0.5, 2, 4001),
+            torch.tensor([0.0, 1.0, 2.0, float("inf")]),
+        ]
+    ).reshape(1, 1, -1)
     found = _ops.attention_map([x], p, "sum")[0].flatten()
     expected = x.flatten().double().pow(p)
     representable = expected > 2.0**-126  # subnormal results keep fewer digits

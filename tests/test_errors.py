@@ -53,7 +53,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "p text": (X, Y, {"p": "2"}, TypeError, "p must be a number, got str"),
     "p bool": (X, Y, {"p": True}, TypeError, "p must be a number, got bool"),
     "p tensor": (X, Y, {"p": torch.tensor(2.0)}, TypeError, "p must be a number, got Tensor"),
-    "collapse": (X, Y, {"collapse": "avg"}, ValueError, "collapse must be 'mean' or 'sum', got 'avg'"),
+    "collapse": (X, Y, {"collapse": "avg"}, ValueError, "collapse must be.*got 'avg'"),
     "form": (X, Y, {"form": 2}, ValueError, "form must be 'code' or 'paper', got 2"),
     "reduction": (X, Y, {"reduction": "mean"}, ValueError, "reduction must be 'sum' or 'none'"),
     "eps zero": (X, Y, {"eps": 0.0}, ValueError, "eps must be a finite number > 0, got 0.0"),
@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "channel_dim": (X, Y, {"channel_dim": 2}, ValueError, "channel_dim must be 1 or -1, got 2"),
     "weights length": (X, Y, {"weights": [1, 2]}, ValueError, "weights.*got 2 for 1 pairs"),
     "weights number": (X, Y, {"weights": 1.0}, TypeError, "weights must be a list.*got float"),
-    "weights text": (X, Y, {"weights": ["a"]}, TypeError, r"weights\[0\] must be a number, got str"),
+    "weights text": (X, Y, {"weights": ["a"]}, TypeError, r"weights\[0\] must be.*got str"),
     "weights nan": (X, Y, {"weights": [float("nan")]}, ValueError, r"weights\[0\] must be finite"),
     "weights tensor": (X, Y, {"weights": torch.ones(1)}, TypeError, "weights must be.*Tensor"),
 }
@@ -103,7 +103,7 @@ def test_module_checks_its_options_when_made() -> None:
 
 
 def test_use_backend() -> None:
-    with pytest.raises(ValueError, match="name must be one of 'auto', .*'eager', got 'gpu'"):
+    with pytest.raises(ValueError, match=r"name must be one of 'auto', .*'eager', got 'gpu'"):
         at_fused.use_backend("gpu")
     with pytest.raises(ValueError, match="got None"):
         at_fused.use_backend(None)

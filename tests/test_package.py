@@ -105,7 +105,7 @@ except RuntimeError as error:
 
 
 def other_pythons() -> list[str]:
-    """This interpreter, and any with another torch that AT_FUSED_TEST_PYTHONS names."""
+    """The interpreter of the tests, and any with another torch that AT_FUSED_TEST_PYTHONS names."""
     named = os.environ.get("AT_FUSED_TEST_PYTHONS", "")
     return [sys.executable, *filter(None, named.split(os.pathsep))]
 

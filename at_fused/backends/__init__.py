@@ -10,13 +10,15 @@ The dispatcher picks: a back end is a set of kernels registered for a device, th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from at_fused.backends import cpu, eager
+
+# What a back end provides: a kernel for each of the operators in _ops.py, under its name.
+OPERATORS = ("attention_map", "at_loss", "attention_map_backward")
 
 
 class Backend(NamedTuple):
@@ -27,12 +29,6 @@ class Backend(NamedTuple):
     devices: tuple[str, ...]
     in_use: bool
     reason: str
-
-
-def _eager_kernels() -> dict[str, Callable[..., Any]]:
-    from at_fused._ops import OPERATORS
-
-    return {name: getattr(eager, name) for name in OPERATORS}
 
 
 _forced = "auto"
@@ -67,17 +63,17 @@ def _force(name: str) -> None:
         _override = torch.library.Library("at_fused", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "[^$]*Overriding a previously registered kernel")
-            for operator, kernel in _eager_kernels().items():
+            for operator in OPERATORS:
                 for key in ("CPU", "CUDA"):
-                    _override.impl(operator, kernel, key, allow_override=True)
+                    _override.impl(operator, getattr(eager, operator), key, allow_override=True)
     _forced = name
 
 
 class use_backend:  # noqa: N801 - used like torch.no_grad
     """Runs the operators on one back end: a setting, or a context manager that undoes it.
 
-    ``name`` is "auto" (the fastest there is for each device), "cpu" or "eager". The choice holds for
-    the whole process, all threads, like ``torch.backends`` flags.
+    ``name`` is "auto" (the fastest there is for each device), "cpu" or "eager". The choice holds
+    for the whole process, all threads, like ``torch.backends`` flags.
 
     Raises:
         ValueError: ``name`` is none of these.

@@ -13,8 +13,9 @@ namespace {
 
 // ---- |x|^p and its derivative over p: |x|^(p-1) * sign(x) -------------------------------------
 
-// 2^((p_high + p_low) * log2(x)) for x >= 0 (NaN stays), to a few units of the last place: log2(x) is
-// a whole number and a small rest, and p_high is short, so that its product with the whole is exact.
+// 2^((p_high + p_low) * log2(x)) for x >= 0 (NaN stays), to a few units of the last place: log2(x)
+// is a whole number and a small rest, and p_high is short, so that its product with the whole is
+// exact.
 AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, float p_high, float p_low) {
   const auto subnormal = x < 0x1p-126f;
   const Vec<float> scaled = select(subnormal, x * 0x1p24f, x);
@@ -29,7 +30,8 @@ AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, float p_high, float p_lo
   const Vec<float> s = (mantissa - 1) / (mantissa + 1);
   const Vec<float> z = s * s;
   const Vec<float> log2_mantissa =
-      s * (2.88539008f + z * (0.961796694f + z * (0.577078016f + z * (0.412198583f + z * 0.320598898f))));
+      s * (2.88539008f +
+           z * (0.961796694f + z * (0.577078016f + z * (0.412198583f + z * 0.320598898f))));
 
   const Vec<float> tail = (p_high + p_low) * log2_mantissa + p_low * exponent;
   Vec<float> y = p_high * exponent + tail;
@@ -39,13 +41,17 @@ AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, float p_high, float p_lo
   // The large product cancels before the small part is added: no digit of it is lost.
   Vec<float> f = (p_high * exponent - rounded) + tail;
   f = select(absolute(y) >= 192.0f, Vec<float>{}, f);
-  const Vec<float> e = 1 + f * (0.693147181f + f * (0.240226507f + f * (0.0555041087f + f * (0.00961812911f +
-                       f * (0.00133335581f + f * (0.000154035304f + f * 1.52527338e-05f))))));
+  const Vec<float> e =
+      1 + f * (0.693147181f +
+               f * (0.240226507f +
+                    f * (0.0555041087f +
+                         f * (0.00961812911f + f * (0.00133335581f + f * (0.000154035304f +
+                                                                          f * 1.52527338e-05f))))));
   // 2^rounded in two factors, so that the result may be subnormal or infinite.
   const auto n = __builtin_convertvector(rounded, VectorOf<int32_t, lanes<float>>::type);
   const auto low = n >> 1;
-  const Vec<float> power = e * bit_cast<Vec<float>>((low + 127) << 23) *
-                           bit_cast<Vec<float>>((n - low + 127) << 23);
+  const Vec<float> power =
+      e * bit_cast<Vec<float>>((low + 127) << 23) * bit_cast<Vec<float>>((n - low + 127) << 23);
   const auto edge = (x == 0) | (x != x) | (x == __builtin_inff());
   return select(edge, x, power);
 }
@@ -58,8 +64,8 @@ AT_FUSED_INLINE Vec<double> positive_power(Vec<double> x, double p_high, double 
 template <class V>
 AT_FUSED_INLINE V signed_like(V magnitude, V x) {
   const auto sign = bit_cast<MaskOf<V>>(-V{});
-  const V value = bit_cast<V>((bit_cast<MaskOf<V>>(magnitude) & ~sign) |
-                              (bit_cast<MaskOf<V>>(x) & sign));
+  const V value =
+      bit_cast<V>((bit_cast<MaskOf<V>>(magnitude) & ~sign) | (bit_cast<MaskOf<V>>(x) & sign));
   return select((x == 0) | (x != x), x, value);  // sign(0) = 0, and a NaN is not hidden
 }
 
@@ -124,8 +130,9 @@ AT_FUSED_INLINE void add_channels(const T* x, int64_t line, int64_t n, P p, bool
                          first ? Vec<A>{} : load(map + i)));
   }
   if (const int rest = int(n - i)) {
-    const Vec<A> value = block([&](const T* c) AT_FUSED_LAMBDA { return load_partial(c + i, rest); },
-                               first ? Vec<A>{} : load_partial(map + i, rest));
+    const Vec<A> value =
+        block([&](const T* c) AT_FUSED_LAMBDA { return load_partial(c + i, rest); },
+              first ? Vec<A>{} : load_partial(map + i, rest));
     store_partial(map + i, value, rest);
   }
 }
@@ -200,8 +207,8 @@ struct CoefficientSplat {
 };
 
 template <class T, class A, class P>
-void backward_planar(const T* x, int64_t line, T* out, int64_t out_line, int64_t channels, int64_t n,
-                     P p, A gradient, const A* k, bool stream) {
+void backward_planar(const T* x, int64_t line, T* out, int64_t out_line, int64_t channels,
+                     int64_t n, P p, A gradient, const A* k, bool stream) {
   for (int64_t c = 0; c < channels; ++c) {
     sweep_line<T, A>(x + c * line, out + c * out_line, n, stream, CoefficientRow<A>{k},
                      [&](Vec<A> a, Vec<A> kn)
@@ -267,9 +274,8 @@ double sample_loss(const SampleLoss& sample, S* student, T* teacher) {
   // A division gives a single position exactly 1, so that its loss is exactly 0; it costs too much
   // elsewhere.
   const bool single = sample.N == 1;
-  const auto normalize = [single](Vec<double> raw, double bound, double inverse) AT_FUSED_LAMBDA {
-    return single ? raw / bound : raw * inverse;
-  };
+  const auto normalize = [single](Vec<double> raw, double bound, double inverse)
+                             AT_FUSED_LAMBDA { return single ? raw / bound : raw * inverse; };
 
   // The differences are summed as such: 2 - 2 qs.qt would cancel where the maps are alike.
   Vec<double> squares{}, along_student{}, along_teacher{};
@@ -296,7 +302,7 @@ double sample_loss(const SampleLoss& sample, S* student, T* teacher) {
     const double gs = slope * is * sample.student_scale, gt = slope * it * sample.teacher_scale;
     for_each_position(student, teacher, sample.N, [&](S* s, T* t) AT_FUSED_LAMBDA {
       const Vec<double> qs = normalize(load_fp64(s), student_bound, is);
-    const Vec<double> qt = normalize(load_fp64(t), teacher_bound, it);
+      const Vec<double> qt = normalize(load_fp64(t), teacher_bound, it);
       const Vec<double> difference = qs - qt;
       if (sample.student_grad) store_fp64(s, gs * (difference - qs * ps));
       if (sample.teacher_grad) store_fp64(t, gt * (qt * pt - difference));

@@ -190,8 +190,8 @@ int64_t task_bytes(int64_t total_bytes, int64_t most) {
 
 // Cuts B samples of `lines` lines into tasks of about `bytes`, along samples while they are small
 // and in multiples of `step` lines where one alone is larger.
-void cut(std::vector<Task>& tasks, int64_t index, int64_t B, int64_t lines, int64_t bytes_per_sample,
-         int64_t bytes, int64_t step) {
+void cut(std::vector<Task>& tasks, int64_t index, int64_t B, int64_t lines,
+         int64_t bytes_per_sample, int64_t bytes, int64_t step) {
   const int64_t parts = (bytes_per_sample + bytes / 2) / bytes;
   if (parts > 1 && lines > step) {
     const int64_t count = (lines / parts + step - 1) / step * step;
@@ -281,8 +281,8 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
                   " and ", teacher.size());
   STD_TORCH_CHECK(weights.empty() || weights.size() == n, "at_fused: a weight per pair, got ",
                   weights.size(), " for ", n);
-  STD_TORCH_CHECK(form == "code" || form == "paper", "at_fused: form must be 'code' or 'paper', got '",
-                  form, "'");
+  STD_TORCH_CHECK(form == "code" || form == "paper",
+                  "at_fused: form must be 'code' or 'paper', got '", form, "'");
   STD_TORCH_CHECK(reduction == "sum" || reduction == "none",
                   "at_fused: reduction must be 'sum' or 'none', got '", reduction, "'");
   STD_TORCH_CHECK(eps > 0 && std::isfinite(eps), "at_fused: eps must be a finite number > 0, got ",
@@ -343,11 +343,13 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
     const int64_t N = pair.student.N;
     for (int64_t b = task.b0; b < task.b1; ++b) {
       void* student_map =
-          pair.student_map ? static_cast<void*>(pair.student_map + b * N * map_element_size(pair.student))
-                           : scratch.get() + worker * 2 * longest;
+          pair.student_map
+              ? static_cast<void*>(pair.student_map + b * N * map_element_size(pair.student))
+              : scratch.get() + worker * 2 * longest;
       void* teacher_map =
-          pair.teacher_map ? static_cast<void*>(pair.teacher_map + b * N * map_element_size(pair.teacher))
-                           : scratch.get() + (worker * 2 + 1) * longest;
+          pair.teacher_map
+              ? static_cast<void*>(pair.teacher_map + b * N * map_element_size(pair.teacher))
+              : scratch.get() + (worker * 2 + 1) * longest;
       kernels().attention_map(pair.student, b, task.begin, task.end, p, pair.student_collapse,
                               student_map);
       kernels().attention_map(pair.teacher, b, task.begin, task.end, p, pair.teacher_collapse,
@@ -424,8 +426,8 @@ auto pair_gradients(const std::optional<Tensor>& gradient) {
   }
   const bool same = !gradient || gradient->dim() == 0;
   return [values, same](int64_t pair) {
-    STD_TORCH_CHECK(same || (pair >= 0 && size_t(pair) < values.size()),
-                    "at_fused: pair number ", pair, " is out of range");
+    STD_TORCH_CHECK(same || (pair >= 0 && size_t(pair) < values.size()), "at_fused: pair number ",
+                    pair, " is out of range");
     return values[same ? 0 : pair];
   };
 }

@@ -34,8 +34,8 @@ constexpr int lanes = AT_FUSED_VECTOR_BYTES / sizeof(A);
 template <class A>
 using Vec = typename VectorOf<A, lanes<A>>::type;
 
-using Word = VectorOf<uint32_t, lanes<float>>::type;       // the bits of a Vec<float>
-using HalfWord = VectorOf<uint16_t, lanes<float>>::type;   // as many 16-bit elements
+using Word = VectorOf<uint32_t, lanes<float>>::type;      // the bits of a Vec<float>
+using HalfWord = VectorOf<uint16_t, lanes<float>>::type;  // as many 16-bit elements
 
 template <class To, class From>
 AT_FUSED_INLINE To bit_cast(const From& from) {
