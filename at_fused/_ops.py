@@ -40,9 +40,7 @@ _library.define(
 for _name in OPERATORS:
     _library.impl(_name, getattr(eager, _name), "CompositeExplicitAutograd")
 
-attention_map = torch.ops.at_fused.attention_map.default
-at_loss = torch.ops.at_fused.at_loss.default
-attention_map_backward = torch.ops.at_fused.attention_map_backward.default
+_operators = torch.ops.at_fused
 
 
 # ---- fake kernels: shapes, dtypes and strides without data ---------------------------------------
@@ -96,53 +94,38 @@ def _(
 # tree. These functions take their tensors flat instead.
 
 
-# Second derivatives are taken by aliases (view_as) of what was saved: a coefficient map is itself a
-# function of the features beside it, and that way must not be gone here as well.
-
-
 def _differentiate(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    wanted: Sequence[bool],
     gradients: Sequence[Tensor | None],
     create_graph: bool,
 ) -> list[Tensor | None]:
-    """Vector-Jacobian products for the wanted inputs, None for the others."""
-    known = [
-        (out, g)
-        for out, g in zip(outputs, gradients, strict=True)
-        if g is not None and out.requires_grad
-    ]
-    chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
-    if not known or not chosen:
+    """Vector-Jacobian products; None where an input has no part in an output with a gradient."""
+    known = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+    known = [(o, g) for o, g in known if o.requires_grad]
+    if not known or not inputs:
         return [None] * len(inputs)
-    found = iter(
+    return list(
         torch.autograd.grad(
-            [out for out, _ in known],
-            chosen,
+            [o for o, _ in known],
+            inputs,
             [g for _, g in known],
             create_graph=create_graph,
             allow_unused=True,
         )
     )
-    return [next(found) if w else None for w in wanted]
 
 
 def _below_autograd(operator: Any, *arguments: Any) -> Any:
     """Calls an operator's kernel itself, not its autograd again."""
     with torch._C._AutoDispatchBelowAutograd():
-        if torch._C._are_functorch_transforms_active():
-            # Below this level of torch.func may lie another one that differentiates, and
-            # Function.forward has switched that off for it.
-            with torch.enable_grad():
-                return operator(*arguments)
         return operator(*arguments)
 
 
 class _AttentionMap(torch.autograd.Function):
     @staticmethod
     def forward(p: float, collapse: str, *features: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_below_autograd(attention_map, list(features), p, collapse))
+        return tuple(_below_autograd(_operators.attention_map.default, list(features), p, collapse))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -172,7 +155,7 @@ class _ATLoss(torch.autograd.Function):
     @staticmethod
     def forward(pairs: int, options: tuple[Any, ...], *features: Tensor) -> tuple[Tensor, ...]:
         loss, maps = _below_autograd(
-            at_loss, list(features[:pairs]), list(features[pairs:]), *options
+            _operators.at_loss.default, list(features[:pairs]), list(features[pairs:]), *options
         )
         return loss, *maps
 
@@ -193,17 +176,13 @@ class _ATLoss(torch.autograd.Function):
     def backward(
         ctx: Any, loss_gradient: Tensor | None, *map_gradients: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        pairs, sides = ctx.pairs, ctx.sides
+        pairs = ctx.pairs
         p = ctx.options[1]
         needed = ctx.needs_input_grad[2:]
-        kept = len(sides) * pairs
-        maps = ctx.saved_tensors[kept:]
-        features: list[Tensor | None] = [None] * (2 * pairs)
-        for slot, side in enumerate(sides):
-            features[side * pairs : (side + 1) * pairs] = ctx.saved_tensors[
-                slot * pairs : (slot + 1) * pairs
-            ]
-        wanted = [i for i, x in enumerate(features) if x is not None and needed[i]]
+        kept = [side * pairs + i for side in ctx.sides for i in range(pairs)]
+        saved = ctx.saved_tensors
+        features, maps = dict(zip(kept, saved, strict=False)), saved[len(kept) :]
+        wanted = [i for i in kept if needed[i]]
         if len(wanted) != sum(needed):
             raise RuntimeError(
                 "at_fused::at_loss: a gradient is wanted for a side that was called without "
@@ -231,7 +210,7 @@ class _ATLoss(torch.autograd.Function):
 
 def _through_coefficients(
     ctx: Any,
-    features: list[Tensor | None],
+    features: dict[int, Tensor],
     maps: Sequence[Tensor],
     wanted: list[int],
     map_gradients: Sequence[Tensor | None],
@@ -240,24 +219,25 @@ def _through_coefficients(
     pairs = ctx.pairs
     weights, p, collapse, form, _, eps, _, _ = ctx.options
     create_graph = torch.is_grad_enabled()
+    scales = [p / c if collapse == "mean" else p for c in ctx.channels]
+    outputs: list[Tensor] = []
+    gradients: list[Tensor | None] = []
     with torch.enable_grad():
-        features = [None if x is None else x.view_as(x) for x in features]
+        # By aliases: a coefficient map is itself a function of the features.
+        inputs = {i: x.view_as(x) for i, x in features.items()}
         raw = [
-            m if x is None else attention_map([x], p, collapse)[0]
-            for x, m in zip(features, maps, strict=True)
+            attention_map([inputs[i]], p, collapse)[0] if i in inputs else m
+            for i, m in enumerate(maps)
         ]
-        scales = [p / c if collapse == "mean" else p for c in ctx.channels]
-        coefficients: list[Tensor] = [None] * (2 * pairs)  # type: ignore[list-item]
         for i in range(pairs):
             j = pairs + i
-            _, ks, kt = eager.pair_loss(
-                raw[i], raw[j], weights[i] if weights else 1.0, form, eps, scales[i], scales[j]
-            )
-            coefficients[i], coefficients[j] = ks.to(raw[i].dtype), kt.to(raw[j].dtype)
-        inputs = [x for x in features if x is not None]
-        flags = [i in wanted for i, x in enumerate(features) if x is not None]
-        found = iter(_differentiate(coefficients, inputs, flags, map_gradients, create_graph))
-    return [None if x is None else next(found) for x in features]
+            weight = weights[i] if weights else 1.0
+            _, ks, kt = eager.pair_loss(raw[i], raw[j], weight, form, eps, scales[i], scales[j])
+            outputs += ks.to(raw[i].dtype), kt.to(raw[j].dtype)
+            gradients += map_gradients[i], map_gradients[j]
+        found = _differentiate(outputs, [inputs[i] for i in wanted], gradients, create_graph)
+    by_index = dict(zip(wanted, found, strict=True))
+    return [by_index.get(i) for i in range(2 * pairs)]
 
 
 class _AttentionMapBackward(torch.autograd.Function):
@@ -268,7 +248,14 @@ class _AttentionMapBackward(torch.autograd.Function):
         count = len(pairs)
         features, coefficients = list(tensors[:count]), list(tensors[count:])
         return tuple(
-            _below_autograd(attention_map_backward, features, coefficients, loss_gradient, pairs, p)
+            _below_autograd(
+                _operators.attention_map_backward.default,
+                features,
+                coefficients,
+                loss_gradient,
+                pairs,
+                p,
+            )
         )
 
     @staticmethod
@@ -284,26 +271,26 @@ class _AttentionMapBackward(torch.autograd.Function):
         saved = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         count = len(pairs)
+        needed = ctx.needs_input_grad[3:] if no_gradient else ctx.needs_input_grad[2:]
         with torch.enable_grad():
+            # By aliases: a coefficient map is itself a function of the features.
             saved = [x.view_as(x) for x in saved]
             loss_gradient, tensors = (None, saved) if no_gradient else (saved[0], saved[1:])
             outputs = eager.attention_map_backward(
-                list(tensors[:count]), list(tensors[count:]), loss_gradient, pairs, p
+                tensors[:count], tensors[count:], loss_gradient, pairs, p
             )
-            wanted = ctx.needs_input_grad[3:] if no_gradient else ctx.needs_input_grad[2:]
-            found = _differentiate(outputs, saved, wanted, gradients, create_graph)
+            wanted = [x for x, n in zip(saved, needed, strict=True) if n]
+            products = iter(_differentiate(outputs, wanted, gradients, create_graph))
+        found = [next(products) if n else None for n in needed]
         return None, None, *((None,) if no_gradient else ()), *found
 
 
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Tensor, ...]:
-    """``function.apply`` for a kernel below the dispatcher, where torch.func has done its part.
-
-    ``Function.apply`` would hand the call to torch.func again, which refuses it at this level.
-    """
-    plain: Any = super(torch.autograd.Function, function)
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if torch._C._are_functorch_transforms_active():
-        with torch._functorch.utils.enable_single_level_autograd_function():
-            return plain.apply(*arguments)
+        return function.apply(*arguments)
+    # Function.apply itself first binds the arguments to forward's signature, for default values;
+    # there are none here, and that costs more than all the rest of a small call.
+    plain: Any = super(torch.autograd.Function, function)
     return plain.apply(*arguments)
 
 
@@ -316,7 +303,7 @@ def _tracks(*groups: Sequence[Tensor | None]) -> bool:
 def _attention_map_autograd(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
     if _tracks(features):
         return list(_apply(_AttentionMap, p, collapse, *features))
-    return _below_autograd(attention_map, features, p, collapse)
+    return _below_autograd(_operators.attention_map.default, features, p, collapse)
 
 
 def _at_loss_autograd(
@@ -325,7 +312,7 @@ def _at_loss_autograd(
     if _tracks(student, teacher):
         loss, *maps = _apply(_ATLoss, len(student), options, *student, *teacher)
         return loss, maps
-    return _below_autograd(at_loss, student, teacher, *options)
+    return _below_autograd(_operators.at_loss.default, student, teacher, *options)
 
 
 def _attention_map_backward_autograd(
@@ -339,9 +326,50 @@ def _attention_map_backward_autograd(
         return list(
             _apply(_AttentionMapBackward, pairs, p, loss_gradient, *features, *coefficients)
         )
-    return _below_autograd(attention_map_backward, features, coefficients, loss_gradient, pairs, p)
+    return _below_autograd(
+        _operators.attention_map_backward.default, features, coefficients, loss_gradient, pairs, p
+    )
 
 
 _library.impl("attention_map", _attention_map_autograd, "Autograd")
 _library.impl("at_loss", _at_loss_autograd, "Autograd")
 _library.impl("attention_map_backward", _attention_map_backward_autograd, "Autograd")
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+#
+# torch.func sees an autograd.Function only where it is applied above the dispatcher.
+
+
+def _in_torch_func() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def attention_map(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
+    """``torch.ops.at_fused.attention_map``, also inside torch.func."""
+    call = _attention_map_autograd if _in_torch_func() else _operators.attention_map.default
+    return call(features, p, collapse)
+
+
+def at_loss(
+    student: list[Tensor], teacher: list[Tensor], *options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """``torch.ops.at_fused.at_loss``, also inside torch.func."""
+    call = _at_loss_autograd if _in_torch_func() else _operators.at_loss.default
+    return call(student, teacher, *options)
+
+
+def attention_map_backward(
+    features: list[Tensor],
+    coefficients: list[Tensor],
+    loss_gradient: Tensor | None,
+    pairs: list[int],
+    p: float,
+) -> list[Tensor]:
+    """``torch.ops.at_fused.attention_map_backward``, also inside torch.func."""
+    call = (
+        _attention_map_backward_autograd
+        if _in_torch_func()
+        else _operators.attention_map_backward.default
+    )
+    return call(features, coefficients, loss_gradient, pairs, p)
