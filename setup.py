@@ -65,12 +65,14 @@ def extensions() -> list:
     import pybind11
 
     windows = platform.system() == "Windows"
+    link = ["-Wl,-s", "-Wl,--as-needed"] if platform.system() == "Linux" else []
     build_info = CppExtension(
         "at_fused._build_info",
         ["csrc/build_info.cpp"],
         include_dirs=[pybind11.get_include()],
         define_macros=[(name, f'"{value}"') for name, value in defines.items()],
     )
+    build_info.extra_link_args = link
     # It reports on a package that cannot find its torch, so it must not need one itself.
     build_info.libraries.clear()
     build_info.library_dirs.clear()
@@ -88,7 +90,7 @@ def extensions() -> list:
             "-Wno-psabi",
             "-Wno-maybe-uninitialized",
         ],
-        extra_link_args=["-Wl,-s", "-Wl,--as-needed"] if platform.system() == "Linux" else [],
+        extra_link_args=link,
         # The library has no Python in it: one file for all Pythons.
         py_limited_api=True,
     )

@@ -338,25 +338,25 @@ _library.impl("attention_map_backward", _attention_map_backward_autograd, "Autog
 
 # ---- calls ---------------------------------------------------------------------------------------
 #
-# torch.func sees an autograd.Function only where it is applied above the dispatcher.
-
-
-def _in_torch_func() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+# A graph that is being compiled or exported holds the operators themselves. Elsewhere the autograd
+# functions are called directly: it saves a way through the dispatcher, and torch.func sees an
+# autograd.Function only where it is applied above the dispatcher.
 
 
 def attention_map(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
-    """``torch.ops.at_fused.attention_map``, also inside torch.func."""
-    call = _attention_map_autograd if _in_torch_func() else _operators.attention_map.default
-    return call(features, p, collapse)
+    """``torch.ops.at_fused.attention_map``."""
+    if torch.compiler.is_compiling():
+        return _operators.attention_map.default(features, p, collapse)
+    return _attention_map_autograd(features, p, collapse)
 
 
 def at_loss(
     student: list[Tensor], teacher: list[Tensor], *options: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    """``torch.ops.at_fused.at_loss``, also inside torch.func."""
-    call = _at_loss_autograd if _in_torch_func() else _operators.at_loss.default
-    return call(student, teacher, *options)
+    """``torch.ops.at_fused.at_loss``."""
+    if torch.compiler.is_compiling():
+        return _operators.at_loss.default(student, teacher, *options)
+    return _at_loss_autograd(student, teacher, *options)
 
 
 def attention_map_backward(
@@ -366,10 +366,8 @@ def attention_map_backward(
     pairs: list[int],
     p: float,
 ) -> list[Tensor]:
-    """``torch.ops.at_fused.attention_map_backward``, also inside torch.func."""
-    call = (
-        _attention_map_backward_autograd
-        if _in_torch_func()
-        else _operators.attention_map_backward.default
-    )
-    return call(features, coefficients, loss_gradient, pairs, p)
+    """``torch.ops.at_fused.attention_map_backward``."""
+    if torch.compiler.is_compiling():
+        operator = _operators.attention_map_backward.default
+        return operator(features, coefficients, loss_gradient, pairs, p)
+    return _attention_map_backward_autograd(features, coefficients, loss_gradient, pairs, p)

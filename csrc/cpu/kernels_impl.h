@@ -126,6 +126,10 @@ AT_FUSED_INLINE void add_channels(const T* x, int64_t line, int64_t n, P p, bool
   };
   int64_t i = 0;
   for (; i + width <= n; i += width) {
+    // Rows of 16-bit elements are too short for the hardware to run ahead in each of them.
+    if (rows > 1 && sizeof(T) < 4 && i % (2 * width) == 0) {
+      for (int r = 0; r < rows; ++r) __builtin_prefetch(x + (r + rows) * line + i, 0, 3);
+    }
     store(map + i, block([&](const T* c) AT_FUSED_LAMBDA { return load(c + i); },
                          first ? Vec<A>{} : load(map + i)));
   }
@@ -152,19 +156,56 @@ void attention_map_planar(const T* x, int64_t C, int64_t line, int64_t n, P p, A
   }
 }
 
-template <class T, class A, class P>
-void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale,
-                               A* map) {
+// The channels of one position, added up lane by lane. `vectors` is C / width where that is small
+// enough to be known when compiling, else -1.
+template <int vectors, class T, class A, class P>
+AT_FUSED_INLINE Vec<A> add_position(const T* x, int64_t C, P p) {
   constexpr int width = lanes<A>;
-  for (int64_t i = 0; i < n; ++i, x += line) {
-    Vec<A> total[4] = {};
-    int64_t c = 0;
+  Vec<A> total[4] = {};
+  int64_t c = 0;
+  if constexpr (vectors >= 0) {
+    for (int u = 0; u < vectors; ++u) total[u] = p.power(load(x + u * width));
+    c = vectors * width;
+  } else {
     for (; c + 4 * width <= C; c += 4 * width) {
       for (int u = 0; u < 4; ++u) total[u] += p.power(load(x + c + u * width));
     }
     for (; c + width <= C; c += width) total[0] += p.power(load(x + c));
-    if (const int rest = int(C - c)) total[1] += p.power(load_partial(x + c, rest));
-    map[i] = sum<A>((total[0] + total[1]) + (total[2] + total[3])) * scale;
+  }
+  if (const int rest = int(C - c)) total[1] += p.power(load_partial(x + c, rest));
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+template <int vectors, class T, class A, class P>
+void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale,
+                               A* map) {
+  constexpr int width = lanes<A>;
+  for (; n >= width; n -= width, map += width) {
+    Vec<A> totals[width];
+    for (int j = 0; j < width; ++j, x += line) totals[j] = add_position<vectors, T, A>(x, C, p);
+    store(map, sum_each<A>(totals) * scale);
+  }
+  if (n > 0) {
+    Vec<A> totals[width] = {};
+    for (int j = 0; j < n; ++j, x += line) totals[j] = add_position<vectors, T, A>(x, C, p);
+    store_partial(map, sum_each<A>(totals) * scale, int(n));
+  }
+}
+
+template <class T, class A, class P>
+void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale,
+                               A* map) {
+  switch (C / lanes<A>) {
+    case 0:
+      return attention_map_interleaved<0, T, A>(x, C, line, n, p, scale, map);
+    case 1:
+      return attention_map_interleaved<1, T, A>(x, C, line, n, p, scale, map);
+    case 2:
+      return attention_map_interleaved<2, T, A>(x, C, line, n, p, scale, map);
+    case 4:
+      return attention_map_interleaved<4, T, A>(x, C, line, n, p, scale, map);
+    default:
+      return attention_map_interleaved<-1, T, A>(x, C, line, n, p, scale, map);
   }
 }
 

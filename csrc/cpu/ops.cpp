@@ -476,7 +476,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
     const Feature& feature = features[i];
     advise_huge_pages(written[i].mutable_data_ptr(), feature.B * sample_bytes(feature));
     cut(tasks, int64_t(i), feature.B, feature.layout == Layout::planar ? feature.C : feature.N,
-        sample_bytes(feature), task_bytes(total, 2 << 20), 1);
+        sample_bytes(feature), task_bytes(total, 8 << 20), 1);
   }
   const bool stream = total > last_level_cache_bytes();
   run(tasks, worker_count(total, tasks.size()), [&](const Task& task, int64_t) {

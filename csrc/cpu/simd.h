@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -57,10 +58,32 @@ AT_FUSED_INLINE V read(const void* from) {
   return v;
 }
 
+// __builtin_convertvector would do, in twice as many instructions.
+AT_FUSED_INLINE Word widen_bits(HalfWord bits) {
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
+  return (Word)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
+  return (Word)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, Word);
+#endif
+}
+
+AT_FUSED_INLINE HalfWord narrow_bits(Word bits) {
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
+  return (HalfWord)_mm512_cvtepi32_epi16((__m512i)bits);
+#elif defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
+  return (HalfWord)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)bits),
+                                    _mm256_extracti128_si256((__m256i)bits, 1));
+#else
+  return __builtin_convertvector(bits, HalfWord);
+#endif
+}
+
 // ---- 16-bit floating point, in fp32 registers -------------------------------------------------
 
 AT_FUSED_INLINE Vec<float> widen(HalfWord bits, BFloat16) {
-  return bit_cast<Vec<float>>(__builtin_convertvector(bits, Word) << 16);
+  return bit_cast<Vec<float>>(widen_bits(bits) << 16);
 }
 
 // Round to nearest even; a NaN stays one (the rounding could carry its payload away).
@@ -69,7 +92,7 @@ AT_FUSED_INLINE HalfWord narrow(Vec<float> value, BFloat16) {
   const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Word nan = (bits >> 16) | 0x40u;
   const Word is_nan = (Word)(value != value);
-  return __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), HalfWord);
+  return narrow_bits((is_nan & nan) | (~is_nan & rounded));
 }
 
 #if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES >= 32
@@ -94,7 +117,7 @@ AT_FUSED_INLINE HalfWord narrow(Vec<float> value, Half) {
 
 // Exponents are re-biased by a multiplication, which also normalises subnormals.
 AT_FUSED_INLINE Vec<float> widen(HalfWord bits, Half) {
-  const Word wide = __builtin_convertvector(bits, Word);
+  const Word wide = widen_bits(bits);
   const Word magnitude = (wide & 0x7fffu) << 13;
   const Vec<float> scaled = bit_cast<Vec<float>>(magnitude) * 0x1p112f;
   const Word special = (Word)((wide & 0x7c00u) == 0x7c00u);  // infinity or NaN
@@ -123,7 +146,7 @@ AT_FUSED_INLINE HalfWord narrow(Vec<float> value, Half) {
   result = (overflow & 0x7c00u) | (~overflow & result);
   const Word is_nan = (Word)(magnitude > 0x7f800000u);
   result = (is_nan & 0x7e00u) | (~is_nan & result);
-  return __builtin_convertvector(result | sign, HalfWord);
+  return narrow_bits(result | sign);
 }
 
 #endif
@@ -236,27 +259,36 @@ AT_FUSED_INLINE V absolute(V x) {
   return bit_cast<V>(bit_cast<MaskOf<V>>(x) & ~sign);
 }
 
-// The sum of the lanes, in halves: its order depends on the vector's width alone.
-template <class A, int n>
-AT_FUSED_INLINE A sum_lanes(typename VectorOf<A, n>::type v) {
-  if constexpr (n == 2) {
-    return v[0] + v[1];
-  } else if constexpr (n == 4) {
-    return sum_lanes<A, 2>(__builtin_shufflevector(v, v, 0, 1) +
-                           __builtin_shufflevector(v, v, 2, 3));
-  } else if constexpr (n == 8) {
-    return sum_lanes<A, 4>(__builtin_shufflevector(v, v, 0, 1, 2, 3) +
-                           __builtin_shufflevector(v, v, 4, 5, 6, 7));
+// The sums of the lanes of `lanes<A>` vectors, as one vector: a third of the instructions of one
+// sum after the other. Every sum folds its halves again and again, so its order depends on the
+// vector's width alone.
+template <int segment, class A, int... i>
+AT_FUSED_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, std::integer_sequence<int, i...>) {
+  // Lane i of the result: segment i / segment of both, its first half from a, its second from b.
+  constexpr int half = segment / 2;
+  const auto low = __builtin_shufflevector(
+      a, b, (i / segment * segment + i % half + (i % segment < half ? 0 : lanes<A>))...);
+  const auto high = __builtin_shufflevector(
+      a, b, (i / segment * segment + i % half + half + (i % segment < half ? 0 : lanes<A>))...);
+  return low + high;
+}
+
+template <class A, int count = lanes<A>>
+AT_FUSED_INLINE Vec<A> sum_each(Vec<A> (&v)[lanes<A>]) {
+  if constexpr (count > 1) {
+    for (int i = 0; i < count / 2; ++i) {
+      v[i] = fold<count, A>(v[i], v[i + count / 2], std::make_integer_sequence<int, lanes<A>>{});
+    }
+    return sum_each<A, count / 2>(v);
   } else {
-    static_assert(n == 16, "no wider vectors");
-    return sum_lanes<A, 8>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+    return v[0];
   }
 }
 
 template <class A>
 AT_FUSED_INLINE A sum(Vec<A> v) {
-  return sum_lanes<A, lanes<A>>(v);
+  Vec<A> all[lanes<A>] = {v};
+  return sum_each<A>(all)[0];
 }
 
 }  // namespace
