@@ -25,7 +25,10 @@ def seconds(program: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-@pytest.fixture(scope="module", params=[(c, d, m) for c in CASES for d in DTYPES for m in LAYOUTS])
+SETTINGS = [(c, d, m) for c in CASES for d in DTYPES for m in LAYOUTS]
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda s: f"{s[0][0]}-{s[1]}-{s[2]}")
 def setting(request: pytest.FixtureRequest) -> tuple[tuple[str, str, str], Inputs, dict]:
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -1,0 +1,1 @@
+"""`at-fused-train`: attention transfer on a small real task, start to finish."""
