@@ -8,6 +8,13 @@ import pytest
 import torch
 
 import at_fused
+from at_fused.backends import cpu
+
+if not cpu.available():
+    raise pytest.UsageError(
+        f"the tests need the compiled library: {cpu.reason()}. Install the package, and run "
+        "'pytest' rather than 'python -m pytest', which imports the checkout instead."
+    )
 
 BACKENDS = [name for name, row in at_fused.backends().items() if row.available]
 

@@ -1,67 +1,12 @@
-"""The compiled CPU library: instruction-set levels, 16-bit rounding, memory, threads."""
+"""The compiled CPU library: rounding of 16-bit values and of any exponent, memory, threads."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import at_fused
 from at_fused import _ops
-from at_fused.backends import cpu
-
-OTHER_LEVELS = [level for level in cpu.isa_levels() if level != cpu.isa()]
-
-
-@pytest.mark.parametrize("level", OTHER_LEVELS)
-def test_other_instruction_set_levels_keep_the_contract(level: str) -> None:
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "cpu or rounding",
-            str(here / "test_contract.py"),
-            str(here / "test_cpu.py"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"AT_FUSED_CPU_ISA": level, "AT_FUSED_TEST_NESTED": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
-
-
-if os.environ.get("AT_FUSED_TEST_NESTED"):
-    # Run by the test above: its own parametrisation would go on for ever.
-    del test_other_instruction_set_levels_keep_the_contract
-
-    def test_the_wanted_level_runs_cpu() -> None:
-        assert cpu.isa() == os.environ["AT_FUSED_CPU_ISA"]
-
-
-def test_an_unknown_level_is_said_and_not_used() -> None:
-    code = "import at_fused; print(at_fused.backends()['cpu'].reason)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"AT_FUSED_CPU_ISA": "mmx"},
-    )
-    assert "AT_FUSED_CPU_ISA must be one of baseline" in done.stderr
-    assert f"C++ kernels, {cpu.isa_levels()[-1]}" in done.stdout
-
 
 TIES = (0.5, 1.5, 1 + 2**-9, 1 + 2**-12)
 

@@ -232,7 +232,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder and stdout of one --quick run."""
     out = tmp_path_factory.mktemp("train") / "run"
     command = [sys.executable, "-m", "at_fused.train", "--quick", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=out.parent)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 

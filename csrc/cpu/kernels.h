@@ -57,6 +57,9 @@ struct Kernels {
                                  bool stream);
 };
 
+// The table of the level in use.
+const Kernels& kernels();
+
 extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;

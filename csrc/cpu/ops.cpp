@@ -1,228 +1,23 @@
-// The CPU implementations of torch.ops.at_fused.*: tensors in, work shared out over torch's
-// threads, kernels of the instruction-set level found at load time. Schemas are in _ops.py.
+// The CPU implementations of torch.ops.at_fused.*. Their schemas are in _ops.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
+#include "features.h"
 #include "kernels.h"
+#include "tasks.h"
 
 namespace at_fused {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
-// ---- instruction-set level --------------------------------------------------------------------
-
-// The levels that this processor has, lowest first.
-std::vector<const Kernels*> usable_kernels() {
-  std::vector<const Kernels*> usable = {&kernels_baseline};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    usable.push_back(&kernels_avx2);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      usable.push_back(&kernels_avx512);
-    }
-  }
-#endif
-  return usable;
-}
-
-// AT_FUSED_CPU_ISA asks for a lower level than the highest, for tests and comparisons.
-const Kernels& choose_kernels() {
-  const std::vector<const Kernels*> usable = usable_kernels();
-  if (const char* wanted = std::getenv("AT_FUSED_CPU_ISA")) {
-    for (const Kernels* kernels : usable) {
-      if (std::string(wanted) == kernels->name) return *kernels;
-    }
-  }
-  return *usable.back();
-}
-
-const Kernels& kernels() {
-  static const Kernels& chosen = choose_kernels();
-  return chosen;
-}
-
-// ---- tensors as features ----------------------------------------------------------------------
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::Half:
-      return Dtype::float16;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "at_fused: features must be float16, bfloat16, float32 or float64");
-  }
-}
-
-int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
-
-bool accumulates_fp64(const Feature& feature) { return feature.dtype == Dtype::float64; }
-int64_t map_element_size(const Feature& feature) { return accumulates_fp64(feature) ? 8 : 4; }
-ScalarType map_dtype(const Feature& feature) {
-  return accumulates_fp64(feature) ? ScalarType::Double : ScalarType::Float;
-}
-int64_t sample_bytes(const Feature& feature) {
-  return feature.C * feature.N * element_size(feature.dtype);
-}
-
-// The strides of (B, C, *spatial) as those of (B, C, N); false where no native layout has them.
-bool describe(const Tensor& tensor, Feature& feature) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  const int64_t rank = tensor.dim();
-  feature.dtype = dtype_of(tensor);
-  feature.data = tensor.data_ptr();
-  feature.B = sizes[0];
-  feature.C = sizes[1];
-  feature.N = 1;
-  int64_t position = 0;  // the stride from one position to the next
-  for (int64_t d = rank - 1; d >= 2; --d) {
-    if (sizes[d] == 1) continue;
-    if (feature.N == 1) position = strides[d];
-    if (strides[d] != position * feature.N) return false;
-    feature.N *= sizes[d];
-  }
-  feature.batch = strides[0];
-  const int64_t channel = strides[1];
-  if (feature.N > 1 && position == 1) {
-    feature.layout = Layout::planar;
-    feature.line = channel;
-    return true;
-  }
-  if (channel == 1 || feature.C == 1) {
-    feature.layout = Layout::interleaved;
-    feature.line = position;
-    return true;
-  }
-  feature.layout = Layout::planar;
-  feature.line = channel;
-  return feature.N == 1;
-}
-
-void check_feature(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
-  STD_TORCH_CHECK(tensor.numel() > 0, "at_fused: features must not be empty");
-  STD_TORCH_CHECK(tensor.is_cpu(), "at_fused: all features must be on the same device");
-}
-
-// A native view of the tensor; `tensor` is replaced by a contiguous copy where it has none.
-Feature native_feature(Tensor& tensor) {
-  check_feature(tensor);
-  Feature feature;
-  if (!describe(tensor, feature)) {
-    tensor = torch::stable::contiguous(tensor);
-    STD_TORCH_CHECK(describe(tensor, feature), "at_fused: a contiguous copy has no layout");
-  }
-  return feature;
-}
-
-std::vector<Feature> native_features(Tensors& tensors) {
-  std::vector<Feature> features;
-  features.reserve(tensors.size());
-  for (Tensor& tensor : tensors) features.push_back(native_feature(tensor));
-  return features;
-}
-
-Tensor new_map(const Tensor& tensor, const Feature& feature) {
-  const int64_t shape[] = {feature.B, feature.N};
-  return torch::stable::new_empty(tensor, {shape, 2}, map_dtype(feature));
-}
-
-double collapse_scale(const std::string& collapse, const Feature& feature) {
-  if (collapse == "mean") return 1.0 / double(feature.C);
-  STD_TORCH_CHECK(collapse == "sum", "at_fused: collapse must be 'mean' or 'sum', got '", collapse,
-                  "'");
-  return 1.0;
-}
-
 void check_exponent(double p) {
   STD_TORCH_CHECK(p >= 1 && std::isfinite(p), "at_fused: p must be a finite number >= 1, got ", p);
-}
-
-// ---- sharing out the work ---------------------------------------------------------------------
-
-// A piece of one tensor or pair: samples [b0, b1), or lines or positions [begin, end) of one.
-struct Task {
-  int64_t index;
-  int64_t b0, b1;
-  int64_t begin, end;
-};
-
-constexpr int64_t kSerialBytes = 1 << 16;  // below this a second thread costs more than it brings
-
-int64_t worker_count(int64_t total_bytes, size_t tasks) {
-  if (total_bytes < kSerialBytes) return 1;
-  return std::min<int64_t>(torch::stable::get_num_threads(), int64_t(tasks));
-}
-
-// Bytes of a task: several tasks per thread, so that unequal ones even out.
-int64_t task_bytes(int64_t total_bytes, int64_t most) {
-  const int64_t per_thread = 4;
-  const int64_t threads = torch::stable::get_num_threads();
-  return std::clamp<int64_t>(total_bytes / (threads * per_thread), kSerialBytes / 2, most);
-}
-
-// Cuts B samples of `lines` lines into tasks of about `bytes`, along samples while they are small
-// and in multiples of `step` lines where one alone is larger.
-void cut(std::vector<Task>& tasks, int64_t index, int64_t B, int64_t lines,
-         int64_t bytes_per_sample, int64_t bytes, int64_t step) {
-  const int64_t parts = (bytes_per_sample + bytes / 2) / bytes;
-  if (parts > 1 && lines > step) {
-    const int64_t count = (lines / parts + step - 1) / step * step;
-    for (int64_t b = 0; b < B; ++b) {
-      for (int64_t begin = 0; begin < lines; begin += std::max(count, step)) {
-        tasks.push_back({index, b, b + 1, begin, std::min(begin + std::max(count, step), lines)});
-      }
-    }
-    return;
-  }
-  const int64_t samples = std::max<int64_t>(1, bytes / std::max<int64_t>(bytes_per_sample, 1));
-  for (int64_t b = 0; b < B; b += samples) {
-    tasks.push_back({index, b, std::min(b + samples, B), 0, lines});
-  }
-}
-
-// Runs f(task, worker) for every task; idle workers take the next one. Who runs a task never
-// changes what it computes.
-template <class F>
-void run(const std::vector<Task>& tasks, int64_t workers, const F& f) {
-  std::atomic<size_t> next{0};
-  const auto work = [&](int64_t worker) {
-    for (size_t i = next++; i < tasks.size(); i = next++) f(tasks[i], worker);
-  };
-  if (workers <= 1) {
-    work(0);
-    return;
-  }
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) work(worker);
-  });
 }
 
 // ---- attention_map ----------------------------------------------------------------------------
@@ -243,7 +38,7 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse) {
   std::vector<Task> tasks;
   for (size_t i = 0; i < features.size(); ++i) {
     cut(tasks, int64_t(i), features[i].B, features[i].N, sample_bytes(features[i]),
-        task_bytes(total, 8 << 20), kPositionStep);
+        task_bytes(total), kPositionStep);
   }
   run(tasks, worker_count(total, tasks.size()), [&](const Task& task, int64_t) {
     const Feature& feature = features[task.index];
@@ -266,8 +61,7 @@ struct Pair {
   // Where the maps of sample 0 lie; null where they are dropped once their loss is known.
   char* student_map = nullptr;
   char* teacher_map = nullptr;
-  // For samples that are cut: how many pieces are still missing.
-  int64_t pieces = 1;
+  // For samples that are cut: how many of its pieces are still missing.
   std::unique_ptr<std::atomic<int64_t>[]> missing;
   std::unique_ptr<double[]> losses;
 };
@@ -323,12 +117,11 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
     Pair& pair = pairs[i];
     const size_t before = tasks.size();
     cut(tasks, int64_t(i), pair.student.B, pair.student.N,
-        sample_bytes(pair.student) + sample_bytes(pair.teacher), task_bytes(total, 16 << 20),
-        kPositionStep);
+        sample_bytes(pair.student) + sample_bytes(pair.teacher), task_bytes(total), kPositionStep);
     if (tasks[before].end == pair.student.N) continue;
-    pair.pieces = int64_t(tasks.size() - before) / pair.student.B;
+    const int64_t pieces = int64_t(tasks.size() - before) / pair.student.B;
     pair.missing.reset(new std::atomic<int64_t>[pair.student.B]);
-    for (int64_t b = 0; b < pair.student.B; ++b) pair.missing[b] = pair.pieces;
+    for (int64_t b = 0; b < pair.student.B; ++b) pair.missing[b] = pieces;
     if (keep_maps) continue;
     shared_maps.push_back(new_map(student[i], pair.student));
     pair.student_map = static_cast<char*>(shared_maps.back().mutable_data_ptr());
@@ -389,25 +182,6 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
 
 // ---- attention_map_backward -------------------------------------------------------------------
 
-#if defined(__linux__)
-// Fresh memory of this size is bound by page faults, one in 4 KiB; asked for 2 MiB pages before it
-// is first written it is not.
-void advise_huge_pages(void* data, int64_t bytes) {
-  constexpr uintptr_t huge = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge - 1) / huge * huge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / huge * huge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
-int64_t last_level_cache_bytes() {
-  static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 8 << 20);
-  return bytes;
-}
-#else
-void advise_huge_pages(void*, int64_t) {}
-int64_t last_level_cache_bytes() { return 32 << 20; }
-#endif
-
 // The gradient of each pair's loss, from a scalar (all pairs alike), a vector, or nothing (1).
 auto pair_gradients(const std::optional<Tensor>& gradient) {
   std::vector<double> values = {1.0};
@@ -420,8 +194,8 @@ auto pair_gradients(const std::optional<Tensor>& gradient) {
     values.resize(gradient->numel());
     const int64_t stride = gradient->dim() == 1 ? gradient->stride(0) : 0;
     for (size_t i = 0; i < values.size(); ++i) {
-      values[i] = fp64 ? static_cast<const double*>(gradient->data_ptr())[i * stride]
-                       : static_cast<const float*>(gradient->data_ptr())[i * stride];
+      values[i] = fp64 ? static_cast<const double*>(gradient->const_data_ptr())[i * stride]
+                       : static_cast<const float*>(gradient->const_data_ptr())[i * stride];
     }
   }
   const bool same = !gradient || gradient->dim() == 0;
@@ -459,8 +233,8 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
                         map.is_cpu() && map.scalar_type() == map_dtype(feature),
                     "at_fused: a coefficient map must be (B, N), float64 for float64 features and "
                     "float32 otherwise");
-    map = torch::stable::contiguous(map);
-    k[i] = static_cast<const char*>(map.data_ptr());
+    if (!map.is_contiguous()) map = torch::stable::contiguous(map);
+    k[i] = static_cast<const char*>(map.const_data_ptr());
     gradient[i] = gradient_of(pairs[i]);
     // Strides that no layout has (H and W transposed, say) are written through a plain tensor.
     if (!describe(written[i], out[i]) || out[i].layout != feature.layout) {
@@ -476,7 +250,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
     const Feature& feature = features[i];
     advise_huge_pages(written[i].mutable_data_ptr(), feature.B * sample_bytes(feature));
     cut(tasks, int64_t(i), feature.B, feature.layout == Layout::planar ? feature.C : feature.N,
-        sample_bytes(feature), task_bytes(total, 8 << 20), 1);
+        sample_bytes(feature), task_bytes(total), 1);
   }
   const bool stream = total > last_level_cache_bytes();
   run(tasks, worker_count(total, tasks.size()), [&](const Task& task, int64_t) {
@@ -493,26 +267,8 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
   return gradients;
 }
 
-std::string cpu_isa() { return kernels().name; }
-
-std::vector<std::string> cpu_isa_levels() {
-  std::vector<std::string> names;
-  for (const Kernels* kernels : usable_kernels()) names.push_back(kernels->name);
-  return names;
-}
-
 }  // namespace
 }  // namespace at_fused
-
-STABLE_TORCH_LIBRARY_FRAGMENT(at_fused, m) {
-  m.def("cpu_isa() -> str");
-  m.def("cpu_isa_levels() -> str[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(at_fused, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&at_fused::cpu_isa));
-  m.impl("cpu_isa_levels", TORCH_BOX(&at_fused::cpu_isa_levels));
-}
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) {
   m.impl("attention_map", TORCH_BOX(&at_fused::attention_map));

@@ -1,0 +1,118 @@
+// Tensors as the kernels see them: (B, C, N) in one of the two native layouts.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace at_fused {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "at_fused: features must be float16, bfloat16, float32 or float64");
+  }
+}
+
+inline int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+inline bool accumulates_fp64(const Feature& feature) { return feature.dtype == Dtype::float64; }
+inline int64_t map_element_size(const Feature& feature) {
+  return accumulates_fp64(feature) ? 8 : 4;
+}
+inline ScalarType map_dtype(const Feature& feature) {
+  return accumulates_fp64(feature) ? ScalarType::Double : ScalarType::Float;
+}
+inline int64_t sample_bytes(const Feature& feature) {
+  return feature.C * feature.N * element_size(feature.dtype);
+}
+
+// The strides of (B, C, *spatial) as those of (B, C, N); false where no native layout has them.
+inline bool describe(const Tensor& tensor, Feature& feature) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const int64_t rank = tensor.dim();
+  feature.dtype = dtype_of(tensor);
+  feature.data = tensor.const_data_ptr();
+  feature.B = sizes[0];
+  feature.C = sizes[1];
+  feature.N = 1;
+  int64_t position = 0;  // the stride from one position to the next
+  for (int64_t d = rank - 1; d >= 2; --d) {
+    if (sizes[d] == 1) continue;
+    if (feature.N == 1) position = strides[d];
+    if (strides[d] != position * feature.N) return false;
+    feature.N *= sizes[d];
+  }
+  feature.batch = strides[0];
+  const int64_t channel = strides[1];
+  if (feature.N > 1 && position == 1) {
+    feature.layout = Layout::planar;
+    feature.line = channel;
+    return true;
+  }
+  if (channel == 1 || feature.C == 1) {
+    feature.layout = Layout::interleaved;
+    feature.line = position;
+    return true;
+  }
+  feature.layout = Layout::planar;
+  feature.line = channel;
+  return feature.N == 1;
+}
+
+inline void check_feature(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
+  STD_TORCH_CHECK(tensor.numel() > 0, "at_fused: features must not be empty");
+  STD_TORCH_CHECK(tensor.is_cpu(), "at_fused: all features must be on the same device");
+}
+
+// A native view of the tensor; `tensor` is replaced by a contiguous copy where it has none.
+inline Feature native_feature(Tensor& tensor) {
+  check_feature(tensor);
+  Feature feature;
+  if (!describe(tensor, feature)) {
+    tensor = torch::stable::contiguous(tensor);
+    STD_TORCH_CHECK(describe(tensor, feature), "at_fused: a contiguous copy has no layout");
+  }
+  return feature;
+}
+
+inline std::vector<Feature> native_features(Tensors& tensors) {
+  std::vector<Feature> features;
+  features.reserve(tensors.size());
+  for (Tensor& tensor : tensors) features.push_back(native_feature(tensor));
+  return features;
+}
+
+inline Tensor new_map(const Tensor& tensor, const Feature& feature) {
+  const int64_t shape[] = {feature.B, feature.N};
+  return torch::stable::new_empty(tensor, {shape, 2}, map_dtype(feature));
+}
+
+inline double collapse_scale(const std::string& collapse, const Feature& feature) {
+  if (collapse == "mean") return 1.0 / double(feature.C);
+  STD_TORCH_CHECK(collapse == "sum", "at_fused: collapse must be 'mean' or 'sum', got '", collapse,
+                  "'");
+  return 1.0;
+}
+
+}  // namespace at_fused
