@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 import at_fused
 from at_fused.backends import cpu
@@ -15,6 +16,12 @@ if not cpu.available():
         f"the tests need the compiled library: {cpu.reason()}. Install the package, and run "
         "'pytest' rather than 'python -m pytest', which imports the checkout instead."
     )
+
+# The same examples each time, so that a failure is a change. To look for new ones:
+# pytest tests/test_properties.py --hypothesis-profile=search --hypothesis-seed=N
+settings.register_profile("same", derandomize=True, max_examples=150)
+settings.register_profile("search", max_examples=5000)
+settings.load_profile("same")
 
 BACKENDS = [name for name, row in at_fused.backends().items() if row.available]
 

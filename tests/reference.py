@@ -26,9 +26,12 @@ def raw_map(x: Tensor, p: float = 2.0, collapse: str = "mean") -> Tensor:
     return powered.mean(1) if collapse == "mean" else powered.sum(1)
 
 
+def at(x: Tensor, p: float, collapse: str, eps: float) -> Tensor:
+    return F.normalize(raw_map(x, p, collapse).flatten(1), eps=eps)
+
+
 def pair_loss(s: Tensor, t: Tensor, p: float, collapse: str, form: str, eps: float) -> Tensor:
-    qs, qt = (F.normalize(raw_map(x, p, collapse).flatten(1), eps=eps) for x in (s, t))
-    difference = qs - qt
+    difference = at(s, p, collapse, eps) - at(t, p, collapse, eps)
     if form == "code":
         return difference.pow(2).mean()
     return torch.linalg.vector_norm(difference, dim=1).mean()
@@ -54,6 +57,17 @@ def reference_loss(
         for i, (s, t) in enumerate(zip(students, teachers, strict=True))
     ]
     return torch.stack(losses).sum() if reduction == "sum" else torch.stack(losses)
+
+
+def least_distance(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], p: float, collapse: str, eps: float
+) -> float:
+    """The least ||qs[b] - qt[b]|| of all pairs and samples."""
+    distances = [
+        (at(s, p, collapse, eps) - at(t, p, collapse, eps)).norm(dim=1)
+        for s, t in zip(students, teachers, strict=True)
+    ]
+    return float(torch.cat(distances).min())
 
 
 # Largest error allowed in a gradient, as a share of its largest element: the rounding of the
@@ -91,11 +105,26 @@ def assert_matches_reference(
     fp64 = any(x.dtype == torch.float64 for x in leaves)
     assert loss.dtype == (torch.float64 if fp64 else torch.float32)
     assert loss.shape == expected.shape
-    # Relative to the largest possible distance of two unit vectors where the maps are nearly the
-    # same: there the float32 maps themselves differ by rounding.
     exact = all(x.dtype == torch.float64 for x in leaves)
+    # Maps of fp32 sums are known to `rounding`; where two of them are nearly the same, their
+    # difference is known to that share of itself only, and so are loss and gradient.
+    named = {"p": 2.0, "collapse": "mean", "eps": 1e-12} | options
+    distance = least_distance(
+        *(
+            [x.detach() for x in side]
+            if named.get("channel_dim") != -1
+            else [x.detach().movedim(-1, 1) for x in side]
+            for side in (doubles[:n], doubles[n:])
+        ),
+        *(named[name] for name in ("p", "collapse", "eps")),
+    )
+    rounding = 1e-14 if exact else 3e-7
+    blur = rounding / max(distance, rounding)
     torch.testing.assert_close(
-        loss.double(), expected, rtol=1e-11 if exact else 1e-5, atol=1e-24 if exact else 1e-13
+        loss.double(),
+        expected,
+        rtol=max(1e-11 if exact else 1e-5, 2 * blur),
+        atol=3 * (rounding if options.get("form") == "paper" else rounding**2),
     )
 
     wanted = [i for i, x in enumerate(leaves) if x.requires_grad]
@@ -108,9 +137,10 @@ def assert_matches_reference(
     for i, g, r in zip(wanted, found, right, strict=True):
         assert g.dtype == leaves[i].dtype
         assert g.shape == leaves[i].shape
-        # A loss that is 0 by rounding only has gradients of that size.
-        tolerance = max(GRADIENT_TOLERANCE[g.dtype], 0 if exact else 1e-5)
-        bound = tolerance * r.abs().max() + 1e-12 * scale
         assert torch.isfinite(g).all()
+        if blur > 0.1:
+            continue  # maps that are the same but for rounding: any direction is right
+        tolerance = max(GRADIENT_TOLERANCE[g.dtype], 0 if exact else 1e-5, 4 * blur)
+        bound = tolerance * r.abs().max() + 1e-12 * scale
         error = (g.double() - r).abs().max()
         assert error <= bound, f"feature {i}: error {error:.3g}, allowed {bound:.3g}"

@@ -47,7 +47,6 @@ def pairs(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor]]:
 
 
 @settings(
-    max_examples=150,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
