@@ -168,7 +168,6 @@ class _ATLoss(torch.autograd.Function):
         sides = [side for side, wanted in enumerate(options[-2:]) if wanted]
         kept = [x for side in sides for x in features[side * pairs : (side + 1) * pairs]]
         ctx.pairs, ctx.options, ctx.sides = pairs, options, sides
-        ctx.channels = [x.shape[1] for x in features]
         ctx.save_for_backward(*kept, *maps)
         ctx.mark_non_differentiable(*(m for i, m in enumerate(maps) if i // pairs not in sides))
 
@@ -219,7 +218,11 @@ def _through_coefficients(
     pairs = ctx.pairs
     weights, p, collapse, form, _, eps, _, _ = ctx.options
     create_graph = torch.is_grad_enabled()
-    scales = [p / c if collapse == "mean" else p for c in ctx.channels]
+    # What a side without features would be scaled by does not matter: it has no gradient.
+    scales = [
+        p * eager.collapse_scale(features[i], collapse) if i in features else 1.0
+        for i in range(2 * pairs)
+    ]
     outputs: list[Tensor] = []
     gradients: list[Tensor | None] = []
     with torch.enable_grad():

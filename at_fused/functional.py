@@ -13,11 +13,9 @@ from at_fused import _ops
 from at_fused._warnings import AtFusedWarning
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_CHOICES = {
-    "collapse": ("mean", "sum"),
-    "form": ("code", "paper"),
-    "reduction": ("sum", "none"),
-}
+_COLLAPSES = ("mean", "sum")
+_FORMS = ("code", "paper")
+_REDUCTIONS = ("sum", "none")
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -32,10 +30,12 @@ def check_options(
     reduction: str = "sum",
 ) -> None:
     """Raises the ValueError or TypeError that names the option, what was given, what is allowed."""
-    for name, value in (("collapse", collapse), ("form", form), ("reduction", reduction)):
-        if value not in _CHOICES[name]:
-            allowed = " or ".join(repr(choice) for choice in _CHOICES[name])
-            raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    if collapse not in _COLLAPSES:
+        raise ValueError(f"collapse must be 'mean' or 'sum', got {collapse!r}")
+    if form not in _FORMS:
+        raise ValueError(f"form must be 'code' or 'paper', got {form!r}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be 'sum' or 'none', got {reduction!r}")
     _check_number("p", p)
     if not 1 <= p < math.inf:
         raise ValueError(f"p must be a finite number >= 1, got {p!r}")
@@ -53,41 +53,60 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def _feature(name: str, x: object, channel_dim: int) -> Tensor:
-    """The feature as (B, C, *spatial), checked."""
+def _is_feature(x: object) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and x.dtype in _DTYPES
+        and x.layout is torch.strided
+        and 3 <= x.dim() <= 5
+        and 0 not in x.shape
+    )
+
+
+def _refuse_feature(name: str, x: object) -> None:
+    """Raises what is wrong with something that ``_is_feature`` refused."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {_kind(x)}")
-    if x.layout != torch.strided:
+    if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.dtype not in _DTYPES:
-        raise TypeError(
-            f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}",
-        )
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if not 3 <= x.dim() <= 5:
         raise ValueError(
             f"{name} must be (B, C, H, W), or have one to three spatial dimensions, "
             f"got shape {tuple(x.shape)}"
         )
-    if channel_dim not in (1, -1, x.dim() - 1):
+    raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+
+
+def _channels_second(x: Tensor, channel_dim: int) -> Tensor:
+    """The feature as (B, C, *spatial)."""
+    if channel_dim == 1:
+        return x
+    if channel_dim not in (-1, x.dim() - 1):
         raise ValueError(f"channel_dim must be 1 or -1, got {channel_dim!r}")
-    if 0 in x.shape:
-        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
-    return x if channel_dim == 1 else x.movedim(-1, 1)
+    return x.movedim(-1, 1)
 
 
-def _features(name: str, given: object, channel_dim: int) -> list[Tensor]:
+def _features(name: str, given: Tensor | Sequence[Tensor], channel_dim: int) -> list[Tensor]:
     if isinstance(given, Tensor):
-        return [_feature(name, given, channel_dim)]
+        if not _is_feature(given):
+            _refuse_feature(name, given)
+        return [_channels_second(given, channel_dim)]
     if not isinstance(given, (list, tuple)):
         raise TypeError(
             f"{name} must be a tensor or a list or tuple of tensors, got {_kind(given)}"
         )
     if not given:
         raise ValueError(f"{name} must not be an empty {_kind(given)}")
-    return [_feature(f"{name}[{i}]", x, channel_dim) for i, x in enumerate(given)]
+    for i, x in enumerate(given):
+        if not _is_feature(x):
+            _refuse_feature(f"{name}[{i}]", x)
+    return [_channels_second(x, channel_dim) for x in given]
 
 
-def _check_pair(i: int, student: Tensor, teacher: Tensor, device: torch.device) -> None:
+def _refuse_pair(i: int, student: Tensor, teacher: Tensor, device: torch.device) -> None:
+    """Raises what does not match in a pair."""
     for name, x in (("student", student), ("teacher", teacher)):
         if x.device != device:
             raise ValueError(
@@ -99,12 +118,11 @@ def _check_pair(i: int, student: Tensor, teacher: Tensor, device: torch.device) 
             f"student and teacher of pair {i} must have the same batch size, "
             f"got {student.shape[0]} and {teacher.shape[0]}"
         )
-    if student.shape[2:] != teacher.shape[2:]:
-        raise ValueError(
-            f"student and teacher of pair {i} must have the same map size (H x W), "
-            f"got {_size(student)} and {_size(teacher)}; a resize= option is planned, until then "
-            "interpolate or pool one of them"
-        )
+    raise ValueError(
+        f"student and teacher of pair {i} must have the same map size (H x W), "
+        f"got {_size(student)} and {_size(teacher)}; a resize= option is planned, until then "
+        "interpolate or pool one of them"
+    )
 
 
 def _size(x: Tensor) -> str:
@@ -207,11 +225,19 @@ def at_loss(
             "student and teacher must have the same number of features, "
             f"got {len(students)} and {len(teachers)}"
         )
-    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        _check_pair(i, s, t, students[0].device)
-        if s.shape[2:].numel() == 1:
-            _warn_single_position(i)
+    device = students[0].device
     tracks = torch.is_grad_enabled()
+    student_grad = teacher_grad = False
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        positions = s.shape[2:]
+        if not (
+            s.device == t.device == device and s.shape[0] == t.shape[0] and positions == t.shape[2:]
+        ):
+            _refuse_pair(i, s, t, device)
+        if positions.numel() == 1:
+            _warn_single_position(i)
+        student_grad = student_grad or (tracks and s.requires_grad)
+        teacher_grad = teacher_grad or (tracks and t.requires_grad)
     loss, _ = _ops.at_loss(
         students,
         teachers,
@@ -221,8 +247,8 @@ def at_loss(
         form,
         reduction,
         float(eps),
-        tracks and any(x.requires_grad for x in students),
-        tracks and any(x.requires_grad for x in teachers),
+        student_grad,
+        teacher_grad,
     )
     return loss
 
@@ -255,7 +281,9 @@ def attention_map(
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p).
     """
     check_options(p=p, eps=eps, collapse=collapse)
-    feature = _feature("x", x, channel_dim)
+    if not _is_feature(x):
+        _refuse_feature("x", x)
+    feature = _channels_second(x, channel_dim)
     raw = _ops.attention_map([feature], float(p), collapse)[0]
     if normalize:
         raw = _ops.eager.normalize(raw, float(eps))[0].to(raw.dtype)

@@ -108,6 +108,18 @@ inline Tensor new_map(const Tensor& tensor, const Feature& feature) {
   return torch::stable::new_empty(tensor, {shape, 2}, map_dtype(feature));
 }
 
+// The map of each sample in such a tensor.
+struct Maps {
+  char* first = nullptr;
+  int64_t bytes = 0;
+
+  Maps() = default;
+  Maps(const Tensor& maps, const Feature& feature)
+      : first(static_cast<char*>(maps.mutable_data_ptr())),
+        bytes(feature.N * map_element_size(feature)) {}
+  void* of(int64_t b) const { return first + b * bytes; }
+};
+
 inline double collapse_scale(const std::string& collapse, const Feature& feature) {
   if (collapse == "mean") return 1.0 / double(feature.C);
   STD_TORCH_CHECK(collapse == "sum", "at_fused: collapse must be 'mean' or 'sum', got '", collapse,

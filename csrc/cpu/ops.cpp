@@ -28,11 +28,11 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse) {
   check_exponent(p);
   const std::vector<Feature> features = native_features(tensors);
   Tensors maps;
-  std::vector<char*> out;
+  std::vector<Maps> out;
   int64_t total = 0;
   for (size_t i = 0; i < features.size(); ++i) {
     maps.push_back(new_map(tensors[i], features[i]));
-    out.push_back(static_cast<char*>(maps[i].mutable_data_ptr()));
+    out.emplace_back(maps[i], features[i]);
     total += features[i].B * sample_bytes(features[i]);
   }
   std::vector<Task> tasks;
@@ -40,13 +40,11 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse) {
     cut(tasks, int64_t(i), features[i].B, features[i].N, sample_bytes(features[i]),
         task_bytes(total), kPositionStep);
   }
-  run(tasks, worker_count(total, tasks.size()), [&](const Task& task, int64_t) {
+  run(tasks, total, [&](const Task& task) {
     const Feature& feature = features[task.index];
     const double scale = collapse_scale(collapse, feature);
-    const int64_t map_bytes = feature.N * map_element_size(feature);
     for (int64_t b = task.b0; b < task.b1; ++b) {
-      kernels().attention_map(feature, b, task.begin, task.end, p, scale,
-                              out[task.index] + b * map_bytes);
+      kernels().attention_map(feature, b, task.begin, task.end, p, scale, out[task.index].of(b));
     }
   });
   return maps;
@@ -58,9 +56,7 @@ struct Pair {
   Feature student, teacher;
   double student_collapse, teacher_collapse;
   double weight;
-  // Where the maps of sample 0 lie; null where they are dropped once their loss is known.
-  char* student_map = nullptr;
-  char* teacher_map = nullptr;
+  Maps student_maps, teacher_maps;
   // For samples that are cut: how many of its pieces are still missing.
   std::unique_ptr<std::atomic<int64_t>[]> missing;
   std::unique_ptr<double[]> losses;
@@ -83,12 +79,9 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
                   eps);
   check_exponent(p);
 
-  // With a gradient to come both sides' maps are kept: k where it is asked for, else the raw map,
-  // which a second derivative needs (and which is cheaper to keep than the features).
-  const bool keep_maps = student_grad || teacher_grad;
   std::vector<Pair> pairs(n);
-  Tensors maps(keep_maps ? 2 * n : 0);
-  int64_t total = 0, longest = 0;
+  Tensors maps(2 * n);
+  int64_t total = 0;
   bool loss_fp64 = false;
   for (size_t i = 0; i < n; ++i) {
     Pair& pair = pairs[i];
@@ -99,20 +92,16 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
     pair.student_collapse = collapse_scale(collapse, pair.student);
     pair.teacher_collapse = collapse_scale(collapse, pair.teacher);
     pair.weight = weights.empty() ? 1.0 : weights[i];
-    if (keep_maps) {
-      maps[i] = new_map(student[i], pair.student);
-      maps[n + i] = new_map(teacher[i], pair.teacher);
-      pair.student_map = static_cast<char*>(maps[i].mutable_data_ptr());
-      pair.teacher_map = static_cast<char*>(maps[n + i].mutable_data_ptr());
-    }
+    maps[i] = new_map(student[i], pair.student);
+    maps[n + i] = new_map(teacher[i], pair.teacher);
+    pair.student_maps = Maps(maps[i], pair.student);
+    pair.teacher_maps = Maps(maps[n + i], pair.teacher);
     pair.losses.reset(new double[pair.student.B]);
     total += pair.student.B * (sample_bytes(pair.student) + sample_bytes(pair.teacher));
-    longest = std::max(longest, pair.student.N);
     loss_fp64 |= accumulates_fp64(pair.student) || accumulates_fp64(pair.teacher);
   }
 
   std::vector<Task> tasks;
-  std::vector<Tensor> shared_maps;  // maps that several workers fill and nobody keeps
   for (size_t i = 0; i < n; ++i) {
     Pair& pair = pairs[i];
     const size_t before = tasks.size();
@@ -122,37 +111,27 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
     const int64_t pieces = int64_t(tasks.size() - before) / pair.student.B;
     pair.missing.reset(new std::atomic<int64_t>[pair.student.B]);
     for (int64_t b = 0; b < pair.student.B; ++b) pair.missing[b] = pieces;
-    if (keep_maps) continue;
-    shared_maps.push_back(new_map(student[i], pair.student));
-    pair.student_map = static_cast<char*>(shared_maps.back().mutable_data_ptr());
-    shared_maps.push_back(new_map(teacher[i], pair.teacher));
-    pair.teacher_map = static_cast<char*>(shared_maps.back().mutable_data_ptr());
   }
 
-  const int64_t workers = worker_count(total, tasks.size());
-  std::unique_ptr<double[]> scratch(new double[workers * 2 * longest]);
-  run(tasks, workers, [&](const Task& task, int64_t worker) {
+  run(tasks, total, [&](const Task& task) {
     Pair& pair = pairs[task.index];
-    const int64_t N = pair.student.N;
+    // All of the student's samples, then all of the teacher's: two long runs through memory.
     for (int64_t b = task.b0; b < task.b1; ++b) {
-      void* student_map =
-          pair.student_map
-              ? static_cast<void*>(pair.student_map + b * N * map_element_size(pair.student))
-              : scratch.get() + worker * 2 * longest;
-      void* teacher_map =
-          pair.teacher_map
-              ? static_cast<void*>(pair.teacher_map + b * N * map_element_size(pair.teacher))
-              : scratch.get() + (worker * 2 + 1) * longest;
       kernels().attention_map(pair.student, b, task.begin, task.end, p, pair.student_collapse,
-                              student_map);
+                              pair.student_maps.of(b));
+    }
+    for (int64_t b = task.b0; b < task.b1; ++b) {
       kernels().attention_map(pair.teacher, b, task.begin, task.end, p, pair.teacher_collapse,
-                              teacher_map);
+                              pair.teacher_maps.of(b));
+    }
+    for (int64_t b = task.b0; b < task.b1; ++b) {
       // Whoever brings the last piece of a sample finishes it, and must see all the others'.
       if (pair.missing && pair.missing[b].fetch_sub(1, std::memory_order_acq_rel) != 1) continue;
       pair.losses[b] = kernels().sample_loss(
-          {student_map, teacher_map, accumulates_fp64(pair.student), accumulates_fp64(pair.teacher),
-           student_grad, teacher_grad, pair.student.B, N, form == "code" ? Form::code : Form::paper,
-           eps, pair.weight, p * pair.student_collapse, p * pair.teacher_collapse});
+          {pair.student_maps.of(b), pair.teacher_maps.of(b), accumulates_fp64(pair.student),
+           accumulates_fp64(pair.teacher), student_grad, teacher_grad, pair.student.B,
+           pair.student.N, form == "code" ? Form::code : Form::paper, eps, pair.weight,
+           p * pair.student_collapse, p * pair.teacher_collapse});
     }
   });
 
@@ -177,6 +156,9 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
       static_cast<float*>(loss.mutable_data_ptr())[i] = float(losses[i]);
     }
   }
+  // With a gradient to come both sides' maps are kept: k where it is asked for, else the raw map,
+  // which a second derivative needs (and which is cheaper to keep than the features).
+  if (!student_grad && !teacher_grad) maps.clear();
   return {std::move(loss), std::move(maps)};
 }
 
@@ -223,7 +205,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
   std::vector<Feature> features = native_features(tensors);
   Tensors written = gradients;
   std::vector<Feature> out(n);
-  std::vector<const char*> k(n);
+  std::vector<Maps> k(n);
   std::vector<double> gradient(n);
   int64_t total = 0;
   for (size_t i = 0; i < n; ++i) {
@@ -234,7 +216,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
                     "at_fused: a coefficient map must be (B, N), float64 for float64 features and "
                     "float32 otherwise");
     if (!map.is_contiguous()) map = torch::stable::contiguous(map);
-    k[i] = static_cast<const char*>(map.const_data_ptr());
+    k[i] = Maps(map, feature);
     gradient[i] = gradient_of(pairs[i]);
     // Strides that no layout has (H and W transposed, say) are written through a plain tensor.
     if (!describe(written[i], out[i]) || out[i].layout != feature.layout) {
@@ -253,12 +235,11 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
         sample_bytes(feature), task_bytes(total), 1);
   }
   const bool stream = total > last_level_cache_bytes();
-  run(tasks, worker_count(total, tasks.size()), [&](const Task& task, int64_t) {
+  run(tasks, total, [&](const Task& task) {
     const Feature& feature = features[task.index];
-    const int64_t map_bytes = feature.N * map_element_size(feature);
     for (int64_t b = task.b0; b < task.b1; ++b) {
       kernels().attention_map_backward(feature, b, task.begin, task.end, p, gradient[task.index],
-                                       k[task.index] + b * map_bytes, out[task.index], stream);
+                                       k[task.index].of(b), out[task.index], stream);
     }
   });
   for (size_t i = 0; i < n; ++i) {

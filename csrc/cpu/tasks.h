@@ -24,11 +24,6 @@ struct Task {
 
 constexpr int64_t kSerialBytes = 1 << 16;  // below this a second thread costs more than it brings
 
-inline int64_t worker_count(int64_t total_bytes, size_t tasks) {
-  if (total_bytes < kSerialBytes) return 1;
-  return std::min<int64_t>(torch::stable::get_num_threads(), int64_t(tasks));
-}
-
 // Bytes of a task: several tasks per thread, so that unequal ones even out, but none so large that
 // a thread waits long for the last, nor so small that handing it out costs more than it brings.
 inline int64_t task_bytes(int64_t total_bytes) {
@@ -56,21 +51,21 @@ inline void cut(std::vector<Task>& tasks, int64_t index, int64_t B, int64_t line
   }
 }
 
-// Runs f(task, worker) for every task; idle workers take the next one. Who runs a task never
-// changes what it computes.
+// Runs f(task) for every task; idle threads take the next one. Who runs a task never changes what
+// it computes.
 template <class F>
-void run(const std::vector<Task>& tasks, int64_t workers, const F& f) {
+void run(const std::vector<Task>& tasks, int64_t total_bytes, const F& f) {
   std::atomic<size_t> next{0};
-  const auto work = [&](int64_t worker) {
-    for (size_t i = next++; i < tasks.size(); i = next++) f(tasks[i], worker);
+  const auto work = [&](int64_t, int64_t) {
+    for (size_t i = next++; i < tasks.size(); i = next++) f(tasks[i]);
   };
+  const int64_t threads = total_bytes < kSerialBytes ? 1 : torch::stable::get_num_threads();
+  const int64_t workers = std::min<int64_t>(threads, int64_t(tasks.size()));
   if (workers <= 1) {
-    work(0);
-    return;
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, workers, 1, work);
   }
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) work(worker);
-  });
 }
 
 #if defined(__linux__)
