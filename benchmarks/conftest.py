@@ -12,7 +12,9 @@ import torch
 import at_fused
 from at_fused.backends import cpu
 
-ROWS: list[dict[str, object]] = []
+# (case, dtype, layout) -> pass -> program -> median milliseconds
+ROWS: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
+PASSES = ("forward", "forward+backward")
 
 
 def processor() -> str:
@@ -35,29 +37,35 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def table() -> list[str]:
-    """The rows that ran, as Markdown."""
+    """The rows that ran, as Markdown, and the geometric means of their ratios."""
     lines = [
-        "| case | dtype | layout | pass | at_fused ms | read floor ms | eager | torch.compile |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | dtype | layout | one read | forward | to eager | to compile "
+        "| forward+backward | to eager | to compile |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for row in ROWS:
-        ms = row["ms"]
-        assert isinstance(ms, dict)
-        fused = ms["at_fused"]
-        lines.append(
-            f"| {row['case']} | {row['dtype']} | {row['layout']} | {row['pass']} "
-            f"| {fused:.2f} | {ms['floor']:.2f} "
-            f"| {ms['eager'] / fused:.1f}x | {ms['compile'] / fused:.2f}x |"
-        )
-    for name in dict.fromkeys(row["pass"] for row in ROWS):
-        chosen = [row["ms"] for row in ROWS if row["pass"] == name]
-        eager = [ms["eager"] / ms["at_fused"] for ms in chosen]
-        compiled = [ms["compile"] / ms["at_fused"] for ms in chosen]
-        lines.append(
-            f"\n{name}: {geometric_mean(eager):.1f}x eager, {geometric_mean(compiled):.2f}x "
-            f"torch.compile (geometric means of {len(chosen)} rows; least "
-            f"{min(eager):.1f}x and {min(compiled):.2f}x)"
-        )
+    for setting, passes in ROWS.items():
+        cells = [*setting, f"{next(iter(passes.values()))['floor']:.2f}"]
+        for name in PASSES:
+            ms = passes.get(name)
+            cells += (
+                [
+                    f"{ms['at_fused']:.2f}",
+                    f"{ms['eager'] / ms['at_fused']:.1f}x",
+                    f"{ms['compile'] / ms['at_fused']:.1f}x",
+                ]
+                if ms
+                else ["", "", ""]
+            )
+        lines.append(f"| {' | '.join(cells)} |")
+    for name in PASSES:
+        chosen = [passes[name] for passes in ROWS.values() if name in passes]
+        for rival in ("eager", "compile"):
+            ratios = [ms[rival] / ms["at_fused"] for ms in chosen]
+            if ratios:
+                lines.append(
+                    f"{name}, {rival} / at_fused: {geometric_mean(ratios):.2f} "
+                    f"(geometric mean of {len(ratios)}), least {min(ratios):.2f}"
+                )
     return lines
 
 

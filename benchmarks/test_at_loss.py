@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import CASES, DTYPES, LAYOUTS, Inputs, ours, programs
-from conftest import ROWS
+from conftest import PASSES, ROWS
 from pytest_benchmark.fixture import BenchmarkFixture
 
 SECONDS = 2.5  # of measuring for each test, about
@@ -35,14 +35,14 @@ def setting(request: pytest.FixtureRequest) -> tuple[tuple[str, str, str], Input
     return request.param, Inputs.make(*request.param), programs()
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("direction", PASSES)
 def test_at_loss(
     benchmark: BenchmarkFixture,
     setting: tuple[tuple[str, str, str], Inputs, dict],
     direction: str,
 ) -> None:
     (case, dtype, layout), inputs, others = setting
-    backward = direction != "forward"
+    backward = direction == "forward+backward"
     fused = inputs.step(ours, backward)
     rivals = {name: inputs.step(loss, backward) for name, loss in others.items()}
     rivals["floor"] = inputs.read_all()
@@ -62,4 +62,4 @@ def test_at_loss(
     ms = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     ms["at_fused"] = statistics.median(benchmark.stats.stats.data) * 1e3
     benchmark.extra_info.update({f"{name}_ms": value for name, value in ms.items()})
-    ROWS.append({"case": case[0], "dtype": dtype, "layout": layout, "pass": direction, "ms": ms})
+    ROWS.setdefault((case[0], dtype, layout), {})[direction] = ms

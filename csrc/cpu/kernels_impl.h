@@ -281,31 +281,41 @@ AT_FUSED_INLINE void store_fp64(float* to, Vec<double> v) {
   std::memcpy(to, &narrowed, sizeof(narrowed));
 }
 
-// f(i, load, store) for every vector of a map; the last, partial one goes through a padded copy.
+// f(u, s, t) for every vector of the two maps; the last, partial one goes through a padded copy.
+// u counts 0, 1, 2, 3 and again: f may keep as many sums, since an addition waits for the last one.
+constexpr int chains = 4;
+
 template <class S, class T, class F>
 AT_FUSED_INLINE void for_each_position(S* student, T* teacher, int64_t n, F f) {
   constexpr int width = lanes<double>;
   int64_t i = 0;
-  for (; i + width <= n; i += width) f(student + i, teacher + i);
+  for (; i + chains * width <= n; i += chains * width) {
+    for (int u = 0; u < chains; ++u) f(u, student + i + u * width, teacher + i + u * width);
+  }
+  for (; i + width <= n; i += width) f(0, student + i, teacher + i);
   if (i < n) {
     S s[width] = {};
     T t[width] = {};
     for (int64_t j = i; j < n; ++j) s[j - i] = student[j], t[j - i] = teacher[j];
-    f(s, t);
+    f(0, s, t);
     for (int64_t j = i; j < n; ++j) student[j] = s[j - i], teacher[j] = t[j - i];
   }
 }
 
+AT_FUSED_INLINE double total(const Vec<double> (&sums)[chains]) {
+  return sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 template <class S, class T>
 double sample_loss(const SampleLoss& sample, S* student, T* teacher) {
-  Vec<double> student_squares{}, teacher_squares{};
-  for_each_position(student, teacher, sample.N, [&](S* s, T* t) AT_FUSED_LAMBDA {
+  Vec<double> student_squares[chains] = {}, teacher_squares[chains] = {};
+  for_each_position(student, teacher, sample.N, [&](int u, S* s, T* t) AT_FUSED_LAMBDA {
     const Vec<double> a = load_fp64(s), b = load_fp64(t);
-    student_squares += a * a;
-    teacher_squares += b * b;
+    student_squares[u] += a * a;
+    teacher_squares[u] += b * b;
   });
-  const double student_norm = std::sqrt(sum<double>(student_squares));
-  const double teacher_norm = std::sqrt(sum<double>(teacher_squares));
+  const double student_norm = std::sqrt(total(student_squares));
+  const double teacher_norm = std::sqrt(total(teacher_squares));
   // Written so that a NaN norm is not clamped away.
   const bool student_zero = student_norm <= sample.eps, teacher_zero = teacher_norm <= sample.eps;
   const double student_bound = student_zero ? sample.eps : student_norm;
@@ -319,16 +329,16 @@ double sample_loss(const SampleLoss& sample, S* student, T* teacher) {
                              AT_FUSED_LAMBDA { return single ? raw / bound : raw * inverse; };
 
   // The differences are summed as such: 2 - 2 qs.qt would cancel where the maps are alike.
-  Vec<double> squares{}, along_student{}, along_teacher{};
-  for_each_position(student, teacher, sample.N, [&](S* s, T* t) AT_FUSED_LAMBDA {
+  Vec<double> squares[chains] = {}, along_student[chains] = {}, along_teacher[chains] = {};
+  for_each_position(student, teacher, sample.N, [&](int u, S* s, T* t) AT_FUSED_LAMBDA {
     const Vec<double> qs = normalize(load_fp64(s), student_bound, is);
     const Vec<double> qt = normalize(load_fp64(t), teacher_bound, it);
     const Vec<double> difference = qs - qt;
-    squares += difference * difference;
-    along_student += difference * qs;
-    along_teacher += difference * qt;
+    squares[u] += difference * difference;
+    along_student[u] += difference * qs;
+    along_teacher[u] += difference * qt;
   });
-  const double squared_distance = sum<double>(squares);
+  const double squared_distance = total(squares);
   const double distance = std::sqrt(squared_distance);
   const bool code = sample.form == Form::code;
   const double mean = sample.weight / (double(sample.B) * double(code ? sample.N : 1));
@@ -338,10 +348,10 @@ double sample_loss(const SampleLoss& sample, S* student, T* teacher) {
     // dL/dq = slope * difference; at difference = 0 the norm of the paper's form takes 0.
     const double slope = code ? 2 * mean : distance == 0 ? 0.0 : mean / distance;
     // Below eps the map is divided by a constant: there is nothing to project out.
-    const double ps = student_zero ? 0.0 : sum<double>(along_student);
-    const double pt = teacher_zero ? 0.0 : sum<double>(along_teacher);
+    const double ps = student_zero ? 0.0 : total(along_student);
+    const double pt = teacher_zero ? 0.0 : total(along_teacher);
     const double gs = slope * is * sample.student_scale, gt = slope * it * sample.teacher_scale;
-    for_each_position(student, teacher, sample.N, [&](S* s, T* t) AT_FUSED_LAMBDA {
+    for_each_position(student, teacher, sample.N, [&](int, S* s, T* t) AT_FUSED_LAMBDA {
       const Vec<double> qs = normalize(load_fp64(s), student_bound, is);
       const Vec<double> qt = normalize(load_fp64(t), teacher_bound, it);
       const Vec<double> difference = qs - qt;
