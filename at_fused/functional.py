@@ -11,6 +11,7 @@ from torch import Tensor
 
 from at_fused import _ops
 from at_fused._warnings import AtFusedWarning
+from at_fused.backends import eager
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _COLLAPSES = ("mean", "sum")
@@ -286,7 +287,7 @@ def attention_map(
     feature = _channels_second(x, channel_dim)
     raw = _ops.attention_map([feature], float(p), collapse)[0]
     if normalize:
-        raw = _ops.eager.normalize(raw, float(eps))[0].to(raw.dtype)
+        raw = eager.normalize(raw, float(eps))[0].to(raw.dtype)
     return raw.reshape(feature.shape[0], *feature.shape[2:])
 
 
