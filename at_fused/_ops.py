@@ -145,9 +145,11 @@ class _AttentionMap(torch.autograd.Function):
         coefficients = [
             map_gradients[i] * (p * eager.collapse_scale(features[i], collapse)) for i in wanted
         ]
-        found = attention_map_backward([features[i] for i in wanted], coefficients, None, wanted, p)
-        for i, gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
+        if wanted:
+            chosen = [features[i] for i in wanted]
+            found = attention_map_backward(chosen, coefficients, None, wanted, p)
+            for i, gradient in zip(wanted, found, strict=True):
+                gradients[i] = gradient
         return None, None, *gradients
 
 

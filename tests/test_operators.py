@@ -222,6 +222,14 @@ def test_torch_func(backend: str) -> None:
         torch.func.vmap(ours)(s.expand(2, *s.shape))
 
 
+def test_a_map_whose_feature_needs_no_gradient(backend: str) -> None:
+    x, y = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    maps = _ops.attention_map([x, y], 2.0, "mean")
+    assert torch.autograd.grad(maps[1].sum(), x, allow_unused=True, retain_graph=True) == (None,)
+    (g,) = torch.autograd.grad(maps[0].sum() + maps[1].sum(), x)
+    torch.testing.assert_close(g, 2 * x.detach() / 3)
+
+
 def test_meta_tensors() -> None:
     s, t = torch.randn(2, 3, 4, 5, device="meta"), torch.randn(2, 7, 4, 5, device="meta")
     assert at_fused.at_loss(s, t).shape == ()

@@ -103,9 +103,34 @@ inline std::vector<Feature> native_features(Tensors& tensors) {
   return features;
 }
 
-inline Tensor new_map(const Tensor& tensor, const Feature& feature) {
-  const int64_t shape[] = {feature.B, feature.N};
-  return torch::stable::new_empty(tensor, {shape, 2}, map_dtype(feature));
+// A new tensor on the CPU. torch::stable::new_empty and empty_like look their operators up by name
+// in every call, which for a list of small features takes longer than the arithmetic.
+inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* strides,
+                         int32_t dtype) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline int32_t accumulate_dtype(bool fp64) {
+  return fp64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+// torch.empty_like: the strides of a dense tensor, those that empty_like finds for any other.
+inline Tensor new_like(const Tensor& tensor, const Feature& feature) {
+  const int64_t line = feature.layout == Layout::planar ? feature.N : feature.C;
+  if (feature.line != line || feature.batch != feature.C * feature.N) {
+    return torch::stable::empty_like(tensor);
+  }
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return new_tensor(tensor.dim(), tensor.sizes().data(), tensor.strides().data(), dtype);
+}
+
+inline Tensor new_map(const Feature& feature) {
+  const int64_t sizes[] = {feature.B, feature.N}, strides[] = {feature.N, 1};
+  return new_tensor(2, sizes, strides, accumulate_dtype(accumulates_fp64(feature)));
 }
 
 // The map of each sample in such a tensor.

@@ -31,7 +31,7 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse) {
   std::vector<Maps> out;
   int64_t total = 0;
   for (size_t i = 0; i < features.size(); ++i) {
-    maps.push_back(new_map(tensors[i], features[i]));
+    maps.push_back(new_map(features[i]));
     out.emplace_back(maps[i], features[i]);
     total += features[i].B * sample_bytes(features[i]);
   }
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
   check_exponent(p);
 
   std::vector<Pair> pairs(n);
-  Tensors maps(2 * n);
+  Tensors maps, teacher_maps;
   int64_t total = 0;
   bool loss_fp64 = false;
   for (size_t i = 0; i < n; ++i) {
@@ -92,10 +92,10 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
     pair.student_collapse = collapse_scale(collapse, pair.student);
     pair.teacher_collapse = collapse_scale(collapse, pair.teacher);
     pair.weight = weights.empty() ? 1.0 : weights[i];
-    maps[i] = new_map(student[i], pair.student);
-    maps[n + i] = new_map(teacher[i], pair.teacher);
-    pair.student_maps = Maps(maps[i], pair.student);
-    pair.teacher_maps = Maps(maps[n + i], pair.teacher);
+    maps.push_back(new_map(pair.student));
+    teacher_maps.push_back(new_map(pair.teacher));
+    pair.student_maps = Maps(maps.back(), pair.student);
+    pair.teacher_maps = Maps(teacher_maps.back(), pair.teacher);
     pair.losses.reset(new double[pair.student.B]);
     total += pair.student.B * (sample_bytes(pair.student) + sample_bytes(pair.teacher));
     loss_fp64 |= accumulates_fp64(pair.student) || accumulates_fp64(pair.teacher);
@@ -146,9 +146,9 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
       losses[0] += sum;
     }
   }
-  const int64_t shape[] = {int64_t(losses.size())};
-  Tensor loss = torch::stable::new_empty(student[0], {shape, size_t(reduction == "none" ? 1 : 0)},
-                                         loss_fp64 ? ScalarType::Double : ScalarType::Float);
+  const int64_t sizes[] = {int64_t(n)}, strides[] = {1};
+  Tensor loss =
+      new_tensor(reduction == "none" ? 1 : 0, sizes, strides, accumulate_dtype(loss_fp64));
   for (size_t i = 0; i < losses.size(); ++i) {
     if (loss_fp64) {
       static_cast<double*>(loss.mutable_data_ptr())[i] = losses[i];
@@ -158,6 +158,7 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
   }
   // With a gradient to come both sides' maps are kept: k where it is asked for, else the raw map,
   // which a second derivative needs (and which is cheaper to keep than the features).
+  for (Tensor& map : teacher_maps) maps.push_back(std::move(map));
   if (!student_grad && !teacher_grad) maps.clear();
   return {std::move(loss), std::move(maps)};
 }
@@ -197,13 +198,9 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
   check_exponent(p);
   const auto gradient_of = pair_gradients(loss_gradient);
 
-  Tensors gradients;
-  for (const Tensor& tensor : tensors) {
-    check_feature(tensor);
-    gradients.push_back(torch::stable::empty_like(tensor));
-  }
+  const Tensors given = tensors;
   std::vector<Feature> features = native_features(tensors);
-  Tensors written = gradients;
+  Tensors gradients, written;
   std::vector<Feature> out(n);
   std::vector<Maps> k(n);
   std::vector<double> gradient(n);
@@ -218,6 +215,10 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
     if (!map.is_contiguous()) map = torch::stable::contiguous(map);
     k[i] = Maps(map, feature);
     gradient[i] = gradient_of(pairs[i]);
+    // A feature that was copied to have a layout need not have the strides of `given`.
+    gradients.push_back(given[i].get() == tensors[i].get() ? new_like(given[i], feature)
+                                                           : torch::stable::empty_like(given[i]));
+    written.push_back(gradients[i]);
     // Strides that no layout has (H and W transposed, say) are written through a plain tensor.
     if (!describe(written[i], out[i]) || out[i].layout != feature.layout) {
       tensors[i] = torch::stable::contiguous(tensors[i]);
