@@ -166,12 +166,15 @@ class _ATLoss(torch.autograd.Function):
         pairs, options, *features = inputs
         _, *maps = output
         ctx.set_materialize_grads(False)
+        ctx.pairs, ctx.options = pairs, options
         # A side without a gradient is remembered by its maps alone: its features may die.
-        sides = [side for side, wanted in enumerate(options[-2:]) if wanted]
-        kept = [x for side in sides for x in features[side * pairs : (side + 1) * pairs]]
-        ctx.pairs, ctx.options, ctx.sides = pairs, options, sides
+        student_grad, teacher_grad = options[-2:]
+        kept = features if teacher_grad else features[:pairs]
+        raw = maps[pairs:] if not teacher_grad else []
+        if not student_grad:
+            kept, raw = kept[pairs:], maps[:pairs] + raw
         ctx.save_for_backward(*kept, *maps)
-        ctx.mark_non_differentiable(*(m for i, m in enumerate(maps) if i // pairs not in sides))
+        ctx.mark_non_differentiable(*raw)
 
     @staticmethod
     def backward(
@@ -180,7 +183,8 @@ class _ATLoss(torch.autograd.Function):
         pairs = ctx.pairs
         p = ctx.options[1]
         needed = ctx.needs_input_grad[2:]
-        kept = [side * pairs + i for side in ctx.sides for i in range(pairs)]
+        student_grad, teacher_grad = ctx.options[-2:]
+        kept = range(0 if student_grad else pairs, 2 * pairs if teacher_grad else pairs)
         saved = ctx.saved_tensors
         features, maps = dict(zip(kept, saved, strict=False)), saved[len(kept) :]
         wanted = [i for i in kept if needed[i]]
@@ -314,7 +318,7 @@ def _attention_map_autograd(features: list[Tensor], p: float, collapse: str) -> 
 def _at_loss_autograd(
     student: list[Tensor], teacher: list[Tensor], *options: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    if _tracks(student, teacher):
+    if options[-2] or options[-1] or _tracks(student, teacher):
         loss, *maps = _apply(_ATLoss, len(student), options, *student, *teacher)
         return loss, maps
     return _below_autograd(_operators.at_loss.default, student, teacher, *options)
