@@ -24,7 +24,7 @@ from at_fused.train.experiment import run
 from at_fused.train.report import paired_difference
 from at_fused.train.wrn import WRN, count_parameters
 
-TEST_HEAD = [87, 1037, 28, 1118, 904, 78, 734, 749]
+TEST_HEAD = [1768, 687, 1066, 1223, 858, 1656, 775, 288]
 VAL_HEAD = [1724, 59, 1172, 1777, 1528, 829, 238, 1348]
 METHODS = ("alone", "at_fused", "at_eager")
 

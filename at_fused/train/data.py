@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -24,16 +26,24 @@ class Split:
 
 
 def make_split(labels: Tensor) -> Split:
-    """The one split: test held out first, validation taken from the remaining pool."""
+    """The one split, stratified.
+
+    The first images held out were looked at while the settings were still being chosen. They train
+    now, and images that no choice was ever judged by are the test.
+    """
     from sklearn.model_selection import train_test_split
 
     y = labels.numpy()
-    pool, test = train_test_split(
-        torch.arange(len(y)).numpy(), test_size=TEST_IMAGES, stratify=y, random_state=SPLIT_SEED
-    )
-    train, val = train_test_split(
-        pool, test_size=VAL_IMAGES, stratify=y[pool], random_state=SPLIT_SEED
-    )
+
+    def take(indices: NDArray[np.int64], count: int) -> list[NDArray[np.int64]]:
+        return train_test_split(
+            indices, test_size=count, stratify=y[indices], random_state=SPLIT_SEED
+        )
+
+    pool, looked_at = take(np.arange(len(y)), TEST_IMAGES)
+    pool, val = take(pool, VAL_IMAGES)
+    pool, test = take(pool, TEST_IMAGES)
+    train = np.concatenate([pool, looked_at])
     return Split(*(torch.from_numpy(part) for part in (train, val, test)))
 
 
