@@ -1,11 +1,13 @@
 """at_fused against the popular lines, eager and compiled, and against one read of the bytes.
 
-Every round times all of them one after the other, so that whatever else the machine does falls on
-all alike; pytest-benchmark times at_fused, the set-up of each of its rounds the others.
+Every round times all of them in the same way, one after the other in random order: whatever else
+the machine does falls on all alike, and so does what the one before left in the caches. The closing
+table is made of these times; pytest-benchmark then times at_fused alone.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -44,22 +46,22 @@ def test_at_loss(
     (case, dtype, layout), inputs, others = setting
     backward = direction == "forward+backward"
     fused = inputs.step(ours, backward)
-    rivals = {name: inputs.step(loss, backward) for name, loss in others.items()}
-    rivals["floor"] = inputs.read_all()
-    for program in (fused, *rivals.values()):
+    timed = {name: inputs.step(loss, backward) for name, loss in others.items()}
+    timed |= {"floor": inputs.read_all(), "at_fused": fused}
+    for program in timed.values():
         program()  # compiles, and fills the allocator
-    once = seconds(fused) + sum(seconds(program) for program in rivals.values())
-    rounds = max(7, min(200, int(SECONDS / once)))
+    once = seconds(fused) + sum(seconds(program) for program in timed.values())
+    rounds = max(8, min(200, int(SECONDS / once)))
 
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-
-    def time_the_others() -> None:
-        for name, program in rivals.items():
-            times[name].append(seconds(program))
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    order, shuffle = list(timed), random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            times[name].append(seconds(timed[name]))
+    ms = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    ROWS.setdefault((case[0], dtype, layout), {})[direction] = ms
 
     benchmark.group = f"{case}, {dtype}, {layout}"
-    benchmark.pedantic(fused, setup=time_the_others, rounds=rounds)
-    ms = {name: statistics.median(values) * 1e3 for name, values in times.items()}
-    ms["at_fused"] = statistics.median(benchmark.stats.stats.data) * 1e3
     benchmark.extra_info.update({f"{name}_ms": value for name, value in ms.items()})
-    ROWS.setdefault((case[0], dtype, layout), {})[direction] = ms
+    benchmark.pedantic(fused, rounds=rounds)
