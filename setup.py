@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pybind11
 import torch
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -62,8 +63,6 @@ def extensions() -> list:
         "AT_FUSED_TORCH": torch.__version__,
         "AT_FUSED_CUDA": cuda,
     }
-    import pybind11
-
     windows = platform.system() == "Windows"
     link = ["-Wl,-s", "-Wl,--as-needed"] if platform.system() == "Linux" else []
     build_info = CppExtension(

@@ -133,7 +133,7 @@ def _size(x: Tensor) -> str:
 def _weights(weights: Sequence[float] | None, pairs: int) -> list[float]:
     if weights is None:
         return []
-    if isinstance(weights, Tensor) or not isinstance(weights, (list, tuple)):
+    if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights must be a list or tuple of numbers, got {_kind(weights)}")
     if len(weights) != pairs:
         raise ValueError(

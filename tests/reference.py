@@ -37,6 +37,10 @@ def pair_loss(s: Tensor, t: Tensor, p: float, collapse: str, form: str, eps: flo
     return torch.linalg.vector_norm(difference, dim=1).mean()
 
 
+def channels_second(features: Sequence[Tensor], channel_dim: int = 1) -> list[Tensor]:
+    return [x.movedim(-1, 1) if channel_dim == -1 else x for x in features]
+
+
 def reference_loss(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
@@ -49,23 +53,32 @@ def reference_loss(
     channel_dim: int = 1,
     eps: float = 1e-12,
 ) -> Tensor:
-    if channel_dim == -1:
-        students = [x.movedim(-1, 1) for x in students]
-        teachers = [x.movedim(-1, 1) for x in teachers]
+    pairs = zip(
+        channels_second(students, channel_dim), channels_second(teachers, channel_dim), strict=True
+    )
     losses = [
         pair_loss(s, t, p, collapse, form, eps) * (weights[i] if weights else 1.0)
-        for i, (s, t) in enumerate(zip(students, teachers, strict=True))
+        for i, (s, t) in enumerate(pairs)
     ]
     return torch.stack(losses).sum() if reduction == "sum" else torch.stack(losses)
 
 
 def least_distance(
-    students: Sequence[Tensor], teachers: Sequence[Tensor], p: float, collapse: str, eps: float
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    *,
+    p: float = 2.0,
+    collapse: str = "mean",
+    channel_dim: int = 1,
+    eps: float = 1e-12,
+    **_: Any,
 ) -> float:
-    """The least ||qs[b] - qt[b]|| of all pairs and samples."""
+    """The least ||qs[b] - qt[b]|| of all pairs and samples; takes the options of the loss."""
+    pairs = zip(
+        channels_second(students, channel_dim), channels_second(teachers, channel_dim), strict=True
+    )
     distances = [
-        (at(s, p, collapse, eps) - at(t, p, collapse, eps)).norm(dim=1)
-        for s, t in zip(students, teachers, strict=True)
+        (at(s, p, collapse, eps) - at(t, p, collapse, eps)).norm(dim=1).detach() for s, t in pairs
     ]
     return float(torch.cat(distances).min())
 
@@ -108,16 +121,7 @@ def assert_matches_reference(
     exact = all(x.dtype == torch.float64 for x in leaves)
     # Maps of fp32 sums are known to `rounding`; where two of them are nearly the same, their
     # difference is known to that share of itself only, and so are loss and gradient.
-    named = {"p": 2.0, "collapse": "mean", "eps": 1e-12} | options
-    distance = least_distance(
-        *(
-            [x.detach() for x in side]
-            if named.get("channel_dim") != -1
-            else [x.detach().movedim(-1, 1) for x in side]
-            for side in (doubles[:n], doubles[n:])
-        ),
-        *(named[name] for name in ("p", "collapse", "eps")),
-    )
+    distance = least_distance(doubles[:n], doubles[n:], **options)
     rounding = 1e-14 if exact else 3e-7
     blur = rounding / max(distance, rounding)
     torch.testing.assert_close(

@@ -62,7 +62,7 @@ def _force(name: str) -> None:
     if name == "eager":
         _override = torch.library.Library("at_fused", "IMPL")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "[^$]*Overriding a previously registered kernel")
+            warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
             for operator in OPERATORS:
                 for key in ("CPU", "CUDA"):
                     _override.impl(operator, getattr(eager, operator), key, allow_override=True)
