@@ -6,7 +6,7 @@
 from at_fused._version import __version__
 from at_fused._warnings import AtFusedWarning
 from at_fused.backends import Backend, backends, cpu, use_backend
-from at_fused.functional import at, at_loss, attention_map
+from at_fused.functional import at, at_loss, at_value_and_grad, attention_map
 from at_fused.modules import ATLoss
 
 cpu.load()
@@ -18,6 +18,7 @@ __all__ = [
     "__version__",
     "at",
     "at_loss",
+    "at_value_and_grad",
     "attention_map",
     "backends",
     "use_backend",

@@ -3,6 +3,7 @@
     attention_map            raw maps of a list of features
     at_loss                  the loss of a list of pairs, and their maps for the backward pass
     attention_map_backward   the gradient of a list of features from their coefficient maps
+    at_value_and_grad        the loss of a list of pairs and the students' gradients, in one pass
 
 A feature is (B, C, *spatial) with any strides. All take lists, so that a network's stages are one
 call and, on a GPU, one launch. What runs them is chosen in ``backends``; ``backends.eager`` is
@@ -11,6 +12,9 @@ registered for every device, a compiled library for its own on top of it.
 ``at_loss`` returns ``(loss, maps)``. ``maps`` is empty without ``student_grad`` and
 ``teacher_grad``; otherwise it holds one (B, N) map per feature, students first: the coefficient map
 k of a side whose gradient is asked for, the raw attention map of the other.
+
+``at_value_and_grad`` returns ``(loss, gradients)``: those of the students, times ``scale`` and
+``loss_gradient`` (a scalar, or one value per pair). Neither is part of a graph.
 """
 
 from __future__ import annotations
@@ -36,6 +40,12 @@ _library.define(
     " int[] pairs, float p) -> Tensor[]",
     tags=_tags,
 )
+_library.define(
+    "at_value_and_grad(Tensor[] student, Tensor[] teacher, float[] weights, float p, str collapse,"
+    " str form, str reduction, float eps, float scale, Tensor? loss_gradient)"
+    " -> (Tensor, Tensor[])",
+    tags=_tags,
+)
 
 for _name in OPERATORS:
     _library.impl(_name, getattr(eager, _name), "CompositeExplicitAutograd")
@@ -58,6 +68,11 @@ def _(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
     return [_fake_map(x) for x in features]
 
 
+def _fake_loss(student: list[Tensor], teacher: list[Tensor], reduction: str) -> Tensor:
+    shape = () if reduction == "sum" else (len(student),)
+    return student[0].new_empty(shape, dtype=eager.accumulate_dtype(*student, *teacher))
+
+
 @torch.library.register_fake("at_fused::at_loss", lib=_library)
 def _(
     student: list[Tensor],
@@ -71,9 +86,8 @@ def _(
     student_grad: bool,
     teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    shape = () if reduction == "sum" else (len(student),)
-    loss = student[0].new_empty(shape, dtype=eager.accumulate_dtype(*student, *teacher))
     keep = student_grad or teacher_grad
+    loss = _fake_loss(student, teacher, reduction)
     return loss, [_fake_map(x) for x in (*student, *teacher)] if keep else []
 
 
@@ -86,6 +100,22 @@ def _(
     p: float,
 ) -> list[Tensor]:
     return [torch.empty_like(x) for x in features]
+
+
+@torch.library.register_fake("at_fused::at_value_and_grad", lib=_library)
+def _(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: list[float],
+    p: float,
+    collapse: str,
+    form: str,
+    reduction: str,
+    eps: float,
+    scale: float,
+    loss_gradient: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    return _fake_loss(student, teacher, reduction), [torch.empty_like(x) for x in student]
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -340,9 +370,16 @@ def _attention_map_backward_autograd(
     )
 
 
+def _at_value_and_grad_autograd(
+    student: list[Tensor], teacher: list[Tensor], *options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    return _below_autograd(_operators.at_value_and_grad.default, student, teacher, *options)
+
+
 _library.impl("attention_map", _attention_map_autograd, "Autograd")
 _library.impl("at_loss", _at_loss_autograd, "Autograd")
 _library.impl("attention_map_backward", _attention_map_backward_autograd, "Autograd")
+_library.impl("at_value_and_grad", _at_value_and_grad_autograd, "Autograd")
 
 
 # ---- calls ---------------------------------------------------------------------------------------
@@ -380,3 +417,10 @@ def attention_map_backward(
         operator = _operators.attention_map_backward.default
         return operator(features, coefficients, loss_gradient, pairs, p)
     return _attention_map_backward_autograd(features, coefficients, loss_gradient, pairs, p)
+
+
+def at_value_and_grad(
+    student: list[Tensor], teacher: list[Tensor], *options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """``torch.ops.at_fused.at_value_and_grad``."""
+    return _operators.at_value_and_grad.default(student, teacher, *options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _COLLAPSES = ("mean", "sum")
 _FORMS = ("code", "paper")
 _REDUCTIONS = ("sum", "none")
+
+Features = TypeVar("Features", Tensor, Sequence[Tensor])
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -126,6 +129,34 @@ def _refuse_pair(i: int, student: Tensor, teacher: Tensor, device: torch.device)
     )
 
 
+def _pairs(
+    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], channel_dim: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both sides as lists of (B, C, *spatial) that match pair by pair."""
+    if isinstance(student, Tensor) != isinstance(teacher, Tensor):
+        raise TypeError(
+            "student and teacher must both be tensors or both be sequences, "
+            f"got {_kind(student)} and {_kind(teacher)}"
+        )
+    students = _features("student", student, channel_dim)
+    teachers = _features("teacher", teacher, channel_dim)
+    if len(students) != len(teachers):
+        raise ValueError(
+            "student and teacher must have the same number of features, "
+            f"got {len(students)} and {len(teachers)}"
+        )
+    device = students[0].device
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        positions = s.shape[2:]
+        if not (
+            s.device == t.device == device and s.shape[0] == t.shape[0] and positions == t.shape[2:]
+        ):
+            _refuse_pair(i, s, t, device)
+        if positions.numel() == 1:
+            _warn_single_position(i)
+    return students, teachers
+
+
 def _size(x: Tensor) -> str:
     return "x".join(str(int(size)) for size in x.shape[2:])
 
@@ -146,6 +177,25 @@ def _weights(weights: Sequence[float] | None, pairs: int) -> list[float]:
     return [float(weight) for weight in weights]
 
 
+def _scale(scale: float | Tensor, students: list[Tensor]) -> tuple[float, Tensor | None]:
+    """A scale as a number, and as what the device has to read."""
+    if not isinstance(scale, Tensor):
+        _check_number("scale", scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale!r}")
+        return float(scale), None
+    if scale.numel() != 1 or not scale.is_floating_point():
+        raise ValueError(
+            "scale must be a number or a floating-point tensor of one element, got "
+            f"{scale.dtype} of shape {tuple(scale.shape)}"
+        )
+    if scale.device != students[0].device:
+        raise ValueError(
+            f"scale must be on the features' device, {students[0].device}, got {scale.device}"
+        )
+    return 1.0, scale.detach().reshape(()).to(eager.accumulate_dtype(*students))
+
+
 _single_position_warned = False
 
 
@@ -157,7 +207,7 @@ def _warn_single_position(i: int) -> None:
             f"pair {i} has maps of a single position: normalised they are all 1, and the loss of "
             "this pair is 0 whatever the features",
             AtFusedWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -214,31 +264,8 @@ def at_loss(
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
     check_options(p=p, eps=eps, collapse=collapse, form=form, reduction=reduction)
-    if isinstance(student, Tensor) != isinstance(teacher, Tensor):
-        raise TypeError(
-            "student and teacher must both be tensors or both be sequences, "
-            f"got {_kind(student)} and {_kind(teacher)}"
-        )
-    students = _features("student", student, channel_dim)
-    teachers = _features("teacher", teacher, channel_dim)
-    if len(students) != len(teachers):
-        raise ValueError(
-            "student and teacher must have the same number of features, "
-            f"got {len(students)} and {len(teachers)}"
-        )
-    device = students[0].device
+    students, teachers = _pairs(student, teacher, channel_dim)
     tracks = torch.is_grad_enabled()
-    student_grad = teacher_grad = False
-    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        positions = s.shape[2:]
-        if not (
-            s.device == t.device == device and s.shape[0] == t.shape[0] and positions == t.shape[2:]
-        ):
-            _refuse_pair(i, s, t, device)
-        if positions.numel() == 1:
-            _warn_single_position(i)
-        student_grad = student_grad or (tracks and s.requires_grad)
-        teacher_grad = teacher_grad or (tracks and t.requires_grad)
     loss, _ = _ops.at_loss(
         students,
         teachers,
@@ -248,10 +275,72 @@ def at_loss(
         form,
         reduction,
         float(eps),
-        student_grad,
-        teacher_grad,
+        tracks and any(x.requires_grad for x in students),
+        tracks and any(x.requires_grad for x in teachers),
     )
     return loss
+
+
+def at_value_and_grad(
+    student: Features,
+    teacher: Features,
+    *,
+    p: float = 2.0,
+    collapse: str = "mean",
+    form: str = "code",
+    weights: Sequence[float] | None = None,
+    reduction: str = "sum",
+    channel_dim: int = 1,
+    eps: float = 1e-12,
+    scale: float | Tensor = 1.0,
+) -> tuple[Tensor, Features]:
+    """The loss of :func:`at_loss` and its gradient for the student, in one pass over the data.
+
+    ``(L, scale * dL/dS)``, where forward and backward one after the other would read S twice. For
+    loops that put gradients together themselves::
+
+        loss, gradients = at_value_and_grad(features, teacher_features, scale=beta)
+        torch.autograd.backward([task_loss, *features], [None, *gradients])
+
+    Neither result is part of a graph: nothing is differentiated through this call. It does not
+    matter whether the features require gradients.
+
+    Args:
+        student, teacher, p, collapse, form, weights, reduction, channel_dim, eps: as in
+            :func:`at_loss`.
+        scale: factor of the gradient, not of the loss: beta, a loss scale. A finite number, or a
+            tensor of one element on the features' device, which is not waited for.
+
+    Returns:
+        The loss, as :func:`at_loss` gives it (with ``reduction="none"`` the gradient is that of the
+        sum), and the gradient: a tensor, or a list where ``student`` is a sequence. Gradients have
+        the students' dtypes and the strides of ``torch.empty_like``.
+
+    Raises:
+        TypeError, ValueError: as :func:`at_loss`, and for a ``scale`` that is not as above.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1; the gradient in closed form.
+    """
+    check_options(p=p, eps=eps, collapse=collapse, form=form, reduction=reduction)
+    students, teachers = _pairs(student, teacher, channel_dim)
+    factor, loss_gradient = _scale(scale, students)
+    loss, gradients = _ops.at_value_and_grad(
+        students,
+        teachers,
+        _weights(weights, len(students)),
+        float(p),
+        collapse,
+        form,
+        reduction,
+        float(eps),
+        factor,
+        loss_gradient,
+    )
+    if channel_dim != 1:
+        gradients = [g.movedim(1, -1) for g in gradients]
+    if isinstance(student, Tensor):
+        return loss, gradients[0]
+    return loss, gradients
 
 
 def attention_map(

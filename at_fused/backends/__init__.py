@@ -18,7 +18,7 @@ import torch
 from at_fused.backends import cpu, eager
 
 # What a back end provides: a kernel for each of the operators in _ops.py, under its name.
-OPERATORS = ("attention_map", "at_loss", "attention_map_backward")
+OPERATORS = ("attention_map", "at_loss", "attention_map_backward", "at_value_and_grad")
 
 
 class Backend(NamedTuple):

@@ -141,3 +141,22 @@ def attention_map_backward(
         out = torch.empty_like(x)
         gradients.append(gradient if gradient.stride() == out.stride() else out.copy_(gradient))
     return gradients
+
+
+def at_value_and_grad(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: list[float],
+    p: float,
+    collapse: str,
+    form: str,
+    reduction: str,
+    eps: float,
+    scale: float,
+    loss_gradient: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of all pairs, and the students' gradients times ``scale * loss_gradient``."""
+    loss, maps = at_loss(student, teacher, weights, p, collapse, form, reduction, eps, True, False)
+    coefficients = [k * scale for k in maps[: len(student)]]
+    pairs = list(range(len(student)))
+    return loss, attention_map_backward(student, coefficients, loss_gradient, pairs, p)

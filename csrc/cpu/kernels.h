@@ -5,26 +5,9 @@
 
 #include <cstdint>
 
+#include "../feature.h"
+
 namespace at_fused {
-
-enum class Dtype : int32_t { float32, float64, float16, bfloat16 };
-
-// planar: channels outermost, positions adjacent (NCHW).
-// interleaved: channels adjacent (channels_last, tokens).
-enum class Layout : int32_t { planar, interleaved };
-
-enum class Form : int32_t { code, paper };
-
-// A feature map seen as (B, C, N). Strides in elements. The stride that the layout makes 1
-// (position in planar, channel in interleaved) is not stored; `line` is the other one.
-struct Feature {
-  const void* data;
-  Dtype dtype;
-  Layout layout;
-  int64_t B, C, N;
-  int64_t batch;
-  int64_t line;
-};
 
 // The two raw attention maps of one sample and what becomes of them. The maps hold fp64 for fp64
 // features and fp32 otherwise; with `*_grad` a map is overwritten by its coefficient map k.

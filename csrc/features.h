@@ -4,16 +4,27 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "feature.h"
 
 namespace at_fused {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
+
+struct Device {
+  int32_t type, index;
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
+inline Device device_of(const Tensor& tensor) {
+  Device device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  return device;
+}
 
 inline Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -28,21 +39,6 @@ inline Dtype dtype_of(const Tensor& tensor) {
     default:
       STD_TORCH_CHECK(false, "at_fused: features must be float16, bfloat16, float32 or float64");
   }
-}
-
-inline int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
-
-inline bool accumulates_fp64(const Feature& feature) { return feature.dtype == Dtype::float64; }
-inline int64_t map_element_size(const Feature& feature) {
-  return accumulates_fp64(feature) ? 8 : 4;
-}
-inline ScalarType map_dtype(const Feature& feature) {
-  return accumulates_fp64(feature) ? ScalarType::Double : ScalarType::Float;
-}
-inline int64_t sample_bytes(const Feature& feature) {
-  return feature.C * feature.N * element_size(feature.dtype);
 }
 
 // The strides of (B, C, *spatial) as those of (B, C, N); false where no native layout has them.
@@ -79,15 +75,11 @@ inline bool describe(const Tensor& tensor, Feature& feature) {
   return feature.N == 1;
 }
 
-inline void check_feature(const Tensor& tensor) {
+// A native view of the tensor; `tensor` is replaced by a contiguous copy where it has none.
+inline Feature native_feature(Tensor& tensor, Device device) {
   STD_TORCH_CHECK(tensor.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
   STD_TORCH_CHECK(tensor.numel() > 0, "at_fused: features must not be empty");
-  STD_TORCH_CHECK(tensor.is_cpu(), "at_fused: all features must be on the same device");
-}
-
-// A native view of the tensor; `tensor` is replaced by a contiguous copy where it has none.
-inline Feature native_feature(Tensor& tensor) {
-  check_feature(tensor);
+  STD_TORCH_CHECK(device_of(tensor) == device, "at_fused: all features must be on the same device");
   Feature feature;
   if (!describe(tensor, feature)) {
     tensor = torch::stable::contiguous(tensor);
@@ -99,17 +91,17 @@ inline Feature native_feature(Tensor& tensor) {
 inline std::vector<Feature> native_features(Tensors& tensors) {
   std::vector<Feature> features;
   features.reserve(tensors.size());
-  for (Tensor& tensor : tensors) features.push_back(native_feature(tensor));
+  for (Tensor& tensor : tensors) features.push_back(native_feature(tensor, device_of(tensors[0])));
   return features;
 }
 
-// A new tensor on the CPU. torch::stable::new_empty and empty_like look their operators up by name
-// in every call, which for a list of small features takes longer than the arithmetic.
-inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* strides,
-                         int32_t dtype) {
+// A new tensor. torch::stable::new_empty and empty_like look their operators up by name in every
+// call, which for a list of small features takes longer than the arithmetic.
+inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                         Device device) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, sizes, strides, dtype, device.type, device.index, &handle));
   return Tensor(handle);
 }
 
@@ -125,12 +117,13 @@ inline Tensor new_like(const Tensor& tensor, const Feature& feature) {
   }
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return new_tensor(tensor.dim(), tensor.sizes().data(), tensor.strides().data(), dtype);
+  return new_tensor(tensor.dim(), tensor.sizes().data(), tensor.strides().data(), dtype,
+                    device_of(tensor));
 }
 
-inline Tensor new_map(const Feature& feature) {
+inline Tensor new_map(const Feature& feature, Device device) {
   const int64_t sizes[] = {feature.B, feature.N}, strides[] = {feature.N, 1};
-  return new_tensor(2, sizes, strides, accumulate_dtype(accumulates_fp64(feature)));
+  return new_tensor(2, sizes, strides, accumulate_dtype(accumulates_fp64(feature)), device);
 }
 
 // The map of each sample in such a tensor.
@@ -144,12 +137,5 @@ struct Maps {
         bytes(feature.N * map_element_size(feature)) {}
   void* of(int64_t b) const { return first + b * bytes; }
 };
-
-inline double collapse_scale(const std::string& collapse, const Feature& feature) {
-  if (collapse == "mean") return 1.0 / double(feature.C);
-  STD_TORCH_CHECK(collapse == "sum", "at_fused: collapse must be 'mean' or 'sum', got '", collapse,
-                  "'");
-  return 1.0;
-}
 
 }  // namespace at_fused
