@@ -5,11 +5,12 @@
 
 from at_fused._version import __version__
 from at_fused._warnings import AtFusedWarning
-from at_fused.backends import Backend, backends, cpu, use_backend
+from at_fused.backends import Backend, backends, use_backend
+from at_fused.backends import load as _load
 from at_fused.functional import at, at_loss, at_value_and_grad, attention_map
 from at_fused.modules import ATLoss
 
-cpu.load()
+_load()
 
 __all__ = [
     "ATLoss",

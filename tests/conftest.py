@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from simt_backend import simt
 
 import at_fused
 from at_fused.backends import cpu
@@ -23,14 +24,22 @@ settings.register_profile("same", derandomize=True, max_examples=150)
 settings.register_profile("search", max_examples=5000)
 settings.load_profile("same")
 
+# CUDA's kernels in the harness, on a device whose every multiprocessor has a share of the smallest
+# list (samples are cut, and several blocks meet), and on one where samples stay whole.
+SIMT = {"simt-many": {"multiprocessors": 132}, "simt-one": {"multiprocessors": 1}}
 BACKENDS = [name for name, row in at_fused.backends().items() if row.available]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, *SIMT])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on every back end that this machine has."""
-    with at_fused.use_backend(request.param):
-        yield request.param
+    """Runs the test once on every back end that this machine has, and on CUDA's kernels."""
+    if request.param in SIMT:
+        with simt(**SIMT[request.param]) as harness:
+            yield request.param
+            assert not harness.simt_last_error()
+    else:
+        with at_fused.use_backend(request.param):
+            yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -158,5 +158,11 @@ def assert_matches_reference(
         assert not loss.requires_grad
     if student_grad:
         value, found = at_fused.at_value_and_grad(leaves[:n], leaves[n:], scale=scale, **options)
-        assert torch.equal(value, loss.detach())
+        # The same sums, perhaps in another order.
+        torch.testing.assert_close(
+            value,
+            loss.detach(),
+            rtol=max(1e-12 if exact else 1e-6, 2 * blur),
+            atol=3 * (rounding if options.get("form") == "paper" else rounding**2),
+        )
         compare(list(range(n)), found, torch.autograd.grad(expected.sum() * scale, doubles[:n]))

@@ -1,7 +1,9 @@
 """What runs the operators: which back ends there are, which can be used here, which is in use.
 
-    eager   plain PyTorch, every device (eager.py)
-    cpu     the compiled C++ library (csrc/cpu), CPU tensors (cpu.py)
+    cpu      the compiled C++ library (csrc/cpu), CPU tensors
+    cuda     the compiled CUDA library (csrc/cuda), CUDA tensors
+    triton   Triton kernels (triton/), CUDA tensors, where there is no CUDA library
+    eager    plain PyTorch, every device (eager.py)
 
 The dispatcher picks: a back end is a set of kernels registered for a device, the fastest on top.
 ``use_backend`` puts another one on top, for the whole process.
@@ -9,13 +11,14 @@ The dispatcher picks: a back end is a set of kernels registered for a device, th
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from at_fused.backends import cpu, eager
+from at_fused.backends import cpu, cuda, eager, triton
 
 # What a back end provides: a kernel for each of the operators in _ops.py, under its name.
 OPERATORS = ("attention_map", "at_loss", "attention_map_backward", "at_value_and_grad")
@@ -33,25 +36,70 @@ class Backend(NamedTuple):
 
 _forced = "auto"
 _override: torch.library.Library | None = None
+_triton_library: torch.library.Library | None = None
+
+
+def load() -> None:
+    """Registers the fastest kernels for each device, once, when the package is imported."""
+    global _triton_library
+    cpu.load()
+    cuda.load()
+    if not cuda.loaded() and _triton_for_gpus():
+        _triton_library = torch.library.Library("at_fused", "IMPL")
+        for operator in OPERATORS:
+            _triton_library.impl(operator, getattr(triton, operator), "CUDA")
+
+
+def _triton_for_gpus() -> bool:
+    """Whether CUDA tensors can go to Triton; asks no device, so that importing stays cheap."""
+    has_gpus = torch.version.cuda or torch.version.hip
+    return bool(has_gpus) and importlib.util.find_spec("triton") is not None
+
+
+def _users() -> dict[str, str]:
+    """Device type -> the back end that runs its tensors."""
+    fastest = {
+        "cpu": "cpu" if cpu.available() else "eager",
+        "cuda": "cuda" if cuda.loaded() else "triton" if _triton_for_gpus() else "eager",
+        "other": "eager",
+    }
+    if _forced == "eager":
+        return dict.fromkeys(fastest, "eager")
+    if _forced == "triton":
+        return fastest | {"cuda": "triton"} | ({"cpu": "triton"} if triton.interpreted() else {})
+    return fastest
 
 
 def backends() -> dict[str, Backend]:
     """The table of back ends, fastest first: name -> (available, devices, in_use, reason).
 
-    ``in_use`` says whether a call on one of ``devices`` runs there now; ``reason`` why a back end
-    cannot be used, or what it is.
+    ``devices`` are the types whose tensors run there now, or could if the back end were chosen;
+    ``reason`` says what the back end is, or why it cannot be used.
     """
-    compiled = cpu.available()
-    return {
-        "cpu": Backend("cpu", compiled, ("cpu",), compiled and _forced != "eager", cpu.reason()),
-        "eager": Backend(
-            "eager",
-            True,
-            ("any",) if _forced == "eager" or not compiled else ("any but cpu",),
-            True,
-            "plain PyTorch",
-        ),
+    users = _users()
+    rows = {
+        "cpu": (cpu.available(), ("cpu",), cpu.reason()),
+        "cuda": (cuda.available(), ("cuda",), cuda.reason()),
+        "triton": (triton.available(), ("cuda",), triton.reason() or "Triton kernels"),
+        "eager": (True, ("cpu", "cuda", "other"), "plain PyTorch"),
     }
+    table = {}
+    for name, (available, could, reason) in rows.items():
+        now = tuple(device for device, user in users.items() if user == name)
+        in_use = available and bool(now)
+        table[name] = Backend(name, available, now if in_use else could, in_use, reason)
+    return table
+
+
+def override(functions: Any, keys: tuple[str, ...]) -> torch.library.Library:
+    """Puts a back end's functions on top of what is registered; ``_destroy()`` undoes it."""
+    library = torch.library.Library("at_fused", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
+        for operator in OPERATORS:
+            for key in keys:
+                library.impl(operator, getattr(functions, operator), key, allow_override=True)
+    return library
 
 
 def _force(name: str) -> None:
@@ -60,20 +108,18 @@ def _force(name: str) -> None:
         _override._destroy()
         _override = None
     if name == "eager":
-        _override = torch.library.Library("at_fused", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
-            for operator in OPERATORS:
-                for key in ("CPU", "CUDA"):
-                    _override.impl(operator, getattr(eager, operator), key, allow_override=True)
+        _override = override(eager, ("CPU", "CUDA"))
+    if name == "triton":
+        _override = override(triton, ("CPU", "CUDA") if triton.interpreted() else ("CUDA",))
     _forced = name
 
 
 class use_backend:  # noqa: N801 - used like torch.no_grad
     """Runs the operators on one back end: a setting, or a context manager that undoes it.
 
-    ``name`` is "auto" (the fastest there is for each device), "cpu" or "eager". The choice holds
-    for the whole process, all threads, like ``torch.backends`` flags.
+    ``name`` is "auto" (the fastest there is for each device), "cpu", "cuda", "triton" or "eager".
+    A back end for one kind of device leaves the others' tensors to the fastest there is for them.
+    The choice holds for the whole process, all threads, like ``torch.backends`` flags.
 
     Raises:
         ValueError: ``name`` is none of these.

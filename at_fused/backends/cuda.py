@@ -1,0 +1,45 @@
+"""The compiled CUDA library (csrc/cuda): loaded where torch has CUDA, and asked about itself."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+import torch
+
+from at_fused._warnings import AtFusedWarning
+from at_fused.backends.compiled import Compiled
+
+_library = Compiled("_cuda")
+loaded = _library.available
+
+
+def load() -> None:
+    """Loads the library if there is one and torch has CUDA; warns only where that should work."""
+    if torch.version.cuda is None:
+        _library.failure = f"torch {torch.__version__} has no CUDA"
+        return
+    _library.load()
+    if not loaded() and "does not load" in _library.failure:
+        warnings.warn(
+            f"the CUDA kernels are not used ({_library.failure}); CUDA tensors take Triton or "
+            "plain PyTorch",
+            AtFusedWarning,
+            stacklevel=2,
+        )
+
+
+def available() -> bool:
+    """Whether the library is loaded and there is a device for it."""
+    return loaded() and torch.cuda.is_available()
+
+
+def reason() -> str:
+    """What the library is, or why it is not used."""
+    if not loaded():
+        try:
+            built = str(importlib.import_module("at_fused._build_info").cuda)
+        except ImportError:
+            built = ""
+        return f"{_library.failure} ({built})" if built.startswith("not built") else _library.failure
+    return "CUDA kernels" if torch.cuda.is_available() else "CUDA kernels, but no CUDA device"

@@ -1,0 +1,30 @@
+#include "launch.cuh"
+#include "loss.cuh"
+
+namespace at_fused {
+
+// Losses, and maps where they are kept, of a list of pairs, in one pass over the features.
+template <class E, bool fp64>
+__global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
+    at_loss_kernel(const __grid_constant__ LossParams params) {
+  AT_FUSED_DYNAMIC_SHARED(bytes);
+  const SharedMemory shared(bytes, params.map_bytes);
+  const E e(params.p);
+  const int i = member_of(params.pairs, params.count, blockIdx.x);
+  const PairParams& pair = params.pairs[i];
+  const int local = blockIdx.x - pair.first_task;
+  const LossTask task = pair.samples
+                            ? whole_samples(pair, local)
+                            : piece_of_sample(pair, local / pair.pieces, local % pair.pieces);
+  bool finished = true;
+  for (int b = task.b0; b < task.b1; ++b) {
+    finished = run_sample<E, fp64, false>(params, i, task, b, shared, e);
+  }
+  if (finished) finish_loss(params, task.b1 - task.b0, *shared.control);
+}
+
+void launch_at_loss(const LossParams& params, const Launch& launch) {
+  launch_instance(AT_FUSED_INSTANCES(at_loss_kernel), params.p, launch, params);
+}
+
+}  // namespace at_fused

@@ -1,0 +1,26 @@
+#include "attention_map.cuh"
+#include "launch.cuh"
+
+namespace at_fused {
+
+// Raw maps of a list of features.
+template <class E, bool fp64>
+__global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
+    attention_map_kernel(const __grid_constant__ MapParams params) {
+  AT_FUSED_DYNAMIC_SHARED(bytes);
+  const MapFeature& feature = params.features[member_of(params.features, params.count, blockIdx.x)];
+  const int local = blockIdx.x - feature.first_task;
+  const int b = local / feature.pieces;
+  const int begin = local % feature.pieces * feature.positions;
+  const Tile tile{b, begin, min(begin + feature.positions, feature.view.N), bytes};
+  const int64_t size = feature.view.dtype == Dtype::float64 ? 8 : 4;
+  map_tile<E, fp64, false>(
+      feature.view, tile, E(params.p), feature.scale, nullptr,
+      static_cast<char*>(feature.map) + (int64_t(b) * feature.view.N + begin) * size);
+}
+
+void launch_attention_map(const MapParams& params, const Launch& launch) {
+  launch_instance(AT_FUSED_INSTANCES(attention_map_kernel), params.p, launch, params);
+}
+
+}  // namespace at_fused

@@ -1,0 +1,91 @@
+// What the threads of a block do together: sums, and handing work on to other blocks.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "params.h"
+
+namespace at_fused {
+
+#if defined(AT_FUSED_SIMT)
+#define AT_FUSED_DYNAMIC_SHARED(name) char* name = simt::dynamic_shared()
+#else
+#define AT_FUSED_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+#endif
+
+constexpr int kWarps = kThreads / 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// The first bytes of every block's shared memory.
+struct Control {
+  double sums[3 * kWarps];
+  double maps[12];  // loss.cuh: SampleMaps
+  int broadcast;
+};
+
+// The sum over the block of each of n values, the same bits in every thread.
+template <int n>
+__device__ void block_sum(double (&value)[n], Control& control) {
+  static_assert(n <= 3);
+  __syncthreads();  // the last sums may still be read
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    for (int d = 16; d > 0; d /= 2) value[i] += __shfl_xor_sync(kAllLanes, value[i], d);
+    if (threadIdx.x % 32 == 0) control.sums[threadIdx.x / 32 * n + i] = value[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    value[i] = 0;
+    for (int warp = 0; warp < kWarps; ++warp) value[i] += control.sums[warp * n + i];
+  }
+}
+
+__device__ inline int broadcast(int value, Control& control) {
+  __syncthreads();  // the last value may still be read
+  if (threadIdx.x == 0) control.broadcast = value;
+  __syncthreads();
+  return control.broadcast;
+}
+
+// Adds `arrivals` to a counter, after all that this block has written. True in the one block that
+// makes it `total`, which then sees what all the others wrote; the counter is 0 again.
+__device__ inline bool arrives_last(uint32_t* counter, uint32_t arrivals, uint32_t total,
+                                    Control& control) {
+  bool last = false;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(counter, arrivals) + arrivals == total;
+    if (last) atomicExch(counter, 0u);
+    __threadfence();
+  }
+  return broadcast(last, control) != 0;
+}
+
+// Lets the blocks that wait_for(flag) see all that this one has written.
+__device__ inline void announce(uint32_t* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicExch(flag, 1u);
+  }
+}
+
+__device__ inline void wait_for(uint32_t* flag) {
+  if (threadIdx.x == 0) {
+    while (__ldcv(flag) == 0) __nanosleep(100);
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// The list's member whose tasks `task` is among.
+template <class Members>
+__device__ __forceinline__ int member_of(const Members& members, int count, int task) {
+  int i = 0;
+  while (i + 1 < count && task >= members[i + 1].first_task) ++i;
+  return i;
+}
+
+}  // namespace at_fused

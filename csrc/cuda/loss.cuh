@@ -1,0 +1,245 @@
+// The loss of a list of pairs: maps, norms, losses and coefficient maps, and with `gradient` the
+// students' gradients as well.
+#pragma once
+
+#include "attention_map.cuh"
+#include "sweep.cuh"
+
+namespace at_fused {
+
+// A sample's map, in fp64 for fp64 features. Maps that other blocks wrote are `remote`: this
+// multiprocessor's first-level cache may know nothing of them.
+template <bool fp64>
+struct SampleMap {
+  void* data;
+  bool wide, remote;
+
+  __device__ __forceinline__ void* at(int64_t n) const {
+    return static_cast<char*>(data) + n * (wide ? 8 : 4);
+  }
+  __device__ __forceinline__ double get(int n) const {
+    if constexpr (fp64) {
+      if (wide) return value(static_cast<double*>(data) + n);
+    }
+    return double(value(static_cast<float*>(data) + n));
+  }
+  __device__ __forceinline__ void set(int n, double v) const {
+    if constexpr (fp64) {
+      if (wide) {
+        static_cast<double*>(data)[n] = v;
+        return;
+      }
+    }
+    static_cast<float*>(data)[n] = float(v);
+  }
+
+ private:
+  template <class A>
+  __device__ __forceinline__ A value(A* from) const {
+    return remote ? __ldcg(from) : *from;
+  }
+};
+
+template <bool fp64>
+__device__ __forceinline__ SampleMap<fp64> map_of(const View& x, void* maps, int64_t b,
+                                                  bool remote) {
+  const bool wide = x.dtype == Dtype::float64;
+  char* data = static_cast<char*>(maps);
+  if (data) data += b * x.N * (wide ? 8 : 4);
+  return {data, wide, remote};
+}
+
+// The two maps of a sample and what becomes of them. Without data a result is not wanted.
+template <bool fp64>
+struct SampleMaps {
+  SampleMap<fp64> student, teacher;
+  SampleMap<fp64> student_result, teacher_result;
+  bool student_grad, teacher_grad;  // the result is the coefficient map k; else the raw map
+  bool copy;                        // the results hold the raw maps, which come on chip first
+};
+
+// The sample's share of the loss; all in fp64: maps are small, and their squares overflow fp32 from
+// features of 1e10 on.
+template <bool fp64>
+__device__ double finish_sample(const LossParams& params, const PairParams& pair,
+                                const SampleMaps<fp64>& maps, bool in_place, Control& control) {
+  const int N = pair.student.N;
+  double squares[2] = {};
+  for (int n = threadIdx.x; n < N; n += kThreads) {
+    const double s = maps.student.get(n), t = maps.teacher.get(n);
+    squares[0] += s * s;
+    squares[1] += t * t;
+  }
+  block_sum(squares, control);
+  const double student_norm = sqrt(squares[0]), teacher_norm = sqrt(squares[1]);
+  // Written so that a NaN norm is not clamped away.
+  const bool student_zero = student_norm <= params.eps, teacher_zero = teacher_norm <= params.eps;
+  const double student_bound = student_zero ? params.eps : student_norm;
+  const double teacher_bound = teacher_zero ? params.eps : teacher_norm;
+  const double is = 1.0 / student_bound, it = 1.0 / teacher_bound;
+
+  // A division gives a single position exactly 1, so that its loss is exactly 0.
+  const auto normalize = [N](double raw, double bound, double inverse) {
+    return N == 1 ? raw / bound : raw * inverse;
+  };
+  // The differences are summed as such: 2 - 2 qs.qt would cancel where the maps are alike.
+  double sums[3] = {};
+  for (int n = threadIdx.x; n < N; n += kThreads) {
+    const double qs = normalize(maps.student.get(n), student_bound, is);
+    const double qt = normalize(maps.teacher.get(n), teacher_bound, it);
+    const double difference = qs - qt;
+    sums[0] += difference * difference;
+    sums[1] += difference * qs;
+    sums[2] += difference * qt;
+  }
+  block_sum(sums, control);
+  const double distance = sqrt(sums[0]);
+  const bool code = params.form == Form::code;
+  const double mean = pair.weight / (double(pair.B) * double(code ? N : 1));
+
+  // Raw maps that were shared by blocks are where they should be already.
+  const bool student = maps.student_result.data && (maps.student_grad || !in_place);
+  const bool teacher = maps.teacher_result.data && (maps.teacher_grad || !in_place);
+  if (student || teacher) {
+    // dL/dq = slope * difference; at difference = 0 the norm of the paper's form takes 0.
+    const double slope = code ? 2 * mean : distance == 0 ? 0.0 : mean / distance;
+    // Below eps the map is divided by a constant: there is nothing to project out.
+    const double along_student = student_zero ? 0.0 : sums[1];
+    const double along_teacher = teacher_zero ? 0.0 : sums[2];
+    const double gs = slope * is * params.p * pair.student_scale;
+    const double gt = slope * it * params.p * pair.teacher_scale;
+    for (int n = threadIdx.x; n < N; n += kThreads) {
+      const double s = maps.student.get(n), t = maps.teacher.get(n);
+      const double qs = normalize(s, student_bound, is), qt = normalize(t, teacher_bound, it);
+      const double difference = qs - qt;
+      if (student) {
+        maps.student_result.set(n, maps.student_grad ? gs * (difference - qs * along_student) : s);
+      }
+      if (teacher) {
+        maps.teacher_result.set(n, maps.teacher_grad ? gt * (qt * along_teacher - difference) : t);
+      }
+    }
+  }
+  return mean * (code ? sums[0] : distance);
+}
+
+// What a block holds in shared memory.
+struct SharedMemory {
+  Control* control;
+  char* scratch;
+  char* student_map;
+  char* teacher_map;
+  char* kept;  // a whole student sample
+
+  __device__ SharedMemory(char* shared, int map_bytes)
+      : control(reinterpret_cast<Control*>(shared)),
+        scratch(shared + kControlBytes),
+        student_map(scratch + kScratchBytes),
+        teacher_map(student_map + map_bytes / 2),
+        kept(student_map + map_bytes) {}
+};
+
+// Adds the samples' losses of this launch, in the same order whatever the schedule was.
+__device__ inline void total_losses(const LossParams& params, Control& control) {
+  double total = params.continues ? __ldcg(params.sum) : 0.0;
+  for (int i = 0; i < params.count; ++i) {
+    const PairParams& pair = params.pairs[i];
+    double sum[1] = {};
+    for (int b = threadIdx.x; b < pair.B; b += kThreads) {
+      sum[0] += __ldcg(params.sample_losses + pair.first_sample + b);
+    }
+    block_sum(sum, control);
+    total = params.add ? total + sum[0] : sum[0];
+    if (threadIdx.x == 0 && (!params.add || i + 1 == params.count)) {
+      const int at = params.add ? 0 : params.first_pair + i;
+      if (params.loss_fp64) {
+        static_cast<double*>(params.loss)[at] = total;
+      } else {
+        static_cast<float*>(params.loss)[at] = float(total);
+      }
+      if (params.add) *params.sum = total;
+    }
+  }
+}
+
+// Some positions of some samples of a pair: all positions of one or several samples, or a piece of
+// one sample that several blocks share.
+struct LossTask {
+  int32_t b0, b1;
+  int32_t begin, end;
+};
+
+__device__ inline LossTask whole_samples(const PairParams& pair, int task) {
+  const int b0 = task * pair.samples;
+  return {b0, min(b0 + pair.samples, pair.B), 0, pair.student.N};
+}
+__device__ inline LossTask piece_of_sample(const PairParams& pair, int b, int piece) {
+  const int begin = piece * pair.positions;
+  return {b, b + 1, begin, min(begin + pair.positions, pair.student.N)};
+}
+
+// Maps and loss of a task's sample b; false where blocks that share the sample still have pieces of
+// it. Whole samples have their maps on chip; blocks that share one meet in global memory, and the
+// one that brings the last piece finishes it. With `keeps` a whole student sample stays on chip as
+// well, and its coefficient map beside it.
+template <class E, bool fp64, bool keeps>
+__device__ __forceinline__ bool run_sample(const LossParams& params, int i, LossTask task, int b,
+                                           const SharedMemory& shared, E e) {
+  __syncthreads();  // the last sample's maps may still be read
+  // One piece of code for both: unrolled it would be twice as long.
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {
+    const PairParams& pair = params.pairs[here(i)];
+    const bool whole = pair.samples > 0;
+    const View& view = side ? pair.teacher : pair.student;
+    const SampleMap<fp64> map =
+        whole ? map_of<fp64>(view, side ? shared.teacher_map : shared.student_map, 0, false)
+              : map_of<fp64>(view, side ? pair.teacher_maps : pair.student_maps, b, true);
+    map_tile<E, fp64, keeps>(view, {b, task.begin, task.end, shared.scratch}, e,
+                             side ? pair.teacher_scale : pair.student_scale,
+                             whole && side == 0 ? shared.kept : nullptr, map.at(task.begin));
+  }
+  const PairParams& pair = params.pairs[here(i)];
+  const bool whole = pair.samples > 0;
+  if (!whole) {
+    uint32_t* arrived = params.arrived + pair.first_sample + b;
+    if (!arrives_last(arrived, 1, uint32_t(pair.pieces), *shared.control)) return false;
+  }
+  // In shared memory: it is the same in all threads, whose registers are needed for other things.
+  SampleMaps<fp64>& maps = *reinterpret_cast<SampleMaps<fp64>*>(shared.control->maps);
+  static_assert(sizeof(maps) <= sizeof(shared.control->maps));
+  if (threadIdx.x == 0) {
+    maps.student = map_of<fp64>(pair.student, shared.student_map, 0, false);
+    maps.teacher = map_of<fp64>(pair.teacher, shared.teacher_map, 0, false);
+    maps.student_result = map_of<fp64>(pair.student, pair.student_maps, b, true);
+    maps.teacher_result = map_of<fp64>(pair.teacher, pair.teacher_maps, b, true);
+    maps.student_grad = params.student_grad;
+    maps.teacher_grad = params.teacher_grad;
+    maps.copy = false;
+    if (whole) {
+      if (keeps) maps.student_result = maps.student;
+    } else {
+      maps.copy = int64_t(pair.student.N) * (fp64 ? 8 : 4) <= params.map_bytes / 2;
+      if (!maps.copy) maps.student = maps.student_result, maps.teacher = maps.teacher_result;
+    }
+  }
+  __syncthreads();
+  if (maps.copy) {  // read once, then on chip
+    for (int n = threadIdx.x; n < pair.student.N; n += kThreads) {
+      maps.student.set(n, maps.student_result.get(n));
+      maps.teacher.set(n, maps.teacher_result.get(n));
+    }
+  }
+  const double loss = finish_sample(params, pair, maps, !whole, *shared.control);
+  if (threadIdx.x == 0) params.sample_losses[pair.first_sample + b] = loss;
+  return true;
+}
+
+// The losses of `samples` more samples are in; whoever brings the launch's last adds them all up.
+__device__ inline void finish_loss(const LossParams& params, int samples, Control& control) {
+  if (arrives_last(params.finished, uint32_t(samples), uint32_t(params.samples), control)) {
+    total_losses(params, control);
+  }
+}
+
+}  // namespace at_fused

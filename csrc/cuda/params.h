@@ -1,0 +1,122 @@
+// What the kernels are given, as plain structs: written by the operators (ops.cpp) from a plan
+// (plan.h), read by the device code. Each fits into the 4 KB that every launch may carry.
+#pragma once
+
+#include <cstdint>
+
+#include "../feature.h"
+
+namespace at_fused {
+
+constexpr int kThreads = 256;                // of every block
+constexpr int kBlocksPerMultiprocessor = 3;  // at a time, for which the kernels leave registers
+constexpr int kMaxPairs = 16;                // of one launch; longer lists take several
+constexpr int kMaxFeatures = 30;             // likewise
+
+// How a block reads a feature. A row is `fold` channels of all positions (planar) or the channels
+// of a position (interleaved).
+struct Access {
+  int16_t vector;  // elements of a load: 16 bytes of them where alignment permits, else 1
+  int16_t fold;    // channels read as one row, so that it is a whole number of vectors
+  int16_t lanes;   // threads side by side in a row, a power of two; the others take other rows
+};
+
+struct View {
+  const void* data;
+  int64_t batch, line;
+  int32_t C, N;
+  Dtype dtype;
+  Layout layout;
+  Access access;
+};
+
+// A sweep over the elements of a sample, cut into row_pieces x column_pieces blocks.
+struct Sweep {
+  void* out;
+  int64_t batch, line;
+  int32_t lanes;
+  int32_t row_pieces, rows;        // rows in a piece
+  int32_t column_pieces, columns;  // vectors in a piece
+};
+
+struct MapFeature {
+  View view;
+  void* map;
+  double scale;
+  int32_t first_task;
+  int32_t pieces, positions;  // of a sample, and of a piece
+};
+
+struct MapParams {
+  double p;
+  int32_t count;
+  MapFeature features[kMaxFeatures];
+};
+
+struct SweepFeature {
+  View view;
+  Sweep sweep;
+  const void* k;
+  const void* loss_gradient;  // of this feature's pair; null is 1
+  int32_t first_task;
+  int32_t samples, B;  // in a task, and in all
+};
+
+struct SweepParams {
+  double p;
+  int32_t count;
+  bool loss_gradient_fp64;
+  SweepFeature features[kMaxFeatures];
+};
+
+struct PairParams {
+  View student, teacher;
+  void* student_maps;  // (B, N); null where nobody needs them
+  void* teacher_maps;
+  double student_scale, teacher_scale;  // of the channel sums
+  double weight;
+  int32_t B;
+  int32_t first_task, first_sample;
+  int32_t samples;            // whole samples of a task; 0: samples are shared by several blocks
+  int32_t pieces, positions;  // of a shared sample, and of a piece
+};
+
+struct LossParams {
+  double p, eps;
+  Form form;
+  int32_t count, samples;  // pairs, and samples in all of them
+  bool student_grad, teacher_grad;
+  bool add;        // sum over pairs; else a loss for each
+  bool continues;  // a launch before this one began the sum
+  bool loss_fp64;
+  int32_t first_pair;
+  void* loss;
+  // The workspace. The counters are 0 before a launch and 0 after it.
+  uint32_t* finished;  // samples
+  uint32_t* arrived;   // pieces of each shared sample
+  double* sample_losses;
+  double* sum;
+  int32_t map_bytes;  // shared memory for the two maps of a sample; 0: too large for it
+  PairParams pairs[kMaxPairs];
+};
+
+struct GradientPair {
+  Sweep sweep;
+  const void* loss_gradient;
+  int32_t lag;  // samples whose maps are under way before the first gradient is begun
+};
+
+struct GradientParams {
+  double scale;
+  bool loss_gradient_fp64;
+  bool queue;  // some samples are shared: tasks are taken in order
+  uint32_t* ticket;
+  uint32_t* done;   // blocks
+  uint32_t* ready;  // a flag for each shared sample
+  GradientPair pairs[kMaxPairs];
+};
+
+static_assert(sizeof(MapParams) <= 4096 && sizeof(SweepParams) <= 4096);
+static_assert(sizeof(LossParams) + sizeof(GradientParams) <= 4096);
+
+}  // namespace at_fused

@@ -1,0 +1,163 @@
+// The gradient of a sample, or of a piece of it: out = g * k[n] * |x|^(p-1) * sign(x).
+#pragma once
+
+#include "block.cuh"
+#include "numbers.cuh"
+
+namespace at_fused {
+
+// Where a sweep reads, writes and how far it goes: rows and columns of vectors as in Access.
+struct Span {
+  int32_t row_begin, row_end;
+  int32_t column_begin, column_end;
+};
+
+__device__ inline int rows_of(const View& x) {
+  return x.layout == Layout::planar ? x.C / x.access.fold : x.N;
+}
+__device__ inline int columns_of(const View& x) {
+  return (x.layout == Layout::planar ? x.N * x.access.fold : x.C) / x.access.vector;
+}
+
+__device__ inline Span span_of(const View& x, const Sweep& sweep, int piece) {
+  const int row = piece / sweep.column_pieces * sweep.rows;
+  const int column = piece % sweep.column_pieces * sweep.columns;
+  return {row, min(row + sweep.rows, rows_of(x)), column,
+          min(column + sweep.columns, columns_of(x))};
+}
+
+template <class T, int V, bool shared>
+__device__ __forceinline__ Pack<T, V> read(const T* from) {
+  if constexpr (shared) return load<T, V>(from);
+  return load_constant<T, V>(from);
+}
+
+template <class T, int V, bool shared, class E, class A>
+__device__ __forceinline__ void sweep_planar(const T* x, int64_t line, T* out, int64_t out_line,
+                                             Span span, int lanes, int positions, E e, A gradient,
+                                             const A* k) {
+  lanes = here(lanes), positions = here(positions);
+  const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
+  const int64_t step = height * line, out_step = height * out_line;
+  constexpr int U = E::rows_in_flight;
+#pragma unroll 1
+  for (int column = span.column_begin + tx; column < span.column_end; column += lanes) {
+    A factor[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      int n = column * V + j;
+      if (n >= positions) n %= positions;  // a row of several channels
+      factor[j] = gradient * k[n];
+    }
+    const int first = span.row_begin + ty;
+    const T* from = x + first * line + column * V;
+    T* to = out + first * out_line + column * V;
+#pragma unroll 1
+    for (int row = first; row < span.row_end; row += height * U) {
+      Pack<T, V> pack[U] = {};
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (row + u * height < span.row_end) pack[u] = read<T, V, shared>(from + u * step);
+      }
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (row + u * height < span.row_end) {
+          A value[V];
+          pack[u].get(value);
+#pragma unroll
+          for (int j = 0; j < V; ++j) value[j] = factor[j] * e.slope(value[j]);
+          pack[u].set(value);
+          store(to + u * out_step, pack[u]);
+        }
+      }
+      from += U * step;
+      to += U * out_step;
+    }
+  }
+}
+
+template <class T, int V, bool shared, class E, class A>
+__device__ __forceinline__ void sweep_interleaved(const T* x, int64_t line, T* out,
+                                                  int64_t out_line, Span span, int lanes, E e,
+                                                  A gradient, const A* k) {
+  lanes = here(lanes);
+  const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
+  const int64_t step = height * line, out_step = height * out_line;
+  constexpr int U = E::rows_in_flight;
+#pragma unroll 1
+  for (int row = span.row_begin + ty; row < span.row_end; row += height * U) {
+    A factor[U] = {};
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (row + u * height < span.row_end) factor[u] = gradient * k[row + u * height];
+    }
+    const int first = span.column_begin + tx;
+    const T* from = x + row * line + first * V;
+    T* to = out + row * out_line + first * V;
+#pragma unroll 1
+    for (int column = first; column < span.column_end; column += lanes) {
+      Pack<T, V> pack[U] = {};
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (row + u * height < span.row_end) pack[u] = read<T, V, shared>(from + u * step);
+      }
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (row + u * height < span.row_end) {
+          A value[V];
+          pack[u].get(value);
+#pragma unroll
+          for (int j = 0; j < V; ++j) value[j] = factor[u] * e.slope(value[j]);
+          pack[u].set(value);
+          store(to + u * out_step, pack[u]);
+        }
+      }
+      from += lanes * V;
+      to += lanes * V;
+    }
+  }
+}
+
+// One piece of sample b. k is the sample's coefficient map, in fp64 for fp64 features and fp32 for
+// others. In kernels that have `shared` samples, `kept` is a dense copy of this one, or null.
+template <class E, bool fp64, bool shared>
+__device__ __forceinline__ void sweep_piece(const View& x, const Sweep& sweep, int b, Span span,
+                                            E e, double gradient, const void* k, const char* kept) {
+  with_dtype<fp64>(x.dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulator<T>;
+    const int64_t sample = here(b);
+    const bool planar = x.layout == Layout::planar;
+    const int64_t dense = planar ? x.N : x.C;
+    const int64_t fold = planar ? x.access.fold : 1;
+    const bool copied = shared && kept;
+    const T* from = copied ? reinterpret_cast<const T*>(kept)
+                           : static_cast<const T*>(x.data) + sample * x.batch;
+    const int64_t line = (copied ? dense : x.line) * fold;
+    T* to = static_cast<T*>(sweep.out) + sample * sweep.batch;
+    const int64_t out_line = sweep.line * fold;
+    const A g = A(gradient);
+    const A* map = static_cast<const A*>(k);
+    if (planar) {
+      if (x.access.vector > 1) {
+        sweep_planar<T, kVector<T>, shared>(from, line, to, out_line, span, sweep.lanes, x.N, e, g,
+                                            map);
+      } else {
+        sweep_planar<T, 1, shared>(from, line, to, out_line, span, sweep.lanes, x.N, e, g, map);
+      }
+    } else if (x.access.vector > 1) {
+      sweep_interleaved<T, kVector<T>, shared>(from, line, to, out_line, span, sweep.lanes, e, g,
+                                               map);
+    } else {
+      sweep_interleaved<T, 1, shared>(from, line, to, out_line, span, sweep.lanes, e, g, map);
+    }
+  });
+}
+
+__device__ __forceinline__ double gradient_of(const void* value, bool fp64) {
+  return !value ? 1.0
+         : fp64 ? *static_cast<const double*>(value)
+                : double(*static_cast<const float*>(value));
+}
+
+}  // namespace at_fused

@@ -1,0 +1,54 @@
+// What a thread knows of other threads' accesses beyond its warp and its block's barriers.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#pragma GCC visibility push(hidden)
+namespace simt {
+
+// id = block << 10 | thread. An interval is what lies between two barriers of a block; a thread's
+// clock advances within it at each warp operation and fence.
+struct Point {
+  uint32_t id, interval, clock;
+};
+
+// Covers every access in a block's intervals before blocks[block], and of single threads those up
+// to a point.
+struct Clock {
+  std::vector<uint32_t> blocks;
+  std::vector<Point> points;  // sorted by id
+
+  bool covers(const Point& p) const;
+  void add_block(uint32_t block, uint32_t interval);
+  void add(const Point& p);
+  void join(const Clock& other);
+};
+using ClockRef = std::shared_ptr<const Clock>;
+
+ClockRef joined(const ClockRef& a, const ClockRef& b);
+
+// What a fence of a thread covers: made a clock only where an atomic publishes it.
+struct Fence {
+  ClockRef block_known, known;
+  uint32_t block, interval;
+  std::vector<Point> points;
+
+  void into(Clock& clock) const;
+};
+using FenceRef = std::shared_ptr<const Fence>;
+
+// What an address passes on to those who read it by an atomic or a poll.
+struct Channel {
+  ClockRef released;
+  FenceRef stored;  // by a plain store after a fence; takes the place of released
+
+  void release(const FenceRef& fence);
+  ClockRef acquire();
+};
+using Channels = std::unordered_map<uintptr_t, Channel>;
+
+}  // namespace simt
+#pragma GCC visibility pop

@@ -1,0 +1,196 @@
+// Which fiber runs next, and the reports.
+#include <dlfcn.h>
+
+#include <bit>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+
+#include "state.h"
+
+namespace simt {
+
+namespace {
+
+// Null if none can run. Favours the current warp, whose stacks the cache holds.
+Thread* pick(Thread* t) {
+  if (rt->active.empty()) return nullptr;
+  uint32_t random = next_random();
+  Warp* w =
+      t && t->warp->ready && random >> 29 ? t->warp : rt->active[(random >> 5) % rt->active.size()];
+  uint32_t from = random & 31;
+  uint32_t lane =
+      (static_cast<uint32_t>(std::countr_zero(std::rotr(w->ready, static_cast<int>(from)))) +
+       from) &
+      31;
+  return w->threads + lane;
+}
+
+void unready(Thread& t) {
+  Warp& w = *t.warp;
+  w.ready &= ~(1u << t.lane);
+  if (w.ready) return;
+  Warp* last = rt->active.back();
+  rt->active[w.active] = last;
+  last->active = w.active;
+  rt->active.pop_back();
+}
+
+void leave_to(Thread& from, Thread* to, bool last) {
+  if (!to) {
+    rt->current = nullptr;
+    switch_context(from.context, rt->main, last);
+    return;
+  }
+  if (to == &from) return;
+  resume(*to);
+  switch_context(from.context, to->context, last);
+}
+
+}  // namespace
+
+void load_static(Block* b) {
+  if (rt->loaded != b) {
+    auto* place = reinterpret_cast<char*>(rt->static_region.begin);
+    if (rt->loaded) std::memcpy(rt->loaded->static_image.data(), place, rt->static_region.size);
+    std::memcpy(place, b->static_image.data(), rt->static_region.size);
+    rt->loaded = b;
+  }
+}
+
+void set_ready(Warp& w, uint32_t lanes) {
+  if (!w.ready) {
+    w.active = static_cast<uint32_t>(rt->active.size());
+    rt->active.push_back(&w);
+  }
+  w.ready |= lanes;
+}
+
+void block_current(Wait wait) {
+  Thread& t = *rt->current;
+  t.wait = wait;
+  unready(t);
+  leave_to(t, pick(&t), false);
+  t.wait = Wait::kNone;
+}
+
+void yield_current() {
+  Thread& t = *rt->current;
+  leave_to(t, pick(&t), false);
+}
+
+Thread* pick_first() { return pick(nullptr); }
+
+void thread_exit() {
+  Thread& t = *rt->current;
+  Block& b = *t.block;
+  uint64_t canary;
+  std::memcpy(&canary, t.context.bottom, 8);
+  if (canary != kCanary) fail("stack overflow", "more than %zu bytes", kStackBytes);
+  t.wait = Wait::kExited;
+  t.warp->exited |= 1u << t.lane;
+  unready(t);
+  rt->idle = 0;
+  --b.live;
+  for (uint32_t m = t.warp->in_op; m; m &= m - 1) {
+    Thread& o = t.warp->threads[std::countr_zero(m)];
+    if (o.mask >> t.lane & 1)
+      fail("warp mask", "this thread ended while lane %u waits for it at %s, mask 0x%08x", o.lane,
+           describe(o.site).c_str(), o.mask);
+  }
+  complete_barrier(b);
+  if (b.live == 0) {
+    rt->finished.push_back(&b);
+    leave_to(t, nullptr, true);
+  }
+  leave_to(t, pick(&t), true);
+  __builtin_unreachable();
+}
+
+Text describe(const Site& site) {
+  const char* slash = std::strrchr(site.file_name(), '/');
+  Text out;
+  std::snprintf(out.text, sizeof out.text, "%s:%u", slash ? slash + 1 : site.file_name(),
+                static_cast<unsigned>(site.line()));
+  return out;
+}
+
+Text describe_thread(uint32_t id) {
+  uint32_t block = id >> 10, thread = id & 1023;
+  const unsigned *g = rt->shape.grid, *b = rt->shape.block;
+  Text out;
+  std::snprintf(out.text, sizeof out.text, "block (%u,%u,%u) thread (%u,%u,%u)", block % g[0],
+                block / g[0] % g[1], block / g[0] / g[1], thread % b[0], thread / b[0] % b[1],
+                thread / b[0] / b[1]);
+  return out;
+}
+
+void report(const Thread* t, const char* kind, const std::string& text) {
+  if (rt->failed) return;
+  rt->failed = true;
+  rt->error = std::string("simt: ") + kind + ": " + text + "; kernel " + rt->label;
+  if (t) rt->error += std::string(", ") + describe_thread(t->id).c_str();
+  Dl_info info;
+  if (access_pc && dladdr(access_pc, &info)) {
+    char place[64];
+    // addr2line finds the call at the address before the one it returns to.
+    std::snprintf(place, sizeof place, "+0x%zx",
+                  static_cast<size_t>(static_cast<char*>(access_pc) -
+                                      static_cast<char*>(info.dli_fbase) - 1));
+    rt->error += std::string(", at ") + info.dli_fname + place;
+  }
+  if (t && t->site.line())
+    rt->error += std::string(", last synchronised at ") + describe(t->site).c_str();
+  access_pc = nullptr;
+}
+
+void fail(const char* kind, const char* format, ...) {
+  char text[512];
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(text, sizeof text, format, args);
+  va_end(args);
+  Thread& t = *rt->current;
+  report(&t, kind, text);
+  switch_context(t.context, rt->main, true);
+  __builtin_unreachable();
+}
+
+void note_stuck(bool polling) {
+  static const char* const kDoes[] = {"runs or polls", "waits at __syncthreads",
+                                      "waits at a named barrier", "waits in a warp operation",
+                                      "has ended"};
+  // A thread that was woken but has not run yet still has its wait.
+  auto wait = [](const Thread& t) { return t.warp->ready >> t.lane & 1 ? Wait::kNone : t.wait; };
+  const Thread* waiting = nullptr;
+  for (Block* b : rt->slots) {
+    if (!b->live) continue;
+    for (const Thread& t : b->threads) {
+      if (wait(t) == Wait::kExited) continue;
+      if (!waiting || wait(t) > wait(*waiting)) waiting = &t;
+    }
+  }
+  if (polling) {
+    report(rt->current, "deadlock",
+           std::string("threads only poll, as at ") + describe(rt->current->site).c_str() +
+               "; elsewhere " + describe_thread(waiting->id).c_str() + " " +
+               kDoes[static_cast<int>(wait(*waiting))] + ", " + describe(waiting->site).c_str());
+    return;
+  }
+  const Thread* other = nullptr;
+  for (const Thread& t : waiting->block->threads) {
+    if (waiting->wait == Wait::kWarp && (t.warp != waiting->warp || !(waiting->mask >> t.lane & 1)))
+      continue;
+    if (t.wait != waiting->wait) other = &t;
+  }
+  std::string text = std::string("it ") + kDoes[static_cast<int>(wait(*waiting))] + " at " +
+                     describe(waiting->site).c_str();
+  if (other)
+    text +=
+        std::string(" while ") + describe_thread(other->id).c_str() + " " +
+        kDoes[static_cast<int>(other->wait)] +
+        (other->wait == Wait::kExited ? "" : std::string(" at ") + describe(other->site).c_str());
+  report(waiting, waiting->wait == Wait::kWarp ? "warp mask" : "barrier not reached by all", text);
+}
+
+}  // namespace simt

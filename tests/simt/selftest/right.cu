@@ -1,0 +1,290 @@
+// Correct kernels: no seed may make the harness report anything.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.h"
+
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+
+__device__ float block_sum(float v, float* scratch) {
+  for (int k = 16; k; k /= 2) v += __shfl_xor_sync(kAll, v, k);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+  __syncthreads();
+  float sum = 0;
+  for (unsigned i = 0; i < blockDim.x / 32; ++i) sum += scratch[i];
+  __syncthreads();
+  return sum;
+}
+
+__global__ void block_reduction(const float* in, float* out) {
+  float sum = block_sum(in[blockIdx.x * blockDim.x + threadIdx.x], shared<float>());
+  if (threadIdx.x == 0) out[blockIdx.x] = sum;
+}
+
+// The last block to finish adds up what the others wrote, and readies the counter for another run.
+__global__ void grid_reduction(const float* in, float* partial, unsigned* counter, float* out) {
+  auto* scratch = shared<float>();
+  auto* last = reinterpret_cast<int*>(scratch + 32);
+  float sum = block_sum(in[blockIdx.x * blockDim.x + threadIdx.x], scratch);
+  partial[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *last = atomicAdd(counter, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!*last) return;
+  float total = 0;
+  for (unsigned b = 0; b < gridDim.x; ++b) {
+    unsigned at = b * blockDim.x + threadIdx.x;
+    total += partial[at];
+    partial[at] = 0;
+  }
+  total = block_sum(total, scratch);
+  if (threadIdx.x == 0) {
+    *out = total;
+    *counter = 0;
+  }
+}
+
+// Blocks take tasks in order; task 2i+1 waits for the results of task 2i.
+enum class Flag { kAtomic, kPlain, kVolatile };
+
+template <Flag flag>
+__global__ void tickets(unsigned* next, int* flags, const float* in, float* data, float* out,
+                        int tasks) {
+  auto* task = shared<int>();
+  while (true) {
+    if (threadIdx.x == 0) *task = static_cast<int>(atomicAdd(next, 1u));
+    __syncthreads();
+    int mine = *task;
+    __syncthreads();
+    if (mine >= tasks) return;
+    int pair = mine / 2;
+    unsigned at = static_cast<unsigned>(pair) * blockDim.x + threadIdx.x;
+    if (mine % 2 == 0) {
+      data[at] = 2 * in[at];
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        __threadfence();
+        if constexpr (flag == Flag::kPlain)
+          __stcg(&flags[pair], 1);
+        else if constexpr (flag == Flag::kVolatile)
+          *const_cast<volatile int*>(&flags[pair]) = 1;
+        else
+          atomicExch(&flags[pair], 1);
+      }
+    } else {
+      if (threadIdx.x == 0) {
+        if constexpr (flag == Flag::kVolatile)
+          while (*const_cast<volatile int*>(&flags[pair]) == 0) __nanosleep(50);
+        else
+          while (__ldcv(&flags[pair]) == 0) __nanosleep(50);
+        __threadfence();
+      }
+      __syncthreads();
+      unsigned other = static_cast<unsigned>(pair) * blockDim.x + (threadIdx.x + 1) % blockDim.x;
+      out[other] = data[other];
+    }
+  }
+}
+
+// Warps 0 and 1 hand over to each other by a barrier of their own, as do 2 and 3.
+__global__ void pairs_of_warps(int* out) {
+  auto* s = shared<int>();
+  unsigned t = threadIdx.x, pair = t / 64;
+  s[t] = static_cast<int>(t);
+  simt::named_barrier_sync(static_cast<int>(pair) + 1, 64);
+  int v = s[pair * 64 + (t + 32) % 64];
+  simt::named_barrier_sync(static_cast<int>(pair) + 1, 64);
+  s[t] = v + 1;
+  __syncwarp();
+  out[t] = s[t ^ 1];
+}
+
+__global__ void copy16(const uint4* in, uint4* out, int n) {
+  auto* s = shared<uint4>();
+  for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < static_cast<unsigned>(n);
+       i += gridDim.x * blockDim.x) {
+    s[threadIdx.x] = __ldg(in + i);
+    __stcs(out + i, s[threadIdx.x]);
+  }
+}
+
+__global__ void static_shared(int* out) {
+  __shared__ int tile[128];
+  __shared__ short small[128];
+  int t = static_cast<int>(threadIdx.x);
+  tile[t] = t + static_cast<int>(blockIdx.x) * 1000;
+  small[t] = static_cast<short>(t);
+  __syncthreads();
+  out[blockIdx.x * 128 + threadIdx.x] = tile[127 - t] + small[t ^ 1];
+}
+
+__global__ void votes(unsigned* out) {
+  unsigned lane = threadIdx.x % 32;
+  unsigned odd = __ballot_sync(kAll, lane & 1);
+  unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
+  unsigned v = __shfl_sync(half, lane, static_cast<int>(lane & 16) + 3);
+  long long wide = __shfl_down_sync(kAll, static_cast<long long>(lane) << 40, 1, 8);
+  double up = __shfl_up_sync(kAll, static_cast<double>(lane), 2);
+  int count = __syncthreads_count(threadIdx.x < 40);
+  int any = __syncthreads_or(threadIdx.x == 5), all = __syncthreads_and(threadIdx.x != 5);
+  bool good = odd == 0xaaaaaaaau && v == (lane & 16) + 3 &&
+              wide == static_cast<long long>(lane % 8 == 7 ? lane : lane + 1) << 40 &&
+              up == (lane < 2 ? lane : lane - 2) && count == 40 && any && !all &&
+              __any_sync(kAll, lane == 31) && !__all_sync(kAll, lane == 31) &&
+              __reduce_add_sync(kAll, 1) == 32 && __reduce_min_sync(kAll, 3 - int(lane)) == -28;
+  out[threadIdx.x] = good;
+}
+
+// Two lanes' halves of a word are no race.
+__global__ void halves(const __half* in, __half* out) {
+  auto* s = shared<__half>();
+  s[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = s[threadIdx.x ^ 1];
+}
+
+__global__ void in_order(int* out, int* next) {
+  if (threadIdx.x == 0) out[blockIdx.x] = atomicAdd(next, 1);
+}
+
+}  // namespace
+
+CASE(right_block_reduction) {
+  auto in = ramp(8 * 256);
+  std::vector<float> out(8);
+  if (int error = run("block_reduction", 8, 256, 128, block_reduction, in.data(), out.data()))
+    return error;
+  for (int b = 0; b < 8; ++b) {
+    float want = 0;
+    for (int i = 0; i < 256; ++i) want += in[b * 256 + i];
+    if (out[b] != want) return -1;
+  }
+  return 0;
+}
+
+CASE(right_grid_reduction) {
+  auto in = ramp(12 * 128);
+  std::vector<float> partial(12 * 128);
+  unsigned counter = 0;
+  float out = 0, want = 0;
+  for (float v : in) want += 128 * v;
+  for (int repeat = 0; repeat < 2; ++repeat) {
+    if (int error = run("grid_reduction", 12, 128, 256, grid_reduction, in.data(), partial.data(),
+                        &counter, &out))
+      return error;
+    if (out != want || counter != 0) return -1;
+  }
+  return 0;
+}
+
+template <Flag flag>
+int run_tickets() {
+  int tasks = 20;
+  auto in = ramp(10 * 64);
+  std::vector<float> data(10 * 64), out(10 * 64);
+  std::vector<int> flags(10);
+  unsigned next = 0;
+  if (int error = run("tickets", 6, 64, 16, tickets<flag>, &next, flags.data(), in.data(),
+                      data.data(), out.data(), tasks))
+    return error;
+  for (size_t i = 0; i < in.size(); ++i)
+    if (out[i] != 2 * in[i]) return -1;
+  return 0;
+}
+CASE(right_tickets) { return run_tickets<Flag::kAtomic>(); }
+CASE(right_tickets_plain_flag) { return run_tickets<Flag::kPlain>(); }
+
+CASE(right_tickets_volatile_flag) { return run_tickets<Flag::kVolatile>(); }
+
+CASE(right_named_barrier) {
+  std::vector<int> out(128);
+  if (int error = run("pairs_of_warps", 1, 128, 512, pairs_of_warps, out.data())) return error;
+  for (int t = 0; t < 128; ++t)
+    if (out[t] != ((t ^ 1) / 64 * 64 + ((t ^ 1) + 32) % 64) + 1) return -1;
+  return 0;
+}
+
+CASE(right_copy16) {
+  std::vector<uint4> in(1000), out(1000);
+  for (unsigned i = 0; i < 1000; ++i) in[i] = make_uint4(i, i + 1, i + 2, i + 3);
+  if (int error = run("copy16", 3, 64, 64 * 16, copy16, in.data(), out.data(), 1000)) return error;
+  for (unsigned i = 0; i < 1000; ++i)
+    if (out[i].x != i || out[i].w != i + 3) return -1;
+  return 0;
+}
+
+CASE(right_static_shared) {
+  std::vector<int> out(6 * 128);
+  if (int error = run("static_shared", 6, 128, 0, static_shared, out.data())) return error;
+  for (int i = 0; i < 6 * 128; ++i)
+    if (out[i] != 127 - i % 128 + i / 128 * 1000 + (i % 128 ^ 1)) return -1;
+  return 0;
+}
+
+CASE(right_votes) {
+  std::vector<unsigned> out(64);
+  if (int error = run("votes", 1, 64, 0, votes, out.data())) return error;
+  for (unsigned good : out)
+    if (!good) return -1;
+  return 0;
+}
+
+CASE(right_halves) {
+  std::vector<__half> in(64), out(64);
+  for (int i = 0; i < 64; ++i) in[i] = __float2half_rn(static_cast<float>(i));
+  if (int error = run("halves", 1, 64, 128, halves, in.data(), out.data())) return error;
+  for (int i = 0; i < 64; ++i)
+    if (__half2float(out[i]) != static_cast<float>(i ^ 1)) return -1;
+  return 0;
+}
+
+// 1 if the blocks of a grid, one resident at a time, start in ascending order, 0 if not.
+CASE(blocks_in_order) {
+  std::vector<int> out(64);
+  int next = 0;
+  if (run("in_order", 64, 32, 0, in_order, out.data(), &next)) return -1;
+  for (int b = 0; b < 64; ++b)
+    if (out[b] != b) return 0;
+  return 1;
+}
+
+// Errors of a launch, as CUDA gives them.
+CASE(launch_errors) {
+  unsigned out[1024];
+  if (run("votes", 0, 64, 0, votes, out) != cudaErrorInvalidConfiguration) return 1;
+  if (run("votes", 1, 0, 0, votes, out) != cudaErrorInvalidConfiguration) return 2;
+  if (run("votes", 1, 1025, 0, votes, out) != cudaErrorInvalidConfiguration) return 3;
+  if (cudaGetLastError() != cudaErrorInvalidConfiguration) return 4;
+  if (cudaGetLastError() != cudaSuccess) return 5;
+  size_t large = 100 << 10;
+  if (run("votes", 1, 64, large, votes, out) != cudaErrorInvalidValue) return 6;
+  auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (cudaFuncSetAttribute(votes, attribute, 1 << 20) != cudaErrorInvalidValue) return 7;
+  if (cudaFuncSetAttribute(votes, attribute, 100 << 10) != cudaSuccess) return 8;
+  if (run("votes", 1, 64, large, votes, out) != cudaSuccess) return 9;
+  if (run("votes", 1, 64, large + 1, votes, out) != cudaErrorInvalidValue) return 10;
+  cudaFuncSetAttribute(votes, attribute, 0);
+  int blocks = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, votes, 256, large);
+  return blocks == 2 ? 0 : 11;
+}
+
+extern "C" __attribute__((visibility("default"))) void from_half(int kind, const uint16_t* in,
+                                                                 float* out) {
+  for (int i = 0; i < 65536; ++i)
+    out[i] = kind ? __bfloat162float(__ushort_as_bfloat16(in[i]))
+                  : __half2float(__ushort_as_half(in[i]));
+}
+
+extern "C" __attribute__((visibility("default"))) void to_half(int kind, const float* in,
+                                                               uint16_t* out, int n) {
+  for (int i = 0; i < n; ++i)
+    out[i] = kind ? __bfloat16_as_ushort(__float2bfloat16_rn(in[i]))
+                  : __half_as_ushort(__float2half_rn(in[i]));
+}
