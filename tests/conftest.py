@@ -24,9 +24,12 @@ settings.register_profile("same", derandomize=True, max_examples=150)
 settings.register_profile("search", max_examples=5000)
 settings.load_profile("same")
 
-# CUDA's kernels in the harness, on a device whose every multiprocessor has a share of the smallest
-# list (samples are cut, and several blocks meet), and on one where samples stay whole.
-SIMT = {"simt-many": {"multiprocessors": 132}, "simt-one": {"multiprocessors": 1}}
+# CUDA's kernels in the harness: on a device so wide that even small samples are cut and several
+# blocks meet, and on one so small that samples stay whole, few of them on chip.
+SIMT = {
+    "simt-wide": {"multiprocessors": 132},
+    "simt-small": {"multiprocessors": 1, "shared": 40 << 10},
+}
 BACKENDS = [name for name, row in at_fused.backends().items() if row.available]
 
 

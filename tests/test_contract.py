@@ -297,10 +297,11 @@ def test_gradcheck_and_gradgradcheck(backend: str, p: float, form: str, layout: 
     def loss(s: Tensor, t: Tensor) -> Tensor:
         return at_fused.at_loss([s, t], [t, s], p=p, form=form, weights=[1.0, 0.5])
 
-    assert torch.autograd.gradcheck(loss, (s, t))
-    assert torch.autograd.gradgradcheck(loss, (s, t))
-    assert torch.autograd.gradgradcheck(lambda x: loss(x, t.detach()), (s,))
-    assert torch.autograd.gradgradcheck(lambda x: at_fused.at(x, p=p), (s,))
+    fast = {"fast_mode": backend.startswith("simt")}  # a few directions instead of every element
+    assert torch.autograd.gradcheck(loss, (s, t), **fast)
+    assert torch.autograd.gradgradcheck(loss, (s, t), **fast)
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, t.detach()), (s,), **fast)
+    assert torch.autograd.gradgradcheck(lambda x: at_fused.at(x, p=p), (s,), **fast)
 
 
 def test_third_derivative(backend: str) -> None:

@@ -23,7 +23,7 @@ constexpr int64_t kMaxExtent = int64_t(1) << 30;  // channels, positions: 32-bit
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
 // Bytes of a task: enough to be worth a block's start and end, few enough for many tasks.
-constexpr int64_t kLeastTaskBytes = 16 << 10;
+constexpr int64_t kLeastTaskBytes = 8 << 10;
 constexpr int64_t kGroupTaskBytes = 32 << 10;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -126,11 +126,12 @@ inline int64_t samples_of_task(int64_t B, int64_t bytes, const Limits& limits) {
   return std::clamp<int64_t>(B / (2 * limits.multiprocessors), 1, std::max<int64_t>(1, worth));
 }
 
-// Cuts a sample for a sweep. A piece has many rows where it can: each reads the coefficients of its
-// columns once.
+// Cuts a sample for a sweep, into pieces of `target` bytes read and written. A piece has many rows
+// where it can: each reads the coefficients of its columns once.
 inline Sweep sweep_of(const Feature& x, const Feature& out, const Access& access, int64_t target) {
   const int64_t rows = rows_of(x, access), columns = columns_of(x, access);
-  const int64_t vectors = std::max<int64_t>(1, target / (access.vector * element_size(x.dtype)));
+  const int64_t vectors =
+      std::max<int64_t>(1, target / (2 * access.vector * element_size(x.dtype)));
   Sweep sweep{
       const_cast<void*>(out.data), out.batch, out.line, 1, 1, int32_t(rows), 1, int32_t(columns)};
   if (x.layout == Layout::planar) {
@@ -138,7 +139,7 @@ inline Sweep sweep_of(const Feature& x, const Feature& out, const Access& access
       const int64_t width = power_of_two_up(divide_up(vectors, std::min<int64_t>(rows, 128)));
       sweep.columns = int32_t(std::min(columns, std::max<int64_t>(32, width)));
     }
-    sweep.rows = int32_t(std::min(rows, std::max<int64_t>(64, vectors / sweep.columns)));
+    sweep.rows = int32_t(std::min(rows, std::max<int64_t>(32, vectors / sweep.columns)));
     sweep.lanes = int32_t(best_lanes(sweep.rows, sweep.columns, 0));
   } else {
     sweep.rows = int32_t(std::clamp<int64_t>(vectors / columns, 1, rows));
@@ -188,10 +189,14 @@ inline int64_t plan_loss(PairParams& pair, const Feature& student, const Feature
   const int64_t share = std::max<int64_t>(64 << 10, total / limits.multiprocessors);
   const bool fits =
       kControlBytes + kScratchBytes + map_bytes_of(student.N, fp64) <= kSharedBytesWithoutAsking;
+  // Only a whole sample has rows of several channels; in pieces it would be read by single
+  // elements.
+  const bool folds = access_of(student, nullptr, true, student.N).fold > 1 ||
+                     access_of(teacher, nullptr, true, teacher.N).fold > 1;
   Pieces pieces{1, student.N};
   pair.B = int32_t(student.B);
   pair.samples = 0;
-  if (fits && bytes <= share) {
+  if (fits && (bytes <= share || folds)) {
     pair.samples = int32_t(samples_of_task(student.B, bytes, limits));
   } else {
     pieces = cut_positions(student.N, bytes, task_bytes(total, limits));
@@ -233,7 +238,7 @@ inline int64_t plan_gradient(PairParams& pair, GradientPair& gradient, const Fea
                     kept_bytes_limit(limits);
   pair.B = int32_t(student.B);
   // Small tasks: what lies between the two reads of a sample has to fit into the cache.
-  const int64_t target = 4 * kLeastTaskBytes;
+  const int64_t target = 64 << 10;
   Pieces pieces{1, student.N};
   if (fits) {
     pair.samples = int32_t(samples_of_task(student.B, bytes, limits));
@@ -247,7 +252,7 @@ inline int64_t plan_gradient(PairParams& pair, GradientPair& gradient, const Fea
   const Access access = access_of(student, &out, whole, pieces.positions);
   pair.student = view_of(student, access);
   pair.teacher = view_of(teacher, access_of(teacher, nullptr, whole, pieces.positions));
-  gradient.sweep = sweep_of(student, out, access, fits ? sample : target);
+  gradient.sweep = sweep_of(student, out, access, fits ? 2 * sample : target);
   gradient.lag = 0;
   kept_bytes = fits ? kept : 0;
   if (fits) return divide_up(student.B, pair.samples);
