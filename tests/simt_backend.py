@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from at_fused.backends import OPERATORS, override
 
 sys.path.insert(0, str(Path(__file__).parent / "simt"))
 import build
+
+# simt/build.py; "sanitizers" needs a Python with AddressSanitizer loaded: test_sanitizers.py.
+MODE = os.environ.get("AT_FUSED_SIMT", "callbacks")
 
 # cudaDeviceAttr
 SHARED_PER_MULTIPROCESSOR, MULTIPROCESSORS, SHARED_PER_BLOCK = 81, 16, 97
@@ -35,9 +39,9 @@ class Counters(ctypes.Structure):
 
 
 @cache
-def load(mode: str = "callbacks") -> tuple[ctypes.CDLL, SimpleNamespace]:
+def load() -> tuple[ctypes.CDLL, SimpleNamespace]:
     """The harness's own functions, and the operators that run in it."""
-    library = build.build(mode)
+    library = build.build(MODE)
     define = torch.library.Library("at_fused_simt", "DEF")
     for name in OPERATORS:
         schema = str(getattr(torch.ops.at_fused, name).default._schema)
@@ -51,11 +55,9 @@ def load(mode: str = "callbacks") -> tuple[ctypes.CDLL, SimpleNamespace]:
 
 
 @contextmanager
-def simt(
-    mode: str = "callbacks", seed: int = 0, multiprocessors: int = 132, shared: int = 232448
-) -> Iterator[ctypes.CDLL]:
+def simt(seed: int = 0, multiprocessors: int = 132, shared: int = 232448) -> Iterator[ctypes.CDLL]:
     """Runs CPU tensors on the CUDA kernels, on a device of the given size."""
-    harness, functions = load(mode)
+    harness, functions = load()
     harness.simt_seed(seed)
     harness.simt_set_attribute(MULTIPROCESSORS, multiprocessors)
     harness.simt_set_attribute(SHARED_PER_BLOCK, shared)

@@ -41,8 +41,8 @@ __device__ void block_sum(double (&value)[n], Control& control) {
   }
 }
 
+// The value of thread 0. Between two of these there is a barrier: the first may still be read.
 __device__ inline int broadcast(int value, Control& control) {
-  __syncthreads();  // the last value may still be read
   if (threadIdx.x == 0) control.broadcast = value;
   __syncthreads();
   return control.broadcast;

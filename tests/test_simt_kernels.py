@@ -1,0 +1,183 @@
+"""The CUDA kernels in the harness: schedules, widths of access, memory, sizes, and their errors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from simt_backend import Counters, simt
+from torch import Tensor
+
+import at_fused
+from at_fused import _ops
+
+COMPUTE_CAPABILITY_MAJOR = 75  # cudaDeviceAttr
+
+
+def counters(harness: ctypes.CDLL) -> Counters:
+    found = Counters()
+    harness.simt_last_counters(ctypes.byref(found))
+    return found
+
+
+@pytest.fixture
+def wide() -> Iterator[ctypes.CDLL]:
+    with simt(multiprocessors=132) as harness:
+        yield harness
+
+
+def everything(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    """All that the kernels compute, from calls one after the other."""
+    loss = at_fused.at_loss(students, teachers, reduction="none")
+    gradients = torch.autograd.grad(loss.sum(), students + teachers)
+    value, direct = at_fused.at_value_and_grad(students, teachers)
+    maps = _ops.attention_map([x.detach() for x in students], 2.0, "mean")
+    return [loss.detach(), *gradients, value, *direct, *maps]
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 1])
+def test_same_bits_whatever_the_schedule(multiprocessors: int) -> None:
+    """Threads, warps and blocks in other orders, one block at a time or many."""
+    shapes = [(2, 24, 30, 31), (3, 5, 7, 7), (1, 64, 20, 16)]
+    students = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    students[2] = students[2].detach().to(memory_format=torch.channels_last).requires_grad_()
+    teachers = [torch.randn(b, 9, h, w, requires_grad=True) for b, _, h, w in shapes]
+    first = None
+    for seed in range(8):
+        with simt(seed=seed, multiprocessors=multiprocessors, shared=40 << 10) as harness:
+            harness.simt_options((1, 2, 4, 16)[seed % 4], seed % 2)
+            try:
+                found = everything(students, teachers)
+            finally:
+                harness.simt_options(4, 0)
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True)), seed
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_list_longer_than_a_launch_carries(wide: ctypes.CDLL, reduction: str) -> None:
+    students = [torch.randn(2, 3, 2 + i % 5, 3, requires_grad=True) for i in range(40)]
+    teachers = [torch.randn(2, 4, *x.shape[2:]) for x in students]
+    wide.simt_reset_counters()
+    loss = at_fused.at_loss(students, teachers, reduction=reduction)
+    found = Counters()
+    wide.simt_counters(ctypes.byref(found))
+    assert found.launches == 3  # 16 pairs each
+    gradients = torch.autograd.grad(loss.sum(), students)
+    value, direct = at_fused.at_value_and_grad(students, teachers, reduction=reduction)
+    torch.testing.assert_close(value, loss.detach())
+    one_by_one = [at_fused.at_loss(s, t) for s, t in zip(students, teachers, strict=True)]
+    expected = torch.stack(one_by_one)
+    torch.testing.assert_close(loss, expected.sum() if reduction == "sum" else expected)
+    for s, single, g, d in zip(students, one_by_one, gradients, direct, strict=True):
+        (right,) = torch.autograd.grad(single, s)
+        torch.testing.assert_close(g, right)
+        torch.testing.assert_close(d, right, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [(4, 64, 7, 7), (2, 32, 14, 14), (1, 48, 56, 56)], ids=str)
+def test_features_move_in_128_bits(
+    wide: ctypes.CDLL, size: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(size).to(dtype, memory_format=layout)
+    everywhere = [[x], [x.clone()], [], 2.0, "mean", "code", "sum", 1e-12]
+    loss, maps = _ops.at_loss(*everywhere, True, False)
+    forward = counters(wide)
+    assert forward.launches == 1
+    assert 16 * forward.loads[4] == 2 * x.nbytes
+    _ops.attention_map_backward([x], maps[:1], loss, [0], 2.0)
+    backward = counters(wide)
+    assert backward.launches == 1
+    assert 16 * backward.loads[4] == x.nbytes
+    assert 16 * backward.stores[4] == backward.store_bytes == x.nbytes
+    _ops.at_value_and_grad(*everywhere, 1.0, None)
+    both = counters(wide)
+    assert both.launches == 1
+    on_chip = both.max_dynamic_shared >= x[0].nbytes
+    assert 16 * both.loads[4] == (2 if on_chip else 3) * x.nbytes
+    assert 16 * both.stores[4] == x.nbytes
+
+
+def test_features_that_are_not_aligned_move_in_elements(wide: ctypes.CDLL) -> None:
+    x = torch.randn(2 * 8 * 64 + 1)[1:].view(2, 8, 8, 8)
+    _ops.attention_map([x], 2.0, "mean")
+    found = counters(wide)
+    assert found.loads[4] == 0
+    assert 4 * found.loads[2] == x.nbytes
+
+
+def test_no_feature_sized_temporary(wide: ctypes.CDLL) -> None:
+    s, t = torch.randn(2, 64, 24, 24, requires_grad=True), torch.randn(2, 64, 24, 24)
+
+    def allocated(call: Any) -> tuple[Any, int]:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            result = call()
+        memory = [event.self_cpu_memory_usage for event in profile.events()]
+        return result, sum(m for m in memory if m > 0)
+
+    at_fused.at_loss(s, t)  # counters are allocated once
+    size = s.numel() * 4
+    loss, forward = allocated(lambda: at_fused.at_loss(s, t))
+    assert 0 < forward < size / 16
+    _, backward = allocated(loss.backward)
+    assert size <= backward < size * 1.02
+    _, both = allocated(lambda: at_fused.at_value_and_grad(s, t))
+    assert size <= both < size * 1.05
+
+
+@pytest.mark.parametrize("stride_of", ["batch", "line"])
+def test_elements_beyond_2_to_the_31(wide: ctypes.CDLL, stride_of: str) -> None:
+    """Untouched memory costs nothing: a tensor may lie far apart."""
+    far = 2**31 + 64
+    storage = torch.empty(far + 4096, dtype=torch.float16)
+    strides = (far, 16, 4, 1) if stride_of == "batch" else (16, far, 4, 1)
+    x = storage.as_strided((2, 2, 4, 4), strides)
+    near = torch.randn(2, 2, 4, 4).half()
+    x.copy_(near)
+    teacher = torch.randn(2, 3, 4, 4)
+    results = []
+    for student in (x, near):
+        student = student.detach().requires_grad_()
+        loss = at_fused.at_loss(student, teacher)
+        (gradient,) = torch.autograd.grad(loss, student)
+        value, direct = at_fused.at_value_and_grad(student, teacher)
+        results.append((loss.detach(), gradient, value, direct))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_launch_that_fails_is_a_python_error(wide: ctypes.CDLL) -> None:
+    s, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    expected = at_fused.at_loss(s, t)
+    wide.simt_set_attribute(COMPUTE_CAPABILITY_MAJOR, 7)
+    try:
+        with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or later"):
+            at_fused.at_loss(s, t)
+    finally:
+        wide.simt_set_attribute(COMPUTE_CAPABILITY_MAJOR, 9)
+    huge = torch.randn(1, 3, 1, 1).expand(1, 3, 2**16, 2**15)
+    with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
+        _ops.attention_map([huge], 2.0, "mean")
+    torch.testing.assert_close(at_fused.at_loss(s, t), expected, rtol=0, atol=0)
+
+
+def test_calls_from_many_threads_agree(wide: ctypes.CDLL) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    s, t = torch.randn(4, 8, 10, 10), torch.randn(4, 8, 10, 10)
+
+    def work(i: int) -> Tensor:
+        x = (s * (1 + i % 3)).requires_grad_()
+        at_fused.at_loss(x, t).backward()
+        return x.grad * (1 + i % 3)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(work, range(16)))
+    for gradient in results:
+        torch.testing.assert_close(gradient, results[0], rtol=1e-5, atol=1e-9)
