@@ -10,7 +10,15 @@ import sys
 import torch
 
 import at_fused
-from at_fused.backends import backends, cpu
+from at_fused.backends import backends, cpu, users
+
+
+def _choice(device: str, order: tuple[str, ...]) -> str:
+    """What runs a device's tensors, and why nothing before it in the order of choice does."""
+    chosen, table = users()[device], backends()
+    passed = order[: order.index(chosen)] if chosen in order else ()
+    why = "".join(f"; not on {name}: {table[name].reason}" for name in passed)
+    return f"{chosen}{why}"
 
 
 def lines() -> list[str]:
@@ -31,6 +39,8 @@ def lines() -> list[str]:
         f"built      {built}",
         f"CUDA       {cuda}",
         f"CPU level  {cpu.isa() if cpu.available() else 'none in use'}",
+        f"CPU tensors run on {_choice('cpu', ('cpu', 'eager'))}",
+        f"CUDA tensors run on {_choice('cuda', ('cuda', 'triton', 'eager'))}",
         "back ends",
     ]
     for row in backends().values():

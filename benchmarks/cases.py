@@ -46,13 +46,36 @@ class Inputs(NamedTuple):
     teachers: list[Tensor]
 
     @classmethod
-    def make(cls, case: str, dtype: str, layout: str) -> Inputs:
-        """Random features; the students require a gradient, as in training."""
+    def make(
+        cls, case: str, dtype: str, layout: str, device: str = "cpu", share: int = 1
+    ) -> Inputs:
+        """Random features; the students require a gradient, as in training.
+
+        ``share`` divides the batch.
+        """
         batch, stages = CASES[case]
         kind = {"dtype": DTYPES[dtype], "memory_format": LAYOUTS[layout]}
-        students = [torch.randn(batch, c, h, h).to(**kind) for c, _, h in stages]
-        teachers = [torch.randn(batch, c, h, h).to(**kind) for _, c, h in stages]
+
+        def feature(channels: int, side: int) -> Tensor:
+            return torch.randn(batch // share, channels, side, side, device=device).to(**kind)
+
+        students = [feature(c, h) for c, _, h in stages]
+        teachers = [feature(c, h) for _, c, h in stages]
         return cls([x.requires_grad_() for x in students], teachers)
+
+    def floors(self) -> dict[str, tuple[int, int]]:
+        """Bytes that each pass has to read and to write, at the least.
+
+        Forward reads the features and writes the two maps that are kept; backward reads the
+        students and their maps and writes the gradients.
+        """
+        s, t = (sum(x.nbytes for x in side) for side in self)
+        maps = sum(4 * x[:, 0].numel() for x in self.students)
+        return {
+            "forward": (s + t, 2 * maps),
+            "backward": (s + maps, s),
+            "value and gradient": (s + t, s),
+        }
 
     def read_all(self) -> Callable[[], None]:
         """One pass over all bytes and next to no arithmetic: the floor of the forward pass."""
@@ -76,6 +99,10 @@ class Inputs(NamedTuple):
             return lambda: loss(self.students, self.teachers)
         return lambda: torch.autograd.grad(loss(self.students, self.teachers), self.students)
 
+    def value_and_gradient(self) -> Callable[[], object]:
+        """Both in one call of at_fused, from the same features."""
+        return lambda: at_fused.at_value_and_grad(self.students, self.teachers)
+
 
 def programs() -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
     """What is compared with at_fused; torch.compile anew for each case, for its exact shapes."""
@@ -86,3 +113,13 @@ def programs() -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
 
 
 ours = at_fused.at_loss
+
+
+def backends(device: str) -> list[str]:
+    """What runs ``ours`` there; "auto" is the name for the CPU's only one."""
+    if device == "cpu":
+        return ["auto"]
+    return [name for name in ("cuda", "triton") if at_fused.backends()[name].available]
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from pathlib import Path
 
 import pytest
 import torch
+from cases import backends
+from timing import COPY_BYTES
 
 import at_fused
 from at_fused.backends import cpu
 
-# (case, dtype, layout) -> pass -> program -> median milliseconds
-ROWS: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
 PASSES = ("forward", "forward+backward")
+
+# (program, back end) -> median milliseconds; those of others under the back end "auto"
+Times = dict[tuple[str, str], float]
+# device -> (case, dtype, layout) -> (pass -> times, the bytes that each pass has to move)
+ROWS: dict[
+    str, dict[tuple[str, str, str], tuple[dict[str, Times], dict[str, tuple[int, int]]]]
+] = {}
+
+# What the table shows: its name, the pass in whose rounds it was timed, the program, and the passes
+# of Inputs.floors that it makes.
+COLUMNS = (
+    ("forward", "forward", "at_fused", ("forward",)),
+    ("forward+backward", "forward+backward", "at_fused", ("forward", "backward")),
+    ("value and gradient", "forward+backward", "value and gradient", ("value and gradient",)),
+)
 
 
 def processor() -> str:
@@ -36,47 +52,88 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(math.log(v) for v in values) / len(values))
 
 
-def table() -> list[str]:
-    """The rows that ran, as Markdown, and the geometric means of their ratios."""
-    lines = [
-        "| case | dtype | layout | one read | forward | to eager | to compile "
-        "| forward+backward | to eager | to compile |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for setting, passes in ROWS.items():
-        cells = [*setting, f"{next(iter(passes.values()))['floor']:.2f}"]
-        for name in PASSES:
-            ms = passes.get(name)
-            cells += (
-                [
-                    f"{ms['at_fused']:.2f}",
-                    f"{ms['eager'] / ms['at_fused']:.1f}x",
-                    f"{ms['compile'] / ms['at_fused']:.1f}x",
-                ]
-                if ms
-                else ["", "", ""]
-            )
-        lines.append(f"| {' | '.join(cells)} |")
-    for name in PASSES:
-        chosen = [passes[name] for passes in ROWS.values() if name in passes]
-        for rival in ("eager", "compile"):
-            ratios = [ms[rival] / ms["at_fused"] for ms in chosen]
-            if ratios:
-                lines.append(
-                    f"{name}, {rival} / at_fused: {geometric_mean(ratios):.2f} "
-                    f"(geometric mean of {len(ratios)}), least {min(ratios):.2f}"
-                )
+def table(device: str) -> list[str]:
+    """The rows that ran, as Markdown, and the geometric means of their ratios.
+
+    On a GPU there is a row for each back end, and beside each time the share of the bandwidth of a
+    plain copy at which the bytes were moved that have to be.
+    """
+    gpu = device != "cpu"
+    head, ruler = "| case | dtype | layout |", "|---|---|---|"
+    if gpu:
+        head, ruler = head + " back end |", ruler + "---|"
+    head, ruler = head + " one read |", ruler + "--:|"
+    for name, *_ in COLUMNS:
+        head += f" {name} | to eager | to compile |" + (" of copy |" if gpu else "")
+        ruler += "--:|" * (4 if gpu else 3)
+    lines = [head, ruler]
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    for setting, (passes, floors) in ROWS[device].items():
+        for backend in backends(device):
+            cells = [*setting, *([backend] if gpu else [])]
+            cells.append(f"{next(iter(passes.values()))['floor', 'auto']:.2f}")
+            for name, direction, program, parts in COLUMNS:
+                times = passes.get(direction)
+                if not times:
+                    cells += [""] * (4 if gpu else 3)
+                    continue
+                ms = times[program, backend]
+                cells.append(f"{ms:.3f}" if gpu else f"{ms:.2f}")
+                for rival in ("eager", "compile"):
+                    ratio = times[rival, "auto"] / ms
+                    cells.append(f"{ratio:.1f}x")
+                    ratios.setdefault((name, rival, backend), []).append(ratio)
+                if gpu:
+                    moved = sum(sum(floors[part]) for part in parts)
+                    share = moved / ms / (2 * COPY_BYTES / times["copy", "auto"])
+                    cells.append(f"{share:.0%}")
+            lines.append(f"| {' | '.join(cells)} |")
+    for (name, rival, backend), values in ratios.items():
+        lines.append(
+            f"{name}, {rival} / {backend if gpu else 'at_fused'}: {geometric_mean(values):.2f} "
+            f"(geometric mean of {len(values)}), least {min(values):.2f}"
+        )
     return lines
+
+
+def machine(device: str) -> str:
+    """What the times are of."""
+    what = f"torch {torch.__version__}, at_fused {at_fused.__version__}"
+    if device == "cpu":
+        return f"{processor()}, {torch.get_num_threads()} threads, {cpu.reason()}, {what}"
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {what}"
+
+
+def write_results(device: str, name: str) -> Path:
+    """All medians of a device, as results/<name>.json."""
+    rows = [
+        {
+            "case": case,
+            "dtype": dtype,
+            "layout": layout,
+            "floor_bytes": floors,
+            "ms": {
+                direction: {" ".join(key): value for key, value in times.items()}
+                for direction, times in passes.items()
+            },
+        }
+        for (case, dtype, layout), (passes, floors) in ROWS[device].items()
+    ]
+    found = {"machine": machine(device), "copy_bytes": COPY_BYTES, "rows": rows}
+    path = Path(__file__).parent / f"results/{name.replace(' ', '_').replace('/', '_')}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return path
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Prints the table after pytest-benchmark's own."""
-    if not ROWS:
-        return
-    terminalreporter.section("at_fused: time of the others / time of at_fused, medians")
-    terminalreporter.write_line(
-        f"{processor()}, {torch.get_num_threads()} threads, {cpu.reason()}, "
-        f"torch {torch.__version__}, at_fused {at_fused.__version__}\n"
-    )
-    for line in table():
-        terminalreporter.write_line(line)
+    for device in ROWS:
+        terminalreporter.section(
+            f"at_fused on {device}: time of the others / time of at_fused, medians"
+        )
+        terminalreporter.write_line(f"{machine(device)}\n")
+        for line in table(device):
+            terminalreporter.write_line(line)
+        if device != "cpu":
+            path = write_results(device, torch.cuda.get_device_name())
+            terminalreporter.write_line(f"\nwritten to {path}")

@@ -3,65 +3,88 @@
 Every round times all of them in the same way, one after the other in random order: whatever else
 the machine does falls on all alike, and so does what the one before left in the caches. The closing
 table is made of these times; pytest-benchmark then times at_fused alone.
+
+On the CPU, and on a GPU where there is one, there with each back end. ``at_value_and_grad`` takes
+part in the rounds of forward and backward, whose results it gives.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
-import time
-from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
-from cases import CASES, DTYPES, LAYOUTS, Inputs, ours, programs
-from conftest import PASSES, ROWS
+from cases import CASES, DEVICES, DTYPES, LAYOUTS, Inputs, backends, ours, programs
+from conftest import PASSES, ROWS, Times
 from pytest_benchmark.fixture import BenchmarkFixture
+from timing import CpuTimer, CudaTimer, timer
+
+import at_fused
 
 SECONDS = 2.5  # of measuring for each test, about
+SETTINGS = [(v, c, d, m) for v in DEVICES for c in CASES for d in DTYPES for m in LAYOUTS]
 
 
-def seconds(program: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    program()
-    return time.perf_counter() - begin
+class Setting(NamedTuple):
+    """What the tests of one case share."""
+
+    device: str
+    case: str
+    dtype: str
+    layout: str
+    inputs: Inputs
+    others: dict
+    clock: CpuTimer | CudaTimer
 
 
-SETTINGS = [(c, d, m) for c in CASES for d in DTYPES for m in LAYOUTS]
+def name_of(setting: tuple[str, str, str, str]) -> str:
+    device, case, dtype, layout = setting
+    return f"{'' if device == 'cpu' else device + '-'}{case[0]}-{dtype}-{layout}"
 
 
-@pytest.fixture(scope="module", params=SETTINGS, ids=lambda s: f"{s[0][0]}-{s[1]}-{s[2]}")
-def setting(request: pytest.FixtureRequest) -> tuple[tuple[str, str, str], Inputs, dict]:
+@pytest.fixture(scope="module", params=SETTINGS, ids=name_of)
+def setting(request: pytest.FixtureRequest) -> Setting:
+    device, *of_case = request.param
     torch._dynamo.reset()
     torch.manual_seed(0)
-    return request.param, Inputs.make(*request.param), programs()
+    inputs = Inputs.make(*of_case, device=device)
+    return Setting(device, *of_case, inputs, programs(), timer(device))
 
 
 @pytest.mark.parametrize("direction", PASSES)
-def test_at_loss(
-    benchmark: BenchmarkFixture,
-    setting: tuple[tuple[str, str, str], Inputs, dict],
-    direction: str,
-) -> None:
-    (case, dtype, layout), inputs, others = setting
+def test_at_loss(benchmark: BenchmarkFixture, setting: Setting, direction: str) -> None:
+    device, case, dtype, layout, inputs, others, clock = setting
     backward = direction == "forward+backward"
     fused = inputs.step(ours, backward)
-    timed = {name: inputs.step(loss, backward) for name, loss in others.items()}
-    timed |= {"floor": inputs.read_all(), "at_fused": fused}
-    for program in timed.values():
-        program()  # compiles, and fills the allocator
-    once = seconds(fused) + sum(seconds(program) for program in timed.values())
-    rounds = max(8, min(200, int(SECONDS / once)))
+    timed = {(name, "auto"): inputs.step(loss, backward) for name, loss in others.items()}
+    timed |= {(name, "auto"): floor for name, floor in clock.floors().items()}
+    timed |= {("floor", "auto"): inputs.read_all()}
+    for backend in backends(device):
+        timed["at_fused", backend] = fused
+        if backward:
+            timed["value and gradient", backend] = inputs.value_and_gradient()
 
-    times: dict[str, list[float]] = {name: [] for name in timed}
+    def seconds(key: tuple[str, str]) -> float:
+        with at_fused.use_backend(key[1]):
+            return clock.seconds(timed[key])
+
+    for key in timed:
+        seconds(key)  # compiles, and fills the allocator
+    once = sum(map(seconds, timed))
+    rounds = max(clock.least_rounds, min(clock.most_rounds, int(SECONDS / once)))
+
+    measured: dict[tuple[str, str], list[float]] = {key: [] for key in timed}
     order, shuffle = list(timed), random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
-        for name in order:
-            times[name].append(seconds(timed[name]))
-    ms = {name: statistics.median(values) * 1e3 for name, values in times.items()}
-    ROWS.setdefault((case[0], dtype, layout), {})[direction] = ms
+        for key in order:
+            measured[key].append(seconds(key))
+    ms: Times = {key: statistics.median(values) * 1e3 for key, values in measured.items()}
+    row = ROWS.setdefault(device, {}).setdefault((case[0], dtype, layout), ({}, inputs.floors()))
+    row[0][direction] = ms
 
-    benchmark.group = f"{case}, {dtype}, {layout}"
-    benchmark.extra_info.update({f"{name}_ms": value for name, value in ms.items()})
-    benchmark.pedantic(fused, rounds=rounds)
+    benchmark.group = f"{device}: {case}, {dtype}, {layout}"
+    benchmark.extra_info.update({f"{' '.join(key)}_ms": value for key, value in ms.items()})
+    benchmark.pedantic(clock.blocking(fused), rounds=rounds)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import settings
 from simt_backend import simt
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be known before Triton
+# is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import at_fused
-from at_fused.backends import cpu
+from at_fused.backends import cpu, triton
 
 if not cpu.available():
     raise pytest.UsageError(
@@ -33,16 +40,37 @@ SIMT = {
 BACKENDS = [name for name, row in at_fused.backends().items() if row.available]
 
 
-@pytest.fixture(params=[*BACKENDS, *SIMT])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on every back end that this machine has, and on CUDA's kernels."""
-    if request.param in SIMT:
-        with simt(**SIMT[request.param]) as harness:
-            yield request.param
+@contextmanager
+def use(name: str) -> Iterator[str]:
+    if name in SIMT:
+        with simt(**SIMT[name]) as harness:
+            yield name
             assert not harness.simt_last_error()
     else:
-        with at_fused.use_backend(request.param):
-            yield request.param
+        with at_fused.use_backend(name):
+            yield name
+
+
+def slow(name: str) -> bool:
+    """Whether a back end is Triton's interpreter, which takes minutes for what others do in one."""
+    return name == "triton" and triton.interpreted()
+
+
+EVERY = [*BACKENDS, *SIMT]
+
+
+@pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.long] * slow(n)) for n in EVERY])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on every back end that this machine has, and on CUDA's kernels."""
+    with use(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=[n for n in EVERY if not slow(n)])
+def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, for tests of thousands of calls or large tensors."""
+    with use(request.param) as name:
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -147,7 +147,7 @@ def test_one_tensor_as_student_and_teacher(backend: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(128, 16, 32, 32), (5, 7, 7, 7), (1, 2, 3, 3)], ids=str)
-def test_drop_in_for_the_popular_lines(backend: str, size: tuple[int, ...]) -> None:
+def test_drop_in_for_the_popular_lines(fast_backend: str, size: tuple[int, ...]) -> None:
     x, y = torch.randn(size, requires_grad=True), torch.randn(size, requires_grad=True)
     loss, expected = at_fused.at_loss(x, y), popular_at_loss(x, y)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
@@ -269,7 +269,9 @@ def everything(threads: int, students: list[Tensor], teachers: list[Tensor]) -> 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_for_any_number_of_threads(backend: str, layout: str, dtype: torch.dtype) -> None:
+def test_same_bits_for_any_number_of_threads(
+    fast_backend: str, layout: str, dtype: torch.dtype
+) -> None:
     students = [
         features(1, 24, 91, 83, layout=layout, dtype=dtype),
         features(40, 13, 17, 9, layout=layout, dtype=dtype),
@@ -290,14 +292,16 @@ def test_same_bits_for_any_number_of_threads(backend: str, layout: str, dtype: t
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["code", "paper"])
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 4.0, 2.5])
-def test_gradcheck_and_gradgradcheck(backend: str, p: float, form: str, layout: str) -> None:
+def test_gradcheck_and_gradgradcheck(fast_backend: str, p: float, form: str, layout: str) -> None:
     s = features(2, 3, 2, 3, layout=layout, dtype=torch.float64).requires_grad_()
     t = features(2, 2, 2, 3, dtype=torch.float64).requires_grad_()
 
     def loss(s: Tensor, t: Tensor) -> Tensor:
         return at_fused.at_loss([s, t], [t, s], p=p, form=form, weights=[1.0, 0.5])
 
-    fast = {"fast_mode": backend.startswith("simt")}  # a few directions instead of every element
+    fast = {
+        "fast_mode": fast_backend.startswith("simt")
+    }  # a few directions instead of every element
     assert torch.autograd.gradcheck(loss, (s, t), **fast)
     assert torch.autograd.gradgradcheck(loss, (s, t), **fast)
     assert torch.autograd.gradgradcheck(lambda x: loss(x, t.detach()), (s,), **fast)

@@ -1,4 +1,4 @@
-"""The CUDA kernels' machine code: nothing spilled, 128-bit accesses, room for three blocks."""
+"""The CUDA kernels' machine code: nothing spilled, 128-bit accesses, room for several blocks."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ def test_resources_and_widths(
 ) -> None:
     kernel = found[architecture, f"{name}_kernel<{', '.join(instance)}>"]
     assert kernel.stack == 0
-    # 256 threads a block: three blocks in 65536 registers, two for fp64.
-    assert kernel.registers <= (128 if instance[1] == "true" else 80)
+    # 256 threads a block: three blocks in 65536 registers; two for fp64, and where samples are kept
+    # in shared memory.
+    two = instance[1] == "true" or name == "at_value_and_grad"
+    assert kernel.registers <= (128 if two else 80)
     assert kernel.shared <= 1024  # the rest is asked for at the launch: plan.h
     rows, dtypes = INSTANCES[instance]
     vectors = rows * dtypes * 2  # each in both layouts

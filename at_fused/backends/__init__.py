@@ -56,7 +56,7 @@ def _triton_for_gpus() -> bool:
     return bool(has_gpus) and importlib.util.find_spec("triton") is not None
 
 
-def _users() -> dict[str, str]:
+def users() -> dict[str, str]:
     """Device type -> the back end that runs its tensors."""
     fastest = {
         "cpu": "cpu" if cpu.available() else "eager",
@@ -76,7 +76,7 @@ def backends() -> dict[str, Backend]:
     ``devices`` are the types whose tensors run there now, or could if the back end were chosen;
     ``reason`` says what the back end is, or why it cannot be used.
     """
-    users = _users()
+    runs = users()
     rows = {
         "cpu": (cpu.available(), ("cpu",), cpu.reason()),
         "cuda": (cuda.available(), ("cuda",), cuda.reason()),
@@ -85,7 +85,7 @@ def backends() -> dict[str, Backend]:
     }
     table = {}
     for name, (available, could, reason) in rows.items():
-        now = tuple(device for device, user in users.items() if user == name)
+        now = tuple(device for device, user in runs.items() if user == name)
         in_use = available and bool(now)
         table[name] = Backend(name, available, now if in_use else could, in_use, reason)
     return table

@@ -27,7 +27,8 @@ def load() -> None:
         )
     if not available():
         warnings.warn(
-            f"the CPU kernels are not used ({_library.failure}); at_fused runs on plain PyTorch, slower",
+            f"the CPU kernels are not used ({_library.failure}); at_fused runs on plain PyTorch, "
+            "slower",
             AtFusedWarning,
             stacklevel=2,
         )

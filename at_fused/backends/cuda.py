@@ -41,5 +41,7 @@ def reason() -> str:
             built = str(importlib.import_module("at_fused._build_info").cuda)
         except ImportError:
             built = ""
-        return f"{_library.failure} ({built})" if built.startswith("not built") else _library.failure
+        return (
+            f"{_library.failure} ({built})" if built.startswith("not built") else _library.failure
+        )
     return "CUDA kernels" if torch.cuda.is_available() else "CUDA kernels, but no CUDA device"

@@ -9,7 +9,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
     at_loss_kernel(const __grid_constant__ LossParams params) {
   AT_FUSED_DYNAMIC_SHARED(bytes);
   const SharedMemory shared(bytes, params.map_bytes);
-  const E e(params.p);
   const int i = member_of(params.pairs, params.count, blockIdx.x);
   const PairParams& pair = params.pairs[i];
   const int local = blockIdx.x - pair.first_task;
@@ -18,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
                             : piece_of_sample(pair, local / pair.pieces, local % pair.pieces);
   bool finished = true;
   for (int b = task.b0; b < task.b1; ++b) {
-    finished = run_sample<E, fp64, false>(params, i, task, b, shared, e);
+    finished = run_sample<E, fp64, false>(params, i, task, b, shared);
   }
   if (finished) finish_loss(params, task.b1 - task.b0, *shared.control);
 }

@@ -11,12 +11,11 @@ namespace at_fused {
 // block only ever waits for tasks that other running blocks have taken before it, so that waiting
 // ends, however few blocks the device runs at a time.
 template <class E, bool fp64>
-__global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
+__global__ void __launch_bounds__(kThreads, kGradientBlocks)
     at_value_and_grad_kernel(const __grid_constant__ LossParams params,
                              const __grid_constant__ GradientParams gradient) {
   AT_FUSED_DYNAMIC_SHARED(bytes);
   const SharedMemory shared(bytes, params.map_bytes);
-  const E e(params.p);
   int number = blockIdx.x;
   if (gradient.queue) {
     number = broadcast(threadIdx.x == 0 ? int(atomicAdd(gradient.ticket, 1u)) : 0, *shared.control);
@@ -32,7 +31,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
   const int step = local / (pair.pieces + sweeps), piece = local % (pair.pieces + sweeps);
   const bool whole = pair.samples > 0, maps = whole || piece < pair.pieces;
   LossTask task{0, 0, 0, 0};
-  Span span{0, rows_of(pair.student), 0, columns_of(pair.student)};
   if (whole) {
     task = whole_samples(pair, local);
   } else if (maps) {
@@ -40,28 +38,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
   } else if (step >= lag) {
     task.b0 = step - lag;
     task.b1 = task.b0 + 1;
-    span = span_of(pair.student, sweep, piece - pair.pieces);
   }
   bool finished = maps && task.b0 < task.b1;
   for (int b = task.b0; b < task.b1; ++b) {
-    uint32_t* ready = gradient.ready + pair.first_sample + b;
+    const auto ready = [&] { return gradient.ready + params.pairs[here(i)].first_sample + b; };
     if (maps) {
-      finished = run_sample<E, fp64, true>(params, i, task, b, shared, e);
+      finished = run_sample<E, fp64, true>(params, i, task, b, shared);
       if (!whole) {
-        if (finished) announce(ready);
+        if (finished) announce(ready());
         continue;
       }
       __syncthreads();
     } else {
-      wait_for(ready);
+      wait_for(ready());
     }
     const PairParams& again = params.pairs[here(i)];
     const GradientPair& target = gradient.pairs[here(i)];
+    const Span span = whole ? Span{0, rows_of(again.student), 0, columns_of(again.student)}
+                            : span_of(again.student, target.sweep, piece - again.pieces);
     const void* k =
         whole ? shared.student_map : map_of<fp64>(again.student, again.student_maps, b, true).data;
-    const double scale =
+    const double factor =
         gradient.scale * gradient_of(target.loss_gradient, gradient.loss_gradient_fp64);
-    sweep_piece<E, fp64, true>(again.student, target.sweep, b, span, e, scale, k,
+    sweep_piece<E, fp64, true>(again.student, target.sweep, b, span, params.p, factor, k,
                                whole ? shared.kept : nullptr);
   }
   if (finished) finish_loss(params, task.b1 - task.b0, *shared.control);

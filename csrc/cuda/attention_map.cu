@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
   const Tile tile{b, begin, min(begin + feature.positions, feature.view.N), bytes};
   const int64_t size = feature.view.dtype == Dtype::float64 ? 8 : 4;
   map_tile<E, fp64, false>(
-      feature.view, tile, E(params.p), feature.scale, nullptr,
+      feature.view, tile, params.p, feature.scale, nullptr,
       static_cast<char*>(feature.map) + (int64_t(b) * feature.view.N + begin) * size);
 }
 

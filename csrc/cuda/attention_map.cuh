@@ -133,7 +133,7 @@ __device__ __forceinline__ void map_tile_interleaved(const View& x, const Tile& 
 // The map of a tile, for position `tile.begin` on at `out`, in fp64 for fp64 features and fp32 for
 // others.
 template <class E, bool fp64, bool keeps>
-__device__ __forceinline__ void map_tile(const View& x, const Tile& tile, E e, double scale,
+__device__ __forceinline__ void map_tile(const View& x, const Tile& tile, double p, double scale,
                                          char* keep, void* out) {
   with_dtype<fp64>(x.dtype, [&](auto element) {
     using T = decltype(element);
@@ -141,6 +141,7 @@ __device__ __forceinline__ void map_tile(const View& x, const Tile& tile, E e, d
     T* kept = reinterpret_cast<T*>(keep);
     A* map = static_cast<A*>(out);
     const A s = A(scale);
+    const E e(here(p));
     if (x.layout == Layout::planar) {
       if (x.access.vector > 1) {
         map_tile_planar<T, kVector<T>, keeps>(x, tile, e, s, kept, map);

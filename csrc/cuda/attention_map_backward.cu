@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
   const int64_t size = feature.view.dtype == Dtype::float64 ? 8 : 4;
   for (int b = b0; b < b1; ++b) {
     sweep_piece<E, fp64, false>(
-        feature.view, feature.sweep, b, span, E(params.p), gradient,
+        feature.view, feature.sweep, b, span, params.p, gradient,
         static_cast<const char*>(feature.k) + int64_t(b) * feature.view.N * size, nullptr);
   }
 }

@@ -55,7 +55,6 @@ struct SampleMaps {
   SampleMap<fp64> student, teacher;
   SampleMap<fp64> student_result, teacher_result;
   bool student_grad, teacher_grad;  // the result is the coefficient map k; else the raw map
-  bool copy;                        // the results hold the raw maps, which come on chip first
 };
 
 // The sample's share of the loss; all in fp64: maps are small, and their squares overflow fp32 from
@@ -179,55 +178,62 @@ __device__ inline LossTask piece_of_sample(const PairParams& pair, int b, int pi
 }
 
 // Maps and loss of a task's sample b; false where blocks that share the sample still have pieces of
-// it. Whole samples have their maps on chip; blocks that share one meet in global memory, and the
-// one that brings the last piece finishes it. With `keeps` a whole student sample stays on chip as
-// well, and its coefficient map beside it.
+// it. Maps are made on chip where they fit; blocks that share a sample meet in global memory, and
+// the one that brings the last piece finishes it. With `keeps` a whole student sample stays on chip
+// as well, and its coefficient map beside it.
 template <class E, bool fp64, bool keeps>
 __device__ __forceinline__ bool run_sample(const LossParams& params, int i, LossTask task, int b,
-                                           const SharedMemory& shared, E e) {
+                                           const SharedMemory& shared) {
+  const auto fits = [&](const PairParams& pair) {
+    return int64_t(pair.student.N) * (fp64 ? 8 : 4) <= params.map_bytes / 2;
+  };
+  // In shared memory: it is the same in all threads, whose registers are needed for other things.
+  SampleMaps<fp64>& maps = *reinterpret_cast<SampleMaps<fp64>*>(shared.control->maps);
+  static_assert(sizeof(maps) <= sizeof(shared.control->maps));
   __syncthreads();  // the last sample's maps may still be read
+  if (threadIdx.x == 0) {
+    const PairParams& pair = params.pairs[here(i)];
+    const bool whole = pair.samples > 0;
+    maps.student_result = map_of<fp64>(pair.student, pair.student_maps, b, true);
+    maps.teacher_result = map_of<fp64>(pair.teacher, pair.teacher_maps, b, true);
+    maps.student =
+        fits(pair) ? map_of<fp64>(pair.student, shared.student_map, 0, false) : maps.student_result;
+    maps.teacher =
+        fits(pair) ? map_of<fp64>(pair.teacher, shared.teacher_map, 0, false) : maps.teacher_result;
+    if (keeps && whole) maps.student_result = maps.student;
+    maps.student_grad = params.student_grad;
+    maps.teacher_grad = params.teacher_grad;
+  }
+  __syncthreads();
   // One piece of code for both: unrolled it would be twice as long.
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
     const PairParams& pair = params.pairs[here(i)];
-    const bool whole = pair.samples > 0;
-    const View& view = side ? pair.teacher : pair.student;
-    const SampleMap<fp64> map =
-        whole ? map_of<fp64>(view, side ? shared.teacher_map : shared.student_map, 0, false)
-              : map_of<fp64>(view, side ? pair.teacher_maps : pair.student_maps, b, true);
-    map_tile<E, fp64, keeps>(view, {b, task.begin, task.end, shared.scratch}, e,
-                             side ? pair.teacher_scale : pair.student_scale,
-                             whole && side == 0 ? shared.kept : nullptr, map.at(task.begin));
+    const SampleMap<fp64>& map = side ? maps.teacher : maps.student;
+    map_tile<E, fp64, keeps>(
+        side ? pair.teacher : pair.student, {b, task.begin, task.end, shared.scratch}, params.p,
+        side ? pair.teacher_scale : pair.student_scale,
+        side == 0 && pair.samples > 0 ? shared.kept : nullptr, map.at(task.begin));
   }
   const PairParams& pair = params.pairs[here(i)];
   const bool whole = pair.samples > 0;
+  __syncthreads();
   if (!whole) {
+    if (fits(pair)) {
+      for (int n = task.begin + threadIdx.x; n < task.end; n += kThreads) {
+        maps.student_result.set(n, maps.student.get(n));
+        maps.teacher_result.set(n, maps.teacher.get(n));
+      }
+    }
     uint32_t* arrived = params.arrived + pair.first_sample + b;
     if (!arrives_last(arrived, 1, uint32_t(pair.pieces), *shared.control)) return false;
-  }
-  // In shared memory: it is the same in all threads, whose registers are needed for other things.
-  SampleMaps<fp64>& maps = *reinterpret_cast<SampleMaps<fp64>*>(shared.control->maps);
-  static_assert(sizeof(maps) <= sizeof(shared.control->maps));
-  if (threadIdx.x == 0) {
-    maps.student = map_of<fp64>(pair.student, shared.student_map, 0, false);
-    maps.teacher = map_of<fp64>(pair.teacher, shared.teacher_map, 0, false);
-    maps.student_result = map_of<fp64>(pair.student, pair.student_maps, b, true);
-    maps.teacher_result = map_of<fp64>(pair.teacher, pair.teacher_maps, b, true);
-    maps.student_grad = params.student_grad;
-    maps.teacher_grad = params.teacher_grad;
-    maps.copy = false;
-    if (whole) {
-      if (keeps) maps.student_result = maps.student;
-    } else {
-      maps.copy = int64_t(pair.student.N) * (fp64 ? 8 : 4) <= params.map_bytes / 2;
-      if (!maps.copy) maps.student = maps.student_result, maps.teacher = maps.teacher_result;
-    }
-  }
-  __syncthreads();
-  if (maps.copy) {  // read once, then on chip
-    for (int n = threadIdx.x; n < pair.student.N; n += kThreads) {
-      maps.student.set(n, maps.student_result.get(n));
-      maps.teacher.set(n, maps.teacher_result.get(n));
+    if (fits(pair)) {
+      for (int n = threadIdx.x; n < pair.student.N; n += kThreads) {
+        if (n >= task.begin && n < task.end) continue;
+        maps.student.set(n, maps.student_result.get(n));
+        maps.teacher.set(n, maps.teacher_result.get(n));
+      }
+      __syncthreads();
     }
   }
   const double loss = finish_sample(params, pair, maps, !whole, *shared.control);

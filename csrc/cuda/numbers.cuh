@@ -72,6 +72,12 @@ __device__ __forceinline__ int here(int x) {
 #endif
   return x;
 }
+__device__ __forceinline__ double here(double x) {
+#if !defined(AT_FUSED_SIMT)
+  asm volatile("" : "+d"(x));
+#endif
+  return x;
+}
 
 // ---- loads and stores ---------------------------------------------------------------------------
 

@@ -8,10 +8,13 @@
 
 namespace at_fused {
 
-constexpr int kThreads = 256;                // of every block
-constexpr int kBlocksPerMultiprocessor = 3;  // at a time, for which the kernels leave registers
-constexpr int kMaxPairs = 16;                // of one launch; longer lists take several
-constexpr int kMaxFeatures = 30;             // likewise
+constexpr int kThreads = 256;  // of every block
+// Blocks that run on a multiprocessor at a time, for which the kernels leave registers; fewer where
+// samples take its shared memory anyway.
+constexpr int kBlocksPerMultiprocessor = 3;
+constexpr int kGradientBlocks = 2;
+constexpr int kMaxPairs = 16;     // of one launch; longer lists take several
+constexpr int kMaxFeatures = 30;  // likewise
 
 // How a block reads a feature. A row is `fold` channels of all positions (planar) or the channels
 // of a position (interleaved).

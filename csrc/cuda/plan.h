@@ -219,11 +219,11 @@ inline int64_t map_bytes_of_list(int64_t before, const PairParams& pair, bool fp
 
 // ---- values and gradients in one ----------------------------------------------------------------
 
-// Two blocks on each multiprocessor, so that one computes while the other reads.
+// Room for kGradientBlocks on each multiprocessor, so that one computes while the other reads.
 inline int64_t kept_bytes_limit(const Limits& limits) {
   constexpr int64_t reserved = 1 << 10;  // the system's own, for each block
   return std::min(limits.shared_bytes_per_block,
-                  limits.shared_bytes_per_multiprocessor / 2 - reserved);
+                  limits.shared_bytes_per_multiprocessor / kGradientBlocks - reserved);
 }
 
 // As plan_loss; `kept_bytes` becomes what a block needs beside the maps: a student's sample, if
@@ -259,7 +259,7 @@ inline int64_t plan_gradient(PairParams& pair, GradientPair& gradient, const Fea
   const int64_t sweeps = int64_t(gradient.sweep.row_pieces) * gradient.sweep.column_pieces;
   const int64_t step = pair.pieces + sweeps;
   // By then the blocks that made a sample's maps have most likely ended: nobody waits long.
-  const int64_t running = int64_t(kBlocksPerMultiprocessor) * limits.multiprocessors;
+  const int64_t running = int64_t(kGradientBlocks) * limits.multiprocessors;
   gradient.lag = int32_t(std::min(student.B, divide_up(running, step) + 1));
   return (student.B + gradient.lag) * step;
 }

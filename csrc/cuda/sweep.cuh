@@ -122,7 +122,8 @@ __device__ __forceinline__ void sweep_interleaved(const T* x, int64_t line, T* o
 // others. In kernels that have `shared` samples, `kept` is a dense copy of this one, or null.
 template <class E, bool fp64, bool shared>
 __device__ __forceinline__ void sweep_piece(const View& x, const Sweep& sweep, int b, Span span,
-                                            E e, double gradient, const void* k, const char* kept) {
+                                            double p, double gradient, const void* k,
+                                            const char* kept) {
   with_dtype<fp64>(x.dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
@@ -137,6 +138,7 @@ __device__ __forceinline__ void sweep_piece(const View& x, const Sweep& sweep, i
     T* to = static_cast<T*>(sweep.out) + sample * sweep.batch;
     const int64_t out_line = sweep.line * fold;
     const A g = A(gradient);
+    const E e(here(p));
     const A* map = static_cast<const A*>(k);
     if (planar) {
       if (x.access.vector > 1) {

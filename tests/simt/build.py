@@ -79,11 +79,8 @@ def build(mode: str = "callbacks") -> Path:
             objects = list(pool.map(compile_one, sources(mode)))
         torch_library = Path(torch.__file__).parent / "lib"
         flags = ["-fsanitize=address,undefined"] if mode == "sanitizers" else []
-        subprocess.run(
-            [compiler, "-shared", *flags, *objects, f"-L{torch_library}", "-ltorch_cpu", "-lc10"]
-            + ["-ldl", "-o", f"{work}/library.so"],
-            check=True,
-        )
+        link = [f"-L{torch_library}", "-ltorch_cpu", "-lc10", "-ldl", "-o", f"{work}/library.so"]
+        subprocess.run([compiler, "-shared", *flags, *objects, *link], check=True)
         os.replace(f"{work}/library.so", library)
     return library
 

@@ -1,0 +1,394 @@
+"""What the CUDA kernels move, counted, against the least that has to move; and a model of the time.
+
+    python benchmarks/roofline.py [--quick]
+
+No GPU is needed. The kernels run in the tests' harness (tests/simt), whose instrumented loads and
+stores count bytes and launches. The eager lines are counted operator by operator (inputs read,
+outputs written, views free), torch.compile by the kernels of inductor's scheduler. Times are bytes
+over bandwidth plus launches: a model, not a measurement. Writes results/roofline.md.
+
+``--quick`` counts a quarter of each batch on a quarter of an H100's multiprocessors, which cuts
+every sample as the whole device would, and takes the counts times four.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+HERE = Path(__file__).parent
+CUDA = HERE.parent / "csrc/cuda"
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+
+from cases import CASES, DTYPES, LAYOUTS, Inputs, popular_losses  # noqa: E402
+from simt_backend import Counters, simt  # noqa: E402
+
+from at_fused import _ops  # noqa: E402
+
+# An H100 SXM; the launch overhead is an assumption (a queue that is kept full).
+MULTIPROCESSORS, BANDWIDTH, L2_BYTES, LAUNCH_SECONDS = 132, 3.35e12, 50e6, 2e-6
+PASSES = ("forward", "backward", "value and gradient")
+QUICK_SHARE = 4  # divides the batches and the multiprocessors
+SETTINGS = list(itertools.product(CASES, DTYPES, LAYOUTS))
+QUICK = [s for s in SETTINGS if (s[0][0], s[1]) in (("a", "fp32"), ("b", "bf16"))]
+
+
+class Count(NamedTuple):
+    """Bytes and kernels."""
+
+    bytes: int
+    launches: int
+
+    def __add__(self, other: Count) -> Count:  # type: ignore[override]
+        return Count(self.bytes + other.bytes, self.launches + other.launches)
+
+    def model_us(self) -> float:
+        """The modelled time."""
+        return 1e6 * (self.bytes / BANDWIDTH + self.launches * LAUNCH_SECONDS)
+
+
+class Row(NamedTuple):
+    """One line of the table; ``counted`` is distinct bytes per launch and the launches."""
+
+    case: str
+    dtype: str
+    layout: str
+    direction: str
+    floor: int
+    counted: Count
+    threads: int  # bytes over all accesses of all threads
+    extra_reads: int  # distinct bytes read that the floor does not know
+    again: int  # bytes of students that are read a second time
+    served: int  # of these, by the second-level cache
+    whole: bool  # value and gradient: every sample fits on chip
+    eager: Count
+    compiled: Count
+
+    @property
+    def ratio(self) -> float:
+        """Distinct bytes to the floor."""
+        return self.counted.bytes / self.floor
+
+    def at_fused(self) -> Count:
+        """What goes through the device's memory: second reads that the cache misses as well."""
+        return self.counted + Count(self.again - self.served, 0)
+
+
+# ---- at_fused: run in the harness ----------------------------------------------------------------
+
+
+def count_kernels(inputs: Inputs, share: int) -> dict[str, Counters]:
+    """The counters of each pass, on 1/share of the device."""
+    students, teachers = [x.detach() for x in inputs.students], inputs.teachers
+    pairs = list(range(len(students)))
+    options = [], 2.0, "mean", "code", "sum", 1e-12
+    found: dict[str, Counters] = {}
+
+    def counted(direction: str, run: Callable[[], Any]) -> Any:
+        harness.simt_reset_counters()
+        result = run()
+        if harness.simt_last_error():
+            raise RuntimeError(harness.simt_last_error().decode())
+        found[direction] = Counters()
+        harness.simt_counters(ctypes.byref(found[direction]))
+        return result
+
+    with simt(multiprocessors=MULTIPROCESSORS // share) as harness:
+        _, maps = counted(
+            "forward", lambda: _ops.at_loss(students, teachers, *options, True, False)
+        )
+        k, one = maps[: len(pairs)], torch.ones(())
+        counted(
+            "backward", lambda: _ops.attention_map_backward(students, k, one, pairs, options[1])
+        )
+        counted(
+            "value and gradient",
+            lambda: _ops.at_value_and_grad(students, teachers, *options, 1.0, None),
+        )
+    return found
+
+
+PLAN = """
+#include <cstdio>
+#include <cstdlib>
+#include "plan.h"
+int main(int, char** arguments) {
+  using namespace at_fused;
+  const Limits limits{std::atoi(arguments[1]), 232448, 233472};
+  int dtype, layout;
+  long B, C, D, N;
+  while (std::scanf("%d %d %ld %ld %ld %ld", &dtype, &layout, &B, &C, &D, &N) == 6) {
+    const auto feature = [&](long c) {
+      return Feature{nullptr, Dtype(dtype), Layout(layout), B, c, N, c * N, layout ? c : N};
+    };
+    PairParams pair{};
+    GradientPair gradient{};
+    int64_t kept;
+    plan_gradient(pair, gradient, feature(C), feature(D), feature(C), false, limits, kept);
+    std::printf("%d %d\\n", pair.samples, gradient.lag);
+  }
+}
+"""
+
+
+@cache
+def plan_program() -> tuple[str, tempfile.TemporaryDirectory]:
+    """PLAN, compiled, and the folder that it is in for as long as that is kept."""
+    folder = tempfile.TemporaryDirectory()
+    command = ["g++", "-std=c++20", f"-I{CUDA}", "-x", "c++", "-"]
+    program = f"{folder.name}/plan"
+    subprocess.run([*command, "-o", program], input=PLAN, text=True, check=True)
+    return program, folder
+
+
+def second_reads(case: str, dtype: str, layout: str) -> tuple[int, int]:
+    """Bytes of students that value-and-gradient reads again, and those that L2 should still have.
+
+    csrc/cuda/plan.h itself says which samples do not fit on chip, and how many others begin before
+    one is read again.
+    """
+    batch, stages = CASES[case]
+    size = DTYPES[dtype].itemsize
+    number = {torch.float32: 0, torch.bfloat16: 3}[DTYPES[dtype]]  # csrc/feature.h: Dtype
+    interleaved = int(layout != "NCHW")
+    lines = [f"{number} {interleaved} {batch} {c} {d} {h * h}" for c, d, h in stages]
+    done = subprocess.run(
+        [plan_program()[0], str(MULTIPROCESSORS)],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    again = served = 0
+    for (c, d, h), line in zip(stages, done.stdout.splitlines(), strict=True):
+        samples, lag = map(int, line.split())
+        if samples == 0:
+            student = c * h * h * size
+            between = lag * (2 * student + d * h * h * size)
+            again += batch * student
+            served += batch * student if between <= L2_BYTES else 0
+    return again, served
+
+
+# ---- the others: operators and schedules ---------------------------------------------------------
+
+
+def touched(x: Tensor) -> int:
+    """Bytes that an operator reads or writes of a tensor, which may be expanded."""
+    sizes = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride]
+    return math.prod(sizes) * x.itemsize
+
+
+class Operators(TorchDispatchMode):
+    """Counts each operator as one kernel that reads its inputs and writes its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Count(0, 0)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view and "empty" not in function.name():
+            leaves = tree_leaves((args, kwargs, out))
+            tensors = {id(x): x for x in leaves if isinstance(x, Tensor)}
+            self.count += Count(sum(touched(x) for x in tensors.values()), 1)
+        return out
+
+
+def count_eager(inputs: Inputs) -> dict[str, Count]:
+    """The popular lines' operators, forward and backward, on tensors without data."""
+    with Operators() as forward:
+        loss = popular_losses(inputs.students, inputs.teachers)
+    with Operators() as backward:
+        torch.autograd.grad(loss, inputs.students)
+    return {"forward": forward.count, "backward": backward.count}
+
+
+def count_compiled(inputs: Inputs) -> dict[str, Count]:
+    """The kernels into which inductor's scheduler fuses the popular lines, and their bytes.
+
+    With its Triton back end, as on a GPU, but scheduled for the CPU: a GPU splits large reductions,
+    which is a few launches more. Nothing is compiled.
+    """
+    from torch._functorch.aot_autograd import aot_function, make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor import config
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    found: dict[str, Count] = {}
+
+    def counter(direction: str) -> Callable[[Any, Any], Any]:
+        def count(module: Any, examples: Any) -> Any:
+            graph = GraphLowering(module, example_inputs=examples)
+            with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
+                graph.run(*examples)
+                graph.init_wrapper_code()
+                graph._update_scheduler()
+                moved, kernels, _ = graph.count_bytes()
+            found[direction] = Count(int(moved), len(kernels))
+            return make_boxed_func(module.forward)
+
+        return count
+
+    pairs = len(inputs.students)
+    compiled = aot_function(
+        lambda *x: popular_losses(list(x[:pairs]), list(x[pairs:])),
+        counter("forward"),
+        counter("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    with config.patch(cpu_backend="triton"):
+        torch.autograd.grad(compiled(*inputs.students, *inputs.teachers), inputs.students)
+    return found
+
+
+def count_others(case: str, dtype: str, layout: str) -> tuple[dict[str, Count], dict[str, Count]]:
+    """Eager and compiled; value and gradient is forward and backward one after the other."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    eager = count_eager(Inputs.make(case, dtype, layout, device="meta"))
+    with FakeTensorMode():
+        compiled = count_compiled(Inputs.make(case, dtype, layout))
+    for count in (eager, compiled):
+        count["value and gradient"] = count["forward"] + count["backward"]
+    return eager, compiled
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def rows_of(case: str, dtype: str, layout: str, share: int = 1) -> list[Row]:
+    """The three passes of a case; at_fused is counted on 1/share of it."""
+    inputs = Inputs.make(case, dtype, layout, share=share)
+    eager, compiled = count_others(case, dtype, layout)
+    rows = []
+    for direction, c in count_kernels(inputs, share).items():
+        read, written = (share * n for n in inputs.floors()[direction])
+        again, served = (
+            second_reads(case, dtype, layout) if direction == "value and gradient" else (0, 0)
+        )
+        rows.append(
+            Row(
+                case[0],
+                dtype,
+                layout,
+                direction,
+                read + written,
+                Count(share * (c.distinct_load_bytes + c.distinct_store_bytes), c.launches),
+                share * (c.load_bytes + c.store_bytes + c.atomic_bytes),
+                share * c.distinct_load_bytes - read,
+                again,
+                served,
+                again == 0,
+                eager[direction],
+                compiled[direction],
+            )
+        )
+    return rows
+
+
+def count(quick: bool = False) -> list[Row]:
+    """All rows, or those of --quick."""
+    settings, share = (QUICK, QUICK_SHARE) if quick else (SETTINGS, 1)
+    return [row for setting in settings for row in rows_of(*setting, share=share)]
+
+
+NOTES = f"""\
+- *floor*: forward reads S and T and writes the two maps that are kept; backward reads S and k and
+  writes dS; value and gradient reads S and T and writes dS.
+- *distinct*: each byte once per launch, read or written: what has to cross the device's memory at
+  least once. *all accesses*: summed over every thread, so a coefficient that 32 lanes read counts
+  32 times: what goes through the first-level caches.
+- *S again*: students too large to stay on chip, read a second time by value and gradient. In
+  brackets, as a model, the share that an L2 cache of {L2_BYTES / 1e6:.0f} MB should still have: all
+  of a pair's where what is read and written in between fits it, else none. What it does not have
+  is added to the bytes of the model.
+- *eager*: operators of the popular lines, each one launch that reads its inputs and writes its
+  outputs. *compile*: what inductor's scheduler makes of them, from its Triton back end for the CPU;
+  a GPU splits large reductions, which is a few launches more. For value and gradient, both are
+  their forward and backward.
+- *us (model, not measured)*: bytes / {BANDWIDTH / 1e12} TB/s + launches x
+  {1e6 * LAUNCH_SECONDS:.0f} us (an assumption). As if every kernel's bytes came from memory, which
+  is unfair to those who find them in the L2 cache, and as if every kernel reached the full
+  bandwidth."""
+
+
+def table(rows: Sequence[Row], share: int = 1) -> str:
+    """The rows as Markdown."""
+    how = (
+        f"A share of 1/{share} of each batch on 1/{share} of the multiprocessors, times {share}."
+        if share > 1
+        else "Full batches."
+    )
+    lines = [
+        "# Roofline: bytes counted, times a model, not measured",
+        "",
+        f"`python benchmarks/roofline.py`: the CUDA kernels in the harness, as on an H100. {how}",
+        "MB of 10^6 bytes; cases as in cases.py.",
+        "",
+        "| case | dtype | layout | pass | floor, MB | distinct, MB | to floor | all accesses, MB "
+        "| S again, MB | launches | eager, MB | launches | compile, MB | launches "
+        "| us (model, not measured) | eager | compile |",
+        "|---|---|---|---|" + "--:|" * 13,
+    ]
+    for r in rows:
+        again = f"{r.again / 1e6:.2f} ({r.served / r.again:.0%} L2)" if r.again else ""
+        cells = [
+            *(r.case, r.dtype, r.layout, r.direction),
+            *(f"{r.floor / 1e6:.2f}", f"{r.counted.bytes / 1e6:.2f}", f"{r.ratio:.4f}x"),
+            *(f"{r.threads / 1e6:.2f}", again, str(r.counted.launches)),
+        ]
+        for other in (r.eager, r.compiled):
+            cells += [f"{other.bytes / 1e6:.2f}", str(other.launches)]
+        cells += [f"{c.model_us():.1f}" for c in (r.at_fused(), r.eager, r.compiled)]
+        lines.append(f"| {' | '.join(cells)} |")
+    above = [r for r in rows if r.ratio > 1.01]
+    lines += ["", NOTES]
+    if above:
+        lines += [
+            "- More than 1 % above the floor, by maps of samples that several blocks share: the",
+            "  last block reads back, out of the L2 cache, what the others have just written. In",
+            "  value and gradient, whose floor has no maps, the writing counts as well.",
+        ]
+    for r in above:
+        lines.append(
+            f"  - {r.case} {r.dtype} {r.layout}, {r.direction}: {r.ratio:.4f}x, "
+            f"{r.counted.bytes - r.floor} bytes, {r.extra_reads} of them read."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="a quarter of cases a (fp32) and b (bf16)"
+    )
+    quick = parser.parse_args().quick
+    text = table(count(quick), QUICK_SHARE if quick else 1)
+    sys.stdout.write(text)
+    if not quick:
+        (HERE / "results/roofline.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

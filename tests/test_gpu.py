@@ -1,0 +1,359 @@
+"""On a real GPU: the contract on its back ends, graphs, streams, memory, launches.
+
+Skipped without a GPU. AT_FUSED_GPU_DRY_RUN=1 runs what does not need one on the CPU instead, so
+that these tests are not first run on a machine that has a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import test_contract
+import test_operators
+import torch
+from reference import assert_matches_reference, popular_at_loss
+from test_contract import features
+from torch import Tensor, nn
+
+import at_fused
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+ELSEWHERE = "cpu" if GPU else "meta"
+DRY_RUN = os.environ.get("AT_FUSED_GPU_DRY_RUN") == "1"
+NAMES = ("cuda", "triton") if GPU else ("cpu",)
+BACKENDS = [name for name in NAMES if at_fused.backends()[name].available]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not (GPU or DRY_RUN), reason="no CUDA device (torch.cuda.is_available() is False)"
+    ),
+]
+needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: not part of the dry run")
+
+
+# ---- the contract, imported: the fixture puts all tensors on the device --------------------------
+
+
+@pytest.fixture(params=BACKENDS)
+def gpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on every back end for GPUs."""
+    with at_fused.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def backend(gpu: str) -> Iterator[str]:
+    with torch.device(DEVICE):
+        yield gpu
+
+
+@pytest.fixture
+def fast_backend(backend: str) -> str:
+    return backend
+
+
+ON_DEVICE = (
+    test_operators.test_opcheck_at_loss,
+    test_operators.test_opcheck_attention_map,
+    test_operators.test_gradients_have_the_layout_of_their_feature,
+    test_operators.test_no_grad_and_inference_mode,
+    test_operators.test_gradients_accumulate_and_graphs_are_reusable,
+    test_operators.test_a_feature_changed_before_backward_is_an_error,
+    test_operators.test_the_teachers_features_are_not_kept_alive,
+    test_operators.test_torch_func,
+    test_operators.test_a_map_whose_feature_needs_no_gradient,
+)
+globals().update({n: test for n, test in vars(test_contract).items() if n.startswith("test_")})
+globals().update({test.__name__: test for test in ON_DEVICE})
+
+
+# ---- inputs and programs -------------------------------------------------------------------------
+
+Pairs = tuple[list[Tensor], list[Tensor]]
+
+
+def pairs() -> Pairs:
+    """Four pairs: of either layout and another dtype, of whole samples and of shared ones."""
+    with torch.device(DEVICE):
+        students = [
+            features(8, 16, 32, 32),
+            features(8, 32, 16, 16, layout="interleaved"),
+            features(8, 64, 7, 7, dtype=torch.bfloat16),
+            features(5, 96, 56, 56),  # does not fit on chip
+        ]
+        teachers = [features(x.shape[0], 48, *x.shape[2:]) for x in students]
+    return [x.requires_grad_() for x in students], teachers
+
+
+def change(inputs: Pairs) -> None:
+    with torch.no_grad():
+        for x in (*inputs[0], *inputs[1]):
+            x.copy_(torch.randn_like(x))
+
+
+def forward_and_backward(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    loss = at_fused.at_loss(students, teachers)
+    return [loss.detach(), *torch.autograd.grad(loss, students)]
+
+
+def value_and_gradient(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    loss, gradients = at_fused.at_value_and_grad(students, teachers, scale=3.0)
+    return [loss, *gradients]
+
+
+PROGRAMS = (forward_and_backward, value_and_gradient)
+
+
+def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- what can be run on the CPU as well ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_same_bits_in_every_run(gpu: str, program: Callable[..., list[Tensor]]) -> None:
+    inputs = pairs()
+    once = program(*inputs)
+    for _ in range(10):
+        assert same_bits(once, program(*inputs))
+
+
+def test_tensors_elsewhere_are_refused(gpu: str) -> None:
+    x = torch.randn(2, 3, 4, 4, device=DEVICE)
+    y = x.to(ELSEWHERE)
+    with pytest.raises(ValueError, match=f"teacher of pair 0 is on {ELSEWHERE}"):
+        at_fused.at_loss(x, y)
+    with pytest.raises(ValueError, match=f"student of pair 1 is on {ELSEWHERE}"):
+        at_fused.at_loss([x, y], [x, x])
+    with pytest.raises(ValueError, match=f"scale must be on the features' device.*{ELSEWHERE}"):
+        at_fused.at_value_and_grad(x, x, scale=torch.ones((), device=ELSEWHERE))
+
+
+def test_a_scale_on_the_device(gpu: str) -> None:
+    s, t = torch.randn(2, 3, 4, 4, device=DEVICE), torch.randn(2, 5, 4, 4, device=DEVICE)
+    _, once = at_fused.at_value_and_grad(s, t)
+    _, scaled = at_fused.at_value_and_grad(s, t, scale=torch.full((), 4.0, device=DEVICE))
+    torch.testing.assert_close(scaled, 4 * once)
+
+
+def test_compile_with_inductor(gpu: str) -> None:
+    students, teachers = pairs()
+
+    def step(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        loss = at_fused.at_loss([x * 2 for x in students], teachers, weights=[1, 2, 3, 4])
+        return 3 * loss + at_fused.at(students[0]).square().mean()
+
+    torch._dynamo.reset()
+    found = torch.compile(step, fullgraph=True)(students, teachers)
+    expected = step(students, teachers)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, students), torch.autograd.grad(expected, students)
+    )
+
+
+def test_autocast(gpu: str) -> None:
+    student, teacher = nn.Conv2d(3, 8, 3).to(DEVICE), nn.Conv2d(3, 16, 3).to(DEVICE)
+    x = torch.randn(4, 3, 10, 10, device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        s, t = student(x), teacher(x)
+        loss = at_fused.at_loss(s, t)
+    assert s.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    expected = popular_at_loss(s.double(), t.double())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    (gradient,) = torch.autograd.grad(loss, student.weight)
+    assert torch.isfinite(gradient).all()
+
+
+# ---- what needs a GPU ----------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("layout", test_contract.LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_lists(backend: str, dtype: torch.dtype, layout: str) -> None:
+    """More blocks than the device runs at a time: some wait for others."""
+    students = [
+        features(32, c, h, h, layout=layout, dtype=dtype)
+        for c, h in ((64, 56), (128, 28), (256, 14), (512, 7))
+    ]
+    teachers = [features(*x.shape, layout=layout, dtype=dtype) for x in students]
+    assert_matches_reference(students, teachers, scale=2.0**12)
+
+
+def capture(
+    program: Callable[..., list[Tensor]], inputs: Pairs
+) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A graph of the program, and where its results are after each replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, loads and allocates what a capture may not
+            program(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = program(*inputs)
+    return graph, results
+
+
+@needs_gpu
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_graph_capture_and_replay(gpu: str, program: Callable[..., list[Tensor]]) -> None:
+    inputs = pairs()
+    graph, results = capture(program, inputs)
+    for replays in (1, 1, 3):  # counters have to be left as they were found
+        change(inputs)
+        for _ in range(replays):
+            graph.replay()
+        assert same_bits(results, program(*inputs))
+
+
+@needs_gpu
+def test_graphs_replayed_beside_other_work(gpu: str) -> None:
+    inputs = pairs(), pairs()
+    captured = [capture(value_and_gradient, x) for x in inputs]
+    expected = [value_and_gradient(*x) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for stream, (graph, _) in zip(streams, captured, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            value_and_gradient(*inputs[0])
+    torch.cuda.synchronize()
+    for (_, results), right in zip(captured, expected, strict=True):
+        assert same_bits(results, right)
+
+
+@needs_gpu
+def test_streams_at_once(gpu: str) -> None:
+    inputs = [pairs() for _ in range(4)]
+    expected = [[program(*x) for program in PROGRAMS] for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    rounds = []
+    for _ in range(10):
+        found: list[list[list[Tensor]]] = [[] for _ in inputs]
+        for program in PROGRAMS:
+            for i, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    found[i].append(program(*inputs[i]))
+        rounds.append(found)
+    torch.cuda.synchronize()
+    for found in rounds:
+        for results, right in zip(found, expected, strict=True):
+            assert all(same_bits(a, b) for a, b in zip(results, right, strict=True))
+
+
+@needs_gpu
+def test_nothing_waits_for_the_device(gpu: str) -> None:
+    students, teachers = pairs()
+    scale = torch.ones((), device=DEVICE)
+
+    def everything() -> None:
+        forward_and_backward(students, teachers)
+        at_fused.at_value_and_grad(students, teachers, scale=scale)
+        at_fused.at(students[0]).sum().backward()
+
+    everything()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def peak(run: Callable[[], object]) -> int:
+    """Bytes allocated at the most, beyond those before."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # a cached block may be larger than what is asked for
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+@needs_gpu
+@pytest.mark.parametrize("layout", test_contract.LAYOUTS)
+def test_memory(gpu: str, layout: str) -> None:
+    with torch.device(DEVICE):
+        # 16 MB each: the allocator rounds to 2.
+        s = features(16, 64, 64, 64, layout=layout).requires_grad_()
+        t = features(16, 64, 64, 64, layout=layout)
+    forward_and_backward([s], [t])
+    value_and_gradient([s], [t])
+    # A map is a 64th of its feature.
+    assert peak(lambda: at_fused.at_loss(s, t)) < (s.nbytes + t.nbytes) / 8
+    loss = at_fused.at_loss(s, t)
+    assert peak(lambda: torch.autograd.grad(loss, s)) <= s.nbytes + (1 << 20)
+    bound = s.nbytes + (s.nbytes + t.nbytes) / 8
+    assert peak(lambda: at_fused.at_value_and_grad(s, t)) <= bound
+
+
+def launches(run: Callable[[], object]) -> list[str]:
+    """Names of the kernels, copies and fills that the device ran."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    kind = torch.autograd.DeviceType.CUDA
+    return [event.name for event in profile.events() if event.device_type == kind]
+
+
+@needs_gpu
+def test_one_launch_for_a_list() -> None:
+    if "cuda" not in BACKENDS:
+        pytest.skip(f"no CUDA back end: {at_fused.backends()['cuda'].reason}")
+    students, teachers = pairs()
+    one = torch.ones((), device=DEVICE)
+    if not launches(lambda: one + 1):
+        pytest.skip("the profiler sees no kernels here")
+    with at_fused.use_backend("cuda"):
+        forward_and_backward(students, teachers)
+        value_and_gradient(students, teachers)
+        (name,) = launches(lambda: at_fused.at_loss(students, teachers))
+        assert "at_loss_kernel" in name
+        loss = at_fused.at_loss(students, teachers)
+        # With the gradient given, for autograd fills its own in a kernel.
+        (name,) = launches(lambda: torch.autograd.grad(loss, students, one))
+        assert "attention_map_backward_kernel" in name
+        (name,) = launches(lambda: at_fused.at_value_and_grad(students, teachers))
+        assert "at_value_and_grad_kernel" in name
+
+
+@needs_gpu
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_strides_beyond_32_bits(backend: str, dimension: int) -> None:
+    far = 2**31 + 64
+    needed = 2 * (far + 4096) + (1 << 30)
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"less than {needed >> 30} GB of free memory")
+    shape = [1, 1, 9, 8]
+    shape[dimension], stride = 2, [256, 72, 8, 1]
+    stride[dimension] = far
+    x = torch.empty(far + 4096, dtype=torch.float16).as_strided(shape, stride)
+    x.copy_(torch.randn(shape))
+    assert_matches_reference([x], [features(shape[0], 3, 9, 8)], scale=2.0**8)
+
+
+@needs_gpu
+def test_a_device_that_is_not_the_current_one(gpu: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    with torch.device("cuda:1"):
+        students = [features(4, 16, 8, 8), features(3, 96, 56, 56)]
+        teachers = [features(x.shape[0], 24, *x.shape[2:]) for x in students]
+        assert_matches_reference(students, teachers)
+    assert torch.cuda.current_device() == 0
+    with pytest.raises(ValueError, match="teacher of pair 0 is on cuda:0"):
+        at_fused.at_loss(students, [x.to("cuda:0") for x in teachers])

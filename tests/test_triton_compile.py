@@ -1,0 +1,68 @@
+"""Every Triton kernel compiled ahead of time for the shipped targets, and what came out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    # A process of its own: in this one Triton may be the interpreter.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = Path(__file__).with_name("triton_compile.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--json"],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return list(json.loads(done.stdout))
+
+
+def test_every_target_is_there(rows: list[dict[str, Any]]) -> None:
+    targets = {"sm_80", "sm_90", "sm_100", "gfx942"}
+    names = {row["variant"] for row in rows}
+    assert len(names) >= 30
+    assert {(row["variant"], row["target"]) for row in rows} == {
+        (name, target) for name in names for target in targets
+    }
+
+
+def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
+    assert [row for row in rows if row["spills"]] == []
+
+
+def test_registers_leave_room_for_four_blocks(rows: list[dict[str, Any]]) -> None:
+    # 65536 registers, 128 threads.
+    assert [row for row in rows if row["registers"] > 128] == []
+
+
+def test_shared_memory_is_for_reductions_only(rows: list[dict[str, Any]]) -> None:
+    assert max(row["shared"] for row in rows) <= 4096
+
+
+def test_aligned_features_move_by_128_bits(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if not row["aligned"]:
+            continue
+        assert "128" in row["loads"], row
+        if row["operator"] == "map":
+            assert set(row["loads"]) == {"128"}, row
+        if row["operator"] == "backward":
+            assert set(row["stores"]) == {"128"}, row
+        if row["operator"] == "value and gradient":
+            assert "128" in row["stores"], row

@@ -1,0 +1,306 @@
+"""Compiles the Triton kernels ahead of time, as the back end would launch them, without a GPU.
+
+    python tests/triton_compile.py > table.md
+    python tests/triton_compile.py --json > rows.json
+
+Needs Triton without TRITON_INTERPRET. The arguments are those of real calls of the back end, whose
+launches are caught; Triton's own binder then decides what they are specialised on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from at_fused.backends import eager
+from at_fused.backends.triton import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Call(NamedTuple):
+    """A launch that was caught."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+class Row(NamedTuple):
+    """What one kernel compiled to; spills are in bytes, widths the bits of each access."""
+
+    variant: str
+    operator: str
+    aligned: bool
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+def caught(function: Callable[[], object]) -> list[Call]:
+    """The launches that a call of the back end makes; none of them runs."""
+    calls: list[Call] = []
+
+    def catch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        calls.append(Call(kernel, programs, arguments, constants))
+
+    saved = launch._launch, launch._check
+    launch._launch, launch._check = catch, lambda *tensors: None
+    try:
+        function()
+    finally:
+        launch._launch, launch._check = saved
+    return calls
+
+
+class _Driver:
+    """As much of a driver as compiling takes."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(call: Call, target: GPUTarget) -> Any:
+    """Triton's compiled kernel for a launch."""
+    triton.runtime.driver.set_active(_Driver(target))
+    call.kernel.device_caches.clear()
+    options = launch.options(cuda=target.backend == "cuda")
+    return call.kernel.warmup(*call.arguments, grid=(call.programs,), **call.constants, **options)
+
+
+# ---- what came out -------------------------------------------------------------------------------
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run(
+        [str(path), *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _widths(pattern: str, text: str, bits: Callable[[re.Match[str]], int]) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for match in re.finditer(pattern, text):
+        width = bits(match)
+        found[width] = found.get(width, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def _sass_bits(match: re.Match[str]) -> int:
+    # LDG.E, LDG.E.128.CONSTANT, LDG.E.U16, STG.E.ENL2.256
+    width = re.search(r"\.[US]?(8|16|64|128|256)\b", match[0])
+    return int(width[1]) if width else 32
+
+
+def _cuda_row(variant: Variant, target: str, kernel: Any) -> Row:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    registers, stack, local = (
+        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
+    return Row(
+        variant.name,
+        variant.operator,
+        variant.aligned,
+        target,
+        registers,
+        stack + local,
+        kernel.metadata.shared,
+        _widths(r"\bLDG\.[\w.]+", sass, _sass_bits),
+        _widths(r"\bSTG\.[\w.]+", sass, _sass_bits),
+    )
+
+
+def _hip_bits(match: re.Match[str]) -> int:
+    name = match[1]
+    if name in ("ubyte", "sbyte", "byte"):
+        return 8
+    return {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}.get(name, 16)
+
+
+def _hip_row(variant: Variant, target: str, kernel: Any) -> Row:
+    text = kernel.asm["amdgcn"]
+    # Scalar registers spill into lanes of vector registers; private memory is the one that costs.
+    number = {
+        name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    }
+    kind = r"\b(?:global|buffer|flat)_{}_(\w+?)(?:_d16\w*)?\b"
+    return Row(
+        variant.name,
+        variant.operator,
+        variant.aligned,
+        target,
+        number["vgpr_count"],
+        number["private_segment_fixed_size"],
+        kernel.metadata.shared,
+        _widths(kind.format("load"), text, _hip_bits),
+        _widths(kind.format("store"), text, _hip_bits),
+    )
+
+
+def row(variant: Variant, call: Call, target: str) -> Row:
+    """Compiles a variant for one of ``TARGETS``."""
+    kernel = compiled(call, TARGETS[target])
+    make = _hip_row if TARGETS[target].backend == "hip" else _cuda_row
+    return make(variant, target, kernel)
+
+
+# ---- variants ------------------------------------------------------------------------------------
+
+OPERATORS = ("map", "loss", "backward", "value and gradient")
+LARGE, SMALL, ODD = (32, 256, 56, 56), (128, 64, 8, 8), (64, 511, 7, 7)
+_SHORT = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+}
+
+
+class Variant(NamedTuple):
+    """A call of an operator that one kernel is compiled for."""
+
+    operator: str
+    dtype: torch.dtype = torch.float32
+    layout: str = "planar"
+    p: float = 2.0
+    shape: tuple[int, ...] = LARGE
+    pairs: int = 1
+    wide: bool = False  # offsets within a sample beyond 31 bits
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        size = "x".join(map(str, self.shape))
+        times = f"{self.pairs} of " if self.pairs > 1 else ""
+        wide = ", 64-bit offsets" if self.wide else ""
+        kind = f"{_SHORT[self.dtype]} {self.layout}, p={self.p:g}"
+        return f"{self.operator}, {kind}, {times}{size}{wide}"
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every line of the features begins on 16 bytes."""
+        return self.shape != ODD
+
+    def feature(self) -> Tensor:
+        """Memory that nobody reads."""
+        b, c, h, w = self.shape
+        if self.wide:
+            far = torch.empty(2**31 + h * w * c, dtype=self.dtype)
+            line = 2**31 // (c - 1)
+            return far.as_strided(self.shape, (c * h * w, line, w, 1))
+        if self.layout == "planar":
+            return torch.empty(b, c, h, w, dtype=self.dtype)
+        return torch.empty(b, h, w, c, dtype=self.dtype).permute(0, 3, 1, 2)
+
+    def call(self) -> Call:
+        """The launch."""
+        s, t = ([self.feature() for _ in range(self.pairs)] for _ in range(2))
+        p, pairs = self.p, list(range(self.pairs))
+        options: tuple[Any, ...] = [], p, "mean", "code", "sum", 1e-12
+        loss = torch.empty((), dtype=eager.accumulate_dtype(*s))
+        maps = [loss.new_empty(x.shape[0], x[0, 0].numel()) for x in s]
+        calls: dict[str, Callable[[], object]] = {
+            "map": lambda: launch.attention_map(s, p, "mean"),
+            "loss": lambda: launch.at_loss(s, t, *options, True, False),
+            "backward": lambda: launch.attention_map_backward(s, maps, loss, pairs, p),
+            "value and gradient": lambda: launch.at_value_and_grad(s, t, *options, 1.0, loss),
+        }
+        (only,) = caught(calls[self.operator])
+        return only
+
+
+def variants() -> Iterator[Variant]:
+    """The kernels that matter: each operator, dtype, layout, and kind of exponent."""
+    for operator in OPERATORS:
+        shape = SMALL if operator == "value and gradient" else LARGE
+        for layout in ("planar", "interleaved"):
+            for dtype in (torch.float32, torch.bfloat16):
+                yield Variant(operator, dtype, layout, shape=shape)
+        yield Variant(operator, p=2.5, shape=shape)
+    for operator in ("loss", "backward"):
+        yield Variant(operator, torch.float16)
+        yield Variant(operator, torch.float64)
+        yield Variant(operator, layout="interleaved", p=2.5)
+        for layout in ("planar", "interleaved"):
+            yield Variant(operator, layout=layout, shape=ODD)
+    yield Variant("loss", torch.bfloat16, p=1.0)
+    yield Variant("loss", torch.float64, p=2.5)
+    yield Variant("loss", p=2.5, pairs=4)
+    yield Variant("value and gradient", torch.bfloat16, shape=SMALL, pairs=4)
+    yield Variant("backward", torch.bfloat16, shape=(1, 257, 56, 56), wide=True)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def rows() -> Iterator[Row]:
+    """Every variant for every target."""
+    for variant in variants():
+        call = variant.call()
+        for target in TARGETS:
+            yield row(variant, call, target)
+
+
+def table(found: list[Row]) -> str:
+    """Markdown: registers, and the bits of the widest load and store, for each target."""
+    lines = [
+        "| kernel | " + " | ".join(TARGETS) + " |",
+        "|---" * (1 + len(TARGETS)) + "|",
+    ]
+    for name in dict.fromkeys(r.variant for r in found):
+        cells = [
+            f"{r.registers} / {max(r.loads)} / {max(r.stores)}" for r in found if r.variant == name
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    spilled = max(r.spills for r in found)
+    shared = max(r.shared for r in found)
+    return "\n".join(
+        [
+            f"Triton {triton.__version__}. Registers per thread / bits of the widest load / store. "
+            f"Spilled, at most: {spilled} bytes. Shared memory, at most: {shared} bytes.",
+            "",
+            *lines,
+        ]
+    )
+
+
+if __name__ == "__main__":
+    everything = list(rows())
+    if "--json" in sys.argv:
+        print(json.dumps([r._asdict() for r in everything]))
+    else:
+        print(table(everything))
