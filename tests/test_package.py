@@ -14,7 +14,7 @@ import torch
 
 import at_fused
 from at_fused import info
-from at_fused.backends import cpu
+from at_fused.backends import OPERATORS, cpu, users
 
 PACKAGE = Path(at_fused.__file__).parent
 
@@ -52,16 +52,63 @@ print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))
     assert run(code).strip() == "['at_fused']"
 
 
-def test_the_library_has_no_cuda_and_no_python_in_it() -> None:
+def needed_by(library: Path) -> list[str]:
     readelf = shutil.which("readelf")
     assert readelf, "binutils comes with the compiler that built the package"
-    (library,) = PACKAGE.glob("_cpu*.so")
     dynamic = subprocess.run(
         [readelf, "-d", str(library)], capture_output=True, text=True, check=True
     ).stdout
-    needed = [line for line in dynamic.splitlines() if "NEEDED" in line]
+    return [line for line in dynamic.splitlines() if "NEEDED" in line]
+
+
+def test_the_library_has_no_cuda_and_no_python_in_it() -> None:
+    (library,) = PACKAGE.glob("_cpu*.so")
+    needed = needed_by(library)
     assert any("libtorch" in line for line in needed)
     assert not any("cuda" in line or "python" in line for line in needed)
+
+
+def test_the_cuda_library_needs_torchs_cuda_and_no_other() -> None:
+    for library in PACKAGE.glob("_cuda*.so"):
+        needed = needed_by(library)
+        assert any("libtorch_cuda" in line for line in needed)
+        assert not any("cudart" in line or "python" in line for line in needed)
+
+
+def test_cuda_tensors_have_the_kernels_that_info_names() -> None:
+    user = users()["cuda"]
+    assert f"CUDA tensors run on {user}" in "\n".join(info.lines())
+    if list(PACKAGE.glob("_cuda*.so")) and torch.version.cuda:
+        assert user == "cuda", at_fused.backends()["cuda"].reason
+    for operator in OPERATORS:
+        registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"at_fused::{operator}", "CUDA")
+        assert registered == (user != "eager")
+
+
+def test_a_cuda_library_is_no_trouble_to_a_torch_without_cuda(tmp_path: Path) -> None:
+    """And one that does not load is said, and not used."""
+    copied = tmp_path / "at_fused"
+    shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__", "_cuda*.so"))
+    (copied / "_cuda.abi3.so").write_bytes(b"not a library")
+    code = """
+import sys, torch
+torch.version.cuda = {cuda!r}
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import at_fused
+print([w.category.__name__ for w in caught])
+print(at_fused.backends()["cuda"].reason)
+x = torch.randn(2, 3, 4, 4)
+print(at_fused.at_loss(x, x * x).item() > 0)
+"""
+    output = run(code.format(cuda=None), PYTHONPATH=str(tmp_path))
+    assert "[]\n" in output
+    assert "has no CUDA" in output
+    output = run(code.format(cuda="13.0"), PYTHONPATH=str(tmp_path))
+    assert "['AtFusedWarning']\n" in output
+    assert "_cuda.abi3.so does not load" in output
+    assert output.strip().endswith("True")
 
 
 def test_info_reports() -> None:

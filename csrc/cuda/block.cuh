@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "params.h"
+#include "plan.h"
 
 namespace at_fused {
 
@@ -22,6 +22,7 @@ struct Control {
   double maps[12];  // loss.cuh: SampleMaps
   int broadcast;
 };
+static_assert(sizeof(Control) <= kControlBytes);
 
 // The sum over the block of each of n values, the same bits in every thread.
 template <int n>

@@ -37,6 +37,8 @@ class OnDevice {
   }
 #else
       : guard_(device.index) {
+    // The CUDA runtime in this library has a current device of its own.
+    check_cuda(cudaSetDevice(device.index));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream_));
   }
 #endif

@@ -15,6 +15,14 @@ from torch import Tensor
 
 from at_fused.backends import eager
 from at_fused.backends.triton import kernels
+from at_fused.backends.triton.checks import (
+    check_coefficients,
+    check_collapse,
+    check_exponent,
+    check_features,
+    check_loss,
+    check_loss_gradient,
+)
 from at_fused.backends.triton.kernels import Feature, Gradient, Map, Pair, Sweep
 
 # A launch compiles the body once per entry; and a kernel's arguments may take 4 KB.
@@ -192,12 +200,8 @@ def _exponent(p: float) -> tuple[float, float]:
     return high, p - high
 
 
-def _check(*tensors: Tensor) -> None:
-    for x in tensors:
-        if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
-            raise RuntimeError(
-                f"at_fused: Triton runs {x.device.type} tensors under TRITON_INTERPRET=1 only"
-            )
+def _interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -241,7 +245,11 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> No
 
 def attention_map(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
     """See ``at_fused.backends.triton.attention_map``."""
-    _check(*features)
+    if not features:
+        return []
+    check_features(features, _interpreted())
+    check_collapse(collapse)
+    check_exponent(p)
     native = [_native(x) for x in features]
     maps = [_new_map(x, layout) for x, layout in native]
     high, low = _exponent(p)
@@ -283,7 +291,8 @@ def at_loss(
     teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """See ``at_fused.backends.triton.at_loss``."""
-    _check(*student, *teacher)
+    check_features((*student, *teacher), _interpreted())
+    check_loss(student, teacher, weights, p, collapse, form, reduction, eps)
     options = Options(p, collapse, form, reduction, eps, student_grad, teacher_grad)
     with _on_device(student[0]):
         loss, maps, _ = _forward(student, teacher, weights, options, None)
@@ -303,7 +312,9 @@ def at_value_and_grad(
     loss_gradient: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """See ``at_fused.backends.triton.at_value_and_grad``."""
-    _check(*student, *teacher)
+    check_features((*student, *teacher), _interpreted())
+    check_loss(student, teacher, weights, p, collapse, form, reduction, eps)
+    check_loss_gradient(loss_gradient, range(len(student)), student[0].device)
     options = Options(p, collapse, form, reduction, eps, True, False)
     upstream = Upstream(scale, loss_gradient)
     with _on_device(student[0]):
@@ -438,7 +449,12 @@ def attention_map_backward(
     p: float,
 ) -> list[Tensor]:
     """See ``at_fused.backends.triton.attention_map_backward``."""
-    _check(*features)
+    check_features(features, _interpreted())
+    check_coefficients(features, coefficients, pairs)
+    check_exponent(p)
+    if not features:
+        return []
+    check_loss_gradient(loss_gradient, pairs, features[0].device)
     high, low = _exponent(p)
     written: list[Tensor] = []
     with _on_device(features[0]):
