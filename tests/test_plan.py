@@ -152,12 +152,12 @@ def test_maps_and_losses(plan: Any, data: tuple[Feature, Feature, int], device: 
 
     fp64 = 1 in (s.dtype, t.dtype)
     tasks, samples, pieces, positions, shared, *access = plan("loss", s, t, total, fp64, limits)
-    check_pieces(s.N, pieces, positions)
-    check_access(s, *access[:3], whole=pieces == 1)
-    check_access(t, *access[3:6], whole=pieces == 1)
+    check_pieces(s.N, pieces // 2, positions)
+    check_access(s, *access[:3], whole=pieces == 2)
+    check_access(t, *access[3:6], whole=pieces == 2)
     assert shared <= 48 << 10  # more must be asked for
     if samples:
-        assert pieces == 1
+        assert pieces == 2
         assert tasks == math.ceil(s.B / samples)
         assert shared >= 384 + 8192 + 2 * s.N * (8 if fp64 else 4)
     else:
@@ -180,10 +180,10 @@ def test_gradients(plan: Any, data: tuple[Feature, Feature, int], device: str, s
     fp64 = 1 in (s.dtype, t.dtype)
     out = plan("gradient", s, t, to, fp64, limits)
     tasks, samples, pieces, positions, shared, kept, lag, *rest = out
-    check_pieces(s.N, pieces, positions)
-    check_access(s, *rest[:3], whole=pieces == 1)
-    check_access(to, *rest[:3], whole=pieces == 1)
-    check_access(t, *rest[3:6], whole=pieces == 1)
+    check_pieces(s.N, pieces // 2, positions)
+    check_access(s, *rest[:3], whole=pieces == 2)
+    check_access(to, *rest[:3], whole=pieces == 2)
+    check_access(t, *rest[3:6], whole=pieces == 2)
     check_sweep(s, rest[0], rest[1], rest[6:11])
     assert shared <= limits.shared_per_block
     if samples:
@@ -205,12 +205,12 @@ def test_large_and_small_samples_fill_the_device(
     s = dense(*shape, dtype, layout)
     total = 2 * s.B * s.bytes
     loss = plan("loss", s, s, total, False, H100)
-    assert loss[0] >= 0.7 * H100.multiprocessors
+    assert loss[0] >= H100.multiprocessors
     assert loss[5] * BYTES[dtype] == 16
     sweep = plan("sweep", s, s, total, H100)
     assert sweep[0] >= 0.7 * H100.multiprocessors
     gradient = plan("gradient", s, s, s, False, H100)
-    assert gradient[0] >= 0.7 * H100.multiprocessors
+    assert gradient[0] >= H100.multiprocessors
 
 
 def test_sevens_are_read_in_vectors(plan: Any) -> None:

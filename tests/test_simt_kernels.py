@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from simt_backend import Counters, simt
+from simt_backend import SHARED_PER_BLOCK, Counters, simt
 from torch import Tensor
 
 import at_fused
 from at_fused import _ops
 
-COMPUTE_CAPABILITY_MAJOR = 75  # cudaDeviceAttr
+# cudaDeviceAttr
+COMPUTE_CAPABILITY_MAJOR, SHARED_WITHOUT_ASKING = 75, 8
 
 
 def counters(harness: ctypes.CDLL) -> Counters:
@@ -161,6 +162,17 @@ def test_a_launch_that_fails_is_a_python_error(wide: ctypes.CDLL) -> None:
             at_fused.at_loss(s, t)
     finally:
         wide.simt_set_attribute(COMPUTE_CAPABILITY_MAJOR, 9)
+    # A launch that the device refuses.
+    large = torch.randn(1, 3, 60, 60)
+    before = 48 << 10
+    wide.simt_set_attribute(SHARED_WITHOUT_ASKING, 4096)
+    wide.simt_set_attribute(SHARED_PER_BLOCK, 4096)
+    try:
+        with pytest.raises(RuntimeError, match="at_loss_kernel: cudaErrorInvalidValue"):
+            at_fused.at_loss(large, large)
+    finally:
+        wide.simt_set_attribute(SHARED_WITHOUT_ASKING, before)
+        wide.simt_set_attribute(SHARED_PER_BLOCK, 232448)
     huge = torch.randn(1, 3, 1, 1).expand(1, 3, 2**16, 2**15)
     with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
         _ops.attention_map([huge], 2.0, "mean")

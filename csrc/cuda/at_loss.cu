@@ -12,14 +12,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
   const int i = member_of(params.pairs, params.count, blockIdx.x);
   const PairParams& pair = params.pairs[i];
   const int local = blockIdx.x - pair.first_task;
-  const LossTask task = pair.samples
-                            ? whole_samples(pair, local)
-                            : piece_of_sample(pair, local / pair.pieces, local % pair.pieces);
+  const int b0 = pair.samples ? local * pair.samples : local / pair.pieces;
+  const int b1 = pair.samples ? min(b0 + pair.samples, pair.B) : b0 + 1;
   bool finished = true;
-  for (int b = task.b0; b < task.b1; ++b) {
-    finished = run_sample<E, fp64, false>(params, i, task, b, shared);
+  for (int b = b0; b < b1; ++b) {
+    finished = run_sample<E, fp64, false>(params, i, b, local % pair.pieces, shared);
   }
-  if (finished) finish_loss(params, task.b1 - task.b0, *shared.control);
+  if (finished) finish_loss(params, b1 - b0, *shared.control);
 }
 
 void launch_at_loss(const LossParams& params, const Launch& launch) {

@@ -30,20 +30,19 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
   const int sweeps = sweep.row_pieces * sweep.column_pieces, lag = gradient.pairs[i].lag;
   const int step = local / (pair.pieces + sweeps), piece = local % (pair.pieces + sweeps);
   const bool whole = pair.samples > 0, maps = whole || piece < pair.pieces;
-  LossTask task{0, 0, 0, 0};
+  int b0 = 0, b1 = 0;
   if (whole) {
-    task = whole_samples(pair, local);
-  } else if (maps) {
-    if (step < pair.B) task = piece_of_sample(pair, step, piece);
-  } else if (step >= lag) {
-    task.b0 = step - lag;
-    task.b1 = task.b0 + 1;
+    b0 = local * pair.samples;
+    b1 = min(b0 + pair.samples, pair.B);
+  } else if (maps ? step < pair.B : step >= lag) {
+    b0 = maps ? step : step - lag;
+    b1 = b0 + 1;
   }
-  bool finished = maps && task.b0 < task.b1;
-  for (int b = task.b0; b < task.b1; ++b) {
+  bool finished = maps && b0 < b1;
+  for (int b = b0; b < b1; ++b) {
     const auto ready = [&] { return gradient.ready + params.pairs[here(i)].first_sample + b; };
     if (maps) {
-      finished = run_sample<E, fp64, true>(params, i, task, b, shared);
+      finished = run_sample<E, fp64, true>(params, i, b, piece, shared);
       if (!whole) {
         if (finished) announce(ready());
         continue;
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
     sweep_piece<E, fp64, true>(again.student, target.sweep, b, span, params.p, factor, k,
                                whole ? shared.kept : nullptr);
   }
-  if (finished) finish_loss(params, task.b1 - task.b0, *shared.control);
+  if (finished) finish_loss(params, b1 - b0, *shared.control);
   if (gradient.queue && arrives_last(gradient.done, 1, gridDim.x, *shared.control)) {
     if (threadIdx.x == 0) *gradient.ticket = 0;
     for (int b = threadIdx.x; b < params.samples; b += kThreads) gradient.ready[b] = 0;

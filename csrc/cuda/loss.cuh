@@ -161,28 +161,26 @@ __device__ inline void total_losses(const LossParams& params, Control& control) 
   }
 }
 
-// Some positions of some samples of a pair: all positions of one or several samples, or a piece of
-// one sample that several blocks share.
-struct LossTask {
-  int32_t b0, b1;
-  int32_t begin, end;
+// What a block maps of a sample: all of both sides, or a piece of one where several blocks share
+// it.
+struct Piece {
+  int32_t side_begin, side_end;  // 0: student, 1: teacher
+  int32_t begin, end;            // positions
 };
 
-__device__ inline LossTask whole_samples(const PairParams& pair, int task) {
-  const int b0 = task * pair.samples;
-  return {b0, min(b0 + pair.samples, pair.B), 0, pair.student.N};
-}
-__device__ inline LossTask piece_of_sample(const PairParams& pair, int b, int piece) {
-  const int begin = piece * pair.positions;
-  return {b, b + 1, begin, min(begin + pair.positions, pair.student.N)};
+__device__ __forceinline__ Piece piece_of(const PairParams& pair, int number) {
+  if (pair.samples) return {0, 2, 0, pair.student.N};
+  const int of_a_map = pair.pieces / 2;
+  const int side = number / of_a_map, begin = number % of_a_map * pair.positions;
+  return {side, side + 1, begin, min(begin + pair.positions, pair.student.N)};
 }
 
-// Maps and loss of a task's sample b; false where blocks that share the sample still have pieces of
-// it. Maps are made on chip where they fit; blocks that share a sample meet in global memory, and
-// the one that brings the last piece finishes it. With `keeps` a whole student sample stays on chip
-// as well, and its coefficient map beside it.
+// Maps and loss of sample b, or piece `number` of it; false where other blocks still have pieces.
+// Maps are made on chip where they fit; blocks that share a sample meet in global memory, and the
+// one that brings the last piece finishes it. With `keeps` a whole student sample stays on chip as
+// well, and its coefficient map beside it.
 template <class E, bool fp64, bool keeps>
-__device__ __forceinline__ bool run_sample(const LossParams& params, int i, LossTask task, int b,
+__device__ __forceinline__ bool run_sample(const LossParams& params, int i, int b, int number,
                                            const SharedMemory& shared) {
   const auto fits = [&](const PairParams& pair) {
     return int64_t(pair.student.N) * (fp64 ? 8 : 4) <= params.map_bytes / 2;
@@ -206,32 +204,35 @@ __device__ __forceinline__ bool run_sample(const LossParams& params, int i, Loss
   }
   __syncthreads();
   // One piece of code for both: unrolled it would be twice as long.
+  const Piece sides = piece_of(params.pairs[here(i)], here(number));
 #pragma unroll 1
-  for (int side = 0; side < 2; ++side) {
+  for (int side = sides.side_begin; side < sides.side_end; ++side) {
     const PairParams& pair = params.pairs[here(i)];
+    const Piece tile = piece_of(pair, here(number));
     const SampleMap<fp64>& map = side ? maps.teacher : maps.student;
     map_tile<E, fp64, keeps>(
-        side ? pair.teacher : pair.student, {b, task.begin, task.end, shared.scratch}, params.p,
+        side ? pair.teacher : pair.student, {b, tile.begin, tile.end, shared.scratch}, params.p,
         side ? pair.teacher_scale : pair.student_scale,
-        side == 0 && pair.samples > 0 ? shared.kept : nullptr, map.at(task.begin));
+        side == 0 && pair.samples > 0 ? shared.kept : nullptr, map.at(tile.begin));
   }
   const PairParams& pair = params.pairs[here(i)];
   const bool whole = pair.samples > 0;
   __syncthreads();
   if (!whole) {
+    const Piece piece = piece_of(pair, here(number));
+    const bool teacher = piece.side_begin;
     if (fits(pair)) {
-      for (int n = task.begin + threadIdx.x; n < task.end; n += kThreads) {
-        maps.student_result.set(n, maps.student.get(n));
-        maps.teacher_result.set(n, maps.teacher.get(n));
-      }
+      const SampleMap<fp64>& from = teacher ? maps.teacher : maps.student;
+      const SampleMap<fp64>& to = teacher ? maps.teacher_result : maps.student_result;
+      for (int n = piece.begin + threadIdx.x; n < piece.end; n += kThreads) to.set(n, from.get(n));
     }
     uint32_t* arrived = params.arrived + pair.first_sample + b;
     if (!arrives_last(arrived, 1, uint32_t(pair.pieces), *shared.control)) return false;
     if (fits(pair)) {
       for (int n = threadIdx.x; n < pair.student.N; n += kThreads) {
-        if (n >= task.begin && n < task.end) continue;
-        maps.student.set(n, maps.student_result.get(n));
-        maps.teacher.set(n, maps.teacher_result.get(n));
+        const bool own = n >= piece.begin && n < piece.end;
+        if (teacher || !own) maps.student.set(n, maps.student_result.get(n));
+        if (!teacher || !own) maps.teacher.set(n, maps.teacher_result.get(n));
       }
       __syncthreads();
     }

@@ -81,7 +81,7 @@ struct PairParams {
   int32_t B;
   int32_t first_task, first_sample;
   int32_t samples;            // whole samples of a task; 0: samples are shared by several blocks
-  int32_t pieces, positions;  // of a shared sample, and of a piece
+  int32_t pieces, positions;  // of both maps of a shared sample, and of a piece
 };
 
 struct LossParams {

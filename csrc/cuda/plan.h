@@ -199,9 +199,9 @@ inline int64_t plan_loss(PairParams& pair, const Feature& student, const Feature
   if (fits && (bytes <= share || folds)) {
     pair.samples = int32_t(samples_of_task(student.B, bytes, limits));
   } else {
-    pieces = cut_positions(student.N, bytes, task_bytes(total, limits));
+    pieces = cut_positions(student.N, bytes / 2, task_bytes(total, limits));
   }
-  pair.pieces = int32_t(pieces.count);
+  pair.pieces = int32_t(2 * pieces.count);
   pair.positions = int32_t(pieces.positions);
   const bool whole = pieces.count == 1;
   pair.student = view_of(student, access_of(student, nullptr, whole, pieces.positions));
@@ -238,15 +238,15 @@ inline int64_t plan_gradient(PairParams& pair, GradientPair& gradient, const Fea
                     kept_bytes_limit(limits);
   pair.B = int32_t(student.B);
   // Small tasks: what lies between the two reads of a sample has to fit into the cache.
-  const int64_t target = 64 << 10;
+  const int64_t target = 32 << 10;
   Pieces pieces{1, student.N};
   if (fits) {
     pair.samples = int32_t(samples_of_task(student.B, bytes, limits));
   } else {
     pair.samples = 0;
-    pieces = cut_positions(student.N, bytes, target);
+    pieces = cut_positions(student.N, bytes / 2, target);
   }
-  pair.pieces = int32_t(pieces.count);
+  pair.pieces = int32_t(2 * pieces.count);
   pair.positions = int32_t(pieces.positions);
   const bool whole = pieces.count == 1;
   const Access access = access_of(student, &out, whole, pieces.positions);
