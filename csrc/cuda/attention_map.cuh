@@ -34,11 +34,8 @@ __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile,
       const T* from = first + ty * line + column * V;
 #pragma unroll 1
       for (int row = ty; row < rows; row += height * U, from += U * step) {
-        Pack<T, V> pack[U] = {};
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          if (row + u * height < rows) pack[u] = load_constant<T, V>(from + u * step);
-        }
+        Pack<T, V> pack[U];
+        load_rows<true>(pack, from, step, row, height, rows);
 #pragma unroll
         for (int u = 0; u < U; ++u) {
           const int r = row + u * height;
@@ -104,11 +101,8 @@ __device__ __forceinline__ void map_tile_interleaved(const View& x, const Tile& 
     const T* from = first + row * x.line + tx * V;
 #pragma unroll 1
     for (int column = tx; column < columns; column += lanes, from += lanes * V) {
-      Pack<T, V> pack[U] = {};
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (row + u * height < rows) pack[u] = load_constant<T, V>(from + u * step);
-      }
+      Pack<T, V> pack[U];
+      load_rows<true>(pack, from, step, row, height, rows);
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         const int r = row + u * height;

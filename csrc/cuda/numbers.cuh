@@ -135,6 +135,20 @@ __device__ __forceinline__ Pack<T, n> load(const T* from) {
   return {*reinterpret_cast<const typename Pack<T, n>::Word*>(from)};
 }
 
+// U rows, `step` elements and `height` row numbers apart, as far as they are below `rows`. The
+// others are zeroed: left alone, their registers would be taken for values of the round before.
+template <bool constant, class T, int n, int U>
+__device__ __forceinline__ void load_rows(Pack<T, n> (&pack)[U], const T* from, int64_t step,
+                                          int row, int height, int rows) {
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    pack[u] = {};
+    if (row + u * height < rows) {
+      pack[u] = constant ? load_constant<T, n>(from + u * step) : load<T, n>(from + u * step);
+    }
+  }
+}
+
 template <class T, int n>
 __device__ __forceinline__ void store(T* to, Pack<T, n> pack) {
   *reinterpret_cast<typename Pack<T, n>::Word*>(to) = pack.word;

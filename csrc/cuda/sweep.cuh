@@ -26,12 +26,6 @@ __device__ inline Span span_of(const View& x, const Sweep& sweep, int piece) {
           min(column + sweep.columns, columns_of(x))};
 }
 
-template <class T, int V, bool shared>
-__device__ __forceinline__ Pack<T, V> read(const T* from) {
-  if constexpr (shared) return load<T, V>(from);
-  return load_constant<T, V>(from);
-}
-
 template <class T, int V, bool shared, class E, class A>
 __device__ __forceinline__ void sweep_planar(const T* x, int64_t line, T* out, int64_t out_line,
                                              Span span, int lanes, int positions, E e, A gradient,
@@ -54,11 +48,8 @@ __device__ __forceinline__ void sweep_planar(const T* x, int64_t line, T* out, i
     T* to = out + first * out_line + column * V;
 #pragma unroll 1
     for (int row = first; row < span.row_end; row += height * U) {
-      Pack<T, V> pack[U] = {};
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (row + u * height < span.row_end) pack[u] = read<T, V, shared>(from + u * step);
-      }
+      Pack<T, V> pack[U];
+      load_rows<!shared>(pack, from, step, row, height, span.row_end);
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         if (row + u * height < span.row_end) {
@@ -96,11 +87,8 @@ __device__ __forceinline__ void sweep_interleaved(const T* x, int64_t line, T* o
     T* to = out + row * out_line + first * V;
 #pragma unroll 1
     for (int column = first; column < span.column_end; column += lanes) {
-      Pack<T, V> pack[U] = {};
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (row + u * height < span.row_end) pack[u] = read<T, V, shared>(from + u * step);
-      }
+      Pack<T, V> pack[U];
+      load_rows<!shared>(pack, from, step, row, height, span.row_end);
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         if (row + u * height < span.row_end) {

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def available() -> bool:
@@ -35,75 +36,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def attention_map(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
-    """Q[b, n] = scale * sum_c |A[b, c, n]|^p, (B, N), for each feature (B, C, *spatial)."""
-    from at_fused.backends.triton import launch
+def _later(name: str) -> Callable[..., Any]:
+    """An operator that imports Triton when it is first called."""
 
-    return launch.attention_map(features, p, collapse)
+    def operator(*arguments: Any) -> Any:
+        return getattr(importlib.import_module("at_fused.backends.triton.launch"), name)(*arguments)
 
-
-def at_loss(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    weights: list[float],
-    p: float,
-    collapse: str,
-    form: str,
-    reduction: str,
-    eps: float,
-    student_grad: bool,
-    teacher_grad: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss of all pairs, and what the backward pass needs of them (see ``_ops.py``)."""
-    from at_fused.backends.triton import launch
-
-    return launch.at_loss(
-        student,
-        teacher,
-        weights,
-        p,
-        collapse,
-        form,
-        reduction,
-        eps,
-        student_grad,
-        teacher_grad,
-    )
+    return operator
 
 
-def attention_map_backward(
-    features: list[Tensor],
-    coefficients: list[Tensor],
-    loss_gradient: Tensor | None,
-    pairs: list[int],
-    p: float,
-) -> list[Tensor]:
-    """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout."""
-    from at_fused.backends.triton import launch
-
-    return launch.attention_map_backward(features, coefficients, loss_gradient, pairs, p)
-
-
-def at_value_and_grad(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    weights: list[float],
-    p: float,
-    collapse: str,
-    form: str,
-    reduction: str,
-    eps: float,
-    scale: float,
-    loss_gradient: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss of all pairs, and scale * g_i * dL_i/dS_i for each student.
-
-    One launch, in which a program computes the maps, loss and gradient of a sample while its S is
-    in the cache; pairs of few, large samples, which one program each would not keep the device
-    busy with, take a second one for their gradients.
-    """
-    from at_fused.backends.triton import launch
-
-    return launch.at_value_and_grad(
-        student, teacher, weights, p, collapse, form, reduction, eps, scale, loss_gradient
-    )
+attention_map = _later("attention_map")
+at_loss = _later("at_loss")
+attention_map_backward = _later("attention_map_backward")
+at_value_and_grad = _later("at_value_and_grad")

@@ -244,7 +244,7 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> No
 
 
 def attention_map(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
-    """See ``at_fused.backends.triton.attention_map``."""
+    """Q[b, n] = scale * sum_c |A[b, c, n]|^p, (B, N), for each feature (B, C, *spatial)."""
     if not features:
         return []
     check_features(features, _interpreted())
@@ -290,7 +290,7 @@ def at_loss(
     student_grad: bool,
     teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """See ``at_fused.backends.triton.at_loss``."""
+    """The loss of all pairs, and what the backward pass needs of them (see ``_ops.py``)."""
     check_features((*student, *teacher), _interpreted())
     check_loss(student, teacher, weights, p, collapse, form, reduction, eps)
     options = Options(p, collapse, form, reduction, eps, student_grad, teacher_grad)
@@ -311,7 +311,10 @@ def at_value_and_grad(
     scale: float,
     loss_gradient: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """See ``at_fused.backends.triton.at_value_and_grad``."""
+    """The loss of all pairs, and the students' gradients times ``scale * loss_gradient``.
+
+    One launch; a second one for pairs whose samples are so large that several programs share one.
+    """
     check_features((*student, *teacher), _interpreted())
     check_loss(student, teacher, weights, p, collapse, form, reduction, eps)
     check_loss_gradient(loss_gradient, range(len(student)), student[0].device)
@@ -448,7 +451,7 @@ def attention_map_backward(
     pairs: list[int],
     p: float,
 ) -> list[Tensor]:
-    """See ``at_fused.backends.triton.attention_map_backward``."""
+    """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout."""
     check_features(features, _interpreted())
     check_coefficients(features, coefficients, pairs)
     check_exponent(p)
