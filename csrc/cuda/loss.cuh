@@ -228,13 +228,12 @@ __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int 
     }
     uint32_t* arrived = params.arrived + pair.first_sample + b;
     if (!arrives_last(arrived, 1, uint32_t(pair.pieces), *shared.control)) return false;
-    if (fits(pair)) {
+    if (fits(pair)) {  // each position by the thread that will finish it
       for (int n = threadIdx.x; n < pair.student.N; n += kThreads) {
         const bool own = n >= piece.begin && n < piece.end;
         if (teacher || !own) maps.student.set(n, maps.student_result.get(n));
         if (!teacher || !own) maps.teacher.set(n, maps.teacher_result.get(n));
       }
-      __syncthreads();
     }
   }
   const double loss = finish_sample(params, pair, maps, !whole, *shared.control);
