@@ -17,11 +17,8 @@ import argparse
 import ctypes
 import itertools
 import math
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,16 +28,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 HERE = Path(__file__).parent
-CUDA = HERE.parent / "csrc/cuda"
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 from cases import CASES, DTYPES, LAYOUTS, Inputs, popular_losses  # noqa: E402
+from plan_library import H100, INTERLEAVED, PLANAR, dense, plan  # noqa: E402
 from simt_backend import Counters, simt  # noqa: E402
 
 from at_fused import _ops  # noqa: E402
 
 # An H100 SXM; the launch overhead is an assumption (a queue that is kept full).
-MULTIPROCESSORS, BANDWIDTH, L2_BYTES, LAUNCH_SECONDS = 132, 3.35e12, 50e6, 2e-6
+BANDWIDTH, L2_BYTES, LAUNCH_SECONDS = 3.35e12, 50e6, 2e-6
 PASSES = ("forward", "backward", "value and gradient")
 QUICK_SHARE = 4  # divides the batches and the multiprocessors
 SETTINGS = list(itertools.product(CASES, DTYPES, LAYOUTS))
@@ -107,7 +104,7 @@ def count_kernels(inputs: Inputs, share: int) -> dict[str, Counters]:
         harness.simt_counters(ctypes.byref(found[direction]))
         return result
 
-    with simt(multiprocessors=MULTIPROCESSORS // share) as harness:
+    with simt(multiprocessors=H100.multiprocessors // share) as harness:
         _, maps = counted(
             "forward", lambda: _ops.at_loss(students, teachers, *options, True, False)
         )
@@ -122,39 +119,6 @@ def count_kernels(inputs: Inputs, share: int) -> dict[str, Counters]:
     return found
 
 
-PLAN = """
-#include <cstdio>
-#include <cstdlib>
-#include "plan.h"
-int main(int, char** arguments) {
-  using namespace at_fused;
-  const Limits limits{std::atoi(arguments[1]), 232448, 233472};
-  int dtype, layout;
-  long B, C, D, N;
-  while (std::scanf("%d %d %ld %ld %ld %ld", &dtype, &layout, &B, &C, &D, &N) == 6) {
-    const auto feature = [&](long c) {
-      return Feature{nullptr, Dtype(dtype), Layout(layout), B, c, N, c * N, layout ? c : N};
-    };
-    PairParams pair{};
-    GradientPair gradient{};
-    int64_t kept;
-    plan_gradient(pair, gradient, feature(C), feature(D), feature(C), false, limits, kept);
-    std::printf("%d %d\\n", pair.samples, gradient.lag);
-  }
-}
-"""
-
-
-@cache
-def plan_program() -> tuple[str, tempfile.TemporaryDirectory]:
-    """PLAN, compiled, and the folder that it is in for as long as that is kept."""
-    folder = tempfile.TemporaryDirectory()
-    command = ["g++", "-std=c++20", f"-I{CUDA}", "-x", "c++", "-"]
-    program = f"{folder.name}/plan"
-    subprocess.run([*command, "-o", program], input=PLAN, text=True, check=True)
-    return program, folder
-
-
 def second_reads(case: str, dtype: str, layout: str) -> tuple[int, int]:
     """Bytes of students that value-and-gradient reads again, and those that L2 should still have.
 
@@ -162,25 +126,16 @@ def second_reads(case: str, dtype: str, layout: str) -> tuple[int, int]:
     one is read again.
     """
     batch, stages = CASES[case]
-    size = DTYPES[dtype].itemsize
     number = {torch.float32: 0, torch.bfloat16: 3}[DTYPES[dtype]]  # csrc/feature.h: Dtype
-    interleaved = int(layout != "NCHW")
-    lines = [f"{number} {interleaved} {batch} {c} {d} {h * h}" for c, d, h in stages]
-    done = subprocess.run(
-        [plan_program()[0], str(MULTIPROCESSORS)],
-        input="\n".join(lines),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    kind = number, PLANAR if layout == "NCHW" else INTERLEAVED
     again = served = 0
-    for (c, d, h), line in zip(stages, done.stdout.splitlines(), strict=True):
-        samples, lag = map(int, line.split())
+    for c, d, h in stages:
+        student, teacher = dense(batch, c, h * h, *kind), dense(batch, d, h * h, *kind)
+        _, samples, *_, lag = plan("gradient", student, teacher, student, False, H100)[:7]
         if samples == 0:
-            student = c * h * h * size
-            between = lag * (2 * student + d * h * h * size)
-            again += batch * student
-            served += batch * student if between <= L2_BYTES else 0
+            between = lag * (2 * student.bytes + teacher.bytes)
+            again += batch * student.bytes
+            served += batch * student.bytes if between <= L2_BYTES else 0
     return again, served
 
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -35,6 +36,13 @@ struct LossArguments {
   Form form;
   bool sum;   // over the pairs; else a loss for each
   bool fp64;  // the loss's dtype
+
+  // The number of each pair.
+  std::vector<int64_t> numbers() const {
+    std::vector<int64_t> numbers(pairs.size());
+    std::iota(numbers.begin(), numbers.end(), 0);
+    return numbers;
+  }
 
   // Features without a native layout are replaced by copies.
   LossArguments(Tensors& student, Tensors& teacher, const std::vector<double>& weights, double p,
@@ -77,6 +85,15 @@ struct LossArguments {
     return new_tensor(sum ? 0 : 1, sizes, strides, accumulate_dtype(fp64), device);
   }
 };
+
+// What comes with each feature of attention_map_backward.
+inline void check_sweep(const Tensors& features, const Tensors& coefficients,
+                        const std::vector<int64_t>& pairs, double p) {
+  STD_TORCH_CHECK(coefficients.size() == features.size(),
+                  "at_fused: a coefficient map per feature");
+  STD_TORCH_CHECK(pairs.size() == features.size(), "at_fused: a pair number per feature");
+  check_exponent(p);
+}
 
 // The gradient of the loss that came from above: nothing (1), a scalar, or one value per pair.
 struct LossGradient {

@@ -90,8 +90,10 @@ inline Feature native_feature(Tensor& tensor, Device device) {
 
 inline std::vector<Feature> native_features(Tensors& tensors) {
   std::vector<Feature> features;
+  if (tensors.empty()) return features;
+  const Device device = device_of(tensors[0]);
   features.reserve(tensors.size());
-  for (Tensor& tensor : tensors) features.push_back(native_feature(tensor, device_of(tensors[0])));
+  for (Tensor& tensor : tensors) features.push_back(native_feature(tensor, device));
   return features;
 }
 

@@ -2,78 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import subprocess
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_library import BYTES, H100, INTERLEAVED, PLANAR, Feature, Limits, dense, plan
 
-HERE = Path(__file__).parent
-BYTES = {0: 4, 1: 8, 2: 2, 3: 2}  # fp32, fp64, fp16, bf16
-PLANAR, INTERLEAVED = 0, 1
-THREADS = 256
-
-
-class Limits(ctypes.Structure):
-    _fields_ = (
-        ("multiprocessors", ctypes.c_int32),
-        ("shared_per_block", ctypes.c_int64),
-        ("shared_per_multiprocessor", ctypes.c_int64),
-    )
-
-
-H100 = Limits(132, 232448, 233472)
 A100 = Limits(108, 166912, 167936)
 SMALL = Limits(20, 101376, 102400)
 DEVICES = {"H100": H100, "A100": A100, "sm_86": SMALL}
-
-
-class Feature(NamedTuple):
-    B: int
-    C: int
-    N: int
-    batch: int
-    line: int
-    address: int
-    dtype: int
-    layout: int
-
-    @property
-    def bytes(self) -> int:
-        return self.C * self.N * BYTES[self.dtype]
-
-
-def dense(b: int, c: int, n: int, dtype: int = 0, layout: int = PLANAR) -> Feature:
-    return Feature(b, c, n, c * n, n if layout == PLANAR else c, 4096, dtype, layout)
-
-
-@pytest.fixture(scope="session")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    library = tmp_path_factory.mktemp("plan") / "plan.so"
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", str(HERE / "plan/plan.cpp")]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    functions = ctypes.CDLL(str(library))
-
-    def call(name: str, *arguments: Any) -> list[int]:
-        out = (ctypes.c_int64 * 24)()
-        given = [
-            (ctypes.c_int64 * 8)(*a)
-            if isinstance(a, Feature)
-            else ctypes.byref(a)
-            if isinstance(a, Limits)
-            else ctypes.c_bool(a)
-            if isinstance(a, bool)
-            else ctypes.c_int64(a)
-            for a in arguments
-        ]
-        getattr(functions, f"plan_{name}_c")(*given, out)
-        return list(out)
-
-    return call
 
 
 @st.composite
@@ -135,14 +73,12 @@ def check_sweep(x: Feature, vector: int, fold: int, sweep: list[int]) -> None:
     assert lanes in {2**i for i in range(9)}
 
 
-EVERY = settings(
-    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+EVERY = settings(deadline=None, max_examples=300)
 
 
 @EVERY
 @given(data=pairs(), device=st.sampled_from(list(DEVICES)))
-def test_maps_and_losses(plan: Any, data: tuple[Feature, Feature, int], device: str) -> None:
+def test_maps_and_losses(data: tuple[Feature, Feature, int], device: str) -> None:
     s, t, total = data
     limits = DEVICES[device]
     tasks, pieces, positions, *access = plan("map", s, total, limits)[:6]
@@ -166,7 +102,7 @@ def test_maps_and_losses(plan: Any, data: tuple[Feature, Feature, int], device: 
 
 @EVERY
 @given(data=pairs(), device=st.sampled_from(list(DEVICES)), shift=st.sampled_from([0, 0, 4]))
-def test_gradients(plan: Any, data: tuple[Feature, Feature, int], device: str, shift: int) -> None:
+def test_gradients(data: tuple[Feature, Feature, int], device: str, shift: int) -> None:
     s, t, total = data
     limits = DEVICES[device]
     to = dense(s.B, s.C, s.N, s.dtype, s.layout)._replace(address=8192 + shift)
@@ -200,7 +136,7 @@ def test_gradients(plan: Any, data: tuple[Feature, Feature, int], device: str, s
 @pytest.mark.parametrize("dtype", [0, 3], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(1, 256, 56 * 56), (512, 64, 64), (32, 256, 56 * 56)], ids=str)
 def test_large_and_small_samples_fill_the_device(
-    plan: Any, shape: tuple[int, int, int], dtype: int, layout: int
+    shape: tuple[int, int, int], dtype: int, layout: int
 ) -> None:
     s = dense(*shape, dtype, layout)
     total = 2 * s.B * s.bytes
@@ -213,7 +149,7 @@ def test_large_and_small_samples_fill_the_device(
     assert gradient[0] >= H100.multiprocessors
 
 
-def test_sevens_are_read_in_vectors(plan: Any) -> None:
+def test_sevens_are_read_in_vectors() -> None:
     """7x7 maps, where no row of one channel is whole vectors: rows of 4 or 8 channels are."""
     for dtype, fold in ((0, 4), (3, 8), (1, 2)):
         s = dense(32, 512, 49, dtype)
@@ -223,7 +159,7 @@ def test_sevens_are_read_in_vectors(plan: Any) -> None:
     assert plan("loss", odd, odd, 2 * odd.B * odd.bytes, False, H100)[5:7] == [1, 1]
 
 
-def test_on_chip_or_read_again(plan: Any) -> None:
+def test_on_chip_or_read_again() -> None:
     """A student's sample stays on chip up to half of a multiprocessor's shared memory."""
     fits, large = dense(128, 16, 1024), dense(32, 64, 3136)
     assert plan("gradient", fits, fits, fits, False, H100)[5] == fits.bytes

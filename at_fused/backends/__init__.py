@@ -45,9 +45,7 @@ def load() -> None:
     cpu.load()
     cuda.load()
     if not cuda.loaded() and _triton_for_gpus():
-        _triton_library = torch.library.Library("at_fused", "IMPL")
-        for operator in OPERATORS:
-            _triton_library.impl(operator, getattr(triton, operator), "CUDA")
+        _triton_library = override(triton, ("CUDA",))
 
 
 def _triton_for_gpus() -> bool:

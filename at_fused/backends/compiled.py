@@ -15,11 +15,13 @@ class Compiled:
     def __init__(self, stem: str) -> None:
         self.stem = stem
         self.failure = "not loaded yet"
+        self.found = False  # whether there is one at all
 
     def load(self) -> None:
         """Loads the library, or says in ``failure`` why that cannot be."""
         libraries = sorted(_FOLDER.glob(f"{self.stem}*.so"))
-        if not libraries:
+        self.found = bool(libraries)
+        if not self.found:
             self.failure = f"no compiled library in {_FOLDER}"
             return
         try:

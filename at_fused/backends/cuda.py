@@ -20,7 +20,7 @@ def load() -> None:
         _library.failure = f"torch {torch.__version__} has no CUDA"
         return
     _library.load()
-    if not loaded() and "does not load" in _library.failure:
+    if _library.found and not loaded():
         warnings.warn(
             f"the CUDA kernels are not used ({_library.failure}); CUDA tensors take Triton or "
             "plain PyTorch",

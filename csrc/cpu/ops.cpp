@@ -47,7 +47,7 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse) {
 
 // ---- at_loss ----------------------------------------------------------------------------------
 
-// A pair at work: where its maps and, for value and gradient in one, its gradient go.
+// A pair at work: its maps, and what becomes of its samples.
 struct Pair : LossArguments::Pair {
   Maps student_maps, teacher_maps;
   // For samples that are cut: how many of its pieces are still missing.
@@ -178,9 +178,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
                                std::optional<Tensor> loss_gradient, std::vector<int64_t> pairs,
                                double p) {
   const size_t n = tensors.size();
-  STD_TORCH_CHECK(coefficients.size() == n, "at_fused: a coefficient map per feature");
-  STD_TORCH_CHECK(pairs.size() == n, "at_fused: a pair number per feature");
-  check_exponent(p);
+  check_sweep(tensors, coefficients, pairs, p);
   if (n == 0) return {};
   const Device device = device_of(tensors[0]);
   const LossGradient gradient(loss_gradient, pairs, device);
@@ -220,9 +218,7 @@ std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher,
   const size_t n = student.size();
   Gradients gradients(student);  // first: it settles in which layout a student is read
   const LossArguments arguments(student, teacher, weights, p, collapse, form, reduction, eps);
-  std::vector<int64_t> numbers(n);
-  for (size_t i = 0; i < n; ++i) numbers[i] = int64_t(i);
-  const LossGradient gradient(loss_gradient, numbers, arguments.device);
+  const LossGradient gradient(loss_gradient, arguments.numbers(), arguments.device);
   Tensors student_maps, teacher_maps;
   int64_t total = 0, student_total = 0;
   std::vector<Pair> pairs = begin_pairs(arguments, student_maps, teacher_maps, total);

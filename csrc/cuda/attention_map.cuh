@@ -13,8 +13,28 @@ struct Tile {
   char* scratch;
 };
 
-// Rows are channels, threads side by side take adjacent positions. In kernels that `keep`, a sample
-// is copied to `keep` on its way, densely, unless that is null.
+// Some rows at a time: reads them, and calls add(u, j, |x|^p) for element j of row u. In kernels
+// that `keep`, the sample is copied to `keep` on its way, densely, unless that is null.
+template <class T, int V, bool keeps, class E, class F>
+__device__ __forceinline__ void map_rows(const T* from, int64_t step, int row, int height, int rows,
+                                         T* keep, int column, int columns, E e, F add) {
+  constexpr int U = E::rows_in_flight;
+  Pack<T, V> pack[U];
+  load_rows<true>(pack, from, step, row, height, rows);
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int r = row + u * height;
+    if (r < rows) {
+      if (keeps && keep) store(keep + (r * columns + column) * V, pack[u]);
+      Accumulator<T> value[V];
+      pack[u].get(value);
+#pragma unroll
+      for (int j = 0; j < V; ++j) add(u, j, e.power(value[j]));
+    }
+  }
+}
+
+// Rows are channels, threads side by side take adjacent positions.
 template <class T, int V, bool keeps, class E, class A>
 __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile, E e, A scale,
                                                 T* keep, A* out) {
@@ -34,19 +54,8 @@ __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile,
       const T* from = first + ty * line + column * V;
 #pragma unroll 1
       for (int row = ty; row < rows; row += height * U, from += U * step) {
-        Pack<T, V> pack[U];
-        load_rows<true>(pack, from, step, row, height, rows);
-#pragma unroll
-        for (int u = 0; u < U; ++u) {
-          const int r = row + u * height;
-          if (r < rows) {
-            if (keeps && keep) store(keep + (r * columns + column) * V, pack[u]);
-            A value[V];
-            pack[u].get(value);
-#pragma unroll
-            for (int j = 0; j < V; ++j) total[j] += e.power(value[j]);
-          }
-        }
+        map_rows<T, V, keeps>(from, step, row, height, rows, keep, column, columns, e,
+                              [&](int, int j, A power) { total[j] += power; });
       }
     }
     if (height == 1 && fold == 1) {
@@ -101,19 +110,8 @@ __device__ __forceinline__ void map_tile_interleaved(const View& x, const Tile& 
     const T* from = first + row * x.line + tx * V;
 #pragma unroll 1
     for (int column = tx; column < columns; column += lanes, from += lanes * V) {
-      Pack<T, V> pack[U];
-      load_rows<true>(pack, from, step, row, height, rows);
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int r = row + u * height;
-        if (r < rows) {
-          if (keeps && keep) store(keep + (r * columns + column) * V, pack[u]);
-          A value[V];
-          pack[u].get(value);
-#pragma unroll
-          for (int j = 0; j < V; ++j) total[u] += e.power(value[j]);
-        }
-      }
+      map_rows<T, V, keeps>(from, step, row, height, rows, keep, column, columns, e,
+                            [&](int u, int, A power) { total[u] += power; });
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {

@@ -1,5 +1,4 @@
-// The loss of a list of pairs: maps, norms, losses and coefficient maps, and with `gradient` the
-// students' gradients as well.
+// The loss of a list of pairs: maps, norms, losses and coefficient maps.
 #pragma once
 
 #include "attention_map.cuh"

@@ -20,7 +20,7 @@ void check_extent(const Feature& x) {
                   "at_fused: at most 2^30 channels and 2^30 positions, got ", x.C, " and ", x.N);
 }
 
-// The next launch's worth of a list's members, [begin, end), and the tasks counted so far in it.
+// The number of the next task of a launch that has so many.
 int32_t begin_task(int64_t tasks) {
   STD_TORCH_CHECK(tasks <= kMaxBlocks, "at_fused: too many blocks for one launch: ", tasks);
   return int32_t(tasks);
@@ -66,9 +66,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
                                std::optional<Tensor> loss_gradient, std::vector<int64_t> pairs,
                                double p) {
   const size_t n = tensors.size();
-  STD_TORCH_CHECK(coefficients.size() == n, "at_fused: a coefficient map per feature");
-  STD_TORCH_CHECK(pairs.size() == n, "at_fused: a pair number per feature");
-  check_exponent(p);
+  check_sweep(tensors, coefficients, pairs, p);
   if (n == 0) return {};
   const Device device = device_of(tensors[0]);
   const OnDevice scope(device);
@@ -140,8 +138,8 @@ class Workspace {
   Tensor losses_;
 };
 
-// Launches a list in parts of kMaxPairs. `plan(at, pair, part)` cuts pair number `at` and returns
-// its tasks; `run(params, launch)` launches a part.
+// Launches a list in parts of kMaxPairs. `plan(at, i, pair)` cuts pair number `at`, the part's
+// number i, and returns its tasks; `run(params, launch)` launches a part.
 template <class Plan, class Run>
 Tensor launch_pairs(const LossArguments& loss, bool student_grad, bool teacher_grad,
                     const Workspace& workspace, void* stream, Plan plan, Run run) {
@@ -225,15 +223,12 @@ std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher,
                                               std::string collapse, std::string form,
                                               std::string reduction, double eps, double scale,
                                               std::optional<Tensor> loss_gradient) {
-  const size_t n = student.size();
-  STD_TORCH_CHECK(n > 0, "at_fused: as many teachers as students, got 0");
+  STD_TORCH_CHECK(!student.empty(), "at_fused: as many teachers as students, got 0");
   const OnDevice scope(device_of(student[0]));
   Gradients gradients(student);  // first: it settles in which layout a student is read
   const LossArguments loss(student, teacher, weights, p, collapse, form, reduction, eps);
   const Limits limits = limits_of(loss.device);
-  std::vector<int64_t> numbers(n);
-  for (size_t i = 0; i < n; ++i) numbers[i] = int64_t(i);
-  const LossGradient above(loss_gradient, numbers, loss.device);
+  const LossGradient above(loss_gradient, loss.numbers(), loss.device);
   const Workspace workspace(loss, scope.stream());
   Tensors maps;  // until the launch is on its way
   GradientParams gradient{};

@@ -181,6 +181,21 @@ inline int64_t plan_sweep(SweepFeature& feature, const Feature& x, const Feature
 // Shared memory for the two maps of a sample.
 inline int64_t map_bytes_of(int64_t N, bool fp64) { return 2 * round_up(N * (fp64 ? 8 : 4), 16); }
 
+// Cuts a pair's samples: `whole` ones into tasks of one or several, others into pieces of about
+// `target` bytes. The student is moved in the vectors of `out` as well, if there is one.
+inline void cut_pair(PairParams& pair, const Feature& student, const Feature& teacher,
+                     const Feature* out, bool whole, int64_t target, const Limits& limits) {
+  const int64_t bytes = sample_bytes(student) + sample_bytes(teacher);
+  const Pieces pieces = whole ? Pieces{1, student.N} : cut_positions(student.N, bytes / 2, target);
+  const bool may_fold = pieces.count == 1;
+  pair.B = int32_t(student.B);
+  pair.samples = whole ? int32_t(samples_of_task(student.B, bytes, limits)) : 0;
+  pair.pieces = int32_t(2 * pieces.count);
+  pair.positions = int32_t(pieces.positions);
+  pair.student = view_of(student, access_of(student, out, may_fold, pieces.positions));
+  pair.teacher = view_of(teacher, access_of(teacher, nullptr, may_fold, pieces.positions));
+}
+
 // The maps of a pair, cut so that every multiprocessor has work and few samples are shared: what
 // blocks share goes through global memory. Returns the number of tasks.
 inline int64_t plan_loss(PairParams& pair, const Feature& student, const Feature& teacher,
@@ -193,19 +208,8 @@ inline int64_t plan_loss(PairParams& pair, const Feature& student, const Feature
   // elements.
   const bool folds = access_of(student, nullptr, true, student.N).fold > 1 ||
                      access_of(teacher, nullptr, true, teacher.N).fold > 1;
-  Pieces pieces{1, student.N};
-  pair.B = int32_t(student.B);
-  pair.samples = 0;
-  if (fits && (bytes <= share || folds)) {
-    pair.samples = int32_t(samples_of_task(student.B, bytes, limits));
-  } else {
-    pieces = cut_positions(student.N, bytes / 2, task_bytes(total, limits));
-  }
-  pair.pieces = int32_t(2 * pieces.count);
-  pair.positions = int32_t(pieces.positions);
-  const bool whole = pieces.count == 1;
-  pair.student = view_of(student, access_of(student, nullptr, whole, pieces.positions));
-  pair.teacher = view_of(teacher, access_of(teacher, nullptr, whole, pieces.positions));
+  const bool whole = fits && (bytes <= share || folds);
+  cut_pair(pair, student, teacher, nullptr, whole, task_bytes(total, limits), limits);
   return pair.samples ? divide_up(student.B, pair.samples) : student.B * pair.pieces;
 }
 
@@ -232,27 +236,14 @@ inline int64_t kept_bytes_limit(const Limits& limits) {
 inline int64_t plan_gradient(PairParams& pair, GradientPair& gradient, const Feature& student,
                              const Feature& teacher, const Feature& out, bool fp64,
                              const Limits& limits, int64_t& kept_bytes) {
-  const int64_t sample = sample_bytes(student), bytes = sample + sample_bytes(teacher);
+  const int64_t sample = sample_bytes(student);
   const int64_t kept = round_up(sample, kVectorBytes);
   const bool fits = kControlBytes + kScratchBytes + map_bytes_of(student.N, fp64) + kept <=
                     kept_bytes_limit(limits);
-  pair.B = int32_t(student.B);
   // Small tasks: what lies between the two reads of a sample has to fit into the cache.
   const int64_t target = 32 << 10;
-  Pieces pieces{1, student.N};
-  if (fits) {
-    pair.samples = int32_t(samples_of_task(student.B, bytes, limits));
-  } else {
-    pair.samples = 0;
-    pieces = cut_positions(student.N, bytes / 2, target);
-  }
-  pair.pieces = int32_t(2 * pieces.count);
-  pair.positions = int32_t(pieces.positions);
-  const bool whole = pieces.count == 1;
-  const Access access = access_of(student, &out, whole, pieces.positions);
-  pair.student = view_of(student, access);
-  pair.teacher = view_of(teacher, access_of(teacher, nullptr, whole, pieces.positions));
-  gradient.sweep = sweep_of(student, out, access, fits ? 2 * sample : target);
+  cut_pair(pair, student, teacher, &out, fits, target, limits);
+  gradient.sweep = sweep_of(student, out, pair.student.access, fits ? 2 * sample : target);
   gradient.lag = 0;
   kept_bytes = fits ? kept : 0;
   if (fits) return divide_up(student.B, pair.samples);

@@ -26,6 +26,26 @@ __device__ inline Span span_of(const View& x, const Sweep& sweep, int piece) {
           min(column + sweep.columns, columns_of(x))};
 }
 
+// Some rows at a time: reads them, and writes factor(u, j) * slope for element j of row u.
+template <class T, int V, bool shared, class E, class F>
+__device__ __forceinline__ void sweep_rows(const T* from, int64_t step, T* to, int64_t out_step,
+                                           int row, int height, int rows, E e, F factor) {
+  constexpr int U = E::rows_in_flight;
+  Pack<T, V> pack[U];
+  load_rows<!shared>(pack, from, step, row, height, rows);
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (row + u * height < rows) {
+      Accumulator<T> value[V];
+      pack[u].get(value);
+#pragma unroll
+      for (int j = 0; j < V; ++j) value[j] = factor(u, j) * e.slope(value[j]);
+      pack[u].set(value);
+      store(to + u * out_step, pack[u]);
+    }
+  }
+}
+
 template <class T, int V, bool shared, class E, class A>
 __device__ __forceinline__ void sweep_planar(const T* x, int64_t line, T* out, int64_t out_line,
                                              Span span, int lanes, int positions, E e, A gradient,
@@ -48,19 +68,8 @@ __device__ __forceinline__ void sweep_planar(const T* x, int64_t line, T* out, i
     T* to = out + first * out_line + column * V;
 #pragma unroll 1
     for (int row = first; row < span.row_end; row += height * U) {
-      Pack<T, V> pack[U];
-      load_rows<!shared>(pack, from, step, row, height, span.row_end);
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (row + u * height < span.row_end) {
-          A value[V];
-          pack[u].get(value);
-#pragma unroll
-          for (int j = 0; j < V; ++j) value[j] = factor[j] * e.slope(value[j]);
-          pack[u].set(value);
-          store(to + u * out_step, pack[u]);
-        }
-      }
+      sweep_rows<T, V, shared>(from, step, to, out_step, row, height, span.row_end, e,
+                               [&](int, int j) { return factor[j]; });
       from += U * step;
       to += U * out_step;
     }
@@ -87,19 +96,8 @@ __device__ __forceinline__ void sweep_interleaved(const T* x, int64_t line, T* o
     T* to = out + row * out_line + first * V;
 #pragma unroll 1
     for (int column = first; column < span.column_end; column += lanes) {
-      Pack<T, V> pack[U];
-      load_rows<!shared>(pack, from, step, row, height, span.row_end);
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (row + u * height < span.row_end) {
-          A value[V];
-          pack[u].get(value);
-#pragma unroll
-          for (int j = 0; j < V; ++j) value[j] = factor[u] * e.slope(value[j]);
-          pack[u].set(value);
-          store(to + u * out_step, pack[u]);
-        }
-      }
+      sweep_rows<T, V, shared>(from, step, to, out_step, row, height, span.row_end, e,
+                               [&](int u, int) { return factor[u]; });
       from += lanes * V;
       to += lanes * V;
     }
