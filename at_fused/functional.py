@@ -376,7 +376,7 @@ def attention_map(
     feature = _channels_second(x, channel_dim)
     raw = _ops.attention_map([feature], float(p), collapse)[0]
     if normalize:
-        raw = eager.normalize(raw, float(eps))[0].to(raw.dtype)
+        raw = eager.normalize(raw, float(eps), "max")[0].to(raw.dtype)
     return raw.reshape(feature.shape[0], *feature.shape[2:])
 
 

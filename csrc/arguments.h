@@ -15,12 +15,73 @@ inline void check_exponent(double p) {
   STD_TORCH_CHECK(p >= 1 && std::isfinite(p), "at_fused: p must be a finite number >= 1, got ", p);
 }
 
-// What stands before the channel sum: 1/C for "mean", 1 for "sum".
-inline double collapse_scale(const std::string& collapse, const Feature& feature) {
-  if (collapse == "mean") return 1.0 / double(feature.C);
-  STD_TORCH_CHECK(collapse == "sum", "at_fused: collapse must be 'mean' or 'sum', got '", collapse,
+inline Collapse collapse_of(const std::string& collapse) {
+  if (collapse == "mean") return Collapse::mean;
+  if (collapse == "sum") return Collapse::sum;
+  STD_TORCH_CHECK(collapse == "max", "at_fused: collapse must be 'mean', 'sum' or 'max', got '",
+                  collapse, "'");
+  return Collapse::max;
+}
+
+inline Form form_of(const std::string& form) {
+  if (form == "code") return Form::code;
+  STD_TORCH_CHECK(form == "paper", "at_fused: form must be 'code' or 'paper', got '", form, "'");
+  return Form::paper;
+}
+
+inline EpsMode eps_mode_of(const std::string& eps_mode) {
+  if (eps_mode == "max") return EpsMode::max;
+  STD_TORCH_CHECK(eps_mode == "add", "at_fused: eps_mode must be 'max' or 'add', got '", eps_mode,
                   "'");
-  return 1.0;
+  return EpsMode::add;
+}
+
+inline void check_eps(double eps) {
+  STD_TORCH_CHECK(eps > 0 && std::isfinite(eps), "at_fused: eps must be a finite number > 0, got ",
+                  eps);
+}
+
+// What stands before the channel sum: 1/C for "mean", 1 for the others.
+inline double collapse_scale(Collapse collapse, const Feature& feature) {
+  return collapse == Collapse::mean ? 1.0 / double(feature.C) : 1.0;
+}
+
+// Whether a power keeps its sign: x^p with odd p, which "absolute" or an even p do not.
+inline bool keeps_sign(double p, bool absolute) {
+  STD_TORCH_CHECK(absolute || p == std::floor(p),
+                  "at_fused: without absolute, p must be a whole number, got ", p);
+  return !absolute && std::fmod(p, 2.0) == 1.0;
+}
+
+// How each of some features (B, C, *spatial) is pooled before the power; `sizes` as in _ops.
+inline std::vector<Pool> pools_of(const Tensors& tensors, const std::vector<int64_t>& sizes) {
+  std::vector<Pool> pools;
+  size_t at = 0;
+  for (const Tensor& tensor : tensors) {
+    Pool& pool = pools.emplace_back(Pool{{1, 1, 1}, {1, 1, 1}});
+    const int64_t rank = tensor.dim() - 2;
+    if (rank > 3) {  // never pooled; one long row
+      STD_TORCH_CHECK(sizes.empty(), "at_fused: sizes are for one to three spatial dimensions");
+      int64_t positions = 1;
+      for (int64_t d = 2; d < tensor.dim(); ++d) positions *= tensor.size(d);
+      pool.in[2] = pool.out[2] = int32_t(positions);
+      continue;
+    }
+    for (int64_t d = 0; d < rank; ++d) {
+      const int64_t in = tensor.size(2 + d);
+      int64_t out = in;
+      if (!sizes.empty()) {
+        STD_TORCH_CHECK(at < sizes.size(), "at_fused: sizes are too few for the features");
+        out = sizes[at++];
+        STD_TORCH_CHECK(out >= 1 && out <= in, "at_fused: sizes must be from 1 to the feature's, ",
+                        in, ", got ", out);
+      }
+      pool.in[3 - rank + d] = int32_t(in);
+      pool.out[3 - rank + d] = int32_t(out);
+    }
+  }
+  STD_TORCH_CHECK(at == sizes.size(), "at_fused: sizes are too many for the features");
+  return pools;
 }
 
 // The pairs of a loss and its options.
@@ -48,23 +109,18 @@ struct LossArguments {
   LossArguments(Tensors& student, Tensors& teacher, const std::vector<double>& weights, double p,
                 const std::string& collapse, const std::string& form, const std::string& reduction,
                 double eps)
-      : p(p),
-        eps(eps),
-        form(form == "code" ? Form::code : Form::paper),
-        sum(reduction == "sum"),
-        fp64(false) {
+      : p(p), eps(eps), form(form_of(form)), sum(reduction == "sum"), fp64(false) {
     const size_t n = student.size();
     STD_TORCH_CHECK(n > 0 && teacher.size() == n, "at_fused: as many teachers as students, got ", n,
                     " and ", teacher.size());
     STD_TORCH_CHECK(weights.empty() || weights.size() == n, "at_fused: a weight per pair, got ",
                     weights.size(), " for ", n);
-    STD_TORCH_CHECK(form == "code" || form == "paper",
-                    "at_fused: form must be 'code' or 'paper', got '", form, "'");
     STD_TORCH_CHECK(reduction == "sum" || reduction == "none",
                     "at_fused: reduction must be 'sum' or 'none', got '", reduction, "'");
-    STD_TORCH_CHECK(eps > 0 && std::isfinite(eps),
-                    "at_fused: eps must be a finite number > 0, got ", eps);
+    check_eps(eps);
     check_exponent(p);
+    const Collapse collapsed = collapse_of(collapse);
+    STD_TORCH_CHECK(collapsed != Collapse::max, "at_fused: collapse must be 'mean' or 'sum' here");
     device = device_of(student[0]);
     pairs.resize(n);
     for (size_t i = 0; i < n; ++i) {
@@ -73,8 +129,8 @@ struct LossArguments {
       pair.teacher = native_feature(teacher[i], device);
       STD_TORCH_CHECK(pair.student.B == pair.teacher.B && pair.student.N == pair.teacher.N,
                       "at_fused: student and teacher of a pair must have the same B and positions");
-      pair.student_collapse = collapse_scale(collapse, pair.student);
-      pair.teacher_collapse = collapse_scale(collapse, pair.teacher);
+      pair.student_collapse = collapse_scale(collapsed, pair.student);
+      pair.teacher_collapse = collapse_scale(collapsed, pair.teacher);
       pair.weight = weights.empty() ? 1.0 : weights[i];
       fp64 |= accumulates_fp64(pair.student) || accumulates_fp64(pair.teacher);
     }
@@ -83,6 +139,79 @@ struct LossArguments {
   Tensor new_loss() const {
     const int64_t sizes[] = {int64_t(pairs.size())}, strides[] = {1};
     return new_tensor(sum ? 0 : 1, sizes, strides, accumulate_dtype(fp64), device);
+  }
+};
+
+// Pairs of raw maps (B, N) and the options of their loss.
+struct MapLossArguments {
+  struct Pair {
+    const void* student;
+    const void* teacher;
+    bool student_fp64, teacher_fp64;
+    int64_t B, N;
+    double weight;
+  };
+  Device device;
+  std::vector<Pair> pairs;
+  Form form;
+  EpsMode eps_mode;
+  double eps;
+  bool sum, samples;  // the loss: a sum over pairs; one of each sample; else one of each pair
+  bool fp64;          // the loss's dtype
+
+  // Maps that are not contiguous are replaced by copies.
+  MapLossArguments(Tensors& student, Tensors& teacher, const std::vector<double>& weights,
+                   const std::string& form, const std::string& reduction,
+                   const std::string& eps_mode, double eps)
+      : form(form_of(form)),
+        eps_mode(eps_mode_of(eps_mode)),
+        eps(eps),
+        sum(reduction == "sum"),
+        samples(reduction == "sample"),
+        fp64(false) {
+    const size_t n = student.size();
+    STD_TORCH_CHECK(n > 0 && teacher.size() == n, "at_fused: as many teachers as students, got ", n,
+                    " and ", teacher.size());
+    STD_TORCH_CHECK(weights.empty() || weights.size() == n, "at_fused: a weight per pair, got ",
+                    weights.size(), " for ", n);
+    STD_TORCH_CHECK(sum || samples || reduction == "none",
+                    "at_fused: reduction must be 'sum', 'none' or 'sample', got '", reduction, "'");
+    check_eps(eps);
+    device = device_of(student[0]);
+    for (size_t i = 0; i < n; ++i) {
+      for (Tensor* map : {&student[i], &teacher[i]}) {
+        STD_TORCH_CHECK(map->dim() == 2 && map->numel() > 0 && device_of(*map) == device &&
+                            (map->scalar_type() == ScalarType::Float ||
+                             map->scalar_type() == ScalarType::Double) &&
+                            map->size(0) == student[i].size(0) &&
+                            map->size(1) == student[i].size(1),
+                        "at_fused: maps must be (B, N), not empty, float32 or float64, on one "
+                        "device, and both of a pair of one size");
+        if (!map->is_contiguous()) *map = torch::stable::contiguous(*map);
+      }
+      STD_TORCH_CHECK(!samples || student[i].size(0) == student[0].size(0),
+                      "at_fused: a loss for each sample needs pairs of one batch size");
+      const Pair& pair = pairs.emplace_back(
+          Pair{student[i].const_data_ptr(), teacher[i].const_data_ptr(),
+               student[i].scalar_type() == ScalarType::Double,
+               teacher[i].scalar_type() == ScalarType::Double, student[i].size(0),
+               student[i].size(1), weights.empty() ? 1.0 : weights[i]});
+      fp64 |= pair.student_fp64 || pair.teacher_fp64;
+    }
+  }
+
+  // What a sample of a pair counts in the loss, before a division by N.
+  double sample_weight(const Pair& pair) const {
+    return samples ? pair.weight : pair.weight / double(pair.B);
+  }
+
+  Tensor new_loss() const {
+    const int64_t sizes[] = {int64_t(pairs.size()), pairs[0].B}, strides[] = {pairs[0].B, 1};
+    const int64_t one[] = {1};
+    return new_tensor(sum       ? 0
+                      : samples ? 2
+                                : 1,
+                      sizes, samples ? strides : one, accumulate_dtype(fp64), device);
   }
 };
 
@@ -165,17 +294,26 @@ class Gradients {
   Tensors results_;
 };
 
-// A coefficient map (B, N) for a feature, contiguous.
-inline Maps coefficient_map(Tensor& map, const Feature& feature, Device device) {
+// A coefficient map (B, positions) for a feature, contiguous.
+inline Maps coefficient_map(Tensor& map, const Feature& feature, int64_t positions, Device device) {
   STD_TORCH_CHECK(
-      map.dim() == 2 && map.size(0) == feature.B && map.size(1) == feature.N &&
+      map.dim() == 2 && map.size(0) == feature.B && map.size(1) == positions &&
           device_of(map) == device &&
           (map.scalar_type() == ScalarType::Double) == accumulates_fp64(feature) &&
           (map.scalar_type() == ScalarType::Double || map.scalar_type() == ScalarType::Float),
       "at_fused: a coefficient map must be (B, N), float64 for float64 features and "
       "float32 otherwise");
   if (!map.is_contiguous()) map = torch::stable::contiguous(map);
-  return Maps(map, feature);
+  return Maps(map, positions, map_element_size(feature));
+}
+
+// The channels that won each position's maximum, (B, positions) int32, contiguous.
+inline Maps channel_map(Tensor& map, const Feature& feature, int64_t positions, Device device) {
+  STD_TORCH_CHECK(map.dim() == 2 && map.size(0) == feature.B && map.size(1) == positions &&
+                      device_of(map) == device && map.scalar_type() == ScalarType::Int,
+                  "at_fused: a map of channels must be (B, N) of int32");
+  if (!map.is_contiguous()) map = torch::stable::contiguous(map);
+  return Maps(map, positions, 4);
 }
 
 }  // namespace at_fused

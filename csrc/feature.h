@@ -11,7 +11,12 @@ enum class Dtype : int32_t { float32, float64, float16, bfloat16 };
 // interleaved: channels adjacent (channels_last, tokens).
 enum class Layout : int32_t { planar, interleaved };
 
+enum class Collapse : int32_t { mean, sum, max };
+
 enum class Form : int32_t { code, paper };
+
+// A norm's lower bound: max(norm, eps), or norm + eps.
+enum class EpsMode : int32_t { max, add };
 
 // A feature map seen as (B, C, N). Strides in elements. The stride that the layout makes 1
 // (position in planar, channel in interleaved) is not stored; `line` is the other one.
@@ -22,6 +27,15 @@ struct Feature {
   int64_t B, C, N;
   int64_t batch;
   int64_t line;
+};
+
+// Adaptive average pooling of a feature's positions, (D, H, W) with ones in front: output o is the
+// mean of the inputs from floor(o in / out) to ceil((o + 1) in / out). The same size is no pooling.
+struct Pool {
+  int32_t in[3], out[3];
+
+  int64_t positions() const { return int64_t(out[0]) * out[1] * out[2]; }
+  bool pools() const { return in[0] != out[0] || in[1] != out[1] || in[2] != out[2]; }
 };
 
 inline int64_t element_size(Dtype dtype) {

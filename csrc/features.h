@@ -123,9 +123,16 @@ inline Tensor new_like(const Tensor& tensor, const Feature& feature) {
                     device_of(tensor));
 }
 
+inline Tensor new_rows(int64_t B, int64_t N, int32_t dtype, Device device) {
+  const int64_t sizes[] = {B, N}, strides[] = {N, 1};
+  return new_tensor(2, sizes, strides, dtype, device);
+}
+
+inline Tensor new_map(const Feature& feature, int64_t positions, Device device) {
+  return new_rows(feature.B, positions, accumulate_dtype(accumulates_fp64(feature)), device);
+}
 inline Tensor new_map(const Feature& feature, Device device) {
-  const int64_t sizes[] = {feature.B, feature.N}, strides[] = {feature.N, 1};
-  return new_tensor(2, sizes, strides, accumulate_dtype(accumulates_fp64(feature)), device);
+  return new_map(feature, feature.N, device);
 }
 
 // The map of each sample in such a tensor.
@@ -134,9 +141,10 @@ struct Maps {
   int64_t bytes = 0;
 
   Maps() = default;
+  Maps(const Tensor& maps, int64_t positions, int64_t element_bytes)
+      : first(static_cast<char*>(maps.mutable_data_ptr())), bytes(positions * element_bytes) {}
   Maps(const Tensor& maps, const Feature& feature)
-      : first(static_cast<char*>(maps.mutable_data_ptr())),
-        bytes(feature.N * map_element_size(feature)) {}
+      : Maps(maps, feature.N, map_element_size(feature)) {}
   void* of(int64_t b) const { return first + b * bytes; }
 };
 

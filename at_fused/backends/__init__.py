@@ -20,8 +20,14 @@ import torch
 
 from at_fused.backends import cpu, cuda, eager, triton
 
-# What a back end provides: a kernel for each of the operators in _ops.py, under its name.
-OPERATORS = ("attention_map", "at_loss", "attention_map_backward", "at_value_and_grad")
+# What a back end provides: a kernel for each of the operators in _ops, under its name.
+OPERATORS = (
+    "attention_map",
+    "attention_map_backward",
+    "map_loss",
+    "at_loss",
+    "at_value_and_grad",
+)
 
 
 class Backend(NamedTuple):

@@ -19,7 +19,8 @@ namespace {
 
 constexpr int64_t kPositionStep = 256;  // a cut through a row keeps runs of at least this length
 
-Tensors attention_map(Tensors tensors, double p, std::string collapse) {
+Tensors attention_map(Tensors tensors, double p, std::string collapse, bool absolute,
+                      std::vector<int64_t> sizes) {
   check_exponent(p);
   const std::vector<Feature> features = native_features(tensors);
   Tensors maps;
@@ -37,7 +38,7 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse) {
   }
   run(tasks, total, [&](const Task& task) {
     const Feature& feature = features[task.index];
-    const double scale = collapse_scale(collapse, feature);
+    const double scale = collapse_scale(collapse_of(collapse), feature);
     for (int64_t b = task.b0; b < task.b1; ++b) {
       kernels().attention_map(feature, b, task.begin, task.end, p, scale, out[task.index].of(b));
     }
@@ -176,7 +177,8 @@ int64_t lines(const Feature& feature) {
 
 Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
                                std::optional<Tensor> loss_gradient, std::vector<int64_t> pairs,
-                               double p) {
+                               double p, bool absolute, std::vector<int64_t> sizes,
+                               Tensors channels) {
   const size_t n = tensors.size();
   check_sweep(tensors, coefficients, pairs, p);
   if (n == 0) return {};
@@ -187,7 +189,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
   std::vector<Maps> k(n);
   int64_t total = 0;
   for (size_t i = 0; i < n; ++i) {
-    k[i] = coefficient_map(coefficients[i], features[i], device);
+    k[i] = coefficient_map(coefficients[i], features[i], features[i].N, device);
     total += features[i].B * sample_bytes(features[i]);
   }
   std::vector<Task> tasks;

@@ -28,7 +28,8 @@ int32_t begin_task(int64_t tasks) {
 
 // ---- attention_map ----------------------------------------------------------------------------
 
-Tensors attention_map(Tensors tensors, double p, std::string collapse) {
+Tensors attention_map(Tensors tensors, double p, std::string collapse, bool absolute,
+                      std::vector<int64_t> sizes) {
   check_exponent(p);
   if (tensors.empty()) return {};
   const Device device = device_of(tensors[0]);
@@ -49,7 +50,7 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse) {
       MapFeature& feature = params.features[i];
       maps.push_back(new_map(x, device));
       feature.map = maps.back().mutable_data_ptr();
-      feature.scale = collapse_scale(collapse, x);
+      feature.scale = collapse_scale(collapse_of(collapse), x);
       feature.first_task = begin_task(launch.blocks);
       launch.blocks += plan_map(feature, x, total, limits);
       launch.fp64 |= accumulates_fp64(x);
@@ -64,7 +65,8 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse) {
 
 Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
                                std::optional<Tensor> loss_gradient, std::vector<int64_t> pairs,
-                               double p) {
+                               double p, bool absolute, std::vector<int64_t> sizes,
+                               Tensors channels) {
   const size_t n = tensors.size();
   check_sweep(tensors, coefficients, pairs, p);
   if (n == 0) return {};
@@ -86,7 +88,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
       const Feature& x = gradients.features[at];
       check_extent(x);
       SweepFeature& feature = params.features[i];
-      feature.k = coefficient_map(coefficients[at], x, device).first;
+      feature.k = coefficient_map(coefficients[at], x, x.N, device).first;
       feature.loss_gradient = gradient.of(pairs[at]);
       feature.first_task = begin_task(launch.blocks);
       launch.blocks += plan_sweep(feature, x, gradients.out[at], total, limits);

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -243,7 +244,16 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> No
 # ---- operators -----------------------------------------------------------------------------------
 
 
-def attention_map(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
+map_loss = eager.map_loss
+
+
+def attention_map(
+    features: list[Tensor],
+    p: float,
+    collapse: str,
+    absolute: bool = True,
+    sizes: Sequence[int] = (),
+) -> list[Tensor]:
     """Q[b, n] = scale * sum_c |A[b, c, n]|^p, (B, N), for each feature (B, C, *spatial)."""
     if not features:
         return []
@@ -450,6 +460,9 @@ def attention_map_backward(
     loss_gradient: Tensor | None,
     pairs: list[int],
     p: float,
+    absolute: bool = True,
+    sizes: Sequence[int] = (),
+    channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout."""
     check_features(features, _interpreted())

@@ -1,0 +1,15 @@
+"""The operators ``torch.ops.at_fused.*``: schema, fake kernel and autograd of each, in one place.
+
+What runs them is chosen in ``backends``: ``backends.eager`` is registered for every device, a
+compiled library for its own on top of it.
+"""
+
+from at_fused._ops.attention import (
+    at_loss,
+    at_value_and_grad,
+    attention_map,
+    attention_map_backward,
+    map_loss,
+)
+
+__all__ = ["at_loss", "at_value_and_grad", "attention_map", "attention_map_backward", "map_loss"]

@@ -1,0 +1,34 @@
+"""The operators in plain PyTorch: the readable reference, and the path of last resort.
+
+Runs on every device and dtype that torch has. Each function has the signature of its operator in
+``_ops``. Everything here is differentiable, to any order: ``_ops`` leans on that for second
+derivatives. fp16, bf16 and fp32 are computed in fp32, fp64 in fp64.
+"""
+
+from at_fused.backends.eager.attention import (
+    accumulate_dtype,
+    at_loss,
+    at_value_and_grad,
+    attention_map,
+    attention_map_backward,
+    collapse_scale,
+    map_loss,
+    normalize,
+    pair_loss,
+    sample_weight,
+    split_sizes,
+)
+
+__all__ = [
+    "accumulate_dtype",
+    "at_loss",
+    "at_value_and_grad",
+    "attention_map",
+    "attention_map_backward",
+    "collapse_scale",
+    "map_loss",
+    "normalize",
+    "pair_loss",
+    "sample_weight",
+    "split_sizes",
+]

@@ -1,0 +1,260 @@
+"""Attention maps, their loss and their gradients in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulate_dtype(*features: Tensor) -> torch.dtype:
+    """The dtype of maps, coefficients and losses: fp64 where a feature is, else fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
+
+
+def collapse_scale(x: Tensor, collapse: str) -> float:
+    """The factor before the channel sum: 1/C for "mean", 1 for "sum" and "max"."""
+    return 1.0 / x.shape[1] if collapse == "mean" else 1.0
+
+
+def power(x: Tensor, p: float, absolute: bool) -> Tensor:
+    """|x|^p; without ``absolute`` x^p, p a whole number."""
+    if not absolute and p % 2 == 1:
+        return x if p == 1 else x * x.abs().pow(p - 1)
+    return x * x if p == 2 else x.abs() if p == 1 else x.abs().pow(p)
+
+
+def slope(x: Tensor, p: float, absolute: bool) -> Tensor:
+    """The derivative of ``power`` over p: |x|^(p-1) * sign(x), or x^(p-1)."""
+    if not absolute and p % 2 == 1:
+        return x.abs().pow(p - 1)
+    return x if p == 2 else x.sign() if p == 1 else x.abs().pow(p - 1) * x.sign()
+
+
+# ---- pooled features -----------------------------------------------------------------------------
+
+
+def split_sizes(features: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[list[int]]:
+    """The size of each feature's map: its part of ``sizes``, or its own where that is empty."""
+    begin = 0
+    for x in features:
+        rank = x.dim() - 2
+        yield list(sizes[begin : begin + rank]) if sizes else list(x.shape[2:])
+        begin += rank
+
+
+def pool(x: Tensor, size: list[int]) -> Tensor:
+    """Adaptive average pooling of (B, C, *spatial) to ``size``."""
+    if list(x.shape[2:]) == size:
+        return x
+    pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+    return pools[len(size)](x, size)  # type: ignore[arg-type]
+
+
+def pool_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``pool`` for x, of which only the shape is read."""
+    if gradient.shape == x.shape:
+        return gradient
+    aten = torch.ops.aten
+    if x.dim() == 3:
+        wide = aten._adaptive_avg_pool2d_backward(gradient.unsqueeze(2), x.unsqueeze(2))
+        return wide.squeeze(2)
+    if x.dim() == 4:
+        return aten._adaptive_avg_pool2d_backward(gradient, x)
+    return aten._adaptive_avg_pool3d_backward(gradient, x)
+
+
+# ---- maps ----------------------------------------------------------------------------------------
+
+
+def attention_map(
+    features: list[Tensor],
+    p: float,
+    collapse: str,
+    absolute: bool = True,
+    sizes: Sequence[int] = (),
+) -> list[Tensor]:
+    """Q[b, n] = scale * sum_c |A[b, c, n]|^p for each feature (B, C, *spatial).
+
+    With "max" the largest |A|^p, and behind the maps the channel (int32) of each: the first one of
+    several, a NaN before all.
+    """
+    maps, channels = [], []
+    for x, size in zip(features, split_sizes(features, sizes), strict=True):
+        wide = pool(x.to(accumulate_dtype(x)), size).flatten(2)
+        if collapse == "max":
+            # The largest of |A|: their powers may be alike by rounding.
+            channel = wide.abs().max(1).indices
+            maps.append(power(wide.gather(1, channel.unsqueeze(1)).squeeze(1), p, True))
+            channels.append(channel.to(torch.int32))
+        else:
+            maps.append(power(wide, p, absolute).sum(1) * collapse_scale(x, collapse))
+    return maps + channels
+
+
+def attention_map_backward(
+    features: list[Tensor],
+    coefficients: list[Tensor],
+    loss_gradient: Tensor | None,
+    pairs: list[int],
+    p: float,
+    absolute: bool = True,
+    sizes: Sequence[int] = (),
+    channels: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout.
+
+    With ``channels`` only the named channel of each position has a gradient.
+    """
+    gradients = []
+    for i, size in enumerate(split_sizes(features, sizes)):
+        x, k = features[i], coefficients[i]
+        if loss_gradient is not None:
+            k = k * (loss_gradient if loss_gradient.dim() == 0 else loss_gradient[pairs[i]])
+        wide = x.to(k.dtype)
+        pooled = pool(wide, size)
+        k = k.reshape(x.shape[0], 1, *size)
+        if channels:
+            channel = channels[i].reshape(k.shape).long()
+            only = k * slope(pooled.gather(1, channel), p, absolute)
+            gradient = torch.zeros_like(pooled).scatter(1, channel, only)
+        else:
+            gradient = k * slope(pooled, p, absolute)
+        gradient = pool_backward(gradient, wide).to(x.dtype)
+        out = torch.empty_like(x)
+        gradients.append(gradient if gradient.stride() == out.stride() else out.copy_(gradient))
+    return gradients
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+
+def normalize(raw: Tensor, eps: float, eps_mode: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Q / max(||Q||, eps) along the positions, or Q / (||Q|| + eps); and what it takes to go back.
+
+    That is Q / ||Q||, zeros where a norm has no part in the quotient, and the divisor. All in fp64.
+    """
+    # Squares of a map overflow fp32 from features of 1e10 on. Apple's GPUs have no fp64.
+    raw = raw if raw.device.type == "mps" else raw.double()
+    # The norm's own derivative is 0/0 at a zero map, where it has no part anyway.
+    squares = (raw * raw).sum(1, keepdim=True)
+    constant = squares <= (eps * eps if eps_mode == "max" else 0.0)
+    norm = torch.where(constant, 1.0, squares).sqrt()
+    if eps_mode == "max":
+        divisor = torch.where(constant, eps, norm)
+    else:
+        divisor = torch.where(constant, 0.0, norm) + eps
+    return raw / divisor, torch.where(constant, 0.0, raw / norm), divisor
+
+
+def pair_loss(
+    student: Tensor, teacher: Tensor, weight: float, form: str, eps_mode: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of each sample (B,) and coefficient maps dL/dQ of both sides, from raw maps (B, N).
+
+    In fp64, and for the sum over the samples.
+    """
+    qs, student_unit, student_divisor = normalize(student, eps, eps_mode)
+    qt, teacher_unit, teacher_divisor = normalize(teacher, eps, eps_mode)
+    difference = qs - qt
+    squares = (difference * difference).sum(1, keepdim=True)
+    if form == "code":
+        weight = weight / student.shape[1]
+        loss = squares * weight
+        gradient = difference * (2 * weight)
+    else:
+        same = squares == 0
+        distance = torch.where(same, 1.0, squares).sqrt()
+        loss = torch.where(same, 0.0, distance) * weight
+        gradient = torch.where(same, 0.0, difference / distance) * weight
+
+    def coefficients(q: Tensor, unit: Tensor, divisor: Tensor, g: Tensor) -> Tensor:
+        return (g - unit * (q * g).sum(1, keepdim=True)) / divisor
+
+    return (
+        loss.squeeze(1),
+        coefficients(qs, student_unit, student_divisor, gradient),
+        coefficients(qt, teacher_unit, teacher_divisor, -gradient),
+    )
+
+
+def sample_weight(weights: list[float], i: int, batch: int, reduction: str) -> float:
+    """What a sample of pair ``i`` counts in the result."""
+    weight = weights[i] if weights else 1.0
+    return weight if reduction == "sample" else weight / batch
+
+
+def map_loss(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: list[float],
+    form: str,
+    reduction: str,
+    eps_mode: str,
+    eps: float,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of all pairs of raw maps (B, N), and dL/dQ of the sides asked for."""
+    losses, student_maps, teacher_maps = [], [], []
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        weight = sample_weight(weights, i, s.shape[0], reduction)
+        loss, ks, kt = pair_loss(s, t, weight, form, eps_mode, eps)
+        losses.append(loss if reduction == "sample" else loss.sum())
+        student_maps.append(ks.to(s.dtype))
+        teacher_maps.append(kt.to(t.dtype))
+    total = torch.stack(losses).to(accumulate_dtype(*student, *teacher))
+    if reduction == "sum":
+        total = total.sum()
+    return total, (student_maps if student_grad else []) + (teacher_maps if teacher_grad else [])
+
+
+def at_loss(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: list[float],
+    p: float,
+    collapse: str,
+    form: str,
+    reduction: str,
+    eps: float,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of all pairs, and what the backward pass needs of them (see ``_ops``)."""
+    losses = []
+    student_maps = attention_map(student, p, collapse)
+    teacher_maps = attention_map(teacher, p, collapse)
+    for i, (qs, qt) in enumerate(zip(student_maps, teacher_maps, strict=True)):
+        weight = sample_weight(weights, i, qs.shape[0], reduction)
+        loss, ks, kt = pair_loss(qs, qt, weight, form, "max", eps)
+        losses.append(loss.sum())
+        if student_grad:
+            student_maps[i] = (ks * (p * collapse_scale(student[i], collapse))).to(qs.dtype)
+        if teacher_grad:
+            teacher_maps[i] = (kt * (p * collapse_scale(teacher[i], collapse))).to(qt.dtype)
+    total = torch.stack(losses).to(accumulate_dtype(*student, *teacher))
+    if reduction == "sum":
+        total = total.sum()
+    return total, student_maps + teacher_maps if student_grad or teacher_grad else []
+
+
+def at_value_and_grad(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: list[float],
+    p: float,
+    collapse: str,
+    form: str,
+    reduction: str,
+    eps: float,
+    scale: float,
+    loss_gradient: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of all pairs, and the students' gradients times ``scale * loss_gradient``."""
+    loss, maps = at_loss(student, teacher, weights, p, collapse, form, reduction, eps, True, False)
+    coefficients = [k * scale for k in maps[: len(student)]]
+    pairs = list(range(len(student)))
+    return loss, attention_map_backward(student, coefficients, loss_gradient, pairs, p)
