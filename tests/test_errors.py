@@ -55,7 +55,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "p tensor": (X, Y, {"p": torch.tensor(2.0)}, TypeError, "p must be a number, got Tensor"),
     "collapse": (X, Y, {"collapse": "avg"}, ValueError, "collapse must be.*got 'avg'"),
     "form": (X, Y, {"form": 2}, ValueError, "form must be 'code' or 'paper', got 2"),
-    "reduction": (X, Y, {"reduction": "mean"}, ValueError, "reduction must be 'sum' or 'none'"),
+    "reduction": (X, Y, {"reduction": "mean"}, ValueError, "reduction must be 'sum', 'none' or 'sample'"),
     "eps zero": (X, Y, {"eps": 0.0}, ValueError, "eps must be a finite number > 0, got 0.0"),
     "eps negative": (X, Y, {"eps": -1e-12}, ValueError, "eps must be"),
     "eps nan": (X, Y, {"eps": float("nan")}, ValueError, "eps must be.*got nan"),
