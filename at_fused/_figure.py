@@ -177,7 +177,8 @@ def figure(
     batch, height, width = pictures.shape[:3]
     found, maps = _columns(columns, batch)
     rows = _labels("stages", stages, found)
-    heads = _labels("names", names, ["image"] * batch)
+    heads = [_wrap(text, panel) for text in _labels("names", names, ["image"] * batch)]
+    titles = [_wrap(title, panel) for title in columns]
     if isinstance(across, bool) or not isinstance(across, int) or across < 1:
         raise ValueError(f"across must be a whole number >= 1, got {across!r}")
     across = min(across, batch)
@@ -186,14 +187,14 @@ def figure(
     # A narrow empty column keeps images apart from each other.
     ratios = ([1.0] * block + [0.12]) * across
     shape = (lines * len(rows), len(ratios) - 1)
-    # Inches beside the images: names at 9 points on the left, the colour bar on the right.
-    beside = 0.08 * max(len(part) for text in rows for part in text.split("\n")) + 0.8
-    fig = Figure(
-        figsize=(
-            panel * sum(ratios) + beside,
-            (panel * height / width + 0.1) * shape[0] + 0.4 * lines,
-        )
+    # Inches that text of 9 points takes: names on the left, titles above; 0.8 for the colour bar.
+    left = 0.08 * max(len(part) for text in rows for part in text.split("\n"))
+    above = 0.16 * max(text.count("\n") + 1 for text in heads + titles) + 0.1
+    size = (
+        panel * sum(ratios) + left + 0.8,
+        (panel * height / width + 0.1) * shape[0] + above * lines,
     )
+    fig = Figure(figsize=size)
     fig.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     axes = fig.subplots(*shape, squeeze=False, width_ratios=ratios[:-1])
     for ax in axes.flat:
@@ -203,8 +204,8 @@ def figure(
     for row, line in enumerate(axes):
         first, stage = row // len(rows) * across, row % len(rows)
         shown = range(first, min(first + across, batch))
-        # Column by column, and the images' own rows of each map.
-        vmax = max(float(column[stage][shown].max()) for column in maps) or 1.0
+        drawn = [column[stage][first : first + across] for column in maps]
+        vmax = max(float(attention.max()) for attention in drawn) or 1.0
         line[0].set_ylabel(rows[stage], rotation=0, ha="right", va="center", fontsize=9)
         for n in shown:
             cells = line[(n - first) * (block + 1) :][:block]
@@ -218,10 +219,10 @@ def figure(
                     cmap=cmap, vmin=0, vmax=vmax, alpha=alpha,
                 )  # fmt: skip
             if stage == 0:
-                for ax, title in zip(cells, [heads[n], *columns], strict=True):
-                    ax.set_title(_wrap(title, panel), fontsize=9)
+                for ax, title in zip(cells, [heads[n], *titles], strict=True):
+                    ax.set_title(title, fontsize=9)
         bar = fig.colorbar(top, ax=line, aspect=12, pad=0.01)
         bar.ax.set_facecolor("0.5")  # as below the maps
         bar.ax.tick_params(labelsize=8)
-        bar.set_label("attention\n(flat map: 1)", fontsize=8)
+        bar.set_label("attention\n/ its rms", fontsize=8)
     return fig
