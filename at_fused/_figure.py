@@ -20,6 +20,7 @@ Maps = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 
 
 def need_matplotlib() -> None:
+    """Raises the ImportError that says how to get matplotlib, where there is none."""
     if find_spec("matplotlib") is None:
         raise ImportError('at_fused.visualize needs matplotlib: pip install "at_fused[train]"')
 
@@ -69,7 +70,12 @@ def _pictures(
 
 def _relative(name: str, attention: Tensor, batch: int) -> Tensor:
     """A map (B, h, w) over its own root mean square: sqrt(h w) q, 1 everywhere if it is flat."""
-    if not isinstance(attention, Tensor) or attention.dim() != 3 or len(attention) != batch:
+    if (
+        not isinstance(attention, Tensor)
+        or attention.dim() != 3
+        or len(attention) != batch
+        or 0 in attention.shape
+    ):
         got = tuple(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__
         raise ValueError(f"{name} must be maps (B, H, W) of the {batch} images, got {got}")
     attention = attention.detach().cpu().double()
@@ -86,6 +92,11 @@ def _columns(columns: Mapping[str, Maps], batch: int) -> tuple[list[str], list[l
     stages: list[str] = []
     result: list[list[Tensor]] = []
     for title, given in columns.items():
+        if not isinstance(given, (Tensor, Mapping, list, tuple)):
+            raise TypeError(
+                f"columns[{title!r}] must be maps, or a mapping or list of them, "
+                f"got {type(given).__name__}"
+            )
         named = given if isinstance(given, Mapping) else {}
         maps: list[Tensor]
         if isinstance(given, Tensor):
@@ -166,7 +177,7 @@ def figure(
 
     Raises:
         ImportError: no matplotlib.
-        ValueError: an argument that is not as above, or does not fit the images.
+        TypeError, ValueError: an argument that is not as above, or does not fit the images.
 
     Source: the layout of figure 2 of Zagoruyko & Komodakis, ICLR 2017.
     """

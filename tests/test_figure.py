@@ -189,6 +189,13 @@ def test_rows_are_numbered_where_names_or_sizes_differ() -> None:
         (X, {"m": Q[:1]}, {}, r"columns\['m'\]\[0\] must be maps \(B, H, W\) of the 2 images"),
         (X, {"m": [Q, Q.flatten(1)]}, {}, r"columns\['m'\]\[1\] must be maps .*got \(2, 4\)"),
         (X, {"m": [Q], "n": [Q, Q]}, {}, r"one map per stage, got 2 for 'n', 1 in the first"),
+        (X, {"m": Q[:, :0]}, {}, r"columns\['m'\]\[0\] must be maps .*got \(2, 0, 2\)"),
+        (
+            X,
+            {"m": None},
+            {},
+            r"columns\['m'\] must be maps, or a mapping or list of them, got None",
+        ),
         (X, {"m": []}, {}, r"one map per stage, got 0 for 'm'"),
         (X, {"m": Q / 0}, {}, r"columns\['m'\]\[0\] must be finite"),
         (X, {"m": Q}, {"stages": ["a", "b"]}, r"stages must be a list of 1 texts"),
@@ -200,7 +207,7 @@ def test_rows_are_numbered_where_names_or_sizes_differ() -> None:
 def test_refusals_of_the_picture(
     images: Any, columns: Any, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         visualize.figure(images, columns, **options)
 
 

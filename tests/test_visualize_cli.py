@@ -50,7 +50,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 def test_a_run_is_drawn_by_the_command(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "maps.svg"
     command = [sys.executable, "-m", "at_fused.visualize", str(run), "--out", str(out)]
-    done = subprocess.run([*command, "--images", "1"], capture_output=True, text=True, timeout=120)
+    # Elsewhere, so that the package at hand runs and not a checkout in the current folder.
+    done = subprocess.run(
+        [*command, "--images", "1"], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{out}\n"
     assert out.read_text().count("<svg") == 1
