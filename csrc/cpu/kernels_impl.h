@@ -363,7 +363,7 @@ double sample_loss(const SampleLoss& sample, const S* student, const T* teacher,
   // elsewhere.
   const bool single = N == 1;
   const auto normalize = [single](Vec<double> raw, const Divisor& by) AT_FUSED_LAMBDA {
-    return single ? raw / by.divisor : raw * by.inverse;
+    return rounded(single ? raw / by.divisor : raw * by.inverse);
   };
 
   // The differences are summed as such: 2 - 2 qs.qt would cancel where the maps are alike.
