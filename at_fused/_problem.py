@@ -169,13 +169,15 @@ def _loss(problem: Problem) -> Tensor:
     maps = _ops.attention_map(features, p, collapse, absolute, sizes)[: 2 * n]
     if tokens and not sizes:
         maps = [q[:, skip:] for q, (_, skip) in zip(maps, tokens, strict=True)]
-    for i, target in enumerate(targets):
-        size = teachers[i].shape[2:]
-        if resize == "maps" and size != target:
-            maps[n + i] = _interpolate(maps[n + i], size, target)
-        if masks is not None:
-            for j in (i, n + i):
-                maps[j] = maps[j] * _resized_mask(masks[i], target, maps[j].dtype)
+    if resize == "maps" and not same:
+        given = [x.shape[2:] for x in teachers]
+        teacher_maps = zip(maps[n:], given, targets, strict=True)
+        maps = maps[:n] + [_interpolate(*each) for each in teacher_maps]
+    if masks is not None:
+        maps = [
+            q * _resized_mask(mask, target, q.dtype)
+            for q, mask, target in zip(maps, masks * 2, targets * 2, strict=True)
+        ]
     loss, _ = _ops.map_loss(
         maps[:n],
         maps[n:],
@@ -198,6 +200,8 @@ def _loss(problem: Problem) -> Tensor:
 
 def _interpolate(maps: Tensor, size: Sequence[int], target: Sequence[int]) -> Tensor:
     """Raw maps (B, N) of ``size``, linearly interpolated to ``target``."""
+    if size == target:
+        return maps
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
     planes = maps.reshape(maps.shape[0], 1, *size)
     return F.interpolate(planes, size=tuple(target), mode=mode, align_corners=False).flatten(1)
