@@ -1,4 +1,4 @@
-// What the kernels are given, as plain structs: written by the operators (ops.cpp) from a plan
+// What the kernels are given, as plain structs: written by the operators (*_ops.cpp) from a plan
 // (plan.h), read by the device code. Each fits into the 4 KB that every launch may carry.
 #pragma once
 
@@ -77,7 +77,7 @@ struct PairParams {
   void* student_maps;  // (B, N); null where nobody needs them
   void* teacher_maps;
   double student_scale, teacher_scale;  // of the channel sums
-  double weight;
+  double weight;                        // of a sample
   int32_t B;
   int32_t first_task, first_sample;
   int32_t samples;            // whole samples of a task; 0: samples are shared by several blocks
@@ -87,10 +87,12 @@ struct PairParams {
 struct LossParams {
   double p, eps;
   Form form;
+  EpsMode eps_mode;        // of map_loss; the others have EpsMode::max
   int32_t count, samples;  // pairs, and samples in all of them
   bool student_grad, teacher_grad;
-  bool add;        // sum over pairs; else a loss for each
-  bool continues;  // a launch before this one began the sum
+  bool add;         // sum over pairs; else a loss for each
+  bool of_samples;  // a loss for each sample: neither is summed
+  bool continues;   // a launch before this one began the sum
   bool loss_fp64;
   int32_t first_pair;
   void* loss;

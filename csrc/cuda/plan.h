@@ -221,6 +221,14 @@ inline int64_t map_bytes_of_list(int64_t before, const PairParams& pair, bool fp
   return fits || pair.samples ? std::max(before, bytes) : before;
 }
 
+// The loss of raw maps, given as features of one channel: every sample is whole. Returns the number
+// of tasks.
+inline int64_t plan_map_loss(PairParams& pair, const Feature& student, const Feature& teacher,
+                             const Limits& limits) {
+  cut_pair(pair, student, teacher, nullptr, true, 0, limits);
+  return divide_up(student.B, pair.samples);
+}
+
 // ---- values and gradients in one ----------------------------------------------------------------
 
 // Room for kGradientBlocks on each multiprocessor, so that one computes while the other reads.
