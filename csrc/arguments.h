@@ -53,6 +53,11 @@ inline bool keeps_sign(double p, bool absolute) {
   return !absolute && std::fmod(p, 2.0) == 1.0;
 }
 
+// The maximum is that of absolute values.
+inline void check_maximum(bool keeps_sign) {
+  STD_TORCH_CHECK(!keeps_sign, "at_fused: collapse 'max' takes absolute values");
+}
+
 // How each of some features (B, C, *spatial) is pooled before the power; `sizes` as in _ops.
 inline std::vector<Pool> pools_of(const Tensors& tensors, const std::vector<int64_t>& sizes) {
   std::vector<Pool> pools;

@@ -45,4 +45,14 @@ void launch_instance(void (*square)(Params...), void (*any)(Params...), void (*w
   launch_kernel(launch.fp64 ? wide : p == 2 ? square : any, name, launch, params...);
 }
 
+// For kernels with instances for powers that keep their sign.
+#define AT_FUSED_SIGNED_INSTANCES(kernel) \
+  kernel<SignedPower, false>, kernel<SignedPower, true>, #kernel
+
+template <class... Params>
+void launch_signed_instance(void (*any)(Params...), void (*wide)(Params...), const char* name,
+                            const Launch& launch, const Params&... params) {
+  launch_kernel(launch.fp64 ? wide : any, name, launch, params...);
+}
+
 }  // namespace at_fused

@@ -3,8 +3,8 @@
 
 namespace at_fused {
 
-// Losses, and dL/dQ where it is wanted, of a list of pairs of raw maps. It computes in fp64 whatever
-// the maps are, and has the registers for it.
+// Losses, and dL/dQ where it is wanted, of a list of pairs of raw maps. It computes in fp64
+// whatever the maps are, and has the registers for it.
 template <bool fp64>
 __global__ void __launch_bounds__(kThreads, kBlocks<true>)
     map_loss_kernel(const __grid_constant__ LossParams params) {

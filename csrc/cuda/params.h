@@ -45,6 +45,7 @@ struct Sweep {
 struct MapFeature {
   View view;
   void* map;
+  int32_t* channels;  // that won each position's maximum, if the map is one
   double scale;
   int32_t first_task;
   int32_t pieces, positions;  // of a sample, and of a piece
@@ -53,6 +54,7 @@ struct MapFeature {
 struct MapParams {
   double p;
   int32_t count;
+  bool keeps_sign;  // the power does: p is odd
   MapFeature features[kMaxFeatures];
 };
 
@@ -60,6 +62,7 @@ struct SweepFeature {
   View view;
   Sweep sweep;
   const void* k;
+  const int32_t* channels;    // as in MapFeature
   const void* loss_gradient;  // of this feature's pair; null is 1
   int32_t first_task;
   int32_t samples, B;  // in a task, and in all
@@ -69,6 +72,7 @@ struct SweepParams {
   double p;
   int32_t count;
   bool loss_gradient_fp64;
+  bool keeps_sign;
   SweepFeature features[kMaxFeatures];
 };
 

@@ -17,6 +17,7 @@ struct Limits {
 
 constexpr int32_t kControlBytes = 384;   // block.cuh: Control
 constexpr int32_t kScratchBytes = 8192;  // attention_map.cuh: a value per thread and element
+constexpr int32_t kMaximumBytes = 2 * kScratchBytes;  // likewise, with the channel of each
 constexpr int32_t kSharedBytesWithoutAsking = 48 << 10;
 constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kMaxExtent = int64_t(1) << 30;  // channels, positions: 32-bit loops
