@@ -15,6 +15,7 @@ constexpr int kBlocksPerMultiprocessor = 3;
 constexpr int kGradientBlocks = 2;
 constexpr int kMaxPairs = 16;     // of one launch; longer lists take several
 constexpr int kMaxFeatures = 30;  // likewise
+constexpr int kMaxPooledSweeps = 26;
 
 // How a block reads a feature. A row is `fold` channels of all positions (planar) or the channels
 // of a position (interleaved).
@@ -76,6 +77,42 @@ struct SweepParams {
   SweepFeature features[kMaxFeatures];
 };
 
+// Features that are pooled: `share` threads add up a window, at `places` windows at a time
+// (pool.cuh). The pieces and positions are those of the map.
+struct PooledFeature : MapFeature {
+  Pool pool;
+  int32_t places, share;
+};
+
+struct PooledParams {
+  double p;
+  int32_t count;
+  bool keeps_sign;
+  PooledFeature features[kMaxFeatures];
+};
+
+// A task sweeps `group` channels of a box of inputs.
+struct PooledSweep {
+  View view;
+  Pool pool;
+  void* out;
+  int64_t batch, line;
+  const void* k;
+  const int32_t* channels;
+  const void* loss_gradient;
+  int32_t first_task;
+  int32_t box[3], group;
+  int32_t output_places, share, input_places;
+};
+
+struct PooledSweepParams {
+  double p;
+  int32_t count;
+  bool loss_gradient_fp64;
+  bool keeps_sign;
+  PooledSweep features[kMaxPooledSweeps];
+};
+
 struct PairParams {
   View student, teacher;
   void* student_maps;  // (B, N); null where nobody needs them
@@ -126,6 +163,7 @@ struct GradientParams {
 };
 
 static_assert(sizeof(MapParams) <= 4096 && sizeof(SweepParams) <= 4096);
+static_assert(sizeof(PooledParams) <= 4096 && sizeof(PooledSweepParams) <= 4096);
 static_assert(sizeof(LossParams) + sizeof(GradientParams) <= 4096);
 
 }  // namespace at_fused
