@@ -226,6 +226,8 @@ def test_sevens_are_read_in_vectors() -> None:
         s = dense(32, 512, 49, dtype)
         out = plan("loss", s, s, 2 * s.B * s.bytes, dtype == 1, H100)
         assert out[5:8] == [16 // BYTES[dtype], fold, 64]
+        assert plan("map", s._replace(B=2), 10**9, H100)[3:6] == [16 // BYTES[dtype], fold, 64]
+        assert plan("map", s._replace(B=2), 0, H100)[1] == 1
     odd = dense(32, 510, 49)  # samples that start anywhere
     assert plan("loss", odd, odd, 2 * odd.B * odd.bytes, False, H100)[5:7] == [1, 1]
 
