@@ -20,8 +20,9 @@ __device__ __forceinline__ Tile tile_of(const MapFeature& feature, int N, int ta
   return {local / feature.pieces, begin, min(begin + feature.positions, N), scratch};
 }
 
-// What the values of a position become: the sum of their powers. Where it is found by several
-// threads they meet; in rows of several channels it is found for each place `f` of a row first.
+// What the values of a position become is a State of the tile's collector: take() adds a value of a
+// channel, put() is given what came of all. Threads that share a position meet(). In rows of `fold`
+// channels a State is one of those at place f; it knows them by their rows until of_fold().
 template <class A>
 __device__ __forceinline__ A of_fold(A sum, int, int) {
   return sum;
@@ -33,6 +34,7 @@ __device__ __forceinline__ A from_lane(A sum, int distance) {
 __device__ __forceinline__ void meet(float& sum, float other) { sum += other; }
 __device__ __forceinline__ void meet(double& sum, double other) { sum += other; }
 
+// The sum of powers, for "mean" and "sum".
 template <class E, class A>
 struct PowerSum {
   using State = A;

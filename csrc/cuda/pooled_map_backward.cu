@@ -36,78 +36,91 @@ struct Part {
 };
 static_assert(sizeof(Part) <= kPartBytes);
 
-// Two steps: what each output sends back to its inputs, g * k * slope / area, for all of a part,
-// into shared memory; and for each input the sum over the outputs whose windows hold it. The
-// features are read in the first, written in the second.
+// In two steps, with what lies between them in shared memory, by channel and output of the part, in
+// the order of the features' own layout: each is read in the first, written in the second.
+struct Between {
+  int by_channel, by_output;  // strides
+
+  __device__ Between(bool planar, const Part& part)
+      : by_channel(planar ? part.outputs.count() : 1),
+        by_output(planar ? 1 : part.channels.count()) {}
+};
+
+// What each output sends back to every input of its window: g * k * slope / area.
 template <class T>
-__device__ __forceinline__ void sweep_pooled(const PooledSweep& feature, const Part& part,
-                                             EitherPower e, Accumulator<T> gradient, char* shared) {
+__device__ __forceinline__ void send_back(const PooledSweep& feature, const Part& part,
+                                          EitherPower e, Accumulator<T> gradient,
+                                          Accumulator<T>* sent) {
   using A = Accumulator<T>;
-  const View& view = feature.view;
   const Pool& pool = feature.pool;
-  const bool planar = view.layout == Layout::planar;
+  const bool planar = feature.view.layout == Layout::planar;
   const int C = part.channels.count(), M = part.outputs.count();
-  A* sent = reinterpret_cast<A*>(shared);  // in the features' own order
-  const int by_channel = planar ? M : 1, by_output = planar ? 1 : C;
-  {
-    const Seat seat(planar, here(feature.output_places), here(feature.share));
-    const Sample<T> x(view, here(part.b));
-    const int64_t map = int64_t(part.b) * pool.out[0] * pool.out[1] * pool.out[2];
-    const A* k = static_cast<const A*>(feature.k) + map;
-    const int height = part.outputs.h.count(), width = part.outputs.w.count();
+  const Between between(planar, part);
+  const Seat seat(planar, here(feature.output_places), here(feature.share));
+  const Sample<T> x(feature.view, here(part.b));
+  const int64_t map = int64_t(part.b) * pool.out[0] * pool.out[1] * pool.out[2];
+  const A* k = static_cast<const A*>(feature.k) + map;
+  const int height = part.outputs.h.count(), width = part.outputs.w.count();
 #pragma unroll 1
-    for (int begin = 0; begin < M; begin += seat.places) {
-      const int m = begin + seat.place;
-      const bool inside = m < M;
-      const Cell at = cell_of(m, height, width);
-      const Cell o{at.d + part.outputs.d.begin, at.h + part.outputs.h.begin,
-                   at.w + part.outputs.w.begin};
-      const int n = (o.d * pool.out[1] + o.h) * pool.out[2] + o.w;
-      const Ranges window = inputs_of(o, pool);
-      const A inverse = A(1) / A(window.count());
-      const A factor = inside ? gradient * k[n] * inverse : A(0);
-      const int winner = inside && feature.channels ? feature.channels[map + n] : -1;
-      // As many turns in all threads: they meet.
+  for (int begin = 0; begin < M; begin += seat.places) {
+    const int m = begin + seat.place;
+    const bool inside = m < M;
+    const Cell at = cell_of(m, height, width);
+    const Cell o{at.d + part.outputs.d.begin, at.h + part.outputs.h.begin,
+                 at.w + part.outputs.w.begin};
+    const int n = (o.d * pool.out[1] + o.h) * pool.out[2] + o.w;
+    const Ranges window = inputs_of(o, pool);
+    const A inverse = A(1) / A(window.count());
+    const A factor = inside ? gradient * k[n] * inverse : A(0);
+    const int winner = inside && feature.channels ? feature.channels[map + n] : -1;
+    // As many turns in all threads: they meet.
 #pragma unroll 1
-      for (int turn = 0; turn < C; turn += kPoolUnroll * seat.members) {
-        const int first = turn + seat.member;
-        unsigned present = 0, wanted = 0;
+    for (int turn = 0; turn < C; turn += kPoolUnroll * seat.members) {
+      const int first = turn + seat.member;
+      unsigned present = 0, wanted = 0;
 #pragma unroll
-        for (int u = 0; u < kPoolUnroll; ++u) {
-          const int c = first + u * seat.members;
-          if (!inside || c >= C) continue;
-          present |= 1u << u;
-          if (!feature.channels || part.channels.begin + c == winner) wanted |= 1u << u;
-        }
-        A sum[kPoolUnroll];
-        window_sums(sum, x, part.channels.begin + first, seat.members, wanted, window, pool, seat);
+      for (int u = 0; u < kPoolUnroll; ++u) {
+        const int c = first + u * seat.members;
+        if (!inside || c >= C) continue;
+        present |= 1u << u;
+        if (!feature.channels || part.channels.begin + c == winner) wanted |= 1u << u;
+      }
+      A sum[kPoolUnroll];
+      window_sums(sum, x, part.channels.begin + first, seat.members, wanted, window, pool, seat);
 #pragma unroll
-        for (int u = 0; u < kPoolUnroll; ++u) {
-          if (!(present >> u & 1) || seat.sub > 0) continue;
-          const int c = first + u * seat.members;
-          sent[c * by_channel + m * by_output] =
-              wanted >> u & 1 ? factor * e.slope(sum[u] * inverse) : A(0);
-        }
+      for (int u = 0; u < kPoolUnroll; ++u) {
+        if (!(present >> u & 1) || seat.sub > 0) continue;
+        const int c = first + u * seat.members;
+        sent[c * between.by_channel + m * between.by_output] =
+            wanted >> u & 1 ? factor * e.slope(sum[u] * inverse) : A(0);
       }
     }
   }
-  __syncthreads();
+}
+
+// The sum of what each input was sent, over the outputs whose windows hold it.
+template <class T>
+__device__ __forceinline__ void collect(const PooledSweep& feature, const Part& part,
+                                        const Accumulator<T>* sent) {
+  const Pool& pool = feature.pool;
+  const bool planar = feature.view.layout == Layout::planar;
+  const int C = part.channels.count(), inputs = part.inputs.count();
+  const Between between(planar, part);
   const Seat seat(planar, here(feature.input_places), 1);
   const int height = part.inputs.h.count(), width = part.inputs.w.count();
-  const int inputs = part.inputs.count();
   const int out_height = part.outputs.h.count(), out_width = part.outputs.w.count();
   T* out = static_cast<T*>(feature.out) + int64_t(part.b) * feature.batch;
   const int64_t channel = planar ? feature.line : 1, position = planar ? 1 : feature.line;
 #pragma unroll 1
-  for (int begin = seat.place; begin < inputs; begin += seat.places) {
-    const Cell at = cell_of(begin, height, width);
+  for (int input = seat.place; input < inputs; input += seat.places) {
+    const Cell at = cell_of(input, height, width);
     const Cell i{at.d + part.inputs.d.begin, at.h + part.inputs.h.begin,
                  at.w + part.inputs.w.begin};
     const Ranges from = outputs_of(i, pool);
     const int n = (i.d * pool.in[1] + i.h) * pool.in[2] + i.w;
 #pragma unroll 1
     for (int c = seat.member; c < C; c += seat.members) {
-      A sum = 0;
+      Accumulator<T> sum = 0;
 #pragma unroll 1
       for (int d = from.d.begin; d < from.d.end; ++d) {
 #pragma unroll 1
@@ -116,7 +129,7 @@ __device__ __forceinline__ void sweep_pooled(const PooledSweep& feature, const P
               ((d - part.outputs.d.begin) * out_height + h - part.outputs.h.begin) * out_width -
               part.outputs.w.begin;
           for (int w = from.w.begin; w < from.w.end; ++w) {
-            sum += sent[c * by_channel + (row + w) * by_output];
+            sum += sent[c * between.by_channel + (row + w) * between.by_output];
           }
         }
       }
@@ -140,7 +153,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
   with_dtype<fp64>(feature.view.dtype, [&](auto element) {
     using T = decltype(element);
     const EitherPower e(here(params.p), params.keeps_sign);
-    sweep_pooled<T>(feature, part, e, Accumulator<T>(gradient), bytes + kPartBytes);
+    using A = Accumulator<T>;
+    A* sent = reinterpret_cast<A*>(bytes + kPartBytes);
+    send_back<T>(feature, part, e, A(gradient), sent);
+    __syncthreads();
+    collect<T>(feature, part, sent);
   });
 }
 
