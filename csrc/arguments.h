@@ -49,13 +49,13 @@ inline double collapse_scale(Collapse collapse, const Feature& feature) {
 // |A|^p, and where it goes: x^p with its sign, which only an odd p without "absolute" has; or the
 // largest of them.
 struct MapPower {
-  bool odd, max;
+  bool keeps_sign, max;
 
   MapPower(double p, bool absolute, bool max)
-      : odd(!absolute && std::fmod(p, 2.0) == 1.0), max(max) {
+      : keeps_sign(!absolute && std::fmod(p, 2.0) == 1.0), max(max) {
     STD_TORCH_CHECK(absolute || p == std::floor(p),
                     "at_fused: without absolute, p must be a whole number, got ", p);
-    STD_TORCH_CHECK(!(odd && max), "at_fused: collapse 'max' takes absolute values");
+    STD_TORCH_CHECK(!(keeps_sign && max), "at_fused: collapse 'max' takes absolute values");
   }
 };
 

@@ -28,7 +28,7 @@ struct Branching {
 
 template <class A, class F>
 AT_FUSED_INLINE void with_few_exponents(const GeneralMap& general, F f) {
-  if (general.odd) {
+  if (general.keeps_sign) {
     f(Odd<A>(general.p));
   } else if (general.p == 2) {
     f(Two<A>(general.p));

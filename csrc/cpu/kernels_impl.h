@@ -406,8 +406,8 @@ double sample_loss(const SampleLoss& sample, const S* student, const T* teacher,
 // ---- the table --------------------------------------------------------------------------------
 
 template <class A, class F>
-AT_FUSED_INLINE void with_exponent(double p, bool odd, F f) {
-  if (odd) {
+AT_FUSED_INLINE void with_exponent(double p, bool keeps_sign, F f) {
+  if (keeps_sign) {
     f(Odd<A>(p));
   } else if (p == 2) {
     f(Two<A>(p));
@@ -435,13 +435,13 @@ AT_FUSED_INLINE void with_dtype(Dtype dtype, F f) {
 }
 
 void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                   bool odd, double scale, void* map) {
+                   bool keeps_sign, double scale, void* map) {
   with_dtype(feature.dtype, [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
     const T* x = static_cast<const T*>(feature.data) + b * feature.batch;
     A* out = static_cast<A*>(map) + begin;
-    with_exponent<A>(p, odd, [&](auto exponent) {
+    with_exponent<A>(p, keeps_sign, [&](auto exponent) {
       if (feature.layout == Layout::planar) {
         attention_map_planar<T, A>(x + begin, feature.C, feature.line, end - begin, exponent,
                                    A(scale), out);
@@ -471,7 +471,7 @@ double sample_loss(const SampleLoss& sample) {
 }
 
 void attention_map_backward(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                            bool odd, double gradient, const void* k, const Feature& out,
+                            bool keeps_sign, double gradient, const void* k, const Feature& out,
                             bool stream) {
   with_dtype(feature.dtype, [&](auto element, auto accumulator) {
     using T = decltype(element);
@@ -479,7 +479,7 @@ void attention_map_backward(const Feature& feature, int64_t b, int64_t begin, in
     const T* x = static_cast<const T*>(feature.data) + b * feature.batch + begin * feature.line;
     T* to = static_cast<T*>(const_cast<void*>(out.data)) + b * out.batch + begin * out.line;
     const A* coefficients = static_cast<const A*>(k);
-    with_exponent<A>(p, odd, [&](auto exponent) {
+    with_exponent<A>(p, keeps_sign, [&](auto exponent) {
       if (feature.layout == Layout::planar) {
         backward_planar<T, A>(x, feature.line, to, out.line, end - begin, feature.N, exponent,
                               A(gradient), coefficients, stream);

@@ -45,7 +45,8 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse, bool abso
     const Feature& feature = features[i];
     const Device device = device_of(tensors[i]);
     const int64_t positions = pools[i].positions();
-    general.push_back({p, collapse_scale(collapsed, feature), power.odd, power.max, pools[i]});
+    general.push_back(
+        {p, collapse_scale(collapsed, feature), power.keeps_sign, power.max, pools[i]});
     maps.push_back(new_map(feature, positions, device));
     out.emplace_back(maps[i], positions, map_element_size(feature));
     if (power.max) {
@@ -70,7 +71,7 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse, bool abso
         kernels().general_map(feature, map, b, task.begin, task.end, to, winner,
                               scratch_of(feature, map));
       } else {
-        kernels().attention_map(feature, b, task.begin, task.end, p, map.odd, map.scale, to);
+        kernels().attention_map(feature, b, task.begin, task.end, p, map.keeps_sign, map.scale, to);
       }
     }
   });
@@ -234,7 +235,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
     const int64_t positions = pools[i].positions();
     k[i] = coefficient_map(coefficients[i], features[i], positions, device);
     if (power.max) winners[i] = channel_map(channels[i], features[i], positions, device);
-    general[i] = {p, 1.0, power.odd, power.max, pools[i]};
+    general[i] = {p, 1.0, power.keeps_sign, power.max, pools[i]};
     total += features[i].B * sample_bytes(features[i]);
   }
   std::vector<Task> tasks;
@@ -255,7 +256,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
                                    static_cast<const int32_t*>(winners[i].of(b)), gradients.out[i],
                                    scratch_of(features[i], general[i]));
       } else {
-        kernels().attention_map_backward(features[i], b, task.begin, task.end, p, power.odd,
+        kernels().attention_map_backward(features[i], b, task.begin, task.end, p, power.keeps_sign,
                                          value_of(gradient, pairs[i]), k[i].of(b), gradients.out[i],
                                          stream);
       }
