@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from at_fused.backends import eager
+from at_fused.backends import triton as backend
 from at_fused.backends.triton import launch
 
 TARGETS = {
@@ -64,12 +65,12 @@ def caught(function: Callable[[], object]) -> list[Call]:
     def catch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         calls.append(Call(kernel, programs, arguments, constants))
 
-    saved = launch._launch, launch._interpreted
-    launch._launch, launch._interpreted = catch, lambda: True
+    saved = launch.start, launch.interpreted
+    launch.start, launch.interpreted = catch, lambda: True
     try:
         function()
     finally:
-        launch._launch, launch._interpreted = saved
+        launch.start, launch.interpreted = saved
     return calls
 
 
@@ -234,10 +235,10 @@ class Variant(NamedTuple):
         loss = torch.empty((), dtype=eager.accumulate_dtype(*s))
         maps = [loss.new_empty(x.shape[0], x[0, 0].numel()) for x in s]
         calls: dict[str, Callable[[], object]] = {
-            "map": lambda: launch.attention_map(s, p, "mean"),
-            "loss": lambda: launch.at_loss(s, t, *options, True, False),
-            "backward": lambda: launch.attention_map_backward(s, maps, loss, pairs, p),
-            "value and gradient": lambda: launch.at_value_and_grad(s, t, *options, 1.0, loss),
+            "map": lambda: backend.attention_map(s, p, "mean"),
+            "loss": lambda: backend.at_loss(s, t, *options, True, False),
+            "backward": lambda: backend.attention_map_backward(s, maps, loss, pairs, p),
+            "value and gradient": lambda: backend.at_value_and_grad(s, t, *options, 1.0, loss),
         }
         (only,) = caught(calls[self.operator])
         return only

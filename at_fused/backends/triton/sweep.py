@@ -1,0 +1,146 @@
+"""The gradients of a list of features: ``sweep_kernel``."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from at_fused.backends.triton import launch
+from at_fused.backends.triton.checks import (
+    check_coefficients,
+    check_exponent,
+    check_features,
+    check_loss_gradient,
+)
+from at_fused.backends.triton.launch import (
+    as_empty_like,
+    blocks_of,
+    exponent,
+    feature_of,
+    gradient_of,
+    native,
+    on_device,
+    step_of,
+    writable,
+)
+from at_fused.backends.triton.tiles import Feature, Gradient, positions_of, store_gradient
+
+
+class Sweep(NamedTuple):
+    """A feature (its ``map`` holds the coefficients) whose gradient is wanted."""
+
+    feature: Feature
+    gradient: Gradient
+    number: int
+    first_program: int
+    end_program: int
+    tiles_c: int
+    tiles_n: int
+
+
+@triton.jit
+def _sweep_of_feature(
+    feature,
+    entry,
+    local,
+    loss_gradient,
+    gradient_step,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    tile_n = local % entry.tiles_n
+    rest = local // entry.tiles_n
+    b = rest // entry.tiles_c
+    c = (rest % entry.tiles_c) * feature.BLOCK_C + tl.arange(0, feature.BLOCK_C)
+    n = tile_n * feature.BLOCK_N + tl.arange(0, feature.BLOCK_N)
+    positions = positions_of(feature)
+    k = tl.load(feature.map + b.to(tl.int64) * positions + n, mask=n < positions, other=0.0)
+    if loss_gradient is not None:
+        k *= tl.load(loss_gradient + entry.number * gradient_step).to(k.dtype)
+    store_gradient(feature, entry.gradient, k, b, c, n, HIGH, LOW)
+
+
+@triton.jit
+def sweep_kernel(
+    entries,
+    loss_gradient,
+    gradient_step,
+    COUNT: tl.constexpr,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """The gradients of a list of features (``Sweep``), a tile to a program."""
+    program = tl.program_id(0)
+    for i in tl.static_range(COUNT):
+        if (program >= entries[i].first_program) & (program < entries[i].end_program):
+            _sweep_of_feature(
+                entries[i].feature,
+                entries[i],
+                program - entries[i].first_program,
+                loss_gradient,
+                gradient_step,
+                HIGH,
+                LOW,
+            )
+
+
+def attention_map_backward(
+    features: list[Tensor],
+    coefficients: list[Tensor],
+    loss_gradient: Tensor | None,
+    pairs: list[int],
+    p: float,
+    absolute: bool = True,
+    sizes: Sequence[int] = (),
+    channels: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout."""
+    check_features(features, launch.interpreted())
+    check_coefficients(features, coefficients, pairs)
+    check_exponent(p)
+    if not features:
+        return []
+    check_loss_gradient(loss_gradient, pairs, features[0].device)
+    high, low = exponent(p)
+    written: list[Tensor] = []
+    with on_device(features[0]):
+        for first in range(0, len(features), launch.MAX_ENTRIES):
+            entries: list[Sweep] = []
+            programs = 0
+            for i in range(first, min(first + launch.MAX_ENTRIES, len(features))):
+                x, layout, out, out_layout = writable(*native(features[i]), features[i])
+                k = coefficients[i].contiguous()
+                written.append(out)
+                block_c, block_n = blocks_of(layout, x.element_size(), p)
+                tiles_c = -(-layout.channels // block_c)
+                tiles_n = -(-layout.positions // block_n)
+                end = programs + x.shape[0] * tiles_c * tiles_n
+                entries.append(
+                    Sweep(
+                        feature_of(x, layout, k, p),
+                        gradient_of(out, out_layout),
+                        pairs[i],
+                        programs,
+                        end,
+                        tiles_c,
+                        tiles_n,
+                    )
+                )
+                programs = end
+            launch.start(
+                sweep_kernel,
+                programs,
+                tuple(entries),
+                loss_gradient,
+                step_of(loss_gradient),
+                COUNT=len(entries),
+                HIGH=high,
+                LOW=low,
+            )
+    return [as_empty_like(x, out) for x, out in zip(features, written, strict=True)]
