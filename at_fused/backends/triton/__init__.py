@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from at_fused.backends import eager
-
 
 def available() -> bool:
     """Whether Triton is installed and has something to run on."""
@@ -52,4 +50,4 @@ attention_map = _later("maps", "attention_map")
 at_loss = _later("loss", "at_loss")
 attention_map_backward = _later("sweep", "attention_map_backward")
 at_value_and_grad = _later("loss", "at_value_and_grad")
-map_loss = eager.map_loss
+map_loss = _later("loss_of_maps", "map_loss")

@@ -18,6 +18,13 @@ def _require(condition: bool, message: str) -> None:
         raise RuntimeError(f"at_fused: {message}")
 
 
+def _check_device(x: Tensor, interpreted: bool) -> None:
+    _require(
+        x.is_cuda or interpreted,
+        f"Triton runs {x.device.type} tensors under TRITON_INTERPRET=1 only",
+    )
+
+
 def check_features(features: Sequence[Tensor], interpreted: bool) -> None:
     """Shapes, dtypes, and that all are on one device, which Triton can run on."""
     for x in features:
@@ -25,10 +32,7 @@ def check_features(features: Sequence[Tensor], interpreted: bool) -> None:
         _require(x.numel() > 0, "features must not be empty")
         _require(x.dtype in _DTYPES, "features must be float16, bfloat16, float32 or float64")
         _require(x.device == features[0].device, "all features must be on the same device")
-        _require(
-            x.is_cuda or interpreted,
-            f"Triton runs {x.device.type} tensors under TRITON_INTERPRET=1 only",
-        )
+        _check_device(x, interpreted)
 
 
 def check_exponent(p: float) -> None:
@@ -36,9 +40,34 @@ def check_exponent(p: float) -> None:
     _require(1 <= p < math.inf, f"p must be a finite number >= 1, got {p}")
 
 
+def keeps_sign(p: float, absolute: bool) -> bool:
+    """Whether a power keeps its sign: x^p with odd p, which "absolute" or an even p do not."""
+    _require(absolute or p == math.floor(p), f"without absolute, p must be a whole number, got {p}")
+    return not absolute and p % 2 == 1
+
+
 def check_collapse(collapse: str) -> None:
-    """One of the two."""
-    _require(collapse in ("mean", "sum"), f"collapse must be 'mean' or 'sum', got '{collapse}'")
+    """One of the three."""
+    _require(
+        collapse in ("mean", "sum", "max"),
+        f"collapse must be 'mean', 'sum' or 'max', got '{collapse}'",
+    )
+
+
+def _check_pairs(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[float], form: str
+) -> None:
+    n = len(student)
+    _require(
+        n > 0 and len(teacher) == n,
+        f"as many teachers as students, got {n} and {len(teacher)}",
+    )
+    _require(len(weights) in (0, n), f"a weight per pair, got {len(weights)} for {n}")
+    _require(form in ("code", "paper"), f"form must be 'code' or 'paper', got '{form}'")
+
+
+def _check_eps(eps: float) -> None:
+    _require(0 < eps < math.inf, f"eps must be a finite number > 0, got {eps}")
 
 
 def check_loss(
@@ -52,20 +81,51 @@ def check_loss(
     eps: float,
 ) -> None:
     """The pairs of a loss and its options."""
-    n = len(student)
-    _require(
-        n > 0 and len(teacher) == n,
-        f"as many teachers as students, got {n} and {len(teacher)}",
-    )
-    _require(len(weights) in (0, n), f"a weight per pair, got {len(weights)} for {n}")
-    _require(form in ("code", "paper"), f"form must be 'code' or 'paper', got '{form}'")
+    _check_pairs(student, teacher, weights, form)
     _require(reduction in ("sum", "none"), f"reduction must be 'sum' or 'none', got '{reduction}'")
-    _require(0 < eps < math.inf, f"eps must be a finite number > 0, got {eps}")
-    check_collapse(collapse)
+    _check_eps(eps)
     check_exponent(p)
+    check_collapse(collapse)
+    _require(collapse != "max", "collapse must be 'mean' or 'sum' here")
     for s, t in zip(student, teacher, strict=True):
         same = s.shape[0] == t.shape[0] and s[0, 0].numel() == t[0, 0].numel()
         _require(same, "student and teacher of a pair must have the same B and positions")
+
+
+def check_map_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weights: Sequence[float],
+    form: str,
+    reduction: str,
+    eps_mode: str,
+    eps: float,
+    interpreted: bool,
+) -> None:
+    """The pairs of a loss of maps and its options."""
+    _check_pairs(student, teacher, weights, form)
+    _require(
+        reduction in ("sum", "none", "sample"),
+        f"reduction must be 'sum', 'none' or 'sample', got '{reduction}'",
+    )
+    _require(eps_mode in ("max", "add"), f"eps_mode must be 'max' or 'add', got '{eps_mode}'")
+    _check_eps(eps)
+    for s, t in zip(student, teacher, strict=True):
+        for q in (s, t):
+            _require(
+                q.dim() == 2
+                and q.numel() > 0
+                and q.device == student[0].device
+                and q.dtype in (torch.float32, torch.float64)
+                and q.shape == s.shape,
+                "maps must be (B, N), not empty, float32 or float64, on one device, and both of a "
+                "pair of one size",
+            )
+            _check_device(q, interpreted)
+        _require(
+            reduction != "sample" or s.shape[0] == student[0].shape[0],
+            "a loss for each sample needs pairs of one batch size",
+        )
 
 
 def check_loss_gradient(
