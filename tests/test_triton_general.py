@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_triton import DEVICE, assert_near
+from test_triton import DEVICE, DTYPES, LAYOUTS, assert_near, features
 from torch import Tensor
 
 from at_fused.backends import eager
@@ -106,3 +106,131 @@ def test_map_loss_checks_its_arguments() -> None:
         fails(r"maps must be \(B, N\)", teacher=[other])
     pairs = [maps(2, 3), maps(3, 3)]
     fails("a loss for each sample needs pairs of one batch", pairs, pairs, reduction="sample")
+
+
+# ---- max, and powers that keep their sign --------------------------------------------------------
+
+
+def assert_matches_eager(
+    xs: list[Tensor],
+    p: float,
+    collapse: str,
+    absolute: bool = True,
+    sizes: tuple[int, ...] = (),
+    loosest: float = 0.0,
+) -> None:
+    """Maps, and the gradients of random coefficients, without and with a loss gradient."""
+    n = len(xs)
+    options = p, collapse, absolute, sizes
+    found, right = backend.attention_map(xs, *options), eager.attention_map(xs, *options)
+    assert_near(found[:n], right[:n], loosest)
+    channels = right[n:]
+    if not sizes:  # pooled features may win by rounding
+        assert all(a.equal(b) for a, b in zip(found[n:], channels, strict=True))
+    coefficients = [torch.randn_like(q) for q in right[:n]]
+    pairs = [i % 2 for i in range(n)]
+    for gradient in (None, torch.tensor(-0.5), torch.tensor([2.0, 0.25]).double()):
+        g = None if gradient is None else gradient.to(DEVICE)
+        swept = xs, coefficients, g, pairs, p, absolute, sizes, channels
+        again = backend.attention_map_backward(*swept)
+        assert_near(again, eager.attention_map_backward(*swept), loosest)
+    if channels:
+        for x, q in zip(again, channels, strict=True):
+            assert sizes or (x.flatten(2) != 0).sum(1).le(1).all()
+            assert q.dtype == torch.int32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 2.5])
+def test_max(p: float, dtype: torch.dtype, layout: str) -> None:
+    assert_matches_eager([features(2, 75, 7, 5, layout=layout, dtype=dtype)], p, "max")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, 4.0, 5.0])
+def test_signed_powers(p: float, dtype: torch.dtype, layout: str) -> None:
+    x = features(2, 20, 5, 7, layout=layout, dtype=dtype)
+    # Sums of both signs: as exact as the largest of their parts.
+    for collapse in ("mean", "sum"):
+        assert_matches_eager([x], p, collapse, absolute=False, loosest=1e-5)
+
+
+def test_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MAX_ENTRIES", 3)
+    xs = [
+        features(2, 40, 9, 7),
+        features(3, 5, 6, layout="interleaved", dtype=torch.float16),
+        features(4, 3, 2, 3, 4).transpose(2, 4)[..., 1:],
+        features(2, 8, 16, 16)[:, 1:7, ::2],
+        features(1, 1, 2, 2, dtype=torch.float64),
+    ]
+    for p, collapse, absolute in ((2.0, "max", True), (1.0, "max", True), (3.0, "sum", False)):
+        assert_matches_eager(xs, p, collapse, absolute)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_ties_and_specials(dtype: torch.dtype, layout: str) -> None:
+    x = torch.zeros(1, 200, 8, dtype=dtype, device=DEVICE)
+    x[0, 70, 1], x[0, 199, 1] = -2, 2  # a tie of two signs
+    x[0, 3, 2], x[0, 130, 2], x[0, 190, 2] = math.inf, -math.nan, math.nan
+    x[0, 5, 3], x[0, 4, 3] = math.inf, -math.inf
+    x[0, :, 4] = -1
+    x[0, 199, 5] = torch.finfo(dtype).smallest_normal
+    x[0, 150, 6] = -0.0
+    x[0, 64:, 7] = 3
+    if layout == "interleaved":
+        x = x.mT.contiguous().mT
+    q, channel = backend.attention_map([x], 1.0, "max")
+    assert channel.tolist() == [[0, 70, 130, 4, 0, 199, 0, 64]]
+    torch.testing.assert_close(q, eager.attention_map([x], 1.0, "max")[0], equal_nan=True)
+    swept = [x], [torch.ones_like(q)], None, [0], 2.0, True, [], [channel]
+    found, right = backend.attention_map_backward(*swept), eager.attention_map_backward(*swept)
+    torch.testing.assert_close(found, right, equal_nan=True)
+    # What did not win has no gradient, whatever its coefficient.
+    swept = [x], [q * math.nan], None, [0], 2.0, True, [], [channel]
+    (found,) = backend.attention_map_backward(*swept)
+    assert (found.isnan().sum(1) == 1).all()
+    assert (found != 0).sum() == found.isnan().sum()
+
+
+def test_powers_near_the_largest_number_have_one_winner() -> None:
+    x = torch.tensor([1e30, -2e30, 3e30], device=DEVICE).view(1, 3, 1)
+    q, channel = backend.attention_map([x], 4.0, "max")
+    assert q.item() == math.inf
+    assert channel.item() == 2
+
+
+def test_signed_slope_of_the_first_power_is_one_everywhere() -> None:
+    x = torch.tensor([0.0, -3.0, math.inf, math.nan], device=DEVICE).view(1, 1, 4)
+    k = torch.ones(1, 4, device=DEVICE)
+    (found,) = backend.attention_map_backward([x], [k], None, [0], 1.0, False)
+    assert found.equal(torch.ones_like(x))
+
+
+def test_maps_check_their_arguments() -> None:
+    x, k = features(2, 3, 4), torch.ones(2, 4, device=DEVICE)
+    q = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
+    for match, arguments in {
+        "collapse must be 'mean', 'sum' or 'max', got 'min'": (2.0, "min"),
+        "collapse 'max' takes absolute values": (3.0, "max", False),
+        "without absolute, p must be a whole number, got 2.5": (2.5, "sum", False),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"at_fused: {match}"):
+            backend.attention_map([x], *arguments)
+    for match, more in {
+        "a map of channels per feature": (2.0, True, [], [q, q]),
+        r"a map of channels must be \(B, N\) of int32": (2.0, True, [], [q.long()]),
+        r"a map of channels must be \(B, N\)": (2.0, True, [], [q[:, :3]]),
+        "without absolute": (2.5, False),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"at_fused: {match}"):
+            backend.attention_map_backward([x], [k], None, [0], *more)
+    # Channels that there are not are nobody's.
+    q += torch.tensor([0, 1, 3, -5], device=DEVICE)
+    (found,) = backend.attention_map_backward([x], [k], None, [0], 2.0, True, [], [q])
+    assert (found != 0).sum(1).tolist() == [[1, 1, 0, 0]] * 2
+    with pytest.raises(RuntimeError, match="collapse must be 'mean' or 'sum' here"):
+        backend.at_loss([x], [x], [], 2.0, "max", "code", "sum", 1e-12, False, False)

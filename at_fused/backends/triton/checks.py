@@ -46,12 +46,13 @@ def keeps_sign(p: float, absolute: bool) -> bool:
     return not absolute and p % 2 == 1
 
 
-def check_collapse(collapse: str) -> None:
-    """One of the three."""
+def check_collapse(collapse: str, signed: bool = False) -> None:
+    """One of the three; what is raised to an odd power with its sign has no maximum."""
     _require(
         collapse in ("mean", "sum", "max"),
         f"collapse must be 'mean', 'sum' or 'max', got '{collapse}'",
     )
+    _require(collapse != "max" or not signed, "collapse 'max' takes absolute values")
 
 
 def _check_pairs(
@@ -150,9 +151,12 @@ def check_loss_gradient(
 
 
 def check_coefficients(
-    features: Sequence[Tensor], coefficients: Sequence[Tensor], pairs: Sequence[int]
+    features: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    pairs: Sequence[int],
+    channels: Sequence[Tensor],
 ) -> None:
-    """A map and a pair number for each feature."""
+    """A map and a pair number for each feature, and perhaps a map of channels."""
     _require(len(coefficients) == len(features), "a coefficient map per feature")
     _require(len(pairs) == len(features), "a pair number per feature")
     for x, k in zip(features, coefficients, strict=True):
@@ -161,4 +165,10 @@ def check_coefficients(
             and k.device == x.device
             and k.dtype == eager.accumulate_dtype(x),
             "a coefficient map must be (B, N), float64 for float64 features and float32 otherwise",
+        )
+    _require(len(channels) in (0, len(features)), "a map of channels per feature")
+    for q, k in zip(channels, coefficients, strict=False):
+        _require(
+            q.shape == k.shape and q.device == k.device and q.dtype == torch.int32,
+            "a map of channels must be (B, N) of int32",
         )

@@ -86,11 +86,11 @@ def power_of_2(n: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def blocks_of(layout: Layout, itemsize: int, p: float) -> tuple[int, int]:
-    """Channels and positions of a tile."""
+def blocks_of(layout: Layout, itemsize: int, p: float, halvings: int = 0) -> tuple[int, int]:
+    """Channels and positions of a tile, which is halved for kernels that take more registers."""
     sizes = layout.channels, layout.positions
     inner, outer = reversed(sizes) if layout.planar else sizes
-    elements = _TILE
+    elements = _TILE >> halvings
     # What takes more registers per element: fp64, a general power, an address for each element.
     for more in (itemsize == 8, p not in (1, 2, 3, 4), layout.align * itemsize < 16):
         elements = elements // 2 if more else elements
@@ -102,11 +102,11 @@ def blocks_of(layout: Layout, itemsize: int, p: float) -> tuple[int, int]:
 constexpr = functools.lru_cache(maxsize=4096, typed=True)(tl.constexpr)  # True is not 1
 
 
-def feature_of(x: Tensor, layout: Layout, maps: Tensor, p: float) -> Feature:
+def feature_of(x: Tensor, layout: Layout, maps: Tensor, p: float, halvings: int = 0) -> Feature:
     """The record of a feature."""
     channels, positions = layout.channels, layout.positions
     inner, outer = (positions, channels) if layout.planar else (channels, positions)
-    block_c, block_n = blocks_of(layout, x.element_size(), p)
+    block_c, block_n = blocks_of(layout, x.element_size(), p, halvings)
     return Feature(
         x,
         maps,

@@ -43,33 +43,48 @@ def _power(x, HIGH: tl.constexpr, LOW: tl.constexpr):
 
 
 @triton.jit
-def power(x, HIGH: tl.constexpr, LOW: tl.constexpr):
-    """|x|^p, p = HIGH + LOW."""
+def power(x, HIGH: tl.constexpr, LOW: tl.constexpr, SIGNED: tl.constexpr):
+    """|x|^p, p = HIGH + LOW; with SIGNED x^p, p odd."""
     if HIGH + LOW == 2.0:
         y = x * x
     elif HIGH + LOW == 1.0:
-        y = tl.abs(x)
+        if SIGNED:
+            y = x
+        else:
+            y = tl.abs(x)
     elif HIGH + LOW == 4.0:
         y = (x * x) * (x * x)
     elif HIGH + LOW == 3.0:
-        y = x * x * tl.abs(x)
+        if SIGNED:
+            y = x * x * x
+        else:
+            y = x * x * tl.abs(x)
     else:
         y = _power(x, HIGH, LOW)
+        if SIGNED:
+            y = tl.where(x < 0, -y, y)
     return y
 
 
 @triton.jit
-def slope(x, HIGH: tl.constexpr, LOW: tl.constexpr):
-    """|x|^(p-1) * sign(x)."""
+def slope(x, HIGH: tl.constexpr, LOW: tl.constexpr, SIGNED: tl.constexpr):
+    """|x|^(p-1) * sign(x); with SIGNED x^(p-1)."""
     if HIGH + LOW == 2.0:
         y = x
     elif HIGH + LOW == 1.0:
-        y = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+        if SIGNED:
+            y = tl.full(x.shape, 1.0, x.dtype)
+        else:
+            y = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
     elif HIGH + LOW == 4.0:
         y = x * x * x
     elif HIGH + LOW == 3.0:
-        y = x * tl.abs(x)
+        if SIGNED:
+            y = x * x
+        else:
+            y = x * tl.abs(x)
     else:
-        powered = _power(x, HIGH - 1.0, LOW)
-        y = tl.where(x < 0, -powered, powered)
+        y = _power(x, HIGH - 1.0, LOW)
+        if not SIGNED:
+            y = tl.where(x < 0, -y, y)
     return y

@@ -17,6 +17,7 @@ from at_fused.backends.triton.checks import (
     check_exponent,
     check_features,
     check_loss_gradient,
+    keeps_sign,
 )
 from at_fused.backends.triton.launch import (
     as_empty_like,
@@ -29,19 +30,64 @@ from at_fused.backends.triton.launch import (
     step_of,
     writable,
 )
-from at_fused.backends.triton.tiles import Feature, Gradient, positions_of, store_gradient
+from at_fused.backends.triton.powers import slope
+from at_fused.backends.triton.tiles import (
+    Feature,
+    Gradient,
+    channels_of,
+    offsets_of,
+    positions_of,
+    sample_of,
+    store_gradient,
+)
 
 
 class Sweep(NamedTuple):
-    """A feature (its ``map`` holds the coefficients) whose gradient is wanted."""
+    """A feature (its ``map`` holds the coefficients) whose gradient is wanted.
+
+    With ``winners`` only the channels named there have one.
+    """
 
     feature: Feature
     gradient: Gradient
+    winners: Tensor | None
     number: int
     first_program: int
     end_program: int
     tiles_c: int
     tiles_n: int
+
+
+@triton.jit
+def _store_winners(
+    feature,
+    gradient,
+    winners,
+    k,
+    b,
+    first,
+    n,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    SIGNED: tl.constexpr,
+):
+    """Writes k[n] * |x|^(p-1) * sign(x) for the winners of one tile, of which alone x is read."""
+    c = first + tl.arange(0, feature.BLOCK_C)
+    channels = channels_of(feature)
+    positions = positions_of(feature)
+    inside = n < positions
+    winner = tl.load(winners + b.to(tl.int64) * positions + n, mask=inside, other=-1)
+    here = (winner >= first) & (winner < tl.minimum(first + feature.BLOCK_C, channels))
+    x = tl.load(
+        sample_of(feature, b) + offsets_of(feature, winner, n, feature.PLANAR), mask=here, other=0.0
+    )
+    only = k * slope(x.to(k.dtype), HIGH, LOW, SIGNED)
+    result = tl.where(c[:, None] == winner[None, :], only[None, :], 0.0)
+    tl.store(
+        sample_of(gradient, b) + offsets_of(gradient, c[:, None], n[None, :], feature.PLANAR),
+        result.to(gradient.data.dtype.element_ty),
+        mask=(c < channels)[:, None] & inside[None, :],
+    )
 
 
 @triton.jit
@@ -53,17 +99,22 @@ def _sweep_of_feature(
     gradient_step,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
     tile_n = local % entry.tiles_n
     rest = local // entry.tiles_n
     b = rest // entry.tiles_c
-    c = (rest % entry.tiles_c) * feature.BLOCK_C + tl.arange(0, feature.BLOCK_C)
+    first = (rest % entry.tiles_c) * feature.BLOCK_C
     n = tile_n * feature.BLOCK_N + tl.arange(0, feature.BLOCK_N)
     positions = positions_of(feature)
     k = tl.load(feature.map + b.to(tl.int64) * positions + n, mask=n < positions, other=0.0)
     if loss_gradient is not None:
         k *= tl.load(loss_gradient + entry.number * gradient_step).to(k.dtype)
-    store_gradient(feature, entry.gradient, k, b, c, n, HIGH, LOW)
+    if entry.winners is None:
+        c = first + tl.arange(0, feature.BLOCK_C)
+        store_gradient(feature, entry.gradient, k, b, c, n, HIGH, LOW, SIGNED)
+    else:
+        _store_winners(feature, entry.gradient, entry.winners, k, b, first, n, HIGH, LOW, SIGNED)
 
 
 @triton.jit
@@ -74,6 +125,7 @@ def sweep_kernel(
     COUNT: tl.constexpr,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
+    SIGNED: tl.constexpr,
 ):
     """The gradients of a list of features (``Sweep``), a tile to a program."""
     program = tl.program_id(0)
@@ -87,6 +139,7 @@ def sweep_kernel(
                 gradient_step,
                 HIGH,
                 LOW,
+                SIGNED,
             )
 
 
@@ -100,10 +153,14 @@ def attention_map_backward(
     sizes: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout."""
+    """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout.
+
+    With ``channels`` only the named channel of each position has a gradient.
+    """
     check_features(features, launch.interpreted())
-    check_coefficients(features, coefficients, pairs)
+    check_coefficients(features, coefficients, pairs, channels)
     check_exponent(p)
+    signed = keeps_sign(p, absolute)
     if not features:
         return []
     check_loss_gradient(loss_gradient, pairs, features[0].device)
@@ -125,6 +182,7 @@ def attention_map_backward(
                     Sweep(
                         feature_of(x, layout, k, p),
                         gradient_of(out, out_layout),
+                        channels[i].contiguous() if channels else None,
                         pairs[i],
                         programs,
                         end,
@@ -142,5 +200,6 @@ def attention_map_backward(
                 COUNT=len(entries),
                 HIGH=high,
                 LOW=low,
+                SIGNED=signed,
             )
     return [as_empty_like(x, out) for x, out in zip(features, written, strict=True)]

@@ -82,20 +82,48 @@ def sample_of(array, b):
 
 @triton.jit
 def offsets_of(array, c, n, PLANAR: tl.constexpr):
-    """Of the elements of a tile from a sample's begin."""
+    """Of elements from their sample's begin; channels and positions broadcast."""
     if array.WIDE:
         c = c.to(tl.int64)
         n = n.to(tl.int64)
     if PLANAR:
-        offsets = c[:, None] * array.line * array.ALIGN + n[None, :]
+        offsets = c * array.line * array.ALIGN + n
     else:
-        offsets = c[:, None] + n[None, :] * array.line * array.ALIGN
+        offsets = c + n * array.line * array.ALIGN
     return offsets
 
 
+# ---- maps ----------------------------------------------------------------------------------------
+
+
 @triton.jit
-def store_map(feature, b, begin, SPAN: tl.constexpr, HIGH, LOW, MEAN: tl.constexpr):
-    """Writes the raw map of one sample at the positions [begin, begin + SPAN)."""
+def _rank(x):
+    """A whole number that orders by |x|: all NaN alike, and above infinity."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+        rank = tl.minimum(bits, 0x7FF0000000000001)
+    else:
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        rank = tl.minimum(bits, 0x7F800001)
+    return rank
+
+
+@triton.jit
+def store_map(
+    feature,
+    winners,
+    b,
+    begin,
+    SPAN: tl.constexpr,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    SIGNED: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """Writes the raw map of one sample at the positions [begin, begin + SPAN).
+
+    With ``winners`` that is the largest |x|^p, and the channel that has it goes there.
+    """
     ACC: tl.constexpr = feature.map.dtype.element_ty
     channels = channels_of(feature)
     positions = positions_of(feature)
@@ -108,30 +136,61 @@ def store_map(feature, b, begin, SPAN: tl.constexpr, HIGH, LOW, MEAN: tl.constex
         n = start + tl.arange(0, feature.BLOCK_N)
         inside = n < positions
         total = tl.zeros([feature.BLOCK_C, feature.BLOCK_N], ACC)
+        if winners is not None:
+            largest = _rank(total)
+            tile = tl.zeros([feature.BLOCK_C, feature.BLOCK_N], tl.int32)
         for first in range(0, channels, feature.BLOCK_C):
             c = first + tl.arange(0, feature.BLOCK_C)
             x = tl.load(
-                data + offsets_of(feature, c, n, feature.PLANAR),
+                data + offsets_of(feature, c[:, None], n[None, :], feature.PLANAR),
                 mask=(c < channels)[:, None] & inside[None, :],
                 other=0.0,
-            )
-            total += power(x.to(ACC), HIGH, LOW)
-        collapsed = tl.sum(total, 0)
-        if MEAN:
-            collapsed = collapsed / channels
+            ).to(ACC)
+            if winners is None:
+                total += power(x, HIGH, LOW, SIGNED)
+            else:
+                # What is past the last channel ranks with zeros, behind channel 0.
+                rank = _rank(x)
+                tile = tl.where(rank > largest, first, tile)
+                largest = tl.maximum(rank, largest)
+        if winners is None:
+            collapsed = tl.sum(total, 0)
+            if MEAN:
+                collapsed = collapsed / channels
+        else:
+            winner = tl.max(largest, 0)
+            c = tile + tl.arange(0, feature.BLOCK_C)[:, None]
+            found = tl.min(tl.where(largest == winner[None, :], c, channels), 0)
+            tl.store(winners + b.to(tl.int64) * positions + n, found, mask=inside)
+            collapsed = power(winner.to(ACC, bitcast=True), HIGH, LOW, False)
         tl.store(out + n, collapsed, mask=inside)
 
 
+# ---- gradients -----------------------------------------------------------------------------------
+
+
 @triton.jit
-def store_gradient(feature, gradient, k, b, c, n, HIGH: tl.constexpr, LOW: tl.constexpr):
+def store_gradient(
+    feature,
+    gradient,
+    k,
+    b,
+    c,
+    n,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    SIGNED: tl.constexpr,
+):
     """Writes k[n] * |x|^(p-1) * sign(x) for one tile."""
     mask = (c < channels_of(feature))[:, None] & (n < positions_of(feature))[None, :]
     x = tl.load(
-        sample_of(feature, b) + offsets_of(feature, c, n, feature.PLANAR), mask=mask, other=0.0
+        sample_of(feature, b) + offsets_of(feature, c[:, None], n[None, :], feature.PLANAR),
+        mask=mask,
+        other=0.0,
     )
-    result = k[None, :] * slope(x.to(k.dtype), HIGH, LOW)
+    result = k[None, :] * slope(x.to(k.dtype), HIGH, LOW, SIGNED)
     tl.store(
-        sample_of(gradient, b) + offsets_of(gradient, c, n, feature.PLANAR),
+        sample_of(gradient, b) + offsets_of(gradient, c[:, None], n[None, :], feature.PLANAR),
         result.to(gradient.data.dtype.element_ty),
         mask=mask,
     )
