@@ -129,7 +129,8 @@ def assert_matches_eager(
         assert all(a.equal(b) for a, b in zip(found[n:], channels, strict=True))
     coefficients = [torch.randn_like(q) for q in right[:n]]
     pairs = [i % 2 for i in range(n)]
-    for gradient in (None, torch.tensor(-0.5), torch.tensor([2.0, 0.25]).double()):
+    gradients = (None, torch.tensor(-0.5), torch.tensor([2.0, 0.25]).double())
+    for gradient in gradients[1:2] if sizes else gradients:
         g = None if gradient is None else gradient.to(DEVICE)
         swept = xs, coefficients, g, pairs, p, absolute, sizes, channels
         again = backend.attention_map_backward(*swept)
@@ -234,3 +235,96 @@ def test_maps_check_their_arguments() -> None:
     assert (found != 0).sum(1).tolist() == [[1, 1, 0, 0]] * 2
     with pytest.raises(RuntimeError, match="collapse must be 'mean' or 'sum' here"):
         backend.at_loss([x], [x], [], 2.0, "max", "code", "sum", 1e-12, False, False)
+
+
+# ---- pooled features -----------------------------------------------------------------------------
+
+POOLED = {
+    "quarters": ((8, 6), (4, 3)),
+    "overlaps": ((13, 9), (7, 5)),
+    "one dimension overlaps": ((9, 8), (9, 3)),
+    "to one": ((5, 7), (1, 1)),
+    "a row": ((11,), (4,)),
+    "volumes": ((5, 4, 7), (3, 2, 5)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", POOLED)
+def test_pooled(case: str, layout: str) -> None:
+    given, size = POOLED[case]
+    x = features(2, 5, *given, layout=layout)
+    for p, collapse, absolute in ((2.0, "mean", True), (3.0, "sum", False), (2.0, "max", True)):
+        assert_matches_eager([x], p, collapse, absolute, size, loosest=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_pooled_dtypes(dtype: torch.dtype, layout: str) -> None:
+    x = features(1, 5, 13, 9, layout=layout, dtype=dtype)
+    assert_matches_eager([x], 2.5, "mean", True, (7, 5))
+    assert_matches_eager([x], 1.0, "max", True, (7, 5))
+
+
+def pooled_list() -> tuple[list[Tensor], tuple[int, ...]]:
+    xs = [
+        features(2, 40, 9, 7),
+        features(3, 5, 6, layout="interleaved", dtype=torch.float16),
+        features(2, 3, 2, 3, 4).transpose(2, 4)[..., 1:],
+        features(2, 8, 16, 16)[:, 1:7, ::2, ::3],
+        features(1, 9, 4, 4, dtype=torch.float64),  # not pooled
+        features(3, 4, 5, 5)[:1].expand(3, -1, -1, -1),
+    ]
+    return xs, (4, 7, 6, 2, 3, 1, 3, 6, 4, 4, 2, 3)
+
+
+@pytest.mark.parametrize("options", [(2.0, "max"), (3.0, "mean"), (1.0, "sum", False)], ids=str)
+def test_lists_of_pooled(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MAX_ENTRIES", 4)
+    xs, sizes = pooled_list()
+    p, collapse, absolute = (*options, True)[:3]
+    assert_matches_eager(xs, p, collapse, absolute, sizes, loosest=1e-5)
+
+
+def test_pooled_nan_stays_in_its_windows() -> None:
+    x = features(1, 5, 13, 9)
+    x[0, 2, 6, 4] = math.nan
+    for collapse in ("mean", "max"):
+        options = 2.0, collapse, True, (7, 5)
+        found, right = backend.attention_map([x], *options), eager.attention_map([x], *options)
+        assert found[0].isnan().equal(right[0].isnan())
+        k = torch.ones_like(found[0])
+        swept = [x], [k], None, [0], 2.0, True, (7, 5), right[1:]
+        (gradient,) = backend.attention_map_backward(*swept)
+        assert gradient.isnan().equal(eager.attention_map_backward(*swept)[0].isnan())
+
+
+def test_maps_of_pooled_samples_that_are_cut() -> None:
+    assert_matches_eager([features(1, 30, 60, 62)], 2.0, "mean", True, (25, 31))
+
+
+def test_every_window_of_small_sizes() -> None:
+    for given in range(1, 8):
+        for size in range(1, given + 1):
+            assert_matches_eager([features(1, 2, given)], 2.0, "sum", True, (size,))
+
+
+def test_sizes_are_checked() -> None:
+    x, k = features(2, 3, 4, 5), torch.ones(2, 6, device=DEVICE)
+    deep = features(1, 1, 2, 2, 2, 2)
+    for match, xs, sizes in (
+        ("sizes are too few for the features", [x, x], [2, 3, 2]),
+        ("sizes are too many for the features", [x], [2, 3, 2]),
+        ("sizes must be from 1 to the feature's, 4, got 5", [x], [5, 5]),
+        ("sizes must be from 1 to the feature's, 5, got 0", [x], [4, 0]),
+        ("sizes are for one to three spatial dimensions", [deep], [2, 2, 2, 2]),
+    ):
+        with pytest.raises(RuntimeError, match=f"at_fused: {match}"):
+            backend.attention_map(xs, 2.0, "mean", True, sizes)
+        with pytest.raises(RuntimeError, match=f"at_fused: {match}"):
+            backend.attention_map_backward(
+                xs, [k] * len(xs), None, [0] * len(xs), 2.0, True, sizes, []
+            )
+    with pytest.raises(RuntimeError, match="a coefficient map must be"):
+        backend.attention_map_backward([x], [k], None, [0], 2.0, True, [2, 2], [])
+    backend.attention_map([deep], 2.0, "mean")

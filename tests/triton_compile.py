@@ -289,6 +289,16 @@ def variants() -> Iterator[Variant]:
         yield Variant(operator, shape=ODD, collapse="max")
         for p in (1.0, 3.0, 5.0):
             yield Variant(operator, p=p, absolute=False)
+        for layout in ("planar", "interleaved"):
+            for dtype in (torch.float32, torch.bfloat16):
+                yield Variant(operator, dtype, layout, size=(28, 28))
+            yield Variant(operator, layout=layout, size=(24, 24))
+            yield Variant(operator, layout=layout, size=(24, 24), collapse="max")
+        yield Variant(operator, torch.float64, p=2.5, size=(24, 24))
+        yield Variant(operator, shape=(8, 64, 16, 28, 28), size=(16, 14, 14))
+        yield Variant(operator, p=2.5, shape=(8, 64, 15, 27, 27), size=(7, 13, 13))
+        yield Variant(operator, layout="interleaved", shape=(8, 64, 15, 27, 27), size=(7, 13, 13))
+        yield Variant(operator, layout="interleaved", shape=ODD, size=(5, 5))
     for eps_mode in ("max", "add"):
         for reduction in ("sum", "sample"):
             yield Variant("map loss", reduction=reduction, eps_mode=eps_mode)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from at_fused.backends import eager
+from at_fused.backends.triton.tiles import Pool
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -44,6 +45,23 @@ def keeps_sign(p: float, absolute: bool) -> bool:
     """Whether a power keeps its sign: x^p with odd p, which "absolute" or an even p do not."""
     _require(absolute or p == math.floor(p), f"without absolute, p must be a whole number, got {p}")
     return not absolute and p % 2 == 1
+
+
+def check_sizes(features: Sequence[Tensor], sizes: Sequence[int]) -> None:
+    """None, or for each feature the spatial size that it is pooled to."""
+    if not sizes:
+        return
+    at = 0
+    for x in features:
+        _require(x.dim() <= 5, "sizes are for one to three spatial dimensions")
+        for size in x.shape[2:]:
+            _require(at < len(sizes), "sizes are too few for the features")
+            _require(
+                1 <= sizes[at] <= size,
+                f"sizes must be from 1 to the feature's, {size}, got {sizes[at]}",
+            )
+            at += 1
+    _require(at == len(sizes), "sizes are too many for the features")
 
 
 def check_collapse(collapse: str, signed: bool = False) -> None:
@@ -155,13 +173,14 @@ def check_coefficients(
     coefficients: Sequence[Tensor],
     pairs: Sequence[int],
     channels: Sequence[Tensor],
+    pools: Sequence[Pool | None],
 ) -> None:
     """A map and a pair number for each feature, and perhaps a map of channels."""
     _require(len(coefficients) == len(features), "a coefficient map per feature")
     _require(len(pairs) == len(features), "a pair number per feature")
-    for x, k in zip(features, coefficients, strict=True):
+    for x, k, pool in zip(features, coefficients, pools, strict=True):
         _require(
-            k.shape == (x.shape[0], x[0, 0].numel())
+            k.shape == (x.shape[0], x[0, 0].numel() if pool is None else pool.positions())
             and k.device == x.device
             and k.dtype == eager.accumulate_dtype(x),
             "a coefficient map must be (B, N), float64 for float64 features and float32 otherwise",

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from at_fused.backends import eager
-from at_fused.backends.triton.tiles import Feature, Gradient
+from at_fused.backends.triton.tiles import Feature, Gradient, Pool
 
 # A launch compiles the body once per entry; and a kernel's arguments may take 4 KB.
 MAX_ENTRIES = 8
@@ -94,7 +94,7 @@ def blocks_of(layout: Layout, itemsize: int, p: float, halvings: int = 0) -> tup
     # What takes more registers per element: fp64, a general power, an address for each element.
     for more in (itemsize == 8, p not in (1, 2, 3, 4), layout.align * itemsize < 16):
         elements = elements // 2 if more else elements
-    across = min(power_of_2(inner), _ROW_BYTES // itemsize)
+    across = min(power_of_2(inner), _ROW_BYTES // itemsize, elements)
     down = min(power_of_2(outer), elements // across)
     return (down, across) if layout.planar else (across, down)
 
@@ -102,11 +102,25 @@ def blocks_of(layout: Layout, itemsize: int, p: float, halvings: int = 0) -> tup
 constexpr = functools.lru_cache(maxsize=4096, typed=True)(tl.constexpr)  # True is not 1
 
 
-def feature_of(x: Tensor, layout: Layout, maps: Tensor, p: float, halvings: int = 0) -> Feature:
+def feature_of(
+    x: Tensor,
+    layout: Layout,
+    maps: Tensor,
+    p: float,
+    halvings: int = 0,
+    pool: Pool | None = None,
+) -> Feature:
     """The record of a feature."""
     channels, positions = layout.channels, layout.positions
     inner, outer = (positions, channels) if layout.planar else (channels, positions)
-    block_c, block_n = blocks_of(layout, x.element_size(), p, halvings)
+    tiled = layout
+    if pool is not None:
+        # Neighbours in a row are some way apart, in a line of channels they are not; but then a
+        # thread has the windows of several positions.
+        align = 16 if layout.planar else layout.align
+        tiled = layout._replace(positions=pool.positions(), align=align)
+        halvings += 1
+    block_c, block_n = blocks_of(tiled, x.element_size(), p, halvings)
     return Feature(
         x,
         maps,
@@ -119,6 +133,7 @@ def feature_of(x: Tensor, layout: Layout, maps: Tensor, p: float, halvings: int 
         constexpr(layout.wide),
         constexpr(block_c),
         constexpr(block_n),
+        pool,
     )
 
 
@@ -133,9 +148,10 @@ def gradient_of(out: Tensor, layout: Layout) -> Gradient:
     )
 
 
-def new_map(x: Tensor, layout: Layout) -> Tensor:
+def new_map(x: Tensor, layout: Layout, pool: Pool | None = None) -> Tensor:
     """Memory for a feature's map."""
-    return x.new_empty((x.shape[0], layout.positions), dtype=eager.accumulate_dtype(x))
+    positions = layout.positions if pool is None else pool.positions()
+    return x.new_empty((x.shape[0], positions), dtype=eager.accumulate_dtype(x))
 
 
 def writable(x: Tensor, layout: Layout, given: Tensor) -> tuple[Tensor, Layout, Tensor, Layout]:

@@ -34,6 +34,7 @@ from at_fused.backends.triton.launch import (
     step_of,
     writable,
 )
+from at_fused.backends.triton.maps import store_map
 from at_fused.backends.triton.sweep import attention_map_backward
 from at_fused.backends.triton.tiles import (
     Feature,
@@ -41,7 +42,6 @@ from at_fused.backends.triton.tiles import (
     channels_of,
     positions_of,
     store_gradient,
-    store_map,
 )
 
 _WHOLE_BYTES = 512 * 1024  # a sample up to this size is not cut where its gradient follows

@@ -17,11 +17,11 @@ from at_fused.backends.triton.checks import (
     check_exponent,
     check_features,
     check_loss_gradient,
+    check_sizes,
     keeps_sign,
 )
 from at_fused.backends.triton.launch import (
     as_empty_like,
-    blocks_of,
     exponent,
     feature_of,
     gradient_of,
@@ -30,11 +30,13 @@ from at_fused.backends.triton.launch import (
     step_of,
     writable,
 )
+from at_fused.backends.triton.pooled import pools_of, spread_gradient
 from at_fused.backends.triton.powers import slope
 from at_fused.backends.triton.tiles import (
     Feature,
     Gradient,
     channels_of,
+    load_coefficients,
     offsets_of,
     positions_of,
     sample_of,
@@ -106,15 +108,30 @@ def _sweep_of_feature(
     b = rest // entry.tiles_c
     first = (rest % entry.tiles_c) * feature.BLOCK_C
     n = tile_n * feature.BLOCK_N + tl.arange(0, feature.BLOCK_N)
-    positions = positions_of(feature)
-    k = tl.load(feature.map + b.to(tl.int64) * positions + n, mask=n < positions, other=0.0)
     if loss_gradient is not None:
-        k *= tl.load(loss_gradient + entry.number * gradient_step).to(k.dtype)
-    if entry.winners is None:
-        c = first + tl.arange(0, feature.BLOCK_C)
-        store_gradient(feature, entry.gradient, k, b, c, n, HIGH, LOW, SIGNED)
+        loss_gradient += entry.number * gradient_step
+    if feature.pool is not None:
+        spread_gradient(
+            feature,
+            entry.gradient,
+            entry.winners,
+            loss_gradient,
+            b,
+            first,
+            n,
+            HIGH,
+            LOW,
+            SIGNED,
+        )
     else:
-        _store_winners(feature, entry.gradient, entry.winners, k, b, first, n, HIGH, LOW, SIGNED)
+        k = load_coefficients(feature, b, n, n < positions_of(feature), loss_gradient)
+        if entry.winners is None:
+            c = first + tl.arange(0, feature.BLOCK_C)
+            store_gradient(feature, entry.gradient, k, b, c, n, HIGH, LOW, SIGNED)
+        else:
+            _store_winners(
+                feature, entry.gradient, entry.winners, k, b, first, n, HIGH, LOW, SIGNED
+            )
 
 
 @triton.jit
@@ -158,9 +175,11 @@ def attention_map_backward(
     With ``channels`` only the named channel of each position has a gradient.
     """
     check_features(features, launch.interpreted())
-    check_coefficients(features, coefficients, pairs, channels)
     check_exponent(p)
     signed = keeps_sign(p, absolute)
+    check_sizes(features, sizes)
+    pools = pools_of(features, sizes)
+    check_coefficients(features, coefficients, pairs, channels, pools)
     if not features:
         return []
     check_loss_gradient(loss_gradient, pairs, features[0].device)
@@ -174,13 +193,16 @@ def attention_map_backward(
                 x, layout, out, out_layout = writable(*native(features[i]), features[i])
                 k = coefficients[i].contiguous()
                 written.append(out)
-                block_c, block_n = blocks_of(layout, x.element_size(), p)
-                tiles_c = -(-layout.channels // block_c)
-                tiles_n = -(-layout.positions // block_n)
+                pool = pools[i]
+                # As many tiles as windows that may share an input.
+                meet = (pool.PLANES_MEET, pool.ROWS_MEET, pool.COLUMNS_MEET) if pool else ()
+                feature = feature_of(x, layout, k, p, sum(m.value for m in meet), pool)
+                tiles_c = -(-layout.channels // feature.BLOCK_C.value)
+                tiles_n = -(-k.shape[1] // feature.BLOCK_N.value)
                 end = programs + x.shape[0] * tiles_c * tiles_n
                 entries.append(
                     Sweep(
-                        feature_of(x, layout, k, p),
+                        feature,
                         gradient_of(out, out_layout),
                         channels[i].contiguous() if channels else None,
                         pairs[i],

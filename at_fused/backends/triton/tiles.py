@@ -20,7 +20,29 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from at_fused.backends.triton.powers import power, slope
+from at_fused.backends.triton.powers import slope
+
+
+class Pool(NamedTuple):
+    """How a feature is averaged to the size of its map: see ``pooled``."""
+
+    depth: int
+    height: int
+    width: int
+    out_depth: int
+    out_height: int
+    out_width: int
+    window_depth: int  # of the longest window
+    window_height: int
+    window_width: int
+    PLANES_MEET: Any  # windows share inputs
+    ROWS_MEET: Any
+    COLUMNS_MEET: Any
+    WIDE: Any  # products of two sizes need 64 bits
+
+    def positions(self) -> int:
+        """Of the map."""
+        return self.out_depth * self.out_height * self.out_width
 
 
 class Feature(NamedTuple):
@@ -42,6 +64,7 @@ class Feature(NamedTuple):
     WIDE: Any  # offsets within a sample need 64 bits
     BLOCK_C: Any
     BLOCK_N: Any
+    pool: Pool | None  # where the map is smaller
 
 
 class Gradient(NamedTuple):
@@ -66,8 +89,10 @@ def channels_of(feature):
 
 @triton.jit
 def positions_of(feature):
-    """N of a feature."""
-    if feature.PLANAR:
+    """N of a feature's map."""
+    if feature.pool is not None:
+        size = feature.pool.out_depth * feature.pool.out_height * feature.pool.out_width
+    elif feature.PLANAR:
         size = feature.inner * feature.ALIGN
     else:
         size = feature.outer
@@ -93,80 +118,13 @@ def offsets_of(array, c, n, PLANAR: tl.constexpr):
     return offsets
 
 
-# ---- maps ----------------------------------------------------------------------------------------
-
-
 @triton.jit
-def _rank(x):
-    """A whole number that orders by |x|: all NaN alike, and above infinity."""
-    if x.dtype == tl.float64:
-        bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-        rank = tl.minimum(bits, 0x7FF0000000000001)
-    else:
-        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        rank = tl.minimum(bits, 0x7F800001)
-    return rank
-
-
-@triton.jit
-def store_map(
-    feature,
-    winners,
-    b,
-    begin,
-    SPAN: tl.constexpr,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
-    MEAN: tl.constexpr,
-):
-    """Writes the raw map of one sample at the positions [begin, begin + SPAN).
-
-    With ``winners`` that is the largest |x|^p, and the channel that has it goes there.
-    """
-    ACC: tl.constexpr = feature.map.dtype.element_ty
-    channels = channels_of(feature)
-    positions = positions_of(feature)
-    end = positions
-    if SPAN:
-        end = tl.minimum(begin + SPAN, positions)
-    data = sample_of(feature, b)
-    out = feature.map + b.to(tl.int64) * positions
-    for start in range(begin, end, feature.BLOCK_N):
-        n = start + tl.arange(0, feature.BLOCK_N)
-        inside = n < positions
-        total = tl.zeros([feature.BLOCK_C, feature.BLOCK_N], ACC)
-        if winners is not None:
-            largest = _rank(total)
-            tile = tl.zeros([feature.BLOCK_C, feature.BLOCK_N], tl.int32)
-        for first in range(0, channels, feature.BLOCK_C):
-            c = first + tl.arange(0, feature.BLOCK_C)
-            x = tl.load(
-                data + offsets_of(feature, c[:, None], n[None, :], feature.PLANAR),
-                mask=(c < channels)[:, None] & inside[None, :],
-                other=0.0,
-            ).to(ACC)
-            if winners is None:
-                total += power(x, HIGH, LOW, SIGNED)
-            else:
-                # What is past the last channel ranks with zeros, behind channel 0.
-                rank = _rank(x)
-                tile = tl.where(rank > largest, first, tile)
-                largest = tl.maximum(rank, largest)
-        if winners is None:
-            collapsed = tl.sum(total, 0)
-            if MEAN:
-                collapsed = collapsed / channels
-        else:
-            winner = tl.max(largest, 0)
-            c = tile + tl.arange(0, feature.BLOCK_C)[:, None]
-            found = tl.min(tl.where(largest == winner[None, :], c, channels), 0)
-            tl.store(winners + b.to(tl.int64) * positions + n, found, mask=inside)
-            collapsed = power(winner.to(ACC, bitcast=True), HIGH, LOW, False)
-        tl.store(out + n, collapsed, mask=inside)
-
-
-# ---- gradients -----------------------------------------------------------------------------------
+def load_coefficients(feature, b, n, inside, loss_gradient):
+    """Coefficients of one sample at positions n, times the loss gradient where there is one."""
+    k = tl.load(feature.map + b.to(tl.int64) * positions_of(feature) + n, mask=inside, other=0.0)
+    if loss_gradient is not None:
+        k *= tl.load(loss_gradient).to(k.dtype)
+    return k
 
 
 @triton.jit
