@@ -50,7 +50,8 @@ class Row(NamedTuple):
 
     variant: str
     operator: str
-    aligned: bool
+    wide_loads: bool
+    wide_stores: bool
     target: str
     registers: int
     spills: int
@@ -135,7 +136,8 @@ def _cuda_row(variant: Variant, target: str, kernel: Any) -> Row:
     return Row(
         variant.name,
         variant.operator,
-        variant.aligned,
+        variant.wide_loads,
+        variant.wide_stores,
         target,
         registers,
         stack + local,
@@ -163,7 +165,8 @@ def _hip_row(variant: Variant, target: str, kernel: Any) -> Row:
     return Row(
         variant.name,
         variant.operator,
-        variant.aligned,
+        variant.wide_loads,
+        variant.wide_stores,
         target,
         number["vgpr_count"],
         number["private_segment_fixed_size"],
@@ -226,6 +229,18 @@ class Variant(NamedTuple):
     def aligned(self) -> bool:
         """Whether every line of the features begins on 16 bytes, and is taken as it lies."""
         return self.shape != ODD and not self.size
+
+    @property
+    def wide_loads(self) -> bool:
+        """Whether features are read by 128 bits: where all of them, and they alone, are."""
+        if self.operator == "backward":
+            return self.aligned and self.collapse != "max" and (self.absolute or self.p > 1)
+        return self.aligned and self.operator != "map loss"
+
+    @property
+    def wide_stores(self) -> bool:
+        """Whether gradients are written by 128 bits."""
+        return self.aligned and self.operator in ("backward", "value and gradient")
 
     def feature(self) -> Tensor:
         """Memory that nobody reads."""
