@@ -327,6 +327,25 @@ def test_every_window_of_small_sizes() -> None:
     assert_matches_eager(xs, 2.0, "sum", True, tuple(size for _, size in both))
 
 
+def test_windows_of_lines_so_long_that_products_need_64_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "_TILE", 2**17)  # few programs
+    monkeypatch.setattr(launch, "_ROW_BYTES", 2**17)
+    assert_matches_eager([features(1, 1, 50_000)], 2.0, "sum", True, (43_000,))
+
+
+@pytest.mark.parametrize("order", LAYOUTS)
+def test_offsets_beyond_31_bits(order: str) -> None:
+    # Lines of a sample 2^32 bytes apart; what is between them is never touched.
+    far = 2**31 + 16
+    memory = torch.empty(far + 64, dtype=torch.bfloat16, device=DEVICE)
+    x = memory.as_strided((1, 2, 2), (0, far, 1) if order == "planar" else (0, 1, far))
+    x.copy_(features(1, 2, 2))
+    for sizes in ((), (1,)):
+        assert_matches_eager([x], 2.0, "max", True, sizes)
+
+
 def test_sizes_are_checked() -> None:
     x, k = features(2, 3, 4, 5), torch.ones(2, 6, device=DEVICE)
     deep = features(1, 1, 2, 2, 2, 2)

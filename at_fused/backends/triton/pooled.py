@@ -47,7 +47,7 @@ def _pool_of(given: tuple[int, ...], wanted: tuple[int, ...]) -> Pool | None:
         # A window begins up to 1 - gcd / out after a whole input.
         windows.append(size // out + (rest > 0) + (rest > math.gcd(rest, out)))
         meet.append(constexpr(rest > 0))
-    wide = any(size * out >= 2**31 for size, out in zip(given, wanted, strict=True))
+    wide = any((size + 1) * out >= 2**31 for size, out in zip(given, wanted, strict=True))
     return Pool._make((*given, *wanted, *windows, *meet, constexpr(wide)))
 
 
