@@ -25,7 +25,7 @@ if not torch.cuda.is_available() and not backend.interpreted():
         pytest.skip("triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
     os.environ["TRITON_INTERPRET"] = "1"
 
-from at_fused.backends.triton import launch
+from at_fused.backends.triton import launch, loss
 
 DEVICE = "cpu" if backend.interpreted() else "cuda"
 LAYOUTS = ("planar", "interleaved")
@@ -73,12 +73,12 @@ def assert_matches_eager(
     pairs = [*range(len(students)), *range(len(teachers))]
     assert_near(backend.attention_map(both, p, collapse), eager.attention_map(both, p, collapse))
 
-    loss, maps = backend.at_loss(students, teachers, *options, True, True)
+    found, maps = backend.at_loss(students, teachers, *options, True, True)
     right_loss, right_maps = eager.at_loss(students, teachers, *options, True, True)
     # fp32 maps make an fp64 loss of a list of mixed dtypes no better.
     exact = all(x.dtype == torch.float64 for x in both)
     loosest = 0.0 if exact else 3e-6
-    assert_near([loss, *maps], [right_loss, *right_maps], loosest)
+    assert_near([found, *maps], [right_loss, *right_maps], loosest)
 
     gradient = torch.full_like(right_loss, 0.5 * scale).cumsum(0) if upstream else None
     if upstream and reduction == "sum":
@@ -173,7 +173,7 @@ def test_lists(monkeypatch: pytest.MonkeyPatch, reduction: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_samples_cut_into_pieces(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_WHOLE_BYTES", 100_000)
+    monkeypatch.setattr(loss, "_WHOLE_BYTES", 100_000)
     s = [features(2, 24, 29, 31, layout=layout), features(3, 4, 3, 5)]
     t = [features(2, 40, 29, 31), features(3, 4, 3, 5)]
     assert_matches_eager(s, t)

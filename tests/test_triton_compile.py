@@ -39,7 +39,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_target_is_there(rows: list[dict[str, Any]]) -> None:
     targets = {"sm_80", "sm_90", "sm_100", "gfx942"}
     names = {row["variant"] for row in rows}
-    assert len(names) >= 30
+    assert len(names) >= 70
     assert {(row["variant"], row["target"]) for row in rows} == {
         (name, target) for name in names for target in targets
     }
@@ -55,17 +55,18 @@ def test_registers_leave_room_for_four_blocks(rows: list[dict[str, Any]]) -> Non
 
 
 def test_shared_memory_is_for_reductions_only(rows: list[dict[str, Any]]) -> None:
-    assert max(row["shared"] for row in rows) <= 4096
+    # And where a max's gradient is brought to the order of its stores.
+    assert max(row["shared"] for row in rows) <= 8192
+    assert max(row["shared"] for row in rows if ", max" not in row["variant"]) <= 4096
 
 
 def test_aligned_features_move_by_128_bits(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        if not row["aligned"]:
-            continue
-        assert "128" in row["loads"], row
-        if row["operator"] == "map":
-            assert set(row["loads"]) == {"128"}, row
-        if row["operator"] == "backward":
-            assert set(row["stores"]) == {"128"}, row
-        if row["operator"] == "value and gradient":
+        if row["wide_loads"]:
+            assert "128" in row["loads"], row
+            if row["operator"] == "map":
+                assert set(row["loads"]) == {"128"}, row
+        if row["wide_stores"]:
             assert "128" in row["stores"], row
+            if row["operator"] == "backward":
+                assert set(row["stores"]) == {"128"}, row

@@ -10,6 +10,7 @@ launches are caught; Triton's own binder then decides what they are specialised 
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from at_fused.backends import eager
+from at_fused.backends import triton as backend
 from at_fused.backends.triton import launch
 
 TARGETS = {
@@ -48,7 +50,8 @@ class Row(NamedTuple):
 
     variant: str
     operator: str
-    aligned: bool
+    wide_loads: bool
+    wide_stores: bool
     target: str
     registers: int
     spills: int
@@ -64,12 +67,12 @@ def caught(function: Callable[[], object]) -> list[Call]:
     def catch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         calls.append(Call(kernel, programs, arguments, constants))
 
-    saved = launch._launch, launch._interpreted
-    launch._launch, launch._interpreted = catch, lambda: True
+    saved = launch.start, launch.interpreted
+    launch.start, launch.interpreted = catch, lambda: True
     try:
         function()
     finally:
-        launch._launch, launch._interpreted = saved
+        launch.start, launch.interpreted = saved
     return calls
 
 
@@ -133,7 +136,8 @@ def _cuda_row(variant: Variant, target: str, kernel: Any) -> Row:
     return Row(
         variant.name,
         variant.operator,
-        variant.aligned,
+        variant.wide_loads,
+        variant.wide_stores,
         target,
         registers,
         stack + local,
@@ -161,7 +165,8 @@ def _hip_row(variant: Variant, target: str, kernel: Any) -> Row:
     return Row(
         variant.name,
         variant.operator,
-        variant.aligned,
+        variant.wide_loads,
+        variant.wide_stores,
         target,
         number["vgpr_count"],
         number["private_segment_fixed_size"],
@@ -180,7 +185,7 @@ def row(variant: Variant, call: Call, target: str) -> Row:
 
 # ---- variants ------------------------------------------------------------------------------------
 
-OPERATORS = ("map", "loss", "backward", "value and gradient")
+OPERATORS = ("map", "loss", "backward", "value and gradient")  # of the plain options
 LARGE, SMALL, ODD = (32, 256, 56, 56), (128, 64, 8, 8), (64, 511, 7, 7)
 _SHORT = {
     torch.float32: "fp32",
@@ -200,6 +205,11 @@ class Variant(NamedTuple):
     shape: tuple[int, ...] = LARGE
     pairs: int = 1
     wide: bool = False  # offsets within a sample beyond 31 bits
+    collapse: str = "mean"
+    absolute: bool = True
+    size: tuple[int, ...] = ()  # that features are pooled to
+    reduction: str = "sum"
+    eps_mode: str = "max"
 
     @property
     def name(self) -> str:
@@ -208,23 +218,41 @@ class Variant(NamedTuple):
         times = f"{self.pairs} of " if self.pairs > 1 else ""
         wide = ", 64-bit offsets" if self.wide else ""
         kind = f"{_SHORT[self.dtype]} {self.layout}, p={self.p:g}"
-        return f"{self.operator}, {kind}, {times}{size}{wide}"
+        if self.operator == "map loss":
+            kind = f"{self.reduction}, {self.eps_mode}"
+            size = f"{self.shape[0]}x{math.prod(self.shape[2:])}"
+        more = (", max" if self.collapse == "max" else "") + ("" if self.absolute else ", signed")
+        pooled = f" to {'x'.join(map(str, self.size))}" if self.size else ""
+        return f"{self.operator}, {kind}{more}, {times}{size}{pooled}{wide}"
 
     @property
     def aligned(self) -> bool:
-        """Whether every line of the features begins on 16 bytes."""
-        return self.shape != ODD
+        """Whether every line of the features begins on 16 bytes, and is taken as it lies."""
+        return self.shape != ODD and not self.size
+
+    @property
+    def wide_loads(self) -> bool:
+        """Whether features are read by 128 bits: where all of them, and they alone, are."""
+        if self.operator == "backward":
+            return self.aligned and self.collapse != "max" and (self.absolute or self.p > 1)
+        return self.aligned and self.operator != "map loss"
+
+    @property
+    def wide_stores(self) -> bool:
+        """Whether gradients are written by 128 bits."""
+        return self.aligned and self.operator in ("backward", "value and gradient")
 
     def feature(self) -> Tensor:
         """Memory that nobody reads."""
-        b, c, h, w = self.shape
+        b, c, h, *more = self.shape
+        w = math.prod(more)
         if self.wide:
             far = torch.empty(2**31 + h * w * c, dtype=self.dtype)
             line = 2**31 // (c - 1)
             return far.as_strided(self.shape, (c * h * w, line, w, 1))
         if self.layout == "planar":
-            return torch.empty(b, c, h, w, dtype=self.dtype)
-        return torch.empty(b, h, w, c, dtype=self.dtype).permute(0, 3, 1, 2)
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.empty(b, h, *more, c, dtype=self.dtype).movedim(-1, 1)
 
     def call(self) -> Call:
         """The launch."""
@@ -232,12 +260,18 @@ class Variant(NamedTuple):
         p, pairs = self.p, list(range(self.pairs))
         options: tuple[Any, ...] = [], p, "mean", "code", "sum", 1e-12
         loss = torch.empty((), dtype=eager.accumulate_dtype(*s))
-        maps = [loss.new_empty(x.shape[0], x[0, 0].numel()) for x in s]
+        positions = math.prod(self.size or self.shape[2:])
+        maps = [loss.new_empty(x.shape[0], positions) for x in s]
+        sizes = [*self.size] * self.pairs
+        winners = [q.to(torch.int32) for q in maps] if self.collapse == "max" else []
+        general = p, self.absolute, sizes, winners
+        pair_options = [], "code", self.reduction, self.eps_mode, 1e-12
         calls: dict[str, Callable[[], object]] = {
-            "map": lambda: launch.attention_map(s, p, "mean"),
-            "loss": lambda: launch.at_loss(s, t, *options, True, False),
-            "backward": lambda: launch.attention_map_backward(s, maps, loss, pairs, p),
-            "value and gradient": lambda: launch.at_value_and_grad(s, t, *options, 1.0, loss),
+            "map": lambda: backend.attention_map(s, p, self.collapse, self.absolute, sizes),
+            "loss": lambda: backend.at_loss(s, t, *options, True, False),
+            "backward": lambda: backend.attention_map_backward(s, maps, loss, pairs, *general),
+            "value and gradient": lambda: backend.at_value_and_grad(s, t, *options, 1.0, loss),
+            "map loss": lambda: backend.map_loss(maps, maps, *pair_options, True, False),
         }
         (only,) = caught(calls[self.operator])
         return only
@@ -262,6 +296,28 @@ def variants() -> Iterator[Variant]:
     yield Variant("loss", p=2.5, pairs=4)
     yield Variant("value and gradient", torch.bfloat16, shape=SMALL, pairs=4)
     yield Variant("backward", torch.bfloat16, shape=(1, 257, 56, 56), wide=True)
+    for operator in ("map", "backward"):
+        for layout in ("planar", "interleaved"):
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                yield Variant(operator, dtype, layout, collapse="max")
+        yield Variant(operator, p=2.5, collapse="max")
+        yield Variant(operator, shape=ODD, collapse="max")
+        for p in (1.0, 3.0, 5.0):
+            yield Variant(operator, p=p, absolute=False)
+        for layout in ("planar", "interleaved"):
+            for dtype in (torch.float32, torch.bfloat16):
+                yield Variant(operator, dtype, layout, size=(28, 28))
+            yield Variant(operator, layout=layout, size=(24, 24))
+            yield Variant(operator, layout=layout, size=(24, 24), collapse="max")
+        yield Variant(operator, torch.float64, p=2.5, size=(24, 24))
+        yield Variant(operator, shape=(8, 64, 16, 28, 28), size=(16, 14, 14))
+        yield Variant(operator, p=2.5, shape=(8, 64, 15, 27, 27), size=(7, 13, 13))
+        yield Variant(operator, layout="interleaved", shape=(8, 64, 15, 27, 27), size=(7, 13, 13))
+        yield Variant(operator, layout="interleaved", shape=ODD, size=(5, 5))
+    for eps_mode in ("max", "add"):
+        for reduction in ("sum", "sample"):
+            yield Variant("map loss", reduction=reduction, eps_mode=eps_mode)
+    yield Variant("map loss", reduction="none", shape=ODD, pairs=4)
 
 
 # ---- the table -----------------------------------------------------------------------------------

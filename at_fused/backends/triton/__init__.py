@@ -36,17 +36,18 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _later(name: str) -> Callable[..., Any]:
+def _later(module: str, name: str) -> Callable[..., Any]:
     """An operator that imports Triton when it is first called."""
 
     def operator(*arguments: Any) -> Any:
-        return getattr(importlib.import_module("at_fused.backends.triton.launch"), name)(*arguments)
+        found = importlib.import_module(f"at_fused.backends.triton.{module}")
+        return getattr(found, name)(*arguments)
 
     return operator
 
 
-attention_map = _later("attention_map")
-at_loss = _later("at_loss")
-attention_map_backward = _later("attention_map_backward")
-at_value_and_grad = _later("at_value_and_grad")
-map_loss = _later("map_loss")
+attention_map = _later("maps", "attention_map")
+at_loss = _later("loss", "at_loss")
+attention_map_backward = _later("sweep", "attention_map_backward")
+at_value_and_grad = _later("loss", "at_value_and_grad")
+map_loss = _later("loss_of_maps", "map_loss")

@@ -1,0 +1,360 @@
+"""The loss of a list of pairs, and the students' gradients: ``loss_kernel``."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from at_fused.backends import eager
+from at_fused.backends.triton import launch
+from at_fused.backends.triton.checks import check_features, check_loss, check_loss_gradient
+from at_fused.backends.triton.finish import add_up, double, finish_sample, is_last
+from at_fused.backends.triton.launch import (
+    as_empty_like,
+    bits_of,
+    blocks_of,
+    constexpr,
+    counters_of,
+    cut,
+    exponent,
+    feature_of,
+    gradient_of,
+    native,
+    new_map,
+    on_device,
+    piece_bytes,
+    power_of_2,
+    processors,
+    step_of,
+    writable,
+)
+from at_fused.backends.triton.maps import store_map
+from at_fused.backends.triton.sweep import attention_map_backward
+from at_fused.backends.triton.tiles import (
+    Feature,
+    Gradient,
+    channels_of,
+    positions_of,
+    store_gradient,
+)
+
+_WHOLE_BYTES = 512 * 1024  # a sample up to this size is not cut where its gradient follows
+
+
+class Pair(NamedTuple):
+    """A student and a teacher; ``gradient`` where this launch writes dL/dS too."""
+
+    student: Feature
+    teacher: Feature
+    gradient: Gradient | None
+    share: int  # of a sample, a double by its bits: Triton would round a float to fp32
+    number: int
+    samples: int
+    first_sample: int
+    first_program: int
+    end_program: int
+    pieces: int
+    SPAN: Any  # positions of a piece; 0 where a program has whole samples
+    BLOCK: Any  # elements of a map that are finished at a time
+
+
+@triton.jit
+def _sweep_sample(pair, b, HIGH: tl.constexpr, LOW: tl.constexpr):
+    """The gradient of one sample, whose coefficients this program has just written."""
+    positions = positions_of(pair.student)
+    channels = channels_of(pair.student)
+    coefficients = pair.student.map + b.to(tl.int64) * positions
+    for start in range(0, positions, pair.student.BLOCK_N):
+        n = start + tl.arange(0, pair.student.BLOCK_N)
+        k = tl.load(coefficients + n, mask=n < positions, other=0.0, cache_modifier=".cg")
+        for first in range(0, channels, pair.student.BLOCK_C):
+            c = first + tl.arange(0, pair.student.BLOCK_C)
+            store_gradient(pair.student, pair.gradient, k, b, c, n, HIGH, LOW, False)
+
+
+@triton.jit
+def _loss_of_pair(
+    pair,
+    local,
+    loss,
+    losses,
+    counters,
+    samples,
+    pairs,
+    eps,
+    scale,
+    loss_gradient,
+    gradient_step,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    MEAN: tl.constexpr,
+    PAPER: tl.constexpr,
+    SUM: tl.constexpr,
+    STUDENT_GRAD: tl.constexpr,
+    TEACHER_GRAD: tl.constexpr,
+):
+    """The work of the pair's program number ``local``."""
+    b = local // pair.pieces
+    begin = (local % pair.pieces) * pair.SPAN
+    store_map(pair.student, None, b, begin, pair.SPAN, HIGH, LOW, False, MEAN)
+    store_map(pair.teacher, None, b, begin, pair.SPAN, HIGH, LOW, False, MEAN)
+    mine = True
+    if pair.SPAN:
+        mine = is_last(counters + pair.first_sample + b, pair.pieces)
+    else:
+        tl.debug_barrier()
+    if mine:
+        factor = double(scale)
+        if loss_gradient is not None:
+            factor *= tl.load(loss_gradient + pair.number * gradient_step).to(tl.float64)
+        positions = positions_of(pair.student)
+        s_map = pair.student.map + b.to(tl.int64) * positions
+        t_map = pair.teacher.map + b.to(tl.int64) * positions
+        s_factor = factor * (HIGH + LOW)
+        t_factor = factor * (HIGH + LOW)
+        if MEAN:
+            s_factor = s_factor / channels_of(pair.student)
+            t_factor = t_factor / channels_of(pair.teacher)
+        s_out = None
+        t_out = None
+        if STUDENT_GRAD:
+            s_out = s_map
+        if TEACHER_GRAD:
+            t_out = t_map
+        value = finish_sample(
+            s_map,
+            t_map,
+            s_out,
+            t_out,
+            positions,
+            double(pair.share),
+            double(eps),
+            s_factor,
+            t_factor,
+            pair.BLOCK,
+            PAPER,
+            False,
+        )
+        if pair.gradient is not None:
+            tl.debug_barrier()
+            _sweep_sample(pair, b, HIGH, LOW)
+        add_up(pair, b, value, losses, counters, loss, samples, pairs, SUM)
+
+
+@triton.jit(do_not_specialize=["samples", "pairs", "eps", "scale"])
+def loss_kernel(
+    entries,
+    loss,
+    losses,
+    counters,
+    samples,
+    pairs,
+    eps,
+    scale,
+    loss_gradient,
+    gradient_step,
+    COUNT: tl.constexpr,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    MEAN: tl.constexpr,
+    PAPER: tl.constexpr,
+    SUM: tl.constexpr,
+    STUDENT_GRAD: tl.constexpr,
+    TEACHER_GRAD: tl.constexpr,
+):
+    """Maps, losses, coefficients, and gradients where an entry (``Pair``) has a place for them.
+
+    A program has a whole sample, or a piece of one: the last of a sample's programs finishes it.
+    ``losses`` (fp64) and ``counters`` (int32, all 0) hold an element per sample, then one per pair,
+    then one more.
+    """
+    program = tl.program_id(0)
+    for i in tl.static_range(COUNT):
+        if (program >= entries[i].first_program) & (program < entries[i].end_program):
+            _loss_of_pair(
+                entries[i],
+                program - entries[i].first_program,
+                loss,
+                losses,
+                counters,
+                samples,
+                pairs,
+                eps,
+                scale,
+                loss_gradient,
+                gradient_step,
+                HIGH,
+                LOW,
+                MEAN,
+                PAPER,
+                SUM,
+                STUDENT_GRAD,
+                TEACHER_GRAD,
+            )
+
+
+def at_loss(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: list[float],
+    p: float,
+    collapse: str,
+    form: str,
+    reduction: str,
+    eps: float,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of all pairs, and what the backward pass needs of them (see ``_ops``)."""
+    check_features((*student, *teacher), launch.interpreted())
+    check_loss(student, teacher, weights, p, collapse, form, reduction, eps)
+    options = Options(p, collapse, form, reduction, eps, student_grad, teacher_grad)
+    with on_device(student[0]):
+        loss, maps, _ = _forward(student, teacher, weights, options, None)
+    return loss, maps if student_grad or teacher_grad else []
+
+
+def at_value_and_grad(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: list[float],
+    p: float,
+    collapse: str,
+    form: str,
+    reduction: str,
+    eps: float,
+    scale: float,
+    loss_gradient: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of all pairs, and the students' gradients times ``scale * loss_gradient``.
+
+    One launch; a second one for pairs whose samples are so large that several programs share one.
+    """
+    check_features((*student, *teacher), launch.interpreted())
+    check_loss(student, teacher, weights, p, collapse, form, reduction, eps)
+    check_loss_gradient(loss_gradient, range(len(student)), student[0].device)
+    options = Options(p, collapse, form, reduction, eps, True, False)
+    upstream = Upstream(scale, loss_gradient)
+    with on_device(student[0]):
+        loss, maps, gradients = _forward(student, teacher, weights, options, upstream)
+        left = [i for i, gradient in enumerate(gradients) if gradient is None]
+        if left:
+            found = attention_map_backward(
+                [student[i] for i in left], [maps[i] for i in left], None, left, p
+            )
+            for i, gradient in zip(left, found, strict=True):
+                gradients[i] = gradient
+    return loss, [gradient for gradient in gradients if gradient is not None]
+
+
+class Options(NamedTuple):
+    """The options of ``at_loss``."""
+
+    p: float
+    collapse: str
+    form: str
+    reduction: str
+    eps: float
+    student_grad: bool
+    teacher_grad: bool
+
+
+class Upstream(NamedTuple):
+    """What dL/dS is multiplied by: ``scale``, and ``loss_gradient`` (a scalar, or one per pair)."""
+
+    scale: float = 1.0
+    loss_gradient: Tensor | None = None
+
+
+def _forward(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: list[float],
+    options: Options,
+    upstream: Upstream | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """Loss; maps, students first; and with ``upstream`` dL/dS of the pairs that are not cut."""
+    count = len(student)
+    device = student[0].device
+    students, teachers = [native(x) for x in student], [native(x) for x in teacher]
+    maps = [new_map(x, layout) for x, layout in students + teachers]
+    gradients: list[Tensor | None] = [None] * count
+    shape = () if options.reduction == "sum" else (count,)
+    loss = student[0].new_empty(shape, dtype=eager.accumulate_dtype(*student, *teacher))
+    samples = sum(x.shape[0] for x in student)
+    losses = torch.empty(samples + count, dtype=torch.float64, device=device)
+    counters = counters_of(student[0], samples + count + 1)
+    piece = piece_bytes(sum(x.nbytes for x in (*student, *teacher)), device)
+    high, low = exponent(options.p)
+    scale, loss_gradient = upstream or Upstream()
+
+    first_sample = 0
+    for first in range(0, count, launch.MAX_ENTRIES):
+        entries: list[Pair] = []
+        programs = 0
+        for i in range(first, min(first + launch.MAX_ENTRIES, count)):
+            (s, s_layout), (t, t_layout) = students[i], teachers[i]
+            batch, positions = s.shape[0], s_layout.positions
+            size = (s.nbytes + t.nbytes) // batch
+            step = max(
+                blocks_of(layout, x.element_size(), options.p)[1]
+                for x, layout in (students[i], teachers[i])
+            )
+            pieces, span = cut(positions, size, piece, step)
+            gradient = None
+            if upstream and (size <= _WHOLE_BYTES or batch >= 2 * processors(device)):
+                pieces, span = 1, 0
+            if upstream and not span:
+                s, s_layout, out, out_layout = writable(s, s_layout, student[i])
+                gradient, gradients[i] = gradient_of(out, out_layout), out
+            entries.append(
+                Pair(
+                    feature_of(s, s_layout, maps[i], options.p),
+                    feature_of(t, t_layout, maps[count + i], options.p),
+                    gradient,
+                    bits_of(eager.sample_weight(weights, i, batch, options.reduction)),
+                    i,
+                    batch,
+                    first_sample,
+                    programs,
+                    programs + batch * pieces,
+                    pieces,
+                    constexpr(span),
+                    constexpr(min(power_of_2(positions), launch.FINISH)),
+                )
+            )
+            first_sample += batch
+            programs += batch * pieces
+        launch.start(
+            loss_kernel,
+            programs,
+            tuple(entries),
+            loss,
+            losses,
+            counters,
+            samples,
+            count,
+            bits_of(options.eps),
+            bits_of(scale),
+            loss_gradient,
+            step_of(loss_gradient),
+            COUNT=len(entries),
+            HIGH=high,
+            LOW=low,
+            MEAN=options.collapse == "mean",
+            PAPER=options.form == "paper",
+            SUM=options.reduction == "sum",
+            STUDENT_GRAD=options.student_grad,
+            TEACHER_GRAD=options.teacher_grad,
+        )
+    restored = [
+        None if out is None else as_empty_like(x, out)
+        for x, out in zip(student, gradients, strict=True)
+    ]
+    return loss, maps, restored

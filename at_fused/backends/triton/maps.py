@@ -1,0 +1,219 @@
+"""Raw maps of a list of features: ``map_kernel``."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from at_fused.backends.triton import launch
+from at_fused.backends.triton.checks import (
+    check_collapse,
+    check_exponent,
+    check_features,
+    check_sizes,
+    keeps_sign,
+)
+from at_fused.backends.triton.launch import (
+    constexpr,
+    cut,
+    exponent,
+    feature_of,
+    native,
+    new_map,
+    on_device,
+    piece_bytes,
+)
+from at_fused.backends.triton.pooled import load_pooled, places_of, pools_of, windows_of
+from at_fused.backends.triton.powers import power
+from at_fused.backends.triton.tiles import (
+    Feature,
+    channels_of,
+    offsets_of,
+    positions_of,
+    sample_of,
+)
+
+
+@triton.jit
+def _rank(x):
+    """A whole number that orders by |x|: all NaN alike, and above infinity."""
+    if x.dtype == tl.float64:
+        bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+        rank = tl.minimum(bits, 0x7FF0000000000001)
+    else:
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        rank = tl.minimum(bits, 0x7F800001)
+    return rank
+
+
+@triton.jit
+def store_map(
+    feature,
+    winners,
+    b,
+    begin,
+    SPAN: tl.constexpr,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    SIGNED: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """Writes the raw map of one sample at the positions [begin, begin + SPAN).
+
+    With ``winners`` that is the largest |x|^p, and the channel that has it goes there.
+    """
+    ACC: tl.constexpr = feature.map.dtype.element_ty
+    channels = channels_of(feature)
+    positions = positions_of(feature)
+    end = positions
+    if SPAN:
+        end = tl.minimum(begin + SPAN, positions)
+    data = sample_of(feature, b)
+    out = feature.map + b.to(tl.int64) * positions
+    for start in range(begin, end, feature.BLOCK_N):
+        n = start + tl.arange(0, feature.BLOCK_N)
+        inside = n < positions
+        if feature.pool is not None:
+            d, h, w = places_of(feature.pool, n[None, :])
+            at, depth, height, width = windows_of(feature.pool, d, h, w)
+        total = tl.zeros([feature.BLOCK_C, feature.BLOCK_N], ACC)
+        if winners is not None:
+            largest = _rank(total)
+            tile = tl.zeros([feature.BLOCK_C, feature.BLOCK_N], tl.int32)
+        for first in range(0, channels, feature.BLOCK_C):
+            c = first + tl.arange(0, feature.BLOCK_C)
+            mask = (c < channels)[:, None] & inside[None, :]
+            if feature.pool is None:
+                x = tl.load(
+                    data + offsets_of(feature, c[:, None], n[None, :], feature.PLANAR),
+                    mask=mask,
+                    other=0.0,
+                ).to(ACC)
+            else:
+                x = load_pooled(feature, data, c[:, None], at, depth, height, width, mask, ACC)
+            if winners is None:
+                total += power(x, HIGH, LOW, SIGNED)
+            else:
+                # What is past the last channel ranks with zeros, behind channel 0.
+                rank = _rank(x)
+                tile = tl.where(rank > largest, first, tile)
+                largest = tl.maximum(rank, largest)
+        if winners is None:
+            collapsed = tl.sum(total, 0)
+            if MEAN:
+                collapsed = collapsed / channels
+        else:
+            winner = tl.max(largest, 0)
+            c = tile + tl.arange(0, feature.BLOCK_C)[:, None]
+            found = tl.min(tl.where(largest == winner[None, :], c, channels), 0)
+            tl.store(winners + b.to(tl.int64) * positions + n, found, mask=inside)
+            collapsed = power(winner.to(ACC, bitcast=True), HIGH, LOW, False)
+        tl.store(out + n, collapsed, mask=inside)
+
+
+class Map(NamedTuple):
+    """A feature whose map is wanted; ``winners`` where the channels go that have the maximum."""
+
+    feature: Feature
+    winners: Tensor | None
+    first_program: int
+    end_program: int
+    pieces: int
+    SPAN: Any
+
+
+@triton.jit
+def _map_of_feature(
+    entry,
+    local,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    SIGNED: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    b = local // entry.pieces
+    begin = (local % entry.pieces) * entry.SPAN
+    store_map(entry.feature, entry.winners, b, begin, entry.SPAN, HIGH, LOW, SIGNED, MEAN)
+
+
+@triton.jit
+def map_kernel(
+    entries,
+    COUNT: tl.constexpr,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    SIGNED: tl.constexpr,
+    MEAN: tl.constexpr,
+):
+    """The raw maps of a list of features (``Map``)."""
+    program = tl.program_id(0)
+    for i in tl.static_range(COUNT):
+        if (program >= entries[i].first_program) & (program < entries[i].end_program):
+            _map_of_feature(entries[i], program - entries[i].first_program, HIGH, LOW, SIGNED, MEAN)
+
+
+def attention_map(
+    features: list[Tensor],
+    p: float,
+    collapse: str,
+    absolute: bool = True,
+    sizes: Sequence[int] = (),
+) -> list[Tensor]:
+    """Q[b, n] = scale * sum_c |A[b, c, n]|^p, (B, N), for each feature (B, C, *spatial).
+
+    With "max" the largest |A|^p, and behind the maps the channel (int32) of each.
+    """
+    if not features:
+        return []
+    check_features(features, launch.interpreted())
+    check_exponent(p)
+    signed = keeps_sign(p, absolute)
+    check_collapse(collapse, signed)
+    check_sizes(features, sizes)
+    largest = collapse == "max"
+    natives = [native(x) for x in features]
+    pools = pools_of(features, sizes)
+    maps = [new_map(x, layout, pool) for (x, layout), pool in zip(natives, pools, strict=True)]
+    winners = [torch.empty_like(q, dtype=torch.int32) for q in maps] if largest else []
+    high, low = exponent(p)
+    with on_device(features[0]):
+        piece = piece_bytes(sum(x.nbytes for x in features), features[0].device)
+        for first in range(0, len(features), launch.MAX_ENTRIES):
+            entries: list[Map] = []
+            programs = 0
+            for i in range(first, min(first + launch.MAX_ENTRIES, len(features))):
+                x, layout = natives[i]
+                # The channels take as many registers again as their values.
+                feature = feature_of(x, layout, maps[i], p, int(largest), pools[i])
+                size = x.nbytes // x.shape[0]
+                pieces, span = cut(maps[i].shape[1], size, piece, feature.BLOCK_N.value)
+                end = programs + x.shape[0] * pieces
+                entries.append(
+                    Map(
+                        feature,
+                        winners[i] if largest else None,
+                        programs,
+                        end,
+                        pieces,
+                        constexpr(span),
+                    )
+                )
+                programs = end
+            launch.start(
+                map_kernel,
+                programs,
+                tuple(entries),
+                COUNT=len(entries),
+                HIGH=high,
+                LOW=low,
+                SIGNED=signed,
+                MEAN=collapse == "mean",
+            )
+    return maps + winners

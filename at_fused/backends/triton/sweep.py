@@ -1,0 +1,227 @@
+"""The gradients of a list of features: ``sweep_kernel``."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from at_fused.backends.triton import launch
+from at_fused.backends.triton.checks import (
+    check_coefficients,
+    check_exponent,
+    check_features,
+    check_loss_gradient,
+    check_sizes,
+    keeps_sign,
+)
+from at_fused.backends.triton.launch import (
+    as_empty_like,
+    exponent,
+    feature_of,
+    gradient_of,
+    native,
+    on_device,
+    step_of,
+    writable,
+)
+from at_fused.backends.triton.pooled import pools_of, spread_gradient
+from at_fused.backends.triton.powers import slope
+from at_fused.backends.triton.tiles import (
+    Feature,
+    Gradient,
+    channels_of,
+    load_coefficients,
+    offsets_of,
+    positions_of,
+    sample_of,
+    store_gradient,
+)
+
+
+class Sweep(NamedTuple):
+    """A feature (its ``map`` holds the coefficients) whose gradient is wanted.
+
+    With ``winners`` only the channels named there have one.
+    """
+
+    feature: Feature
+    gradient: Gradient
+    winners: Tensor | None
+    number: int
+    first_program: int
+    end_program: int
+    tiles_c: int
+    tiles_n: int
+
+
+@triton.jit
+def _store_winners(
+    feature,
+    gradient,
+    winners,
+    k,
+    b,
+    first,
+    n,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    SIGNED: tl.constexpr,
+):
+    """Writes k[n] * |x|^(p-1) * sign(x) for the winners of one tile, of which alone x is read."""
+    c = first + tl.arange(0, feature.BLOCK_C)
+    channels = channels_of(feature)
+    positions = positions_of(feature)
+    inside = n < positions
+    winner = tl.load(winners + b.to(tl.int64) * positions + n, mask=inside, other=-1)
+    here = (winner >= first) & (winner < tl.minimum(first + feature.BLOCK_C, channels))
+    x = tl.load(
+        sample_of(feature, b) + offsets_of(feature, winner, n, feature.PLANAR), mask=here, other=0.0
+    )
+    only = k * slope(x.to(k.dtype), HIGH, LOW, SIGNED)
+    result = tl.where(c[:, None] == winner[None, :], only[None, :], 0.0)
+    tl.store(
+        sample_of(gradient, b) + offsets_of(gradient, c[:, None], n[None, :], feature.PLANAR),
+        result.to(gradient.data.dtype.element_ty),
+        mask=(c < channels)[:, None] & inside[None, :],
+    )
+
+
+@triton.jit
+def _sweep_of_feature(
+    feature,
+    entry,
+    local,
+    loss_gradient,
+    gradient_step,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    SIGNED: tl.constexpr,
+):
+    tile_n = local % entry.tiles_n
+    rest = local // entry.tiles_n
+    b = rest // entry.tiles_c
+    first = (rest % entry.tiles_c) * feature.BLOCK_C
+    n = tile_n * feature.BLOCK_N + tl.arange(0, feature.BLOCK_N)
+    if loss_gradient is not None:
+        loss_gradient += entry.number * gradient_step
+    if feature.pool is not None:
+        spread_gradient(
+            feature,
+            entry.gradient,
+            entry.winners,
+            loss_gradient,
+            b,
+            first,
+            n,
+            HIGH,
+            LOW,
+            SIGNED,
+        )
+    else:
+        k = load_coefficients(feature, b, n, n < positions_of(feature), loss_gradient)
+        if entry.winners is None:
+            c = first + tl.arange(0, feature.BLOCK_C)
+            store_gradient(feature, entry.gradient, k, b, c, n, HIGH, LOW, SIGNED)
+        else:
+            _store_winners(
+                feature, entry.gradient, entry.winners, k, b, first, n, HIGH, LOW, SIGNED
+            )
+
+
+@triton.jit
+def sweep_kernel(
+    entries,
+    loss_gradient,
+    gradient_step,
+    COUNT: tl.constexpr,
+    HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    SIGNED: tl.constexpr,
+):
+    """The gradients of a list of features (``Sweep``), a tile to a program."""
+    program = tl.program_id(0)
+    for i in tl.static_range(COUNT):
+        if (program >= entries[i].first_program) & (program < entries[i].end_program):
+            _sweep_of_feature(
+                entries[i].feature,
+                entries[i],
+                program - entries[i].first_program,
+                loss_gradient,
+                gradient_step,
+                HIGH,
+                LOW,
+                SIGNED,
+            )
+
+
+def attention_map_backward(
+    features: list[Tensor],
+    coefficients: list[Tensor],
+    loss_gradient: Tensor | None,
+    pairs: list[int],
+    p: float,
+    absolute: bool = True,
+    sizes: Sequence[int] = (),
+    channels: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout.
+
+    With ``channels`` only the named channel of each position has a gradient.
+    """
+    check_features(features, launch.interpreted())
+    check_exponent(p)
+    signed = keeps_sign(p, absolute)
+    check_sizes(features, sizes)
+    pools = pools_of(features, sizes)
+    check_coefficients(features, coefficients, pairs, channels, pools)
+    if not features:
+        return []
+    check_loss_gradient(loss_gradient, pairs, features[0].device)
+    high, low = exponent(p)
+    written: list[Tensor] = []
+    with on_device(features[0]):
+        for first in range(0, len(features), launch.MAX_ENTRIES):
+            entries: list[Sweep] = []
+            programs = 0
+            for i in range(first, min(first + launch.MAX_ENTRIES, len(features))):
+                x, layout, out, out_layout = writable(*native(features[i]), features[i])
+                k = coefficients[i].contiguous()
+                written.append(out)
+                pool = pools[i]
+                # As many tiles as windows that may share an input.
+                meet = (pool.PLANES_MEET, pool.ROWS_MEET, pool.COLUMNS_MEET) if pool else ()
+                feature = feature_of(x, layout, k, p, sum(m.value for m in meet), pool)
+                tiles_c = -(-layout.channels // feature.BLOCK_C.value)
+                tiles_n = -(-k.shape[1] // feature.BLOCK_N.value)
+                end = programs + x.shape[0] * tiles_c * tiles_n
+                entries.append(
+                    Sweep(
+                        feature,
+                        gradient_of(out, out_layout),
+                        channels[i].contiguous() if channels else None,
+                        pairs[i],
+                        programs,
+                        end,
+                        tiles_c,
+                        tiles_n,
+                    )
+                )
+                programs = end
+            launch.start(
+                sweep_kernel,
+                programs,
+                tuple(entries),
+                loss_gradient,
+                step_of(loss_gradient),
+                COUNT=len(entries),
+                HIGH=high,
+                LOW=low,
+                SIGNED=signed,
+            )
+    return [as_empty_like(x, out) for x, out in zip(features, written, strict=True)]
