@@ -9,26 +9,37 @@
 
 namespace at_fused {
 
-// The two raw attention maps of one sample and what becomes of them. The maps hold fp64 for fp64
-// features and fp32 otherwise; with `*_grad` a map is overwritten by its coefficient map k.
+// The two raw attention maps of one sample and what becomes of them: fp64 for fp64 features and
+// fp32 otherwise. A result is the coefficient map k, and may lie where the raw map does; null: not
+// wanted.
 struct SampleLoss {
-  void* student;
-  void* teacher;
+  const void* student;
+  const void* teacher;
+  void* student_result;
+  void* teacher_result;
   bool student_double, teacher_double;
-  bool student_grad, teacher_grad;
-  int64_t B, N;
+  int64_t N;
   Form form;
+  EpsMode eps_mode;
   double eps;
-  double weight;
+  double weight;                        // of the sample, before a division by N
   double student_scale, teacher_scale;  // d Q / d |A|^p times p: p / C for mean, p for sum
+};
+
+// How a feature becomes a map where it is not a plain sum of powers, and the way back.
+struct GeneralMap {
+  double p, scale;
+  bool odd, max;
+  Pool pool;
 };
 
 struct Kernels {
   const char* name;
 
   // map[n] = scale * sum_c |A[b, c, n]|^p  for n in [begin, end), one sample.
+  // `odd`: x^p with its sign, p odd, in place of |A|^p.
   void (*attention_map)(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                        double scale, void* map);
+                        bool odd, double scale, void* map);
 
   // Normalises both maps of a sample, returns its share of the loss and leaves k = dL/dQ * scale.
   double (*sample_loss)(const SampleLoss& sample);
@@ -36,9 +47,26 @@ struct Kernels {
   // out[b, c, n] = gradient * k[n] * |A|^(p-1) * sign(A) for the lines [begin, end) of a sample:
   // channels in planar, positions in interleaved. `out` has the layout and dtype of `feature`.
   void (*attention_map_backward)(const Feature& feature, int64_t b, int64_t begin, int64_t end,
-                                 double p, double gradient, const void* k, const Feature& out,
-                                 bool stream);
+                                 double p, bool odd, double gradient, const void* k,
+                                 const Feature& out, bool stream);
+
+  // The map of a sample at the positions [begin, end), whole rows of the last dimension where
+  // pooled; with `max` the channels too. `scratch`: general_scratch() elements.
+  void (*general_map)(const Feature& feature, const GeneralMap& general, int64_t b, int64_t begin,
+                      int64_t end, void* map, int32_t* channels, void* scratch);
+
+  // As attention_map_backward; interleaved and pooled, the lines are whole rows of the last
+  // dimension.
+  void (*general_backward)(const Feature& feature, const GeneralMap& general, int64_t b,
+                           int64_t begin, int64_t end, double gradient, const void* k,
+                           const int32_t* channels, const Feature& out, void* scratch);
 };
+
+// Elements of 8 bytes that the general kernels need, for themselves, while they run.
+inline int64_t general_scratch(const Feature& feature, const GeneralMap& general) {
+  const int64_t in = general.pool.in[2], out = general.pool.out[2];
+  return feature.layout == Layout::planar ? 2 * in + 4 * out : out * feature.C;
+}
 
 // The table of the level in use.
 const Kernels& kernels();

@@ -68,7 +68,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
                                double p, bool absolute, std::vector<int64_t> sizes,
                                Tensors channels) {
   const size_t n = tensors.size();
-  check_sweep(tensors, coefficients, pairs, p);
+  check_sweep(tensors, coefficients, channels, pairs, p);
   if (n == 0) return {};
   const Device device = device_of(tensors[0]);
   const OnDevice scope(device);
