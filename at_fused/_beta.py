@@ -134,7 +134,7 @@ def pair_betas(
     """
     check_finite("beta", beta)
     for name, value in (("source", source), ("target", target)):
-        if value not in _FORMULAS:
+        if not isinstance(value, str) or value not in _FORMULAS:
             raise ValueError(f"{name} must be one of {', '.join(_FORMULAS)}, got {value!r}")
     batch, positions = _check_shapes(shapes)
     old, new = _FORMULAS[source], _FORMULAS[target]
