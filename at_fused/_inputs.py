@@ -23,6 +23,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 
 MapSize = Sequence[int]
+Sides = int | tuple[int, int]
+MapSizes = MapSize | tuple[MapSize | None, MapSize | None] | None
 
 
 def kind(value: object) -> str:
@@ -141,6 +143,17 @@ def _features(name: str, given: Tensor | Sequence[Tensor], side: Side) -> list[T
         if not is_feature(x):
             refuse_feature(f"{name}[{i}]", x)
     return [place(f"{name}[{i}]", x, side) for i, x in enumerate(given)]
+
+
+def whole_tokens(
+    given: Tensor | Sequence[Tensor], placed: list[Tensor], side: Side
+) -> list[tuple[Tensor, int]]:
+    """Each of a side's features as (B, C, N) with all its tokens, and how many are to be cut."""
+    features = [given] if isinstance(given, Tensor) else given
+    return [
+        (x.transpose(1, 2), side.skip_tokens) if x.dim() == 3 and side.channel_dim != 1 else (y, 0)
+        for x, y in zip(features, placed, strict=True)
+    ]
 
 
 def _both(name: str, value: Any) -> tuple[Any, Any]:

@@ -1,29 +1,22 @@
-"""The public functions of activation-based attention: check, and call an operator.
-
-The plain options are one operator (``at_loss``). The others are two, ``attention_map`` and
-``map_loss``, with torch's own operators between them for what concerns the maps alone, a C-th of
-the features: their interpolation, masks and sample weights.
-"""
+"""The public functions of activation-based attention."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from at_fused import _inputs, _ops
-from at_fused._inputs import MapSize, check_options
+from at_fused._inputs import MapSize, MapSizes, Sides
+from at_fused._problem import prepare, solve
 from at_fused.backends import eager
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Features = TypeVar("Features", Tensor, Sequence[Tensor])
-Sides = int | tuple[int, int]
-MapSizes = MapSize | tuple[MapSize | None, MapSize | None] | None
 
 
 class ATOptions(TypedDict, total=False):
@@ -42,187 +35,6 @@ class ATOptions(TypedDict, total=False):
     absolute: bool
     eps: float
     eps_mode: str
-
-
-class _Options(NamedTuple):
-    """The options that the operators share."""
-
-    p: float
-    collapse: str
-    absolute: bool
-    form: str
-    reduction: str
-    eps_mode: str
-    eps: float
-
-    def plain(self) -> bool:
-        """Whether ``at_loss``, the operator, has them all."""
-        return (
-            self.collapse != "max"
-            and self.reduction != "sample"
-            and self.eps_mode == "max"
-            and (self.absolute or self.p % 2 == 0)
-        )
-
-
-def _tracked(features: list[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in features)
-
-
-def _loss(
-    students: list[Tensor],
-    teachers: list[Tensor],
-    weights: list[float],
-    options: _Options,
-    resize: str | None = None,
-    masks: list[Tensor] | None = None,
-    sample_weights: Tensor | None = None,
-) -> Tensor:
-    """The loss of features that are (B, C, *spatial) and checked."""
-    same = _inputs.check_sizes(students, teachers, resize)
-    if same and masks is None and sample_weights is None and options.plain():
-        p, collapse, _, form, reduction, _, eps = options
-        grads = _tracked(students), _tracked(teachers)
-        return _ops.at_loss(students, teachers, weights, p, collapse, form, reduction, eps, *grads)[
-            0
-        ]
-    p, collapse, absolute, form, reduction, eps_mode, eps = options
-    n = len(students)
-    sizes: list[int] = []
-    if resize == "features" and not same:
-        least = [
-            [min(sizes) for sizes in zip(s.shape[2:], t.shape[2:], strict=True)]
-            for s, t in zip(students, teachers, strict=True)
-        ]
-        sizes = [size for _ in range(2) for pair in least for size in pair]
-    maps = _ops.attention_map(students + teachers, p, collapse, absolute, sizes)
-    student_maps, teacher_maps = maps[:n], maps[n : 2 * n]
-    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        size = s.shape[2:]
-        if resize == "maps" and size != t.shape[2:]:
-            teacher_maps[i] = _interpolate(teacher_maps[i], t.shape[2:], size)
-        if masks is not None:
-            factor = _resized_mask(masks[i], least[i] if sizes else size, student_maps[i].dtype)
-            student_maps[i] = student_maps[i] * factor
-            teacher_maps[i] = teacher_maps[i] * factor.to(teacher_maps[i].dtype)
-    loss, _ = _ops.map_loss(
-        student_maps,
-        teacher_maps,
-        weights,
-        form,
-        reduction if sample_weights is None else "sample",
-        eps_mode,
-        eps,
-        _tracked(student_maps),
-        _tracked(teacher_maps),
-    )
-    if sample_weights is not None:
-        loss = loss * sample_weights.to(loss.dtype)
-        if reduction != "sample":
-            loss = loss.mean(1)
-        if reduction == "sum":
-            loss = loss.sum()
-    return loss
-
-
-def _interpolate(maps: Tensor, size: Sequence[int], target: Sequence[int]) -> Tensor:
-    """Raw maps (B, N) of ``size``, linearly interpolated to ``target``."""
-    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
-    planes = maps.reshape(maps.shape[0], 1, *size)
-    return F.interpolate(planes, size=tuple(target), mode=mode, align_corners=False).flatten(1)
-
-
-def _resized_mask(mask: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """(B, N): the mask's mean over what each position of the map stands for."""
-    wide = mask.to(dtype)
-    if list(mask.shape[1:]) != list(size):
-        wide = F.interpolate(wide.unsqueeze(1), size=tuple(size), mode="area").squeeze(1)
-    return wide.flatten(1)
-
-
-class _Problem(NamedTuple):
-    """A call of ``at_loss``, checked: features (B, C, *spatial), and what to do with them."""
-
-    students: list[Tensor]
-    teachers: list[Tensor]
-    weights: list[float]
-    options: _Options
-    resize: str | None
-    attend: str
-    masks: list[Tensor] | None
-    sample_weights: Tensor | None
-
-
-def _prepare(
-    student: Tensor | Sequence[Tensor],
-    teacher: Tensor | Sequence[Tensor],
-    *,
-    p: float = 2.0,
-    collapse: str = "mean",
-    form: str = "code",
-    weights: Sequence[float] | None = None,
-    reduction: str = "sum",
-    resize: str | None = None,
-    attend: str = "spatial",
-    channel_dim: Sides = 1,
-    skip_tokens: Sides = 0,
-    map_size: MapSizes = None,
-    mask: Tensor | Sequence[Tensor] | None = None,
-    sample_weights: Tensor | None = None,
-    absolute: bool = True,
-    eps: float = 1e-12,
-    eps_mode: str = "max",
-) -> _Problem:
-    check_options(
-        p=p,
-        eps=eps,
-        absolute=absolute,
-        collapse=collapse,
-        form=form,
-        reduction=reduction,
-        resize=resize,
-        attend=attend,
-        eps_mode=eps_mode,
-    )
-    students, teachers = _inputs.pairs(
-        student, teacher, *_inputs.sides(channel_dim, skip_tokens, map_size)
-    )
-    masks = None
-    if mask is not None:
-        if attend != "spatial":
-            raise ValueError(f"mask is for attend='spatial', got attend={attend!r}")
-        masks = _inputs.check_masks(mask, students)
-    if reduction == "sample":
-        _inputs.check_one_batch(students)
-    if sample_weights is not None:
-        sample_weights = _inputs.check_sample_weights(sample_weights, students)
-    return _Problem(
-        students,
-        teachers,
-        _inputs.pair_weights(weights, len(students)),
-        _Options(float(p), collapse, absolute, form, reduction, eps_mode, float(eps)),
-        resize,
-        attend,
-        masks,
-        sample_weights,
-    )
-
-
-def _solve(problem: _Problem) -> Tensor:
-    students, teachers, weights, options, resize, attend, masks, sample_weights = problem
-    if attend == "spatial":
-        return _loss(students, teachers, weights, options, resize, masks, sample_weights)
-    _inputs.check_channels(students, teachers)
-    # Channel attention is the other layout's spatial attention.
-    student_views = [_inputs.channels_as_positions(x) for x in students]
-    teacher_views = [_inputs.channels_as_positions(x) for x in teachers]
-    if attend == "both" and resize is None and options.reduction == "sum":  # one call for both
-        student_views, teacher_views = students + student_views, teachers + teacher_views
-        weights = weights * 2
-    channel = _loss(student_views, teacher_views, weights, options, None, None, sample_weights)
-    if attend == "channel" or len(student_views) > len(students):
-        return channel
-    return channel + _loss(students, teachers, weights, options, resize, None, sample_weights)
 
 
 def at_loss(
@@ -299,8 +111,8 @@ def at_loss(
 
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
-    return _solve(
-        _prepare(
+    return solve(
+        prepare(
             student,
             teacher,
             p=p,
@@ -358,7 +170,7 @@ def at_value_and_grad(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1; the gradient in closed form.
     """
-    problem = _prepare(student, teacher, mask=mask, sample_weights=sample_weights, **options)
+    problem = prepare(student, teacher, mask=mask, sample_weights=sample_weights, **options)
     side = _inputs.sides(
         options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size")
     )[0]
@@ -371,7 +183,7 @@ def at_value_and_grad(
         and problem.attend == "spatial"
         and problem.masks is None
         and problem.sample_weights is None
-        and not side.skip_tokens
+        and not problem.tokens
         and side.map_size is None
         and _inputs.check_sizes(students, teachers, problem.resize)
     )
@@ -450,7 +262,7 @@ def attention_map(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
     """
-    check_options(
+    _inputs.check_options(
         p=p, eps=eps, absolute=absolute, collapse=collapse, attend=attend, eps_mode=eps_mode
     )
     if attend == "both":
