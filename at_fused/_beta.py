@@ -38,7 +38,7 @@ _FORMULAS = {
 def check_finite(name: str, value: float) -> None:
     """Raises for what is no finite number."""
     check_number(name, value)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # which torch.compile can trace
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 

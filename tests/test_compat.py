@@ -351,3 +351,25 @@ def test_bad_input(case: str) -> None:
 
 def test_the_module_says_what_it_is() -> None:
     assert repr(compat.RepDistillerAttention(3)) == "RepDistillerAttention(p=3)"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_no_formula_breaks_a_compiled_graph(dynamic: bool) -> None:
+    s, t = pairs_of([(3, 4, 7, 8, 8), (3, 8, 5, 8, 8)])
+
+    def every(s: list[Tensor], t: list[Tensor]) -> Tensor:
+        return (
+            compat.authors_at_loss(s, t)
+            + sum(compat.RepDistillerAttention(3)(s, [t[0], t[1][..., :4, :4]]))
+            + compat.mdistiller_at_loss(s, t, 2, 1000.0)
+            + compat.torchdistill_at_loss(s, t, "paper", [1.0, 0.5])
+            + compat.aberhu_at_loss(s[0], t[0])
+            + compat.tensorflow_zoo_at_loss(s, t)
+            + compat.paper_at_loss(s, t, 0.1, collapse="max")
+            + compat.paper_at_loss(s, t, [0.1, 0.2], squared=True)
+        )
+
+    compiled = torch.compile(every, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    found, right = compiled(s, t), every(s, t)
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(torch.autograd.grad(found, s + t), torch.autograd.grad(right, s + t))
