@@ -62,10 +62,16 @@ struct Kernels {
                            const int32_t* channels, const Feature& out, void* scratch);
 };
 
-// Elements of 8 bytes that the general kernels need, for themselves, while they run.
+// Doubles that the general kernels keep in their caller's memory, for one feature at a time:
+// windows (kernels_general.h), and sums. Zeroed before the first use.
+constexpr int64_t kScratchHeader = 4, kScratchPadding = 32;
+
 inline int64_t general_scratch(const Feature& feature, const GeneralMap& general) {
-  const int64_t in = general.pool.in[2], out = general.pool.out[2];
-  return feature.layout == Layout::planar ? 2 * in + 4 * out : out * feature.C;
+  const Pool& pool = general.pool;
+  const int64_t in = pool.in[2], out = pool.out[2];
+  const int64_t rows = int64_t(pool.in[0]) * pool.in[1] + int64_t(pool.out[0]) * pool.out[1];
+  const int64_t windows = kScratchHeader + 2 * rows + 3 * in + 4 * out + 5 * kScratchPadding;
+  return windows + (feature.layout == Layout::planar ? 0 : out * feature.C);
 }
 
 // The table of the level in use.
