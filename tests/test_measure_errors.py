@@ -18,7 +18,7 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "numerics.md"
 @pytest.mark.parametrize("dtype", measure_errors.DTYPES, ids=str)
 def test_errors_are_within_the_bounds(fast_backend: str, dtype: torch.dtype) -> None:
     for i, (s, t, p, form) in enumerate(measure_errors.cases(1)):
-        if i % 5 == 0:
+        if i % 9 == 0:
             found = measure_errors.errors(s.to(dtype), t.to(dtype), p, form)
             assert found.value <= VALUE_TOLERANCE[dtype == torch.float64]
             assert 0 < found.gradient <= GRADIENT_TOLERANCE[dtype]
