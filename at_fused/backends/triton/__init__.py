@@ -36,11 +36,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _later(name: str) -> Callable[..., Any]:
+def _later(name: str, module: str = "launch") -> Callable[..., Any]:
     """An operator that imports Triton when it is first called."""
 
     def operator(*arguments: Any) -> Any:
-        return getattr(importlib.import_module("at_fused.backends.triton.launch"), name)(*arguments)
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)(*arguments)
 
     return operator
 
@@ -50,3 +50,7 @@ at_loss = _later("at_loss")
 attention_map_backward = _later("attention_map_backward")
 at_value_and_grad = _later("at_value_and_grad")
 map_loss = _later("map_loss")
+kd_loss = _later("kd_loss", "kd")
+kd_loss_backward = _later("kd_loss_backward", "kd")
+squared_distance = _later("squared_distance", "distance")
+squared_distance_backward = _later("squared_distance_backward", "distance")
