@@ -12,6 +12,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def squared_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """Sum of |a - b|^2 over all but the first dimension, (pairs, B), in fp64."""
+    if not a:  # without a tensor no other back end is asked
+        raise RuntimeError("at_fused: as many tensors on both sides, got 0")
     differences = [_wide(x) - _wide(y) for x, y in zip(a, b, strict=True)]
     return torch.stack([d.square().flatten(1).sum(1) for d in differences])
 

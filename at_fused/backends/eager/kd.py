@@ -10,7 +10,7 @@ from torch import Tensor
 from at_fused.backends.eager.attention import accumulate_dtype
 
 # What is kept of a row (fp64): the largest logit and sum_k exp((x_k - max) / T) of student and of
-# teacher; c with log(q_k / p_k) = (t_k - s_k - c) / T; the divergence; and of the cross-entropy
+# teacher; the logarithm of these sums' quotient; the divergence; and of the cross-entropy
 # sum_k exp(s_k - max) and the loss.
 STATISTICS = 8
 
@@ -123,8 +123,7 @@ def kd_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, the rows' statistics, and how many rows have a label that counts."""
     found = divergence(student, teacher, temperature)
-    s_max, s_sum, t_max, t_sum, quotient = found.sums
-    shift = (t_max - s_max) - temperature * quotient
+    s_max = found.sums[0]
     ce = torch.zeros_like(found.kl)
     loss, valid = found.kl.new_zeros(()), found.kl.new_zeros(())
     if alpha > 0:
@@ -135,8 +134,8 @@ def kd_loss(
         valid = counted.sum().to(loss.dtype)
         loss = loss + ce.sum() * (1 - alpha) / valid
     ce_sum = (_wide(student) - s_max).exp().sum(1) + 0 * ce
-    rows = (s_max, s_sum, t_max, t_sum, shift)
-    stats = torch.stack([*(x.squeeze(1) for x in rows), found.kl, ce_sum, ce], 1)
+    sums = (x.squeeze(1) for x in found.sums)
+    stats = torch.stack([*sums, found.kl, ce_sum, ce], 1)
     return loss.to(accumulate_dtype(student, teacher)), stats, valid
 
 
