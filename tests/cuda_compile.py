@@ -73,10 +73,10 @@ def compiled(folder: Path) -> list[Path]:
 
 
 def short(mangled: str) -> str:
-    """``at_loss_kernel<Square, false>`` of a mangled name."""
-    pattern = r"at_fused\d+(\w+?_kernel)IN?S_\d+(\w+?)ELb([01])"
+    """``at_loss_kernel<Square, false>`` or ``kd_loss_kernel<false>`` of a mangled name."""
+    pattern = r"at_fused\d+(\w+?_kernel)I(?:N?S_\d+(\w+?)E)?Lb([01])"
     name, exponent, fp64 = re.search(pattern, mangled).groups()
-    return f"{name}<{exponent}, {'true' if fp64 == '1' else 'false'}>"
+    return f"{name}<{f'{exponent}, ' if exponent else ''}{'true' if fp64 == '1' else 'false'}>"
 
 
 def widths(sass: str, instruction: str) -> dict[int, int]:

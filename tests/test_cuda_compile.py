@@ -10,6 +10,13 @@ import pytest
 from cuda_compile import ARCHITECTURES, Kernel
 
 KERNELS = ("at_loss", "at_value_and_grad", "attention_map", "attention_map_backward")
+# Without an exponent: kernel -> whether it stores what it computes for each element.
+PLAIN = {
+    "kd_loss": False,
+    "kd_loss_backward": True,
+    "squared_distance": False,
+    "squared_distance_backward": True,
+}
 # (exponent, fp64) -> rows that a thread has under way, dtypes
 INSTANCES = {
     ("Square", "false"): (4, 3),
@@ -33,6 +40,11 @@ def test_every_instance_is_there(found: dict[tuple[str, str], Kernel]) -> None:
         for architecture in ARCHITECTURES
         for name in KERNELS
         for exponent, fp64 in INSTANCES
+    } | {
+        (architecture, f"{name}_kernel<{fp64}>")
+        for architecture in ARCHITECTURES
+        for name in PLAIN
+        for fp64 in ("false", "true")
     }
     assert set(found) == expected
 
@@ -55,3 +67,21 @@ def test_resources_and_widths(
     assert kernel.loads[128] >= vectors
     if name in ("attention_map_backward", "at_value_and_grad"):
         assert kernel.stores[128] >= vectors
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("fp64", ["false", "true"])
+def test_resources_and_widths_without_an_exponent(
+    found: dict[tuple[str, str], Kernel], architecture: str, name: str, fp64: str
+) -> None:
+    kernel = found[architecture, f"{name}_kernel<{fp64}>"]
+    assert kernel.stack == 0
+    # Two blocks in 65536 registers where much is computed at a time, else three.
+    two = fp64 == "true" or name.endswith("backward")
+    assert kernel.registers <= (128 if two else 80)
+    assert kernel.shared <= 1024
+    # Both sides of a pair, in two loads of fp32 and one of each 16-bit type.
+    assert kernel.loads[128] >= 2 * 4
+    if PLAIN[name]:
+        assert kernel.stores[128] >= 4

@@ -138,7 +138,7 @@ def test_the_norm_at_0_has_gradient_0(backend: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["paper", "squared", "code"])
-def test_gradgradcheck(fast_backend: str, form: str) -> None:
+def test_gradgradcheck(form: str) -> None:
     a, b = (torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
@@ -150,9 +150,7 @@ def test_gradgradcheck(fast_backend: str, form: str) -> None:
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Softplus])
 @pytest.mark.parametrize("form", ["paper", "squared", "code"])
-def test_double_backward_through_a_network(
-    fast_backend: str, form: str, activation: type[nn.Module]
-) -> None:
+def test_double_backward_through_a_network(form: str, activation: type[nn.Module]) -> None:
     """The parameters' gradients against those of plain PyTorch."""
     student, teacher = net(activation, torch.float64), net(activation, torch.float64)
     x, labels = batch(torch.float64)
@@ -169,7 +167,7 @@ def test_double_backward_through_a_network(
         torch.testing.assert_close(g, r, rtol=1e-6, atol=1e-9)
 
 
-def test_flip_symmetry(fast_backend: str) -> None:
+def test_flip_symmetry() -> None:
     model, (x, labels) = net(), batch()
     j, flipped = by_hand(model, x, labels), by_hand(model, x.flip(3), labels).flip(3)
     for form in ("paper", "squared", "code"):

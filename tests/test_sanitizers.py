@@ -49,7 +49,8 @@ def test_the_contract(tmp_path: Path) -> None:
     build.build("sanitizers")
     pytest_executable = shutil.which("pytest", path=str(Path(sys.executable).parent))
     assert pytest_executable, "pytest is installed beside Python"
-    files = [str(HERE / f) for f in ("test_contract.py", "test_value_and_grad.py")]
+    names = "test_contract.py", "test_value_and_grad.py", "test_kd.py", "test_distance.py"
+    files = [str(HERE / f) for f in names]
     # Derivatives of derivatives add nothing here, and compilers do not run under a sanitizer.
     chosen = "simt and not gradcheck and not compile and not opcheck"
     done = run_sanitized(

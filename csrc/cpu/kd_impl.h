@@ -53,12 +53,6 @@ AT_FUSED_INLINE Vec<double> g_of(Vec<double> d) {
   return sum;
 }
 
-// log(1 + x) - x for x > -1.
-inline double log1p_excess(double x) {
-  if (std::fabs(x) > 1e-3) return std::log1p(x) - x;
-  return x * x * (-0.5 + x * (1.0 / 3 + x * (-0.25 + x * (0.2 - x / 6))));
-}
-
 template <class V>
 AT_FUSED_INLINE V largest(V a, V b) {
   return select(b > a, b, a);
@@ -69,37 +63,21 @@ AT_FUSED_INLINE V largest(V a, V b) {
 template <class A>
 constexpr A infinity = A(__builtin_inf());
 
-// a + b as its rounding and the rest.
-struct Exact {
-  double sum, rest;
-  Exact(double a, double b) : sum(a + b) {
-    const double part = sum - a;
-    rest = (a - (sum - part)) + (b - part);
-  }
-};
-
-// (t - s - c) / T with c = t_max - s_max - T * quotient, with the digits that t - s and c have
-// beyond those of A: of logits that have much in common they are all that counts.
+// (t - s - c) / T, with the digits that t - s has beyond those of A.
 template <class A>
 struct Difference {
-  A high, low, least, inverse;
+  Shift<A> c;
+  A inverse;
 
   Difference(const double* stats, double quotient, double temperature)
-      : inverse(A(1 / temperature)) {
-    const Exact maxima(stats[kTeacherMax], -stats[kStudentMax]);
-    const Exact c(maxima.sum, -temperature * quotient);
-    high = A(c.sum);
-    const Exact rests(c.rest, maxima.rest), rest(c.sum - double(high), rests.sum);
-    low = A(rest.sum);
-    least = A((rest.sum - double(low)) + rest.rest + rests.rest);
-  }
+      : c(stats, quotient, temperature), inverse(A(1 / temperature)) {}
 
   AT_FUSED_INLINE Vec<A> operator()(Vec<A> s, Vec<A> t) const {
     const Vec<A> difference = t - s, part = difference - t;
     const Vec<A> rest = (t - (difference - part)) - (s + part);
     const auto finite = absolute(difference) < infinity<A>;
-    const Vec<A> small = select(finite, (rest - low) - least, Vec<A>{});
-    return ((difference - high) + small) * inverse;
+    const Vec<A> small = select(finite, (rest - c.low) - c.least, Vec<A>{});
+    return ((difference - c.high) + small) * inverse;
   }
 };
 
