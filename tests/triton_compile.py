@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from at_fused.backends import eager
-from at_fused.backends.triton import launch
+from at_fused.backends.triton import distance, kd, launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -121,7 +121,7 @@ def _sass_bits(match: re.Match[str]) -> int:
     return int(width[1]) if width else 32
 
 
-def _cuda_row(variant: Variant, target: str, kernel: Any) -> Row:
+def _cuda_row(variant: Variant | LogitsVariant, target: str, kernel: Any) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -150,7 +150,7 @@ def _hip_bits(match: re.Match[str]) -> int:
     return {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}.get(name, 16)
 
 
-def _hip_row(variant: Variant, target: str, kernel: Any) -> Row:
+def _hip_row(variant: Variant | LogitsVariant, target: str, kernel: Any) -> Row:
     text = kernel.asm["amdgcn"]
     # Scalar registers spill into lanes of vector registers; private memory is the one that costs.
     number = {
@@ -171,7 +171,7 @@ def _hip_row(variant: Variant, target: str, kernel: Any) -> Row:
     )
 
 
-def row(variant: Variant, call: Call, target: str) -> Row:
+def row(variant: Variant | LogitsVariant, call: Call, target: str) -> Row:
     """Compiles a variant for one of ``TARGETS``."""
     kernel = compiled(call, TARGETS[target])
     make = _hip_row if TARGETS[target].backend == "hip" else _cuda_row
@@ -243,7 +243,7 @@ class Variant(NamedTuple):
         return only
 
 
-def variants() -> Iterator[Variant]:
+def variants() -> Iterator[Variant | LogitsVariant]:
     """The kernels that matter: each operator, dtype, layout, and kind of exponent."""
     for operator in OPERATORS:
         shape = SMALL if operator == "value and gradient" else LARGE
@@ -262,6 +262,49 @@ def variants() -> Iterator[Variant]:
     yield Variant("loss", p=2.5, pairs=4)
     yield Variant("value and gradient", torch.bfloat16, shape=SMALL, pairs=4)
     yield Variant("backward", torch.bfloat16, shape=(1, 257, 56, 56), wide=True)
+    for operator in ("kd", "kd backward", "distance", "distance backward"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            yield LogitsVariant(operator, dtype)
+        yield LogitsVariant(operator, classes=4001)
+
+
+class LogitsVariant(NamedTuple):
+    """A call for logits (B, K), Hinton's loss or a squared distance."""
+
+    operator: str
+    dtype: torch.dtype = torch.float32
+    classes: int = 4096
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return f"{self.operator}, {_SHORT[self.dtype]}, 128x{self.classes}"
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every row begins on 16 bytes."""
+        return self.classes % 16 == 0
+
+    def call(self) -> Call:
+        """The launch."""
+        s, t = (torch.empty(128, self.classes, dtype=self.dtype) for _ in range(2))
+        labels = torch.empty(128, dtype=torch.int64)
+        stats = torch.empty(128, eager.STATISTICS, dtype=torch.float64)
+        loss, valid = torch.empty(()), stats.new_empty(())
+        options = 4.0, 0.9, 0.1, -100
+        saved = stats, valid, loss
+        calls: dict[str, Callable[[], object]] = {
+            "kd": lambda: kd.kd_loss(s, t, labels, *options),
+            "kd backward": lambda: kd.kd_loss_backward(
+                s, t, labels, *saved, *options, True, self.dtype == torch.float32
+            ),
+            "distance": lambda: distance.squared_distance([s], [t]),
+            "distance backward": lambda: distance.squared_distance_backward(
+                [s], [t], stats.new_empty(1, 128)
+            ),
+        }
+        (only,) = caught(calls[self.operator])
+        return only
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -18,6 +18,20 @@ def _require(condition: bool, message: str) -> None:
         raise RuntimeError(f"at_fused: {message}")
 
 
+require = _require
+
+
+def check_dtypes(tensors: Sequence[Tensor], what: str, interpreted: bool) -> None:
+    """Dtypes, and that all are on one device, which Triton can run on."""
+    for x in tensors:
+        _require(x.dtype in _DTYPES, f"{what} must be float16, bfloat16, float32 or float64")
+        _require(x.device == tensors[0].device, f"all {what} must be on the same device")
+        _require(
+            x.is_cuda or interpreted,
+            f"Triton runs {x.device.type} tensors under TRITON_INTERPRET=1 only",
+        )
+
+
 def check_features(features: Sequence[Tensor], interpreted: bool) -> None:
     """Shapes, dtypes, and that all are on one device, which Triton can run on."""
     for x in features:
