@@ -64,9 +64,8 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
         return float((model(images).argmax(1) == labels).float().mean())
 
 
-def main(epochs: int = 25, seeds: int = 2) -> tuple[float, float]:
+def main(epochs: int = 40, seeds: int = 3) -> tuple[float, float]:
     """Trains and prints; the students' mean accuracies without transfer and with it."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # networks this small gain by no more
     digits = load_digits()
     torch.manual_seed(0)
     order = torch.randperm(len(digits.target))
@@ -91,4 +90,5 @@ def main(epochs: int = 25, seeds: int = 2) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # networks this small are slower on more
     main()

@@ -106,7 +106,7 @@ def test_dtypes(backend: str, student: torch.dtype, teacher: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("T", [0.5, 1.0, 4.0, 20.0])
+@pytest.mark.parametrize("T", [0.5, 1.0, 20.0])
 def test_options(backend: str, alpha: float, T: float) -> None:
     s, t = logits(6, 11), logits(6, 11)
     labels = torch.tensor([3, 0, 10, 5, 3, 7])
@@ -312,8 +312,7 @@ def test_autocast(backend: str) -> None:
     assert net.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize("teacher_grad", [True, False])
+@pytest.mark.parametrize(("labelled", "teacher_grad"), [(True, True), (False, False)])
 def test_opcheck(backend: str, labelled: bool, teacher_grad: bool) -> None:
     s, t = logits(3, 7).requires_grad_(), logits(3, 7).requires_grad_(teacher_grad)
     labels = torch.tensor([2, -100, 6]) if labelled else None
@@ -325,8 +324,9 @@ def test_opcheck(backend: str, labelled: bool, teacher_grad: bool) -> None:
     torch.library.opcheck(torch.ops.at_fused.kd_loss_backward, arguments)
 
 
-@pytest.mark.parametrize("name", ["cpu", "eager"])
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("cpu", 0.6), ("eager", 0.6), ("cpu", 0.0), ("cpu", 1.0)]
+)
 def test_gradcheck(name: str, alpha: float) -> None:
     s, t = (
         logits(3, 5, torch.float64).requires_grad_(),

@@ -60,7 +60,7 @@ def test_shared_memory_is_for_reductions_only(rows: list[dict[str, Any]]) -> Non
 
 def test_aligned_features_move_by_128_bits(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        # Rows of 16-bit logits are too short for twice as many threads.
+        # Logits are taken in blocks too short for 128 bits in each of twice as many threads.
         short = row["operator"].startswith("kd") and row["target"] == "gfx942"
         if not row["aligned"] or short:
             continue

@@ -61,7 +61,7 @@ def _exact(a, b):
 
 @triton.jit
 def _shift(s_max, t_max, quotient, temperature, ACC: tl.constexpr):
-    """Splits c = t_max - s_max - T * quotient in three numbers, for the digits beyond those of ACC."""
+    """Splits c = t_max - s_max - T * quotient in three numbers, which have all its digits."""
     maxima, rest = _exact(t_max, -s_max)
     c, lost = _exact(maxima, -temperature * quotient)
     high = c.to(ACC)
