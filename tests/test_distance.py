@@ -122,9 +122,11 @@ def test_opcheck(backend: str, which: str) -> None:
     b = [torch.randn(2, 3, 4), torch.randn(2, 5)]
     for x in b if which == "second" else a + b:
         x.requires_grad_()
-    torch.library.opcheck(torch.ops.at_fused.squared_distance, (a, b))
+    # What autograd and compilers see does not depend on the back end.
+    checks = {} if backend == "cpu" else {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(torch.ops.at_fused.squared_distance, (a, b), **checks)
     c = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(torch.ops.at_fused.squared_distance_backward, (a, b, c))
+    torch.library.opcheck(torch.ops.at_fused.squared_distance_backward, (a, b, c), **checks)
 
 
 def test_gradcheck(fast_backend: str) -> None:
