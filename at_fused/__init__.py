@@ -3,11 +3,14 @@
 ``at_loss`` is the drop-in; README.md has the API at a glance.
 """
 
+from at_fused import schedules
 from at_fused._version import __version__
 from at_fused._warnings import AtFusedWarning
 from at_fused.backends import Backend, backends, use_backend
 from at_fused.backends import load as _load
+from at_fused.distillation import FeaturesLoss, KDLoss, features_loss, kd_loss
 from at_fused.functional import at, at_loss, at_value_and_grad, attention_map
+from at_fused.gradients import flip_symmetry_loss, gradient_at_loss, input_gradient
 from at_fused.modules import ATLoss
 
 _load()
@@ -16,11 +19,19 @@ __all__ = [
     "ATLoss",
     "AtFusedWarning",
     "Backend",
+    "FeaturesLoss",
+    "KDLoss",
     "__version__",
     "at",
     "at_loss",
     "at_value_and_grad",
     "attention_map",
     "backends",
+    "features_loss",
+    "flip_symmetry_loss",
+    "gradient_at_loss",
+    "input_gradient",
+    "kd_loss",
+    "schedules",
     "use_backend",
 ]

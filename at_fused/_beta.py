@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from at_fused._inputs import check_number, kind
+from at_fused._checks import check_number, kind
 
 
 class _Formula(NamedTuple):

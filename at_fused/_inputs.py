@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from at_fused._checks import DTYPES, check_number, check_tensor, kind
 from at_fused._warnings import AtFusedWarning
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "collapse": ("mean", "sum", "max"),
     "form": ("code", "paper"),
@@ -25,11 +25,6 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 MapSize = Sequence[int]
 Sides = int | tuple[int, int]
 MapSizes = MapSize | tuple[MapSize | None, MapSize | None] | None
-
-
-def kind(value: object) -> str:
-    """The name of a value's type, for messages."""
-    return type(value).__name__
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -59,12 +54,6 @@ def check_options(
             raise ValueError("collapse='max' takes absolute values, got absolute=False")
 
 
-def check_number(name: str, value: object) -> None:
-    """Raises TypeError for what is no number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {kind(value)}")
-
-
 # ---- features ------------------------------------------------------------------------------------
 
 
@@ -72,7 +61,7 @@ def is_feature(x: object) -> bool:
     """Whether this is a tensor that the operators take."""
     return (
         isinstance(x, Tensor)
-        and x.dtype in _DTYPES
+        and x.dtype in DTYPES
         and x.layout is torch.strided
         and 3 <= x.dim() <= 5
         and 0 not in x.shape
@@ -81,18 +70,12 @@ def is_feature(x: object) -> bool:
 
 def refuse_feature(name: str, x: object) -> None:
     """Raises what is wrong with something that ``is_feature`` refused."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {kind(x)}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    x = check_tensor(name, x)
     if not 3 <= x.dim() <= 5:
         raise ValueError(
             f"{name} must be (B, C, H, W), or have one to three spatial dimensions, "
             f"got shape {tuple(x.shape)}"
         )
-    raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
 
 
 class Side(NamedTuple):
@@ -302,23 +285,6 @@ def _warn_single_position(i: int) -> None:
 
 
 # ---- factors -------------------------------------------------------------------------------------
-
-
-def pair_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """One number for each pair; none at all for ones."""
-    if weights is None:
-        return []
-    if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"weights must be a list or tuple of numbers, got {kind(weights)}")
-    if len(weights) != count:
-        raise ValueError(
-            f"weights must have one number per pair, got {len(weights)} for {count} pairs"
-        )
-    for i, weight in enumerate(weights):
-        check_number(f"weights[{i}]", weight)
-        if not math.isfinite(weight):
-            raise ValueError(f"weights[{i}] must be finite, got {weight!r}")
-    return [float(weight) for weight in weights]
 
 
 def gradient_scale(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from at_fused import _inputs, _ops
+from at_fused._checks import pair_weights
 from at_fused._inputs import MapSizes, Sides
 
 
@@ -107,7 +108,7 @@ def prepare(
         students,
         teachers,
         tokens,
-        _inputs.pair_weights(weights, len(students)),
+        pair_weights(weights, len(students)),
         Options(float(p), collapse, absolute, form, reduction, eps_mode, float(eps)),
         resize,
         attend,

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from at_fused import _inputs
 from at_fused._beta import check_finite, convert_beta, pair_betas, per_pair
+from at_fused._checks import kind
 from at_fused.functional import at_loss
 
 __all__ = [
@@ -212,7 +213,7 @@ def aberhu_at_loss(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
     """
     for name, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, of one pair, got {_inputs.kind(x)}")
+            raise TypeError(f"{name} must be a tensor, of one pair, got {kind(x)}")
     return at_loss(student, teacher, p=p, collapse="sum", eps=1e-6, eps_mode="add")
 
 
@@ -285,7 +286,7 @@ def paper_at_loss(
     if batch not in ("sum", "mean"):
         raise ValueError(f"batch must be 'sum' or 'mean', got {batch!r}")
     if not isinstance(squared, bool):
-        raise TypeError(f"squared must be True or False, got {_inputs.kind(squared)}")
+        raise TypeError(f"squared must be True or False, got {kind(squared)}")
     students, teachers = _inputs.pairs(student, teacher)
     betas = per_pair("beta", beta, len(students))
     # Small enough to be none, large enough that 1 / eps times a gradient of 0 is 0.

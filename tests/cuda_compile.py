@@ -74,7 +74,7 @@ def compiled(folder: Path) -> list[Path]:
 
 def short(mangled: str) -> str:
     """``at_loss_kernel<Square, false>`` of a mangled name."""
-    pattern = r"at_fused\d+(\w+?_kernel)I(?:NS_\d+(\w+?)E)?((?:Lb[01]E)+)"
+    pattern = r"at_fused\d+(\w+?_kernel)I(?:N?S_\d+(\w+?)E)?((?:Lb[01]E)+)"
     name, exponent, flags = re.search(pattern, mangled).groups()
     values = ["true" if flag == "1" else "false" for flag in re.findall(r"Lb([01])E", flags)]
     return f"{name}<{', '.join([exponent] * bool(exponent) + values)}>"

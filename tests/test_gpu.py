@@ -14,7 +14,10 @@ from types import ModuleType
 
 import pytest
 import test_contract
+import test_distance
 import test_general_maps
+import test_gradient_at
+import test_kd
 import test_operators
 import torch
 from reference import assert_matches_reference, popular_at_loss
@@ -71,6 +74,21 @@ ON_DEVICE = (
     test_operators.test_the_teachers_features_are_not_kept_alive,
     test_operators.test_torch_func,
     test_operators.test_a_map_whose_feature_needs_no_gradient,
+)
+ON_DEVICE += (
+    test_kd.test_numbers_of_classes,
+    test_kd.test_many_classes,
+    test_kd.test_options,
+    test_kd.test_all_labels_ignored,
+    test_kd.test_extremes_against_mpmath,
+    test_kd.test_cross_entropy_of_a_sure_student,
+    test_kd.test_masked_classes,
+    test_kd.test_fp16_with_a_loss_scale,
+    test_distance.test_a_list,
+    test_distance.test_nothing_overflows,
+    test_distance.test_features_loss,
+    test_gradient_at.test_gradient_at_loss,
+    test_gradient_at.test_the_norm_at_0_has_gradient_0,
 )
 
 

@@ -11,5 +11,17 @@ from at_fused._ops.attention import (
     attention_map_backward,
     map_loss,
 )
+from at_fused._ops.distance import squared_distance, squared_distance_backward
+from at_fused._ops.kd import kd_loss, kd_loss_backward
 
-__all__ = ["at_loss", "at_value_and_grad", "attention_map", "attention_map_backward", "map_loss"]
+__all__ = [
+    "at_loss",
+    "at_value_and_grad",
+    "attention_map",
+    "attention_map_backward",
+    "kd_loss",
+    "kd_loss_backward",
+    "map_loss",
+    "squared_distance",
+    "squared_distance_backward",
+]

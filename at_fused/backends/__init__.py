@@ -27,6 +27,10 @@ OPERATORS = (
     "map_loss",
     "at_loss",
     "at_value_and_grad",
+    "kd_loss",
+    "kd_loss_backward",
+    "squared_distance",
+    "squared_distance_backward",
 )
 
 

@@ -18,17 +18,24 @@ from at_fused.backends.eager.attention import (
     sample_weight,
     split_sizes,
 )
+from at_fused.backends.eager.distance import squared_distance, squared_distance_backward
+from at_fused.backends.eager.kd import STATISTICS, kd_loss, kd_loss_backward
 
 __all__ = [
+    "STATISTICS",
     "accumulate_dtype",
     "at_loss",
     "at_value_and_grad",
     "attention_map",
     "attention_map_backward",
     "collapse_scale",
+    "kd_loss",
+    "kd_loss_backward",
     "map_loss",
     "normalize",
     "pair_loss",
     "sample_weight",
     "split_sizes",
+    "squared_distance",
+    "squared_distance_backward",
 ]

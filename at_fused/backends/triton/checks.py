@@ -14,36 +14,46 @@ from at_fused.backends.triton.tiles import Pool
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises the error that csrc/arguments.h raises."""
     if not condition:
         raise RuntimeError(f"at_fused: {message}")
 
 
-def _check_device(x: Tensor, interpreted: bool) -> None:
-    _require(
+def check_device(x: Tensor, interpreted: bool) -> None:
+    """That Triton can run on the tensor's device."""
+    require(
         x.is_cuda or interpreted,
         f"Triton runs {x.device.type} tensors under TRITON_INTERPRET=1 only",
     )
 
 
+def check_dtypes(tensors: Sequence[Tensor], what: str, interpreted: bool) -> None:
+    """Dtypes, and that all are on one device, which Triton can run on."""
+    for x in tensors:
+        require(x.dtype in _DTYPES, f"{what} must be float16, bfloat16, float32 or float64")
+        require(x.device == tensors[0].device, f"all {what} must be on the same device")
+        check_device(x, interpreted)
+
+
 def check_features(features: Sequence[Tensor], interpreted: bool) -> None:
     """Shapes, dtypes, and that all are on one device, which Triton can run on."""
     for x in features:
-        _require(x.dim() >= 3, "features must be (B, C, *spatial)")
-        _require(x.numel() > 0, "features must not be empty")
-        _require(x.dtype in _DTYPES, "features must be float16, bfloat16, float32 or float64")
-        _require(x.device == features[0].device, "all features must be on the same device")
-        _check_device(x, interpreted)
+        require(x.dim() >= 3, "features must be (B, C, *spatial)")
+        require(x.numel() > 0, "features must not be empty")
+        require(x.dtype in _DTYPES, "features must be float16, bfloat16, float32 or float64")
+        require(x.device == features[0].device, "all features must be on the same device")
+        check_device(x, interpreted)
 
 
 def check_exponent(p: float) -> None:
     """P >= 1, and finite."""
-    _require(1 <= p < math.inf, f"p must be a finite number >= 1, got {p}")
+    require(1 <= p < math.inf, f"p must be a finite number >= 1, got {p}")
 
 
 def keeps_sign(p: float, absolute: bool) -> bool:
     """Whether a power keeps its sign: x^p with odd p, which "absolute" or an even p do not."""
-    _require(absolute or p == math.floor(p), f"without absolute, p must be a whole number, got {p}")
+    require(absolute or p == math.floor(p), f"without absolute, p must be a whole number, got {p}")
     return not absolute and p % 2 == 1
 
 
@@ -53,40 +63,40 @@ def check_sizes(features: Sequence[Tensor], sizes: Sequence[int]) -> None:
         return
     at = 0
     for x in features:
-        _require(x.dim() <= 5, "sizes are for one to three spatial dimensions")
+        require(x.dim() <= 5, "sizes are for one to three spatial dimensions")
         for size in x.shape[2:]:
-            _require(at < len(sizes), "sizes are too few for the features")
-            _require(
+            require(at < len(sizes), "sizes are too few for the features")
+            require(
                 1 <= sizes[at] <= size,
                 f"sizes must be from 1 to the feature's, {size}, got {sizes[at]}",
             )
             at += 1
-    _require(at == len(sizes), "sizes are too many for the features")
+    require(at == len(sizes), "sizes are too many for the features")
 
 
 def check_collapse(collapse: str, signed: bool = False) -> None:
     """One of the three; what is raised to an odd power with its sign has no maximum."""
-    _require(
+    require(
         collapse in ("mean", "sum", "max"),
         f"collapse must be 'mean', 'sum' or 'max', got '{collapse}'",
     )
-    _require(collapse != "max" or not signed, "collapse 'max' takes absolute values")
+    require(collapse != "max" or not signed, "collapse 'max' takes absolute values")
 
 
 def _check_pairs(
     student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[float], form: str
 ) -> None:
     n = len(student)
-    _require(
+    require(
         n > 0 and len(teacher) == n,
         f"as many teachers as students, got {n} and {len(teacher)}",
     )
-    _require(len(weights) in (0, n), f"a weight per pair, got {len(weights)} for {n}")
-    _require(form in ("code", "paper"), f"form must be 'code' or 'paper', got '{form}'")
+    require(len(weights) in (0, n), f"a weight per pair, got {len(weights)} for {n}")
+    require(form in ("code", "paper"), f"form must be 'code' or 'paper', got '{form}'")
 
 
 def _check_eps(eps: float) -> None:
-    _require(0 < eps < math.inf, f"eps must be a finite number > 0, got {eps}")
+    require(0 < eps < math.inf, f"eps must be a finite number > 0, got {eps}")
 
 
 def check_loss(
@@ -101,14 +111,14 @@ def check_loss(
 ) -> None:
     """The pairs of a loss and its options."""
     _check_pairs(student, teacher, weights, form)
-    _require(reduction in ("sum", "none"), f"reduction must be 'sum' or 'none', got '{reduction}'")
+    require(reduction in ("sum", "none"), f"reduction must be 'sum' or 'none', got '{reduction}'")
     _check_eps(eps)
     check_exponent(p)
     check_collapse(collapse)
-    _require(collapse != "max", "collapse must be 'mean' or 'sum' here")
+    require(collapse != "max", "collapse must be 'mean' or 'sum' here")
     for s, t in zip(student, teacher, strict=True):
         same = s.shape[0] == t.shape[0] and s[0, 0].numel() == t[0, 0].numel()
-        _require(same, "student and teacher of a pair must have the same B and positions")
+        require(same, "student and teacher of a pair must have the same B and positions")
 
 
 def check_map_loss(
@@ -123,15 +133,15 @@ def check_map_loss(
 ) -> None:
     """The pairs of a loss of maps and its options."""
     _check_pairs(student, teacher, weights, form)
-    _require(
+    require(
         reduction in ("sum", "none", "sample"),
         f"reduction must be 'sum', 'none' or 'sample', got '{reduction}'",
     )
-    _require(eps_mode in ("max", "add"), f"eps_mode must be 'max' or 'add', got '{eps_mode}'")
+    require(eps_mode in ("max", "add"), f"eps_mode must be 'max' or 'add', got '{eps_mode}'")
     _check_eps(eps)
     for s, t in zip(student, teacher, strict=True):
         for q in (s, t):
-            _require(
+            require(
                 q.dim() == 2
                 and q.numel() > 0
                 and q.device == student[0].device
@@ -140,8 +150,8 @@ def check_map_loss(
                 "maps must be (B, N), not empty, float32 or float64, on one device, and both of a "
                 "pair of one size",
             )
-            _check_device(q, interpreted)
-        _require(
+            check_device(q, interpreted)
+        require(
             reduction != "sample" or s.shape[0] == student[0].shape[0],
             "a loss for each sample needs pairs of one batch size",
         )
@@ -153,16 +163,16 @@ def check_loss_gradient(
     """Nothing, a scalar, or one value for each pair number."""
     if gradient is None:
         return
-    _require(
+    require(
         gradient.dim() <= 1 and gradient.device == device,
         "the loss gradient must be a scalar or a vector on the features' device",
     )
-    _require(
+    require(
         gradient.dtype in (torch.float32, torch.float64),
         "the loss gradient must be float32 or float64",
     )
     for pair in pairs:
-        _require(
+        require(
             gradient.dim() == 0 or 0 <= pair < gradient.numel(),
             f"pair number {pair} is out of range",
         )
@@ -176,18 +186,18 @@ def check_coefficients(
     pools: Sequence[Pool | None],
 ) -> None:
     """A map and a pair number for each feature, and perhaps a map of channels."""
-    _require(len(coefficients) == len(features), "a coefficient map per feature")
-    _require(len(pairs) == len(features), "a pair number per feature")
+    require(len(coefficients) == len(features), "a coefficient map per feature")
+    require(len(pairs) == len(features), "a pair number per feature")
     for x, k, pool in zip(features, coefficients, pools, strict=True):
-        _require(
+        require(
             k.shape == (x.shape[0], x[0, 0].numel() if pool is None else pool.positions())
             and k.device == x.device
             and k.dtype == eager.accumulate_dtype(x),
             "a coefficient map must be (B, N), float64 for float64 features and float32 otherwise",
         )
-    _require(len(channels) in (0, len(features)), "a map of channels per feature")
+    require(len(channels) in (0, len(features)), "a map of channels per feature")
     for q, k in zip(channels, coefficients, strict=False):
-        _require(
+        require(
             q.shape == k.shape and q.device == k.device and q.dtype == torch.int32,
             "a map of channels must be (B, N) of int32",
         )

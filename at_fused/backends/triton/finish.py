@@ -123,7 +123,8 @@ def is_last(counter, count):
 
 
 @triton.jit
-def _sum_in_order(values, count):
+def sum_in_order(values, count):
+    """The sum of ``count`` fp64 values, the same bits each time."""
     BLOCK: tl.constexpr = 128
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
@@ -137,11 +138,11 @@ def add_up(pair, b, value, losses, counters, loss, samples, pairs, SUM: tl.const
     """Adds the sample's loss: in the order of the samples, whichever program comes last."""
     tl.store(losses + pair.first_sample + b, value)
     if is_last(counters + samples + pair.number, pair.samples):
-        total = _sum_in_order(losses + pair.first_sample, pair.samples)
+        total = sum_in_order(losses + pair.first_sample, pair.samples)
         if SUM:
             tl.store(losses + samples + pair.number, total)
             if is_last(counters + samples + pairs, pairs):
-                everything = _sum_in_order(losses + samples, pairs)
+                everything = sum_in_order(losses + samples, pairs)
                 tl.store(loss, everything.to(loss.dtype.element_ty))
         else:
             tl.store(loss + pair.number, total.to(loss.dtype.element_ty))

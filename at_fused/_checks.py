@@ -1,0 +1,118 @@
+"""Checks of arguments, whose errors name the argument, what was given, and what may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def kind(value: object) -> str:
+    """The name of a value's type, for messages."""
+    return type(value).__name__
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {kind(value)}")
+
+
+def pair_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """One number for each pair; none at all for ones."""
+    if weights is None:
+        return []
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"weights must be a list or tuple of numbers, got {kind(weights)}")
+    if len(weights) != count:
+        raise ValueError(
+            f"weights must have one number per pair, got {len(weights)} for {count} pairs"
+        )
+    for i, weight in enumerate(weights):
+        check_number(f"weights[{i}]", weight)
+        if not math.isfinite(weight):
+            raise ValueError(f"weights[{i}] must be finite, got {weight!r}")
+    return [float(weight) for weight in weights]
+
+
+def check_tensor(name: str, x: object) -> Tensor:
+    """Refuses what is no dense floating-point tensor with elements."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {kind(x)}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if 0 in x.shape:
+        raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+    return x
+
+
+def check_labels(labels: object, logits: Tensor) -> None:
+    """Refuses what is no class number for each row of (B, K) logits."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor or None, got {kind(labels)}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64 (class numbers), got {labels.dtype}")
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"labels must be (B,), here ({logits.shape[0]},), got shape {tuple(labels.shape)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(
+            f"labels must be on the logits' device, {logits.device}, got {labels.device}"
+        )
+
+
+def check_pairs(
+    names: tuple[str, str],
+    first: Tensor | Sequence[Tensor],
+    second: Tensor | Sequence[Tensor],
+    rank: int = 2,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Two tensors, or two sequences of them, as lists of equal shapes, of one B and one device."""
+    if isinstance(first, Tensor) != isinstance(second, Tensor):
+        raise TypeError(
+            f"{names[0]} and {names[1]} must both be tensors or both be sequences, "
+            f"got {kind(first)} and {kind(second)}"
+        )
+    lists = []
+    for name, given in zip(names, (first, second), strict=True):
+        if not isinstance(given, (Tensor, list, tuple)):
+            raise TypeError(
+                f"{name} must be a tensor or a list or tuple of tensors, got {kind(given)}"
+            )
+        if not isinstance(given, Tensor) and not given:
+            raise ValueError(f"{name} must not be an empty {kind(given)}")
+        several = [given] if isinstance(given, Tensor) else list(given)
+        for i, x in enumerate(several):
+            own = name if isinstance(given, Tensor) else f"{name}[{i}]"
+            if check_tensor(own, x).dim() < rank:
+                raise ValueError(f"{own} must have a batch dimension, got shape {tuple(x.shape)}")
+        lists.append(several)
+    if len(lists[0]) != len(lists[1]):
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same number of tensors, "
+            f"got {len(lists[0])} and {len(lists[1])}"
+        )
+    batch, device = lists[0][0].shape[0], lists[0][0].device
+    for i, (a, b) in enumerate(zip(*lists, strict=True)):
+        if a.shape != b.shape:
+            raise ValueError(
+                f"{names[0]} and {names[1]} of pair {i} must have the same shape, "
+                f"got {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+        if a.shape[0] != batch:
+            raise ValueError(
+                f"all pairs must have the same batch size, got {batch} and {a.shape[0]} (pair {i})"
+            )
+        if a.device != device or b.device != device:
+            raise ValueError(
+                f"all tensors must be on one device, got {device}, and {a.device} and {b.device} "
+                f"for pair {i}"
+            )
+    return lists[0], lists[1]

@@ -1,0 +1,310 @@
+"""The losses that attention transfer is combined with and compared to: Hinton's, and F-ActT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from at_fused import _ops
+from at_fused._checks import (
+    check_labels,
+    check_number,
+    check_pairs,
+    check_tensor,
+    kind,
+    pair_weights,
+)
+from at_fused.backends import eager
+
+# ---- Hinton's loss -------------------------------------------------------------------------------
+
+
+def check_kd_options(T: float, alpha: float, label_smoothing: float, ignore_index: int) -> None:
+    """Raises the error that names the option, what was given, and what is allowed."""
+    check_number("T", T)
+    if not 0 < T < math.inf:
+        raise ValueError(f"T must be a finite number > 0, got {T!r}")
+    check_number("alpha", alpha)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
+    check_number("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be >= 0 and < 1, got {label_smoothing!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {kind(ignore_index)}")
+
+
+def _check_logits(student: object, teacher: object) -> None:
+    s, t = check_tensor("student_logits", student), check_tensor("teacher_logits", teacher)
+    if s.dim() != 2:
+        raise ValueError(f"student_logits must be (B, K), got shape {tuple(s.shape)}")
+    if s.shape != t.shape:
+        raise ValueError(
+            "teacher_logits must have the shape of student_logits, "
+            f"{tuple(s.shape)}, got {tuple(t.shape)}"
+        )
+    if s.device != t.device:
+        raise ValueError(
+            f"teacher_logits must be on the device of student_logits, {s.device}, got {t.device}"
+        )
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    T: float = 4.0,
+    alpha: float = 0.9,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Hinton's distillation loss: cross-entropy with the teacher's softened classes and the labels.
+
+    With ``p = softmax(s / T)`` and ``q = softmax(t / T)``, rows of student and teacher logits::
+
+        alpha * T^2 * (1/B) sum_b KL(q[b] || p[b])  +  (1 - alpha) * CE(s, labels)
+
+    CE is ``torch.nn.functional.cross_entropy``: without T, the mean over the rows whose label is
+    not ``ignore_index``, NaN where there is none. Without labels only the first term is there. A
+    term whose factor (alpha or 1 - alpha) is 0 is left out, whatever its value.
+
+    One pass forward and one backward; nothing of the logits' size is allocated but the gradients.
+    fp16 and bf16 are computed in fp32. The divergence is a sum of positive terms, right to about
+    1e-5 also where those of ``F.kl_div`` cancel (equal classes, high T), and exactly 0 for equal
+    logits. Gradients flow to both sides' logits, to any order. A class that the teacher excludes (a
+    logit of -inf) adds nothing where the student excludes it as well.
+
+    Args:
+        student_logits: (B, K), float32, float64, float16 or bfloat16, any strides.
+        teacher_logits: the same shape; the dtype may differ. Detach it, or make it under
+            ``no_grad``, to train the student alone.
+        labels: (B,) int64, classes from 0 to K - 1 or ``ignore_index``; or None.
+        T: temperature, a finite number > 0.
+        alpha: weight of the first term, from 0 to 1.
+        label_smoothing: of the second term, from 0 to less than 1.
+        ignore_index: the label of rows that the second term leaves out.
+
+    Returns:
+        A scalar: float64 if either side is, else float32 (also under autocast).
+
+    Raises:
+        TypeError: an argument is not of the kind above.
+        ValueError: shapes or devices that do not match, an empty tensor, an option out of range.
+        RuntimeError: a label that is no class, on the CPU. On a GPU, where that would have to wait
+            for the device, the loss and the row's gradient are NaN instead.
+
+    Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2;
+    the weights as in the authors' program of Zagoruyko & Komodakis, ICLR 2017.
+    """
+    check_kd_options(T, alpha, label_smoothing, ignore_index)
+    _check_logits(student_logits, teacher_logits)
+    if labels is not None:
+        check_labels(labels, student_logits)
+    loss, _, _ = _ops.kd_loss(
+        student_logits,
+        teacher_logits,
+        labels,
+        float(T),
+        float(alpha),
+        float(label_smoothing),
+        ignore_index,
+    )
+    return loss
+
+
+class KDLoss(nn.Module):
+    """``kd_loss`` with its options kept: ``KDLoss(T=4)(student_logits, teacher_logits, labels)``.
+
+    :func:`at_fused.kd_loss` documents the options, which are checked here, the formula and the
+    errors. Has no parameters.
+    """
+
+    def __init__(
+        self,
+        T: float = 4.0,
+        alpha: float = 0.9,
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        check_kd_options(T, alpha, label_smoothing, ignore_index)
+        self.T = T
+        self.alpha = alpha
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        """The loss of a batch."""
+        return kd_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            self.T,
+            self.alpha,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, as in the call."""
+        options = ("T", "alpha", "label_smoothing", "ignore_index")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+
+
+# ---- full activations ----------------------------------------------------------------------------
+
+
+def features_loss(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    form: str = "mean",
+    reduction: str = "sum",
+) -> Tensor:
+    """Full-activation transfer (F-ActT): the squared L2 distance between the features themselves.
+
+    For a pair of M elements per sample::
+
+        form="mean"   1/(B M) * sum_b ||S[b] - T[b]||_2^2     the mean over all elements
+        form="sum"    1/B     * sum_b ||S[b] - T[b]||_2^2
+
+    Sums are fp64, so that no finite float32 feature overflows. Gradients flow to both sides, to any
+    order.
+
+    Args:
+        student: (B, ...), any shape and strides, or a list or tuple of such features;
+            float32, float64, float16 or bfloat16.
+        teacher: as many features, of the same shapes; dtypes may differ. :class:`FeaturesLoss`
+            is for numbers of channels that do.
+        weights: one finite factor per pair; None is 1 for all.
+        form: "mean" or "sum", as above.
+        reduction: "sum" over the pairs, or "none" for one value per pair.
+
+    Returns:
+        A scalar, or with ``reduction="none"`` a vector with one value per pair: float64 if any
+        feature is, else float32.
+
+    Raises:
+        TypeError: an argument is not of the kind above.
+        ValueError: shapes, batch sizes, devices or lengths that do not match, an empty tensor or
+            list, an option that is not one of those above.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 4.1, after Romero et al., "FitNets", 2015.
+    """
+    _check_form(form, reduction)
+    students, teachers = check_pairs(("student", "teacher"), student, teacher)
+    distances = _ops.squared_distance(students, teachers).mean(1)
+    factors = pair_weights(weights, len(students)) or [1.0] * len(students)
+    if form == "mean":
+        factors = [f / x[0].numel() for f, x in zip(factors, students, strict=True)]
+    # One by one: a tensor of the factors would have to be brought to the device.
+    losses = [d * f for d, f in zip(distances.unbind(), factors, strict=True)]
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    if reduction == "none":
+        loss = torch.stack(losses)
+    return loss.to(eager.accumulate_dtype(*students, *teachers))
+
+
+def _check_form(form: str, reduction: str) -> None:
+    if form not in ("mean", "sum"):
+        raise ValueError(f"form must be 'mean' or 'sum', got {form!r}")
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction must be 'sum' or 'none', got {reduction!r}")
+
+
+class FeaturesLoss(nn.Module):
+    """``features_loss`` after a 1x1 convolution that gives the student the teacher's channels.
+
+    ``FeaturesLoss([16, 32], [32, 64])(student_features, teacher_features)``, features (B, C, H, W).
+    The convolutions have no bias and are trained with the student: hand this module's parameters to
+    its optimizer. Where C is the same there is none.
+
+    Args:
+        student_channels, teacher_channels: C of each side, an int, or a list of them for lists of
+            features.
+        weights, form, reduction: as in :func:`at_fused.features_loss`.
+
+    Raises:
+        TypeError: channels that are not ints; an int on one side and a list on the other.
+        ValueError: channels below 1, lengths that differ, options out of range.
+
+    Source: Romero et al., "FitNets", 2015; Zagoruyko & Komodakis, ICLR 2017, section 4.1.
+    """
+
+    def __init__(
+        self,
+        student_channels: int | Sequence[int],
+        teacher_channels: int | Sequence[int],
+        *,
+        weights: Sequence[float] | None = None,
+        form: str = "mean",
+        reduction: str = "sum",
+    ) -> None:
+        super().__init__()
+        _check_form(form, reduction)
+        students = _channels("student_channels", student_channels)
+        teachers = _channels("teacher_channels", teacher_channels)
+        single = isinstance(student_channels, int)
+        if single != isinstance(teacher_channels, int):
+            raise TypeError(
+                "student_channels and teacher_channels must both be ints or both be sequences, "
+                f"got {kind(student_channels)} and {kind(teacher_channels)}"
+            )
+        if len(students) != len(teachers):
+            raise ValueError(
+                "student_channels and teacher_channels must have the same length, "
+                f"got {len(students)} and {len(teachers)}"
+            )
+        self.weights = None if weights is None else pair_weights(weights, len(students))
+        self.form = form
+        self.reduction = reduction
+        self.projections = nn.ModuleList(
+            nn.Identity() if s == t else nn.Conv2d(s, t, 1, bias=False)
+            for s, t in zip(students, teachers, strict=True)
+        )
+
+    def forward(
+        self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]
+    ) -> Tensor:
+        """The loss of one pair, or of all pairs of two sequences."""
+        students = [student] if isinstance(student, Tensor) else list(student)
+        if len(students) != len(self.projections):
+            raise ValueError(
+                f"student must have {len(self.projections)} features, as channels were given, "
+                f"got {len(students)}"
+            )
+        projected = [f(x) for f, x in zip(self.projections, students, strict=True)]
+        return features_loss(
+            projected[0] if isinstance(student, Tensor) else projected,
+            teacher,
+            weights=self.weights,
+            form=self.form,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, as in the call."""
+        options = ("weights", "form", "reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+
+
+def _channels(name: str, given: int | Sequence[int]) -> list[int]:
+    several = [given] if isinstance(given, int) else given
+    if not isinstance(several, (list, tuple)):
+        raise TypeError(f"{name} must be an int or a list or tuple of ints, got {kind(given)}")
+    if not several:
+        raise ValueError(f"{name} must not be an empty {kind(given)}")
+    for c in several:
+        if isinstance(c, bool) or not isinstance(c, int):
+            raise TypeError(f"{name} must be an int or a list or tuple of ints, got {kind(c)}")
+        if c < 1:
+            raise ValueError(f"{name} must be >= 1, got {c}")
+    return list(several)

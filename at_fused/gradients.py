@@ -1,0 +1,185 @@
+"""Gradient-based attention transfer: the input gradients of two networks, or of two images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from at_fused import _ops
+from at_fused._checks import check_labels, check_pairs, check_tensor, kind
+from at_fused.backends import eager
+
+_FORMS = ("paper", "squared", "code")
+
+
+def input_gradient(
+    model: Callable[[Tensor], Tensor] | Tensor,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    create_graph: bool = False,
+) -> Tensor:
+    """The gradient of each sample's cross-entropy for the input: where a network looks.
+
+    ``J[b] = d CE(model(x)[b], labels[b]) / d x[b]``: of the sum over the batch, so that no sample's
+    J is divided by B. With ``create_graph`` J is itself a function of the network's parameters,
+    which a loss of it trains through double backward: that is for the student. The teacher's J,
+    without it, keeps no graph::
+
+        j_t = input_gradient(teacher, x, labels)
+        x.requires_grad_()
+        logits = student(x)
+        j_s = input_gradient(logits, x, labels, create_graph=True)
+        loss = F.cross_entropy(logits, labels) + beta / 2 * gradient_at_loss(j_s, j_t)
+
+    ``x`` itself, its ``requires_grad``, the parameters' ``.grad`` and the model's mode are left as
+    they are. Runs under ``no_grad`` as well.
+
+    J of a sample is its own only where the network treats samples one by one. In training mode
+    BatchNorm mixes them (J[b] then is the gradient of the whole batch's loss for x[b], and the
+    running statistics move), and dropout draws another network in each call. For a teacher: eval
+    mode. For a student: BatchNorm modules in eval mode during the pass that makes J, or the
+    authors' choice, to accept it.
+
+    Double backward needs it of every layer. ReLU networks have it: convolutions (also cuDNN's),
+    linear layers, pooling, BatchNorm, LayerNorm; their second derivatives of ReLU are 0. cuDNN's
+    RNNs and CTC loss, ``grid_sample``, the fused kernels of ``scaled_dot_product_attention`` (use
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``) and functions compiled by ``torch.compile``
+    have not: torch says so when the loss is differentiated.
+
+    Args:
+        model: a function of x, usually a module, that returns logits (B, K); or the logits
+            themselves, computed from an ``x`` that requires a gradient. Their graph is kept.
+        x: (B, ...), floating point.
+        labels: (B,) int64. A row with label -100 has J = 0.
+        create_graph: whether J can be differentiated.
+
+    Returns:
+        J, with the shape and dtype of x.
+
+    Raises:
+        TypeError: an argument is not of the kind above, or the model returns something else.
+        ValueError: shapes or devices that do not match; logits that do not depend on x.
+        RuntimeError: called under ``torch.inference_mode``.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.2.
+    """
+    check_tensor("x", x)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("input_gradient: inference mode has no gradients; use no_grad instead")
+    if isinstance(model, Tensor):
+        if not x.requires_grad:
+            raise ValueError(
+                "x must require a gradient where logits are given in the model's place"
+            )
+        return _gradient("model", model, x, labels, create_graph, keep=True)
+    if not callable(model):
+        raise TypeError(f"model must be a module, a function or logits, got {kind(model)}")
+    with torch.enable_grad():
+        # Where x is itself computed, a J with a graph depends on what it was computed from.
+        given = x.view_as(x) if x.requires_grad and create_graph else x.detach().requires_grad_()
+        logits = model(given)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"model must return logits (B, K), got {kind(logits)}")
+    return _gradient("model", logits, given, labels, create_graph, keep=create_graph)
+
+
+def _gradient(
+    name: str, logits: Tensor, x: Tensor, labels: Tensor, create_graph: bool, keep: bool
+) -> Tensor:
+    if check_tensor(f"{name}: logits", logits).dim() != 2 or logits.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"{name}: logits must be (B, K) with the B of x, {x.shape[0]}, "
+            f"got shape {tuple(logits.shape)}"
+        )
+    check_labels(labels, logits)
+    if not logits.requires_grad:
+        raise ValueError(f"{name}: the logits do not depend on x by a graph")
+    with torch.enable_grad():
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        (found,) = torch.autograd.grad(
+            loss, x, create_graph=create_graph, retain_graph=keep, allow_unused=True
+        )
+    if found is None:
+        raise ValueError(f"{name}: the logits do not depend on x by a graph")
+    return found
+
+
+def gradient_at_loss(student: Tensor, teacher: Tensor, *, form: str = "paper") -> Tensor:
+    """Gradient-based attention transfer: the distance between two networks' input gradients.
+
+    With J of :func:`input_gradient` and M elements per sample::
+
+        form="paper"     1/B     * sum_b ||J_S[b] - J_T[b]||_2
+        form="squared"   1/B     * sum_b ||J_S[b] - J_T[b]||_2^2
+        form="code"      1/(B M) * sum_b ||J_S[b] - J_T[b]||_2^2     the mean over all elements
+
+    The gradient of the norm at 0 is taken to be 0. Sums are fp64. Gradients flow to both sides, to
+    any order.
+
+    Args:
+        student: J_S, (B, ...), made with ``create_graph=True`` for training.
+        teacher: J_T, the same shape; the dtype may differ.
+        form: as above.
+
+    Returns:
+        A scalar: float64 if either side is, else float32.
+
+    Raises:
+        TypeError: an argument is not of the kind above.
+        ValueError: shapes or devices that do not match, an empty tensor, another form.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.2.
+    """
+    if form not in _FORMS:
+        raise ValueError(f"form must be 'paper', 'squared' or 'code', got {form!r}")
+    students, teachers = check_pairs(("student", "teacher"), student, teacher, rank=1)
+    if not isinstance(student, Tensor):
+        raise TypeError(f"student must be a tensor, got {kind(student)}")
+    squares = _ops.squared_distance(students, teachers)[0]
+    if form == "paper":
+        same = squares == 0
+        squares = torch.where(same, 0.0, torch.where(same, 1.0, squares).sqrt())
+    loss = squares.mean()
+    if form == "code":
+        loss = loss / student[0].numel()
+    return loss.to(eager.accumulate_dtype(student, teacher))
+
+
+def flip_symmetry_loss(
+    model: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, *, form: str = "paper"
+) -> Tensor:
+    """How much a network's attention changes when the image is flipped, without a teacher.
+
+    The distance of :func:`gradient_at_loss` between J(x) and the flipped J(flip(x)), where flip
+    reverses the last dimension, W::
+
+        form="paper"     1/B * sum_b ||J(x)[b] - flip(J(flip(x)))[b]||_2
+
+    and "squared" and "code" as there. Both J are made by :func:`input_gradient`, which says what
+    layers and modes it takes, and can be differentiated: add ``beta / 2`` times this to the loss.
+
+    Args:
+        model: a function of x that returns logits (B, K).
+        x: (B, C, H, W), or any (B, ..., W).
+        labels: (B,) int64.
+        form: as in :func:`gradient_at_loss`.
+
+    Returns:
+        A scalar: float64 for float64 x, else float32.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`input_gradient` and :func:`gradient_at_loss`.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.2 (horizontal flip invariance).
+    """
+    if isinstance(model, Tensor) or not callable(model):
+        raise TypeError(f"model must be a module or a function, got {kind(model)}")
+    if check_tensor("x", x).dim() < 2:
+        raise ValueError(f"x must be (B, ..., W), got shape {tuple(x.shape)}")
+    straight = input_gradient(model, x, labels, create_graph=True)
+    flipped = input_gradient(model, x.flip(-1), labels, create_graph=True)
+    return gradient_at_loss(straight, flipped.flip(-1), form=form)

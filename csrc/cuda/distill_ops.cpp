@@ -1,0 +1,189 @@
+// The CUDA implementations of Hinton's loss and of squared distances. Their schemas are in _ops.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../distill_arguments.h"
+#include "device.h"
+#include "distill.h"
+
+namespace at_fused {
+namespace {
+
+int64_t blocks_of(int64_t tasks) {
+  STD_TORCH_CHECK(tasks <= kMaxBlocks, "at_fused: too many blocks for one launch: ", tasks);
+  return tasks;
+}
+
+bool aligned_rows(const void* data, Dtype dtype, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
+         stride * element_size(dtype) % kVectorBytes == 0;
+}
+bool aligned_rows(const Logits& x) { return !x.data || aligned_rows(x.data, x.dtype, x.stride); }
+
+// Elements that rows of vectors come in; those of a thread's turn for every dtype.
+constexpr int64_t kTurnElements = 8;
+
+// ---- Hinton's loss ----------------------------------------------------------------------------
+
+// Rows are a warp's where they are short, or long enough and so many that all have work.
+KdParams kd_params(const KdArguments& kd, const Limits& limits) {
+  STD_TORCH_CHECK(kd.B <= kMaxExtent, "at_fused: at most 2^30 rows, got ", kd.B);
+  KdParams params{};
+  params.student = kd.student;
+  params.teacher = kd.teacher;
+  params.labels = kd.labels;
+  params.label_stride = kd.label_stride;
+  params.K = kd.K;
+  params.B = int32_t(kd.B);
+  const bool many = kd.B >= 2 * int64_t(limits.multiprocessors) * (kThreads / 32);
+  params.group = kd.K <= 256 || (kd.K <= 2048 && many) ? 32 : kThreads;
+  params.options = kd.options;
+  return params;
+}
+
+DistillLaunch kd_launch(KdParams& params, bool fp64, void* stream) {
+  params.vector = params.K % kTurnElements == 0 && aligned_rows(params.student) &&
+                  aligned_rows(params.teacher) && aligned_rows(params.student_gradient) &&
+                  aligned_rows(params.teacher_gradient);
+  return {blocks_of(divide_up(params.B, kThreads / params.group)), fp64, stream};
+}
+
+std::tuple<Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teacher,
+                                           std::optional<Tensor> labels, double temperature,
+                                           double alpha, double label_smoothing,
+                                           int64_t ignore_index) {
+  const KdArguments kd(student, teacher, labels, temperature, alpha, label_smoothing, ignore_index);
+  const OnDevice scope(kd.device);
+  const Counters counters(kd.device, scope.stream(), 1);
+  const int64_t none = 0;
+  Tensor loss = new_tensor(0, &none, &none, accumulate_dtype(kd.fp64), kd.device);
+  Tensor valid = new_tensor(0, &none, &none, aoti_torch_dtype_float64(), kd.device);
+  Tensor stats = new_rows(kd.B, kStatistics, aoti_torch_dtype_float64(), kd.device);
+  KdParams params = kd_params(kd, limits_of(kd.device));
+  params.stats = static_cast<double*>(stats.mutable_data_ptr());
+  params.valid = static_cast<double*>(valid.mutable_data_ptr());
+  params.loss = loss.mutable_data_ptr();
+  params.loss_fp64 = kd.fp64;
+  params.finished = counters.data();
+  launch_kd_loss(params, kd_launch(params, kd.fp64, scope.stream()));
+  return {std::move(loss), std::move(stats), std::move(valid)};
+}
+
+Tensors kd_loss_backward(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor stats,
+                         Tensor valid, Tensor gradient, double temperature, double alpha,
+                         double label_smoothing, int64_t ignore_index, bool student_grad,
+                         bool teacher_grad) {
+  if (!student_grad && !teacher_grad) return {};
+  const OnDevice scope(device_of(student));
+  std::optional<LogitsGradient> to_student, to_teacher;
+  if (student_grad) to_student.emplace(student);
+  if (teacher_grad) to_teacher.emplace(teacher);
+  const KdArguments kd(student, teacher, labels, temperature, alpha, label_smoothing, ignore_index);
+  const KdBackward backward(stats, valid, gradient, kd);
+  KdParams params = kd_params(kd, limits_of(kd.device));
+  params.stats = const_cast<double*>(backward.stats);
+  params.valid = const_cast<double*>(backward.valid);
+  params.gradient = backward.gradient;
+  params.gradient_fp64 = backward.gradient_fp64;
+  const auto place = [](std::optional<LogitsGradient>& to, Dtype dtype) {
+    if (!to) return Logits{nullptr, dtype, 0};
+    return Logits{to->written.mutable_data_ptr(), dtype, to->written.stride(0)};
+  };
+  params.student_gradient = place(to_student, kd.student.dtype);
+  params.teacher_gradient = place(to_teacher, kd.teacher.dtype);
+  launch_kd_loss_backward(params, kd_launch(params, kd.fp64, scope.stream()));
+  Tensors gradients;
+  if (to_student) gradients.push_back(to_student->finish());
+  if (to_teacher) gradients.push_back(to_teacher->finish());
+  return gradients;
+}
+
+// ---- squared distances ------------------------------------------------------------------------
+
+// Calls launch(params, how) for as many pairs at a time as a launch carries.
+template <class F>
+void launch_pairs(const DistanceArguments& arguments, const Limits& limits, void* stream,
+                  const Tensors* out, const F& launch) {
+  STD_TORCH_CHECK(arguments.B <= kMaxExtent, "at_fused: at most 2^30 samples, got ", arguments.B);
+  constexpr int64_t turn = kThreads * kTurnElements;
+  const int64_t target = task_bytes(arguments.bytes, limits);
+  for (size_t begin = 0; begin < arguments.pairs.size(); begin += kMaxDistances) {
+    DistanceParams params{};
+    DistillLaunch how{0, false, stream};
+    params.count = int32_t(std::min<size_t>(kMaxDistances, arguments.pairs.size() - begin));
+    params.B = int32_t(arguments.B);
+    for (int32_t i = 0; i < params.count; ++i) {
+      const DistanceArguments::Pair& given = arguments.pairs[begin + size_t(i)];
+      DistancePair& pair = params.pairs[i];
+      pair.a = given.a.data, pair.a_dtype = given.a.dtype, pair.a_stride = given.a.stride;
+      pair.b = given.b.data, pair.b_dtype = given.b.dtype, pair.b_stride = given.b.stride;
+      pair.M = given.M;
+      pair.vector = given.M % kTurnElements == 0 &&
+                    aligned_rows(given.a.data, given.a.dtype, given.a.stride) &&
+                    aligned_rows(given.b.data, given.b.dtype, given.b.stride);
+      if (out) {
+        const Tensor& written = (*out)[begin + size_t(i)];
+        pair.out = written.mutable_data_ptr();
+        pair.out_stride = written.stride(0);
+        pair.vector = pair.vector && aligned_rows(pair.out, pair.a_dtype, pair.out_stride);
+      }
+      const int64_t wanted = std::max<int64_t>(1, given.bytes() / target);
+      const int64_t piece = std::min(round_up(divide_up(given.M, wanted), turn), kMaxExtent);
+      pair.piece = int32_t(piece);
+      const int64_t pieces = divide_up(given.M, piece);
+      pair.pieces = int32_t(blocks_of(pieces));
+      pair.first_task = how.blocks;
+      how.blocks = blocks_of(how.blocks + arguments.B * pieces);
+      how.fp64 |= given.fp64();
+    }
+    launch(params, how, int64_t(begin) * arguments.B);
+  }
+}
+
+Tensor squared_distance(Tensors a, Tensors b) {
+  const DistanceArguments arguments(a, b);
+  const OnDevice scope(arguments.device);
+  const int64_t samples = int64_t(arguments.pairs.size()) * arguments.B;
+  Tensor result = new_rows(int64_t(arguments.pairs.size()), arguments.B, aoti_torch_dtype_float64(),
+                           arguments.device);
+  const Counters counters(arguments.device, scope.stream(), samples);
+  Tensors kept;  // until the launches are on their way
+  launch_pairs(
+      arguments, limits_of(arguments.device), scope.stream(), nullptr,
+      [&](DistanceParams& params, const DistillLaunch& launch, int64_t first) {
+        kept.push_back(new_rows(1, launch.blocks, aoti_torch_dtype_float64(), arguments.device));
+        params.sums = static_cast<double*>(kept.back().mutable_data_ptr());
+        params.result = static_cast<double*>(result.mutable_data_ptr()) + first;
+        params.arrived = counters.data() + first;
+        launch_squared_distance(params, launch);
+      });
+  return result;
+}
+
+Tensors squared_distance_backward(Tensors a, Tensors b, Tensor coefficients) {
+  STD_TORCH_CHECK(!a.empty(), "at_fused: as many tensors on both sides, got 0");
+  const OnDevice scope(device_of(a[0]));
+  DistanceGradients gradients(a);
+  const DistanceArguments arguments(a, b, &gradients);
+  const double* c = distance_coefficients(coefficients, arguments);
+  launch_pairs(arguments, limits_of(arguments.device), scope.stream(), &gradients.written,
+               [&](DistanceParams& params, const DistillLaunch& launch, int64_t first) {
+                 params.coefficients = c + first;
+                 launch_squared_distance_backward(params, launch);
+               });
+  return gradients.finish();
+}
+
+}  // namespace
+}  // namespace at_fused
+
+STABLE_TORCH_LIBRARY_IMPL(AT_FUSED_NAMESPACE, AT_FUSED_DEVICE_KEY, m) {
+  m.impl("kd_loss", TORCH_BOX(&at_fused::kd_loss));
+  m.impl("kd_loss_backward", TORCH_BOX(&at_fused::kd_loss_backward));
+  m.impl("squared_distance", TORCH_BOX(&at_fused::squared_distance));
+  m.impl("squared_distance_backward", TORCH_BOX(&at_fused::squared_distance_backward));
+}

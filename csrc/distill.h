@@ -1,0 +1,92 @@
+// Hinton's loss and squared distances as the kernels see them, on every device.
+#pragma once
+
+#include <cmath>
+
+#include "feature.h"
+
+#if defined(__CUDACC__) || defined(AT_FUSED_SIMT)
+#include <cuda_runtime.h>
+#define AT_FUSED_HOST_DEVICE __host__ __device__
+#else
+#define AT_FUSED_HOST_DEVICE
+#endif
+
+namespace at_fused {
+
+// What is kept of a row of logits, in fp64 (backends/eager/kd.py has the formulas).
+enum Statistic : int32_t {
+  kStudentMax,  // the largest logit
+  kStudentSum,  // sum_k exp((s_k - max) / T)
+  kTeacherMax,
+  kTeacherSum,
+  kQuotient,  // log of the student's sum through the teacher's
+  kDivergence,
+  kEntropySum,  // sum_k exp(s_k - max); NaN where the label is none
+  kEntropy,     // the cross-entropy
+  kStatistics,
+};
+
+// A row's label where it is not a class.
+constexpr int64_t kIgnored = -1;
+constexpr int64_t kWrong = -2;
+
+struct KdOptions {
+  double temperature, alpha, smoothing;
+  int64_t ignored;
+  bool divergence, entropy;  // the terms that are computed
+};
+
+// element_size, for device code too.
+AT_FUSED_HOST_DEVICE inline int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// (B, K) logits with adjacent classes.
+struct Logits {
+  const void* data;
+  Dtype dtype;
+  int64_t stride;  // from row to row, in elements
+
+  AT_FUSED_HOST_DEVICE const void* row(int64_t b) const {
+    return static_cast<const char*>(data) + b * stride * bytes_of(dtype);
+  }
+};
+
+// What a label means, out of K classes.
+AT_FUSED_HOST_DEVICE inline int64_t class_of(int64_t label, int64_t K, int64_t ignored) {
+  return label == ignored ? kIgnored : label >= 0 && label < K ? label : kWrong;
+}
+
+// log(1 + x) - x for x > -1.
+AT_FUSED_HOST_DEVICE inline double log1p_excess(double x) {
+  if (fabs(x) > 1e-3) return log1p(x) - x;
+  return x * x * (-0.5 + x * (1.0 / 3 + x * (-0.25 + x * (0.2 - x / 6))));
+}
+
+// a + b as its rounding and the rest.
+struct Exact {
+  double sum, rest;
+  AT_FUSED_HOST_DEVICE Exact(double a, double b) : sum(a + b) {
+    const double part = sum - a;
+    rest = (a - (sum - part)) + (b - part);
+  }
+};
+
+// c = t_max - s_max - T * quotient in three numbers, with the digits that c has beyond those of A:
+// of logits that have much in common they are all that counts.
+template <class A>
+struct Shift {
+  A high, low, least;
+
+  AT_FUSED_HOST_DEVICE Shift(const double* stats, double quotient, double temperature) {
+    const Exact maxima(stats[kTeacherMax], -stats[kStudentMax]);
+    const Exact c(maxima.sum, -temperature * quotient);
+    high = A(c.sum);
+    const Exact rests(c.rest, maxima.rest), rest(c.sum - double(high), rests.sum);
+    low = A(rest.sum);
+    least = A((rest.sum - double(low)) + rest.rest + rests.rest);
+  }
+};
+
+}  // namespace at_fused

@@ -1,0 +1,255 @@
+"""Gradient-based attention transfer: input gradients by hand, losses, double backward."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import at_fused
+
+
+def net(activation: type[nn.Module] = nn.ReLU, dtype: torch.dtype = torch.float32) -> nn.Module:
+    layers = nn.Conv2d(3, 8, 3, padding=1), activation(), nn.Conv2d(8, 6, 3, stride=2), activation()
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).to(dtype)
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.randn(4, 3, 9, 9, dtype=dtype), torch.tensor([0, 3, 4, 1])
+
+
+def by_hand(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    """A loop over the samples, each a batch of its own."""
+    rows = []
+    for sample, label in zip(x.detach(), labels, strict=True):
+        one = sample[None].requires_grad_()
+        F.cross_entropy(model(one), label[None]).backward(inputs=[one])
+        rows.append(one.grad[0])
+    return torch.stack(rows)
+
+
+# ---- input gradients -----------------------------------------------------------------------------
+
+
+def test_each_samples_own_gradient() -> None:
+    model, (x, labels) = net(), batch()
+    right = by_hand(model, x, labels)
+    torch.testing.assert_close(at_fused.input_gradient(model, x, labels), right)
+    x.requires_grad_()
+    found = at_fused.input_gradient(model(x), x, labels)
+    torch.testing.assert_close(found, right)
+    assert not found.requires_grad
+    labels[1] = -100
+    found = at_fused.input_gradient(model, x, labels)
+    assert not found[1].any()
+    torch.testing.assert_close(found[0], right[0])
+
+
+def test_nothing_is_left_behind() -> None:
+    model, (x, labels) = net().train(), batch()
+    at_fused.input_gradient(model, x, labels)
+    assert not x.requires_grad
+    assert x.grad is None
+    j = at_fused.input_gradient(model, x, labels, create_graph=True)
+    assert j.requires_grad
+    assert not x.requires_grad
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert model.training
+    with torch.no_grad():
+        torch.testing.assert_close(at_fused.input_gradient(model, x, labels), j)
+    frozen = net().requires_grad_(False)
+    assert at_fused.input_gradient(frozen, x, labels).any()
+
+
+def test_the_graph_of_given_logits_is_kept() -> None:
+    model, (x, labels) = net(), batch()
+    x.requires_grad_()
+    logits = model(x)
+    j = at_fused.input_gradient(logits, x, labels, create_graph=True)
+    loss = F.cross_entropy(logits, labels) + at_fused.gradient_at_loss(j, torch.zeros_like(j))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    again = model(x)
+    at_fused.input_gradient(again, x, labels)
+    F.cross_entropy(again, labels).backward()
+
+
+def test_batch_norm_in_training_mode_mixes_samples_and_eval_mode_does_not() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(392, 5))
+    x, labels = batch()
+    for mode in (True, False):
+        model.train(mode)
+        whole = at_fused.input_gradient(model, x, labels)
+        half = at_fused.input_gradient(model, x[:2], labels[:2])
+        assert torch.allclose(whole[:2], half, rtol=1e-4, atol=1e-6) != mode
+        assert model.training == mode
+
+
+def test_a_computed_input_stays_part_of_the_graph() -> None:
+    model, (x, labels) = net(nn.Tanh, torch.float64), batch(torch.float64)
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+
+    def square(scale: Tensor) -> Tensor:
+        return at_fused.input_gradient(model, x * scale, labels, create_graph=True).square().sum()
+
+    assert torch.autograd.gradcheck(square, scale)
+
+
+# ---- losses --------------------------------------------------------------------------------------
+
+
+def reference(a: Tensor, b: Tensor, form: str) -> Tensor:
+    d = (a - b).flatten(1)
+    if form == "paper":
+        return torch.linalg.vector_norm(d, dim=1).mean()
+    return d.square().sum(1).mean() if form == "squared" else d.square().mean()
+
+
+@pytest.mark.parametrize("form", ["paper", "squared", "code"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_gradient_at_loss(backend: str, form: str, dtype: torch.dtype) -> None:
+    a, b = torch.randn(3, 3, 5, 7).to(dtype).requires_grad_(), torch.randn(3, 3, 5, 7).to(dtype)
+    found = at_fused.gradient_at_loss(a, b, form=form)
+    wide = a.detach().double().requires_grad_()
+    right = reference(wide, b.double(), form)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=0)
+    (g,), (r,) = torch.autograd.grad(found, a), torch.autograd.grad(right, wide)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-6, torch.float16: 1e-3}[dtype]
+    assert (g.double() - r).abs().max() <= tolerance * r.abs().max()
+
+
+def test_the_norm_at_0_has_gradient_0(backend: str) -> None:
+    a = torch.randn(2, 3, 4, 4).requires_grad_()
+    b = a.detach().clone()
+    b[1] += 1
+    loss = at_fused.gradient_at_loss(a, b)
+    (g,) = torch.autograd.grad(loss, a, create_graph=True)
+    assert not g[0].any()
+    torch.testing.assert_close(g[1], torch.full_like(g[1], -0.5 / 48**0.5))
+    (h,) = torch.autograd.grad(g.square().sum(), a)
+    assert h.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["paper", "squared", "code"])
+def test_gradgradcheck(form: str) -> None:
+    a, b = (torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return at_fused.gradient_at_loss(a, b, form=form)
+
+    assert torch.autograd.gradcheck(loss, (a, b))
+    assert torch.autograd.gradgradcheck(loss, (a, b))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Softplus])
+@pytest.mark.parametrize("form", ["paper", "squared", "code"])
+def test_double_backward_through_a_network(form: str, activation: type[nn.Module]) -> None:
+    """The parameters' gradients against those of plain PyTorch."""
+    student, teacher = net(activation, torch.float64), net(activation, torch.float64)
+    x, labels = batch(torch.float64)
+    j_t = at_fused.input_gradient(teacher, x, labels)
+    x.requires_grad_()
+
+    def gradients(distance: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        logits = student(x)
+        j = at_fused.input_gradient(logits, x, labels, create_graph=True)
+        loss = F.cross_entropy(logits, labels) + distance(j, j_t, form=form)
+        return torch.autograd.grad(loss, list(student.parameters()))
+
+    for g, r in zip(gradients(at_fused.gradient_at_loss), gradients(reference), strict=True):
+        torch.testing.assert_close(g, r, rtol=1e-6, atol=1e-9)
+
+
+def test_flip_symmetry() -> None:
+    model, (x, labels) = net(), batch()
+    j, flipped = by_hand(model, x, labels), by_hand(model, x.flip(3), labels).flip(3)
+    for form in ("paper", "squared", "code"):
+        found = at_fused.flip_symmetry_loss(model, x, labels, form=form)
+        torch.testing.assert_close(found, reference(j, flipped, form), rtol=1e-4, atol=1e-8)
+    gradients = torch.autograd.grad(found, list(model.parameters()), allow_unused=True)
+    assert any(g is not None and g.any() for g in gradients)
+    # A network that cannot tell the sides apart.
+    blind = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
+    assert at_fused.flip_symmetry_loss(blind, x, labels).item() < 1e-6
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_fullgraph(compiler: str) -> None:
+    a, b = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+
+    def step(a: Tensor, b: Tensor) -> Tensor:
+        return 2 * at_fused.gradient_at_loss(a * 2, b)
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    found, right = compiled(a, b), step(a, b)
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(torch.autograd.grad(found, a), torch.autograd.grad(right, a))
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+X, Y = torch.randn(2, 3, 4, 4), torch.tensor([0, 1])
+LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+
+ERRORS: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
+    "x": (LINEAR, [1], Y, TypeError, "x must be a tensor, got list"),
+    "x integers": (LINEAR, X.long(), Y, TypeError, "x must be float32.*torch.int64"),
+    "model": (3, X, Y, TypeError, "model must be a module, a function or logits, got int"),
+    "logits without x": (LINEAR(X), X, Y, ValueError, "x must require a gradient"),
+    "other logits": (
+        LINEAR(X),
+        X.clone().requires_grad_(),
+        Y,
+        ValueError,
+        "logits do not depend on x",
+    ),
+    "no graph": (lambda x: torch.ones(2, 5), X, Y, ValueError, "logits do not depend on x"),
+    "a tuple": (lambda x: (x, x), X, Y, TypeError, r"return logits \(B, K\), got tuple"),
+    "rank": (lambda x: x, X, Y, ValueError, r"logits must be \(B, K\) with the B of x, 2"),
+    "label dtype": (LINEAR, X, Y.float(), TypeError, "labels must be int64"),
+    "label shape": (LINEAR, X, Y[:1], ValueError, r"labels must be \(B,\), here \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_of_input_gradient(case: str) -> None:
+    model, x, labels, error, message = ERRORS[case]
+    with pytest.raises(error, match=message):
+        at_fused.input_gradient(model, x, labels)
+
+
+def test_other_errors() -> None:
+    with pytest.raises(ValueError, match="form must be 'paper', 'squared' or 'code', got 'mean'"):
+        at_fused.gradient_at_loss(X, X, form="mean")
+    with pytest.raises(ValueError, match=r"same shape, got \(2, 3, 4, 4\) and \(1, 3, 4, 4\)"):
+        at_fused.gradient_at_loss(X, X[:1])
+    with pytest.raises(TypeError, match="student must be a tensor, got list"):
+        at_fused.gradient_at_loss([X], [X])
+    with pytest.raises(TypeError, match="model must be a module or a function, got Tensor"):
+        at_fused.flip_symmetry_loss(X, X, Y)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match="inference mode has no gradients"),
+    ):
+        at_fused.input_gradient(LINEAR, X, Y)
+
+
+def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[1] / "examples/gradient_at.py"
+    example = runpy.run_path(str(path))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        without, with_transfer = example["main"](epochs=12, seeds=1)
+    finally:
+        torch.set_num_threads(threads)
+    assert 0.3 < without <= 1
+    assert 0.3 < with_transfer <= 1
+    assert "accuracy" in capsys.readouterr().out

@@ -1,0 +1,63 @@
+"""Schedules of beta: values at the ends and between, and bad arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from at_fused import schedules
+
+
+def test_constant() -> None:
+    beta = schedules.constant(1000)
+    assert [beta(step) for step in (-1, 0, 5, 1e9)] == [1000.0] * 4
+
+
+@pytest.mark.parametrize("schedule", [schedules.linear_decay, schedules.cosine])
+def test_ends_and_clamping(schedule: Any) -> None:
+    beta = schedule(2.0, 10, end=0.5)
+    assert beta(0) == beta(-3) == 2.0
+    assert beta(10) == beta(11) == beta(10**9) == 0.5
+    values = [beta(step) for step in range(11)]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == 11
+    assert beta(5) == pytest.approx(1.25)
+    assert schedule(1.0, 4)(4) == 0.0
+
+
+def test_between() -> None:
+    assert schedules.linear_decay(8.0, 4)(1) == 6.0
+    assert schedules.linear_decay(8.0, 4)(2.5) == 3.0
+    assert schedules.cosine(8.0, 4)(1) == pytest.approx(4 + 4 * math.cos(math.pi / 4))
+
+
+@pytest.mark.parametrize("schedule", [schedules.linear_decay, schedules.cosine])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("1", 10), TypeError, "beta must be a number, got str"),
+        ((True, 10), TypeError, "beta must be a number, got bool"),
+        ((math.nan, 10), ValueError, "beta must be finite, got nan"),
+        ((1.0, 0), ValueError, "steps must be > 0, got 0"),
+        ((1.0, -5), ValueError, "steps must be > 0, got -5"),
+        ((1.0, None), TypeError, "steps must be a number, got NoneType"),
+        ((1.0, math.inf), ValueError, "steps must be finite, got inf"),
+        ((1.0, 10, "0"), TypeError, "end must be a number, got str"),
+    ],
+    ids=str,
+)
+def test_errors(
+    schedule: Any, arguments: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        schedule(*arguments)
+
+
+def test_errors_of_a_step() -> None:
+    for schedule in (schedules.constant(1), schedules.linear_decay(1, 2), schedules.cosine(1, 2)):
+        with pytest.raises(TypeError, match="step must be a number, got NoneType"):
+            schedule(None)
+    with pytest.raises(TypeError, match="beta must be a number"):
+        schedules.constant(None)
