@@ -83,7 +83,7 @@ def test_resources_and_widths(
     elif name == "max_map_backward":
         assert kernel.stores[128] >= dtypes * 2
     elif name in DISTANCES:
-        # Both sides of a pair: 8 elements of fp32 and of each 16-bit type; or 4 of fp64 and of fp32.
+        # Both sides of a pair: 8 elements of fp32 and each 16-bit type, or 4 of fp64 and fp32.
         vectors = 3 if fp64 else 4
         assert kernel.loads[128] >= 2 * vectors
         if DISTANCES[name]:
