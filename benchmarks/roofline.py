@@ -5,7 +5,8 @@
 No GPU is needed. The kernels run in the tests' harness (tests/simt), whose instrumented loads and
 stores count bytes and launches. The eager lines are counted operator by operator (inputs read,
 outputs written, views free), torch.compile by the kernels of inductor's scheduler. Times are bytes
-over bandwidth plus launches: a model, not a measurement. Writes results/roofline.md.
+over bandwidth plus launches: a model, not a measurement. The rest of the method is counted in
+roofline_methods.py. Writes results/roofline.md.
 
 ``--quick`` counts a quarter of each batch on a quarter of an H100's multiprocessors, which cuts
 every sample as the whole device would, and takes the counts times four.
@@ -340,6 +341,10 @@ def main() -> None:
     )
     quick = parser.parse_args().quick
     text = table(count(quick), QUICK_SHARE if quick else 1)
+    if not quick:
+        import roofline_methods
+
+        text += "\n" + roofline_methods.table()
     sys.stdout.write(text)
     if not quick:
         (HERE / "results/roofline.md").write_text(text)

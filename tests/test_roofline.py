@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import roofline
+import roofline_methods
 from roofline import PASSES, QUICK, Row
 
 BAR = 1.02
@@ -79,3 +80,14 @@ def test_the_table_says_that_times_are_a_model() -> None:
     text = roofline.table(list(rows(QUICK[0]).values()), roofline.QUICK_SHARE)
     assert text.splitlines()[0].endswith("times a model, not measured")
     assert text.count("\n| a |") == len(PASSES)
+
+
+@pytest.mark.parametrize("name", roofline_methods.VARIANTS)
+def test_the_rest_of_the_method(name: str) -> None:
+    variant = roofline_methods.VARIANTS[name]
+    for layout in variant.layouts:
+        row = roofline_methods.row_of(name, variant.cases[0], "fp32", layout)
+        # Maps go through memory between a forward's two launches: a C-th of the features.
+        assert 1 <= row.counted.bytes / row.floor <= 1.15
+        assert row.counted.launches <= 4
+        assert row.counted.launches < row.eager.launches / 4

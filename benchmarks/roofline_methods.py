@@ -1,0 +1,110 @@
+"""The rest of the method (methods.py) counted as roofline.py does: bytes and launches.
+
+Forward and backward together, one case of each variant, on a share of the batch and of the device.
+What torch's own operators do to the maps between two of ours is not counted: a C-th of the bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from methods import VARIANTS, differentiable
+from plan_library import H100
+from roofline import Count, Operators
+from simt_backend import Counters, simt
+from torch import Tensor
+
+SHARE = 4  # divides the batches and the multiprocessors
+
+
+class Row(NamedTuple):
+    """One variant; ``floor`` is what has to be read and written."""
+
+    variant: str
+    case: str
+    dtype: str
+    layout: str
+    floor: int
+    counted: Count
+    eager: Count
+
+
+def apply(inputs: list[Any], change: Any) -> list[Any]:
+    """The inputs with every tensor changed, those that require gradients still doing so."""
+
+    def each(x: Tensor) -> Tensor:
+        return change(x.detach()).requires_grad_(x.requires_grad)
+
+    return [[each(y) for y in x] if isinstance(x, list) else each(x) for x in inputs]
+
+
+def tensors(inputs: list[Any]) -> list[Tensor]:
+    """All of them."""
+    return [y for x in inputs for y in (x if isinstance(x, list) else [x])]
+
+
+# Whose gradient takes more than the student again: every input; or no more than the winners, which
+# do not count.
+READS_ALL = ("kd_loss", "gradient norm", "features_loss")
+READS_WINNERS = ("max",)
+
+
+def floor(name: str, inputs: list[Any]) -> int:
+    """Bytes of all inputs, read once; of what the gradient reads again; and of the gradient."""
+    everything = sum(x.nbytes for x in tensors(inputs))
+    gradients = sum(x.nbytes for x in differentiable(inputs))
+    again = everything if name in READS_ALL else 0 if name in READS_WINNERS else gradients
+    return everything + again + gradients
+
+
+def row_of(name: str, case: str, dtype: str, layout: str) -> Row:
+    """Counts one setting."""
+    variant = VARIANTS[name]
+    whole = variant.make(case, dtype, layout)
+    part = apply(whole, lambda x: x[: x.shape[0] // SHARE].clone())
+    with simt(multiprocessors=H100.multiprocessors // SHARE) as harness:
+        harness.simt_reset_counters()
+        torch.autograd.grad(variant.ours(*part), differentiable(part))
+        if harness.simt_last_error():
+            raise RuntimeError(harness.simt_last_error().decode())
+        c = Counters()
+        harness.simt_counters(ctypes.byref(c))
+    meta = apply(whole, lambda x: x.to("meta"))
+    with Operators() as eager:
+        torch.autograd.grad(variant.eager(*meta), differentiable(meta))
+    moved = SHARE * (c.distinct_load_bytes + c.distinct_store_bytes)
+    counted = Count(moved, c.launches)
+    return Row(name, case, dtype, layout, floor(name, whole), counted, eager.count)
+
+
+def rows() -> Iterator[Row]:
+    """The smallest case of each variant, in every layout, fp32."""
+    for name, variant in VARIANTS.items():
+        for layout in variant.layouts:
+            yield row_of(name, variant.cases[0], "fp32", layout)
+
+
+def table() -> str:
+    """The rows as Markdown."""
+    lines = [
+        "## The rest of the method",
+        "",
+        f"Forward and backward, fp32, a share of 1/{SHARE} of each batch on 1/{SHARE} of the "
+        f"multiprocessors, times {SHARE}.",
+        "The floor reads every input once, what the gradient needs a second time, and writes the",
+        "gradient. Interpolation, masks and sums of maps by torch are not counted for at_fused.",
+        "",
+        "| variant | case | layout | floor, MB | distinct, MB | to floor | launches "
+        "| eager, MB | to floor | launches |",
+        "|---|---|---|" + "--:|" * 7,
+    ]
+    for r in rows():
+        cells = [r.variant, r.case, r.layout, f"{r.floor / 1e6:.2f}"]
+        for count in (r.counted, r.eager):
+            cells += [f"{count.bytes / 1e6:.2f}", f"{count.bytes / r.floor:.2f}x"]
+            cells += [str(count.launches)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
