@@ -164,6 +164,7 @@ def test_ranks_and_shapes(
         ((1, 2, 9000), (3,)),
         ((1, 5, 64, 80), (1, 2)),
         ((1, 24, 20, 22, 20), (10, 21, 10)),
+        ((1, 64, 40, 64), (40, 64)),  # as they are, in several turns of a block
     ],
     ids=str,
 )
