@@ -300,6 +300,19 @@ def test_where_features_are_zero(backend: str, sizes: list[int]) -> None:
     assert (g == 0).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [[], [2, 2]], ids=str)
+def test_channels_that_did_not_win_have_none_of_a_nan(
+    backend: str, sizes: list[int], layout: str
+) -> None:
+    x = features(2, 6, 4, 4, layout=layout)
+    q, channels = _ops.attention_map([x], 2.0, "max", True, sizes)
+    k = torch.full_like(q, math.nan)
+    (g,) = _ops.attention_map_backward([x], [k], None, [0], 2.0, True, sizes, [channels])
+    assert torch.isnan(g).sum() == q.numel() * (4 if sizes else 1)
+    assert (g[~torch.isnan(g)] == 0).all()
+
+
 @pytest.mark.parametrize("kind", ["mean", "max", "signed"])
 @pytest.mark.parametrize("sizes", [[], [2, 2]], ids=str)
 def test_second_derivatives(fast_backend: str, kind: str, sizes: list[int]) -> None:
