@@ -176,6 +176,11 @@ def test_large_maps_and_large_windows(
     assert_maps_match([features(*shape, layout=layout)], 3.0, collapse, absolute, [size])
 
 
+def test_windows_that_32_bits_do_not_number(fast_backend: str) -> None:
+    """Input times output size is what finds a window."""
+    assert_maps_match([features(1, 1, 70000)], 2.0, sizes=[(68000,)])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_lists_of_unequal_features(backend: str, kind: str) -> None:
     collapse, absolute, (p, *_) = KINDS[kind]
