@@ -164,6 +164,7 @@ def test_ranks_and_shapes(
         ((1, 2, 9000), (3,)),
         ((1, 5, 64, 80), (1, 2)),
         ((1, 24, 20, 22, 20), (10, 21, 10)),
+        ((1, 64, 40, 64), (40, 64)),  # as they are, in several turns of a block
     ],
     ids=str,
 )
@@ -173,6 +174,11 @@ def test_large_maps_and_large_windows(
 ) -> None:
     collapse, absolute, _ = KINDS[kind]
     assert_maps_match([features(*shape, layout=layout)], 3.0, collapse, absolute, [size])
+
+
+def test_windows_that_32_bits_do_not_number(fast_backend: str) -> None:
+    """Input times output size is what finds a window."""
+    assert_maps_match([features(1, 1, 70000)], 2.0, sizes=[(68000,)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -297,6 +303,19 @@ def test_where_features_are_zero(backend: str, sizes: list[int]) -> None:
     assert (g == 1 / area).all()
     (g,) = _ops.attention_map_backward([x], k, None, [0], 3.0, False, sizes)
     assert (g == 0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [[], [2, 2]], ids=str)
+def test_channels_that_did_not_win_have_none_of_a_nan(
+    backend: str, sizes: list[int], layout: str
+) -> None:
+    x = features(2, 6, 4, 4, layout=layout)
+    q, channels = _ops.attention_map([x], 2.0, "max", True, sizes)
+    k = torch.full_like(q, math.nan)
+    (g,) = _ops.attention_map_backward([x], [k], None, [0], 2.0, True, sizes, [channels])
+    assert torch.isnan(g).sum() == q.numel() * (4 if sizes else 1)
+    assert (g[~torch.isnan(g)] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["mean", "max", "signed"])
