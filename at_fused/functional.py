@@ -1,217 +1,40 @@
-"""The public functions: check what is given, bring it to (B, C, *spatial), call one operator."""
+"""The public functions of activation-based attention."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
-from at_fused import _ops
-from at_fused._warnings import AtFusedWarning
+from at_fused import _inputs, _ops
+from at_fused._inputs import MapSize, MapSizes, Sides
+from at_fused._problem import prepare, solve
 from at_fused.backends import eager
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_COLLAPSES = ("mean", "sum")
-_FORMS = ("code", "paper")
-_REDUCTIONS = ("sum", "none")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Features = TypeVar("Features", Tensor, Sequence[Tensor])
 
 
-# ---- checks --------------------------------------------------------------------------------------
+class ATOptions(TypedDict, total=False):
+    """The keyword arguments of ``at_loss`` that do not belong to a batch."""
 
-
-def check_options(
-    *,
-    p: float = 2.0,
-    eps: float = 1e-12,
-    collapse: str = "mean",
-    form: str = "code",
-    reduction: str = "sum",
-) -> None:
-    """Raises the ValueError or TypeError that names the option, what was given, what is allowed."""
-    if collapse not in _COLLAPSES:
-        raise ValueError(f"collapse must be 'mean' or 'sum', got {collapse!r}")
-    if form not in _FORMS:
-        raise ValueError(f"form must be 'code' or 'paper', got {form!r}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be 'sum' or 'none', got {reduction!r}")
-    _check_number("p", p)
-    if not 1 <= p < math.inf:
-        raise ValueError(f"p must be a finite number >= 1, got {p!r}")
-    _check_number("eps", eps)
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be a finite number > 0, got {eps!r}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {_kind(value)}")
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
-
-
-def _is_feature(x: object) -> bool:
-    return (
-        isinstance(x, Tensor)
-        and x.dtype in _DTYPES
-        and x.layout is torch.strided
-        and 3 <= x.dim() <= 5
-        and 0 not in x.shape
-    )
-
-
-def _refuse_feature(name: str, x: object) -> None:
-    """Raises what is wrong with something that ``_is_feature`` refused."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_kind(x)}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
-    if not 3 <= x.dim() <= 5:
-        raise ValueError(
-            f"{name} must be (B, C, H, W), or have one to three spatial dimensions, "
-            f"got shape {tuple(x.shape)}"
-        )
-    raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
-
-
-def _channels_second(x: Tensor, channel_dim: int) -> Tensor:
-    """The feature as (B, C, *spatial)."""
-    if channel_dim == 1:
-        return x
-    if channel_dim not in (-1, x.dim() - 1):
-        raise ValueError(f"channel_dim must be 1 or -1, got {channel_dim!r}")
-    return x.movedim(-1, 1)
-
-
-def _features(name: str, given: Tensor | Sequence[Tensor], channel_dim: int) -> list[Tensor]:
-    if isinstance(given, Tensor):
-        if not _is_feature(given):
-            _refuse_feature(name, given)
-        return [_channels_second(given, channel_dim)]
-    if not isinstance(given, (list, tuple)):
-        raise TypeError(
-            f"{name} must be a tensor or a list or tuple of tensors, got {_kind(given)}"
-        )
-    if not given:
-        raise ValueError(f"{name} must not be an empty {_kind(given)}")
-    for i, x in enumerate(given):
-        if not _is_feature(x):
-            _refuse_feature(f"{name}[{i}]", x)
-    return [_channels_second(x, channel_dim) for x in given]
-
-
-def _refuse_pair(i: int, student: Tensor, teacher: Tensor, device: torch.device) -> None:
-    """Raises what does not match in a pair."""
-    for name, x in (("student", student), ("teacher", teacher)):
-        if x.device != device:
-            raise ValueError(
-                f"{name} of pair {i} is on {x.device}, the first student on {device}: "
-                "all features must be on one device"
-            )
-    if student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            f"student and teacher of pair {i} must have the same batch size, "
-            f"got {student.shape[0]} and {teacher.shape[0]}"
-        )
-    raise ValueError(
-        f"student and teacher of pair {i} must have the same map size (H x W), "
-        f"got {_size(student)} and {_size(teacher)}; a resize= option is planned, until then "
-        "interpolate or pool one of them"
-    )
-
-
-def _pairs(
-    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], channel_dim: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Both sides as lists of (B, C, *spatial) that match pair by pair."""
-    if isinstance(student, Tensor) != isinstance(teacher, Tensor):
-        raise TypeError(
-            "student and teacher must both be tensors or both be sequences, "
-            f"got {_kind(student)} and {_kind(teacher)}"
-        )
-    students = _features("student", student, channel_dim)
-    teachers = _features("teacher", teacher, channel_dim)
-    if len(students) != len(teachers):
-        raise ValueError(
-            "student and teacher must have the same number of features, "
-            f"got {len(students)} and {len(teachers)}"
-        )
-    device = students[0].device
-    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        positions = s.shape[2:]
-        if not (
-            s.device == t.device == device and s.shape[0] == t.shape[0] and positions == t.shape[2:]
-        ):
-            _refuse_pair(i, s, t, device)
-        if positions.numel() == 1:
-            _warn_single_position(i)
-    return students, teachers
-
-
-def _size(x: Tensor) -> str:
-    return "x".join(str(int(size)) for size in x.shape[2:])
-
-
-def _weights(weights: Sequence[float] | None, pairs: int) -> list[float]:
-    if weights is None:
-        return []
-    if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"weights must be a list or tuple of numbers, got {_kind(weights)}")
-    if len(weights) != pairs:
-        raise ValueError(
-            f"weights must have one number per pair, got {len(weights)} for {pairs} pairs"
-        )
-    for i, weight in enumerate(weights):
-        _check_number(f"weights[{i}]", weight)
-        if not math.isfinite(weight):
-            raise ValueError(f"weights[{i}] must be finite, got {weight!r}")
-    return [float(weight) for weight in weights]
-
-
-def _scale(scale: float | Tensor, students: list[Tensor]) -> tuple[float, Tensor | None]:
-    """A scale as a number, and as what the device has to read."""
-    if not isinstance(scale, Tensor):
-        _check_number("scale", scale)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, got {scale!r}")
-        return float(scale), None
-    if scale.numel() != 1 or not scale.is_floating_point():
-        raise ValueError(
-            "scale must be a number or a floating-point tensor of one element, got "
-            f"{scale.dtype} of shape {tuple(scale.shape)}"
-        )
-    if scale.device != students[0].device:
-        raise ValueError(
-            f"scale must be on the features' device, {students[0].device}, got {scale.device}"
-        )
-    return 1.0, scale.detach().reshape(()).to(eager.accumulate_dtype(*students))
-
-
-_single_position_warned = False
-
-
-def _warn_single_position(i: int) -> None:
-    global _single_position_warned
-    if not _single_position_warned and not torch.compiler.is_compiling():
-        _single_position_warned = True
-        warnings.warn(
-            f"pair {i} has maps of a single position: normalised they are all 1, and the loss of "
-            "this pair is 0 whatever the features",
-            AtFusedWarning,
-            stacklevel=5,
-        )
-
-
-# ---- the functions -------------------------------------------------------------------------------
+    p: float
+    collapse: str
+    form: str
+    weights: Sequence[float] | None
+    reduction: str
+    resize: str | None
+    attend: str
+    channel_dim: Sides
+    skip_tokens: Sides
+    map_size: MapSizes
+    absolute: bool
+    eps: float
+    eps_mode: str
 
 
 def at_loss(
@@ -223,8 +46,16 @@ def at_loss(
     form: str = "code",
     weights: Sequence[float] | None = None,
     reduction: str = "sum",
-    channel_dim: int = 1,
+    resize: str | None = None,
+    attend: str = "spatial",
+    channel_dim: Sides = 1,
+    skip_tokens: Sides = 0,
+    map_size: MapSizes = None,
+    mask: Tensor | Sequence[Tensor] | None = None,
+    sample_weights: Tensor | None = None,
+    absolute: bool = True,
     eps: float = 1e-12,
+    eps_mode: str = "max",
 ) -> Tensor:
     """Attention-transfer loss between the features of a student and of a teacher.
 
@@ -240,20 +71,37 @@ def at_loss(
         student: (B, C, H, W), or a list or tuple of such features, one per stage. Also (B, C, L)
             and (B, C, D, H, W). float32, float64, float16 or bfloat16, any strides; NCHW and
             channels_last are read as they lie.
-        teacher: as many features as ``student``, each with the B, H and W of its partner; C and
-            dtype may differ.
+        teacher: as many features as ``student``, each with the B of its partner, and its H and W
+            unless ``resize`` says otherwise; C and dtype may differ.
         p: exponent, any finite number >= 1; 1, 2 and 4 are fastest.
         collapse: "mean" divides the sum over channels by C, "sum" does not (the normalised map
-            differs by rounding and by what eps means only).
+            differs by rounding and by what eps means only), "max" takes ``max_c |A|^p`` (F_max^p);
+            its gradient goes to the first of the largest channels.
         form: "code" or "paper", as above.
         weights: one finite factor per pair; None is 1 for all.
-        reduction: "sum" over the pairs, or "none" for one value per pair.
-        channel_dim: 1, or -1 for features of shape (B, H, W, C).
+        reduction: "sum" over the pairs, "none" for one value per pair, or "sample" for one per
+            pair and sample, without the mean over the batch.
+        resize: what to do with maps of different sizes. None raises; "maps" interpolates the
+            teacher's raw map (bilinearly, ``align_corners=False``) to the student's size (the
+            paper); "features" pools the larger features to the smaller size in each dimension
+            before the power (``adaptive_avg_pool``, as RepDistiller and mdistiller).
+        attend: "spatial"; "channel" swaps the roles of channels and positions (one weight per
+            channel, ``Q[b, c] = (1/N) sum_n |A[b, c, n]|^p``: equal C, any H x W); "both" is the
+            sum of the two.
+        channel_dim: 1, or -1 for features of shape (B, H, W, C) and tokens (B, N, C). This and the
+            next two may be a pair (student's, teacher's).
+        skip_tokens: how many tokens in front (class, registers) are left out of (B, N, C).
+        map_size: (H, W) of the remaining tokens, for a partner that has H and W.
+        mask: (B, H, W), bool or float, or a list of one per pair: a factor for the raw maps of
+            both sides, such as 0 at padding. Another size is averaged to the map's.
+        sample_weights: (B,), a factor for each sample's loss; the mean still divides by B.
+        absolute: False for ``A^p`` in place of ``|A|^p``, which differs for odd p.
         eps: lower bound of the norm, > 0.
+        eps_mode: "max" as above, or "add" for ``Q / (||Q||_2 + eps)``.
 
     Returns:
-        A scalar, or with ``reduction="none"`` a vector with one value per pair: float64 if any
-        feature is, else float32 (also under autocast).
+        A scalar; with ``reduction="none"`` a vector with one value per pair, with "sample" (pairs,
+        B): float64 if any feature is, else float32 (also under autocast).
 
     Raises:
         TypeError: an argument is not of the kind above (not a tensor, an integer, complex or
@@ -263,41 +111,43 @@ def at_loss(
 
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
-    check_options(p=p, eps=eps, collapse=collapse, form=form, reduction=reduction)
-    students, teachers = _pairs(student, teacher, channel_dim)
-    tracks = torch.is_grad_enabled()
-    loss, _ = _ops.at_loss(
-        students,
-        teachers,
-        _weights(weights, len(students)),
-        float(p),
-        collapse,
-        form,
-        reduction,
-        float(eps),
-        tracks and any(x.requires_grad for x in students),
-        tracks and any(x.requires_grad for x in teachers),
+    return solve(
+        prepare(
+            student,
+            teacher,
+            p=p,
+            collapse=collapse,
+            form=form,
+            weights=weights,
+            reduction=reduction,
+            resize=resize,
+            attend=attend,
+            channel_dim=channel_dim,
+            skip_tokens=skip_tokens,
+            map_size=map_size,
+            mask=mask,
+            sample_weights=sample_weights,
+            absolute=absolute,
+            eps=eps,
+            eps_mode=eps_mode,
+        )
     )
-    return loss
 
 
 def at_value_and_grad(
     student: Features,
     teacher: Features,
     *,
-    p: float = 2.0,
-    collapse: str = "mean",
-    form: str = "code",
-    weights: Sequence[float] | None = None,
-    reduction: str = "sum",
-    channel_dim: int = 1,
-    eps: float = 1e-12,
     scale: float | Tensor = 1.0,
+    mask: Tensor | Sequence[Tensor] | None = None,
+    sample_weights: Tensor | None = None,
+    **options: Unpack[ATOptions],
 ) -> tuple[Tensor, Features]:
     """The loss of :func:`at_loss` and its gradient for the student, in one pass over the data.
 
-    ``(L, scale * dL/dS)``, where forward and backward one after the other would read S twice. For
-    loops that put gradients together themselves::
+    ``(L, scale * dL/dS)``, where forward and backward one after the other would read S twice (and
+    do, with options other than p, weights, form, reductions over the batch, collapse="mean" or
+    "sum"). For loops that put gradients together themselves::
 
         loss, gradients = at_value_and_grad(features, teacher_features, scale=beta)
         torch.autograd.backward([task_loss, *features], [None, *gradients])
@@ -306,8 +156,7 @@ def at_value_and_grad(
     matter whether the features require gradients.
 
     Args:
-        student, teacher, p, collapse, form, weights, reduction, channel_dim, eps: as in
-            :func:`at_loss`.
+        student, teacher, mask, sample_weights, options: as in :func:`at_loss`.
         scale: factor of the gradient, not of the loss: beta, a loss scale. A finite number, or a
             tensor of one element on the features' device, which is not waited for.
 
@@ -321,23 +170,55 @@ def at_value_and_grad(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1; the gradient in closed form.
     """
-    check_options(p=p, eps=eps, collapse=collapse, form=form, reduction=reduction)
-    students, teachers = _pairs(student, teacher, channel_dim)
-    factor, loss_gradient = _scale(scale, students)
-    loss, gradients = _ops.at_value_and_grad(
-        students,
-        teachers,
-        _weights(weights, len(students)),
-        float(p),
-        collapse,
-        form,
-        reduction,
-        float(eps),
-        factor,
-        loss_gradient,
+    problem = prepare(student, teacher, mask=mask, sample_weights=sample_weights, **options)
+    side = _inputs.sides(
+        options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size")
+    )[0]
+    students, teachers = problem.students, problem.teachers
+    factor, loss_gradient = _inputs.gradient_scale(
+        scale, students[0].device, eager.accumulate_dtype(*students, *teachers)
     )
-    if channel_dim != 1:
-        gradients = [g.movedim(1, -1) for g in gradients]
+    one_pass = (
+        problem.options.plain()
+        and problem.attend == "spatial"
+        and problem.masks is None
+        and problem.sample_weights is None
+        and not problem.tokens
+        and side.map_size is None
+        and _inputs.check_sizes(students, teachers, problem.resize)
+    )
+    if one_pass:
+        p, collapse, _, form, reduction, _, eps = problem.options
+        loss, gradients = _ops.at_value_and_grad(
+            students,
+            teachers,
+            problem.weights,
+            p,
+            collapse,
+            form,
+            reduction,
+            eps,
+            factor,
+            loss_gradient,
+        )
+        if side.channel_dim != 1:
+            gradients = [g.movedim(1, -1) for g in gradients]
+    else:
+        given = [student] if isinstance(student, Tensor) else student
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in given]
+            others = [teacher] if isinstance(teacher, Tensor) else teacher
+            loss = at_loss(
+                leaves,
+                [x.detach() for x in others],
+                mask=mask,
+                sample_weights=sample_weights,
+                **options,
+            )
+            above = torch.as_tensor(factor, dtype=loss.dtype, device=loss.device)
+            above = above if loss_gradient is None else loss_gradient.to(loss.dtype)
+            gradients = list(torch.autograd.grad(loss, leaves, above.expand(loss.shape)))
+        loss = loss.detach()
     if isinstance(student, Tensor):
         return loss, gradients[0]
     return loss, gradients
@@ -349,35 +230,53 @@ def attention_map(
     p: float = 2.0,
     collapse: str = "mean",
     normalize: bool = False,
+    attend: str = "spatial",
     channel_dim: int = 1,
+    skip_tokens: int = 0,
+    map_size: MapSize | None = None,
+    absolute: bool = True,
     eps: float = 1e-12,
+    eps_mode: str = "max",
 ) -> Tensor:
-    """Spatial attention map of a feature: the p-power sum over its channels.
+    """Attention map of a feature: the p-power mean, sum or maximum over its channels.
 
-    ``Q[b, n] = (1/C) sum_c |A[b, c, n]|^p`` with ``collapse="mean"``, without 1/C with "sum"; with
-    ``normalize`` divided by ``max(||Q[b]||_2, eps)``, the norm over all positions of a sample.
+    ``Q[b, n] = (1/C) sum_c |A[b, c, n]|^p`` with ``collapse="mean"``, without 1/C with "sum",
+    ``max_c |A[b, c, n]|^p`` with "max"; with ``normalize`` divided by ``max(||Q[b]||_2, eps)``, the
+    norm over all positions of a sample. ``attend="channel"`` swaps the roles of channels and
+    positions.
 
     Args:
-        x: (B, C, H, W), (B, C, L) or (B, C, D, H, W); or (B, H, W, C) with ``channel_dim=-1``.
-        p, collapse, channel_dim, eps: as in :func:`at_loss`.
+        x: (B, C, H, W), (B, C, L) or (B, C, D, H, W); or (B, H, W, C) or tokens (B, N, C) with
+            ``channel_dim=-1``.
         normalize: whether to divide by the norm.
+        p, collapse, channel_dim, skip_tokens, map_size, absolute, eps, eps_mode: as in
+            :func:`at_loss`; one value each.
+        attend: "spatial" or "channel".
 
     Returns:
-        (B, H, W): float64 for float64 features, else float32. Differentiable to any order.
+        (B, H, W), or (B, C) of channels: float64 for float64 features, else float32.
+        Differentiable to any order.
 
     Raises:
         TypeError, ValueError: as :func:`at_loss`.
 
-    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p).
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
     """
-    check_options(p=p, eps=eps, collapse=collapse)
-    if not _is_feature(x):
-        _refuse_feature("x", x)
-    feature = _channels_second(x, channel_dim)
-    raw = _ops.attention_map([feature], float(p), collapse)[0]
+    _inputs.check_options(
+        p=p, eps=eps, absolute=absolute, collapse=collapse, attend=attend, eps_mode=eps_mode
+    )
+    if attend == "both":
+        raise ValueError("attend must be 'spatial' or 'channel' for one map, got 'both'")
+    if not _inputs.is_feature(x):
+        _inputs.refuse_feature("x", x)
+    side, _ = _inputs.sides(channel_dim, skip_tokens, map_size)
+    feature = _inputs.place("x", x, side)
+    if attend == "channel":
+        feature = _inputs.channels_as_positions(feature)
+    raw = _ops.attention_map([feature], float(p), collapse, absolute)[0]
     if normalize:
-        raw = eager.normalize(raw, float(eps), "max")[0].to(raw.dtype)
-    return raw.reshape(feature.shape[0], *feature.shape[2:])
+        raw = eager.normalize(raw, float(eps), eps_mode)[0].to(raw.dtype)
+    return raw.view(x.shape[0], *feature.shape[2:])
 
 
 def at(

@@ -24,6 +24,9 @@ ROWS: dict[
     str, dict[tuple[str, str, str], tuple[dict[str, Times], dict[str, tuple[int, int]]]]
 ] = {}
 
+# (variant, case, dtype, layout) -> program -> median milliseconds, forward and backward
+METHOD_ROWS: dict[tuple[str, str, str, str], dict[str, float]] = {}
+
 # What the table shows: its name, the pass in whose rounds it was timed, the program, and the passes
 # of Inputs.floors that it makes.
 COLUMNS = (
@@ -96,6 +99,31 @@ def table(device: str) -> list[str]:
     return lines
 
 
+def method_table() -> list[str]:
+    """A row for each variant: the geometric means of its ratios, and the least of them."""
+    lines = [
+        "| variant | settings | to eager | least | to compile | least |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name in dict.fromkeys(setting[0] for setting in METHOD_ROWS):
+        rows = [ms for setting, ms in METHOD_ROWS.items() if setting[0] == name]
+        cells = [name, str(len(rows))]
+        for rival in ("eager", "compile"):
+            ratios = [ms[rival] / ms["at_fused"] for ms in rows]
+            cells += [f"{geometric_mean(ratios):.1f}x", f"{min(ratios):.1f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| variant | case | dtype | layout | ms | to eager | to compile |",
+        "|---" * 7 + "|",
+    ]
+    for setting, ms in METHOD_ROWS.items():
+        ratios = [f"{ms[rival] / ms['at_fused']:.1f}x" for rival in ("eager", "compile")]
+        cells = [*setting, f"{ms['at_fused']:.2f}", *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def machine(device: str) -> str:
     """What the times are of."""
     what = f"torch {torch.__version__}, at_fused {at_fused.__version__}"
@@ -126,7 +154,12 @@ def write_results(device: str, name: str) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the table after pytest-benchmark's own."""
+    """Prints the tables after pytest-benchmark's own."""
+    if METHOD_ROWS:
+        terminalreporter.section("the rest of the method, forward and backward, medians")
+        terminalreporter.write_line(f"{machine('cpu')}\n")
+        for line in method_table():
+            terminalreporter.write_line(line)
     for device in ROWS:
         terminalreporter.section(
             f"at_fused on {device}: time of the others / time of at_fused, medians"

@@ -1,8 +1,6 @@
 """at_fused against the popular lines, eager and compiled, and against one read of the bytes.
 
-Every round times all of them in the same way, one after the other in random order: whatever else
-the machine does falls on all alike, and so does what the one before left in the caches. The closing
-table is made of these times; pytest-benchmark then times at_fused alone.
+The closing table is made of interleaved rounds; pytest-benchmark then times at_fused alone.
 
 On the CPU, and on a GPU where there is one, there with each back end. ``at_value_and_grad`` takes
 part in the rounds of forward and backward, whose results it gives.
@@ -10,16 +8,14 @@ part in the rounds of forward and backward, whose results it gives.
 
 from __future__ import annotations
 
-import random
-import statistics
 from typing import NamedTuple
 
 import pytest
 import torch
 from cases import CASES, DEVICES, DTYPES, LAYOUTS, Inputs, backends, ours, programs
-from conftest import PASSES, ROWS, Times
+from conftest import PASSES, ROWS
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import CpuTimer, CudaTimer, timer
+from timing import CpuTimer, CudaTimer, medians, timer
 
 import at_fused
 
@@ -66,22 +62,7 @@ def test_at_loss(benchmark: BenchmarkFixture, setting: Setting, direction: str) 
         if backward:
             timed["value and gradient", backend] = inputs.value_and_gradient()
 
-    def seconds(key: tuple[str, str]) -> float:
-        with at_fused.use_backend(key[1]):
-            return clock.seconds(timed[key])
-
-    for key in timed:
-        seconds(key)  # compiles, and fills the allocator
-    once = sum(map(seconds, timed))
-    rounds = max(clock.least_rounds, min(clock.most_rounds, int(SECONDS / once)))
-
-    measured: dict[tuple[str, str], list[float]] = {key: [] for key in timed}
-    order, shuffle = list(timed), random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for key in order:
-            measured[key].append(seconds(key))
-    ms: Times = {key: statistics.median(values) * 1e3 for key, values in measured.items()}
+    ms, rounds = medians(timed, clock, SECONDS, lambda key: at_fused.use_backend(key[1]))
     row = ROWS.setdefault(device, {}).setdefault((case[0], dtype, layout), ({}, inputs.floors()))
     row[0][direction] = ms
 

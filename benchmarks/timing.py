@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 
@@ -70,6 +74,38 @@ class CudaTimer:
     def floors(self) -> dict[str, Program]:
         """A copy of COPY_BYTES, which reads and writes them: the device's bandwidth."""
         return {"copy": lambda: self._target.copy_(self._source)}
+
+
+Key = TypeVar("Key")
+
+
+def medians(
+    programs: dict[Key, Program],
+    clock: CpuTimer | CudaTimer,
+    seconds: float,
+    scope: Callable[[Key], AbstractContextManager[object]] = lambda _: nullcontext(),
+) -> tuple[dict[Key, float], int]:
+    """Median milliseconds of each program, and in how many rounds.
+
+    Every round times all of them, each within its ``scope``, in random order: whatever else the
+    machine does falls on all alike, and so does what the one before left in the caches.
+    """
+
+    def once(key: Key) -> float:
+        with scope(key):
+            return clock.seconds(programs[key])
+
+    for key in programs:
+        once(key)  # compiles, and fills the allocator
+    total = sum(map(once, programs))
+    rounds = max(clock.least_rounds, min(clock.most_rounds, int(seconds / total)))
+    measured: dict[Key, list[float]] = {key: [] for key in programs}
+    order, shuffle = list(programs), random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for key in order:
+            measured[key].append(once(key))
+    return {key: statistics.median(values) * 1e3 for key, values in measured.items()}, rounds
 
 
 def timer(device: str) -> CpuTimer | CudaTimer:

@@ -46,12 +46,18 @@ inline double collapse_scale(Collapse collapse, const Feature& feature) {
   return collapse == Collapse::mean ? 1.0 / double(feature.C) : 1.0;
 }
 
-// Whether a power keeps its sign: x^p with odd p, which "absolute" or an even p do not.
-inline bool keeps_sign(double p, bool absolute) {
-  STD_TORCH_CHECK(absolute || p == std::floor(p),
-                  "at_fused: without absolute, p must be a whole number, got ", p);
-  return !absolute && std::fmod(p, 2.0) == 1.0;
-}
+// |A|^p, and where it goes: x^p with its sign, which only an odd p without "absolute" has; or the
+// largest of them.
+struct MapPower {
+  bool keeps_sign, max;
+
+  MapPower(double p, bool absolute, bool max)
+      : keeps_sign(!absolute && std::fmod(p, 2.0) == 1.0), max(max) {
+    STD_TORCH_CHECK(absolute || p == std::floor(p),
+                    "at_fused: without absolute, p must be a whole number, got ", p);
+    STD_TORCH_CHECK(!(keeps_sign && max), "at_fused: collapse 'max' takes absolute values");
+  }
+};
 
 // How each of some features (B, C, *spatial) is pooled before the power; `sizes` as in _ops.
 inline std::vector<Pool> pools_of(const Tensors& tensors, const std::vector<int64_t>& sizes) {
@@ -150,6 +156,14 @@ struct MapLossArguments {
     bool student_fp64, teacher_fp64;
     int64_t B, N;
     double weight;
+
+    int64_t bytes() const { return N * ((student_fp64 ? 8 : 4) + (teacher_fp64 ? 8 : 4)); }
+    const void* student_of(int64_t b) const {
+      return static_cast<const char*>(student) + b * N * (student_fp64 ? 8 : 4);
+    }
+    const void* teacher_of(int64_t b) const {
+      return static_cast<const char*>(teacher) + b * N * (teacher_fp64 ? 8 : 4);
+    }
   };
   Device device;
   std::vector<Pair> pairs;
@@ -217,9 +231,11 @@ struct MapLossArguments {
 
 // What comes with each feature of attention_map_backward.
 inline void check_sweep(const Tensors& features, const Tensors& coefficients,
-                        const std::vector<int64_t>& pairs, double p) {
+                        const Tensors& channels, const std::vector<int64_t>& pairs, double p) {
   STD_TORCH_CHECK(coefficients.size() == features.size(),
                   "at_fused: a coefficient map per feature");
+  STD_TORCH_CHECK(channels.empty() || channels.size() == features.size(),
+                  "at_fused: a map of channels per feature, or none");
   STD_TORCH_CHECK(pairs.size() == features.size(), "at_fused: a pair number per feature");
   check_exponent(p);
 }

@@ -145,7 +145,7 @@ struct Maps {
       : first(static_cast<char*>(maps.mutable_data_ptr())), bytes(positions * element_bytes) {}
   Maps(const Tensor& maps, const Feature& feature)
       : Maps(maps, feature.N, map_element_size(feature)) {}
-  void* of(int64_t b) const { return first + b * bytes; }
+  void* of(int64_t b) const { return first ? first + b * bytes : nullptr; }
 };
 
 }  // namespace at_fused

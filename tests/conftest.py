@@ -77,4 +77,4 @@ def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     # Warnings of this package are errors here; the one-time warning has a test of its own.
-    monkeypatch.setattr(at_fused.functional, "_single_position_warned", True)
+    monkeypatch.setattr(at_fused._inputs, "_single_position_warned", True)

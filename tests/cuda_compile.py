@@ -74,9 +74,10 @@ def compiled(folder: Path) -> list[Path]:
 
 def short(mangled: str) -> str:
     """``at_loss_kernel<Square, false>`` of a mangled name."""
-    pattern = r"at_fused\d+(\w+?_kernel)IN?S_\d+(\w+?)ELb([01])"
-    name, exponent, fp64 = re.search(pattern, mangled).groups()
-    return f"{name}<{exponent}, {'true' if fp64 == '1' else 'false'}>"
+    pattern = r"at_fused\d+(\w+?_kernel)I(?:NS_\d+(\w+?)E)?((?:Lb[01]E)+)"
+    name, exponent, flags = re.search(pattern, mangled).groups()
+    values = ["true" if flag == "1" else "false" for flag in re.findall(r"Lb([01])E", flags)]
+    return f"{name}<{', '.join([exponent] * bool(exponent) + values)}>"
 
 
 def widths(sass: str, instruction: str) -> dict[int, int]:

@@ -92,6 +92,12 @@ GRADIENT_TOLERANCE = {
     torch.bfloat16: 2**-7,
 }
 
+# Largest relative error allowed in a loss, of fp32 sums and where all is fp64.
+VALUE_TOLERANCE = {False: 1e-5, True: 1e-11}
+# What a normalised map is known to, and so the difference of two: where they are nearly the same,
+# loss and gradient are known to this over that difference.
+ROUNDING, EXACT_ROUNDING = 3e-7, 1e-14
+
 
 def assert_matches_reference(
     students: Sequence[Tensor],
@@ -119,15 +125,13 @@ def assert_matches_reference(
     assert loss.dtype == (torch.float64 if fp64 else torch.float32)
     assert loss.shape == expected.shape
     exact = all(x.dtype == torch.float64 for x in leaves)
-    # Maps of fp32 sums are known to `rounding`; where two of them are nearly the same, their
-    # difference is known to that share of itself only, and so are loss and gradient.
     distance = least_distance(doubles[:n], doubles[n:], **options)
-    rounding = 1e-14 if exact else 3e-7
+    rounding = EXACT_ROUNDING if exact else ROUNDING
     blur = rounding / max(distance, rounding)
     torch.testing.assert_close(
         loss.double(),
         expected,
-        rtol=max(1e-11 if exact else 1e-5, 2 * blur),
+        rtol=max(VALUE_TOLERANCE[exact], 2 * blur),
         atol=3 * (rounding if options.get("form") == "paper" else rounding**2),
     )
 

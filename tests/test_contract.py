@@ -243,7 +243,7 @@ def test_nan_and_infinity_come_out_as_nan(
 
 
 def test_a_single_position_is_always_zero(backend: str) -> None:
-    at_fused.functional._single_position_warned = False
+    at_fused._inputs._single_position_warned = False
     s, t = features(3, 4, 1, 1).requires_grad_(), features(3, 5, 1, 1)
     with pytest.warns(at_fused.AtFusedWarning, match="single position"):
         loss = at_fused.at_loss(s, t)

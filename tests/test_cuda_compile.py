@@ -9,13 +9,25 @@ import cuda_compile
 import pytest
 from cuda_compile import ARCHITECTURES, Kernel
 
-KERNELS = ("at_loss", "at_value_and_grad", "attention_map", "attention_map_backward")
+SWEEPS = ("attention_map_backward", "at_value_and_grad")
 # (exponent, fp64) -> rows that a thread has under way, dtypes
-INSTANCES = {
-    ("Square", "false"): (4, 3),
-    ("AnyPower", "false"): (2, 3),
-    ("AnyPower", "true"): (2, 4),
+SQUARE, ANY, WIDE = ("Square", "false"), ("AnyPower", "false"), ("AnyPower", "true")
+SIGNED, SIGNED_WIDE = ("SignedPower", "false"), ("SignedPower", "true")
+ROWS = {SQUARE: (4, 3), ANY: (2, 3), WIDE: (2, 4), SIGNED: (2, 3), SIGNED_WIDE: (2, 4)}
+# As above for ("false",) and ("true",): fp64; pooled maps have a flag for maxima before it.
+EITHER = [("false",), ("true",)]
+INSTANCES: dict[str, list[tuple[str, ...]]] = {
+    "at_loss": [SQUARE, ANY, WIDE],
+    "at_value_and_grad": [SQUARE, ANY, WIDE],
+    "attention_map": [SQUARE, ANY, WIDE, SIGNED, SIGNED_WIDE],
+    "attention_map_backward": [SQUARE, ANY, WIDE, SIGNED, SIGNED_WIDE],
+    "max_map": EITHER,
+    "max_map_backward": EITHER,
+    "pooled_map": [(a, *b) for a in ("false", "true") for b in EITHER],
+    "pooled_map_backward": EITHER,
+    "map_loss": EITHER,
 }
+EVERY = [(name, instance) for name, instances in INSTANCES.items() for instance in instances]
 
 
 @pytest.fixture(scope="module")
@@ -29,29 +41,35 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Ker
 
 def test_every_instance_is_there(found: dict[tuple[str, str], Kernel]) -> None:
     expected = {
-        (architecture, f"{name}_kernel<{exponent}, {fp64}>")
+        (architecture, f"{name}_kernel<{', '.join(instance)}>")
         for architecture in ARCHITECTURES
-        for name in KERNELS
-        for exponent, fp64 in INSTANCES
+        for name, instance in EVERY
     }
     assert set(found) == expected
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("instance", INSTANCES, ids=str)
+@pytest.mark.parametrize(("name", "instance"), EVERY, ids=str)
 def test_resources_and_widths(
-    found: dict[tuple[str, str], Kernel], architecture: str, name: str, instance: tuple[str, str]
+    found: dict[tuple[str, str], Kernel], architecture: str, name: str, instance: tuple[str, ...]
 ) -> None:
     kernel = found[architecture, f"{name}_kernel<{', '.join(instance)}>"]
     assert kernel.stack == 0
     # 256 threads a block: three blocks in 65536 registers; two for fp64, and where samples are kept
     # in shared memory.
-    two = instance[1] == "true" or name == "at_value_and_grad"
+    fp64 = instance[-1] == "true"
+    two = fp64 or name in ("at_value_and_grad", "map_loss")
     assert kernel.registers <= (128 if two else 80)
     assert kernel.shared <= 1024  # the rest is asked for at the launch: plan.h
-    rows, dtypes = INSTANCES[instance]
-    vectors = rows * dtypes * 2  # each in both layouts
-    assert kernel.loads[128] >= vectors
-    if name in ("attention_map_backward", "at_value_and_grad"):
-        assert kernel.stores[128] >= vectors
+    dtypes = 4 if fp64 else 3
+    if instance in ROWS:
+        rows, known = ROWS[instance]
+        assert known == dtypes
+        vectors = rows * dtypes * 2  # each in both layouts
+        assert kernel.loads[128] >= vectors
+        if name in SWEEPS:
+            assert kernel.stores[128] >= vectors
+    elif name == "max_map":
+        assert kernel.loads[128] >= 4 * dtypes * 2
+    elif name == "max_map_backward":
+        assert kernel.stores[128] >= dtypes * 2

@@ -55,7 +55,13 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "p tensor": (X, Y, {"p": torch.tensor(2.0)}, TypeError, "p must be a number, got Tensor"),
     "collapse": (X, Y, {"collapse": "avg"}, ValueError, "collapse must be.*got 'avg'"),
     "form": (X, Y, {"form": 2}, ValueError, "form must be 'code' or 'paper', got 2"),
-    "reduction": (X, Y, {"reduction": "mean"}, ValueError, "reduction must be 'sum' or 'none'"),
+    "reduction": (
+        X,
+        Y,
+        {"reduction": "mean"},
+        ValueError,
+        "reduction must be 'sum', 'none' or 'sample'",
+    ),
     "eps zero": (X, Y, {"eps": 0.0}, ValueError, "eps must be a finite number > 0, got 0.0"),
     "eps negative": (X, Y, {"eps": -1e-12}, ValueError, "eps must be"),
     "eps nan": (X, Y, {"eps": float("nan")}, ValueError, "eps must be.*got nan"),
@@ -65,6 +71,112 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "weights number": (X, Y, {"weights": 1.0}, TypeError, "weights must be a list.*got float"),
     "weights text": (X, Y, {"weights": ["a"]}, TypeError, r"weights\[0\] must be.*got str"),
     "weights nan": (X, Y, {"weights": [float("nan")]}, ValueError, r"weights\[0\] must be finite"),
+    "resize": (
+        X,
+        Y,
+        {"resize": "feature"},
+        ValueError,
+        "resize must be None, 'maps' or 'features'",
+    ),
+    "resize and ranks": (X, Y.flatten(2), {"resize": "maps"}, ValueError, "4x4 and 16; map_size="),
+    "attend": (X, Y, {"attend": "channels"}, ValueError, "attend must be 'spatial', 'channel' or"),
+    "channels": (X, Y, {"attend": "channel"}, ValueError, "same number of channels.*got 3 and 5"),
+    "channels of both": (X, Y, {"attend": "both"}, ValueError, "pair 0.*channels.*3 and 5"),
+    "sizes of both": (X, X[:, :, 1:], {"attend": "both"}, ValueError, "4x4 and 3x4"),
+    "eps_mode": (X, Y, {"eps_mode": "clamp"}, ValueError, "eps_mode must be 'max' or 'add'"),
+    "absolute": (X, Y, {"absolute": 1}, TypeError, "absolute must be True or False, got int"),
+    "p without absolute": (X, Y, {"absolute": False, "p": 2.5}, ValueError, "whole number.*2.5"),
+    "max without absolute": (
+        X,
+        Y,
+        {"absolute": False, "p": 3, "collapse": "max"},
+        ValueError,
+        "collapse='max' takes absolute values",
+    ),
+    "skip_tokens of a map": (
+        X,
+        Y,
+        {"skip_tokens": 1},
+        ValueError,
+        "token features.*channel_dim=-1",
+    ),
+    "map_size of a map": (X, Y, {"map_size": (4, 4)}, ValueError, "token features.*channel_dim=-1"),
+    "skip_tokens negative": (
+        X[:, 0],
+        Y[:, 0],
+        {"channel_dim": -1, "skip_tokens": -1},
+        ValueError,
+        "skip_tokens must be >= 0, got -1",
+    ),
+    "skip_tokens all": (
+        X[:, 0],
+        Y[:, 0],
+        {"channel_dim": -1, "skip_tokens": 4},
+        ValueError,
+        "skip_tokens must leave a token of student, which has 4, got 4",
+    ),
+    "skip_tokens real": (
+        X[:, 0],
+        Y[:, 0],
+        {"channel_dim": -1, "skip_tokens": 1.0},
+        TypeError,
+        "skip_tokens must be a whole number, got float",
+    ),
+    "map_size wrong": (
+        X[:, 0],
+        Y[:, 0],
+        {"channel_dim": -1, "map_size": (3, 2)},
+        ValueError,
+        r"map_size must have.*has tokens behind skip_tokens, 4, got \(3, 2\)",
+    ),
+    "map_size zero": (
+        X[:, 0],
+        Y[:, 0],
+        {"channel_dim": -1, "map_size": (0, 2)},
+        ValueError,
+        "map_size must be one to three whole numbers > 0",
+    ),
+    "three sides": (X, Y, {"channel_dim": (1, 1, -1)}, ValueError, "channel_dim must be one value"),
+    "mask kind": (X, Y, {"mask": [[1]]}, TypeError, "mask must be a tensor, got list"),
+    "mask integers": (
+        X,
+        Y,
+        {"mask": torch.ones(2, 4, 4, dtype=torch.int64)},
+        TypeError,
+        "mask must be floating-point or bool, got torch.int64",
+    ),
+    "mask shape": (X, Y, {"mask": torch.ones(2, 1, 4, 4)}, ValueError, r"mask must be \(B, H, W\)"),
+    "mask batch": (X, Y, {"mask": torch.ones(1, 4, 4)}, ValueError, r"mask must be.*\(1, 4, 4\)"),
+    "masks": (X, Y, {"mask": [torch.ones(2, 4, 4)] * 2}, ValueError, "one per pair, got 2 for 1"),
+    "mask device": (
+        X,
+        Y,
+        {"mask": torch.ones(2, 4, 4, device="meta")},
+        ValueError,
+        "mask must be on the features' device, cpu, got meta",
+    ),
+    "mask of channels": (
+        X,
+        X,
+        {"mask": torch.ones(2, 4, 4), "attend": "channel"},
+        ValueError,
+        "mask is for attend='spatial', got attend='channel'",
+    ),
+    "sample_weights kind": (X, Y, {"sample_weights": [1.0, 1.0]}, TypeError, "must be a tensor"),
+    "sample_weights shape": (
+        X,
+        Y,
+        {"sample_weights": torch.ones(3)},
+        ValueError,
+        r"sample_weights must be \(2,\), one for each sample of pair 0, got shape \(3,\)",
+    ),
+    "samples of two batches": (
+        [X, X[:1]],
+        [Y, Y[:1]],
+        {"reduction": "sample"},
+        ValueError,
+        "one batch size, got 2 and, in pair 1, 1",
+    ),
     "weights tensor": (X, Y, {"weights": torch.ones(1)}, TypeError, "weights must be.*Tensor"),
 }
 
@@ -91,6 +203,8 @@ def test_maps(function: Any) -> None:
         function(X[0, 0, 0])
     with pytest.raises(ValueError, match="collapse must be"):
         function(X, collapse="max of all")
+    with pytest.raises(ValueError, match="channel_dim must be 1 or -1, got 2"):
+        function(X, channel_dim=2)
     with pytest.raises(ValueError, match="p must be"):
         function(X, p=0)
 

@@ -6,11 +6,15 @@ that these tests are not first run on a machine that has a GPU.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType
 
 import pytest
 import test_contract
+import test_general_maps
 import test_operators
 import torch
 from reference import assert_matches_reference, popular_at_loss
@@ -18,6 +22,7 @@ from test_contract import features
 from torch import Tensor, nn
 
 import at_fused
+from at_fused import _ops
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -67,7 +72,20 @@ ON_DEVICE = (
     test_operators.test_torch_func,
     test_operators.test_a_map_whose_feature_needs_no_gradient,
 )
-globals().update({n: test for n, test in vars(test_contract).items() if n.startswith("test_")})
+
+
+def of_a_back_end(module: ModuleType) -> dict[str, Callable[..., None]]:
+    """The module's tests that run on a back end, by name."""
+    return {
+        name: test
+        for name, test in vars(module).items()
+        if name.startswith("test_")
+        and inspect.signature(test).parameters.keys() & {"backend", "fast_backend"}
+    }
+
+
+globals().update(of_a_back_end(test_contract))
+globals().update(of_a_back_end(test_general_maps))
 globals().update({test.__name__: test for test in ON_DEVICE})
 
 
@@ -105,7 +123,24 @@ def value_and_gradient(students: list[Tensor], teachers: list[Tensor]) -> list[T
     return [loss, *gradients]
 
 
-PROGRAMS = (forward_and_backward, value_and_gradient)
+def whole_method(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    """Maps of maxima and signed powers, of pooled features too, their gradients and their loss."""
+    plain = [x.detach() for x in students]
+    above = [_ops.attention_map([x], 2.0, "mean")[0].sum() for x in plain]
+    results = []
+    for collapse, absolute in (("max", True), ("mean", False)):
+        for sizes in ([], [n for x in plain for n in (x.shape[2] // 2, x.shape[3] - 2)]):
+            found = _ops.attention_map(plain, 3.0, collapse, absolute, sizes)
+            maps, channels = found[: len(plain)], found[len(plain) :]
+            other = _ops.attention_map(teachers, 2.0, "mean", True, sizes)
+            options = [], "paper", "sum", "add", 1e-6, True, False
+            loss, ks = _ops.map_loss([q.float() for q in maps], other, *options)
+            rest = torch.stack(above), [*range(len(plain))], 3.0, absolute, sizes, channels
+            results += [*found, loss, *ks, *_ops.attention_map_backward(plain, ks, *rest)]
+    return results
+
+
+PROGRAMS = (forward_and_backward, value_and_gradient, whole_method)
 
 
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -262,6 +297,7 @@ def test_nothing_waits_for_the_device(gpu: str) -> None:
         forward_and_backward(students, teachers)
         at_fused.at_value_and_grad(students, teachers, scale=scale)
         at_fused.at(students[0]).sum().backward()
+        whole_method(students, teachers)
 
     everything()
     torch.cuda.set_sync_debug_mode("error")
@@ -329,6 +365,23 @@ def test_one_launch_for_a_list() -> None:
         assert "attention_map_backward_kernel" in name
         (name,) = launches(lambda: at_fused.at_value_and_grad(students, teachers))
         assert "at_value_and_grad_kernel" in name
+        sizes = [x.shape[2] - 1 for x in teachers for _ in range(2)]
+        for collapse, to, kernel in (
+            ("max", [], "max_map"),
+            ("max", sizes, "pooled_map"),
+            ("mean", sizes, "pooled_map"),
+        ):
+            found = _ops.attention_map(teachers, 2.0, collapse, True, to)
+            maps, channels = found[: len(teachers)], found[len(teachers) :]
+            (name,) = launches(partial(_ops.attention_map, teachers, 2.0, collapse, True, to))
+            assert f"{kernel}_kernel" in name
+            rest = None, [0] * len(teachers), 2.0, True, to, channels
+            (name,) = launches(partial(_ops.attention_map_backward, teachers, maps, *rest))
+            assert f"{kernel}_backward_kernel" in name
+            options = [], "code", "sum", "max", 1e-12, True, True
+            _ops.map_loss(maps, maps, *options)
+            (name,) = launches(partial(_ops.map_loss, maps, maps, *options))
+            assert "map_loss_kernel" in name
 
 
 @needs_gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,8 +36,22 @@ def everything(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     loss = at_fused.at_loss(students, teachers, reduction="none")
     gradients = torch.autograd.grad(loss.sum(), students + teachers)
     value, direct = at_fused.at_value_and_grad(students, teachers)
-    maps = _ops.attention_map([x.detach() for x in students], 2.0, "mean")
-    return [loss.detach(), *gradients, value, *direct, *maps]
+    plain = [x.detach() for x in students]
+    maps = _ops.attention_map(plain, 2.0, "mean")
+    results = [loss.detach(), *gradients, value, *direct, *maps]
+    for collapse, absolute in (("max", True), ("sum", False)):
+        for sizes in ([], [n for x in plain for n in (x.shape[2] // 2, x.shape[3] - 2)]):
+            found = _ops.attention_map(plain, 3.0, collapse, absolute, sizes)
+            maps, channels = found[: len(plain)], found[len(plain) :]
+            above, pairs = torch.arange(1.0, 1.0 + len(plain)), [*range(len(plain))]
+            rest = 3.0, absolute, sizes, channels
+            results += [*found, *_ops.attention_map_backward(plain, maps, above, pairs, *rest)]
+            value, found = _ops.map_loss(maps, maps[:1] + [q + 1 for q in maps[1:]], *LOSS)
+            results += [value, *found]
+    return results
+
+
+LOSS: tuple[Any, ...] = [], "paper", "sum", "add", 1e-6, True, True
 
 
 @pytest.mark.parametrize("multiprocessors", [132, 1])
@@ -105,6 +120,81 @@ def test_features_move_in_128_bits(
     assert 16 * both.stores[4] == x.nbytes
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [(4, 64, 7, 7), (2, 32, 14, 14), (1, 48, 56, 56)], ids=str)
+def test_maxima_and_signed_powers_move_in_128_bits(
+    wide: ctypes.CDLL, size: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(size).to(dtype, memory_format=layout)
+    q, channels = _ops.attention_map([x], 3.0, "max")
+    forward = counters(wide)
+    assert forward.launches == 1
+    assert 16 * forward.loads[4] == forward.load_bytes == x.nbytes
+    _ops.attention_map_backward([x], [q], None, [0], 3.0, True, [], [channels])
+    backward = counters(wide)
+    assert backward.launches == 1
+    assert 16 * backward.stores[4] == backward.store_bytes == x.nbytes
+    assert backward.loads[4] == 0
+    if x.element_size() == 2:  # nothing else has this width
+        assert backward.loads[1] == q.numel()  # a feature's winners, each once
+    _ops.attention_map([x], 3.0, "sum", False)
+    forward = counters(wide)
+    assert 16 * forward.loads[4] == forward.load_bytes == x.nbytes
+    _ops.attention_map_backward([x], [q], None, [0], 3.0, False)
+    backward = counters(wide)
+    assert 16 * backward.loads[4] == 16 * backward.stores[4] == backward.store_bytes == x.nbytes
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("size", "to"),
+    [((4, 40, 8, 8), (4, 4)), ((2, 33, 14, 15), (7, 3)), ((1, 48, 56, 56), (28, 28))],
+    ids=str,
+)
+def test_pooled_features_are_read_once(
+    wide: ctypes.CDLL, size: tuple[int, ...], to: tuple[int, int], channels_last: bool
+) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(size).half().to(memory_format=layout)
+    q, channels = _ops.attention_map([x], 2.0, "max", True, to)
+    forward = counters(wide)
+    assert forward.launches == 1
+    assert forward.loads[1] == x.numel()
+    assert forward.distinct_load_bytes == x.nbytes
+    _ops.attention_map_backward([x], [q], None, [0], 2.0, True, to)
+    backward = counters(wide)
+    assert backward.launches == 1
+    assert backward.loads[1] == backward.stores[1] == x.numel()
+    assert 2 * backward.stores[1] == backward.store_bytes
+    _ops.attention_map_backward([x], [q], None, [0], 2.0, True, to, [channels])
+    backward = counters(wide)
+    assert backward.loads[1] == q.numel() * (size[2] // to[0]) * (size[3] // to[1])
+    assert backward.stores[1] == x.numel()
+
+
+def test_a_list_takes_a_launch_for_its_pooled_features_and_one_for_the_others(
+    wide: ctypes.CDLL,
+) -> None:
+    xs = [torch.randn(2, 3, 4 + i, 4) for i in range(6)]
+    sizes = [n for i in range(6) for n in ((2, 2) if i % 2 else (4 + i, 4))]
+    for collapse in ("mean", "max"):
+        wide.simt_reset_counters()
+        found = _ops.attention_map(xs, 2.0, collapse, True, sizes)
+        total = Counters()
+        wide.simt_counters(ctypes.byref(total))
+        assert total.launches == 2
+        wide.simt_reset_counters()
+        _ops.attention_map_backward(xs, found[:6], None, [0] * 6, 2.0, True, sizes, found[6:])
+        wide.simt_counters(ctypes.byref(total))
+        assert total.launches == 2
+    wide.simt_reset_counters()
+    _ops.map_loss(found[:6], found[:6], *LOSS)
+    wide.simt_counters(ctypes.byref(total))
+    assert total.launches == 1
+
+
 def test_features_that_are_not_aligned_move_in_elements(wide: ctypes.CDLL) -> None:
     x = torch.randn(2 * 8 * 64 + 1)[1:].view(2, 8, 8, 8)
     _ops.attention_map([x], 2.0, "mean")
@@ -113,14 +203,16 @@ def test_features_that_are_not_aligned_move_in_elements(wide: ctypes.CDLL) -> No
     assert 4 * found.loads[2] == x.nbytes
 
 
+def allocated(call: Any) -> tuple[Any, int]:
+    """What a call returns, and the bytes that it allocates."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = call()
+    memory = [event.self_cpu_memory_usage for event in profile.events()]
+    return result, sum(m for m in memory if m > 0)
+
+
 def test_no_feature_sized_temporary(wide: ctypes.CDLL) -> None:
     s, t = torch.randn(2, 64, 24, 24, requires_grad=True), torch.randn(2, 64, 24, 24)
-
-    def allocated(call: Any) -> tuple[Any, int]:
-        with torch.profiler.profile(profile_memory=True) as profile:
-            result = call()
-        memory = [event.self_cpu_memory_usage for event in profile.events()]
-        return result, sum(m for m in memory if m > 0)
 
     at_fused.at_loss(s, t)  # counters are allocated once
     size = s.numel() * 4
@@ -130,6 +222,19 @@ def test_no_feature_sized_temporary(wide: ctypes.CDLL) -> None:
     assert size <= backward < size * 1.02
     _, both = allocated(lambda: at_fused.at_value_and_grad(s, t))
     assert size <= both < size * 1.05
+
+
+@pytest.mark.parametrize("to", [[], [12, 12]], ids=str)
+def test_no_feature_sized_temporary_of_maxima_and_pooled_features(
+    wide: ctypes.CDLL, to: list[int]
+) -> None:
+    x = torch.randn(2, 64, 24, 24)
+    (q, channels), forward = allocated(lambda: _ops.attention_map([x], 2.0, "max", True, to))
+    assert 0 < forward < x.nbytes / 16
+    rest = None, [0], 2.0, True, to
+    for won in ([], [channels]):
+        call = partial(_ops.attention_map_backward, [x], [q], *rest, won)
+        assert x.nbytes <= allocated(call)[1] < x.nbytes * 1.02
 
 
 @pytest.mark.parametrize("stride_of", ["batch", "line"])
@@ -148,7 +253,14 @@ def test_elements_beyond_2_to_the_31(wide: ctypes.CDLL, stride_of: str) -> None:
         loss = at_fused.at_loss(student, teacher)
         (gradient,) = torch.autograd.grad(loss, student)
         value, direct = at_fused.at_value_and_grad(student, teacher)
-        results.append((loss.detach(), gradient, value, direct))
+        general: list[Tensor] = []
+        for to in ([], [2, 3]):
+            (q, channels) = _ops.attention_map([student.detach()], 2.0, "max", True, to)
+            for won in ([], [channels]):
+                rest = None, [0], 3.0, bool(won), to, won
+                general += _ops.attention_map_backward([student.detach()], [q], *rest)
+            general += q, channels
+        results.append((loss.detach(), gradient, value, direct, *general))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -176,6 +288,8 @@ def test_a_launch_that_fails_is_a_python_error(wide: ctypes.CDLL) -> None:
     huge = torch.randn(1, 3, 1, 1).expand(1, 3, 2**16, 2**15)
     with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
         _ops.attention_map([huge], 2.0, "mean")
+    with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
+        _ops.attention_map([huge], 2.0, "max", True, [2, 2])
     torch.testing.assert_close(at_fused.at_loss(s, t), expected, rtol=0, atol=0)
 
 

@@ -20,7 +20,7 @@ import at_fused
 from at_fused.train.cli import build_parser, main, settings
 from at_fused.train.config import FULL, QUICK
 from at_fused.train.data import few_labels, load_digits, random_shift
-from at_fused.train.experiment import run
+from at_fused.train.experiment import load, run
 from at_fused.train.report import paired_difference
 from at_fused.train.wrn import WRN, count_parameters
 
@@ -263,18 +263,14 @@ def test_checkpoints_give_the_reported_accuracy(
     images, labels, split = load_digits(config["image_size"])
     reported = {(r["method"], r["seed"]): r["accuracy"] for r in lines if r["kind"] == "summary"}
     for method in METHODS:
-        saved = torch.load(quick[0] / f"student_{method}_seed1.pt")
+        path = quick[0] / f"student_{method}_seed1.pt"
+        saved = torch.load(path, weights_only=True)
         assert len(saved["labelled"]) == config["labels"]
         assert set(saved["labelled"].tolist()) <= set(split.train.tolist())
-        student = WRN(
-            config["student_depth"],
-            config["student_width"],
-            in_channels=1,
-            base=config["student_base"],
-        )
-        student.load_state_dict(saved["model"])
+        student, size = load(path)
+        assert size == config["image_size"]
         with torch.no_grad():
-            logits, _ = student.eval()(images[split.test])
+            logits, _ = student(images[split.test])
         right = (logits.argmax(1) == labels[split.test]).double().mean().item()
         # One image of slack: another number of threads may round a tie the other way.
         assert 100 * right == pytest.approx(reported[method, 1], abs=0.21)

@@ -55,6 +55,13 @@ def device(text: str) -> str:
     return text
 
 
+def require(program: str, *modules: str) -> None:
+    """Ends the program if one of these modules, of the extra, is not installed."""
+    missing = [EXTRA[module] for module in modules if find_spec(module) is None]
+    if missing:
+        sys.exit(f'{program}: needs {", ".join(missing)}: pip install "at_fused[train]"')
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All flags; one not given is absent from the namespace, so that --quick can fill it."""
     parser = argparse.ArgumentParser(
@@ -109,9 +116,7 @@ def main(argv: list[str] | None = None) -> None:
             f"argument --out: got {str(out)!r}, which already holds files; "
             "allowed is a new or an empty folder"
         )
-    missing = [pip_name for module, pip_name in EXTRA.items() if find_spec(module) is None]
-    if missing:
-        sys.exit(f'{parser.prog}: needs {", ".join(missing)}: pip install "at_fused[train]"')
+    require(parser.prog, *EXTRA)
 
     import torch
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import nn
 
 import at_fused
 from at_fused.train.config import Config
@@ -92,9 +91,27 @@ def check_curves(teacher: WRN, data: Data, cfg: Config, tick: Callable[[], objec
     return largest_difference(*curves)
 
 
-def save(model: nn.Module, path: Path, **facts: Any) -> None:
-    """Weights and a few facts about them; read back with torch.load(path)["model"]."""
-    torch.save({"model": model.state_dict(), **facts}, path)
+def save(model: WRN, path: Path, image_size: int, **facts: Any) -> None:
+    """Weights, what builds the network that they fit, and a few facts; `load` reads them back."""
+    network = {"network": model.arguments, "image_size": image_size}
+    torch.save({"model": model.state_dict(), **network, **facts}, path)
+
+
+def load(path: Path) -> tuple[WRN, int]:
+    """The network of a checkpoint that `save` wrote, in eval mode, and its image size.
+
+    Raises ValueError for any other file.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = WRN(**saved["network"])
+        model.load_state_dict(saved["model"])
+        size = int(saved["image_size"])
+    # Foreign bytes raise a dozen kinds of errors in torch.load, foreign contents as many here.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"not a checkpoint of at-fused-train ({reason})") from error
+    return model.eval(), size
 
 
 def write_curve(f: IO[str], method: str, seed: int, curve: Curve) -> None:
@@ -146,7 +163,7 @@ def run(cfg: Config, out: Path, tick: Callable[[], object], say: Callable[[str],
         teacher_curve = train(teacher, data, split.train, teacher_cfg, TEACHER_SEED, tick)
         teacher.eval().requires_grad_(False)
         write_curve(f, "teacher", TEACHER_SEED, teacher_curve)
-        save(teacher, out / "teacher.pt", depth=cfg.teacher_depth, width=cfg.teacher_width)
+        save(teacher, out / "teacher.pt", cfg.image_size)
 
         students: dict[str, list[Curve]] = {m.slug: [] for m in METHODS}
         # Seed by seed, not method by method: a machine that slows down slows all rows alike.
@@ -161,7 +178,8 @@ def run(cfg: Config, out: Path, tick: Callable[[], object], say: Callable[[str],
                     curve = train(student, data, idx, method_cfg, seed, tick, guide)
                 students[method.slug].append(curve)
                 write_curve(f, method.slug, seed, curve)
-                save(student, out / f"student_{method.slug}_seed{seed}.pt", labelled=idx)
+                path = out / f"student_{method.slug}_seed{seed}.pt"
+                save(student, path, cfg.image_size, labelled=idx)
 
         say("float64 check")
         check = check_curves(teacher, data, cfg, tick)

@@ -16,10 +16,11 @@
 #endif
 
 #define AT_FUSED_VECTOR_BYTES 64
-#include "kernels_impl.h"
+#include "kernels_general.h"
 
 namespace at_fused {
-const Kernels kernels_avx512 = {"avx512", attention_map, sample_loss, attention_map_backward};
+const Kernels kernels_avx512 = {"avx512",    attention_map,   sample_loss, attention_map_backward,
+                                general_map, general_backward};
 }  // namespace at_fused
 
 #if defined(__clang__)

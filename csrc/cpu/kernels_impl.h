@@ -91,6 +91,20 @@ struct Four {
   AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const { return (x * x) * x; }
 };
 
+// x^p with its sign, for an odd p: few are small enough to be asked for, none needs logarithms.
+template <class A>
+struct Odd {
+  int64_t p;
+  explicit Odd(double exponent) : p(int64_t(exponent < 1e6 ? exponent : 1e6 + 1)) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return x * slope(x); }
+  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const {
+    Vec<A> y = splat(A(1));
+    const Vec<A> square = x * x;
+    for (int64_t i = 1; i < p; i += 2) y *= square;
+    return y;
+  }
+};
+
 // The part of p in 12 bits; the exponents that it multiplies have 8.
 inline float short_part(double p, float) {
   return bit_cast<float>(bit_cast<uint32_t>(float(p)) & 0xfffff000u);
@@ -281,83 +295,110 @@ AT_FUSED_INLINE void store_fp64(float* to, Vec<double> v) {
   std::memcpy(to, &narrowed, sizeof(narrowed));
 }
 
-// f(u, s, t) for every vector of the two maps; the last, partial one goes through a padded copy.
-// u counts 0, 1, 2, 3 and again: f may keep as many sums, since an addition waits for the last one.
+// f(u, s, t, i) for every vector of the two maps, i its first position; the last, partial one comes
+// from padded copies. u counts 0, 1, 2, 3 and again: f may keep as many sums, since an addition
+// waits for the last one.
 constexpr int chains = 4;
 
 template <class S, class T, class F>
-AT_FUSED_INLINE void for_each_position(S* student, T* teacher, int64_t n, F f) {
+AT_FUSED_INLINE void for_each_position(const S* student, const T* teacher, int64_t n, F f) {
   constexpr int width = lanes<double>;
   int64_t i = 0;
   for (; i + chains * width <= n; i += chains * width) {
-    for (int u = 0; u < chains; ++u) f(u, student + i + u * width, teacher + i + u * width);
+    for (int u = 0; u < chains; ++u) {
+      f(u, load_fp64(student + i + u * width), load_fp64(teacher + i + u * width), i + u * width);
+    }
   }
-  for (; i + width <= n; i += width) f(0, student + i, teacher + i);
+  for (; i + width <= n; i += width) f(0, load_fp64(student + i), load_fp64(teacher + i), i);
   if (i < n) {
     S s[width] = {};
     T t[width] = {};
     for (int64_t j = i; j < n; ++j) s[j - i] = student[j], t[j - i] = teacher[j];
-    f(0, s, t);
-    for (int64_t j = i; j < n; ++j) student[j] = s[j - i], teacher[j] = t[j - i];
+    f(0, load_fp64(s), load_fp64(t), i);
   }
+}
+
+// The part of v that belongs to positions below n, from position i on.
+template <class A>
+AT_FUSED_INLINE void store_positions(A* map, int64_t i, int64_t n, Vec<double> v) {
+  constexpr int width = lanes<double>;
+  if (i + width <= n) return store_fp64(map + i, v);
+  A padded[width];
+  store_fp64(padded, v);
+  for (int64_t j = i; j < n; ++j) map[j] = padded[j - i];
 }
 
 AT_FUSED_INLINE double total(const Vec<double> (&sums)[chains]) {
   return sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// A side's divisor and what belongs to it: q = Q / divisor, and Q / norm = q * to_unit, 0 where the
+// norm has no part in the divisor.
+struct Divisor {
+  double divisor, inverse, to_unit;
+
+  Divisor(double norm, EpsMode mode, double eps) {
+    // Written so that a NaN norm is not clamped away.
+    const bool constant = norm <= (mode == EpsMode::max ? eps : 0.0);
+    divisor = mode == EpsMode::add ? norm + eps : constant ? eps : norm;
+    inverse = 1.0 / divisor;
+    to_unit = constant ? 0.0 : mode == EpsMode::add ? divisor / norm : 1.0;
+  }
+};
+
 template <class S, class T>
-double sample_loss(const SampleLoss& sample, S* student, T* teacher) {
+double sample_loss(const SampleLoss& sample, const S* student, const T* teacher, S* student_result,
+                   T* teacher_result) {
+  const int64_t N = sample.N;
   Vec<double> student_squares[chains] = {}, teacher_squares[chains] = {};
-  for_each_position(student, teacher, sample.N, [&](int u, S* s, T* t) AT_FUSED_LAMBDA {
-    const Vec<double> a = load_fp64(s), b = load_fp64(t);
-    student_squares[u] += a * a;
-    teacher_squares[u] += b * b;
-  });
-  const double student_norm = std::sqrt(total(student_squares));
-  const double teacher_norm = std::sqrt(total(teacher_squares));
-  // Written so that a NaN norm is not clamped away.
-  const bool student_zero = student_norm <= sample.eps, teacher_zero = teacher_norm <= sample.eps;
-  const double student_bound = student_zero ? sample.eps : student_norm;
-  const double teacher_bound = teacher_zero ? sample.eps : teacher_norm;
-  const double is = 1.0 / student_bound, it = 1.0 / teacher_bound;
+  for_each_position(student, teacher, N,
+                    [&](int u, Vec<double> s, Vec<double> t, int64_t) AT_FUSED_LAMBDA {
+                      student_squares[u] += s * s;
+                      teacher_squares[u] += t * t;
+                    });
+  const Divisor ds(std::sqrt(total(student_squares)), sample.eps_mode, sample.eps);
+  const Divisor dt(std::sqrt(total(teacher_squares)), sample.eps_mode, sample.eps);
 
   // A division gives a single position exactly 1, so that its loss is exactly 0; it costs too much
   // elsewhere.
-  const bool single = sample.N == 1;
-  const auto normalize = [single](Vec<double> raw, double bound, double inverse)
-                             AT_FUSED_LAMBDA { return single ? raw / bound : raw * inverse; };
+  const bool single = N == 1;
+  const auto normalize = [single](Vec<double> raw, const Divisor& by) AT_FUSED_LAMBDA {
+    return rounded(single ? raw / by.divisor : raw * by.inverse);
+  };
 
   // The differences are summed as such: 2 - 2 qs.qt would cancel where the maps are alike.
   Vec<double> squares[chains] = {}, along_student[chains] = {}, along_teacher[chains] = {};
-  for_each_position(student, teacher, sample.N, [&](int u, S* s, T* t) AT_FUSED_LAMBDA {
-    const Vec<double> qs = normalize(load_fp64(s), student_bound, is);
-    const Vec<double> qt = normalize(load_fp64(t), teacher_bound, it);
-    const Vec<double> difference = qs - qt;
-    squares[u] += difference * difference;
-    along_student[u] += difference * qs;
-    along_teacher[u] += difference * qt;
-  });
+  for_each_position(student, teacher, N,
+                    [&](int u, Vec<double> s, Vec<double> t, int64_t) AT_FUSED_LAMBDA {
+                      const Vec<double> qs = normalize(s, ds), qt = normalize(t, dt);
+                      const Vec<double> difference = qs - qt;
+                      squares[u] += difference * difference;
+                      along_student[u] += difference * qs;
+                      along_teacher[u] += difference * qt;
+                    });
   const double squared_distance = total(squares);
   const double distance = std::sqrt(squared_distance);
   const bool code = sample.form == Form::code;
-  const double mean = sample.weight / (double(sample.B) * double(code ? sample.N : 1));
+  const double mean = code ? sample.weight / double(N) : sample.weight;
   const double loss = mean * (code ? squared_distance : distance);
 
-  if (sample.student_grad || sample.teacher_grad) {
+  if (student_result || teacher_result) {
     // dL/dq = slope * difference; at difference = 0 the norm of the paper's form takes 0.
     const double slope = code ? 2 * mean : distance == 0 ? 0.0 : mean / distance;
-    // Below eps the map is divided by a constant: there is nothing to project out.
-    const double ps = student_zero ? 0.0 : total(along_student);
-    const double pt = teacher_zero ? 0.0 : total(along_teacher);
-    const double gs = slope * is * sample.student_scale, gt = slope * it * sample.teacher_scale;
-    for_each_position(student, teacher, sample.N, [&](int, S* s, T* t) AT_FUSED_LAMBDA {
-      const Vec<double> qs = normalize(load_fp64(s), student_bound, is);
-      const Vec<double> qt = normalize(load_fp64(t), teacher_bound, it);
-      const Vec<double> difference = qs - qt;
-      if (sample.student_grad) store_fp64(s, gs * (difference - qs * ps));
-      if (sample.teacher_grad) store_fp64(t, gt * (qt * pt - difference));
-    });
+    // Where a map is divided by a constant there is nothing to project out.
+    const double ps = ds.to_unit == 0 ? 0.0 : total(along_student) * ds.to_unit;
+    const double pt = dt.to_unit == 0 ? 0.0 : total(along_teacher) * dt.to_unit;
+    const double gs = slope * ds.inverse * sample.student_scale;
+    const double gt = slope * dt.inverse * sample.teacher_scale;
+    for_each_position(student, teacher, N,
+                      [&](int, Vec<double> s, Vec<double> t, int64_t i) AT_FUSED_LAMBDA {
+                        const Vec<double> qs = normalize(s, ds), qt = normalize(t, dt);
+                        const Vec<double> difference = qs - qt;
+                        if (student_result)
+                          store_positions(student_result, i, N, gs * (difference - qs * ps));
+                        if (teacher_result)
+                          store_positions(teacher_result, i, N, gt * (qt * pt - difference));
+                      });
   }
   return loss;
 }
@@ -365,8 +406,10 @@ double sample_loss(const SampleLoss& sample, S* student, T* teacher) {
 // ---- the table --------------------------------------------------------------------------------
 
 template <class A, class F>
-AT_FUSED_INLINE void with_exponent(double p, F f) {
-  if (p == 2) {
+AT_FUSED_INLINE void with_exponent(double p, bool keeps_sign, F f) {
+  if (keeps_sign) {
+    f(Odd<A>(p));
+  } else if (p == 2) {
     f(Two<A>(p));
   } else if (p == 1) {
     f(One<A>(p));
@@ -392,13 +435,13 @@ AT_FUSED_INLINE void with_dtype(Dtype dtype, F f) {
 }
 
 void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                   double scale, void* map) {
+                   bool keeps_sign, double scale, void* map) {
   with_dtype(feature.dtype, [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
     const T* x = static_cast<const T*>(feature.data) + b * feature.batch;
     A* out = static_cast<A*>(map) + begin;
-    with_exponent<A>(p, [&](auto exponent) {
+    with_exponent<A>(p, keeps_sign, [&](auto exponent) {
       if (feature.layout == Layout::planar) {
         attention_map_planar<T, A>(x + begin, feature.C, feature.line, end - begin, exponent,
                                    A(scale), out);
@@ -411,24 +454,32 @@ void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end
 }
 
 double sample_loss(const SampleLoss& sample) {
-  const auto with_teacher = [&](auto* student) {
-    return sample.teacher_double
-               ? sample_loss(sample, student, static_cast<double*>(sample.teacher))
-               : sample_loss(sample, student, static_cast<float*>(sample.teacher));
+  const auto with_teacher = [&](auto* student, auto* result) {
+    if (sample.teacher_double) {
+      return sample_loss(sample, student, static_cast<const double*>(sample.teacher), result,
+                         static_cast<double*>(sample.teacher_result));
+    }
+    return sample_loss(sample, student, static_cast<const float*>(sample.teacher), result,
+                       static_cast<float*>(sample.teacher_result));
   };
-  return sample.student_double ? with_teacher(static_cast<double*>(sample.student))
-                               : with_teacher(static_cast<float*>(sample.student));
+  if (sample.student_double) {
+    return with_teacher(static_cast<const double*>(sample.student),
+                        static_cast<double*>(sample.student_result));
+  }
+  return with_teacher(static_cast<const float*>(sample.student),
+                      static_cast<float*>(sample.student_result));
 }
 
 void attention_map_backward(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                            double gradient, const void* k, const Feature& out, bool stream) {
+                            bool keeps_sign, double gradient, const void* k, const Feature& out,
+                            bool stream) {
   with_dtype(feature.dtype, [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
     const T* x = static_cast<const T*>(feature.data) + b * feature.batch + begin * feature.line;
     T* to = static_cast<T*>(const_cast<void*>(out.data)) + b * out.batch + begin * out.line;
     const A* coefficients = static_cast<const A*>(k);
-    with_exponent<A>(p, [&](auto exponent) {
+    with_exponent<A>(p, keeps_sign, [&](auto exponent) {
       if (feature.layout == Layout::planar) {
         backward_planar<T, A>(x, feature.line, to, out.line, end - begin, feature.N, exponent,
                               A(gradient), coefficients, stream);

@@ -250,6 +250,18 @@ AT_FUSED_INLINE V select(M mask, V yes, V no) {
   return bit_cast<V>((mask & bit_cast<M>(yes)) | (~mask & bit_cast<M>(no)));
 }
 
+// The value as rounded here: the compiler must not fuse the multiplication that it comes from with
+// what follows, or the difference of two alike values would not be 0.
+template <class V>
+AT_FUSED_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 template <class V>
 using MaskOf = decltype(V{} < V{});
 

@@ -9,18 +9,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
     attention_map_kernel(const __grid_constant__ MapParams params) {
   AT_FUSED_DYNAMIC_SHARED(bytes);
   const MapFeature& feature = params.features[member_of(params.features, params.count, blockIdx.x)];
-  const int local = blockIdx.x - feature.first_task;
-  const int b = local / feature.pieces;
-  const int begin = local % feature.pieces * feature.positions;
-  const Tile tile{b, begin, min(begin + feature.positions, feature.view.N), bytes};
+  const Tile tile = tile_of(feature, feature.view.N, blockIdx.x, bytes);
   const int64_t size = feature.view.dtype == Dtype::float64 ? 8 : 4;
   map_tile<E, fp64, false>(
       feature.view, tile, params.p, feature.scale, nullptr,
-      static_cast<char*>(feature.map) + (int64_t(b) * feature.view.N + begin) * size);
+      static_cast<char*>(feature.map) + (int64_t(tile.b) * feature.view.N + tile.begin) * size);
 }
 
 void launch_attention_map(const MapParams& params, const Launch& launch) {
-  launch_instance(AT_FUSED_INSTANCES(attention_map_kernel), params.p, launch, params);
+  if (params.keeps_sign) {
+    launch_signed_instance(AT_FUSED_SIGNED_INSTANCES(attention_map_kernel), launch, params);
+  } else {
+    launch_instance(AT_FUSED_INSTANCES(attention_map_kernel), params.p, launch, params);
+  }
 }
 
 }  // namespace at_fused

@@ -13,12 +13,45 @@ struct Tile {
   char* scratch;
 };
 
-// Some rows at a time: reads them, and calls add(u, j, |x|^p) for element j of row u. In kernels
-// that `keep`, the sample is copied to `keep` on its way, densely, unless that is null.
-template <class T, int V, bool keeps, class E, class F>
+// Of a task, by its number in the launch.
+__device__ __forceinline__ Tile tile_of(const MapFeature& feature, int N, int task, char* scratch) {
+  const int local = task - feature.first_task;
+  const int begin = local % feature.pieces * feature.positions;
+  return {local / feature.pieces, begin, min(begin + feature.positions, N), scratch};
+}
+
+// What the values of a position become is a State of the tile's collector: take() adds a value of a
+// channel, put() is given what came of all. Threads that share a position meet(). In rows of `fold`
+// channels a State is one of those at place f; it knows them by their rows until of_fold().
+template <class A>
+__device__ __forceinline__ A of_fold(A sum, int, int) {
+  return sum;
+}
+template <class A>
+__device__ __forceinline__ A from_lane(A sum, int distance) {
+  return __shfl_xor_sync(kAllLanes, sum, distance);
+}
+__device__ __forceinline__ void meet(float& sum, float other) { sum += other; }
+__device__ __forceinline__ void meet(double& sum, double other) { sum += other; }
+
+// The sum of powers, for "mean" and "sum".
+template <class E, class A>
+struct PowerSum {
+  using State = A;
+  static constexpr int rows_in_flight = E::rows_in_flight;
+  E e;
+  A scale;
+  A* out;
+
+  __device__ __forceinline__ void take(A& sum, A x, int) const { sum += e.power(x); }
+  __device__ __forceinline__ void put(int n, A sum) const { out[n] = sum * scale; }
+};
+
+// Some rows at a time: reads them, and calls add(u, j, x) for element j of row u. In kernels that
+// `keep`, the sample is copied to `keep` on its way, densely, unless that is null.
+template <int U, class T, int V, bool keeps, class F>
 __device__ __forceinline__ void map_rows(const T* from, int64_t step, int row, int height, int rows,
-                                         T* keep, int column, int columns, E e, F add) {
-  constexpr int U = E::rows_in_flight;
+                                         T* keep, int column, int columns, F add) {
   Pack<T, V> pack[U];
   load_rows<true>(pack, from, step, row, height, rows);
 #pragma unroll
@@ -29,48 +62,50 @@ __device__ __forceinline__ void map_rows(const T* from, int64_t step, int row, i
       Accumulator<T> value[V];
       pack[u].get(value);
 #pragma unroll
-      for (int j = 0; j < V; ++j) add(u, j, e.power(value[j]));
+      for (int j = 0; j < V; ++j) add(u, j, value[j]);
     }
   }
 }
 
 // Rows are channels, threads side by side take adjacent positions.
-template <class T, int V, bool keeps, class E, class A>
-__device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile, E e, A scale,
-                                                T* keep, A* out) {
+template <class T, int V, bool keeps, class C>
+__device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile, const C& collect,
+                                                T* keep) {
   const int lanes = here(x.access.lanes), fold = here(x.access.fold);
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
   const int rows = x.C / fold, columns = (tile.end - tile.begin) * fold / V;
   const int64_t line = x.line * fold, step = height * line;
-  constexpr int U = E::rows_in_flight;
+  constexpr int U = C::rows_in_flight;
+  using State = typename C::State;
   const T* first = static_cast<const T*>(x.data) + int64_t(here(tile.b)) * x.batch + tile.begin;
-  A* scratch = reinterpret_cast<A*>(tile.scratch);
+  State* scratch = reinterpret_cast<State*>(tile.scratch);
 
 #pragma unroll 1
   for (int begin = 0; begin < columns; begin += lanes) {
     const int column = begin + tx;
-    A total[V] = {};
+    State total[V] = {};
     if (column < columns) {
       const T* from = first + ty * line + column * V;
 #pragma unroll 1
       for (int row = ty; row < rows; row += height * U, from += U * step) {
-        map_rows<T, V, keeps>(from, step, row, height, rows, keep, column, columns, e,
-                              [&](int, int j, A power) { total[j] += power; });
+        map_rows<U, T, V, keeps>(
+            from, step, row, height, rows, keep, column, columns,
+            [&](int u, int j, auto value) { collect.take(total[j], value, row + u * height); });
       }
     }
     if (height == 1 && fold == 1) {
       if (column < columns) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) out[column * V + j] = total[j] * scale;
+        for (int j = 0; j < V; ++j) collect.put(column * V + j, total[j]);
       }
       continue;
     }
-    // Added up first within each warp, then over warps, and over the channels of a fold.
+    // First within each warp, then over warps, and over the channels of a fold.
     for (int d = lanes; d < 32; d *= 2) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) total[j] += __shfl_xor_sync(kAllLanes, total[j], d);
+      for (int j = 0; j < V; ++j) meet(total[j], from_lane(total[j], d));
     }
-    __syncthreads();  // the last chunk's sums may still be read
+    __syncthreads();  // the last chunk's may still be read
     const int strip = lanes < 32 ? 32 : lanes, width = lanes * V;
     if (threadIdx.x % strip < lanes) {
 #pragma unroll
@@ -81,19 +116,21 @@ __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile,
     __syncthreads();
     const int count = (columns - begin < lanes ? columns - begin : lanes) * V / fold;
     for (int n = threadIdx.x; n < count; n += kThreads) {
-      A sum = 0;
+      State all{};
       for (int s = 0; s < kThreads / strip; ++s) {
-        for (int f = 0; f < fold; ++f) sum += scratch[s * width + f * count + n];
+        for (int f = 0; f < fold; ++f) {
+          meet(all, of_fold(scratch[s * width + f * count + n], f, fold));
+        }
       }
-      out[begin * V + n] = sum * scale;
+      collect.put(begin * V + n, all);
     }
   }
 }
 
 // Rows are positions, threads side by side take adjacent channels.
-template <class T, int V, bool keeps, class E, class A>
-__device__ __forceinline__ void map_tile_interleaved(const View& x, const Tile& tile, E e, A scale,
-                                                     T* keep, A* out) {
+template <class T, int V, bool keeps, class C>
+__device__ __forceinline__ void map_tile_interleaved(const View& x, const Tile& tile,
+                                                     const C& collect, T* keep) {
   const int lanes = here(x.access.lanes);
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
   const int columns = here(x.C) / V, rows = here(tile.end - tile.begin);
@@ -101,24 +138,42 @@ __device__ __forceinline__ void map_tile_interleaved(const View& x, const Tile& 
       static_cast<const T*>(x.data) + int64_t(here(tile.b)) * x.batch + tile.begin * x.line;
 
   const int64_t step = height * x.line;
-  constexpr int U = E::rows_in_flight;
+  constexpr int U = C::rows_in_flight;
 
 #pragma unroll 1
   for (int begin = 0; begin < rows; begin += height * U) {
-    A total[U] = {};
+    typename C::State total[U] = {};
     const int row = begin + ty;
     const T* from = first + row * x.line + tx * V;
 #pragma unroll 1
     for (int column = tx; column < columns; column += lanes, from += lanes * V) {
-      map_rows<T, V, keeps>(from, step, row, height, rows, keep, column, columns, e,
-                            [&](int u, int, A power) { total[u] += power; });
+      map_rows<U, T, V, keeps>(
+          from, step, row, height, rows, keep, column, columns,
+          [&](int u, int j, auto value) { collect.take(total[u], value, column * V + j); });
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      for (int d = 1; d < lanes; d *= 2) total[u] += __shfl_xor_sync(kAllLanes, total[u], d);
+      for (int d = 1; d < lanes; d *= 2) meet(total[u], from_lane(total[u], d));
       const int r = row + u * height;
-      if (tx == 0 && r < rows) out[r] = total[u] * scale;
+      if (tx == 0 && r < rows) collect.put(r, total[u]);
     }
+  }
+}
+
+// A tile in the layout and the vectors that it is read in.
+template <class T, bool keeps, class C>
+__device__ __forceinline__ void collect_tile(const View& x, const Tile& tile, const C& collect,
+                                             T* keep) {
+  if (x.layout == Layout::planar) {
+    if (x.access.vector > 1) {
+      map_tile_planar<T, kVector<T>, keeps>(x, tile, collect, keep);
+    } else {
+      map_tile_planar<T, 1, keeps>(x, tile, collect, keep);
+    }
+  } else if (x.access.vector > 1) {
+    map_tile_interleaved<T, kVector<T>, keeps>(x, tile, collect, keep);
+  } else {
+    map_tile_interleaved<T, 1, keeps>(x, tile, collect, keep);
   }
 }
 
@@ -130,21 +185,8 @@ __device__ __forceinline__ void map_tile(const View& x, const Tile& tile, double
   with_dtype<fp64>(x.dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    T* kept = reinterpret_cast<T*>(keep);
-    A* map = static_cast<A*>(out);
-    const A s = A(scale);
-    const E e(here(p));
-    if (x.layout == Layout::planar) {
-      if (x.access.vector > 1) {
-        map_tile_planar<T, kVector<T>, keeps>(x, tile, e, s, kept, map);
-      } else {
-        map_tile_planar<T, 1, keeps>(x, tile, e, s, kept, map);
-      }
-    } else if (x.access.vector > 1) {
-      map_tile_interleaved<T, kVector<T>, keeps>(x, tile, e, s, kept, map);
-    } else {
-      map_tile_interleaved<T, 1, keeps>(x, tile, e, s, kept, map);
-    }
+    const PowerSum<E, A> sum{E(here(p)), A(scale), static_cast<A*>(out)};
+    collect_tile<T, keeps>(x, tile, sum, reinterpret_cast<T*>(keep));
   });
 }
 

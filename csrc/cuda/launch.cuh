@@ -24,9 +24,8 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 template <class... Params>
-void launch_instance(void (*square)(Params...), void (*any)(Params...), void (*wide)(Params...),
-                     const char* name, double p, const Launch& launch, const Params&... params) {
-  const auto kernel = launch.fp64 ? wide : p == 2 ? square : any;
+void launch_kernel(void (*kernel)(Params...), const char* name, const Launch& launch,
+                   const Params&... params) {
   if (launch.shared_bytes > kSharedBytesWithoutAsking) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes),
@@ -38,6 +37,22 @@ void launch_instance(void (*square)(Params...), void (*any)(Params...), void (*w
   config.dynamicSmemBytes = size_t(launch.shared_bytes);
   config.stream = static_cast<cudaStream_t>(launch.stream);
   check(cudaLaunchKernelEx(&config, kernel, params...), name);
+}
+
+template <class... Params>
+void launch_instance(void (*square)(Params...), void (*any)(Params...), void (*wide)(Params...),
+                     const char* name, double p, const Launch& launch, const Params&... params) {
+  launch_kernel(launch.fp64 ? wide : p == 2 ? square : any, name, launch, params...);
+}
+
+// For kernels with instances for powers that keep their sign.
+#define AT_FUSED_SIGNED_INSTANCES(kernel) \
+  kernel<SignedPower, false>, kernel<SignedPower, true>, #kernel
+
+template <class... Params>
+void launch_signed_instance(void (*any)(Params...), void (*wide)(Params...), const char* name,
+                            const Launch& launch, const Params&... params) {
+  launch_kernel(launch.fp64 ? wide : any, name, launch, params...);
 }
 
 }  // namespace at_fused

@@ -58,7 +58,8 @@ struct SampleMaps {
 
 // The sample's share of the loss; all in fp64: maps are small, and their squares overflow fp32 from
 // features of 1e10 on.
-template <bool fp64>
+// With `any_eps` it may be added to the norm; else it bounds the norm.
+template <bool fp64, bool any_eps = false>
 __device__ double finish_sample(const LossParams& params, const PairParams& pair,
                                 const SampleMaps<fp64>& maps, bool in_place, Control& control) {
   const int N = pair.student.N;
@@ -70,10 +71,15 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
   }
   block_sum(squares, control);
   const double student_norm = sqrt(squares[0]), teacher_norm = sqrt(squares[1]);
+  const bool add = any_eps && params.eps_mode == EpsMode::add;
   // Written so that a NaN norm is not clamped away.
-  const bool student_zero = student_norm <= params.eps, teacher_zero = teacher_norm <= params.eps;
-  const double student_bound = student_zero ? params.eps : student_norm;
-  const double teacher_bound = teacher_zero ? params.eps : teacher_norm;
+  const double least = add ? 0.0 : params.eps;
+  const bool student_zero = student_norm <= least, teacher_zero = teacher_norm <= least;
+  const auto bound_of = [&](double norm, bool zero) {
+    return add ? norm + params.eps : zero ? params.eps : norm;
+  };
+  const double student_bound = bound_of(student_norm, student_zero);
+  const double teacher_bound = bound_of(teacher_norm, teacher_zero);
   const double is = 1.0 / student_bound, it = 1.0 / teacher_bound;
 
   // A division gives a single position exactly 1, so that its loss is exactly 0.
@@ -93,7 +99,7 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
   block_sum(sums, control);
   const double distance = sqrt(sums[0]);
   const bool code = params.form == Form::code;
-  const double mean = pair.weight / (double(pair.B) * double(code ? N : 1));
+  const double mean = code ? pair.weight / double(N) : pair.weight;
 
   // Raw maps that were shared by blocks are where they should be already.
   const bool student = maps.student_result.data && (maps.student_grad || !in_place);
@@ -101,9 +107,14 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
   if (student || teacher) {
     // dL/dq = slope * difference; at difference = 0 the norm of the paper's form takes 0.
     const double slope = code ? 2 * mean : distance == 0 ? 0.0 : mean / distance;
-    // Below eps the map is divided by a constant: there is nothing to project out.
-    const double along_student = student_zero ? 0.0 : sums[1];
-    const double along_teacher = teacher_zero ? 0.0 : sums[2];
+    // Below eps the map is divided by a constant: there is nothing to project out. A norm with eps
+    // added is shorter than the divisor: what is projected out is along Q / norm.
+    double along_student = student_zero ? 0.0 : sums[1];
+    double along_teacher = teacher_zero ? 0.0 : sums[2];
+    if (add) {
+      if (!student_zero) along_student *= student_bound / student_norm;
+      if (!teacher_zero) along_teacher *= teacher_bound / teacher_norm;
+    }
     const double gs = slope * is * params.p * pair.student_scale;
     const double gt = slope * it * params.p * pair.teacher_scale;
     for (int n = threadIdx.x; n < N; n += kThreads) {
@@ -137,6 +148,14 @@ struct SharedMemory {
         kept(student_map + map_bytes) {}
 };
 
+__device__ inline void put_loss(const LossParams& params, int64_t at, double loss) {
+  if (params.loss_fp64) {
+    static_cast<double*>(params.loss)[at] = loss;
+  } else {
+    static_cast<float*>(params.loss)[at] = float(loss);
+  }
+}
+
 // Adds the samples' losses of this launch, in the same order whatever the schedule was.
 __device__ inline void total_losses(const LossParams& params, Control& control) {
   double total = params.continues ? __ldcg(params.sum) : 0.0;
@@ -149,12 +168,7 @@ __device__ inline void total_losses(const LossParams& params, Control& control) 
     block_sum(sum, control);
     total = params.add ? total + sum[0] : sum[0];
     if (threadIdx.x == 0 && (!params.add || i + 1 == params.count)) {
-      const int at = params.add ? 0 : params.first_pair + i;
-      if (params.loss_fp64) {
-        static_cast<double*>(params.loss)[at] = total;
-      } else {
-        static_cast<float*>(params.loss)[at] = float(total);
-      }
+      put_loss(params, params.add ? 0 : params.first_pair + i, total);
       if (params.add) *params.sum = total;
     }
   }

@@ -1,4 +1,4 @@
-// What the kernels are given, as plain structs: written by the operators (ops.cpp) from a plan
+// What the kernels are given, as plain structs: written by the operators (*_ops.cpp) from a plan
 // (plan.h), read by the device code. Each fits into the 4 KB that every launch may carry.
 #pragma once
 
@@ -15,6 +15,7 @@ constexpr int kBlocksPerMultiprocessor = 3;
 constexpr int kGradientBlocks = 2;
 constexpr int kMaxPairs = 16;     // of one launch; longer lists take several
 constexpr int kMaxFeatures = 30;  // likewise
+constexpr int kMaxPooledSweeps = 26;
 
 // How a block reads a feature. A row is `fold` channels of all positions (planar) or the channels
 // of a position (interleaved).
@@ -45,6 +46,7 @@ struct Sweep {
 struct MapFeature {
   View view;
   void* map;
+  int32_t* channels;  // that won each position's maximum, if the map is one
   double scale;
   int32_t first_task;
   int32_t pieces, positions;  // of a sample, and of a piece
@@ -53,6 +55,7 @@ struct MapFeature {
 struct MapParams {
   double p;
   int32_t count;
+  bool keeps_sign;  // the power does: p is odd
   MapFeature features[kMaxFeatures];
 };
 
@@ -60,6 +63,7 @@ struct SweepFeature {
   View view;
   Sweep sweep;
   const void* k;
+  const int32_t* channels;    // as in MapFeature
   const void* loss_gradient;  // of this feature's pair; null is 1
   int32_t first_task;
   int32_t samples, B;  // in a task, and in all
@@ -69,7 +73,44 @@ struct SweepParams {
   double p;
   int32_t count;
   bool loss_gradient_fp64;
+  bool keeps_sign;
   SweepFeature features[kMaxFeatures];
+};
+
+// Features that are pooled: `share` threads add up a window, at `places` windows at a time
+// (pool.cuh). The pieces and positions are those of the map.
+struct PooledFeature : MapFeature {
+  Pool pool;
+  int32_t places, share;
+};
+
+struct PooledParams {
+  double p;
+  int32_t count;
+  bool keeps_sign;
+  PooledFeature features[kMaxFeatures];
+};
+
+// A task sweeps `group` channels of a box of inputs.
+struct PooledSweep {
+  View view;
+  Pool pool;
+  void* out;
+  int64_t batch, line;
+  const void* k;
+  const int32_t* channels;
+  const void* loss_gradient;
+  int32_t first_task;
+  int32_t box[3], group;
+  int32_t output_places, share, input_places;
+};
+
+struct PooledSweepParams {
+  double p;
+  int32_t count;
+  bool loss_gradient_fp64;
+  bool keeps_sign;
+  PooledSweep features[kMaxPooledSweeps];
 };
 
 struct PairParams {
@@ -77,7 +118,7 @@ struct PairParams {
   void* student_maps;  // (B, N); null where nobody needs them
   void* teacher_maps;
   double student_scale, teacher_scale;  // of the channel sums
-  double weight;
+  double weight;                        // of a sample
   int32_t B;
   int32_t first_task, first_sample;
   int32_t samples;            // whole samples of a task; 0: samples are shared by several blocks
@@ -87,10 +128,12 @@ struct PairParams {
 struct LossParams {
   double p, eps;
   Form form;
+  EpsMode eps_mode;        // of map_loss; the others have EpsMode::max
   int32_t count, samples;  // pairs, and samples in all of them
   bool student_grad, teacher_grad;
-  bool add;        // sum over pairs; else a loss for each
-  bool continues;  // a launch before this one began the sum
+  bool add;         // sum over pairs; else a loss for each
+  bool of_samples;  // a loss for each sample: neither is summed
+  bool continues;   // a launch before this one began the sum
   bool loss_fp64;
   int32_t first_pair;
   void* loss;
@@ -120,6 +163,7 @@ struct GradientParams {
 };
 
 static_assert(sizeof(MapParams) <= 4096 && sizeof(SweepParams) <= 4096);
+static_assert(sizeof(PooledParams) <= 4096 && sizeof(PooledSweepParams) <= 4096);
 static_assert(sizeof(LossParams) + sizeof(GradientParams) <= 4096);
 
 }  // namespace at_fused

@@ -17,6 +17,7 @@ struct Limits {
 
 constexpr int32_t kControlBytes = 384;   // block.cuh: Control
 constexpr int32_t kScratchBytes = 8192;  // attention_map.cuh: a value per thread and element
+constexpr int32_t kMaximumBytes = 2 * kScratchBytes;  // likewise, with the channel of each
 constexpr int32_t kSharedBytesWithoutAsking = 48 << 10;
 constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kMaxExtent = int64_t(1) << 30;  // channels, positions: 32-bit loops
@@ -93,6 +94,10 @@ inline Access access_of(const Feature& x, const Feature* also, bool may_fold, in
   return access;
 }
 
+// Whether whole samples have rows of several channels. In pieces they would be read by single
+// elements.
+inline bool reads_folds(const Feature& x) { return access_of(x, nullptr, true, x.N).fold > 1; }
+
 inline View view_of(const Feature& x, const Access& access) {
   return {x.data, x.batch, x.line, int32_t(x.C), int32_t(x.N), x.dtype, x.layout, access};
 }
@@ -157,7 +162,9 @@ inline int64_t total_bytes(const Feature& x) { return x.B * sample_bytes(x); }
 // Cuts one feature of a list of `total` bytes for its map; returns the number of its tasks.
 inline int64_t plan_map(MapFeature& feature, const Feature& x, int64_t total,
                         const Limits& limits) {
-  const Pieces pieces = cut_positions(x.N, sample_bytes(x), task_bytes(total, limits));
+  const Pieces pieces = reads_folds(x)
+                            ? Pieces{1, x.N}
+                            : cut_positions(x.N, sample_bytes(x), task_bytes(total, limits));
   feature.view = view_of(x, access_of(x, nullptr, pieces.count == 1, pieces.positions));
   feature.pieces = int32_t(pieces.count);
   feature.positions = int32_t(pieces.positions);
@@ -204,10 +211,7 @@ inline int64_t plan_loss(PairParams& pair, const Feature& student, const Feature
   const int64_t share = std::max<int64_t>(64 << 10, total / limits.multiprocessors);
   const bool fits =
       kControlBytes + kScratchBytes + map_bytes_of(student.N, fp64) <= kSharedBytesWithoutAsking;
-  // Only a whole sample has rows of several channels; in pieces it would be read by single
-  // elements.
-  const bool folds = access_of(student, nullptr, true, student.N).fold > 1 ||
-                     access_of(teacher, nullptr, true, teacher.N).fold > 1;
+  const bool folds = reads_folds(student) || reads_folds(teacher);
   const bool whole = fits && (bytes <= share || folds);
   cut_pair(pair, student, teacher, nullptr, whole, task_bytes(total, limits), limits);
   return pair.samples ? divide_up(student.B, pair.samples) : student.B * pair.pieces;
@@ -219,6 +223,14 @@ inline int64_t map_bytes_of_list(int64_t before, const PairParams& pair, bool fp
   const int64_t bytes = map_bytes_of(pair.student.N, fp64);
   const bool fits = kControlBytes + kScratchBytes + bytes <= kSharedBytesWithoutAsking;
   return fits || pair.samples ? std::max(before, bytes) : before;
+}
+
+// The loss of raw maps, given as features of one channel: every sample is whole. Returns the number
+// of tasks.
+inline int64_t plan_map_loss(PairParams& pair, const Feature& student, const Feature& teacher,
+                             const Limits& limits) {
+  cut_pair(pair, student, teacher, nullptr, true, 0, limits);
+  return divide_up(student.B, pair.samples);
 }
 
 // ---- values and gradients in one ----------------------------------------------------------------

@@ -148,4 +148,23 @@ __device__ __forceinline__ double gradient_of(const void* value, bool fp64) {
                 : double(*static_cast<const float*>(value));
 }
 
+// Calls f(feature, b, span, k, gradient) for the samples of this block's task, with a sample's
+// coefficients and the gradient of its pair's loss.
+template <class F>
+__device__ __forceinline__ void sweep_task(const SweepParams& params, F f) {
+  const SweepFeature& feature =
+      params.features[member_of(params.features, params.count, blockIdx.x)];
+  const double gradient = gradient_of(feature.loss_gradient, params.loss_gradient_fp64);
+  const int local = blockIdx.x - feature.first_task;
+  const int pieces = feature.sweep.row_pieces * feature.sweep.column_pieces;
+  const Span span = span_of(feature.view, feature.sweep, local % pieces);
+  const int b0 = local / pieces * feature.samples;
+  const int b1 = min(b0 + feature.samples, feature.B);
+  const int64_t size = feature.view.dtype == Dtype::float64 ? 8 : 4;
+  for (int b = b0; b < b1; ++b) {
+    const char* k = static_cast<const char*>(feature.k) + int64_t(b) * feature.view.N * size;
+    f(feature, b, span, k, gradient);
+  }
+}
+
 }  // namespace at_fused

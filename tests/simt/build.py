@@ -41,7 +41,7 @@ SANITIZED = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undef
 def sources(mode: str) -> list[tuple[Path, list[str]]]:
     """Source files with the options that are theirs."""
     kernels = [(file, ["-x", "c++"]) for file in sorted(CUDA.glob("*.cu"))]
-    host = [(CUDA / "ops.cpp", []), (SIMT / "all.cpp", [])]
+    host = [(file, []) for file in (*sorted(CUDA.glob("*.cpp")), SIMT / "all.cpp")]
     if mode == "callbacks":
         return [(f, WATCHED + o) for f, o in kernels] + [(f, ["-O2", *o]) for f, o in host]
     return [(f, SANITIZED + o) for f, o in kernels + host]

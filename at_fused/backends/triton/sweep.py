@@ -14,6 +14,7 @@ from torch import Tensor
 from at_fused.backends.triton import launch
 from at_fused.backends.triton.checks import (
     check_coefficients,
+    check_collapse,
     check_exponent,
     check_features,
     check_loss_gradient,
@@ -177,6 +178,7 @@ def attention_map_backward(
     check_features(features, launch.interpreted())
     check_exponent(p)
     signed = keeps_sign(p, absolute)
+    check_collapse("max" if channels else "sum", signed)
     check_sizes(features, sizes)
     pools = pools_of(features, sizes)
     check_coefficients(features, coefficients, pairs, channels, pools)

@@ -1,0 +1,394 @@
+"""What the public functions are given: checked, and brought to (B, C, *spatial)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from at_fused._warnings import AtFusedWarning
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "collapse": ("mean", "sum", "max"),
+    "form": ("code", "paper"),
+    "reduction": ("sum", "none", "sample"),
+    "resize": (None, "maps", "features"),
+    "attend": ("spatial", "channel", "both"),
+    "eps_mode": ("max", "add"),
+}
+
+MapSize = Sequence[int]
+Sides = int | tuple[int, int]
+MapSizes = MapSize | tuple[MapSize | None, MapSize | None] | None
+
+
+def kind(value: object) -> str:
+    """The name of a value's type, for messages."""
+    return type(value).__name__
+
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+def check_options(
+    *, p: float = 2.0, eps: float = 1e-12, absolute: bool = True, **choices: str | None
+) -> None:
+    """Raises the ValueError or TypeError that names the option, what was given, what is allowed."""
+    for name, value in choices.items():
+        allowed = _CHOICES[name]
+        if value not in allowed:
+            *most, last = map(repr, allowed)
+            raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")
+    check_number("p", p)
+    if not 1 <= p < math.inf:
+        raise ValueError(f"p must be a finite number >= 1, got {p!r}")
+    check_number("eps", eps)
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be a finite number > 0, got {eps!r}")
+    if not isinstance(absolute, bool):
+        raise TypeError(f"absolute must be True or False, got {kind(absolute)}")
+    if not absolute:
+        if p != int(p):
+            raise ValueError(f"p must be a whole number with absolute=False, got {p!r}")
+        if choices.get("collapse") == "max":
+            raise ValueError("collapse='max' takes absolute values, got absolute=False")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises TypeError for what is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {kind(value)}")
+
+
+# ---- features ------------------------------------------------------------------------------------
+
+
+def is_feature(x: object) -> bool:
+    """Whether this is a tensor that the operators take."""
+    return (
+        isinstance(x, Tensor)
+        and x.dtype in _DTYPES
+        and x.layout is torch.strided
+        and 3 <= x.dim() <= 5
+        and 0 not in x.shape
+    )
+
+
+def refuse_feature(name: str, x: object) -> None:
+    """Raises what is wrong with something that ``is_feature`` refused."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {kind(x)}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if not 3 <= x.dim() <= 5:
+        raise ValueError(
+            f"{name} must be (B, C, H, W), or have one to three spatial dimensions, "
+            f"got shape {tuple(x.shape)}"
+        )
+    raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
+
+
+class Side(NamedTuple):
+    """Where the channels of a side's features are, and which of its tokens make what map."""
+
+    channel_dim: int = 1
+    skip_tokens: int = 0
+    map_size: MapSize | None = None
+
+
+_PLAIN = Side()
+
+
+def place(name: str, x: Tensor, side: Side) -> Tensor:
+    """The feature as (B, C, *spatial)."""
+    if side is _PLAIN or side.channel_dim == 1:
+        return x
+    if side.channel_dim not in (-1, x.dim() - 1):
+        raise ValueError(f"channel_dim must be 1 or -1, got {side.channel_dim!r}")
+    if x.dim() != 3:
+        return x.movedim(-1, 1)
+    if side.skip_tokens >= x.shape[1]:
+        raise ValueError(
+            f"skip_tokens must leave a token of {name}, which has {x.shape[1]}, "
+            f"got {side.skip_tokens}"
+        )
+    tokens = x[:, side.skip_tokens :] if side.skip_tokens else x
+    if side.map_size is None:
+        return tokens.transpose(1, 2)
+    if math.prod(side.map_size) != tokens.shape[1]:
+        raise ValueError(
+            f"map_size must have as many positions as {name} has tokens behind skip_tokens, "
+            f"{tokens.shape[1]}, got {tuple(side.map_size)}"
+        )
+    return tokens.transpose(1, 2).unflatten(2, tuple(side.map_size))
+
+
+def _features(name: str, given: Tensor | Sequence[Tensor], side: Side) -> list[Tensor]:
+    if isinstance(given, Tensor):
+        if not is_feature(given):
+            refuse_feature(name, given)
+        return [place(name, given, side)]
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {kind(given)}")
+    if not given:
+        raise ValueError(f"{name} must not be an empty {kind(given)}")
+    for i, x in enumerate(given):
+        if not is_feature(x):
+            refuse_feature(f"{name}[{i}]", x)
+    return [place(f"{name}[{i}]", x, side) for i, x in enumerate(given)]
+
+
+def whole_tokens(
+    given: Tensor | Sequence[Tensor], placed: list[Tensor], side: Side
+) -> list[tuple[Tensor, int]]:
+    """Each of a side's features as (B, C, N) with all its tokens, and how many are to be cut."""
+    features = [given] if isinstance(given, Tensor) else given
+    return [
+        (x.transpose(1, 2), side.skip_tokens) if x.dim() == 3 and side.channel_dim != 1 else (y, 0)
+        for x, y in zip(features, placed, strict=True)
+    ]
+
+
+def _both(name: str, value: Any) -> tuple[Any, Any]:
+    """A value for both sides, or one for each."""
+    if not isinstance(value, (tuple, list)):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"{name} must be one value or (student's, teacher's), got {value!r}")
+    return value[0], value[1]
+
+
+def _check_side(channel_dim: object, skip_tokens: object, map_size: Any) -> Side:
+    for name, value in (("channel_dim", channel_dim), ("skip_tokens", skip_tokens)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, got {kind(value)}")
+    assert isinstance(channel_dim, int)
+    assert isinstance(skip_tokens, int)
+    if skip_tokens < 0:
+        raise ValueError(f"skip_tokens must be >= 0, got {skip_tokens}")
+    if map_size is not None and not (
+        isinstance(map_size, (tuple, list))
+        and 1 <= len(map_size) <= 3
+        and all(isinstance(n, int) and n > 0 for n in map_size)
+    ):
+        raise ValueError(f"map_size must be one to three whole numbers > 0, got {map_size!r}")
+    return Side(channel_dim, skip_tokens, map_size)
+
+
+def sides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> tuple[Side, Side]:
+    """The student's and the teacher's, from one value for both or a pair of them."""
+    if channel_dim == 1 and skip_tokens == 0 and map_size is None:
+        return _PLAIN, _PLAIN
+    dims, skips = _both("channel_dim", channel_dim), _both("skip_tokens", skip_tokens)
+    nested = isinstance(map_size, (tuple, list)) and not all(isinstance(n, int) for n in map_size)
+    maps = _both("map_size", map_size) if nested else (map_size, map_size)
+    found = [_check_side(*options) for options in zip(dims, skips, maps, strict=True)]
+    tokens = [side.channel_dim != 1 for side in found]
+    if not any(tokens) and (map_size is not None or any(skips)):
+        raise ValueError(
+            "skip_tokens and map_size are for token features (B, N, C), which take "
+            f"channel_dim=-1, got channel_dim={channel_dim!r}"
+        )
+    return found[0], found[1]
+
+
+# ---- pairs ---------------------------------------------------------------------------------------
+
+
+def size(x: Tensor) -> str:
+    """The spatial size, for messages."""
+    return "x".join(str(int(n)) for n in x.shape[2:])
+
+
+def channels_as_positions(x: Tensor) -> Tensor:
+    """The view (B, H*W, C) whose spatial attention is the channel attention of (B, C, H, W)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _refuse_pair(i: int, student: Tensor, teacher: Tensor, device: torch.device) -> None:
+    """Raises what does not match in a pair."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.device != device:
+            raise ValueError(
+                f"{name} of pair {i} is on {x.device}, the first student on {device}: "
+                "all features must be on one device"
+            )
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"student and teacher of pair {i} must have the same batch size, "
+            f"got {student.shape[0]} and {teacher.shape[0]}"
+        )
+
+
+def pairs(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    student_side: Side = _PLAIN,
+    teacher_side: Side = _PLAIN,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both sides as lists of (B, C, *spatial), pair by pair of one batch size and device."""
+    if isinstance(student, Tensor) != isinstance(teacher, Tensor):
+        raise TypeError(
+            "student and teacher must both be tensors or both be sequences, "
+            f"got {kind(student)} and {kind(teacher)}"
+        )
+    students = _features("student", student, student_side)
+    teachers = _features("teacher", teacher, teacher_side)
+    if len(students) != len(teachers):
+        raise ValueError(
+            "student and teacher must have the same number of features, "
+            f"got {len(students)} and {len(teachers)}"
+        )
+    device = students[0].device
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        if not (s.device == t.device == device and s.shape[0] == t.shape[0]):
+            _refuse_pair(i, s, t, device)
+    return students, teachers
+
+
+def check_sizes(students: list[Tensor], teachers: list[Tensor], resize: str | None) -> bool:
+    """Whether the maps of all pairs have one size; raises where they may not differ."""
+    same = True
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        positions = s.shape[2:]
+        if positions != t.shape[2:]:
+            same = False
+            if resize is None or s.dim() != t.dim():
+                raise ValueError(
+                    f"student and teacher of pair {i} must have the same map size (H x W), got "
+                    f"{size(s)} and {size(t)}; "
+                    + (
+                        "resize='maps' interpolates the teacher's map, resize='features' pools the "
+                        "larger features"
+                        if s.dim() == t.dim()
+                        else "map_size=(H, W) gives tokens a map of two dimensions"
+                    )
+                )
+        if positions.numel() == 1:
+            _warn_single_position(i)
+    return same
+
+
+def check_channels(students: list[Tensor], teachers: list[Tensor]) -> None:
+    """Raises where channel attention finds other channels on the other side."""
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        if s.shape[1] != t.shape[1]:
+            raise ValueError(
+                f"student and teacher of pair {i} must have the same number of channels for "
+                f"channel attention, got {s.shape[1]} and {t.shape[1]}"
+            )
+
+
+_single_position_warned = False
+
+
+def _warn_single_position(i: int) -> None:
+    global _single_position_warned
+    if not _single_position_warned and not torch.compiler.is_compiling():
+        _single_position_warned = True
+        warnings.warn(
+            f"pair {i} has maps of a single position: normalised they are all 1, and the loss of "
+            "this pair is 0 whatever the features",
+            AtFusedWarning,
+            stacklevel=6,
+        )
+
+
+# ---- factors -------------------------------------------------------------------------------------
+
+
+def pair_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """One number for each pair; none at all for ones."""
+    if weights is None:
+        return []
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(f"weights must be a list or tuple of numbers, got {kind(weights)}")
+    if len(weights) != count:
+        raise ValueError(
+            f"weights must have one number per pair, got {len(weights)} for {count} pairs"
+        )
+    for i, weight in enumerate(weights):
+        check_number(f"weights[{i}]", weight)
+        if not math.isfinite(weight):
+            raise ValueError(f"weights[{i}] must be finite, got {weight!r}")
+    return [float(weight) for weight in weights]
+
+
+def gradient_scale(
+    scale: float | Tensor, device: torch.device, dtype: torch.dtype
+) -> tuple[float, Tensor | None]:
+    """A scale as a number, and as what the device has to read."""
+    if not isinstance(scale, Tensor):
+        check_number("scale", scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale!r}")
+        return float(scale), None
+    if scale.numel() != 1 or not scale.is_floating_point():
+        raise ValueError(
+            "scale must be a number or a floating-point tensor of one element, got "
+            f"{scale.dtype} of shape {tuple(scale.shape)}"
+        )
+    if scale.device != device:
+        raise ValueError(f"scale must be on the features' device, {device}, got {scale.device}")
+    return 1.0, scale.detach().reshape(()).to(dtype)
+
+
+def _check_factor(name: str, factor: object, x: Tensor) -> Tensor:
+    if not isinstance(factor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {kind(factor)}")
+    if not (factor.is_floating_point() or factor.dtype == torch.bool):
+        raise TypeError(f"{name} must be floating-point or bool, got {factor.dtype}")
+    if factor.device != x.device:
+        raise ValueError(f"{name} must be on the features' device, {x.device}, got {factor.device}")
+    return factor
+
+
+def check_one_batch(students: list[Tensor]) -> None:
+    """Raises where pairs have different batch sizes, which no (pairs, B) could hold."""
+    for i, x in enumerate(students):
+        if x.shape[0] != students[0].shape[0]:
+            raise ValueError(
+                "reduction='sample' takes pairs of one batch size, got "
+                f"{students[0].shape[0]} and, in pair {i}, {x.shape[0]}"
+            )
+
+
+def check_sample_weights(factor: object, students: list[Tensor]) -> Tensor:
+    """A tensor (B,), in which B is that of every pair."""
+    factor = _check_factor("sample_weights", factor, students[0])
+    for i, x in enumerate(students):
+        if factor.shape != (x.shape[0],):
+            raise ValueError(
+                f"sample_weights must be ({x.shape[0]},), one for each sample of pair {i}, "
+                f"got shape {tuple(factor.shape)}"
+            )
+    return factor
+
+
+def check_masks(mask: Tensor | Sequence[Tensor], students: list[Tensor]) -> list[Tensor]:
+    """A mask (B, *spatial), of any size, for each pair."""
+    if isinstance(mask, Tensor):
+        masks = [mask] * len(students)
+    elif not isinstance(mask, (list, tuple)):
+        raise TypeError(f"mask must be a tensor or a list or tuple of tensors, got {kind(mask)}")
+    elif len(mask) != len(students):
+        raise ValueError(
+            f"mask must be one tensor or one per pair, got {len(mask)} for {len(students)} pairs"
+        )
+    else:
+        masks = list(mask)
+    for i, (m, x) in enumerate(zip(masks, students, strict=True)):
+        m = _check_factor("mask", m, x)
+        if m.dim() != x.dim() - 1 or m.shape[0] != x.shape[0] or 0 in m.shape:
+            raise ValueError(
+                f"mask must be (B, H, W) for pair {i} of (B, C, H, W) = {tuple(x.shape)}, "
+                f"got shape {tuple(m.shape)}"
+            )
+    return masks

@@ -1,0 +1,215 @@
+"""A call of ``at_loss``: checked, and carried out by the operators.
+
+The plain options are one operator (``at_loss``). The others are two, ``attention_map`` and
+``map_loss``, with torch's own operators between them for what concerns the maps alone, a C-th of
+the features: their interpolation, masks and sample weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from at_fused import _inputs, _ops
+from at_fused._inputs import MapSizes, Sides
+
+
+class Options(NamedTuple):
+    """The options that the operators share."""
+
+    p: float
+    collapse: str
+    absolute: bool
+    form: str
+    reduction: str
+    eps_mode: str
+    eps: float
+
+    def plain(self) -> bool:
+        """Whether ``at_loss``, the operator, has them all."""
+        return (
+            self.collapse != "max"
+            and self.reduction != "sample"
+            and self.eps_mode == "max"
+            and (self.absolute or self.p % 2 == 0)
+        )
+
+
+class Problem(NamedTuple):
+    """A call of ``at_loss``, checked: features (B, C, *spatial), and what to do with them.
+
+    ``tokens`` are both sides' features before any token was cut off, and how many that is.
+    """
+
+    students: list[Tensor]
+    teachers: list[Tensor]
+    tokens: list[tuple[Tensor, int]]
+    weights: list[float]
+    options: Options
+    resize: str | None
+    attend: str
+    masks: list[Tensor] | None
+    sample_weights: Tensor | None
+
+
+def prepare(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    p: float = 2.0,
+    collapse: str = "mean",
+    form: str = "code",
+    weights: Sequence[float] | None = None,
+    reduction: str = "sum",
+    resize: str | None = None,
+    attend: str = "spatial",
+    channel_dim: Sides = 1,
+    skip_tokens: Sides = 0,
+    map_size: MapSizes = None,
+    mask: Tensor | Sequence[Tensor] | None = None,
+    sample_weights: Tensor | None = None,
+    absolute: bool = True,
+    eps: float = 1e-12,
+    eps_mode: str = "max",
+) -> Problem:
+    """Checks the arguments of ``at_loss``."""
+    _inputs.check_options(
+        p=p,
+        eps=eps,
+        absolute=absolute,
+        collapse=collapse,
+        form=form,
+        reduction=reduction,
+        resize=resize,
+        attend=attend,
+        eps_mode=eps_mode,
+    )
+    student_side, teacher_side = _inputs.sides(channel_dim, skip_tokens, map_size)
+    students, teachers = _inputs.pairs(student, teacher, student_side, teacher_side)
+    tokens = []
+    if student_side.skip_tokens or teacher_side.skip_tokens:
+        tokens = _inputs.whole_tokens(student, students, student_side)
+        tokens += _inputs.whole_tokens(teacher, teachers, teacher_side)
+    masks = None
+    if mask is not None:
+        if attend != "spatial":
+            raise ValueError(f"mask is for attend='spatial', got attend={attend!r}")
+        masks = _inputs.check_masks(mask, students)
+    if reduction == "sample":
+        _inputs.check_one_batch(students)
+    if sample_weights is not None:
+        sample_weights = _inputs.check_sample_weights(sample_weights, students)
+    return Problem(
+        students,
+        teachers,
+        tokens,
+        _inputs.pair_weights(weights, len(students)),
+        Options(float(p), collapse, absolute, form, reduction, eps_mode, float(eps)),
+        resize,
+        attend,
+        masks,
+        sample_weights,
+    )
+
+
+def solve(problem: Problem) -> Tensor:
+    """The loss."""
+    attend, students = problem.attend, problem.students
+    if attend == "spatial":
+        return _loss(problem)
+    _inputs.check_channels(students, problem.teachers)
+    # Channel attention is the other layout's spatial attention.
+    student_views = [_inputs.channels_as_positions(x) for x in students]
+    teacher_views = [_inputs.channels_as_positions(x) for x in problem.teachers]
+    if attend == "both" and problem.resize is None and problem.options.reduction == "sum":
+        # One call for both.
+        both = problem._replace(
+            students=students + student_views,
+            teachers=problem.teachers + teacher_views,
+            tokens=[],
+            weights=problem.weights * 2,
+        )
+        return _loss(both)
+    channel = _loss(
+        problem._replace(students=student_views, teachers=teacher_views, tokens=[], resize=None)
+    )
+    return channel if attend == "channel" else channel + _loss(problem)
+
+
+def _tracked(features: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in features)
+
+
+def _loss(problem: Problem) -> Tensor:
+    students, teachers, tokens, weights, options, resize, _, masks, sample_weights = problem
+    p, collapse, absolute, form, reduction, eps_mode, eps = options
+    same = _inputs.check_sizes(students, teachers, resize)
+    if same and not tokens and masks is None and sample_weights is None and options.plain():
+        grads = _tracked(students), _tracked(teachers)
+        return _ops.at_loss(students, teachers, weights, p, collapse, form, reduction, eps, *grads)[
+            0
+        ]
+    n = len(students)
+    targets = [x.shape[2:] for x in students]
+    features, sizes = students + teachers, []
+    if resize == "features" and not same:
+        targets = [
+            torch.Size(map(min, s.shape[2:], t.shape[2:]))
+            for s, t in zip(students, teachers, strict=True)
+        ]
+        sizes = [size for target in targets * 2 for size in target]
+    elif tokens:
+        # The gradient of all tokens is then written at once, zeros and all; that of a slice would
+        # be copied into zeros.
+        features = [x for x, _ in tokens]
+    maps = _ops.attention_map(features, p, collapse, absolute, sizes)[: 2 * n]
+    if tokens and not sizes:
+        maps = [q[:, skip:] for q, (_, skip) in zip(maps, tokens, strict=True)]
+    if resize == "maps" and not same:
+        given = [x.shape[2:] for x in teachers]
+        teacher_maps = zip(maps[n:], given, targets, strict=True)
+        maps = maps[:n] + [_interpolate(*each) for each in teacher_maps]
+    if masks is not None:
+        maps = [
+            q * _resized_mask(mask, target, q.dtype)
+            for q, mask, target in zip(maps, masks * 2, targets * 2, strict=True)
+        ]
+    loss, _ = _ops.map_loss(
+        maps[:n],
+        maps[n:],
+        weights,
+        form,
+        reduction if sample_weights is None else "sample",
+        eps_mode,
+        eps,
+        _tracked(maps[:n]),
+        _tracked(maps[n:]),
+    )
+    if sample_weights is None:
+        return loss
+    loss = loss * sample_weights.to(loss.dtype)
+    if reduction == "sample":
+        return loss
+    loss = loss.mean(1)
+    return loss.sum() if reduction == "sum" else loss
+
+
+def _interpolate(maps: Tensor, size: Sequence[int], target: Sequence[int]) -> Tensor:
+    """Raw maps (B, N) of ``size``, linearly interpolated to ``target``."""
+    if size == target:
+        return maps
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    planes = maps.reshape(maps.shape[0], 1, *size)
+    return F.interpolate(planes, size=tuple(target), mode=mode, align_corners=False).flatten(1)
+
+
+def _resized_mask(mask: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """(B, N): the mask's mean over what each position of the map stands for."""
+    wide = mask.to(dtype)
+    if list(mask.shape[1:]) != list(size):
+        wide = F.interpolate(wide.unsqueeze(1), size=tuple(size), mode="area").squeeze(1)
+    return wide.flatten(1)

@@ -1,0 +1,143 @@
+"""Measures the errors of at_loss and its gradients against float64, for docs/numerics.md.
+
+    python scripts/measure_errors.py [BACKEND ...]
+
+Prints two tables, the worst over all cases on each back end that this machine has (and on the CUDA
+kernels in the tests' harness, "harness", if asked for), beside the bounds that the tests assert.
+A few minutes; Triton's interpreter is as slow.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import at_fused
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from reference import (
+    EXACT_ROUNDING,
+    GRADIENT_TOLERANCE,
+    ROUNDING,
+    VALUE_TOLERANCE,
+    least_distance,
+    reference_loss,
+)
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# B, C of the student, C of the teacher, H, W
+SIZES = [(2, 3, 5, 5, 7), (3, 20, 11, 4, 4), (1, 64, 33, 13, 2), (4, 256, 40, 7, 7)]
+POWERS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+APART = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+
+
+class Errors(NamedTuple):
+    """Of a loss, relative; of its gradients, as a share of the largest element; and ||qs - qt||."""
+
+    value: float
+    gradient: float
+    distance: float
+
+
+def errors(s: Tensor, t: Tensor, p: float, form: str) -> Errors:
+    """Those of one call, towards both sides."""
+    leaves = [x.detach().requires_grad_() for x in (s, t)]
+    wide = [x.detach().double().requires_grad_() for x in (s, t)]
+    loss = at_fused.at_loss(*leaves, p=p, form=form)
+    right = reference_loss(wide[:1], wide[1:], p=p, form=form)
+    found = torch.autograd.grad(loss * 2.0**10, leaves)  # as loss scaling does, for fp16
+    exact = torch.autograd.grad(right * 2.0**10, wide)
+    worst = max(
+        float((a.double() - b).abs().max() / b.abs().max())
+        for a, b in zip(found, exact, strict=True)
+    )
+    value = abs(loss.item() - right.item()) / right.item()
+    return Errors(value, worst, least_distance(wide[:1], wide[1:], p=p))
+
+
+def cases(repeats: int) -> Iterator[tuple[Tensor, Tensor, float, str]]:
+    """Independent features in float64, planar and interleaved."""
+    for seed in range(repeats):
+        generator = torch.Generator().manual_seed(seed)
+        for b, cs, ct, h, w in SIZES:
+            for p in POWERS:
+                s, t = (
+                    torch.randn(b, c, h, w, generator=generator, dtype=torch.float64)
+                    for c in (cs, ct)
+                )
+                if seed % 2:
+                    s, t = (x.to(memory_format=torch.channels_last) for x in (s, t))
+                for form in ("code", "paper"):
+                    yield s, t, p, form
+
+
+def independent(dtype: torch.dtype, repeats: int) -> Errors:
+    """The worst errors of independent features, and the least distance among them."""
+    found = [errors(s.to(dtype), t.to(dtype), p, form) for s, t, p, form in cases(repeats)]
+    values, gradients, distances = zip(*found, strict=True)
+    return Errors(max(values), max(gradients), min(distances))
+
+
+def alike(dtype: torch.dtype, repeats: int) -> Errors:
+    """The worst errors, times the distance, of teachers that are students but for a little."""
+    found = []
+    for s, _, p, form in cases(repeats):
+        for apart in APART:
+            near = (s * (1 + apart * torch.randn(s.shape, dtype=s.dtype))).to(dtype)
+            found.append(errors(s.to(dtype), near, p, form))
+    return Errors(
+        max(e.value * e.distance for e in found),
+        max(e.gradient * e.distance for e in found),
+        min(e.distance for e in found),
+    )
+
+
+def on(name: str) -> AbstractContextManager[object]:
+    """A back end, or "harness"."""
+    if name != "harness":
+        return at_fused.use_backend(name)
+    from simt_backend import simt
+
+    return simt(multiprocessors=4)
+
+
+def main() -> None:
+    """Prints the tables."""
+    torch.manual_seed(0)
+    names = sys.argv[1:] or [name for name, row in at_fused.backends().items() if row.available]
+    print("| dtype | back end | value | bound | gradient | bound |\n|---|---|--:|--:|--:|--:|")
+    for dtype in DTYPES:
+        for name in names:
+            with on(name):
+                worst = independent(dtype, 1 if name in ("harness", "triton") else 4)
+            exact = dtype == torch.float64
+            bounds = VALUE_TOLERANCE[exact], GRADIENT_TOLERANCE[dtype]
+            print(
+                f"| {str(dtype)[6:]} | {name} | {worst.value:.1e} | {bounds[0]:.0e} "
+                f"| {worst.gradient:.1e} | {bounds[1]:.1e} |"
+            )
+    print("\n| dtype | back end | value times d | bound | gradient times d | bound | least d |")
+    print("|---|---|--:|--:|--:|--:|--:|")
+    for dtype in DTYPES[:2]:
+        for name in names:
+            with on(name):
+                worst = alike(dtype, 1)
+            rounding = EXACT_ROUNDING if dtype == torch.float64 else ROUNDING
+            print(
+                f"| {str(dtype)[6:]} | {name} | {worst.value:.1e} | {2 * rounding:.0e} "
+                f"| {worst.gradient:.1e} | {4 * rounding:.0e} | {worst.distance:.0e} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

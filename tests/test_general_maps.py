@@ -1,0 +1,583 @@
+"""The whole of the operators: maxima, signed powers, pooled features and losses of maps.
+
+Against the formulas in float64, written out here, on every back end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import EVERY, use
+from test_contract import LAYOUTS, features, strided_views
+from torch import Tensor
+
+from at_fused import _ops
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+# (collapse, absolute, exponents)
+KINDS: dict[str, tuple[str, bool, tuple[float, ...]]] = {
+    "mean": ("mean", True, (2.0, 1.0, 3.0, 2.5)),
+    "sum": ("sum", True, (2.0, 4.0)),
+    "max": ("max", True, (1.0, 2.0, 3.0, 4.0, 2.5)),
+    "signed": ("mean", False, (1.0, 3.0, 5.0)),
+    "whole": ("sum", False, (2.0, 4.0)),
+}
+# Rounding of a sum of powers in fp32, as a share of the sum of their absolute values.
+ROUNDING = {torch.float64: 1e-13}
+
+
+# ---- the formulas --------------------------------------------------------------------------------
+
+
+def pooled(x: Tensor, size: Sequence[int] | None) -> Tensor:
+    if size is None or x.dim() > 5:
+        return x
+    pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+    return pool[x.dim() - 2](x, size)
+
+
+def reference_map(
+    x: Tensor, p: float, collapse: str, absolute: bool, size: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The map (B, N) and, for a maximum, the first channel that has it."""
+    wide = pooled(x, size).flatten(2)
+    if collapse == "max":
+        a = wide.abs()
+        number = torch.arange(a.shape[1], device=x.device).view(1, -1, 1)
+        first = torch.where(a == a.amax(1, keepdim=True), number, a.shape[1]).amin(1)
+        return a.gather(1, first.unsqueeze(1)).squeeze(1).pow(p), first
+    powered = wide.abs().pow(p) if absolute else wide.pow(p)
+    return powered.mean(1) if collapse == "mean" else powered.sum(1), None
+
+
+def assert_maps_match(
+    xs: Sequence[Tensor],
+    p: float,
+    collapse: str = "mean",
+    absolute: bool = True,
+    sizes: Sequence[Sequence[int]] | None = None,
+    *,
+    gradients: bool = True,
+) -> None:
+    """Maps, winners and gradients of a list against the formulas in float64."""
+    leaves = [x.detach().requires_grad_(gradients) for x in xs]
+    doubles = [x.detach().double().requires_grad_(gradients) for x in xs]
+    flat = [n for size in sizes or () for n in size]
+    found = _ops.attention_map(leaves, p, collapse, absolute, flat)
+    maps, channels = found[: len(xs)], found[len(xs) :]
+    assert len(channels) == (len(xs) if collapse == "max" else 0)
+    for i, (x, double, q) in enumerate(zip(leaves, doubles, maps, strict=True)):
+        size = sizes[i] if sizes else None
+        right, first = reference_map(double, p, collapse, absolute, size)
+        assert q.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+        assert q.shape == right.shape
+        # Signed powers and pooled features cancel: what was added up is known to rounding.
+        with torch.no_grad():
+            scale = reference_map(double.abs(), p, collapse, True, size)[0].max()
+        rounding = ROUNDING.get(x.dtype, 3e-6)
+        bound = rounding * (right.detach().abs() + (scale if sizes or not absolute else 0))
+        assert ((q.detach().double() - right.detach()).abs() <= bound + 1e-300).all()
+        winner = None
+        if first is not None:
+            winner = channels[i]
+            assert winner.dtype == torch.int32
+            if sizes is None:
+                assert torch.equal(winner.long(), first)
+            # Of pooled features two may be as large but for rounding.
+            a = pooled(double, size).flatten(2).abs()
+            won = a.gather(1, winner.long().unsqueeze(1)).squeeze(1)
+            assert ((a.amax(1) - won).abs() <= rounding * (a.amax(1) + scale ** (1 / p))).all()
+            right = won.pow(p)
+        if not gradients:
+            continue
+        upstream = torch.linspace(0.5, 1.5, q.numel(), dtype=q.dtype, device=q.device).view_as(q)
+        (g,) = torch.autograd.grad(q, x, upstream, retain_graph=True)
+        (r,) = torch.autograd.grad(right, double, upstream.double())
+        assert_gradient_matches(g, r, x)
+
+
+def assert_gradient_matches(g: Tensor, r: Tensor, x: Tensor) -> None:
+    assert g.dtype == x.dtype
+    assert g.stride() == torch.empty_like(x).stride()
+    tolerance = {torch.float64: 1e-11, torch.float32: 2e-5}
+    epsilon = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+    error = (g.double() - r).abs()
+    share = epsilon.get(x.dtype, 0) * r.abs()
+    smallest = 2.0**-24 if x.dtype == torch.float16 else 0.0
+    assert (error <= share + tolerance.get(x.dtype, 2e-5) * r.abs().max() + smallest).all()
+
+
+# ---- maps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [None, (7, 5), (13, 4), (1, 1)], ids=str)
+def test_maps(
+    backend: str, kind: str, size: tuple[int, int] | None, dtype: torch.dtype, layout: str
+) -> None:
+    collapse, absolute, exponents = KINDS[kind]
+    x = features(2, 11, 13, 9, layout=layout, dtype=dtype)
+    for p in exponents:
+        assert_maps_match([x], p, collapse, absolute, None if size is None else [size])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((3, 5, 29), (8,)),
+        ((2, 7, 5, 6, 7), (2, 6, 3)),
+        ((2, 7, 4, 6, 8), (4, 2, 8)),
+        ((2, 3, 2, 3, 2, 2), None),
+        ((2, 64, 14, 14), (7, 7)),
+        ((2, 3, 1, 1), (1, 1)),
+        ((1, 1, 9, 8), (3, 4)),
+        ((1, 300, 2, 3), (2, 2)),
+        ((70, 3, 4, 4), (3, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["mean", "max", "signed"])
+def test_ranks_and_shapes(
+    backend: str, kind: str, shape: tuple[int, ...], size: tuple[int, ...] | None, layout: str
+) -> None:
+    collapse, absolute, _ = KINDS[kind]
+    x = features(*shape, layout=layout)
+    assert_maps_match([x], 3.0, collapse, absolute, None if size is None else [size])
+    assert_maps_match([x], 1.0, collapse, absolute)
+
+
+@pytest.mark.parametrize("kind", ["mean", "max", "signed"])
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((1, 3, 75, 80), (74, 79)),  # more outputs than a block of the CUDA kernels holds
+        ((1, 40, 30, 30), (29, 30)),
+        ((1, 2, 9000), (8999,)),
+        ((1, 2, 9000), (3,)),
+        ((1, 5, 64, 80), (1, 2)),
+        ((1, 24, 20, 22, 20), (10, 21, 10)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_maps_and_large_windows(
+    fast_backend: str, shape: tuple[int, ...], size: tuple[int, ...], kind: str, layout: str
+) -> None:
+    collapse, absolute, _ = KINDS[kind]
+    assert_maps_match([features(*shape, layout=layout)], 3.0, collapse, absolute, [size])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lists_of_unequal_features(backend: str, kind: str) -> None:
+    collapse, absolute, (p, *_) = KINDS[kind]
+    xs = [
+        features(4, 8, 16, 16),
+        features(4, 16, 8, 8, layout="interleaved"),
+        features(3, 30, 9, dtype=torch.bfloat16),
+        features(2, 70, 7, 7),
+        features(2, 3, 4, 5, 6, dtype=torch.float64),
+    ]
+    assert_maps_match(xs, p, collapse, absolute)
+    # The third keeps its size.
+    assert_maps_match(xs, p, collapse, absolute, [(5, 8), (4, 4), (9,), (7, 3), (1, 2, 6)])
+
+
+def test_lists_longer_than_a_launch_carries(backend: str) -> None:
+    xs = [features(1, 2 + i % 3, 4 + i % 2, 5) for i in range(67)]
+    sizes = [(2 + i % 3, 5 - i % 4) for i in range(67)]
+    for kind in ("mean", "max"):
+        collapse, absolute, _ = KINDS[kind]
+        assert_maps_match(xs, 2.0, collapse, absolute)
+        assert_maps_match(xs, 2.0, collapse, absolute, sizes)
+
+
+@pytest.mark.parametrize("kind", ["mean", "max", "signed"])
+@pytest.mark.parametrize("view", strided_views())
+def test_every_stride_pattern(backend: str, view: str, kind: str) -> None:
+    collapse, absolute, (p, *_) = KINDS[kind]
+    x = strided_views()[view]
+    assert_maps_match([x], p, collapse, absolute)
+    assert_maps_match([x], p, collapse, absolute, [[(n + 1) // 2 for n in x.shape[2:]]])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 24, 3, 4), (2, 16, 7, 7), (1, 300, 1, 5)], ids=str)
+def test_of_equal_channels_the_first_wins(
+    backend: str, shape: tuple[int, ...], layout: str
+) -> None:
+    x = torch.randint(-2, 3, shape).float()
+    x[:, :, -1] = 0  # all alike
+    if layout == "interleaved":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    for dtype in DTYPES:
+        _, channels = _ops.attention_map([x.to(dtype)], 2.0, "max")
+        assert torch.equal(channels.long(), reference_map(x, 2.0, "max", True)[1])
+    # Of pooled ones likewise: what their sums are is the same in equal channels.
+    doubled = torch.cat([x, x], 1)
+    doubled = doubled.movedim(1, -1).contiguous().movedim(-1, 1) if layout != "planar" else doubled
+    _, channels = _ops.attention_map([doubled], 1.0, "max", True, [1, 2])
+    assert (channels < shape[1]).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_wins_and_infinity_is_a_number(backend: str, dtype: torch.dtype, layout: str) -> None:
+    for c, h, w in ((20, 3, 4), (16, 7, 7), (300, 1, 2)):
+        x = features(2, c, h, w, layout=layout, dtype=dtype)
+        x[0, 7, 0, 1] = float("nan")
+        x[0, 9, 0, 1] = float("nan")
+        x[0, 2, 0, 1] = float("inf")
+        x[1, 5, 0, 0] = -float("inf")
+        x[1, 6, 0, 0] = float("inf")
+        q, channels = _ops.attention_map([x], 3.0, "max")
+        assert torch.isnan(q[0, 1])
+        assert channels[0, 1] == 7
+        assert q[1, 0] == float("inf")
+        assert channels[1, 0] == 5
+        (signed,) = _ops.attention_map([x[1:]], 3.0, "sum", False)
+        assert torch.isnan(signed[0, 0])
+        x[1, 5, 0, 0] = 1
+        (signed,) = _ops.attention_map([-x[1:]], 1.0, "sum", False)
+        assert signed[0, 0] == -float("inf")
+        (means,) = _ops.attention_map([x], 1.0, "mean", False, [1, 1])
+        assert torch.isnan(means[0, 0])
+        assert means[1, 0] == float("inf")
+        q, channels = _ops.attention_map([x], 1.0, "max", True, [1, 1])
+        assert torch.isnan(q[0, 0])
+        assert channels[0, 0] == 7
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gradient", [None, torch.tensor(-2.0), torch.tensor([3.0, 0.5])], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_times_that_of_the_loss(
+    backend: str, kind: str, gradient: Tensor | None, layout: str
+) -> None:
+    collapse, absolute, (p, *_) = KINDS[kind]
+    xs = [features(2, 6, 9, 8, layout=layout), features(3, 5, 4, 7, layout=layout).double()]
+    gradient = None if gradient is None else gradient.to(xs[0].device)
+    for sizes in ([], [4, 8, 2, 3]):
+        shapes = [sizes[:2], sizes[2:]] if sizes else [None, None]
+        doubles = [x.double().requires_grad_() for x in xs]
+        right = [
+            reference_map(x, p, collapse, absolute, size)
+            for x, size in zip(doubles, shapes, strict=True)
+        ]
+        ks = [torch.randn_like(q).to(x.dtype) for x, (q, _) in zip(xs, right, strict=True)]
+        channels = [c.int() for _, c in right] if collapse == "max" else []
+        found = _ops.attention_map_backward(xs, ks, gradient, [1, 0], p, absolute, sizes, channels)
+        for i, (x, k, g) in enumerate(zip(xs, ks, found, strict=True)):
+            above = 1.0 if gradient is None else gradient.expand(2)[1 - i].double()
+            scale = xs[i].shape[1] if collapse == "mean" else 1  # k is what stands before the slope
+            upstream = k.double() * above * scale / p
+            (r,) = torch.autograd.grad(right[i][0], doubles[i], upstream)
+            assert_gradient_matches(g, r, x)
+
+
+@pytest.mark.parametrize("sizes", [[], [2, 2]], ids=str)
+def test_where_features_are_zero(backend: str, sizes: list[int]) -> None:
+    x = torch.zeros(1, 3, 4, 4)
+    k = [torch.ones(1, 4 if sizes else 16)]
+    area = 4 if sizes else 1
+    for p in (1.0, 2.0, 3.0, 2.5):
+        (g,) = _ops.attention_map_backward([x], k, None, [0], p, True, sizes)
+        assert (g == 0).all()
+    (g,) = _ops.attention_map_backward([x], k, None, [0], 1.0, False, sizes)
+    assert (g == 1 / area).all()
+    (g,) = _ops.attention_map_backward([x], k, None, [0], 3.0, False, sizes)
+    assert (g == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["mean", "max", "signed"])
+@pytest.mark.parametrize("sizes", [[], [2, 2]], ids=str)
+def test_second_derivatives(fast_backend: str, kind: str, sizes: list[int]) -> None:
+    collapse, absolute, _ = KINDS[kind]
+    x = features(1, 3, 3, 4, dtype=torch.float64).requires_grad_()
+
+    def first_map(x: Tensor) -> Tensor:
+        return _ops.attention_map([x], 3.0, collapse, absolute, sizes)[0]
+
+    assert torch.autograd.gradcheck(first_map, (x,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(first_map, (x,), fast_mode=True)
+
+
+# ---- the loss of maps ----------------------------------------------------------------------------
+
+
+def reference_map_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
+    form: str,
+    reduction: str,
+    eps_mode: str,
+    eps: float,
+) -> Tensor:
+    def normalize(q: Tensor) -> Tensor:
+        norm = q.norm(dim=1, keepdim=True)
+        return q / (norm.clamp_min(eps) if eps_mode == "max" else norm + eps)
+
+    losses = []
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        d = normalize(s) - normalize(t)
+        loss = d.square().mean(1) if form == "code" else d.norm(dim=1)
+        losses.append((weights[i] if weights else 1.0) * loss)
+    if reduction == "sample":
+        return torch.stack(losses)
+    means = torch.stack([loss.mean() for loss in losses])
+    return means.sum() if reduction == "sum" else means
+
+
+def raw_maps(*shapes: tuple[int, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape, dtype=torch.float64).square().to(dtype) for shape in shapes]
+
+
+def assert_map_loss_matches(
+    students: Sequence[Tensor], teachers: Sequence[Tensor], weights: list[float], *options: Any
+) -> None:
+    leaves = [q.detach().requires_grad_() for q in (*students, *teachers)]
+    doubles = [q.detach().double().requires_grad_() for q in leaves]
+    n = len(students)
+    loss, maps = _ops.map_loss(leaves[:n], leaves[n:], weights, *options, True, True)
+    expected = reference_map_loss(doubles[:n], doubles[n:], weights, *options)
+    fp64 = any(q.dtype == torch.float64 for q in leaves)
+    assert loss.dtype == (torch.float64 if fp64 else torch.float32)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-11 if fp64 else 1e-6, atol=1e-14)
+    right = torch.autograd.grad(expected.sum(), doubles, retain_graph=True)
+    upstream = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view_as(loss).to(loss.device)
+    found = torch.autograd.grad(loss, leaves, upstream)
+    above = torch.autograd.grad(expected, doubles, upstream.double())
+    for q, k, r, g, a in zip(leaves, maps, right, found, above, strict=True):
+        tolerance = 1e-10 if q.dtype == torch.float64 else 2e-6
+        assert k.dtype == g.dtype == q.dtype
+        assert (k.double() - r).abs().max() <= tolerance * r.abs().max() + 1e-15
+        assert (g.double() - a).abs().max() <= tolerance * a.abs().max() + 1e-15
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none", "sample"])
+@pytest.mark.parametrize("eps_mode", ["max", "add"])
+@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("eps", [1e-12, 1e-6, 2.0])
+def test_map_loss(backend: str, form: str, eps_mode: str, eps: float, reduction: str) -> None:
+    shapes = [(3, 7), (3, 300), (3, 64), (3, 2)]
+    options = form, reduction, eps_mode, eps
+    for weights in ([], [1.0, 0.25, -3.0, 0.0]):
+        for dtypes in ((torch.float32,) * 2, (torch.float32, torch.float64), (torch.float64,) * 2):
+            students, teachers = (raw_maps(*shapes, dtype=d) for d in dtypes)
+            assert_map_loss_matches(students, teachers, weights, *options)
+
+
+def test_map_loss_of_many_samples_and_pairs(backend: str) -> None:
+    many = raw_maps((700, 5)), raw_maps((700, 5))
+    for reduction in ("sum", "sample"):
+        assert_map_loss_matches(*many, [2.0], "code", reduction, "max", 1e-12)
+        students = raw_maps(*[(2, 3 + i % 4) for i in range(37)])
+        teachers = raw_maps(*[(2, 3 + i % 4) for i in range(37)])
+        weights = [1.0 + i for i in range(37)]
+        assert_map_loss_matches(students, teachers, weights, "paper", reduction, "add", 1e-6)
+    batches = raw_maps((3, 9), (1, 4), (260, 2)), raw_maps((3, 9), (1, 4), (260, 2))
+    for reduction in ("sum", "none"):
+        assert_map_loss_matches(*batches, [], "paper", reduction, "max", 1e-12)
+
+
+def test_map_loss_of_strided_maps(backend: str) -> None:
+    base = raw_maps((12, 40))[0]
+    students, teachers = [base[::2, 3:30], base.t()[:5]], [base[6:, ::2][:, :20], base[:5, :12]]
+    students[0], teachers[0] = students[0][:, :20], teachers[0][:6]
+    assert_map_loss_matches(students, teachers, [], "code", "none", "max", 1e-12)
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("eps_mode", ["max", "add"])
+def test_zero_and_equal_maps(backend: str, form: str, eps_mode: str) -> None:
+    eps = 1e-3
+    s, t = raw_maps((4, 6))[0], raw_maps((4, 6))[0]
+    s[0] = 0
+    s[1] = t[1] = 0
+    s[2] = t[2]
+    t[3] *= 1e-6  # below eps
+    loss, (ks, kt) = _ops.map_loss([s], [t], [], form, "sample", eps_mode, eps, True, True)
+    assert torch.isfinite(ks).all()
+    assert torch.isfinite(kt).all()
+    assert (loss[0, 1:3] == 0).all()
+    assert (ks[1:3] == 0).all()
+    assert (kt[1:3] == 0).all()
+    # Without the samples where the formula written out divides 0 by 0.
+    assert_map_loss_matches([s[3:]], [t[3:]], [], form, "sample", eps_mode, eps)
+    right = reference_map_loss([s.double()], [t.double()], [], form, "sample", eps_mode, eps)
+    torch.testing.assert_close(loss.double(), right, rtol=1e-6, atol=0)
+    # A zero map is divided by eps, whatever it is.
+    g = reference_map_loss
+    near = torch.full_like(s[:1], 1e-12).double().requires_grad_()
+    (slope,) = torch.autograd.grad(
+        g([near], [t[:1].double()], [], form, "sample", eps_mode, eps).sum(), near
+    )
+    assert (ks[0].double() - slope[0]).abs().max() <= 1e-4 * slope.abs().max()
+
+
+def test_nan_and_infinite_maps(backend: str) -> None:
+    for value in (math.nan, math.inf):
+        for eps_mode in ("max", "add"):
+            s, t = raw_maps((3, 6), (3, 6))
+            s[1, 2] = value
+            loss, (k,) = _ops.map_loss([s], [t], [], "code", "sample", eps_mode, 1e-6, True, False)
+            assert torch.isnan(loss[0]).tolist() == [False, True, False]
+            assert torch.isnan(k[1]).any()
+            assert torch.isfinite(k[::2]).all()
+
+
+def test_map_loss_gradients_only_where_asked_for(backend: str) -> None:
+    s, t = raw_maps((3, 6), (2, 4)), raw_maps((3, 6), (2, 4))
+    options = [], "code", "sum", "max", 1e-12
+    both = _ops.map_loss(s, t, *options, True, True)[1]
+    assert _ops.map_loss(s, t, *options, False, False)[1] == []
+    for i, flags in enumerate(((True, False), (False, True))):
+        found = _ops.map_loss(s, t, *options, *flags)[1]
+        assert all(torch.equal(a, b) for a, b in zip(found, both[2 * i :], strict=False))
+        assert len(found) == 2
+
+
+# ---- PyTorch's machinery -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mean", "max", "signed"])
+@pytest.mark.parametrize("sizes", [[], [2, 5, 3]], ids=str)
+def test_opcheck_maps(backend: str, kind: str, sizes: list[int]) -> None:
+    collapse, absolute, (p, *_) = KINDS[kind]
+    xs = [torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)]
+    operators = torch.ops.at_fused
+    torch.library.opcheck(operators.attention_map, (xs, p, collapse, absolute, sizes))
+    maps = _ops.attention_map([x.detach() for x in xs], p, collapse, absolute, sizes)
+    ks = [q.requires_grad_() for q in maps[:2]]
+    arguments = (xs, ks, torch.tensor(2.0), [1, 0], p, absolute, sizes, maps[2:])
+    torch.library.opcheck(operators.attention_map_backward, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none", "sample"])
+@pytest.mark.parametrize("eps_mode", ["max", "add"])
+def test_opcheck_map_loss(backend: str, eps_mode: str, reduction: str) -> None:
+    s, t = raw_maps((2, 6), (2, 4)), raw_maps((2, 6), (2, 4))
+    for q in (*s, *t):
+        q.requires_grad_()
+    options = [1.0, 0.5], "code", reduction, eps_mode, 1e-6, True, True
+    torch.library.opcheck(torch.ops.at_fused.map_loss, (s, t, *options))
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+# Back ends whose kernels would read out of bounds if nobody looked at the arguments.
+CHECKED = [name for name in EVERY if name != "eager"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((2.0, "median"), "collapse must be 'mean', 'sum' or 'max', got 'median'"),
+        ((2.5, "mean", False), "without absolute, p must be a whole number, got 2.5"),
+        ((3.0, "max", False), "collapse 'max' takes absolute values"),
+        ((2.0, "mean", True, [2]), "sizes are too few"),
+        ((2.0, "mean", True, [2, 2, 2]), "sizes are too many"),
+        ((2.0, "mean", True, [0, 2]), "sizes must be from 1 to the feature's, 4, got 0"),
+        ((2.0, "mean", True, [2, 5]), "sizes must be from 1 to the feature's, 4, got 5"),
+        ((2.0, "mean", True, [2**33, 1]), "sizes must be from 1"),
+        ((2.0, "mean", True, [-1, 1]), "sizes must be from 1"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", CHECKED)
+def test_direct_calls_of_maps_are_checked(
+    name: str, arguments: tuple[Any, ...], message: str
+) -> None:
+    with use(name), pytest.raises(RuntimeError, match=message):
+        _ops.attention_map([torch.randn(2, 3, 4, 4)], *arguments)
+
+
+@pytest.mark.parametrize(
+    ("k", "options", "message"),
+    [
+        (torch.randn(2, 16), (2.0, True, [2, 2]), r"must be \(B, N\)"),
+        (torch.randn(2, 4), (2.0, True, []), r"must be \(B, N\)"),
+        (torch.randn(2, 4), (1.5, False, [2, 2]), "p must be a whole number"),
+        (torch.randn(2, 4), (2.0, True, [2]), "sizes are too few"),
+        (torch.randn(2, 16), (2.0, True, [], [torch.zeros(2, 16)]), "of int32"),
+        (torch.randn(2, 16), (2.0, True, [], [torch.zeros(2, 15).int()]), "of int32"),
+        (torch.randn(2, 16), (2.0, True, [], [torch.zeros(2, 16).int()] * 2), "per feature"),
+        (torch.randn(2, 16), (3.0, False, [], [torch.zeros(2, 16).int()]), "absolute values"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", CHECKED)
+def test_direct_calls_of_gradients_are_checked(
+    name: str, k: Tensor, options: tuple[Any, ...], message: str
+) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    with use(name), pytest.raises(RuntimeError, match=message):
+        _ops.attention_map_backward([x], [k], None, [0], *options)
+
+
+@pytest.mark.parametrize("sizes", [[], [2, 2]], ids=str)
+@pytest.mark.parametrize("name", CHECKED)
+def test_channels_that_are_none_have_no_gradient(name: str, sizes: list[int]) -> None:
+    x = torch.randn(2, 8, 4, 4)
+    n = 4 if sizes else 16
+    channels = torch.tensor([-1, 8, -8, 2**31 - 1]).repeat(2, n // 4).int()
+    for y in (x, x.to(memory_format=torch.channels_last)):
+        with use(name):
+            (g,) = _ops.attention_map_backward(
+                [y], [torch.ones(2, n)], None, [0], 2.0, True, sizes, [channels]
+            )
+        assert (g == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": []}, "as many teachers"),
+        ({"teacher": [torch.ones(2, 5)]}, "both of a pair of one size"),
+        ({"student": [torch.ones(2, 6).half()]}, "float32 or float64"),
+        ({"student": [torch.ones(2, 6, 1)]}, r"maps must be \(B, N\)"),
+        ({"student": [torch.ones(0, 6)], "teacher": [torch.ones(0, 6)]}, "not empty"),
+        ({"weights": [1.0, 2.0]}, "a weight per pair"),
+        ({"form": "book"}, "form must be"),
+        ({"reduction": "mean"}, "reduction must be 'sum', 'none' or 'sample'"),
+        ({"eps_mode": "min"}, "eps_mode must be 'max' or 'add'"),
+        ({"eps": 0.0}, "eps must be"),
+        (
+            {
+                "student": [torch.ones(2, 6), torch.ones(3, 6)],
+                "teacher": [torch.ones(2, 6), torch.ones(3, 6)],
+                "reduction": "sample",
+            },
+            "one batch size",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", CHECKED)
+def test_direct_calls_of_map_loss_are_checked(
+    name: str, change: dict[str, Any], message: str
+) -> None:
+    arguments: dict[str, Any] = {
+        "student": [torch.ones(2, 6)],
+        "teacher": [torch.ones(2, 6)],
+        "weights": [],
+        "form": "code",
+        "reduction": "sum",
+        "eps_mode": "max",
+        "eps": 1e-12,
+        "student_grad": False,
+        "teacher_grad": False,
+    }
+    with use(name), pytest.raises(RuntimeError, match=message):
+        _ops.map_loss(*(arguments | change).values())
