@@ -115,15 +115,16 @@ def feature_of(
     inner, outer = (positions, channels) if layout.planar else (channels, positions)
     tiled = layout
     if pool is not None:
-        # Neighbours in a row are some way apart, in a line of channels they are not; but then a
-        # thread has the windows of several positions.
+        # Neighbours in a row are some way apart: an address for each element, however aligned. In a
+        # line of channels they are not, but then a thread has the windows of several positions.
         align = 16 if layout.planar else layout.align
         tiled = layout._replace(positions=pool.positions(), align=align)
-        halvings += 1
+        halvings = max(halvings + 1, 2 if layout.planar else 1)
     block_c, block_n = blocks_of(tiled, x.element_size(), p, halvings)
     return Feature(
         x,
         maps,
+        pool,
         layout.batch // layout.align,
         layout.line // layout.align,
         inner // layout.align,
@@ -133,7 +134,6 @@ def feature_of(
         constexpr(layout.wide),
         constexpr(block_c),
         constexpr(block_n),
-        pool,
     )
 
 

@@ -8,7 +8,8 @@ A tile is BLOCK_C channels by BLOCK_N positions of one sample, in both layouts: 
 differ, and Triton deals the threads out along the one that is 1.
 
 A record is always named by its place (``entries[i]``) or passed on: bound to a variable, it would
-lose which of its fields are compiled in.
+lose which of its fields are compiled in. A record's own records stand before what is compiled in:
+Triton 3.6 would forget theirs in a loop.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -55,6 +56,7 @@ class Feature(NamedTuple):
 
     data: Any
     map: Any
+    pool: Pool | None  # where the map is smaller
     batch: int
     line: int
     inner: int
@@ -64,7 +66,6 @@ class Feature(NamedTuple):
     WIDE: Any  # offsets within a sample need 64 bits
     BLOCK_C: Any
     BLOCK_N: Any
-    pool: Pool | None  # where the map is smaller
 
 
 class Gradient(NamedTuple):
