@@ -4,15 +4,10 @@ What runs them is chosen in ``backends``: ``backends.eager`` is registered for e
 compiled library for its own on top of it.
 """
 
-from at_fused._ops.attention import (
-    at_loss,
-    at_value_and_grad,
-    attention_map,
-    attention_map_backward,
-    map_loss,
-)
+from at_fused._ops.attention import attention_map, attention_map_backward
 from at_fused._ops.distance import squared_distance, squared_distance_backward
 from at_fused._ops.kd import kd_loss, kd_loss_backward
+from at_fused._ops.loss import at_loss, at_value_and_grad, map_loss
 
 __all__ = [
     "at_loss",
