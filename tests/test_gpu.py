@@ -18,6 +18,7 @@ import test_distance
 import test_general_maps
 import test_gradient_at
 import test_kd
+import test_method
 import test_operators
 import torch
 from reference import assert_matches_reference, popular_at_loss
@@ -104,6 +105,7 @@ def of_a_back_end(module: ModuleType) -> dict[str, Callable[..., None]]:
 
 globals().update(of_a_back_end(test_contract))
 globals().update(of_a_back_end(test_general_maps))
+globals().update(of_a_back_end(test_method))
 globals().update({test.__name__: test for test in ON_DEVICE})
 
 

@@ -379,7 +379,7 @@ def test_compile_fullgraph(options: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(found, s), torch.autograd.grad(right, s))
 
 
-def test_the_teachers_features_are_not_kept_alive(backend: str) -> None:
+def test_a_resized_teachers_features_are_not_kept_alive(backend: str) -> None:
     import weakref
 
     s, t = torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(2, 5, 3, 3)
