@@ -207,7 +207,7 @@ def test_lists_longer_than_a_launch_carries(backend: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mean", "max", "signed"])
 @pytest.mark.parametrize("view", strided_views())
-def test_every_stride_pattern(backend: str, view: str, kind: str) -> None:
+def test_strides_of_general_maps(backend: str, view: str, kind: str) -> None:
     collapse, absolute, (p, *_) = KINDS[kind]
     x = strided_views()[view]
     assert_maps_match([x], p, collapse, absolute)

@@ -366,7 +366,7 @@ def test_value_and_grad_of_tokens(backend: str) -> None:
 
 
 @pytest.mark.parametrize("options", GENERAL)
-def test_compile_fullgraph(options: str) -> None:
+def test_compile_fullgraph_of_the_method(options: str) -> None:
     s = torch.randn(2, 3, 6, 6, requires_grad=True)
     t = torch.randn(2, 5, *((4, 3) if "resize" in GENERAL[options] else (6, 6)))
 
