@@ -78,6 +78,14 @@ def test_options_reach_attention_map() -> None:
     torch.testing.assert_close(got["0"], attention_map(tokens, normalize=True, channel_dim=-1))
 
 
+def test_tokens_behind_the_class_token_make_a_map() -> None:
+    tokens = torch.randn(2, 1 + 6, 5)
+    options: dict[str, Any] = {"channel_dim": -1, "skip_tokens": 1, "map_size": (2, 3)}
+    got = visualize.attention_maps(nn.Sequential(nn.Identity()), tokens, "0", **options)["0"]
+    square = tokens[:, 1:].square().mean(2).unflatten(1, (2, 3))
+    torch.testing.assert_close(got, unit(square))
+
+
 def test_a_compiled_model_is_taken_from_before() -> None:
     x = torch.randn(1, 3, 4, 4)
     assert list(visualize.attention_maps(torch.compile(Net()), x, "a")) == ["a"]

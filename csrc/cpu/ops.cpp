@@ -1,4 +1,4 @@
-// The CPU implementations of torch.ops.at_fused.*. Their schemas are in _ops.py.
+// The CPU implementations of torch.ops.at_fused.*. Their schemas are in _ops.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
