@@ -178,8 +178,10 @@ void max_backward(const Feature& feature, const Feature& out, const T* x, T* to,
     const Vec<A> value = gradient * k[n] * p.slope(load_partial(from, 1));
     store_partial(planar ? to + c * out.line + n : to + n * out.line + c, value, 1);
   };
+  // A channel that is none, which only a direct call can name, has no gradient.
+  const int64_t first = planar ? begin : 0, last = planar ? end : feature.C;
   for (int64_t n = planar ? 0 : begin; n < (planar ? feature.N : end); ++n) {
-    if (!planar || (channels[n] >= begin && channels[n] < end)) write(n, channels[n]);
+    if (channels[n] >= first && channels[n] < last) write(n, channels[n]);
   }
 }
 

@@ -182,15 +182,18 @@ void pooled_backward_planar(const Feature& feature, const Feature& out, const Ge
     const RowWindow window = w.of_outputs[r];
     pool_row(channel, pool, window, w);
     const A factor = gradient / A(window.size());
-    if (channels) {  // the other channels' slope of 0 may not be that of x = 0
+    for_each_vector<A>(width, [&](int64_t i, int count) AT_FUSED_LAMBDA {
+      const Vec<A> each = factor * load_up_to<A>(k + r * width + i, count) * load(w.inverse + i) *
+                          p.slope(load(w.pooled + i));
+      store(w.pooled + i, each);
+    });
+    if (channels) {  // a coefficient that is NaN reaches the channel that won, no other
       for (int64_t o = 0; o < width; ++o) {
         if (channels[r * width + o] != c) w.pooled[o] = 0;
       }
     }
-    for_each_vector<A>(width, [&](int64_t i, int count) AT_FUSED_LAMBDA {
-      const Vec<A> each = factor * load_up_to<A>(k + r * width + i, count) * load(w.inverse + i) *
-                          p.slope(load(w.pooled + i));
-      store(w.sum + i, first ? each : load(w.sum + i) + each);
+    for_each_vector<A>(width, [&](int64_t i, int) AT_FUSED_LAMBDA {
+      store(w.sum + i, first ? load(w.pooled + i) : load(w.sum + i) + load(w.pooled + i));
     });
   };
   for (int64_t c = begin; c < end; ++c) {
