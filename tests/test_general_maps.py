@@ -120,7 +120,7 @@ def assert_gradient_matches(g: Tensor, r: Tensor, x: Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [None, (7, 5), (13, 4), (1, 1)], ids=str)
 def test_maps(
-    backend: str, kind: str, size: tuple[int, int] | None, dtype: torch.dtype, layout: str
+    fast_backend: str, kind: str, size: tuple[int, int] | None, dtype: torch.dtype, layout: str
 ) -> None:
     collapse, absolute, exponents = KINDS[kind]
     x = features(2, 11, 13, 9, layout=layout, dtype=dtype)
@@ -146,7 +146,7 @@ def test_maps(
 )
 @pytest.mark.parametrize("kind", ["mean", "max", "signed"])
 def test_ranks_and_shapes(
-    backend: str, kind: str, shape: tuple[int, ...], size: tuple[int, ...] | None, layout: str
+    fast_backend: str, kind: str, shape: tuple[int, ...], size: tuple[int, ...] | None, layout: str
 ) -> None:
     collapse, absolute, _ = KINDS[kind]
     x = features(*shape, layout=layout)
@@ -207,7 +207,7 @@ def test_lists_longer_than_a_launch_carries(backend: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mean", "max", "signed"])
 @pytest.mark.parametrize("view", strided_views())
-def test_strides_of_general_maps(backend: str, view: str, kind: str) -> None:
+def test_strides_of_general_maps(fast_backend: str, view: str, kind: str) -> None:
     collapse, absolute, (p, *_) = KINDS[kind]
     x = strided_views()[view]
     assert_maps_match([x], p, collapse, absolute)

@@ -37,12 +37,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_target_is_there(rows: list[dict[str, Any]]) -> None:
-    targets = {"sm_80", "sm_90", "sm_100", "gfx942"}
     names = {row["variant"] for row in rows}
-    assert len(names) >= 70
-    assert {(row["variant"], row["target"]) for row in rows} == {
-        (name, target) for name in names for target in targets
-    }
+    assert len(names) >= 100
+    assert {row["variant"] for row in rows if row["target"] == "gfx942"} == names
+    cuda = [row for row in rows if row["target"] != "gfx942"]
+    # Each for one of them, in turn: all of it is in docs/kernels.md.
+    assert {row["variant"] for row in cuda} == names
+    for target in ("sm_80", "sm_90", "sm_100"):
+        assert sum(row["target"] == target for row in cuda) >= len(names) // 3
 
 
 def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
