@@ -112,6 +112,10 @@ def _(
 # ---- autograd ------------------------------------------------------------------------------------
 
 
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
 class _MapLoss(torch.autograd.Function):
     @staticmethod
     def forward(pairs: int, options: tuple[Any, ...], *maps: Tensor) -> tuple[Tensor, ...]:
@@ -152,10 +156,7 @@ class _MapLoss(torch.autograd.Function):
                 chosen = [inputs[i] for i in wanted]
                 products = differentiate(outputs, chosen, second, create_graph)
             for i, product in zip(wanted, products, strict=True):
-                first = gradients[i]
-                gradients[i] = (
-                    first if product is None else product if first is None else first + product
-                )
+                gradients[i] = _added(gradients[i], product)
         return None, None, *gradients
 
 
@@ -212,10 +213,7 @@ class _ATLoss(torch.autograd.Function):
                 gradients[i] = gradient
         if any(g is not None for g in map_gradients):
             second = _through_coefficients(ctx, features, maps, wanted, map_gradients)
-            gradients = [
-                b if a is None else a if b is None else a + b
-                for a, b in zip(gradients, second, strict=True)
-            ]
+            gradients = [_added(a, b) for a, b in zip(gradients, second, strict=True)]
         return None, None, *gradients
 
 

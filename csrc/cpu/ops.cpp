@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../arguments.h"
@@ -148,20 +149,25 @@ void write_loss(Tensor& loss, bool fp64, const std::vector<double>& values) {
   }
 }
 
-// The samples' losses summed in order, so that neither threads nor tasks can change a bit of it.
-Tensor total_loss(const LossArguments& arguments, const std::vector<Pair>& pairs) {
-  std::vector<double> losses;
-  for (const Pair& pair : pairs) {
-    double sum = 0;
-    for (int64_t b = 0; b < pair.student.B; ++b) sum += pair.losses[b];
-    if (!arguments.sum || losses.empty()) {
-      losses.push_back(sum);
-    } else {
-      losses[0] += sum;
-    }
+// The losses of pairs, or their sum, from their samples' (a pointer and a count of each): summed in
+// order, so that neither threads nor tasks can change a bit of it.
+template <class F>
+std::vector<double> in_order(size_t pairs, bool sum, F samples_of) {
+  std::vector<double> losses(sum ? 1 : pairs);
+  for (size_t i = 0; i < pairs; ++i) {
+    const auto [sample, count] = samples_of(i);
+    double loss = 0;
+    for (int64_t b = 0; b < count; ++b) loss += sample[b];
+    losses[sum ? 0 : i] += loss;
   }
+  return losses;
+}
+
+Tensor total_loss(const LossArguments& arguments, const std::vector<Pair>& pairs) {
   Tensor loss = arguments.new_loss();
-  write_loss(loss, arguments.fp64, losses);
+  write_loss(loss, arguments.fp64, in_order(pairs.size(), arguments.sum, [&](size_t i) {
+               return std::pair<const double*, int64_t>(pairs[i].losses.get(), pairs[i].student.B);
+             }));
   return loss;
 }
 
@@ -305,14 +311,11 @@ std::tuple<Tensor, Tensors> map_loss(Tensors student, Tensors teacher, std::vect
     }
   });
   Tensor loss = arguments.new_loss();
-  if (!arguments.samples) {  // in order, as total_loss
-    std::vector<double> sums(arguments.sum ? 1 : n);
-    for (size_t i = 0; i < n; ++i) {
-      double sum = 0;
-      for (int64_t b = 0; b < arguments.pairs[i].B; ++b) sum += losses[first_sample[i] + b];
-      sums[arguments.sum ? 0 : i] += sum;
-    }
-    losses = std::move(sums);
+  if (!arguments.samples) {
+    losses = in_order(n, arguments.sum, [&](size_t i) {
+      return std::pair<const double*, int64_t>(losses.data() + first_sample[i],
+                                               arguments.pairs[i].B);
+    });
   }
   write_loss(loss, arguments.fp64, losses);
   return {std::move(loss), std::move(found)};
