@@ -15,11 +15,9 @@ struct Squares {
 
   AT_FUSED_INLINE void add(int u, Vec<double> d) { sums[u] += d * d; }
   AT_FUSED_INLINE void add(int u, Vec<float> d) {
-    constexpr int half = lanes<double>;
-    typedef VectorOf<float, half>::type Half;
-    Half part[2];
-    std::memcpy(part, &d, sizeof(d));
-    for (int h = 0; h < 2; ++h) add((u + h) % 4, __builtin_convertvector(part[h], Vec<double>));
+    const Halves halves = bit_cast<Halves>(d);
+    add(u, __builtin_convertvector(halves.low, Vec<double>));
+    add((u + 1) % 4, __builtin_convertvector(halves.high, Vec<double>));
   }
   AT_FUSED_INLINE double total() const {
     return sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));

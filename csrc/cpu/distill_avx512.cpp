@@ -2,6 +2,7 @@
 // Headers first: only this project's code may be compiled for the level (see kernels.h).
 #include <immintrin.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

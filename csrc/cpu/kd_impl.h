@@ -5,6 +5,7 @@
 // is, whatever is made of it is a series: e^-d - 1 + d = d^2 g(d), e^-d - 1 = d^2 g(d) - d.
 #pragma once
 
+#include <array>
 #include <cmath>
 
 #include "distill.h"
@@ -58,6 +59,18 @@ AT_FUSED_INLINE V largest(V a, V b) {
   return select(b > a, b, a);
 }
 
+template <int step, class A, int... i>
+AT_FUSED_INLINE Vec<A> rotated(Vec<A> v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, ((i + step) % lanes<A>)...);
+}
+
+template <class A, int step = lanes<A> / 2>
+AT_FUSED_INLINE A largest_lane(Vec<A> v) {
+  v = largest(v, rotated<step, A>(v, std::make_integer_sequence<int, lanes<A>>{}));
+  if constexpr (step > 1) return largest_lane<A, step / 2>(v);
+  return v[0];
+}
+
 // ---- one row ------------------------------------------------------------------------------------
 
 template <class A>
@@ -81,6 +94,25 @@ struct Difference {
   }
 };
 
+// e^x from x and e^(x / T): where T is a small power of two, by squaring, which costs a few units
+// of the last place.
+template <class A, bool given>
+struct Cold {
+  int squarings;
+
+  explicit Cold(double temperature)
+      : squarings(temperature == 1   ? 0
+                  : temperature == 2 ? 1
+                  : temperature == 4 ? 2
+                                     : -1) {}
+
+  AT_FUSED_INLINE Vec<A> operator()(Vec<A> x, Vec<A> warm) const {
+    if (!given || squarings < 0) return exp_negative(x);
+    for (int i = 0; i < squarings; ++i) warm *= warm;
+    return warm;
+  }
+};
+
 // f(s, t, k, count) for every vector of the row, -infinity behind its end; `turn(k, n)` after every
 // tile, for sums that would lose digits in longer ones.
 template <class A, class F, class G>
@@ -99,13 +131,27 @@ AT_FUSED_INLINE void for_each_class(const KdRow& row, F f, G turn) {
 template <class A>
 struct Sum {
   Vec<A> tile = {};
-  double row = 0;
+  Vec<double> row = {};
   AT_FUSED_INLINE void add(Vec<A> v) { tile += v; }
   AT_FUSED_INLINE void turn() {
-    row += wide_sum(tile);
+    row += wide(tile);
     tile = Vec<A>{};
   }
 };
+
+// The row's totals of several sums.
+template <class A, size_t n>
+AT_FUSED_INLINE std::array<double, n> totals(const Sum<A> (&sums)[n]) {
+  constexpr size_t width = lanes<double>;
+  std::array<double, n> result;
+  for (size_t at = 0; at < n; at += width) {
+    Vec<double> rows[width] = {};
+    for (size_t i = at; i < n && i < at + width; ++i) rows[i - at] = sums[i].row;
+    const Vec<double> found = sum_each<double>(rows);
+    for (size_t i = at; i < n && i < at + width; ++i) result[i] = found[i - at];
+  }
+  return result;
+}
 
 template <class A>
 void kd_row_maxima(const KdRow& row, double* stats) {
@@ -117,13 +163,8 @@ void kd_row_maxima(const KdRow& row, double* stats) {
         t_max = largest(t_max, t);
       },
       [](int64_t, int) {});
-  A s_top = s_max[0], t_top = t_max[0];
-  for (int i = 1; i < lanes<A>; ++i) {
-    s_top = s_max[i] > s_top ? s_max[i] : s_top;
-    t_top = t_max[i] > t_top ? t_max[i] : t_top;
-  }
-  stats[kStudentMax] = double(s_top);
-  stats[kTeacherMax] = double(t_top);
+  stats[kStudentMax] = double(largest_lane<A>(s_max));
+  stats[kTeacherMax] = double(largest_lane<A>(t_max));
 }
 
 // The divergence once more, by terms that do not cancel.
@@ -133,7 +174,7 @@ double kd_row_divergence(const KdRow& row, const double* stats) {
   const A inverse = A(1 / row.options->temperature);
   const A s_scale = A(1 / stats[kStudentSum]), t_scale = A(1 / stats[kTeacherSum]);
   const Difference<A> difference(stats, stats[kQuotient], row.options->temperature);
-  Sum<A> total;
+  Sum<A> total[1];
   for_each_class<A>(
       row,
       [&](Vec<A> s, Vec<A> t, int, int) AT_FUSED_LAMBDA {
@@ -142,10 +183,10 @@ double kd_row_divergence(const KdRow& row, const double* stats) {
         const Vec<A> d = difference(s, t);
         const auto small = (absolute(d) < A(0.5)) & (q > 0);
         const Vec<A> weighted = select(q == 0, q, q * d);
-        total.add(select(small, weighted * d * g_of(d), (p - q) + weighted));
+        total[0].add(select(small, weighted * d * g_of(d), (p - q) + weighted));
       },
-      [&](int64_t, int) AT_FUSED_LAMBDA { total.turn(); });
-  return total.row;
+      [&](int64_t, int) AT_FUSED_LAMBDA { total[0].turn(); });
+  return totals(total)[0];
 }
 
 template <class A, bool divergence, bool entropy>
@@ -154,12 +195,14 @@ void kd_row(const KdRow& row, double* stats) {
   const KdOptions& options = *row.options;
   const A s_max = A(stats[kStudentMax]), t_max = A(stats[kTeacherMax]);
   const A inverse = A(1 / options.temperature);
-  const bool warm = options.temperature != 1;
+  const Cold<A, divergence> cold(options.temperature);
+  const bool smooths = options.smoothing > 0;
   const Difference<A> difference(stats, 0, options.temperature);
   // Of e^((s - max) / T), e^((t - max) / T), q (e^-u - 1) and q (e^-u - 1 + u), without the sum
-  // under q; u is d but for a constant.
-  Sum<A> s_sum, t_sum, excess, curve;
-  Sum<A> others, tops, below;  // e^(s - max) below the maximum, how often that is; s - max
+  // under q, u being d but for a constant; of e^(s - max) below the maximum, how often that
+  // is, and of s - max.
+  enum { s_sum, t_sum, excess, curve, others, tops, below, kSums };
+  Sum<A> sums[kSums];
   for_each_class<A>(
       row,
       [&](Vec<A> s, Vec<A> t, int, int count) AT_FUSED_LAMBDA {
@@ -172,35 +215,30 @@ void kd_row(const KdRow& row, double* stats) {
           const auto small = (absolute(u) < A(0.5)) & (t_exp > 0);
           const Vec<A> weighted = select(t_exp == 0, t_exp, t_exp * u);
           const Vec<A> series = weighted * u * g_of(u), plain = s_exp - t_exp;
-          s_sum.add(s_exp);
-          t_sum.add(t_exp);
-          excess.add(select(small, series - weighted, plain));
-          curve.add(select(small, series, plain + weighted));
+          sums[s_sum].add(s_exp);
+          sums[t_sum].add(t_exp);
+          sums[excess].add(select(small, series - weighted, plain));
+          sums[curve].add(select(small, series, plain + weighted));
         }
         if (entropy) {
-          const Vec<A> e = divergence && !warm ? s_exp : exp_negative(under);
           const auto top = under == 0;
-          others.add(select(top, Vec<A>{}, e));
-          tops.add(select(top, splat(A(1)), Vec<A>{}));
-          if (options.smoothing > 0) {
-            Vec<A> counted = under;
-            for (int i = count; i < lanes<A>; ++i) counted[i] = 0;
-            below.add(counted);
-          }
+          sums[tops].add(select(top, splat(A(1)), Vec<A>{}));
+          sums[others].add(select(top, Vec<A>{}, cold(under, s_exp)));
+          if (smooths) sums[below].add(select(first_lanes<A>(count), under, Vec<A>{}));
         }
       },
       [&](int64_t, int) AT_FUSED_LAMBDA {
-        if (divergence) s_sum.turn(), t_sum.turn(), excess.turn(), curve.turn();
-        if (entropy) others.turn(), tops.turn(), below.turn();
+        for (Sum<A>& sum : sums) sum.turn();
       });
-  stats[kStudentSum] = s_sum.row;
-  stats[kTeacherSum] = t_sum.row;
+  const std::array<double, kSums> total = totals(sums);
+  stats[kStudentSum] = total[s_sum];
+  stats[kTeacherSum] = total[t_sum];
   if (divergence) {
-    const double x = excess.row / t_sum.row;
+    const double x = total[excess] / total[t_sum];
     const bool near = x > -0.5;
-    const double quotient = near ? std::log1p(x) : std::log(s_sum.row / t_sum.row);
+    const double quotient = near ? std::log1p(x) : std::log(total[s_sum] / total[t_sum]);
     stats[kQuotient] = quotient;
-    const double most = curve.row / t_sum.row;
+    const double most = total[curve] / total[t_sum];
     const double kl = most + (near ? log1p_excess(x) : quotient - x);
     // Where little is left of it, most logits differ by another constant than the largest.
     stats[kDivergence] = kl >= most / 8 ? kl : kd_row_divergence<A>(row, stats);
@@ -209,7 +247,7 @@ void kd_row(const KdRow& row, double* stats) {
   }
   stats[kEntropySum] = stats[kEntropy] = 0;
   if (entropy) {
-    const double rest = others.row + (tops.row - 1);
+    const double rest = total[others] + (total[tops] - 1);
     const double log_sum = std::log1p(rest);
     stats[kEntropySum] = 1 + rest;
     if (row.label == kWrong) stats[kEntropySum] = stats[kEntropy] = __builtin_nan("");
@@ -217,7 +255,7 @@ void kd_row(const KdRow& row, double* stats) {
       A buffer[kTile];
       const A s = *read_tile(row.student, row.student_dtype, row.label, 1, buffer);
       const double loss = log_sum - (double(s) - stats[kStudentMax]);
-      const double even = log_sum - below.row / double(row.K);
+      const double even = log_sum - total[below] / double(row.K);
       stats[kEntropy] =
           options.smoothing > 0 ? (1 - options.smoothing) * loss + options.smoothing * even : loss;
     }
@@ -235,10 +273,10 @@ void kd_row_backward(const KdRow& row, const double* stats, const KdRowGradient&
   const A e_scale = A(gradient.entropy / stats[kEntropySum]);
   const A even = A(gradient.entropy * options.smoothing / double(row.K));
   const A factor = A(gradient.divergence), kl = A(stats[kDivergence]);
-  const bool warm = options.temperature != 1;
+  const Cold<A, divergence> cold(options.temperature);
   const Difference<A> difference(stats, stats[kQuotient], options.temperature);
   const bool sure = stats[kTeacherSum] < 2;  // one class has more than half
-  Sum<A> others;
+  Sum<A> others[1];
   int64_t top = -1;
 
   const auto from_divergence = [&](Vec<A> s_exp, Vec<A> q, Vec<A> d) AT_FUSED_LAMBDA {
@@ -269,7 +307,7 @@ void kd_row_backward(const KdRow& row, const double* stats, const KdRowGradient&
                           write(to_t + i, pull, count);
                           if (sure) {
                             const auto is_top = t == t_max;
-                            others.add(select(is_top, Vec<A>{}, pull));
+                            others[0].add(select(is_top, Vec<A>{}, pull));
                             for (int j = 0; j < count; ++j) top = is_top[j] ? at + i + j : top;
                           }
                         }
@@ -277,12 +315,11 @@ void kd_row_backward(const KdRow& row, const double* stats, const KdRowGradient&
                         result = from_divergence(s_exp, q, d);
                       }
                       if (entropy) {
-                        const Vec<A> e = divergence && !warm ? s_exp : exp_negative(under);
-                        result += e * e_scale - even;
+                        result += cold(under, s_exp) * e_scale - even;
                       }
                       if (gradient.student) write(to_s + i, result, count);
                     });
-    others.turn();
+    others[0].turn();
     if (entropy && row.label >= at && row.label < at + n) {
       // p - 1 as what the other classes have: fp32 would leave nothing of it for a sure student.
       const int i = int(row.label - at);
@@ -305,7 +342,7 @@ void kd_row_backward(const KdRow& row, const double* stats, const KdRowGradient&
   if (gradient.teacher && divergence && sure && top >= 0) {
     // The row sums to 0; what the likeliest class has is less than the rounding of d - KL.
     A* to = begin_tile(gradient.teacher, row.teacher_dtype, top, teacher_buffer);
-    *to = A(-others.row);
+    *to = A(-totals(others)[0]);
     end_tile(gradient.teacher, row.teacher_dtype, top, 1, to);
   }
   if (gradient.teacher && !divergence) {

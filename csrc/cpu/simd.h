@@ -247,7 +247,7 @@ AT_FUSED_INLINE void streaming_fence() {
 
 template <class V, class M>
 AT_FUSED_INLINE V select(M mask, V yes, V no) {
-  return bit_cast<V>((mask & bit_cast<M>(yes)) | (~mask & bit_cast<M>(no)));
+  return mask ? yes : no;
 }
 
 // The value as rounded here: the compiler must not fuse the multiplication that it comes from with

@@ -73,12 +73,18 @@ inline void end_tile(void* row, Dtype dtype, int64_t at, int n, const double* bu
 // Whether two dtypes are computed in fp64.
 inline bool computes_fp64(Dtype a, Dtype b) { return a == Dtype::float64 || b == Dtype::float64; }
 
+// Whether a lane is one of the first `count`.
+template <class A>
+AT_FUSED_INLINE MaskOf<Vec<A>> first_lanes(int count) {
+  MaskOf<Vec<A>> lane;
+  for (int i = 0; i < lanes<A>; ++i) lane[i] = i;
+  return lane < count;
+}
+
 // The first `count` elements, `fill` behind them.
 template <class A>
 AT_FUSED_INLINE Vec<A> load_filled(const A* from, int count, A fill) {
-  A padded[lanes<A>];
-  for (int i = 0; i < lanes<A>; ++i) padded[i] = i < count ? from[i] : fill;
-  return load(padded);
+  return select(first_lanes<A>(count), load_partial(from, count), splat(fill));
 }
 
 // f(a, b, i, count) for every vector of two tiles: `count` elements from i on, `fill` behind them.
@@ -90,12 +96,16 @@ AT_FUSED_INLINE void for_each_vector(const A* a, const A* b, int n, A fill, F f)
   if (i < n) f(load_filled(a + i, n - i, fill), load_filled(b + i, n - i, fill), i, n - i);
 }
 
-// The sum of the lanes in fp64.
-AT_FUSED_INLINE double wide_sum(Vec<double> v) { return sum<double>(v); }
-AT_FUSED_INLINE double wide_sum(Vec<float> v) {
-  double total = 0;
-  for (int i = 0; i < lanes<float>; ++i) total += v[i];
-  return total;
+struct Halves {
+  VectorOf<float, lanes<double>>::type low, high;
+};
+
+// The sums of pairs of lanes in fp64.
+AT_FUSED_INLINE Vec<double> wide(Vec<double> v) { return v; }
+AT_FUSED_INLINE Vec<double> wide(Vec<float> v) {
+  const auto halves = bit_cast<Halves>(v);
+  return __builtin_convertvector(halves.low, Vec<double>) +
+         __builtin_convertvector(halves.high, Vec<double>);
 }
 
 }  // namespace
