@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from at_fused import _ops
@@ -17,7 +16,6 @@ from at_fused._checks import (
     kind,
     pair_weights,
 )
-from at_fused.backends import eager
 
 # ---- Hinton's loss -------------------------------------------------------------------------------
 
@@ -201,16 +199,11 @@ def features_loss(
     """
     _check_form(form, reduction)
     students, teachers = check_pairs(("student", "teacher"), student, teacher)
-    distances = _ops.squared_distance(students, teachers).mean(1)
     factors = pair_weights(weights, len(students)) or [1.0] * len(students)
     if form == "mean":
         factors = [f / x[0].numel() for f, x in zip(factors, students, strict=True)]
-    # One by one: a tensor of the factors would have to be brought to the device.
-    losses = [d * f for d, f in zip(distances.unbind(), factors, strict=True)]
-    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-    if reduction == "none":
-        loss = torch.stack(losses)
-    return loss.to(eager.accumulate_dtype(*students, *teachers))
+    loss, _ = _ops.distance_loss(students, teachers, factors, False, reduction)
+    return loss
 
 
 def _check_form(form: str, reduction: str) -> None:

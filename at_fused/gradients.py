@@ -10,7 +10,6 @@ from torch import Tensor
 
 from at_fused import _ops
 from at_fused._checks import check_labels, check_pairs, check_tensor, kind
-from at_fused.backends import eager
 
 _FORMS = ("paper", "squared", "code")
 
@@ -139,14 +138,9 @@ def gradient_at_loss(student: Tensor, teacher: Tensor, *, form: str = "paper") -
     students, teachers = check_pairs(("student", "teacher"), student, teacher, rank=1)
     if not isinstance(student, Tensor):
         raise TypeError(f"student must be a tensor, got {kind(student)}")
-    squares = _ops.squared_distance(students, teachers)[0]
-    if form == "paper":
-        same = squares == 0
-        squares = torch.where(same, 0.0, torch.where(same, 1.0, squares).sqrt())
-    loss = squares.mean()
-    if form == "code":
-        loss = loss / student[0].numel()
-    return loss.to(eager.accumulate_dtype(student, teacher))
+    weights = [1 / student[0].numel()] if form == "code" else []
+    loss, _ = _ops.distance_loss(students, teachers, weights, form == "paper", "sum")
+    return loss
 
 
 def flip_symmetry_loss(

@@ -4,11 +4,12 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "distill.h"
-#include "features.h"
 
 namespace at_fused {
 
@@ -178,6 +179,7 @@ struct DistanceArguments {
   int64_t B;
   std::vector<Pair> pairs;
   int64_t bytes = 0;
+  bool fp64 = false;  // the loss's dtype
 
   // Tensors whose elements lie in different orders are replaced by copies, also the one that will
   // be written.
@@ -205,6 +207,7 @@ struct DistanceArguments {
       }
       pairs.push_back({samples_of(a[i]), samples_of(b[i]), a[i].numel() / B});
       bytes += B * pairs.back().bytes();
+      fp64 |= pairs.back().fp64();
     }
   }
 
@@ -214,14 +217,56 @@ struct DistanceArguments {
   }
 };
 
-inline const double* distance_coefficients(Tensor& coefficients, const DistanceArguments& pairs) {
-  STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(0) == int64_t(pairs.pairs.size()) &&
-                      coefficients.size(1) == pairs.B &&
-                      coefficients.scalar_type() == ScalarType::Double &&
-                      device_of(coefficients) == pairs.device,
-                  "at_fused: coefficients must be (pairs, B) of float64");
-  coefficients = torch::stable::contiguous(coefficients);
-  return static_cast<const double*>(coefficients.const_data_ptr());
-}
+// What becomes of the distances of `count` pairs.
+struct DistanceOptions {
+  std::vector<double> weights;  // of a sample
+  bool root, sum;
+
+  DistanceOptions(const std::vector<double>& given, int64_t count, int64_t B, bool root,
+                  const std::string& reduction)
+      : weights(size_t(count), 1.0), root(root), sum(reduction == "sum") {
+    STD_TORCH_CHECK(given.empty() || int64_t(given.size()) == count,
+                    "at_fused: a weight per pair, got ", given.size(), " for ", count);
+    STD_TORCH_CHECK(sum || reduction == "none",
+                    "at_fused: reduction must be 'sum' or 'none', got '", reduction, "'");
+    if (!given.empty()) weights = given;
+    for (double& weight : weights) weight /= double(B);
+  }
+};
+
+// The squared distances that the forward pass left, and the gradient from above.
+struct DistanceBackward {
+  const double* squares;
+  DistanceOptions options;
+  LossGradient gradient;
+
+  DistanceBackward(Tensor& squares_tensor, const Tensor& gradient_tensor,
+                   const std::vector<int64_t>& pairs, const std::vector<double>& weights, bool root,
+                   const std::string& reduction, const DistanceArguments& arguments)
+      : options(weights, rows_of(squares_tensor, arguments), arguments.B, root, reduction),
+        gradient(gradient_tensor, pairs, arguments.device) {
+    const int64_t rows = squares_tensor.size(0);
+    STD_TORCH_CHECK(options.sum ? gradient_tensor.dim() == 0
+                                : gradient_tensor.dim() == 1 && gradient_tensor.size(0) == rows,
+                    "at_fused: the gradient must have the shape of the loss");
+    STD_TORCH_CHECK(pairs.size() == arguments.pairs.size(),
+                    "at_fused: a pair number per tensor, got ", pairs.size(), " for ",
+                    arguments.pairs.size());
+    for (int64_t pair : pairs) {
+      STD_TORCH_CHECK(pair >= 0 && pair < rows, "at_fused: pair number ", pair, " is out of range");
+    }
+    squares_tensor = torch::stable::contiguous(squares_tensor);
+    squares = static_cast<const double*>(squares_tensor.const_data_ptr());
+  }
+
+ private:
+  static int64_t rows_of(const Tensor& squares, const DistanceArguments& arguments) {
+    STD_TORCH_CHECK(squares.dim() == 2 && squares.size(1) == arguments.B &&
+                        squares.scalar_type() == ScalarType::Double &&
+                        device_of(squares) == arguments.device,
+                    "at_fused: squares must be (pairs, B) of float64, on the tensors' device");
+    return squares.size(0);
+  }
+};
 
 }  // namespace at_fused

@@ -14,8 +14,8 @@ SWEEPS = ("attention_map_backward", "at_value_and_grad")
 DISTANCES = {
     "kd_loss": False,
     "kd_loss_backward": True,
-    "squared_distance": False,
-    "squared_distance_backward": True,
+    "distance_loss": False,
+    "distance_loss_backward": True,
 }
 # (exponent, fp64) -> rows that a thread has under way, dtypes
 SQUARE, ANY, WIDE = ("Square", "false"), ("AnyPower", "false"), ("AnyPower", "true")
@@ -67,7 +67,7 @@ def test_resources_and_widths(
     # in shared memory.
     fp64 = instance[-1] == "true"
     two = fp64 or name in ("at_value_and_grad", "map_loss", "kd_loss_backward")
-    two |= name == "squared_distance_backward"
+    two |= name == "distance_loss_backward"
     assert kernel.registers <= (128 if two else 80)
     assert kernel.shared <= 1024  # the rest is asked for at the launch: plan.h
     dtypes = 4 if fp64 else 3

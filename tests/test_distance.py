@@ -1,4 +1,4 @@
-"""Squared distances and full-activation transfer against the formulas in float64."""
+"""Distances and full-activation transfer against the formulas in float64."""
 
 from __future__ import annotations
 
@@ -23,19 +23,29 @@ ROUNDING = {
 }
 
 
-def assert_matches(a: list[Tensor], b: list[Tensor]) -> None:
-    """Distances, and the gradients of their weighted sum for both sides."""
+def assert_matches(
+    a: list[Tensor], b: list[Tensor], root: bool = True, reduction: str = "none"
+) -> None:
+    """Losses and squares, and the gradients of both sides."""
     leaves = [x.detach().requires_grad_() for x in (*a, *b)]
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     n = len(a)
-    found = _ops.squared_distance(leaves[:n], leaves[n:])
+    weights = [0.5 + i for i in range(n)]
+    found, squares = _ops.distance_loss(leaves[:n], leaves[n:], weights, root, reduction)
     pairs = zip(doubles[:n], doubles[n:], strict=True)
-    right = torch.stack([(x - y).flatten(1).square().sum(1) for x, y in pairs])
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, right, rtol=1e-6, atol=0)
-    weights = torch.linspace(1, 2, found.numel(), dtype=torch.float64).view_as(found)
-    gradients = torch.autograd.grad(found, leaves, weights)
-    expected = torch.autograd.grad(right, doubles, weights)
+    square = torch.stack([(x - y).flatten(1).square().sum(1) for x, y in pairs])
+    right = (square.sqrt() if root else square).mean(1) * torch.tensor(weights)
+    above = torch.linspace(1, 2, n, dtype=torch.float64)
+    if reduction == "sum":
+        right, above = right.sum(), above[0] * 2
+    assert squares.dtype == torch.float64
+    torch.testing.assert_close(squares, square, rtol=1e-6, atol=0)
+    wide = any(x.dtype == torch.float64 for x in leaves)
+    assert found.dtype == (torch.float64 if wide else torch.float32)
+    torch.testing.assert_close(found.double(), right.detach(), rtol=1e-6, atol=0)
+    above = above.to(found.dtype)
+    gradients = torch.autograd.grad(found, leaves, above)
+    expected = torch.autograd.grad(right, doubles, above.double())
     for x, g, r in zip(leaves, gradients, expected, strict=True):
         assert g.dtype == x.dtype
         assert g.stride() == torch.empty_like(x).stride()
@@ -55,15 +65,17 @@ def test_dtypes(backend: str, first: torch.dtype, second: torch.dtype) -> None:
     assert_matches([torch.randn(3, 5, 11).to(first)], [torch.randn(3, 5, 11).to(second)])
 
 
-def test_a_list(backend: str) -> None:
+@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_list(backend: str, root: bool, reduction: str) -> None:
     shapes = [(2, 3, 8, 8), (2, 40), (2, 5, 7), (2, 16, 4, 4)]
     a = [torch.randn(s) for s in shapes]
     a[3] = a[3].half().to(memory_format=torch.channels_last)
     b = [torch.randn_like(x) for x in a]
     b[1] = b[1].double()
-    assert_matches(a, b)
+    assert_matches(a, b, root, reduction)
     many = [torch.randn(2, 3 + i) for i in range(40)]
-    assert_matches(many, [x * 2 for x in many])
+    assert_matches(many, [x * 2 for x in many], root, reduction)
 
 
 def views() -> dict[str, Tensor]:
@@ -92,15 +104,27 @@ def test_every_stride_pattern(backend: str, view: str) -> None:
 def test_nothing_overflows(backend: str) -> None:
     a = torch.full((2, 100), 1e30).requires_grad_()
     b = torch.full((2, 100), -1e30)
-    found = _ops.squared_distance([a], [b])
-    torch.testing.assert_close(found, torch.full((1, 2), 4e62, dtype=torch.float64))
-    # Of the norms: factors too small for fp32 times differences too large for it.
-    (g,) = torch.autograd.grad(found.sqrt().sum() * 1e-12, a)
+    found, squares = _ops.distance_loss([a], [b], [2e-12], True, "sum")
+    torch.testing.assert_close(squares, torch.full((1, 2), 4e62, dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor(4e19))
+    # Factors too small for fp32 times differences too large for it.
+    (g,) = torch.autograd.grad(found, a)
     torch.testing.assert_close(g, torch.full_like(g, 1e-13))
-    c = torch.tensor([[1e-55, 0.0]], dtype=torch.float64)
-    (g,) = _ops.squared_distance_backward([a.detach()], [b], c)
-    torch.testing.assert_close(g[0], torch.full((100,), 4e-25))
-    assert not g[1].any()
+    options = [0], [1e-55], False, "sum"
+    (g,) = _ops.distance_loss_backward([a.detach()], [b], squares, torch.ones(()), *options)
+    torch.testing.assert_close(g, torch.full_like(g, 2e-25))
+
+
+def test_the_norm_at_0_has_gradient_0(backend: str) -> None:
+    a = torch.randn(3, 40).requires_grad_()
+    b = a.detach().clone()
+    b[1] += 1
+    loss, squares = _ops.distance_loss([a], [b], [], True, "sum")
+    assert squares[0, 0] == squares[0, 2] == 0
+    torch.testing.assert_close(loss, squares[0, 1].sqrt().float() / 3)
+    (g,) = torch.autograd.grad(loss, a)
+    assert not g[[0, 2]].any()
+    torch.testing.assert_close(g[1], torch.full((40,), -1 / 3 / 40**0.5))
 
 
 def test_the_same_bits_for_any_number_of_threads() -> None:
@@ -110,10 +134,12 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(_ops.squared_distance([a], [b]))
+            results.append(_ops.distance_loss([a], [b], [], True, "sum"))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], r) for r in results)
+    for loss, squares in results:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(squares, results[0][1])
 
 
 @pytest.mark.parametrize("which", ["second", "both"])
@@ -124,16 +150,22 @@ def test_opcheck(backend: str, which: str) -> None:
         x.requires_grad_()
     # What autograd and compilers see does not depend on the back end.
     checks = {} if backend == "cpu" else {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(torch.ops.at_fused.squared_distance, (a, b), **checks)
-    c = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(torch.ops.at_fused.squared_distance_backward, (a, b, c), **checks)
+    options = [2.0, 1.0], True, "none"
+    torch.library.opcheck(torch.ops.at_fused.distance_loss, (a, b, *options), **checks)
+    squares = torch.rand(2, 2, dtype=torch.float64)
+    above = torch.randn(2, requires_grad=True)
+    arguments = a, b, squares, above, [1, 0], *options
+    torch.library.opcheck(torch.ops.at_fused.distance_loss_backward, arguments, **checks)
 
 
-def test_gradcheck(fast_backend: str) -> None:
+@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_gradcheck(fast_backend: str, root: bool, reduction: str) -> None:
     tensors = [torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (3, 4, 3, 4)]
 
     def distance(*x: Tensor) -> Tensor:
-        return _ops.squared_distance(list(x[:2]), list(x[2:]))
+        loss, _ = _ops.distance_loss(list(x[:2]), list(x[2:]), [2.0, 0.5], root, reduction)
+        return loss
 
     assert torch.autograd.gradcheck(distance, tensors)
     assert torch.autograd.gradgradcheck(distance, tensors)
@@ -159,21 +191,46 @@ def test_direct_calls_are_checked(
     name: str, a: list[Tensor], b: list[Tensor], message: str
 ) -> None:
     with use(name), pytest.raises(RuntimeError, match=message):
-        torch.ops.at_fused.squared_distance(a, b)
-    c = torch.randn(1, 2, dtype=torch.float64)
+        torch.ops.at_fused.distance_loss(a, b, [], True, "sum")
+    saved = torch.randn(1, 2, dtype=torch.float64), torch.ones(())
     with use(name), pytest.raises(RuntimeError, match="at_fused"):
-        torch.ops.at_fused.squared_distance_backward(a, b, c)
+        torch.ops.at_fused.distance_loss_backward(a, b, *saved, [0], [], True, "sum")
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "eager"])
+def test_direct_calls_with_wrong_options(name: str) -> None:
+    with use(name), pytest.raises(RuntimeError, match="a weight per pair, got 2 for 1"):
+        torch.ops.at_fused.distance_loss([X], [X], [1.0, 2.0], True, "sum")
+    with use(name), pytest.raises(RuntimeError, match="reduction must be 'sum' or 'none'"):
+        torch.ops.at_fused.distance_loss([X], [X], [], True, "mean")
+
+
+SQUARES, ONE = torch.rand(1, 2, dtype=torch.float64), torch.ones(())
+WRONG: dict[str, tuple[tuple[Any, ...], str]] = {
+    "batch": (
+        (torch.rand(1, 3).double(), ONE, [0], [], True, "sum"),
+        r"squares must be \(pairs, B",
+    ),
+    "rank": ((torch.rand(2).double(), ONE, [0], [], True, "sum"), r"squares must be \(pairs, B"),
+    "dtype": ((torch.rand(1, 2), ONE, [0], [], True, "sum"), r"squares must be .* of float64"),
+    "weights": ((SQUARES, ONE, [0], [1.0, 2.0], True, "sum"), "a weight per pair, got 2 for 1"),
+    "reduction": ((SQUARES, ONE, [0], [], True, "mean"), "reduction must be"),
+    "shape": ((SQUARES, ONE, [0], [], True, "none"), "gradient must have the shape of the loss"),
+    "vector": ((SQUARES, ONE[None], [0], [], True, "sum"), "gradient must have the shape"),
+    "half": ((SQUARES, ONE.half(), [0], [], True, "sum"), "gradient must be float32 or float64"),
+    "count": ((SQUARES, ONE, [0, 0], [], True, "sum"), "a pair number per tensor, got 2 for 1"),
+    "number": ((SQUARES, ONE, [1], [], True, "sum"), "pair number 1 is out of range"),
+    "below": ((SQUARES, ONE, [-1], [], True, "sum"), "pair number -1 is out of range"),
+}
 
 
 # Eager reads nothing out of bounds, whatever it is given.
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "eager"])
-def test_direct_calls_of_the_backward_are_checked(name: str) -> None:
-    for c in (torch.randn(1, 3), torch.randn(2, 2), torch.randn(2), torch.randn(1, 2).float()):
-        with (
-            use(name),
-            pytest.raises(RuntimeError, match=r"coefficients must be \(pairs, B\) of float64"),
-        ):
-            torch.ops.at_fused.squared_distance_backward([X], [X], c)
+@pytest.mark.parametrize("case", WRONG)
+def test_direct_calls_of_the_backward_are_checked(name: str, case: str) -> None:
+    arguments, message = WRONG[case]
+    with use(name), pytest.raises(RuntimeError, match=message):
+        torch.ops.at_fused.distance_loss_backward([X], [X], *arguments)
 
 
 # ---- features_loss -------------------------------------------------------------------------------

@@ -359,9 +359,9 @@ class LogitsVariant(NamedTuple):
             "kd backward": lambda: backend.kd_loss_backward(
                 s, t, labels, *saved, *options, True, self.dtype == torch.float32
             ),
-            "distance": lambda: backend.squared_distance([s], [t]),
-            "distance backward": lambda: backend.squared_distance_backward(
-                [s], [t], stats.new_empty(1, 128)
+            "distance": lambda: backend.distance_loss([s], [t], [], True, "sum"),
+            "distance backward": lambda: backend.distance_loss_backward(
+                [s], [t], stats.new_empty(1, 128), loss, [0], [], True, "sum"
             ),
         }
         (only,) = caught(calls[self.operator])

@@ -5,7 +5,7 @@ compiled library for its own on top of it.
 """
 
 from at_fused._ops.attention import attention_map, attention_map_backward
-from at_fused._ops.distance import squared_distance, squared_distance_backward
+from at_fused._ops.distance import distance_loss, distance_loss_backward
 from at_fused._ops.kd import kd_loss, kd_loss_backward
 from at_fused._ops.loss import at_loss, at_value_and_grad, map_loss
 
@@ -14,9 +14,9 @@ __all__ = [
     "at_value_and_grad",
     "attention_map",
     "attention_map_backward",
+    "distance_loss",
+    "distance_loss_backward",
     "kd_loss",
     "kd_loss_backward",
     "map_loss",
-    "squared_distance",
-    "squared_distance_backward",
 ]

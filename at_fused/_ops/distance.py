@@ -1,10 +1,16 @@
-"""The operators of squared distances: schema, fake kernel and autograd of each, in one place.
+"""The operators of distances: schema, fake kernel and autograd of each, in one place.
 
-    squared_distance            sum |a - b|^2 of each sample of a list of pairs, (pairs, B) in fp64
-    squared_distance_backward   2 * c[i, b] * (a - b), with coefficients c (pairs, B) in fp64
+    distance_loss            the loss of a list of pairs of tensors
+    distance_loss_backward   the gradients of some of them, given the distances
 
 Both tensors of a pair have the same shape (B, ...), any strides, and may differ in dtype; all pairs
-have the same B. Lists, so that all pairs are one call and, on a GPU, one launch.
+have the same B. With d(b) a sample's ``||student[b] - teacher[b]||_2`` where ``root``, else its
+square, a pair's loss is ``weight / B * sum_b d(b)``; without weights they are 1.
+
+``distance_loss`` returns ``(loss, squares)``: a scalar, or (pairs,) with ``reduction="none"``; and
+the squared distances, (pairs, B) in fp64. ``distance_loss_backward`` takes these, the gradient of
+the loss, and any choice of tensors ``a``, each with the other ``b`` of its pair and the pair's
+number. The gradient of the norm at 0 is 0.
 """
 
 from __future__ import annotations
@@ -25,109 +31,172 @@ from at_fused._ops.library import (
 )
 from at_fused.backends import eager
 
-define("squared_distance(Tensor[] a, Tensor[] b) -> Tensor")
-define("squared_distance_backward(Tensor[] a, Tensor[] b, Tensor coefficients) -> Tensor[]")
+define(
+    "distance_loss(Tensor[] student, Tensor[] teacher, float[] weights, bool root, str reduction)"
+    " -> (Tensor, Tensor)"
+)
+define(
+    "distance_loss_backward(Tensor[] a, Tensor[] b, Tensor squares, Tensor gradient, int[] pairs,"
+    " float[] weights, bool root, str reduction) -> Tensor[]"
+)
 
 
-@torch.library.register_fake("at_fused::squared_distance", lib=library)
-def _(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    wide = torch.float32 if a[0].device.type == "mps" else torch.float64
-    return a[0].new_empty((len(a), a[0].shape[0]), dtype=wide)
+# ---- fake kernels --------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("at_fused::squared_distance_backward", lib=library)
-def _(a: list[Tensor], b: list[Tensor], coefficients: Tensor) -> list[Tensor]:
+@torch.library.register_fake("at_fused::distance_loss", lib=library)
+def _(
+    student: list[Tensor], teacher: list[Tensor], weights: list[float], root: bool, reduction: str
+) -> tuple[Tensor, Tensor]:
+    first = student[0]
+    wide = torch.float32 if first.device.type == "mps" else torch.float64
+    shape = () if reduction == "sum" else (len(student),)
+    return (
+        first.new_empty(shape, dtype=eager.accumulate_dtype(*student, *teacher)),
+        first.new_empty((len(student), first.shape[0]), dtype=wide),
+    )
+
+
+@torch.library.register_fake("at_fused::distance_loss_backward", lib=library)
+def _(
+    a: list[Tensor],
+    b: list[Tensor],
+    squares: Tensor,
+    gradient: Tensor,
+    pairs: list[int],
+    weights: list[float],
+    root: bool,
+    reduction: str,
+) -> list[Tensor]:
     return [torch.empty_like(x) for x in a]
 
 
-class _SquaredDistance(torch.autograd.Function):
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+class _DistanceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(*tensors: Tensor) -> Tensor:
+    def forward(options: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         pairs = len(tensors) // 2
-        operator = operators.squared_distance.default
-        return below_autograd(operator, list(tensors[:pairs]), list(tensors[pairs:]))
+        operator = operators.distance_loss.default
+        return tuple(
+            below_autograd(operator, list(tensors[:pairs]), list(tensors[pairs:]), *options)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
+        options, *tensors = inputs
+        _, squares = output
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        ctx.save_for_backward(squares, *tensors)
+        ctx.mark_non_differentiable(squares)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        squares, *tensors = ctx.saved_tensors
+        gradients: list[Tensor | None] = [None] * len(tensors)
+        if gradient is None:
+            return None, *gradients
         pairs = len(tensors) // 2
-        # The gradient of b is that of a with the sides swapped.
-        wanted = [i for i, n in enumerate(ctx.needs_input_grad) if n]
-        rows = [i % pairs for i in wanted]
-        whole = rows == list(range(pairs))
-        coefficients = gradient if whole else torch.stack([gradient[i] for i in rows])
-        found = squared_distance_backward(
+        # The gradient of a teacher is that of a student with the sides swapped.
+        wanted = [i for i, n in enumerate(ctx.needs_input_grad[1:]) if n]
+        found = distance_loss_backward(
             [tensors[i] for i in wanted],
             [tensors[(i + pairs) % (2 * pairs)] for i in wanted],
-            coefficients,
+            squares,
+            gradient,
+            [i % pairs for i in wanted],
+            *ctx.options,
         )
-        gradients: list[Tensor | None] = [None] * len(tensors)
         for i, g in zip(wanted, found, strict=True):
             gradients[i] = g
-        return tuple(gradients)
+        return None, *gradients
 
 
-class _SquaredDistanceBackward(torch.autograd.Function):
+class _DistanceLossBackward(torch.autograd.Function):
     @staticmethod
-    def forward(coefficients: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        pairs = len(tensors) // 2
-        operator = operators.squared_distance_backward.default
-        a, b = list(tensors[:pairs]), list(tensors[pairs:])
-        return tuple(below_autograd(operator, a, b, coefficients))
+    def forward(
+        options: tuple[Any, ...], squares: Tensor, gradient: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        operator = operators.distance_loss_backward.default
+        a, b = list(tensors[: len(tensors) // 2]), list(tensors[len(tensors) // 2 :])
+        return tuple(below_autograd(operator, a, b, squares, gradient, *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        options, _, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
+        ctx.options = options
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        pairs, weights, root, reduction = ctx.options
         create_graph = torch.is_grad_enabled()
+        needed = ctx.needs_input_grad[2:]
         with torch.enable_grad():
+            # By aliases: the gradient from above may itself be a function of the tensors.
             inputs = [x.view_as(x) for x in ctx.saved_tensors]
-            coefficients, *tensors = inputs
-            pairs = len(tensors) // 2
-            outputs = eager.squared_distance_backward(
-                tensors[:pairs], tensors[pairs:], coefficients
+            gradient, *tensors = inputs
+            a, b = tensors[: len(pairs)], tensors[len(pairs) :]
+            # Anew, as functions of the tensors; one row for each of them, not for each pair.
+            squares = eager.squared_distances(a, b)
+            if reduction == "none":
+                gradient = torch.stack([gradient[i] for i in pairs])
+            outputs = eager.distance_loss_backward(
+                a,
+                b,
+                squares,
+                gradient,
+                list(range(len(pairs))),
+                [weights[i] for i in pairs] if weights else [],
+                root,
+                reduction,
             )
-            wanted = [x for x, n in zip(inputs, ctx.needs_input_grad, strict=True) if n]
+            wanted = [x for x, n in zip(inputs, needed, strict=True) if n]
             products = iter(differentiate(outputs, wanted, gradients, create_graph))
-        return tuple(next(products) if n else None for n in ctx.needs_input_grad)
+        return None, None, *(next(products) if n else None for n in needed)
 
 
-def _squared_distance_autograd(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    if tracks(a, b):
-        return apply(_SquaredDistance, *a, *b)
-    return below_autograd(operators.squared_distance.default, a, b)
+def _distance_loss_autograd(
+    student: list[Tensor], teacher: list[Tensor], *options: Any
+) -> tuple[Tensor, Tensor]:
+    if tracks(student, teacher):
+        loss, squares = apply(_DistanceLoss, options, *student, *teacher)
+        return loss, squares
+    return below_autograd(operators.distance_loss.default, student, teacher, *options)
 
 
-def _squared_distance_backward_autograd(
-    a: list[Tensor], b: list[Tensor], coefficients: Tensor
+def _distance_loss_backward_autograd(
+    a: list[Tensor], b: list[Tensor], squares: Tensor, gradient: Tensor, *options: Any
 ) -> list[Tensor]:
-    if tracks(a, b, [coefficients]):
-        return list(apply(_SquaredDistanceBackward, coefficients, *a, *b))
-    return below_autograd(operators.squared_distance_backward.default, a, b, coefficients)
+    if tracks(a, b, [gradient]):
+        return list(apply(_DistanceLossBackward, options, squares, gradient, *a, *b))
+    operator = operators.distance_loss_backward.default
+    return below_autograd(operator, a, b, squares, gradient, *options)
 
 
-library.impl("squared_distance", _squared_distance_autograd, "Autograd")
-library.impl("squared_distance_backward", _squared_distance_backward_autograd, "Autograd")
+library.impl("distance_loss", _distance_loss_autograd, "Autograd")
+library.impl("distance_loss_backward", _distance_loss_backward_autograd, "Autograd")
 
 
-def squared_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """``torch.ops.at_fused.squared_distance``."""
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+def distance_loss(
+    student: list[Tensor], teacher: list[Tensor], *options: Any
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.at_fused.distance_loss``."""
     if torch.compiler.is_compiling():
-        return operators.squared_distance.default(a, b)
-    return _squared_distance_autograd(a, b)
+        return operators.distance_loss.default(student, teacher, *options)
+    return _distance_loss_autograd(student, teacher, *options)
 
 
-def squared_distance_backward(
-    a: list[Tensor], b: list[Tensor], coefficients: Tensor
+def distance_loss_backward(
+    a: list[Tensor], b: list[Tensor], squares: Tensor, gradient: Tensor, *options: Any
 ) -> list[Tensor]:
-    """``torch.ops.at_fused.squared_distance_backward``."""
+    """``torch.ops.at_fused.distance_loss_backward``."""
     if torch.compiler.is_compiling():
-        return operators.squared_distance_backward.default(a, b, coefficients)
-    return _squared_distance_backward_autograd(a, b, coefficients)
+        return operators.distance_loss_backward.default(a, b, squares, gradient, *options)
+    return _distance_loss_backward_autograd(a, b, squares, gradient, *options)

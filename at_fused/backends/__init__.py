@@ -29,8 +29,8 @@ OPERATORS = (
     "at_value_and_grad",
     "kd_loss",
     "kd_loss_backward",
-    "squared_distance",
-    "squared_distance_backward",
+    "distance_loss",
+    "distance_loss_backward",
 )
 
 

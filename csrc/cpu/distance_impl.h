@@ -9,15 +9,15 @@
 namespace at_fused {
 namespace {
 
-// The squares of a vector, added up in fp64: those of fp32 overflow from 2e19 on.
+// The squares of vectors, added up in fp64: those of fp32 overflow from 2e19 on.
 struct Squares {
   Vec<double> sums[4] = {};
 
   AT_FUSED_INLINE void add(int u, Vec<double> d) { sums[u] += d * d; }
   AT_FUSED_INLINE void add(int u, Vec<float> d) {
     const Halves halves = bit_cast<Halves>(d);
-    add(u, __builtin_convertvector(halves.low, Vec<double>));
-    add((u + 1) % 4, __builtin_convertvector(halves.high, Vec<double>));
+    add(2 * u, __builtin_convertvector(halves.low, Vec<double>));
+    add(2 * u + 1, __builtin_convertvector(halves.high, Vec<double>));
   }
   AT_FUSED_INLINE double total() const {
     return sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -32,9 +32,16 @@ double squared_distance_of(const void* a, Dtype a_dtype, const void* b, Dtype b_
     const int count = int(n - at < kTile ? n - at : kTile);
     const A* x = read_tile(a, a_dtype, at, count, a_buffer);
     const A* y = read_tile(b, b_dtype, at, count, b_buffer);
-    for_each_vector(x, y, count, A(0), [&](Vec<A> s, Vec<A> t, int i, int) AT_FUSED_LAMBDA {
-      squares.add(i / lanes<A> * 2 % 4, s - t);
-    });
+    constexpr int width = lanes<A>, vectors = 4 * lanes<double> / width;
+    int i = 0;
+    for (; i + vectors * width <= count; i += vectors * width) {
+#pragma GCC unroll 4
+      for (int u = 0; u < vectors; ++u) {
+        squares.add(u, load(x + i + u * width) - load(y + i + u * width));
+      }
+    }
+    for_each_vector(x + i, y + i, count - i, A(0),
+                    [&](Vec<A> s, Vec<A> t, int, int) AT_FUSED_LAMBDA { squares.add(0, s - t); });
   }
   return squares.total();
 }

@@ -1,14 +1,17 @@
-// The CPU implementations of Hinton's loss and of squared distances. Their schemas are in _ops.
+// The CPU implementations of Hinton's loss and of distances. Their schemas are in _ops.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "../distill_arguments.h"
 #include "distill.h"
 #include "kernels.h"
+#include "losses.h"
 #include "tasks.h"
 
 namespace at_fused {
@@ -50,15 +53,12 @@ void run_rows(const KdArguments& kd, const F& f) {
   });
 }
 
-Tensor new_scalar(double value, bool fp64, Device device) {
-  const int64_t none = 0;
-  Tensor scalar = new_tensor(0, &none, &none, accumulate_dtype(fp64), device);
-  if (fp64) {
-    *static_cast<double*>(scalar.mutable_data_ptr()) = value;
-  } else {
-    *static_cast<float*>(scalar.mutable_data_ptr()) = float(value);
-  }
-  return scalar;
+// A scalar, or a vector of losses.
+Tensor new_losses(const std::vector<double>& values, bool scalar, bool fp64, Device device) {
+  const int64_t size = int64_t(values.size()), stride = 1;
+  Tensor losses = new_tensor(scalar ? 0 : 1, &size, &stride, accumulate_dtype(fp64), device);
+  write_loss(losses, fp64, values);
+  return losses;
 }
 
 std::tuple<Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teacher,
@@ -89,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teacher,
     loss += divergence * (alpha * temperature * temperature / double(kd.B));
   }
   if (kd.options.entropy) loss += (1 - alpha) * entropy / double(valid);
-  return {new_scalar(loss, kd.fp64, kd.device), stats, new_scalar(double(valid), true, kd.device)};
+  return {new_losses({loss}, true, kd.fp64, kd.device), stats,
+          new_losses({double(valid)}, true, true, kd.device)};
 }
 
 Tensors kd_loss_backward(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor stats,
@@ -125,7 +126,7 @@ Tensors kd_loss_backward(Tensor student, Tensor teacher, std::optional<Tensor> l
   return gradients;
 }
 
-// ---- squared distances ------------------------------------------------------------------------
+// ---- distances ------------------------------------------------------------------------
 
 // Elements that are summed as one, whoever does it: results do not depend on the threads.
 constexpr int64_t kPiece = 16384;
@@ -152,46 +153,59 @@ void run_pieces(const DistanceArguments& arguments, const F& f) {
   });
 }
 
-Tensor squared_distance(Tensors a, Tensors b) {
-  const DistanceArguments arguments(a, b);
+std::tuple<Tensor, Tensor> distance_loss(Tensors student, Tensors teacher,
+                                         std::vector<double> weights, bool root,
+                                         std::string reduction) {
+  const DistanceArguments arguments(student, teacher);
+  const int64_t count = int64_t(arguments.pairs.size()), B = arguments.B;
+  const DistanceOptions options(weights, count, B, root, reduction);
   std::vector<std::vector<double>> sums;
   for (const DistanceArguments::Pair& pair : arguments.pairs) {
-    sums.emplace_back(size_t(arguments.B * pieces_of(pair)));
+    sums.emplace_back(size_t(B * pieces_of(pair)));
   }
   run_pieces(arguments, [&](size_t i, int64_t b, int64_t piece, int64_t at, int64_t n) {
     const DistanceArguments::Pair& pair = arguments.pairs[i];
     sums[i][size_t(b * pieces_of(pair) + piece)] = distill_kernels().squared_distance(
         pair.a.at(b, at), pair.a.dtype, pair.b.at(b, at), pair.b.dtype, n);
   });
-  Tensor result =
-      new_rows(int64_t(sums.size()), arguments.B, aoti_torch_dtype_float64(), arguments.device);
-  double* to = static_cast<double*>(result.mutable_data_ptr());
+  Tensor squares = new_rows(count, B, aoti_torch_dtype_float64(), arguments.device);
+  double* to = static_cast<double*>(squares.mutable_data_ptr());
+  std::vector<double> losses(options.sum ? 1 : size_t(count));
   for (size_t i = 0; i < sums.size(); ++i) {
-    const size_t pieces = sums[i].size() / size_t(arguments.B);
-    for (size_t b = 0; b < size_t(arguments.B); ++b) {
+    const size_t pieces = sums[i].size() / size_t(B);
+    double loss = 0;
+    for (size_t b = 0; b < size_t(B); ++b) {
       double total = 0;
       for (size_t piece = 0; piece < pieces; ++piece) total += sums[i][b * pieces + piece];
       *to++ = total;
+      loss += root ? std::sqrt(total) : total;
     }
+    losses[options.sum ? 0 : i] += options.weights[i] * loss;
   }
-  return result;
+  return {new_losses(losses, options.sum, arguments.fp64, arguments.device), std::move(squares)};
 }
 
-Tensors squared_distance_backward(Tensors a, Tensors b, Tensor coefficients) {
+Tensors distance_loss_backward(Tensors a, Tensors b, Tensor squares, Tensor gradient,
+                               std::vector<int64_t> pairs, std::vector<double> weights, bool root,
+                               std::string reduction) {
   DistanceGradients gradients(a);
   const DistanceArguments arguments(a, b, &gradients);
-  const double* c = distance_coefficients(coefficients, arguments);
+  const DistanceBackward backward(squares, gradient, pairs, weights, root, reduction, arguments);
   std::vector<Samples> out;
+  std::vector<double> above;
   for (size_t i = 0; i < a.size(); ++i) {
     Tensor& written = gradients.written[i];
     out.push_back({written.mutable_data_ptr(), arguments.pairs[i].a.dtype, written.stride(0)});
     advise_huge_pages(written.mutable_data_ptr(), written.numel() * element_size(out.back().dtype));
+    above.push_back(value_of(backward.gradient, pairs[i]) *
+                    backward.options.weights[size_t(pairs[i])]);
   }
   run_pieces(arguments, [&](size_t i, int64_t b, int64_t, int64_t at, int64_t n) {
     const DistanceArguments::Pair& pair = arguments.pairs[i];
-    distill_kernels().squared_distance_backward(
-        pair.a.at(b, at), pair.a.dtype, pair.b.at(b, at), pair.b.dtype, n,
-        2 * c[int64_t(i) * arguments.B + b], const_cast<void*>(out[i].at(b, at)));
+    const double slope = distance_slope(backward.squares[pairs[i] * arguments.B + b], root);
+    distill_kernels().squared_distance_backward(pair.a.at(b, at), pair.a.dtype, pair.b.at(b, at),
+                                                pair.b.dtype, n, above[i] * slope,
+                                                const_cast<void*>(out[i].at(b, at)));
   });
   return gradients.finish();
 }
@@ -202,6 +216,6 @@ Tensors squared_distance_backward(Tensors a, Tensors b, Tensor coefficients) {
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) {
   m.impl("kd_loss", TORCH_BOX(&at_fused::kd_loss));
   m.impl("kd_loss_backward", TORCH_BOX(&at_fused::kd_loss_backward));
-  m.impl("squared_distance", TORCH_BOX(&at_fused::squared_distance));
-  m.impl("squared_distance_backward", TORCH_BOX(&at_fused::squared_distance_backward));
+  m.impl("distance_loss", TORCH_BOX(&at_fused::distance_loss));
+  m.impl("distance_loss_backward", TORCH_BOX(&at_fused::distance_loss_backward));
 }

@@ -12,6 +12,7 @@
 
 #include "../arguments.h"
 #include "kernels.h"
+#include "losses.h"
 #include "tasks.h"
 
 namespace at_fused {
@@ -138,17 +139,6 @@ bool finish_sample(Pair& pair, int64_t b, const LossArguments& loss, bool studen
   return true;
 }
 
-// A loss from fp64 values.
-void write_loss(Tensor& loss, bool fp64, const std::vector<double>& values) {
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (fp64) {
-      static_cast<double*>(loss.mutable_data_ptr())[i] = values[i];
-    } else {
-      static_cast<float*>(loss.mutable_data_ptr())[i] = float(values[i]);
-    }
-  }
-}
-
 // The losses of pairs, or their sum, from their samples' (a pointer and a count of each): summed in
 // order, so that neither threads nor tasks can change a bit of it.
 template <class F>
@@ -209,13 +199,6 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
 }
 
 // ---- attention_map_backward -------------------------------------------------------------------
-
-double value_of(const LossGradient& gradient, int64_t pair) {
-  const void* value = gradient.of(pair);
-  return !value          ? 1.0
-         : gradient.fp64 ? *static_cast<const double*>(value)
-                         : *static_cast<const float*>(value);
-}
 
 int64_t lines(const Feature& feature) {
   return feature.layout == Layout::planar ? feature.C : feature.N;

@@ -1,4 +1,4 @@
-// What the kernels of Hinton's loss and of squared distances are given, and their launchers.
+// What the kernels of Hinton's loss and of distances are given, and their launchers.
 #pragma once
 
 #include "../distill.h"
@@ -34,6 +34,9 @@ struct DistancePair {
   int64_t a_stride, b_stride, out_stride;
   int64_t M;
   int64_t first_task;
+  double weight;          // of a sample
+  const void* gradient;   // of the pair's loss
+  int32_t row;            // of the squares
   int32_t piece, pieces;  // elements of a task, and tasks of a sample
   Dtype a_dtype, b_dtype;
   bool vector;
@@ -41,10 +44,16 @@ struct DistancePair {
 
 struct DistanceParams {
   int32_t count, B;
-  double* result;              // (pairs, B)
-  const double* coefficients;  // likewise
-  double* sums;                // of each task
-  uint32_t* arrived;           // of each pair's samples; 0 before and after
+  int32_t first_pair;   // of this launch
+  bool root;            // a sample's distance is a norm; else its square
+  bool add, continues;  // one loss for all pairs; this launch adds to that of others
+  bool loss_fp64, gradient_fp64;
+  double* squares;  // (pairs, B)
+  double* sums;     // of each task
+  double* sum;      // of all pairs so far
+  void* loss;
+  uint32_t* arrived;   // of each pair's samples; 0 before and after
+  uint32_t* finished;  // samples; likewise
   DistancePair pairs[kMaxDistances];
 };
 static_assert(sizeof(DistanceParams) <= 4096);
@@ -57,7 +66,7 @@ struct DistillLaunch {
 
 void launch_kd_loss(const KdParams& params, const DistillLaunch& launch);
 void launch_kd_loss_backward(const KdParams& params, const DistillLaunch& launch);
-void launch_squared_distance(const DistanceParams& params, const DistillLaunch& launch);
-void launch_squared_distance_backward(const DistanceParams& params, const DistillLaunch& launch);
+void launch_distance_loss(const DistanceParams& params, const DistillLaunch& launch);
+void launch_distance_loss_backward(const DistanceParams& params, const DistillLaunch& launch);
 
 }  // namespace at_fused

@@ -1,8 +1,9 @@
-// The CUDA implementations of Hinton's loss and of squared distances. Their schemas are in _ops.
+// The CUDA implementations of Hinton's loss and of distances. Their schemas are in _ops.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -102,7 +103,7 @@ Tensors kd_loss_backward(Tensor student, Tensor teacher, std::optional<Tensor> l
   return gradients;
 }
 
-// ---- squared distances ------------------------------------------------------------------------
+// ---- distances ------------------------------------------------------------------------
 
 // Calls launch(params, how) for as many pairs at a time as a launch carries.
 template <class F>
@@ -116,6 +117,7 @@ void launch_pairs(const DistanceArguments& arguments, const Limits& limits, void
     DistillLaunch how{0, false, stream};
     params.count = int32_t(std::min<size_t>(kMaxDistances, arguments.pairs.size() - begin));
     params.B = int32_t(arguments.B);
+    params.first_pair = int32_t(begin);
     for (int32_t i = 0; i < params.count; ++i) {
       const DistanceArguments::Pair& given = arguments.pairs[begin + size_t(i)];
       DistancePair& pair = params.pairs[i];
@@ -140,40 +142,69 @@ void launch_pairs(const DistanceArguments& arguments, const Limits& limits, void
       how.blocks = blocks_of(how.blocks + arguments.B * pieces);
       how.fp64 |= given.fp64();
     }
-    launch(params, how, int64_t(begin) * arguments.B);
+    launch(params, how);
   }
 }
 
-Tensor squared_distance(Tensors a, Tensors b) {
-  const DistanceArguments arguments(a, b);
+std::tuple<Tensor, Tensor> distance_loss(Tensors student, Tensors teacher,
+                                         std::vector<double> weights, bool root,
+                                         std::string reduction) {
+  const DistanceArguments arguments(student, teacher);
   const OnDevice scope(arguments.device);
-  const int64_t samples = int64_t(arguments.pairs.size()) * arguments.B;
-  Tensor result = new_rows(int64_t(arguments.pairs.size()), arguments.B, aoti_torch_dtype_float64(),
+  const int64_t count = int64_t(arguments.pairs.size());
+  const DistanceOptions options(weights, count, arguments.B, root, reduction);
+  const int64_t samples = count * arguments.B;
+  STD_TORCH_CHECK(samples < kMaxExtent, "at_fused: at most 2^30 samples, got ", samples);
+  const int64_t stride = 1;
+  Tensor loss = new_tensor(options.sum ? 0 : 1, &count, &stride, accumulate_dtype(arguments.fp64),
                            arguments.device);
-  const Counters counters(arguments.device, scope.stream(), samples);
+  Tensor squares = new_rows(count, arguments.B, aoti_torch_dtype_float64(), arguments.device);
+  Tensor sum = new_rows(1, 1, aoti_torch_dtype_float64(), arguments.device);
+  const Counters counters(arguments.device, scope.stream(), 1 + samples);
   Tensors kept;  // until the launches are on their way
   launch_pairs(
       arguments, limits_of(arguments.device), scope.stream(), nullptr,
-      [&](DistanceParams& params, const DistillLaunch& launch, int64_t first) {
+      [&](DistanceParams& params, const DistillLaunch& launch) {
         kept.push_back(new_rows(1, launch.blocks, aoti_torch_dtype_float64(), arguments.device));
+        params.root = root;
+        params.add = options.sum;
+        params.continues = params.first_pair > 0;
+        params.loss_fp64 = arguments.fp64;
+        params.squares = static_cast<double*>(squares.mutable_data_ptr());
         params.sums = static_cast<double*>(kept.back().mutable_data_ptr());
-        params.result = static_cast<double*>(result.mutable_data_ptr()) + first;
-        params.arrived = counters.data() + first;
-        launch_squared_distance(params, launch);
+        params.sum = static_cast<double*>(sum.mutable_data_ptr());
+        params.loss = loss.mutable_data_ptr();
+        params.finished = counters.data();
+        params.arrived = counters.data() + 1;
+        for (int32_t i = 0; i < params.count; ++i) {
+          params.pairs[i].row = params.first_pair + i;
+          params.pairs[i].weight = options.weights[size_t(params.pairs[i].row)];
+        }
+        launch_distance_loss(params, launch);
       });
-  return result;
+  return {std::move(loss), std::move(squares)};
 }
 
-Tensors squared_distance_backward(Tensors a, Tensors b, Tensor coefficients) {
+Tensors distance_loss_backward(Tensors a, Tensors b, Tensor squares, Tensor gradient,
+                               std::vector<int64_t> pairs, std::vector<double> weights, bool root,
+                               std::string reduction) {
   STD_TORCH_CHECK(!a.empty(), "at_fused: as many tensors on both sides, got 0");
   const OnDevice scope(device_of(a[0]));
   DistanceGradients gradients(a);
   const DistanceArguments arguments(a, b, &gradients);
-  const double* c = distance_coefficients(coefficients, arguments);
+  const DistanceBackward backward(squares, gradient, pairs, weights, root, reduction, arguments);
   launch_pairs(arguments, limits_of(arguments.device), scope.stream(), &gradients.written,
-               [&](DistanceParams& params, const DistillLaunch& launch, int64_t first) {
-                 params.coefficients = c + first;
-                 launch_squared_distance_backward(params, launch);
+               [&](DistanceParams& params, const DistillLaunch& launch) {
+                 params.root = root;
+                 params.squares = const_cast<double*>(backward.squares);
+                 params.gradient_fp64 = backward.gradient.fp64;
+                 for (int32_t i = 0; i < params.count; ++i) {
+                   const int64_t row = pairs[size_t(params.first_pair + i)];
+                   params.pairs[i].row = int32_t(row);
+                   params.pairs[i].weight = backward.options.weights[size_t(row)];
+                   params.pairs[i].gradient = backward.gradient.of(row);
+                 }
+                 launch_distance_loss_backward(params, launch);
                });
   return gradients.finish();
 }
@@ -184,6 +215,6 @@ Tensors squared_distance_backward(Tensors a, Tensors b, Tensor coefficients) {
 STABLE_TORCH_LIBRARY_IMPL(AT_FUSED_NAMESPACE, AT_FUSED_DEVICE_KEY, m) {
   m.impl("kd_loss", TORCH_BOX(&at_fused::kd_loss));
   m.impl("kd_loss_backward", TORCH_BOX(&at_fused::kd_loss_backward));
-  m.impl("squared_distance", TORCH_BOX(&at_fused::squared_distance));
-  m.impl("squared_distance_backward", TORCH_BOX(&at_fused::squared_distance_backward));
+  m.impl("distance_loss", TORCH_BOX(&at_fused::distance_loss));
+  m.impl("distance_loss_backward", TORCH_BOX(&at_fused::distance_loss_backward));
 }

@@ -18,7 +18,11 @@ from at_fused.backends.eager.attention import (
     sample_weight,
     split_sizes,
 )
-from at_fused.backends.eager.distance import squared_distance, squared_distance_backward
+from at_fused.backends.eager.distance import (
+    distance_loss,
+    distance_loss_backward,
+    squared_distances,
+)
 from at_fused.backends.eager.kd import STATISTICS, kd_loss, kd_loss_backward
 
 __all__ = [
@@ -29,6 +33,8 @@ __all__ = [
     "attention_map",
     "attention_map_backward",
     "collapse_scale",
+    "distance_loss",
+    "distance_loss_backward",
     "kd_loss",
     "kd_loss_backward",
     "map_loss",
@@ -36,6 +42,5 @@ __all__ = [
     "pair_loss",
     "sample_weight",
     "split_sizes",
-    "squared_distance",
-    "squared_distance_backward",
+    "squared_distances",
 ]

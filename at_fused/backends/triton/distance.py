@@ -1,4 +1,4 @@
-"""Squared distances on Triton: arguments, strides, launches."""
+"""Distances on Triton: arguments, strides, launches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from at_fused.backends import eager
 from at_fused.backends.triton import distance_kernels as kernels
 from at_fused.backends.triton import launch
 from at_fused.backends.triton.checks import check_dtypes, require
@@ -56,16 +57,26 @@ def _native(a: Tensor, b: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor, T
     return a, b, out
 
 
-def _entries(pairs: list[tuple[Tensor, Tensor, Tensor | None]]) -> Iterator[list[kernels.Pair]]:
-    """The pairs, as many at a time as a launch takes."""
+def _entries(
+    pairs: list[tuple[Tensor, Tensor, Tensor | None]],
+    numbers: list[int],
+    weights: list[float],
+    reduction: str,
+    gradient: Tensor | None,
+) -> Iterator[list[kernels.Pair]]:
+    """The pairs, as many at a time as a launch takes; ``numbers`` are those of weights."""
     constant = launch.constexpr
     total = sum(a.numel() for a, _, _ in pairs)
     piece = max(_PIECE, total // (8 * launch.processors(pairs[0][0].device)))
     for first in range(0, len(pairs), launch.MAX_ENTRIES):
         entries: list[kernels.Pair] = []
         programs = 0
-        for i, (a, b, out) in enumerate(pairs[first : first + launch.MAX_ENTRIES], first):
-            size = a[0].numel()
+        for number, (a, b, out) in zip(
+            numbers[first : first + launch.MAX_ENTRIES],
+            pairs[first : first + launch.MAX_ENTRIES],
+            strict=True,
+        ):
+            size, batch = a[0].numel(), a.shape[0]
             strides = [0 if x is None else x.stride(0) for x in (a, b, out)]
             align = math.gcd(size, *strides, 16)
             wide = torch.float64 in (a.dtype, b.dtype)
@@ -74,7 +85,7 @@ def _entries(pairs: list[tuple[Tensor, Tensor, Tensor | None]]) -> Iterator[list
             # A power of two: a program is compiled for the length of its piece.
             span = max(block, launch.power_of_2(min(size, piece)))
             pieces = -(-size // span)
-            end = programs + a.shape[0] * pieces
+            end = programs + batch * pieces
             entries.append(
                 kernels.Pair(
                     a,
@@ -84,7 +95,11 @@ def _entries(pairs: list[tuple[Tensor, Tensor, Tensor | None]]) -> Iterator[list
                     strides[1] // align,
                     strides[2] // align,
                     size // align,
-                    i,
+                    launch.bits_of(eager.sample_weight(weights, number, batch, reduction)),
+                    gradient,
+                    number,
+                    batch,
+                    number * batch,
                     programs,
                     end,
                     pieces,
@@ -98,53 +113,95 @@ def _entries(pairs: list[tuple[Tensor, Tensor, Tensor | None]]) -> Iterator[list
         yield entries
 
 
-def squared_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Sum of |a - b|^2 over all but the first dimension, (pairs, B), in fp64."""
-    _check(a, b)
-    pairs = [_native(x, y, None) for x, y in zip(a, b, strict=True)]
-    batch = a[0].shape[0]
-    result = a[0].new_empty((len(a), batch), dtype=torch.float64)
-    with launch.on_device(a[0]):
-        for entries in _entries(pairs):
+def _check_options(weights: list[float], count: int, reduction: str) -> None:
+    require(len(weights) in (0, count), f"a weight per pair, got {len(weights)} for {count}")
+    require(reduction in ("sum", "none"), f"reduction must be 'sum' or 'none', got '{reduction}'")
+
+
+def distance_loss(
+    student: list[Tensor], teacher: list[Tensor], weights: list[float], root: bool, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """Weighted means over the batch of the distances, or of their squares; and the squares."""
+    _check(student, teacher)
+    count, first = len(student), student[0]
+    _check_options(weights, count, reduction)
+    pairs = [_native(x, y, None) for x, y in zip(student, teacher, strict=True)]
+    samples = count * first.shape[0]
+    with launch.on_device(first):
+        loss = first.new_empty(
+            () if reduction == "sum" else (count,), dtype=eager.accumulate_dtype(*student, *teacher)
+        )
+        squares = first.new_empty((count, first.shape[0]), dtype=torch.float64)
+        losses = squares.new_empty(samples + count)
+        counters = launch.counters_of(first, samples + count + 1)
+        for entries in _entries(pairs, list(range(count)), weights, reduction, None):
             programs = entries[-1].end_program
             launch.start(
-                kernels.distance_kernel,
+                kernels.distance_loss_kernel,
                 programs,
                 tuple(entries),
-                result,
-                result.new_empty(programs),
-                launch.counters_of(a[0], len(a) * batch),
-                batch,
+                squares,
+                squares.new_empty(programs),
+                loss,
+                losses,
+                counters,
+                samples,
+                count,
                 COUNT=len(entries),
+                ROOT=root,
+                SUM=reduction == "sum",
             )
-    return result
+    return loss, squares
 
 
-def squared_distance_backward(
-    a: list[Tensor], b: list[Tensor], coefficients: Tensor
+def distance_loss_backward(
+    a: list[Tensor],
+    b: list[Tensor],
+    squares: Tensor,
+    gradient: Tensor,
+    pairs: list[int],
+    weights: list[float],
+    root: bool,
+    reduction: str,
 ) -> list[Tensor]:
-    """2 * c[i, b] * (a - b) for each pair, in a's dtype and layout."""
+    """The gradient for each a, in its dtype and layout; its pair's number is in ``pairs``."""
     _check(a, b)
     require(
-        coefficients.shape == (len(a), a[0].shape[0])
-        and coefficients.dtype == torch.float64
-        and coefficients.device == a[0].device,
-        "coefficients must be (pairs, B) of float64",
+        squares.dim() == 2
+        and squares.shape[1] == a[0].shape[0]
+        and squares.dtype == torch.float64
+        and squares.device == a[0].device,
+        "squares must be (pairs, B) of float64, on the tensors' device",
     )
+    count = squares.shape[0]
+    _check_options(weights, count, reduction)
+    require(
+        gradient.shape == (() if reduction == "sum" else (count,)),
+        "the gradient must have the shape of the loss",
+    )
+    require(
+        gradient.dtype in (torch.float32, torch.float64),
+        "the loss gradient must be float32 or float64",
+    )
+    require(gradient.device == a[0].device, "the loss gradient must be on the tensors' device")
+    require(len(pairs) == len(a), f"a pair number per tensor, got {len(pairs)} for {len(a)}")
+    for pair in pairs:
+        require(0 <= pair < count, f"pair number {pair} is out of range")
     results = [torch.empty_like(x) for x in a]
-    pairs = [_native(x, y, out) for x, y, out in zip(a, b, results, strict=True)]
-    c = coefficients.contiguous()
+    native = [_native(x, y, out) for x, y, out in zip(a, b, results, strict=True)]
+    squares, gradient = squares.contiguous(), gradient.contiguous()
     with launch.on_device(a[0]):
-        for entries in _entries(pairs):
+        for entries in _entries(native, pairs, weights, reduction, gradient):
             launch.start(
-                kernels.distance_backward_kernel,
+                kernels.distance_loss_backward_kernel,
                 entries[-1].end_program,
                 tuple(entries),
-                c,
-                a[0].shape[0],
+                squares,
                 COUNT=len(entries),
+                ROOT=root,
+                SUM=reduction == "sum",
             )
     return [
         result if out is None or out is result else result.copy_(out)
-        for result, (_, _, out) in zip(results, pairs, strict=True)
+        for result, (_, _, out) in zip(results, native, strict=True)
     ]

@@ -1,4 +1,5 @@
 #include "elements.cuh"
+#include "sweep.cuh"
 
 namespace at_fused {
 
@@ -40,10 +41,34 @@ __device__ __forceinline__ void for_each_turn(const DistancePair& pair, const Di
   }
 }
 
-// sum |a - b|^2 of every sample of a list of pairs.
+// Adds up the samples of this launch, always in the same order, in the block that ends last.
+__device__ inline void finish_loss(const DistanceParams& params, Control& control) {
+  double total = params.continues ? __ldcg(params.sum) : 0.0;
+  for (int i = 0; i < params.count; ++i) {
+    const DistancePair& pair = params.pairs[i];
+    const double* squares = params.squares + int64_t(pair.row) * params.B;
+    double sum[1] = {};
+    for (int b = threadIdx.x; b < params.B; b += kThreads) {
+      const double square = __ldcg(squares + b);
+      sum[0] += params.root ? sqrt(square) : square;
+    }
+    block_sum(sum, control);
+    total = params.add ? total + pair.weight * sum[0] : pair.weight * sum[0];
+    if (threadIdx.x != 0 || (params.add && i + 1 < params.count)) continue;
+    const int64_t at = params.add ? 0 : params.first_pair + i;
+    if (params.loss_fp64) {
+      static_cast<double*>(params.loss)[at] = total;
+    } else {
+      static_cast<float*>(params.loss)[at] = float(total);
+    }
+    if (params.add) *params.sum = total;
+  }
+}
+
+// The weighted distances of a list of pairs, added up, and the square of each.
 template <bool fp64>
 __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
-    squared_distance_kernel(const __grid_constant__ DistanceParams params) {
+    distance_loss_kernel(const __grid_constant__ DistanceParams params) {
   using A = std::conditional_t<fp64, double, float>;
   AT_FUSED_DYNAMIC_SHARED(bytes);
   Control& control = *reinterpret_cast<Control*>(bytes);
@@ -59,31 +84,36 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
     }
   });
   block_sum(sum, control);
-  double* result = params.result + int64_t(place.i) * params.B + place.b;
+  double* square = params.squares + int64_t(pair.row) * params.B + place.b;
   if (pair.pieces == 1) {
-    if (threadIdx.x == 0) *result = sum[0];
-    return;
+    if (threadIdx.x == 0) *square = sum[0];
+  } else {
+    double* sums = params.sums + pair.first_task + place.b * pair.pieces;
+    if (threadIdx.x == 0) sums[place.piece] = sum[0];
+    uint32_t* arrived = params.arrived + int64_t(place.i) * params.B + place.b;
+    if (!arrives_last(arrived, 1, uint32_t(pair.pieces), control)) return;
+    double total[1] = {};
+    for (int piece = threadIdx.x; piece < pair.pieces; piece += kThreads) {
+      total[0] += __ldcg(sums + piece);
+    }
+    block_sum(total, control);
+    if (threadIdx.x == 0) *square = total[0];
   }
-  double* sums = params.sums + pair.first_task + place.b * pair.pieces;
-  if (threadIdx.x == 0) sums[place.piece] = sum[0];
-  uint32_t* arrived = params.arrived + int64_t(place.i) * params.B + place.b;
-  if (!arrives_last(arrived, 1, uint32_t(pair.pieces), control)) return;
-  double total[1] = {};
-  for (int piece = threadIdx.x; piece < pair.pieces; piece += kThreads) {
-    total[0] += __ldcg(sums + piece);
+  if (arrives_last(params.finished, 1, uint32_t(params.count) * uint32_t(params.B), control)) {
+    finish_loss(params, control);
   }
-  block_sum(total, control);
-  if (threadIdx.x == 0) *result = total[0];
 }
 
-// 2 * c[i, b] * (a - b) for a list of pairs.
+// The gradients of the a of a list of pairs.
 template <bool fp64>
 __global__ void __launch_bounds__(kThreads, 2)
-    squared_distance_backward_kernel(const __grid_constant__ DistanceParams params) {
+    distance_loss_backward_kernel(const __grid_constant__ DistanceParams params) {
   using A = std::conditional_t<fp64, double, float>;
   const DistancePlace place(params);
   const DistancePair& pair = params.pairs[place.i];
-  const double factor = 2 * params.coefficients[int64_t(place.i) * params.B + place.b];
+  const double square = params.squares[int64_t(pair.row) * params.B + place.b];
+  const double factor = gradient_of(pair.gradient, params.gradient_fp64) * pair.weight *
+                        distance_slope(square, params.root);
   // In two factors: either is within fp32's range where the product with a - b is.
   const A first = A(factor == 0 ? 1 : sqrt(fabs(factor))), second = A(factor / double(first));
   void* out = const_cast<void*>(sample(pair.out, pair.a_dtype, place.b * pair.out_stride));
@@ -94,14 +124,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
-void launch_squared_distance(const DistanceParams& params, const DistillLaunch& launch) {
-  launch_for_dtypes(squared_distance_kernel<false>, squared_distance_kernel<true>,
-                    "squared_distance_kernel", params, launch, sizeof(Control));
+void launch_distance_loss(const DistanceParams& params, const DistillLaunch& launch) {
+  launch_for_dtypes(distance_loss_kernel<false>, distance_loss_kernel<true>, "distance_loss_kernel",
+                    params, launch, sizeof(Control));
 }
 
-void launch_squared_distance_backward(const DistanceParams& params, const DistillLaunch& launch) {
-  launch_for_dtypes(squared_distance_backward_kernel<false>, squared_distance_backward_kernel<true>,
-                    "squared_distance_backward_kernel", params, launch, 0);
+void launch_distance_loss_backward(const DistanceParams& params, const DistillLaunch& launch) {
+  launch_for_dtypes(distance_loss_backward_kernel<false>, distance_loss_backward_kernel<true>,
+                    "distance_loss_backward_kernel", params, launch, 0);
 }
 
 }  // namespace at_fused
