@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,12 @@ def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """As ``backend``, for tests of thousands of calls or large tensors."""
     with use(request.param) as name:
         yield name
+
+
+def opcheck(backend: str, operator: Any, arguments: tuple[Any, ...]) -> None:
+    """``torch.library.opcheck``; what autograd and compilers see does not depend on the back end."""
+    same = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(operator, arguments, **({} if backend in ("cpu", "cuda") else same))
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EVERY, use
+from conftest import EVERY, opcheck, use
 from test_contract import LAYOUTS, features, strided_views
 from torch import Tensor
 
@@ -476,11 +476,11 @@ def test_opcheck_maps(backend: str, kind: str, sizes: list[int]) -> None:
     collapse, absolute, (p, *_) = KINDS[kind]
     xs = [torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)]
     operators = torch.ops.at_fused
-    torch.library.opcheck(operators.attention_map, (xs, p, collapse, absolute, sizes))
+    opcheck(backend, operators.attention_map, (xs, p, collapse, absolute, sizes))
     maps = _ops.attention_map([x.detach() for x in xs], p, collapse, absolute, sizes)
     ks = [q.requires_grad_() for q in maps[:2]]
     arguments = (xs, ks, torch.tensor(2.0), [1, 0], p, absolute, sizes, maps[2:])
-    torch.library.opcheck(operators.attention_map_backward, arguments)
+    opcheck(backend, operators.attention_map_backward, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none", "sample"])
@@ -490,7 +490,7 @@ def test_opcheck_map_loss(backend: str, eps_mode: str, reduction: str) -> None:
     for q in (*s, *t):
         q.requires_grad_()
     options = [1.0, 0.5], "code", reduction, eps_mode, 1e-6, True, True
-    torch.library.opcheck(torch.ops.at_fused.map_loss, (s, t, *options))
+    opcheck(backend, torch.ops.at_fused.map_loss, (s, t, *options))
 
 
 # ---- errors --------------------------------------------------------------------------------------

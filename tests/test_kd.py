@@ -11,7 +11,7 @@ import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import use
+from conftest import opcheck, use
 from torch import Tensor, nn
 
 import at_fused
@@ -317,13 +317,11 @@ def test_opcheck(backend: str, labelled: bool, teacher_grad: bool) -> None:
     s, t = logits(3, 7).requires_grad_(), logits(3, 7).requires_grad_(teacher_grad)
     labels = torch.tensor([2, -100, 6]) if labelled else None
     options = 4.0, 0.7, 0.1, -100
-    # What autograd and compilers see does not depend on the back end.
-    checks = {} if backend == "cpu" else {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(torch.ops.at_fused.kd_loss, (s, t, labels, *options), **checks)
+    opcheck(backend, torch.ops.at_fused.kd_loss, (s, t, labels, *options))
     _, stats, valid = _ops.kd_loss(s.detach(), t.detach(), labels, *options)
     gradient = torch.tensor(2.0, requires_grad=True)
     arguments = s, t, labels, stats, valid, gradient, *options, True, teacher_grad
-    torch.library.opcheck(torch.ops.at_fused.kd_loss_backward, arguments, **checks)
+    opcheck(backend, torch.ops.at_fused.kd_loss_backward, arguments)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from conftest import EVERY, use
+from conftest import EVERY, opcheck, use
 from reference import popular_at_loss, reference_loss
 from torch import Tensor, nn
 
@@ -56,13 +56,13 @@ def test_opcheck_at_loss(
     backend: str, student_grad: bool, teacher_grad: bool, form: str, reduction: str, p: float
 ) -> None:
     arguments = loss_arguments(student_grad, teacher_grad, form, reduction, p)
-    torch.library.opcheck(torch.ops.at_fused.at_loss, arguments)
+    opcheck(backend, torch.ops.at_fused.at_loss, arguments)
 
 
 @pytest.mark.parametrize("p", [2.0, 1.5])
 def test_opcheck_attention_map(backend: str, p: float) -> None:
     features = [torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4).half()]
-    torch.library.opcheck(torch.ops.at_fused.attention_map, (features, p, "sum"))
+    opcheck(backend, torch.ops.at_fused.attention_map, (features, p, "sum"))
 
 
 @pytest.mark.parametrize("gradient", [None, torch.tensor(2.0), torch.tensor([2.0, 3.0])], ids=str)
@@ -73,7 +73,7 @@ def test_opcheck_attention_map_backward(backend: str, gradient: Tensor | None) -
     ]
     coefficients = [torch.randn(2, 20, requires_grad=True), torch.randn(2, 4, requires_grad=True)]
     arguments = (features, coefficients, gradient, [1, 0], 2.0, True, [], [])
-    torch.library.opcheck(torch.ops.at_fused.attention_map_backward, arguments)
+    opcheck(backend, torch.ops.at_fused.attention_map_backward, arguments)
 
 
 def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pytest
 import torch
+from conftest import EVERY, slow, use
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import assert_matches_reference
@@ -46,12 +49,7 @@ def pairs(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor]]:
     return students, teachers
 
 
-@settings(
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-@given(
+CASES = given(
     data=pairs(),
     p=st.sampled_from([1.0, 2.0, 4.0, 3.0, 1.3]),
     collapse=st.sampled_from(["mean", "sum"]),
@@ -61,27 +59,25 @@ def pairs(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor]]:
     student_grad=st.booleans(),
     teacher_grad=st.booleans(),
 )
-def test_generated_cases(
-    backend: str,
-    data: tuple[list[Tensor], list[Tensor]],
-    p: float,
-    collapse: str,
-    form: str,
-    reduction: str,
-    eps: float,
-    student_grad: bool,
-    teacher_grad: bool,
-) -> None:
-    students, teachers = data
-    assert_matches_reference(
-        students,
-        teachers,
-        p=p,
-        collapse=collapse,
-        form=form,
-        reduction=reduction,
-        eps=eps,
-        student_grad=student_grad,
-        teacher_grad=teacher_grad,
-        scale=2.0**8,
-    )
+OPTIONS: dict[str, Any] = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+
+
+@settings(**OPTIONS)
+@CASES
+def test_generated_cases(fast_backend: str, **case: Any) -> None:
+    students, teachers = case.pop("data")
+    assert_matches_reference(students, teachers, scale=2.0**8, **case)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in EVERY if slow(name)])
+@settings(max_examples=settings.default.max_examples // 3, **OPTIONS)
+@CASES
+def test_fewer_generated_cases(name: str, **case: Any) -> None:
+    students, teachers = case.pop("data")
+    with use(name):
+        assert_matches_reference(students, teachers, scale=2.0**8, **case)
