@@ -75,7 +75,7 @@ def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def opcheck(backend: str, operator: Any, arguments: tuple[Any, ...]) -> None:
-    """``torch.library.opcheck``; what autograd and compilers see does not depend on the back end."""
+    """``torch.library.opcheck``: autograd and compilers see the same of every back end."""
     same = {"test_utils": ("test_schema", "test_faketensor")}
     torch.library.opcheck(operator, arguments, **({} if backend in ("cpu", "cuda") else same))
 
