@@ -78,6 +78,11 @@ def test_a_list(backend: str, root: bool, reduction: str) -> None:
     assert_matches(many, [x * 2 for x in many], root, reduction)
 
 
+def test_a_list_of_samples_that_several_blocks_share(backend: str) -> None:
+    a = [torch.randn(2, n) for n in (70001, 20000, 40003)]
+    assert_matches(a, [torch.randn_like(x) for x in a])
+
+
 def views() -> dict[str, Tensor]:
     base = torch.randn(4, 12, 9, 10)
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -51,26 +51,51 @@ def everything(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     return results
 
 
-LOSS: tuple[Any, ...] = [], "paper", "sum", "add", 1e-6, True, True
+def distillation(logits: list[Tensor], a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    """The same of Hinton's loss, and of distances."""
+    student, teacher = (x.detach().requires_grad_() for x in logits)
+    loss = at_fused.kd_loss(student, teacher, torch.arange(len(student)))
+    results = [loss.detach(), *torch.autograd.grad(loss, (student, teacher))]
+    leaves = [x.detach().requires_grad_() for x in (*a, *b)]
+    for reduction in ("sum", "none"):
+        distances = leaves[: len(a)], leaves[len(a) :], [], True, reduction
+        loss, squares = _ops.distance_loss(*distances)
+        results += [loss.detach(), squares, *torch.autograd.grad(loss.sum(), leaves)]
+    return results
 
 
-@pytest.mark.parametrize("multiprocessors", [132, 1])
-def test_same_bits_whatever_the_schedule(multiprocessors: int) -> None:
+def assert_same_bits(compute: Callable[[], list[Tensor]], multiprocessors: int) -> None:
     """Threads, warps and blocks in other orders, one block at a time or many."""
-    shapes = [(2, 24, 30, 31), (3, 5, 7, 7), (1, 64, 20, 16)]
-    students = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    students[2] = students[2].detach().to(memory_format=torch.channels_last).requires_grad_()
-    teachers = [torch.randn(b, 9, h, w, requires_grad=True) for b, _, h, w in shapes]
     first = None
     for seed in range(8):
         with simt(seed=seed, multiprocessors=multiprocessors, shared=40 << 10) as harness:
             harness.simt_options((1, 2, 4, 16)[seed % 4], seed % 2)
             try:
-                found = everything(students, teachers)
+                found = compute()
             finally:
                 harness.simt_options(4, 0)
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True)), seed
+
+
+LOSS: tuple[Any, ...] = [], "paper", "sum", "add", 1e-6, True, True
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 1])
+def test_same_bits_whatever_the_schedule(multiprocessors: int) -> None:
+    shapes = [(2, 24, 30, 31), (3, 5, 7, 7), (1, 64, 20, 16)]
+    students = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    students[2] = students[2].detach().to(memory_format=torch.channels_last).requires_grad_()
+    teachers = [torch.randn(b, 9, h, w, requires_grad=True) for b, _, h, w in shapes]
+    assert_same_bits(lambda: everything(students, teachers), multiprocessors)
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 1])
+def test_same_bits_of_distillation_whatever_the_schedule(multiprocessors: int) -> None:
+    logits = [torch.randn(5, 300), torch.randn(5, 300)]
+    a = [torch.randn(2, n) for n in (9001, 70, 20000)]
+    b = [torch.randn_like(x) for x in a]
+    assert_same_bits(lambda: distillation(logits, a, b), multiprocessors)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
