@@ -41,6 +41,24 @@ inline void check_eps(double eps) {
                   eps);
 }
 
+inline void check_weights(const std::vector<double>& weights, size_t pairs) {
+  STD_TORCH_CHECK(weights.empty() || weights.size() == pairs, "at_fused: a weight per pair, got ",
+                  weights.size(), " for ", pairs);
+}
+
+// Whether the losses of pairs are added up; else they are a vector.
+inline bool sums_pairs(const std::string& reduction) {
+  STD_TORCH_CHECK(reduction == "sum" || reduction == "none",
+                  "at_fused: reduction must be 'sum' or 'none', got '", reduction, "'");
+  return reduction == "sum";
+}
+
+// A scalar, or one loss for each pair.
+inline Tensor new_losses(bool sum, int64_t pairs, bool fp64, Device device) {
+  const int64_t stride = 1;
+  return new_tensor(sum ? 0 : 1, &pairs, &stride, accumulate_dtype(fp64), device);
+}
+
 // What stands before the channel sum: 1/C for "mean", 1 for the others.
 inline double collapse_scale(Collapse collapse, const Feature& feature) {
   return collapse == Collapse::mean ? 1.0 / double(feature.C) : 1.0;
@@ -115,14 +133,11 @@ struct LossArguments {
   LossArguments(Tensors& student, Tensors& teacher, const std::vector<double>& weights, double p,
                 const std::string& collapse, const std::string& form, const std::string& reduction,
                 double eps)
-      : p(p), eps(eps), form(form_of(form)), sum(reduction == "sum"), fp64(false) {
+      : p(p), eps(eps), form(form_of(form)), sum(sums_pairs(reduction)), fp64(false) {
     const size_t n = student.size();
     STD_TORCH_CHECK(n > 0 && teacher.size() == n, "at_fused: as many teachers as students, got ", n,
                     " and ", teacher.size());
-    STD_TORCH_CHECK(weights.empty() || weights.size() == n, "at_fused: a weight per pair, got ",
-                    weights.size(), " for ", n);
-    STD_TORCH_CHECK(reduction == "sum" || reduction == "none",
-                    "at_fused: reduction must be 'sum' or 'none', got '", reduction, "'");
+    check_weights(weights, n);
     check_eps(eps);
     check_exponent(p);
     const Collapse collapsed = collapse_of(collapse);
@@ -142,10 +157,7 @@ struct LossArguments {
     }
   }
 
-  Tensor new_loss() const {
-    const int64_t sizes[] = {int64_t(pairs.size())}, strides[] = {1};
-    return new_tensor(sum ? 0 : 1, sizes, strides, accumulate_dtype(fp64), device);
-  }
+  Tensor new_loss() const { return new_losses(sum, int64_t(pairs.size()), fp64, device); }
 };
 
 // Pairs of raw maps (B, N) and the options of their loss.
@@ -186,8 +198,7 @@ struct MapLossArguments {
     const size_t n = student.size();
     STD_TORCH_CHECK(n > 0 && teacher.size() == n, "at_fused: as many teachers as students, got ", n,
                     " and ", teacher.size());
-    STD_TORCH_CHECK(weights.empty() || weights.size() == n, "at_fused: a weight per pair, got ",
-                    weights.size(), " for ", n);
+    check_weights(weights, n);
     STD_TORCH_CHECK(sum || samples || reduction == "none",
                     "at_fused: reduction must be 'sum', 'none' or 'sample', got '", reduction, "'");
     check_eps(eps);

@@ -224,11 +224,8 @@ struct DistanceOptions {
 
   DistanceOptions(const std::vector<double>& given, int64_t count, int64_t B, bool root,
                   const std::string& reduction)
-      : weights(size_t(count), 1.0), root(root), sum(reduction == "sum") {
-    STD_TORCH_CHECK(given.empty() || int64_t(given.size()) == count,
-                    "at_fused: a weight per pair, got ", given.size(), " for ", count);
-    STD_TORCH_CHECK(sum || reduction == "none",
-                    "at_fused: reduction must be 'sum' or 'none', got '", reduction, "'");
+      : weights(size_t(count), 1.0), root(root), sum(sums_pairs(reduction)) {
+    check_weights(given, size_t(count));
     if (!given.empty()) weights = given;
     for (double& weight : weights) weight /= double(B);
   }

@@ -49,11 +49,10 @@ def _(
     student: list[Tensor], teacher: list[Tensor], weights: list[float], root: bool, reduction: str
 ) -> tuple[Tensor, Tensor]:
     first = student[0]
-    wide = torch.float32 if first.device.type == "mps" else torch.float64
     shape = () if reduction == "sum" else (len(student),)
     return (
         first.new_empty(shape, dtype=eager.accumulate_dtype(*student, *teacher)),
-        first.new_empty((len(student), first.shape[0]), dtype=wide),
+        first.new_empty((len(student), first.shape[0]), dtype=eager.wide_dtype(first)),
     )
 
 

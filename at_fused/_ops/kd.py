@@ -54,7 +54,7 @@ def _(
     label_smoothing: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float32 if student.device.type == "mps" else torch.float64
+    wide = eager.wide_dtype(student)
     return (
         student.new_empty((), dtype=eager.accumulate_dtype(student, teacher)),
         student.new_empty((student.shape[0], eager.STATISTICS), dtype=wide),

@@ -53,10 +53,8 @@ void run_rows(const KdArguments& kd, const F& f) {
   });
 }
 
-// A scalar, or a vector of losses.
-Tensor new_losses(const std::vector<double>& values, bool scalar, bool fp64, Device device) {
-  const int64_t size = int64_t(values.size()), stride = 1;
-  Tensor losses = new_tensor(scalar ? 0 : 1, &size, &stride, accumulate_dtype(fp64), device);
+Tensor losses_of(const std::vector<double>& values, bool sum, bool fp64, Device device) {
+  Tensor losses = new_losses(sum, int64_t(values.size()), fp64, device);
   write_loss(losses, fp64, values);
   return losses;
 }
@@ -89,8 +87,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teacher,
     loss += divergence * (alpha * temperature * temperature / double(kd.B));
   }
   if (kd.options.entropy) loss += (1 - alpha) * entropy / double(valid);
-  return {new_losses({loss}, true, kd.fp64, kd.device), stats,
-          new_losses({double(valid)}, true, true, kd.device)};
+  return {losses_of({loss}, true, kd.fp64, kd.device), stats,
+          losses_of({double(valid)}, true, true, kd.device)};
 }
 
 Tensors kd_loss_backward(Tensor student, Tensor teacher, std::optional<Tensor> labels, Tensor stats,
@@ -182,7 +180,7 @@ std::tuple<Tensor, Tensor> distance_loss(Tensors student, Tensors teacher,
     }
     losses[options.sum ? 0 : i] += options.weights[i] * loss;
   }
-  return {new_losses(losses, options.sum, arguments.fp64, arguments.device), std::move(squares)};
+  return {losses_of(losses, options.sum, arguments.fp64, arguments.device), std::move(squares)};
 }
 
 Tensors distance_loss_backward(Tensors a, Tensors b, Tensor squares, Tensor gradient,

@@ -55,12 +55,7 @@ __device__ inline void finish_loss(const DistanceParams& params, Control& contro
     block_sum(sum, control);
     total = params.add ? total + pair.weight * sum[0] : pair.weight * sum[0];
     if (threadIdx.x != 0 || (params.add && i + 1 < params.count)) continue;
-    const int64_t at = params.add ? 0 : params.first_pair + i;
-    if (params.loss_fp64) {
-      static_cast<double*>(params.loss)[at] = total;
-    } else {
-      static_cast<float*>(params.loss)[at] = float(total);
-    }
+    store_loss(params.loss, params.loss_fp64, params.add ? 0 : params.first_pair + i, total);
     if (params.add) *params.sum = total;
   }
 }

@@ -60,9 +60,8 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teacher,
   const KdArguments kd(student, teacher, labels, temperature, alpha, label_smoothing, ignore_index);
   const OnDevice scope(kd.device);
   const Counters counters(kd.device, scope.stream(), 1);
-  const int64_t none = 0;
-  Tensor loss = new_tensor(0, &none, &none, accumulate_dtype(kd.fp64), kd.device);
-  Tensor valid = new_tensor(0, &none, &none, aoti_torch_dtype_float64(), kd.device);
+  Tensor loss = new_losses(true, 1, kd.fp64, kd.device);
+  Tensor valid = new_losses(true, 1, true, kd.device);
   Tensor stats = new_rows(kd.B, kStatistics, aoti_torch_dtype_float64(), kd.device);
   KdParams params = kd_params(kd, limits_of(kd.device));
   params.stats = static_cast<double*>(stats.mutable_data_ptr());
@@ -155,9 +154,7 @@ std::tuple<Tensor, Tensor> distance_loss(Tensors student, Tensors teacher,
   const DistanceOptions options(weights, count, arguments.B, root, reduction);
   const int64_t samples = count * arguments.B;
   STD_TORCH_CHECK(samples < kMaxExtent, "at_fused: at most 2^30 samples, got ", samples);
-  const int64_t stride = 1;
-  Tensor loss = new_tensor(options.sum ? 0 : 1, &count, &stride, accumulate_dtype(arguments.fp64),
-                           arguments.device);
+  Tensor loss = new_losses(options.sum, count, arguments.fp64, arguments.device);
   Tensor squares = new_rows(count, arguments.B, aoti_torch_dtype_float64(), arguments.device);
   Tensor sum = new_rows(1, 1, aoti_torch_dtype_float64(), arguments.device);
   const Counters counters(arguments.device, scope.stream(), 1 + samples);

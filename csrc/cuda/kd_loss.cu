@@ -122,11 +122,7 @@ __device__ inline void finish_loss(const KdParams& params, Control& control) {
   }
   if (options.entropy) loss += (1 - options.alpha) * total[1] / total[2];
   *params.valid = total[2];
-  if (params.loss_fp64) {
-    *static_cast<double*>(params.loss) = loss;
-  } else {
-    *static_cast<float*>(params.loss) = float(loss);
-  }
+  store_loss(params.loss, params.loss_fp64, 0, loss);
 }
 
 // Hinton's loss, and what its gradient needs of each row.

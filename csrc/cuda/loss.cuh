@@ -148,14 +148,6 @@ struct SharedMemory {
         kept(student_map + map_bytes) {}
 };
 
-__device__ inline void put_loss(const LossParams& params, int64_t at, double loss) {
-  if (params.loss_fp64) {
-    static_cast<double*>(params.loss)[at] = loss;
-  } else {
-    static_cast<float*>(params.loss)[at] = float(loss);
-  }
-}
-
 // Adds the samples' losses of this launch, in the same order whatever the schedule was.
 __device__ inline void total_losses(const LossParams& params, Control& control) {
   double total = params.continues ? __ldcg(params.sum) : 0.0;
@@ -168,7 +160,7 @@ __device__ inline void total_losses(const LossParams& params, Control& control) 
     block_sum(sum, control);
     total = params.add ? total + sum[0] : sum[0];
     if (threadIdx.x == 0 && (!params.add || i + 1 == params.count)) {
-      put_loss(params, params.add ? 0 : params.first_pair + i, total);
+      store_loss(params.loss, params.loss_fp64, params.add ? 0 : params.first_pair + i, total);
       if (params.add) *params.sum = total;
     }
   }

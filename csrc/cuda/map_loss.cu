@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<true>)
     const double loss = finish_sample<fp64, true>(params, pair, maps, false, control);
     if (threadIdx.x > 0) continue;
     if (params.of_samples) {
-      put_loss(params, int64_t(params.first_pair + i) * pair.B + b, loss);
+      store_loss(params.loss, params.loss_fp64, int64_t(params.first_pair + i) * pair.B + b, loss);
     } else {
       params.sample_losses[pair.first_sample + b] = loss;
     }

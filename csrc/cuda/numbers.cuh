@@ -242,4 +242,12 @@ struct SignedPower {
   }
 };
 
+__device__ inline void store_loss(void* losses, bool fp64, int64_t at, double loss) {
+  if (fp64) {
+    static_cast<double*>(losses)[at] = loss;
+  } else {
+    static_cast<float*>(losses)[at] = float(loss);
+  }
+}
+
 }  // namespace at_fused

@@ -17,6 +17,7 @@ from at_fused.backends.eager.attention import (
     pair_loss,
     sample_weight,
     split_sizes,
+    wide_dtype,
 )
 from at_fused.backends.eager.distance import (
     distance_loss,
@@ -43,4 +44,5 @@ __all__ = [
     "sample_weight",
     "split_sizes",
     "squared_distances",
+    "wide_dtype",
 ]

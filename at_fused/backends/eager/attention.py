@@ -9,6 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """fp64, for what needs it whatever the dtype; fp32 on Apple's GPUs, which have none."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def wide(x: Tensor) -> Tensor:
+    """In fp64, where there is one."""
+    return x if x.device.type == "mps" else x.double()
+
+
 def accumulate_dtype(*features: Tensor) -> torch.dtype:
     """The dtype of maps, coefficients and losses: fp64 where a feature is, else fp32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
@@ -137,7 +147,7 @@ def normalize(raw: Tensor, eps: float, eps_mode: str) -> tuple[Tensor, Tensor, T
     That is Q / ||Q||, zeros where a norm has no part in the quotient, and the divisor. All in fp64.
     """
     # Squares of a map overflow fp32 from features of 1e10 on. Apple's GPUs have no fp64.
-    raw = raw if raw.device.type == "mps" else raw.double()
+    raw = wide(raw)
     # The norm's own derivative is 0/0 at a zero map, where it has no part anyway.
     squares = (raw * raw).sum(1, keepdim=True)
     constant = squares <= (eps * eps if eps_mode == "max" else 0.0)

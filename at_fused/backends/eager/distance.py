@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from at_fused.backends.eager.attention import accumulate_dtype, sample_weight
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.device.type == "mps" else x.double()
+from at_fused.backends.eager.attention import accumulate_dtype, sample_weight, wide
 
 
 def _root(squares: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,7 +17,7 @@ def _root(squares: Tensor) -> tuple[Tensor, Tensor]:
 
 def squared_distances(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """Sum of |a - b|^2 over all but the first dimension, (pairs, B), in fp64."""
-    differences = [_wide(x) - _wide(y) for x, y in zip(a, b, strict=True)]
+    differences = [wide(x) - wide(y) for x, y in zip(a, b, strict=True)]
     return torch.stack([d.square().flatten(1).sum(1) for d in differences])
 
 
@@ -55,10 +51,10 @@ def distance_loss_backward(
     gradients = []
     for i, x, y in zip(pairs, a, b, strict=True):
         weight = sample_weight(weights, i, x.shape[0], reduction)
-        above = _wide(gradient if reduction == "sum" else gradient[i])
+        above = wide(gradient if reduction == "sum" else gradient[i])
         slope = _root(squares[i])[1] if root else torch.ones_like(squares[i])
         factor = (2 * weight * above * slope).reshape(-1, *(1,) * (x.dim() - 1))
-        found = (factor * (_wide(x) - _wide(y))).to(x.dtype)
+        found = (factor * (wide(x) - wide(y))).to(x.dtype)
         out = torch.empty_like(x)
         gradients.append(found if found.stride() == out.stride() else out.copy_(found))
     return gradients

@@ -7,17 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from at_fused.backends.eager.attention import accumulate_dtype
+from at_fused.backends.eager.attention import accumulate_dtype, wide
 
 # What is kept of a row (fp64): the largest logit and sum_k exp((x_k - max) / T) of student and of
 # teacher; the logarithm of these sums' quotient; the divergence; and of the cross-entropy
 # sum_k exp(s_k - max) and the loss.
 STATISTICS = 8
-
-
-def _wide(x: Tensor) -> Tensor:
-    # In fp64 the plain formulas hold for every temperature. Apple's GPUs have none.
-    return x if x.device.type == "mps" else x.double()
 
 
 class Divergence(NamedTuple):
@@ -44,7 +39,8 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Divergen
     cancel at high temperatures, whose d are small. And d from t - s, not from two logarithms: what
     the logits have in common would drown it.
     """
-    s, t = _wide(student), _wide(teacher)
+    # In fp64 the plain formulas hold for every temperature.
+    s, t = wide(student), wide(teacher)
     s_max, s_exp, s_sum = _exponentials(s, temperature)
     t_max, t_exp, t_sum = _exponentials(t, temperature)
     p, q = s_exp / s_sum, t_exp / t_sum
@@ -92,7 +88,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The cross-entropy of each row, 0 where it is ignored, and which rows count."""
     index, counted, wrong = _classes(student, labels, ignore_index)
-    log_p = torch.log_softmax(_wide(student), 1)
+    log_p = torch.log_softmax(wide(student), 1)
     loss = -log_p.gather(1, index.unsqueeze(1)).squeeze(1)
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(1)
@@ -105,7 +101,7 @@ def cross_entropy_gradient(
 ) -> Tensor:
     """The gradient of the sum of ``cross_entropy``, (B, K)."""
     index, counted, wrong = _classes(student, labels, ignore_index)
-    p = torch.softmax(_wide(student), 1)
+    p = torch.softmax(wide(student), 1)
     target = torch.zeros_like(p).scatter(1, index.unsqueeze(1), 1 - label_smoothing)
     gradient = p - target - label_smoothing / student.shape[1]
     gradient = torch.where(wrong.unsqueeze(1), float("nan"), gradient)
@@ -133,7 +129,7 @@ def kd_loss(
         ce, counted = cross_entropy(student, labels, label_smoothing, ignore_index)
         valid = counted.sum().to(loss.dtype)
         loss = loss + ce.sum() * (1 - alpha) / valid
-    ce_sum = (_wide(student) - s_max).exp().sum(1) + 0 * ce
+    ce_sum = (wide(student) - s_max).exp().sum(1) + 0 * ce
     sums = (x.squeeze(1) for x in found.sums)
     stats = torch.stack([*sums, found.kl, ce_sum, ce], 1)
     return loss.to(accumulate_dtype(student, teacher)), stats, valid
@@ -157,7 +153,7 @@ def kd_loss_backward(
 
     From the logits alone, so that it can itself be differentiated; ``stats`` is for kernels.
     """
-    g = _wide(gradient)
+    g = wide(gradient)
     found = divergence(student, teacher, temperature)
     scale = g * (alpha * temperature / student.shape[0])
     gradients = []

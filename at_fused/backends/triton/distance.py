@@ -12,7 +12,7 @@ from torch import Tensor
 from at_fused.backends import eager
 from at_fused.backends.triton import distance_kernels as kernels
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.checks import check_dtypes, require
+from at_fused.backends.triton.checks import check_dtypes, check_loss_gradient, require
 
 _BLOCK_BYTES = 4096  # of a side at a time: two accesses of 16 bytes to a thread
 _PIECE = 16 * 1024  # elements of a program's piece, at the least
@@ -179,11 +179,7 @@ def distance_loss_backward(
         gradient.shape == (() if reduction == "sum" else (count,)),
         "the gradient must have the shape of the loss",
     )
-    require(
-        gradient.dtype in (torch.float32, torch.float64),
-        "the loss gradient must be float32 or float64",
-    )
-    require(gradient.device == a[0].device, "the loss gradient must be on the tensors' device")
+    check_loss_gradient(gradient, pairs, a[0].device)
     require(len(pairs) == len(a), f"a pair number per tensor, got {len(pairs)} for {len(a)}")
     for pair in pairs:
         require(0 <= pair < count, f"pair number {pair} is out of range")
