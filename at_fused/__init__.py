@@ -9,7 +9,14 @@ from at_fused._warnings import AtFusedWarning
 from at_fused.backends import Backend, backends, use_backend
 from at_fused.backends import load as _load
 from at_fused.distillation import FeaturesLoss, KDLoss, features_loss, kd_loss
-from at_fused.functional import at, at_loss, at_value_and_grad, attention_map
+from at_fused.functional import (
+    at,
+    at_loss,
+    at_value_and_grad,
+    attention_map,
+    attention_tap,
+    map_loss,
+)
 from at_fused.gradients import flip_symmetry_loss, gradient_at_loss, input_gradient
 from at_fused.modules import ATLoss
 
@@ -26,12 +33,14 @@ __all__ = [
     "at_loss",
     "at_value_and_grad",
     "attention_map",
+    "attention_tap",
     "backends",
     "features_loss",
     "flip_symmetry_loss",
     "gradient_at_loss",
     "input_gradient",
     "kd_loss",
+    "map_loss",
     "schedules",
     "use_backend",
 ]

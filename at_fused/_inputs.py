@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -182,6 +182,16 @@ def sides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> tuple[Side, Side
     return found[0], found[1]
 
 
+def one(
+    x: object, channel_dim: int, skip_tokens: int, map_size: MapSize | None
+) -> tuple[Tensor, Side]:
+    """A feature alone, as (B, C, *spatial), and where its channels were."""
+    if not is_feature(x):
+        refuse_feature("x", x)
+    side, _ = sides(channel_dim, skip_tokens, map_size)
+    return place("x", cast(Tensor, x), side), side
+
+
 # ---- pairs ---------------------------------------------------------------------------------------
 
 
@@ -234,6 +244,35 @@ def pairs(
         if not (s.device == t.device == device and s.shape[0] == t.shape[0]):
             _refuse_pair(i, s, t, device)
     return students, teachers
+
+
+def _maps(name: str, given: object) -> list[Tensor]:
+    """Maps (B, *spatial) as features of one channel."""
+    if isinstance(given, (list, tuple)):
+        if not given:
+            raise ValueError(f"{name} must not be an empty {kind(given)}")
+        return [q for i, each in enumerate(given) for q in _maps(f"{name}[{i}]", each)]
+    q = check_tensor(name, given)
+    if q.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, as attention maps are, got {q.dtype}")
+    if not 2 <= q.dim() <= 4:
+        raise ValueError(
+            f"{name} must be a map (B, H, W), or have one to three spatial dimensions, "
+            f"got shape {tuple(q.shape)}"
+        )
+    return [q.unsqueeze(1)]
+
+
+def map_pairs(
+    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both sides' maps as lists of (B, 1, *spatial), pair by pair of one batch size and device."""
+    if isinstance(student, Tensor) != isinstance(teacher, Tensor):
+        raise TypeError(
+            "student and teacher must both be maps or both be sequences of maps, "
+            f"got {kind(student)} and {kind(teacher)}"
+        )
+    return pairs(_maps("student", student), _maps("teacher", teacher))
 
 
 def check_sizes(students: list[Tensor], teachers: list[Tensor], resize: str | None) -> bool:

@@ -1,7 +1,7 @@
 """A call of ``at_loss``: checked, and carried out by the operators.
 
 The plain options are one operator (``at_loss``). The others are two, ``attention_map`` and
-``map_loss``, with torch's own operators between them for what concerns the maps alone, a C-th of
+``map_loss`` (which is also what remains of a loss whose maps were made by taps), with torch's own operators between them for what concerns the maps alone, a C-th of
 the features: their interpolation, masks and sample weights.
 """
 
@@ -117,6 +117,38 @@ def prepare(
     )
 
 
+def prepare_maps(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    form: str,
+    weights: Sequence[float] | None,
+    reduction: str,
+    resize: str | None,
+    mask: Tensor | Sequence[Tensor] | None,
+    sample_weights: Tensor | None,
+    eps: float,
+    eps_mode: str,
+) -> Problem:
+    """Checks the arguments of ``map_loss``; the maps become features of one channel."""
+    _inputs.check_options(eps=eps, form=form, reduction=reduction, eps_mode=eps_mode)
+    if resize not in (None, "maps"):
+        raise ValueError(f"resize must be None or 'maps' for a loss of maps, got {resize!r}")
+    students, teachers = _inputs.map_pairs(student, teacher)
+    if reduction == "sample":
+        _inputs.check_one_batch(students)
+    return Problem(
+        students,
+        teachers,
+        [],
+        pair_weights(weights, len(students)),
+        Options(2.0, "mean", True, form, reduction, eps_mode, float(eps)),
+        resize,
+        "spatial",
+        None if mask is None else _inputs.check_masks(mask, students),
+        None if sample_weights is None else _inputs.check_sample_weights(sample_weights, students),
+    )
+
+
 def solve(problem: Problem) -> Tensor:
     """The loss."""
     attend, students = problem.attend, problem.students
@@ -147,7 +179,7 @@ def _tracked(features: list[Tensor]) -> bool:
 
 def _loss(problem: Problem) -> Tensor:
     students, teachers, tokens, weights, options, resize, _, masks, sample_weights = problem
-    p, collapse, absolute, form, reduction, eps_mode, eps = options
+    p, collapse, absolute, form, reduction, _, eps = options
     same = _inputs.check_sizes(students, teachers, resize)
     if same and not tokens and masks is None and sample_weights is None and options.plain():
         grads = _tracked(students), _tracked(teachers)
@@ -170,10 +202,30 @@ def _loss(problem: Problem) -> Tensor:
     maps = _ops.attention_map(features, p, collapse, absolute, sizes)[: 2 * n]
     if tokens and not sizes:
         maps = [q[:, skip:] for q, (_, skip) in zip(maps, tokens, strict=True)]
-    if resize == "maps" and not same:
-        given = [x.shape[2:] for x in teachers]
-        teacher_maps = zip(maps[n:], given, targets, strict=True)
-        maps = maps[:n] + [_interpolate(*each) for each in teacher_maps]
+    given = targets if sizes else [x.shape[2:] for x in teachers]
+    return _loss_of_maps(problem, maps, given, targets)
+
+
+def solve_maps(problem: Problem) -> Tensor:
+    """The loss of raw maps, which stand as features of one channel."""
+    students, teachers = problem.students, problem.teachers
+    _inputs.check_sizes(students, teachers, problem.resize)
+    return _loss_of_maps(
+        problem,
+        [x.flatten(1) for x in students + teachers],
+        [x.shape[2:] for x in teachers],
+        [x.shape[2:] for x in students],
+    )
+
+
+def _loss_of_maps(
+    problem: Problem, maps: list[Tensor], given: list[torch.Size], targets: list[torch.Size]
+) -> Tensor:
+    """From raw maps (B, N), the students' first; ``given`` is the teachers' size."""
+    n, masks, sample_weights = len(targets), problem.masks, problem.sample_weights
+    _, _, _, form, reduction, eps_mode, eps = problem.options
+    teacher_maps = zip(maps[n:], given, targets, strict=True)
+    maps = maps[:n] + [_interpolate(*each) for each in teacher_maps]
     if masks is not None:
         maps = [
             q * _resized_mask(mask, target, q.dtype)
@@ -182,7 +234,7 @@ def _loss(problem: Problem) -> Tensor:
     loss, _ = _ops.map_loss(
         maps[:n],
         maps[n:],
-        weights,
+        problem.weights,
         form,
         reduction if sample_weights is None else "sample",
         eps_mode,

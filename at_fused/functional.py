@@ -10,7 +10,7 @@ from torch import Tensor
 
 from at_fused import _inputs, _ops
 from at_fused._inputs import MapSize, MapSizes, Sides
-from at_fused._problem import prepare, solve
+from at_fused._problem import prepare, prepare_maps, solve, solve_maps
 from at_fused.backends import eager
 
 if TYPE_CHECKING:
@@ -224,6 +224,16 @@ def at_value_and_grad(
     return loss, gradients
 
 
+def _options_of_one(
+    p: float, collapse: str, attend: str, absolute: bool, eps: float, eps_mode: str
+) -> None:
+    _inputs.check_options(
+        p=p, eps=eps, absolute=absolute, collapse=collapse, attend=attend, eps_mode=eps_mode
+    )
+    if attend == "both":
+        raise ValueError("attend must be 'spatial' or 'channel' for one map, got 'both'")
+
+
 def attention_map(
     x: Tensor,
     *,
@@ -262,21 +272,121 @@ def attention_map(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
     """
-    _inputs.check_options(
-        p=p, eps=eps, absolute=absolute, collapse=collapse, attend=attend, eps_mode=eps_mode
-    )
-    if attend == "both":
-        raise ValueError("attend must be 'spatial' or 'channel' for one map, got 'both'")
-    if not _inputs.is_feature(x):
-        _inputs.refuse_feature("x", x)
-    side, _ = _inputs.sides(channel_dim, skip_tokens, map_size)
-    feature = _inputs.place("x", x, side)
+    _options_of_one(p, collapse, attend, absolute, eps, eps_mode)
+    feature, _ = _inputs.one(x, channel_dim, skip_tokens, map_size)
     if attend == "channel":
         feature = _inputs.channels_as_positions(feature)
     raw = _ops.attention_map([feature], float(p), collapse, absolute)[0]
     if normalize:
         raw = eager.normalize(raw, float(eps), eps_mode)[0].to(raw.dtype)
     return raw.view(x.shape[0], *feature.shape[2:])
+
+
+def attention_tap(
+    x: Tensor,
+    *,
+    p: float = 2.0,
+    collapse: str = "mean",
+    normalize: bool = False,
+    attend: str = "spatial",
+    channel_dim: int = 1,
+    skip_tokens: int = 0,
+    map_size: MapSize | None = None,
+    absolute: bool = True,
+    eps: float = 1e-12,
+    eps_mode: str = "max",
+) -> tuple[Tensor, Tensor]:
+    """A feature on its way through a network, and its attention map: ``x, q = attention_tap(x)``.
+
+    The first result is ``x`` itself, for the next layer; the second its map Q (``normalize``: q),
+    as :func:`attention_map` has it, for :func:`map_loss`. The backward gets both gradients, and
+    adds the map's into the other in one sweep::
+
+        dL/dx[b, c, n] = dL/dx' + scale * p * dL/dQ[b, n] * |x|^(p-1) * sign(x)
+
+    in place where that gradient is nobody else's: no other branch of the graph, hook, view or
+    capture holds it. Otherwise, and with ``create_graph``, the result is a new tensor. So the loss
+    costs no feature-sized memory, and a teacher's feature need not outlive its map.
+
+    Args:
+        x: as in :func:`attention_map`.
+        p, collapse, normalize, attend, channel_dim, skip_tokens, map_size, absolute, eps, eps_mode:
+            as in :func:`attention_map`.
+
+    Returns:
+        x (a view of it where it requires a gradient, which must not be changed in place), and the
+        map, (B, H, W) or (B, C): float64 for float64 features, else float32. Differentiable to any
+        order. Without gradients the map is all that is kept.
+
+    Raises:
+        TypeError, ValueError: as :func:`at_loss`.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
+    """
+    _options_of_one(p, collapse, attend, absolute, eps, eps_mode)
+    feature, side = _inputs.one(x, channel_dim, skip_tokens, map_size)
+    place = _ops.Place(
+        1 if side.channel_dim == 1 else -1,
+        side.skip_tokens if x.dim() == 3 else 0,
+        attend == "channel",
+    )
+    y, raw = _ops.attention_tap(x, float(p), collapse, absolute, place)
+    if normalize:
+        raw = eager.normalize(raw, float(eps), eps_mode)[0].to(raw.dtype)
+    return y, raw if attend == "channel" else raw.view(x.shape[0], *feature.shape[2:])
+
+
+def map_loss(
+    student: Tensor | Sequence[Tensor],
+    teacher: Tensor | Sequence[Tensor],
+    *,
+    form: str = "code",
+    weights: Sequence[float] | None = None,
+    reduction: str = "sum",
+    resize: str | None = None,
+    mask: Tensor | Sequence[Tensor] | None = None,
+    sample_weights: Tensor | None = None,
+    eps: float = 1e-12,
+    eps_mode: str = "max",
+) -> Tensor:
+    """Attention-transfer loss between attention maps, which taps or :func:`attention_map` made.
+
+    With ``q[b] = Q[b] / max(||Q[b]||_2, eps)`` the loss of a pair is, as in :func:`at_loss`::
+
+        form="code"     1/(B N) * sum_b ||qs[b] - qt[b]||_2^2
+        form="paper"    1/B     * sum_b ||qs[b] - qt[b]||_2
+
+    Args:
+        student: (B, H, W), or a list or tuple of such maps, one per stage; also (B, L), (B, C) and
+            (B, D, H, W). float32 or float64, raw or normalised, which changes nothing but what eps
+            means.
+        teacher: as many maps, each with the B of its partner, and its size unless ``resize="maps"``
+            interpolates it (bilinearly) to the student's.
+        form, weights, reduction, mask, sample_weights, eps, eps_mode: as in :func:`at_loss`.
+        resize: None or "maps".
+
+    Returns:
+        As :func:`at_loss`.
+
+    Raises:
+        TypeError, ValueError: as :func:`at_loss`.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1.
+    """
+    return solve_maps(
+        prepare_maps(
+            student,
+            teacher,
+            form,
+            weights,
+            reduction,
+            resize,
+            mask,
+            sample_weights,
+            eps,
+            eps_mode,
+        )
+    )
 
 
 def at(

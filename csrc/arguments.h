@@ -309,7 +309,10 @@ class Gradients {
     }
   }
 
-  // The gradients with the strides that the caller was promised.
+  // A gradient with the strides that the caller was promised, before `finish`.
+  const Tensor& result(size_t i) const { return results_[i]; }
+
+  // All of them.
   Tensors finish() {
     for (size_t i = 0; i < written.size(); ++i) {
       if (written[i].get() != results_[i].get()) torch::stable::copy_(results_[i], written[i]);

@@ -45,6 +45,10 @@ inline bool accumulates_fp64(const Feature& feature) { return feature.dtype == D
 inline int64_t map_element_size(const Feature& feature) {
   return accumulates_fp64(feature) ? 8 : 4;
 }
+// Runs of adjacent elements in a sample: channels in planar, positions in interleaved.
+inline int64_t lines(const Feature& feature) {
+  return feature.layout == Layout::planar ? feature.C : feature.N;
+}
 inline int64_t sample_bytes(const Feature& feature) {
   return feature.C * feature.N * element_size(feature.dtype);
 }

@@ -8,12 +8,17 @@ from at_fused._ops.attention import attention_map, attention_map_backward
 from at_fused._ops.distance import distance_loss, distance_loss_backward
 from at_fused._ops.kd import kd_loss, kd_loss_backward
 from at_fused._ops.loss import at_loss, at_value_and_grad, map_loss
+from at_fused._ops.tap import Place, attention_tap, attention_tap_backward, attention_tap_backward_
 
 __all__ = [
+    "Place",
     "at_loss",
     "at_value_and_grad",
     "attention_map",
     "attention_map_backward",
+    "attention_tap",
+    "attention_tap_backward",
+    "attention_tap_backward_",
     "distance_loss",
     "distance_loss_backward",
     "kd_loss",

@@ -24,6 +24,8 @@ from at_fused.backends import cpu, cuda, eager, triton
 OPERATORS = (
     "attention_map",
     "attention_map_backward",
+    "attention_tap_backward",
+    "attention_tap_backward_",
     "map_loss",
     "at_loss",
     "at_value_and_grad",

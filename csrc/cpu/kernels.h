@@ -60,6 +60,13 @@ struct Kernels {
   void (*general_backward)(const Feature& feature, const GeneralMap& general, int64_t b,
                            int64_t begin, int64_t end, double gradient, const void* k,
                            const int32_t* channels, const Feature& out, void* scratch);
+
+  // As attention_map_backward, added to `add`, of the layout and dtype of `feature`, which may be
+  // `out`; with `channels` only those have a gradient.
+  void (*attention_tap_backward)(const Feature& feature, const Feature& add, int64_t b,
+                                 int64_t begin, int64_t end, double p, bool keeps_sign,
+                                 double gradient, const void* k, const int32_t* channels,
+                                 const Feature& out, bool stream);
 };
 
 // Doubles that the general kernels keep in their caller's memory, for one feature at a time:

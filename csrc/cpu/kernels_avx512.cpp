@@ -19,8 +19,9 @@
 #include "kernels_general.h"
 
 namespace at_fused {
-const Kernels kernels_avx512 = {"avx512",    attention_map,   sample_loss, attention_map_backward,
-                                general_map, general_backward};
+const Kernels kernels_avx512 = {
+    "avx512",    attention_map,    sample_loss,           attention_map_backward,
+    general_map, general_backward, attention_tap_backward};
 }  // namespace at_fused
 
 #if defined(__clang__)

@@ -225,13 +225,44 @@ void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P
 
 // ---- backward: one sweep over the features ----------------------------------------------------
 
-// out = f(x, k) over one line. With `stream` the aligned middle is written past the caches.
-template <class T, class A, class K, class F>
-AT_FUSED_INLINE void sweep_line(const T* x, T* out, int64_t n, bool stream, K k, F f) {
+// What a sweep's gradient is added to: nothing, or the line of another one.
+struct Nothing {
+  Nothing line(int64_t) const { return {}; }
+  template <class V>
+  AT_FUSED_INLINE V full(int64_t, V v) const {
+    return v;
+  }
+  template <class V>
+  AT_FUSED_INLINE V partial(int64_t, int, V v) const {
+    return v;
+  }
+};
+
+template <class T>
+struct Addend {
+  const T* first;
+  int64_t step;
+  Addend line(int64_t i) const { return {first + i * step, step}; }
+  template <class V>
+  AT_FUSED_INLINE V full(int64_t i, V v) const {
+    return load(first + i) + v;
+  }
+  template <class V>
+  AT_FUSED_INLINE V partial(int64_t i, int count, V v) const {
+    return load_partial(first + i, count) + v;
+  }
+};
+
+// out = f(x, k) over one line, and what `add` has. With `stream` the aligned middle is written past
+// the caches. `out` may be what is added to.
+template <class T, class A, class K, class Add, class F>
+AT_FUSED_INLINE void sweep_line(const T* x, T* out, int64_t n, bool stream, K k, Add add, F f) {
   constexpr int width = lanes<A>;
   int64_t i = 0;
+  const auto full = [&]() AT_FUSED_LAMBDA { return add.full(i, f(load(x + i), k.full(i))); };
   const auto partial = [&](int count) {
-    store_partial(out + i, f(load_partial(x + i, count), k.partial(i, count)), count);
+    const Vec<A> value = f(load_partial(x + i, count), k.partial(i, count));
+    store_partial(out + i, add.partial(i, count, value), count);
     i += count;
   };
   if (stream) {
@@ -240,10 +271,10 @@ AT_FUSED_INLINE void sweep_line(const T* x, T* out, int64_t n, bool stream, K k,
     const int64_t head = off ? int64_t((bytes - off) / sizeof(T)) : 0;
     if (head && head < n) partial(int(head));
     if (reinterpret_cast<uintptr_t>(out + i) % bytes == 0) {
-      for (; i + width <= n; i += width) store_streaming(out + i, f(load(x + i), k.full(i)));
+      for (; i + width <= n; i += width) store_streaming(out + i, full());
     }
   }
-  for (; i + width <= n; i += width) store(out + i, f(load(x + i), k.full(i)));
+  for (; i + width <= n; i += width) store(out + i, full());
   if (i < n) partial(int(n - i));
 }
 
@@ -261,22 +292,22 @@ struct CoefficientSplat {
   AT_FUSED_INLINE Vec<A> partial(int64_t, int) const { return k; }
 };
 
-template <class T, class A, class P>
+template <class T, class A, class P, class Add>
 void backward_planar(const T* x, int64_t line, T* out, int64_t out_line, int64_t channels,
-                     int64_t n, P p, A gradient, const A* k, bool stream) {
+                     int64_t n, P p, A gradient, const A* k, bool stream, Add add) {
   for (int64_t c = 0; c < channels; ++c) {
-    sweep_line<T, A>(x + c * line, out + c * out_line, n, stream, CoefficientRow<A>{k},
+    sweep_line<T, A>(x + c * line, out + c * out_line, n, stream, CoefficientRow<A>{k}, add.line(c),
                      [&](Vec<A> a, Vec<A> kn)
                          AT_FUSED_LAMBDA { return (gradient * kn) * p.slope(a); });
   }
 }
 
-template <class T, class A, class P>
+template <class T, class A, class P, class Add>
 void backward_interleaved(const T* x, int64_t line, T* out, int64_t out_line, int64_t positions,
-                          int64_t C, P p, A gradient, const A* k, bool stream) {
+                          int64_t C, P p, A gradient, const A* k, bool stream, Add add) {
   for (int64_t i = 0; i < positions; ++i) {
     sweep_line<T, A>(x + i * line, out + i * out_line, C, stream,
-                     CoefficientSplat<A>{splat(gradient * k[i])},
+                     CoefficientSplat<A>{splat(gradient * k[i])}, add.line(i),
                      [&](Vec<A> a, Vec<A> kn) AT_FUSED_LAMBDA { return kn * p.slope(a); });
   }
 }
@@ -470,23 +501,30 @@ double sample_loss(const SampleLoss& sample) {
                       static_cast<float*>(sample.student_result));
 }
 
+// The lines [begin, end) of a sample, added to what `add` has of them.
+template <class T, class A, class P, class Add>
+void backward_lines(const Feature& feature, const Feature& out, int64_t b, int64_t begin,
+                    int64_t end, P p, A gradient, const A* k, bool stream, Add add) {
+  const T* x = static_cast<const T*>(feature.data) + b * feature.batch + begin * feature.line;
+  T* to = static_cast<T*>(const_cast<void*>(out.data)) + b * out.batch + begin * out.line;
+  if (feature.layout == Layout::planar) {
+    backward_planar<T, A>(x, feature.line, to, out.line, end - begin, feature.N, p, gradient, k,
+                          stream, add);
+  } else {
+    backward_interleaved<T, A>(x, feature.line, to, out.line, end - begin, feature.C, p, gradient,
+                               k + begin, stream, add);
+  }
+}
+
 void attention_map_backward(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
                             bool keeps_sign, double gradient, const void* k, const Feature& out,
                             bool stream) {
   with_dtype(feature.dtype, [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
-    const T* x = static_cast<const T*>(feature.data) + b * feature.batch + begin * feature.line;
-    T* to = static_cast<T*>(const_cast<void*>(out.data)) + b * out.batch + begin * out.line;
-    const A* coefficients = static_cast<const A*>(k);
     with_exponent<A>(p, keeps_sign, [&](auto exponent) {
-      if (feature.layout == Layout::planar) {
-        backward_planar<T, A>(x, feature.line, to, out.line, end - begin, feature.N, exponent,
-                              A(gradient), coefficients, stream);
-      } else {
-        backward_interleaved<T, A>(x, feature.line, to, out.line, end - begin, feature.C, exponent,
-                                   A(gradient), coefficients + begin, stream);
-      }
+      backward_lines<T, A>(feature, out, b, begin, end, exponent, A(gradient),
+                           static_cast<const A*>(k), stream, Nothing{});
     });
   });
   if (stream) streaming_fence();

@@ -165,24 +165,51 @@ void max_map(const Feature& feature, const T* x, int64_t n, A* value, int32_t* c
   });
 }
 
+// f(n, c) for the channels that won among the lines [begin, end). One that is none, which only a
+// direct call can name, has no gradient.
+template <class F>
+AT_FUSED_INLINE void for_each_winner(const Feature& feature, int64_t begin, int64_t end,
+                                     const int32_t* channels, F f) {
+  const bool planar = feature.layout == Layout::planar;
+  const int64_t first = planar ? begin : 0, last = planar ? end : feature.C;
+  for (int64_t n = planar ? 0 : begin; n < (planar ? feature.N : end); ++n) {
+    if (channels[n] >= first && channels[n] < last) f(n, int64_t(channels[n]));
+  }
+}
+
+AT_FUSED_INLINE int64_t offset(const Feature& feature, int64_t n, int64_t c) {
+  return feature.layout == Layout::planar ? c * feature.line + n : n * feature.line + c;
+}
+AT_FUSED_INLINE int64_t line_length(const Feature& feature) {
+  return feature.layout == Layout::planar ? feature.N : feature.C;
+}
+
 // The gradient is 0 but for the channels that won.
 template <class T, class A, class P>
 void max_backward(const Feature& feature, const Feature& out, const T* x, T* to, int64_t begin,
                   int64_t end, P p, A gradient, const A* k, const int32_t* channels) {
-  const bool planar = feature.layout == Layout::planar;
   for (int64_t i = begin; i < end; ++i) {
-    std::memset(to + i * out.line, 0, (planar ? feature.N : feature.C) * sizeof(T));
+    std::memset(to + i * out.line, 0, line_length(feature) * sizeof(T));
   }
-  const auto write = [&](int64_t n, int64_t c) {
-    const T* from = planar ? x + c * feature.line + n : x + n * feature.line + c;
-    const Vec<A> value = gradient * k[n] * p.slope(load_partial(from, 1));
-    store_partial(planar ? to + c * out.line + n : to + n * out.line + c, value, 1);
-  };
-  // A channel that is none, which only a direct call can name, has no gradient.
-  const int64_t first = planar ? begin : 0, last = planar ? end : feature.C;
-  for (int64_t n = planar ? 0 : begin; n < (planar ? feature.N : end); ++n) {
-    if (channels[n] >= first && channels[n] < last) write(n, channels[n]);
+  for_each_winner(feature, begin, end, channels, [&](int64_t n, int64_t c) AT_FUSED_LAMBDA {
+    const Vec<A> value = gradient * k[n] * p.slope(load_partial(x + offset(feature, n, c), 1));
+    store_partial(to + offset(out, n, c), value, 1);
+  });
+}
+
+// As much is added to the gradient `add`, which is `to` where that is changed in place.
+template <class T, class A, class P>
+void max_tap_backward(const Feature& feature, const Feature& out, const T* x, T* to, int64_t begin,
+                      int64_t end, P p, A gradient, const A* k, const int32_t* channels,
+                      Addend<T> add) {
+  for (int64_t i = begin; add.first != to && i < end; ++i) {
+    std::memcpy(to + i * out.line, add.line(i).first, line_length(feature) * sizeof(T));
   }
+  for_each_winner(feature, begin, end, channels, [&](int64_t n, int64_t c) AT_FUSED_LAMBDA {
+    T* at = to + offset(out, n, c);
+    const Vec<A> value = gradient * k[n] * p.slope(load_partial(x + offset(feature, n, c), 1));
+    store_partial(at, load_partial(at, 1) + value, 1);
+  });
 }
 
 }  // namespace

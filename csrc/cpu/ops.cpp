@@ -200,10 +200,6 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
 
 // ---- attention_map_backward -------------------------------------------------------------------
 
-int64_t lines(const Feature& feature) {
-  return feature.layout == Layout::planar ? feature.C : feature.N;
-}
-
 Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
                                std::optional<Tensor> loss_gradient, std::vector<int64_t> pairs,
                                double p, bool absolute, std::vector<int64_t> sizes,

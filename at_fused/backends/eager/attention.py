@@ -124,18 +124,65 @@ def attention_map_backward(
         if loss_gradient is not None:
             k = k * (loss_gradient if loss_gradient.dim() == 0 else loss_gradient[pairs[i]])
         wide = x.to(k.dtype)
-        pooled = pool(wide, size)
-        k = k.reshape(x.shape[0], 1, *size)
-        if channels:
-            channel = channels[i].reshape(k.shape).long()
-            only = k * slope(pooled.gather(1, channel), p, absolute)
-            gradient = torch.zeros_like(pooled).scatter(1, channel, only)
-        else:
-            gradient = k * slope(pooled, p, absolute)
+        channel = channels[i] if channels else None
+        gradient = _sweep(pool(wide, size), k, p, absolute, channel)
         gradient = pool_backward(gradient, wide).to(x.dtype)
         out = torch.empty_like(x)
         gradients.append(gradient if gradient.stride() == out.stride() else out.copy_(gradient))
     return gradients
+
+
+def _sweep(x: Tensor, k: Tensor, p: float, absolute: bool, channels: Tensor | None) -> Tensor:
+    """k[b, n] * |x|^(p-1) * sign(x), of the named channels alone if there are any."""
+    k = k.reshape(x.shape[0], 1, *x.shape[2:])
+    if channels is None:
+        return k * slope(x, p, absolute)
+    channel = channels.reshape(k.shape).long()
+    only = k * slope(x.gather(1, channel), p, absolute)
+    return torch.zeros_like(x).scatter(1, channel, only)
+
+
+# ---- taps ----------------------------------------------------------------------------------------
+
+
+def _tapped(
+    gradient: Tensor,
+    feature: Tensor,
+    map_gradient: Tensor,
+    p: float,
+    collapse: str,
+    absolute: bool,
+    channels: Tensor | None,
+) -> Tensor:
+    k = map_gradient * (p * collapse_scale(feature, collapse))
+    return gradient.to(k.dtype) + _sweep(feature.to(k.dtype), k, p, absolute, channels)
+
+
+def attention_tap_backward(
+    gradient: Tensor,
+    feature: Tensor,
+    map_gradient: Tensor,
+    p: float,
+    collapse: str,
+    absolute: bool = True,
+    channels: Tensor | None = None,
+) -> Tensor:
+    """G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A), in the feature's dtype and layout."""
+    added = _tapped(gradient, feature, map_gradient, p, collapse, absolute, channels)
+    return torch.empty_like(feature).copy_(added)
+
+
+def attention_tap_backward_(
+    gradient: Tensor,
+    feature: Tensor,
+    map_gradient: Tensor,
+    p: float,
+    collapse: str,
+    absolute: bool = True,
+    channels: Tensor | None = None,
+) -> None:
+    """``attention_tap_backward``, written into ``gradient``."""
+    gradient.copy_(_tapped(gradient, feature, map_gradient, p, collapse, absolute, channels))
 
 
 # ---- losses --------------------------------------------------------------------------------------

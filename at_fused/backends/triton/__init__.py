@@ -49,6 +49,8 @@ def _later(module: str, name: str) -> Callable[..., Any]:
 attention_map = _later("maps", "attention_map")
 at_loss = _later("loss", "at_loss")
 attention_map_backward = _later("sweep", "attention_map_backward")
+attention_tap_backward = _later("tap", "attention_tap_backward")
+attention_tap_backward_ = _later("tap", "attention_tap_backward_")
 at_value_and_grad = _later("loss", "at_value_and_grad")
 map_loss = _later("loss_of_maps", "map_loss")
 kd_loss = _later("kd", "kd_loss")

@@ -1,0 +1,219 @@
+"""The tap: an identity whose second output is the attention map of what passes.
+
+    attention_tap_backward     the incoming gradient plus the map's, in a new tensor
+    attention_tap_backward_    the same, written into the incoming gradient
+
+Both read G, A and dL/dQ once and write G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A), where
+dL/dQ is (B, N) and ``scale`` is 1/C for ``collapse="mean"``. With "max", ``channels`` (B, N) names
+the channels that have the map's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from at_fused._ops import ownership
+from at_fused._ops.attention import attention_map_backward
+from at_fused._ops.library import apply, below_autograd, define, library, operators, tracks
+from at_fused.backends import eager
+
+_ARGUMENTS = (
+    "Tensor feature, Tensor map_gradient, float p, str collapse, bool absolute=True,"
+    " Tensor? channels=None"
+)
+define(f"attention_tap_backward(Tensor gradient, {_ARGUMENTS}) -> Tensor")
+define(f"attention_tap_backward_(Tensor(a!) gradient, {_ARGUMENTS}) -> ()")
+
+
+# ---- fake kernels --------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("at_fused::attention_tap_backward", lib=library)
+def _(
+    gradient: Tensor,
+    feature: Tensor,
+    map_gradient: Tensor,
+    p: float,
+    collapse: str,
+    absolute: bool = True,
+    channels: Tensor | None = None,
+) -> Tensor:
+    return torch.empty_like(feature)
+
+
+@torch.library.register_fake("at_fused::attention_tap_backward_", lib=library)
+def _(
+    gradient: Tensor,
+    feature: Tensor,
+    map_gradient: Tensor,
+    p: float,
+    collapse: str,
+    absolute: bool = True,
+    channels: Tensor | None = None,
+) -> None:
+    return None
+
+
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+def _map_gradient(
+    feature: Tensor,
+    map_gradient: Tensor,
+    p: float,
+    collapse: str,
+    absolute: bool,
+    channels: Tensor | None,
+) -> Tensor:
+    """The map's part alone."""
+    return attention_map_backward(
+        [feature],
+        [map_gradient * (p * eager.collapse_scale(feature, collapse))],
+        None,
+        [0],
+        p,
+        absolute,
+        [],
+        [] if channels is None else [channels],
+    )[0]
+
+
+def _backward_autograd(
+    gradient: Tensor,
+    feature: Tensor,
+    map_gradient: Tensor,
+    p: float,
+    collapse: str,
+    absolute: bool = True,
+    channels: Tensor | None = None,
+) -> Tensor:
+    options = p, collapse, absolute, channels
+    if tracks([gradient, feature, map_gradient]):
+        return gradient + _map_gradient(feature, map_gradient, *options)
+    operator = operators.attention_tap_backward.default
+    return below_autograd(operator, gradient, feature, map_gradient, *options)
+
+
+def _backward_inplace_autograd(gradient: Tensor, *arguments: Any) -> None:
+    if tracks([gradient, *arguments[:2]]):
+        raise RuntimeError(
+            "at_fused::attention_tap_backward_ has no derivative; attention_tap_backward has"
+        )
+    below_autograd(operators.attention_tap_backward_.default, gradient, *arguments)
+
+
+library.impl("attention_tap_backward", _backward_autograd, "Autograd")
+library.impl("attention_tap_backward_", _backward_inplace_autograd, "Autograd")
+
+
+# ---- the tap -------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where a feature has its channels, and what of it is tapped."""
+
+    channel_dim: int = 1
+    skip_tokens: int = 0
+    channel_attention: bool = False
+
+    def view(self, x: Tensor, skip: bool = True) -> Tensor:
+        """(B, C, *spatial), with all tokens if not ``skip``."""
+        if self.channel_dim != 1:
+            x = (x[:, self.skip_tokens :] if skip else x).movedim(-1, 1)
+        return x.flatten(2).transpose(1, 2) if self.channel_attention else x
+
+    def restore(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """What ``view`` was made of, of this shape, all tokens with it."""
+        if self.channel_attention:
+            x = x.transpose(1, 2).reshape(
+                shape if self.channel_dim == 1 else (shape[0], shape[-1], *shape[1:-1])
+            )
+        return x if self.channel_dim == 1 else x.movedim(1, -1)
+
+    def pad(self, q: Tensor) -> Tensor:
+        """A map (B, N), with zeros for the tokens that are not tapped."""
+        return torch.nn.functional.pad(q, (self.skip_tokens, 0)) if self.skip_tokens else q
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor, p: float, collapse: str, absolute: bool, place: Place
+    ) -> tuple[Tensor, ...]:
+        feature = place.view(x)
+        operator = operators.attention_map.default
+        if torch.compiler.is_compiling():
+            return x.view_as(x), *operator([feature], p, collapse, absolute, [])
+        return x.view_as(x), *below_autograd(operator, [feature], p, collapse, absolute, [])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, *options = inputs
+        channels = output[2:]
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        ctx.save_for_backward(x, *channels)
+        ctx.mark_non_differentiable(*channels)
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor | None, map_gradient: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        if map_gradient is None:
+            return gradient, None, None, None, None
+        x, *winners = ctx.saved_tensors
+        p, collapse, absolute, place = ctx.options
+        channels = winners[0] if winners else None
+        if (
+            gradient is not None
+            and not torch.compiler.is_compiling()
+            and ownership.may_write(gradient, x)
+        ):
+            target = place.view(gradient)
+            if target.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr():
+                attention_tap_backward_(
+                    target, place.view(x), map_gradient, p, collapse, absolute, channels
+                )
+                return gradient, None, None, None, None
+        feature = place.view(x, skip=False)
+        if channels is not None:
+            channels = place.pad(channels)
+        rest = feature, place.pad(map_gradient), p, collapse, absolute, channels
+        if gradient is None:
+            found = _map_gradient(*rest)
+        else:
+            found = attention_tap_backward(place.view(gradient, skip=False), *rest)
+        return place.restore(found, x.shape), None, None, None, None
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+def attention_tap_backward(gradient: Tensor, *arguments: Any) -> Tensor:
+    """``torch.ops.at_fused.attention_tap_backward``."""
+    if torch.compiler.is_compiling():
+        return operators.attention_tap_backward.default(gradient, *arguments)
+    return _backward_autograd(gradient, *arguments)
+
+
+def attention_tap_backward_(gradient: Tensor, *arguments: Any) -> None:
+    """``torch.ops.at_fused.attention_tap_backward_``."""
+    _backward_inplace_autograd(gradient, *arguments)
+
+
+def attention_tap(
+    x: Tensor, p: float, collapse: str, absolute: bool, place: Place
+) -> tuple[Tensor, Tensor]:
+    """The feature itself, to be used in its place, and its raw map (B, N)."""
+    if torch.compiler.is_compiling():
+        y, q, *_ = _Tap.apply(x, p, collapse, absolute, place)
+        return y, q
+    if not tracks([x]):
+        operator = operators.attention_map.default
+        return x, below_autograd(operator, [place.view(x)], p, collapse, absolute, [])[0]
+    ownership.calibrate(lambda probe: apply(_Tap, probe, 2.0, "sum", True, Place()))
+    y, q, *_ = apply(_Tap, x, p, collapse, absolute, place)
+    return y, q

@@ -1,0 +1,99 @@
+// What attention_tap_backward is given, brought to one layout, for every device.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "arguments.h"
+
+namespace at_fused {
+
+// out = gradient + scale * k[n] * |x|^(p-1) * sign(x). `out` may be `gradient`.
+class Tap {
+ public:
+  Feature feature, gradient, out;
+  Maps k, winners;  // the map's gradient, and with "max" the channels that have it
+  double scale;
+  MapPower power;
+  Device device;
+
+  // In place where `gradient` and `feature` have one layout; else through copies.
+  Tap(Tensor gradient, Tensor feature, Tensor map_gradient, double p, const std::string& collapse,
+      bool absolute, std::optional<Tensor> channels, bool in_place)
+      : power(p, absolute, collapse_of(collapse) == Collapse::max),
+        device(device_of(feature)),
+        feature_(std::move(feature)),
+        map_gradient_(std::move(map_gradient)),
+        channels_(std::move(channels)) {
+    check_exponent(p);
+    check(gradient);
+    STD_TORCH_CHECK(power.max == channels_.has_value(),
+                    "at_fused: a map of channels belongs to collapse 'max', and to no other");
+    if (in_place) {
+      write_into(gradient);
+    } else {
+      write_new(gradient);
+    }
+    scale = p * collapse_scale(collapse_of(collapse), this->feature);
+    k = coefficient_map(map_gradient_, this->feature, this->feature.N, device);
+    if (channels_) winners = channel_map(*channels_, this->feature, this->feature.N, device);
+  }
+
+  // The gradient with the strides that the caller was promised.
+  Tensor finish() {
+    if (written_.mutable_data_ptr() != result_.mutable_data_ptr()) {
+      torch::stable::copy_(result_, written_);
+    }
+    return std::move(result_);
+  }
+
+ private:
+  void check(const Tensor& gradient) const {
+    STD_TORCH_CHECK(feature_.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
+    bool same = gradient.dim() == feature_.dim();
+    for (int64_t d = 0; same && d < feature_.dim(); ++d) {
+      same = gradient.size(d) == feature_.size(d);
+    }
+    STD_TORCH_CHECK(
+        same && gradient.scalar_type() == feature_.scalar_type() && device_of(gradient) == device,
+        "at_fused: a gradient must have the shape, dtype and device of its feature");
+  }
+
+  void write_into(const Tensor& gradient) {
+    for (int64_t d = 0; d < gradient.dim(); ++d) {
+      STD_TORCH_CHECK(gradient.size(d) == 1 || gradient.stride(d) != 0,
+                      "at_fused: a gradient that is written in place must not be expanded");
+    }
+    result_ = written_ = gradient;
+    feature = native_feature(feature_, device);
+    if (!describe(written_, out) || out.layout != feature.layout) {
+      feature_ = torch::stable::contiguous(feature_);
+      written_ = torch::stable::contiguous(written_);
+      describe(feature_, feature);
+      describe(written_, out);
+    }
+    this->gradient = out;
+  }
+
+  void write_new(const Tensor& given) {
+    Tensors features{feature_};
+    Gradients gradients(features);
+    feature_ = features[0];
+    feature = gradients.features[0];
+    out = gradients.out[0];
+    written_ = gradients.written[0];
+    result_ = gradients.result(0);
+    gradient_ = given;
+    if (!describe(gradient_, gradient) || gradient.layout != feature.layout) {
+      gradient_ = torch::stable::empty_like(written_);
+      torch::stable::copy_(gradient_, given);
+      describe(gradient_, gradient);
+    }
+  }
+
+  Tensor feature_, map_gradient_;
+  std::optional<Tensor> channels_;
+  Tensor gradient_, written_, result_;
+};
+
+}  // namespace at_fused
