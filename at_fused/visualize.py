@@ -12,36 +12,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from at_fused import attention_map
 from at_fused._figure import check_path, figure, need_matplotlib, save
+from at_fused._models import evaluating, modules_named
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["attention_maps", "compare", "figure", "save"]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without gradients; each module gets its own mode back, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _names(layers: str | Sequence[str]) -> list[str]:
@@ -51,20 +37,6 @@ def _names(layers: str | Sequence[str]) -> list[str]:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"layers must name at least one layer, and each once, got {layers!r}")
     return list(names)
-
-
-def _find(model: nn.Module, names: list[str]) -> list[nn.Module]:
-    modules = dict(model.named_modules())
-    for name in names:
-        if name not in modules:
-            known = [n for n in modules if n]
-            near = get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
-            raise ValueError(
-                f"layers: {type(model).__name__} has no module {name!r}; "
-                + (f"near: {', '.join(near)}; " if near else "")
-                + f"all {len(known)} are in dict(model.named_modules())"
-            )
-    return [modules[name] for name in names]
 
 
 def attention_maps(
@@ -126,9 +98,9 @@ def attention_maps(
         return hook
 
     with ExitStack() as stack:
-        for name, module in zip(names, _find(model, names), strict=True):
+        for name, module in zip(names, modules_named(model, names), strict=True):
             stack.callback(module.register_forward_hook(keep(name)).remove)
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         model(images)
     for name, found in maps.items():
         if len(found) != 1:

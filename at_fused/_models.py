@@ -1,0 +1,47 @@
+"""Networks from outside: their modules by name, and a pass that leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+import torch
+from torch import nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network itself, out of torch.compile, DataParallel and DistributedDataParallel."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, without gradients; each module gets its own mode back, whatever happens."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The modules of these names; a ValueError with the nearest for one that is not there."""
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            known = [n for n in modules if n]
+            near = get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
+            raise ValueError(
+                f"layers: {type(model).__name__} has no module {name!r}; "
+                + (f"near: {', '.join(near)}; " if near else "")
+                + f"all {len(known)} are in dict(model.named_modules())"
+            )
+    return [modules[name] for name in names]

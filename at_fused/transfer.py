@@ -1,0 +1,483 @@
+"""Attention transfer between two networks as they are: maps are taken where the layers give them.
+
+::
+
+    at = AttentionTransfer(student, teacher, example=images, beta=1e3)
+    for x, y in loader:
+        loss = cross_entropy(student(x), y) + at(x)
+        loss.backward()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from at_fused import _inputs
+from at_fused._checks import check_number, kind
+from at_fused._match import Layout, Stage, first_tensor, stages, written
+from at_fused._models import evaluating, modules_named, unwrap
+from at_fused.functional import ATOptions, attention_tap, map_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from at_fused.teacher_cache import TeacherCache
+
+Layers = Sequence[str | tuple[str, str]]
+
+_OF_MAPS = ("p", "collapse", "attend", "absolute")
+_OF_LOSS = ("form", "weights", "resize", "eps", "eps_mode")
+_OF_SIDES = ("channel_dim", "skip_tokens", "map_size")
+
+
+# ---- one network ---------------------------------------------------------------------------------
+
+
+class _Maps:
+    """The maps of a network's last forward pass, of each device where replicas of it ran."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[int, int], Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A network is copied and saved with its hooks; what they found last belongs to a graph.
+        return {"found": {}}
+
+    def take(self, names: Sequence[str], replicas: Sequence[int]) -> list[Tensor]:
+        """The map of each layer, that of replicas put together; they are kept no longer."""
+        found, self.found = self.found, {}
+        order = {replica: i for i, replica in enumerate(replicas)}
+        maps = []
+        for i, name in enumerate(names):
+            parts = [key for key in found if key[0] == i]
+            if not parts:
+                raise RuntimeError(f"layer {name!r} has given no map: it did not run")
+            parts.sort(key=lambda key: order.get(key[1], key[1]))
+            several = [found[key].to(found[parts[0]].device) for key in parts]
+            maps.append(several[0] if len(several) == 1 else torch.cat(several))
+        return maps
+
+
+def _replica(x: Tensor) -> int:
+    """Which of DataParallel's replicas of a network a feature belongs to."""
+    return x.device.index or 0
+
+
+class _Clear:
+    """A forward pre-hook of the whole network: what an earlier pass left is not this one's."""
+
+    def __init__(self, maps: _Maps) -> None:
+        self.maps = maps
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        x = first_tensor(args)
+        replica = -1 if x is None else _replica(x)
+        for key in [key for key in self.maps.found if replica in (-1, key[1])]:
+            del self.maps.found[key]
+
+
+class _Hook:
+    """A forward hook that taps a layer's output."""
+
+    def __init__(
+        self, number: int, name: str, maps: _Maps, layout: Layout, options: dict[str, Any]
+    ) -> None:
+        self.number, self.name, self.maps = number, name, maps
+        self.layout, self.options = layout, options
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        x = first_tensor(output)
+        if x is None:
+            raise TypeError(
+                f"layer {self.name!r} ({type(module).__name__}) must give a tensor, or a tuple "
+                f"that begins with one, got {kind(output)}; name a module within it that does"
+            )
+        channel_dim = self.layout.of(x)
+        tokens = channel_dim != 1 and x.dim() == 3
+        try:
+            y, q = attention_tap(
+                x,
+                channel_dim=channel_dim,
+                skip_tokens=self.layout.skip_tokens if tokens else 0,
+                **self.options,
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"layer {self.name!r}: {error}") from error
+        # While a checkpoint runs the layer once more, in the backward, its map has long been used.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.maps.found[self.number, _replica(x)] = q
+        if y is x or isinstance(output, Tensor):
+            return None if y is x else y
+        rest = (y, *output[1:])
+        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+
+
+class _Watched:
+    """A network whose layers are hooked, and how to undo that."""
+
+    def __init__(
+        self, model: nn.Module, names: list[str], layout: Layout, options: dict[str, Any]
+    ) -> None:
+        self.model, self.names, self.maps = model, names, _Maps()
+        network = unwrap(model)
+        self.handles = [network.register_forward_pre_hook(_Clear(self.maps))]
+        for i, (name, module) in enumerate(zip(names, modules_named(network, names), strict=True)):
+            hook = _Hook(i, name, self.maps, layout, options)
+            self.handles.append(module.register_forward_hook(hook))
+
+    def take(self) -> list[Tensor]:
+        """The maps of the last forward pass, which are given once."""
+        devices = self.model.device_ids if isinstance(self.model, nn.DataParallel) else []
+        return self.maps.take(self.names, devices)
+
+    def remove(self) -> None:
+        """Takes the hooks away, and what they have found."""
+        for handle in self.handles:
+            handle.remove()
+        self.maps.found = {}
+
+
+# ---- pairs ---------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """The names of two layers whose maps are compared."""
+
+    student: str
+    teacher: str
+
+
+def _named_pairs(layers: object) -> list[Pair]:
+    if not isinstance(layers, (list, tuple)) or not layers:
+        raise TypeError(
+            "layers must be a list or tuple of names, or of (student's, teacher's) names, "
+            f"got {layers!r:.80}"
+        )
+    pairs = []
+    for i, each in enumerate(layers):
+        names = (each, each) if isinstance(each, str) else each
+        if (
+            not isinstance(names, (list, tuple))
+            or len(names) != 2
+            or not all(isinstance(name, str) for name in names)
+        ):
+            raise TypeError(
+                f"layers[{i}] must be a name or a pair of names (student's, teacher's), "
+                f"got {each!r:.80}"
+            )
+        pairs.append(Pair(*names))
+    for side in ("student", "teacher"):
+        names = [getattr(pair, side) for pair in pairs]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"layers: each of a {side}'s layers once, got {min(twice)!r} again")
+    return pairs
+
+
+def match_layers(
+    student: nn.Module,
+    teacher: nn.Module,
+    example: Any,
+    *,
+    channel_dim: int | tuple[int, int] | None = None,
+    skip_tokens: int | tuple[int, int] | None = None,
+    verbose: bool = True,
+) -> list[Pair]:
+    """The layers of two networks that belong together: the last block of each stage both have.
+
+    Both run once on ``example``, in eval mode and without gradients, and are left as they were. A
+    stage is all that a network does at one map size; its blocks are the modules whose insides keep
+    to their input's and output's sizes, such as ``layer1`` of a ResNet. Stems and heads of conv,
+    norm and ReLU are none where there are larger blocks; tokens count as the square map that they
+    fill.
+
+    Args:
+        student, teacher: any networks, called with ``example`` alone.
+        example: what both take, such as two images of the size to come.
+        channel_dim, skip_tokens: as in :class:`AttentionTransfer`.
+        verbose: whether to print the pairs.
+
+    Returns:
+        A list of (student's, teacher's) names, in the order of running.
+
+    Raises:
+        ValueError: no stage in common, stages in another order, or a network that comes back to a
+            size: the message says what stages there are.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (figure 5: one loss for each group).
+    """
+    found: list[list[Stage]] = []
+    for model, layout in zip(
+        (student, teacher), _layouts(student, teacher, channel_dim, skip_tokens), strict=True
+    ):
+        found.append(stages(unwrap(model), example, layout))
+    students, teachers = ({stage.size: stage for stage in side} for side in found)
+    common = [size for size in students if size in teachers]
+    said = [", ".join(f"{s.name} {written(s.size)}" for s in side) or "none" for side in found]
+    if not common:
+        raise ValueError(
+            "layers: no stage of the student has a map size of one of the teacher's: student "
+            f"{said[0]}; teacher {said[1]}; name the pairs, with resize='maps'"
+        )
+    if common != [size for size in teachers if size in students]:
+        raise ValueError(
+            "layers: student and teacher go through the sizes in another order: student "
+            f"{said[0]}; teacher {said[1]}; name the pairs"
+        )
+    if verbose:
+        rows = [("map", "student", "channels", "teacher", "channels")]
+        for size in common:
+            s, t = students[size], teachers[size]
+            rows.append((written(size), s.name, str(s.channels), t.name, str(t.channels)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
+    return [Pair(students[size].name, teachers[size].name) for size in common]
+
+
+def _layouts(
+    student: nn.Module, teacher: nn.Module, channel_dim: Any, skip_tokens: Any
+) -> list[Layout]:
+    """How each side's features lie: as given, or as the network says of itself."""
+    dims = channel_dim if isinstance(channel_dim, (tuple, list)) else (channel_dim,) * 2
+    skips = skip_tokens if isinstance(skip_tokens, (tuple, list)) else (skip_tokens,) * 2
+    for name, values, allowed in (
+        ("channel_dim", dims, lambda v: v in (1, -1)),
+        ("skip_tokens", skips, lambda v: type(v) is int and v >= 0),
+    ):
+        if len(values) != 2 or not all(v is None or allowed(v) for v in values):
+            ask = "1 or -1" if name == "channel_dim" else "a whole number >= 0"
+            raise ValueError(
+                f"{name} must be None, {ask}, or a pair of these (student's, teacher's), "
+                f"got {channel_dim if name == 'channel_dim' else skip_tokens!r}"
+            )
+    layouts = []
+    for model, dim, skip in zip((student, teacher), dims, skips, strict=True):
+        network = unwrap(model)
+        if dim is None and getattr(network, "output_fmt", None) == "NHWC":  # timm's Swin
+            dim = -1
+        if skip is None:
+            # timm says how many; torchvision's ViT has a class token.
+            skip = getattr(network, "num_prefix_tokens", int(hasattr(network, "class_token")))
+        layouts.append(Layout(dim, skip))
+    return layouts
+
+
+# ---- the transfer --------------------------------------------------------------------------------
+
+
+class AttentionTransfer:
+    """Attention transfer from a teacher to a student: ``criterion(student(x), y) + at(x)``.
+
+    Forward hooks tap the layers of both networks (:func:`at_fused.attention_tap`), so neither is
+    edited, and keep nothing but the maps; a teacher's feature dies as soon as its map is made.
+    ``at(x)`` runs the teacher once, in eval mode and without gradients, and returns::
+
+        beta * sum_j w_j L_j        L_j of at_loss, between the maps of the j-th pair of layers
+
+    a mean over the batch, whatever the number of devices: under DataParallel over the whole batch,
+    under DistributedDataParallel over each process's part, which it averages. ``beta`` means the
+    same on one device and on eight.
+
+    Args:
+        student: any module; also in DataParallel, DistributedDataParallel or torch.compile. Hooks
+            are set when this object is made, which must be before a compiled student first runs.
+        teacher: likewise; put on the device of what ``at`` is called with. Nothing of it changes.
+        layers: a list of names from ``named_modules()``, for both, or of (student's, teacher's)
+            names. Each gives a tensor, or a tuple that begins with one. None: those that
+            :func:`match_layers` finds with ``example``. A layer that runs several times in a pass
+            counts with its last. What follows a tapped layer must not change its output in place.
+        example: what both networks take, such as two images.
+        beta: a finite number, which may be set anew at any time; 1e3 is the paper's for the form
+            "code".
+        channel_dim: 1 or -1; None: -1 for features of three dimensions (tokens), else 1. This and
+            the next two may be a pair (student's, teacher's).
+        skip_tokens: how many tokens in front are left out; None: those that the network declares
+            (``num_prefix_tokens`` in timm), 1 where it has a ``class_token``, else 0.
+        map_size: (H, W) of tokens whose partner has H and W; None: they make a square.
+        cache: a :class:`at_fused.TeacherCache`, from which the teacher's maps then come.
+        verbose: whether automatic pairs are printed.
+        options: p, collapse, form, weights, resize (None or "maps"), attend ("spatial" or
+            "channel"), absolute, eps, eps_mode of :func:`at_fused.at_loss`.
+
+    Attributes:
+        pairs: the names of the layers, a list of (student, teacher).
+        beta: as given.
+        teacher_output: what the teacher returned in the last call, its logits for ``kd_loss``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, a name is none of the network's.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        layers: Layers | None = None,
+        *,
+        beta: float,
+        example: Any = None,
+        channel_dim: int | tuple[int, int] | None = None,
+        skip_tokens: int | tuple[int, int] | None = None,
+        map_size: _inputs.MapSizes = None,
+        cache: TeacherCache | None = None,
+        verbose: bool = True,
+        **options: Unpack[ATOptions],
+    ) -> None:
+        for name, model in (("student", student), ("teacher", teacher)):
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"{name} must be an nn.Module, got {kind(model)}")
+        if unwrap(student) is unwrap(teacher):
+            raise ValueError("student and teacher must be two networks, got one")
+        self.beta = beta
+        self._map_options, self._loss_options = _split(dict(options))
+        self._map_sizes = _inputs.sides(-1, 0, map_size)
+        layouts = _layouts(student, teacher, channel_dim, skip_tokens)
+        if layers is not None:
+            self.pairs = _named_pairs(layers)
+        elif example is not None:
+            self.pairs = match_layers(
+                student,
+                teacher,
+                example,
+                channel_dim=channel_dim,
+                skip_tokens=skip_tokens,
+                verbose=verbose,
+            )
+        else:
+            raise ValueError("layers or example must be given: names, or inputs to find them with")
+        self.cache = cache
+        self.teacher_output: Any = None
+        for model, names in ((student, self._names(0)), (teacher, self._names(1))):
+            modules_named(unwrap(model), names)
+        self._student = _Watched(student, self._names(0), layouts[0], self._map_options)
+        self._teacher = _Watched(teacher, self._names(1), layouts[1], self._map_options)
+
+    def _names(self, side: int) -> list[str]:
+        return [pair[side] for pair in self.pairs]
+
+    @property
+    def beta(self) -> float:
+        """The weight of the loss."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        check_number("beta", value)
+        if not math.isfinite(value):
+            raise ValueError(f"beta must be finite, got {value!r}")
+        self._beta = value
+
+    def __call__(
+        self, x: Any, index: Tensor | Sequence[int] | None = None, seed: int = 0
+    ) -> Tensor:
+        """The loss of the student's last forward pass, with the teacher's on ``x``.
+
+        Args:
+            x: what the teacher takes, the samples that the student saw, in their order.
+            index: with a cache, the samples' numbers in the data set, (B,).
+            seed: with a cache, that of the transform that made ``x``.
+
+        Returns:
+            A scalar, beta included.
+
+        Raises:
+            RuntimeError: the student has not run since the last call, or without a graph.
+            ValueError: the maps of a pair have another batch or size.
+        """
+        try:
+            students = self._student.take()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"AttentionTransfer: the student's {error}; student(x) must run before each at(x), "
+                "and a compiled one not before AttentionTransfer was made"
+            ) from None
+        self._check_graph(students)
+        teachers = self._teacher_maps(x, index, seed)
+        pairs = [self._alike(*each) for each in zip(students, teachers, strict=True)]
+        loss = map_loss([s for s, _ in pairs], [t for _, t in pairs], **self._loss_options)
+        return loss * self.beta
+
+    def _check_graph(self, maps: list[Tensor]) -> None:
+        model = self._student.model
+        if (
+            torch.is_grad_enabled()
+            and model.training
+            and not any(q.requires_grad for q in maps)
+            and any(p.requires_grad for p in model.parameters())
+        ):
+            raise RuntimeError(
+                "AttentionTransfer: the student's maps have no graph: it ran under no_grad, or in "
+                "a checkpoint with use_reentrant=True, which hides what is inside; "
+                "use_reentrant=False does not"
+            )
+
+    def _run_teacher(self, x: Any) -> tuple[list[Tensor], Any]:
+        with evaluating(self._teacher.model):
+            output = self._teacher.model(x)
+        return self._teacher.take(), output
+
+    def _teacher_maps(self, x: Any, index: Any, seed: int) -> list[Tensor]:
+        if self.cache is None:
+            if index is not None:
+                raise ValueError("index is for an AttentionTransfer with a cache, which has none")
+            maps, self.teacher_output = self._run_teacher(x)
+            return maps
+        if index is None:
+            raise ValueError(
+                "index must be given, the samples' numbers, for the cache to find them"
+            )
+        raise NotImplementedError
+
+    def _alike(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Both maps with as many dimensions: tokens become the map that they fill."""
+        if student.dim() == teacher.dim() or self._map_options.get("attend") == "channel":
+            return student, teacher
+        maps = []
+        for q, other, side in zip(
+            (student, teacher), (teacher, student), self._map_sizes, strict=True
+        ):
+            if q.dim() < other.dim():
+                n = math.isqrt(q.shape[1])
+                size = side.map_size or (n, n)
+                if math.prod(size) != q.shape[1] or len(size) != other.dim() - 1:
+                    raise ValueError(
+                        f"map_size must be (H, W) of {q.shape[1]} tokens, whose partner's map is "
+                        f"{written(tuple(other.shape[1:]))}, got {side.map_size}"
+                    )
+                q = q.unflatten(1, tuple(size))
+            maps.append(q)
+        return maps[0], maps[1]
+
+    def remove(self) -> None:
+        """Takes all hooks away: both networks are as they were."""
+        self._student.remove()
+        self._teacher.remove()
+
+    def __repr__(self) -> str:
+        options = {"beta": self.beta, **self._map_options, **self._loss_options}
+        pairs = ", ".join(s if s == t else f"{s} <- {t}" for s, t in self.pairs)
+        return f"AttentionTransfer({pairs}; {', '.join(f'{k}={v!r}' for k, v in options.items())})"
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the maps and of their loss, checked."""
+    for name in options:
+        if name not in _OF_MAPS + _OF_LOSS:
+            raise TypeError(f"AttentionTransfer takes no option {name!r}")
+    _inputs.check_options(**{k: v for k, v in options.items() if k != "weights"})
+    if options.get("attend") == "both":
+        raise ValueError("attend must be 'spatial' or 'channel' here, got 'both'; make two of them")
+    if options.get("resize") == "features":
+        raise ValueError(
+            "resize must be None or 'maps' here, got 'features': only maps leave the networks"
+        )
+    of_maps = {name: value for name, value in options.items() if name in _OF_MAPS}
+    return of_maps, {name: value for name, value in options.items() if name in _OF_LOSS}
