@@ -13,9 +13,11 @@ from torch import nn
 def unwrap(model: nn.Module) -> nn.Module:
     """The network itself, out of torch.compile, DataParallel and DistributedDataParallel."""
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, parallel) else model._orig_mod
-    return model
+    while True:
+        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """A call of ``at_loss``: checked, and carried out by the operators.
 
 The plain options are one operator (``at_loss``). The others are two, ``attention_map`` and
-``map_loss`` (which is also what remains of a loss whose maps were made by taps), with torch's own operators between them for what concerns the maps alone, a C-th of
-the features: their interpolation, masks and sample weights.
+``map_loss``, with torch's own operators between them for what concerns the maps alone, a C-th of
+the features: their interpolation, masks and sample weights. Where taps made the maps, the second is
+all that is left.
 """
 
 from __future__ import annotations

@@ -19,22 +19,27 @@ if TYPE_CHECKING:
 Features = TypeVar("Features", Tensor, Sequence[Tensor])
 
 
-class ATOptions(TypedDict, total=False):
-    """The keyword arguments of ``at_loss`` that do not belong to a batch."""
+class PairOptions(TypedDict, total=False):
+    """The keyword arguments of ``at_loss`` that say what is compared, and how."""
 
     p: float
     collapse: str
     form: str
     weights: Sequence[float] | None
-    reduction: str
     resize: str | None
     attend: str
-    channel_dim: Sides
-    skip_tokens: Sides
-    map_size: MapSizes
     absolute: bool
     eps: float
     eps_mode: str
+
+
+class ATOptions(PairOptions, total=False):
+    """The keyword arguments of ``at_loss`` that do not belong to a batch."""
+
+    reduction: str
+    channel_dim: Sides
+    skip_tokens: Sides
+    map_size: MapSizes
 
 
 def at_loss(
@@ -296,7 +301,11 @@ def attention_tap(
     eps: float = 1e-12,
     eps_mode: str = "max",
 ) -> tuple[Tensor, Tensor]:
-    """A feature on its way through a network, and its attention map: ``x, q = attention_tap(x)``.
+    """A feature on its way through a network, and its attention map.
+
+    ::
+
+        x, q = attention_tap(x)
 
     The first result is ``x`` itself, for the next layer; the second its map Q (``normalize``: q),
     as :func:`attention_map` has it, for :func:`map_loss`. The backward gets both gradients, and

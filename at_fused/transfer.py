@@ -21,7 +21,7 @@ from at_fused import _inputs
 from at_fused._checks import check_number, kind
 from at_fused._match import Layout, Stage, first_tensor, stages, written
 from at_fused._models import evaluating, modules_named, unwrap
-from at_fused.functional import ATOptions, attention_tap, map_loss
+from at_fused.functional import PairOptions, attention_tap, map_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,7 +32,6 @@ Layers = Sequence[str | tuple[str, str]]
 
 _OF_MAPS = ("p", "collapse", "attend", "absolute")
 _OF_LOSS = ("form", "weights", "resize", "eps", "eps_mode")
-_OF_SIDES = ("channel_dim", "skip_tokens", "map_size")
 
 
 # ---- one network ---------------------------------------------------------------------------------
@@ -329,7 +328,7 @@ class AttentionTransfer:
         map_size: _inputs.MapSizes = None,
         cache: TeacherCache | None = None,
         verbose: bool = True,
-        **options: Unpack[ATOptions],
+        **options: Unpack[PairOptions],
     ) -> None:
         for name, model in (("student", student), ("teacher", teacher)):
             if not isinstance(model, nn.Module):

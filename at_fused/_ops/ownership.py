@@ -7,10 +7,11 @@ hold one are counted:
     the tensor's use count      owners in C++: a branch, a capture, a saved variable
     Python's reference count    hooks, closures and frames that keep the object
     the storage's use count     views, detached aliases, other tensors over the same memory
+    and its reference count     those who keep the storage as an object of Python
 
-The first and the last are what the engine itself asks before it adds one gradient into another. How
-many references a gradient has that is nobody else's depends on the versions of torch and Python, so
-they are counted once, on one that is known to be free; the same run shows that each kind of holder
+Use counts are what the engine itself asks for before it adds one gradient into another. How many
+references a gradient has that is nobody else's depends on the versions of torch and Python, so they
+are counted once, on one that is known to be free; the same run shows that each kind of holder
 changes a count. Where it does not, or later a count is another one, nothing is written in place.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Counts = tuple[int, int, int]
+Counts = tuple[int, int, int, int]
 Tap = Callable[[Tensor], tuple[Tensor, ...]]
 
 _free: Counts | None = None
@@ -40,8 +41,12 @@ def may_write(gradient: Tensor, like: Tensor) -> bool:
     if type(gradient) is not Tensor or torch._C._are_functorch_transforms_active():
         return False
     storage = gradient.untyped_storage()
-    references = sys.getrefcount(gradient)
-    counts = (gradient._use_count(), references, torch._C._storage_Use_Count(storage._cdata))  # type: ignore[attr-defined]
+    counts = (
+        gradient._use_count(),
+        sys.getrefcount(gradient),
+        torch._C._storage_Use_Count(storage._cdata),
+        sys.getrefcount(storage),
+    )
     if _observed is not None:
         _observed.append(counts)
         return False
@@ -63,9 +68,14 @@ def calibrate(tap: Tap) -> None:
     if not _calibrated and _undisturbed():
         _calibrated = True
         free = _observe(tap, lambda gradient: None)
-        held = [_observe(tap, hold) for hold in (lambda g: g, lambda g: g.detach(), lambda g: g[0])]
-        captured = _observe(tap, lambda gradient: None, capture=True)
-        _free = None if free in (*held, captured) else free
+        held = [
+            _observe(tap, lambda gradient: gradient),
+            _observe(tap, lambda gradient: gradient.detach()),
+            _observe(tap, lambda gradient: gradient[0]),
+            _observe(tap, lambda gradient: gradient.untyped_storage()),
+            _observe(tap, lambda gradient: None, capture=True),
+        ]
+        _free = None if free in held or None in held else free
 
 
 def _undisturbed() -> bool:

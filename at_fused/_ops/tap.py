@@ -178,6 +178,15 @@ class _Tap(torch.autograd.Function):
                     target, place.view(x), map_gradient, p, collapse, absolute, channels
                 )
                 return gradient, None, None, None, None
+        if place.skip_tokens and place.channel_attention:
+            # Channels are the positions here, so that there is no map to pad.
+            found = _map_gradient(place.view(x), map_gradient, p, collapse, absolute, channels)
+            shape = x[:, place.skip_tokens :].shape
+            found = torch.nn.functional.pad(
+                place.restore(found, shape), (0, 0, place.skip_tokens, 0)
+            )
+            found = found if gradient is None else found + gradient
+            return found, None, None, None, None
         feature = place.view(x, skip=False)
         if channels is not None:
             channels = place.pad(channels)

@@ -1,0 +1,507 @@
+"""The tap: what passes is unchanged, its gradient is the sum; in place only where nobody sees."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_method import feature, normalized, raw_map
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import at_fused
+from at_fused._ops import ownership
+
+SHAPE = (3, 4, 6, 5)
+CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    (SHAPE, {}),
+    (SHAPE, {"p": 1.0, "collapse": "sum"}),
+    (SHAPE, {"p": 3.0, "absolute": False}),
+    (SHAPE, {"p": 2.5}),
+    (SHAPE, {"p": 4.0, "collapse": "max"}),
+    (SHAPE, {"attend": "channel"}),
+    ((2, 7, 9), {}),
+    ((2, 3, 2, 4, 5), {}),
+    ((2, 10, 8), {"channel_dim": -1, "skip_tokens": 1, "map_size": (3, 3)}),
+    ((2, 10, 8), {"channel_dim": -1, "skip_tokens": 2, "collapse": "max"}),
+    ((2, 10, 8), {"channel_dim": -1, "skip_tokens": 1, "attend": "channel"}),
+    ((2, 5, 4, 8), {"channel_dim": -1, "skip_tokens": 3}),
+]
+
+
+def reference_map(
+    x: Tensor,
+    *,
+    p: float = 2.0,
+    collapse: str = "mean",
+    attend: str = "spatial",
+    channel_dim: int = 1,
+    skip_tokens: int = 0,
+    map_size: tuple[int, int] | None = None,
+    absolute: bool = True,
+) -> Tensor:
+    if channel_dim == -1:
+        x = (x[:, skip_tokens:] if x.dim() == 3 else x).movedim(-1, 1)
+        x = x if map_size is None else x.unflatten(2, map_size)
+    x = x.flatten(2).transpose(1, 2) if attend == "channel" else x
+    return raw_map(x, p, collapse, absolute)
+
+
+@pytest.mark.parametrize("layout", ["dense", "transposed", "sliced"])
+@pytest.mark.parametrize(("shape", "options"), CASES)
+def test_map_and_gradients(
+    fast_backend: str, shape: tuple[int, ...], options: dict[str, Any], layout: str
+) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    if layout == "transposed":
+        x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "sliced":
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (1, 1))[:, 1:-1]
+    x.requires_grad_()
+    y, q = at_fused.attention_tap(x, **options)
+    expected = reference_map(x, **options)
+    assert torch.equal(y, x)
+    torch.testing.assert_close(q, expected)
+    torch.testing.assert_close(q, at_fused.attention_map(x, **options))
+
+    found, right = [
+        torch.autograd.grad((a.sin() * 3).sum() + m.cos().sum(), x)[0]
+        for a, m in ((y, q), (x, expected))
+    ]
+    torch.testing.assert_close(found, right)
+    expected = reference_map(x, **options)
+    # The one output alone, so that the other's gradient is none.
+    (found,) = torch.autograd.grad(at_fused.attention_tap(x, **options)[1].sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), x)[0])
+    (found,) = torch.autograd.grad(at_fused.attention_tap(x, **options)[0].sum(), x)
+    torch.testing.assert_close(found, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"p": 3.0}, {"collapse": "max"}, {"normalize": True}])
+def test_any_order(fast_backend: str, options: dict[str, Any]) -> None:
+    x = torch.randn(2, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, q = at_fused.attention_tap(x, **options)
+        return y * y.exp(), q
+
+    assert torch.autograd.gradcheck(f, x)
+    assert torch.autograd.gradgradcheck(f, x)
+
+
+@pytest.mark.parametrize("eps_mode", ["max", "add"])
+def test_normalized(fast_backend: str, eps_mode: str) -> None:
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    _, q = at_fused.attention_tap(x, normalize=True, eps=0.1, eps_mode=eps_mode)
+    torch.testing.assert_close(q.flatten(1), normalized(raw_map(x, 2, "mean", True), 0.1, eps_mode))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["planar", "interleaved"])
+def test_dtypes(fast_backend: str, dtype: torch.dtype, layout: str) -> None:
+    # Rounded once: nearer to the exact sum than two gradients of this dtype are.
+    x = feature(4, 6, 7, 7, layout=layout, dtype=dtype).requires_grad_()
+    y, q = at_fused.attention_tap(x)
+    wide = x.detach().double().requires_grad_()
+    ((y * 1.5).float().square().sum() + (q * 3).sum()).backward()
+    (1.5 * 1.5 * wide.square().sum() + 3 * wide.square().mean(1).sum()).backward()
+    assert x.grad.dtype == dtype
+    assert q.dtype == torch.float32
+    error = (x.grad.double() - wide.grad).abs() / wide.grad.abs().clamp(min=1e-3)
+    assert error.max() < 4 * torch.finfo(dtype).eps
+
+
+def test_autocast() -> None:
+    net = torch.nn.Conv2d(3, 5, 3)
+    x = torch.randn(2, 3, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        h, q = at_fused.attention_tap(net(x))
+        loss = h.float().square().mean() + at_fused.map_loss(q, torch.rand(2, 7, 7))
+    assert h.dtype == torch.bfloat16
+    assert q.dtype == torch.float32
+    loss.backward()
+    assert net.weight.grad.isfinite().all()
+
+
+# ---- whose gradient it is ------------------------------------------------------------------------
+#
+# A net x -> 2x -> tap -> rest. Hooks note where the gradient lies in memory on both sides of the
+# tap: one place only where it was changed in place. What somebody else holds must keep its value.
+
+kept: list[Any] = []
+
+
+class FromOutside(torch.autograd.Function):
+    """An identity whose gradient lies in memory that is not torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        kept.append(np.full(SHAPE, 2.0, np.float32))
+        return torch.from_numpy(kept[-1])
+
+
+class Kept(FromOutside):
+    """An identity that keeps the gradient that it returns."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        kept.append(torch.full(SHAPE, 2.0))
+        return kept[-1]
+
+
+def keeping(make: Callable[[Tensor], Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    def hooked(y: Tensor, w: Tensor) -> Tensor:
+        y.register_hook(lambda gradient: kept.append(make(gradient)))
+        return y * y
+
+    return hooked
+
+
+def on_node(register: str, make: Callable[..., Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    def hooked(y: Tensor, w: Tensor) -> Tensor:
+        getattr(y.grad_fn, register)(lambda *gradients: kept.append(make(*gradients)))
+        return y * y
+
+    return hooked
+
+
+def expanded(y: Tensor, w: Tensor) -> Tensor:
+    return y.sum() * 2
+
+
+def other_strides(y: Tensor, w: Tensor) -> Tensor:
+    weight = torch.randn(SHAPE).to(memory_format=torch.channels_last)
+    return y.to(memory_format=torch.channels_last) * weight * weight
+
+
+FREE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": lambda y, w: y * y,
+    "convolution": lambda y, w: F.conv2d(y, torch.ones(2, 4, 3, 3)).square(),
+    "residual": lambda y, w: (torch.relu(y) * 2 + y).square(),
+    "concatenated": lambda y, w: torch.cat([y, y * 2], 1).square(),
+    "a hook that only looks": keeping(lambda g: None),
+    "retain_grad": lambda y, w: (y.retain_grad(), y * y)[1],
+    "a hook that replaces": lambda y, w: (y.register_hook(lambda g: g * 2), y * y)[1],
+}
+HELD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "hook": keeping(lambda g: g),
+    "hook, detached": keeping(lambda g: g.detach()),
+    "hook, .data": keeping(lambda g: g.data),
+    "hook, view": keeping(lambda g: g[0]),
+    "hook, storage": keeping(lambda g: g.untyped_storage()),
+    "hook, numpy": keeping(lambda g: g.numpy()),
+    "hook, weak": keeping(weakref.ref),
+    "hook, closure": keeping(lambda g: lambda: g),
+    "hook, dlpack": keeping(torch.utils.dlpack.to_dlpack),
+    "node's prehook": on_node("register_prehook", lambda g: g),
+    "node's hook": on_node("register_hook", lambda inputs, outputs: outputs),
+    "kept by another function": lambda y, w: Kept.apply(y),
+    "memory from outside": lambda y, w: FromOutside.apply(y),
+    "expanded": expanded,
+    "other strides": other_strides,
+}
+
+
+OWN = ("kept by another function", "memory from outside")
+
+
+def run(rest: Callable[[Tensor, Tensor], Tensor], tap: bool, **options: Any) -> dict[str, Any]:
+    """Gradients, the feature, and whether the tap wrote in place."""
+    kept.clear()
+    torch.manual_seed(1)
+    x, w = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE, requires_grad=True)
+    places: list[int] = []
+    h = x * 2
+    h.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+    y, q = at_fused.attention_tap(h, **options) if tap else (h * 1, raw_map(h, 2, "mean", True))
+    out = rest(y, w)
+    y.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+    loss = out.sum() + (q * torch.linspace(1, 2, q.numel()).reshape(q.shape)).sum()
+    loss.backward()
+    return {
+        "x": x.grad,
+        "w": w.grad,
+        "y": y.detach(),
+        "in place": tap and len(places) == 2 and places[0] == places[1],
+    }
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_writes_in_place_where_it_may(fast_backend: str, name: str) -> None:
+    found, right = run(FREE[name], True), run(FREE[name], False)
+    assert found["in place"]
+    torch.testing.assert_close(found["x"], right["x"])
+
+
+def value_of(held: Any) -> Tensor:
+    """The values of what somebody kept of a gradient."""
+    if callable(held):
+        held = held()
+    if isinstance(held, torch.UntypedStorage):
+        return torch.empty(0).set_(held).reshape(SHAPE)
+    if type(held).__name__ == "PyCapsule":
+        held = torch.from_dlpack(held)
+    return torch.as_tensor(held[0] if isinstance(held, tuple) else held)
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_others_hold_stays_as_it_was(fast_backend: str, name: str) -> None:
+    right = run(HELD[name], False)
+    found = run(HELD[name], True)
+    assert not found["in place"]
+    torch.testing.assert_close(found["x"], right["x"])
+    if name == "hook, weak":
+        kept.clear()  # has died with the pass
+    assert len(kept) == (0 if name in ("hook, weak", "expanded", "other strides") else 1)
+    for held in kept:
+        gradient = torch.full(SHAPE, 2.0) if name in OWN else 2 * found["y"]
+        assert torch.equal(value_of(held), gradient[0] if name == "hook, view" else gradient)
+
+
+def test_the_other_branch_of_an_addition(fast_backend: str) -> None:
+    # Both terms get one and the same tensor; whichever comes first must not change the other's.
+    for rest in (
+        lambda y, w: ((y + w) * 3).square(),
+        lambda y, w: ((w + y) * 3).square(),
+        lambda y, w: ((w * 1 + y) * 3).square(),
+        lambda y, w: ((y + (w * 1)) * 3).square(),
+    ):
+        found, right = run(rest, True), run(rest, False)
+        torch.testing.assert_close(found["x"], right["x"])
+        torch.testing.assert_close(found["w"], right["w"])
+
+
+def test_two_taps_of_one_gradient(fast_backend: str) -> None:
+    a = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for tap in (at_fused.attention_tap, lambda x: (x, raw_map(x, 2, "mean", True))):
+        (ya, qa), (yb, qb) = tap(a * 2), tap(b * 3)
+        loss = ((ya + yb) * 1.5).square().sum() + qa.sum() + (qb * 2).sum()
+        gradients.append(torch.autograd.grad(loss, [a, b]))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_captured_and_given_gradients(fast_backend: str) -> None:
+    x = torch.randn(SHAPE, requires_grad=True)
+    y, q = at_fused.attention_tap(x * 2)
+    dy, dx = torch.autograd.grad((y * y).sum() + q.sum(), [y, x], retain_graph=True)
+    assert torch.equal(dy, 2 * y)
+    torch.testing.assert_close(dx, 2 * (2 * y + 2 * y / SHAPE[1]))
+    given = torch.randn(SHAPE)
+    before = given.clone()
+    torch.autograd.backward([y, q], [given, torch.ones_like(q)])
+    assert torch.equal(given, before)
+    torch.testing.assert_close(x.grad, 2 * (given + 2 * y.detach() / SHAPE[1]))
+
+
+def test_retained_graph_gives_the_same_twice(fast_backend: str) -> None:
+    x = torch.randn(SHAPE, requires_grad=True)
+    y, q = at_fused.attention_tap(x * 2)
+    loss = (y * y).sum() + q.sum()
+    first, second, third = (
+        torch.autograd.grad(loss, x, retain_graph=i < 2)[0].clone() for i in range(3)
+    )
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+def test_module_hooks_see_their_own_gradients(fast_backend: str) -> None:
+    class Tapped(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y, self.q = at_fused.attention_tap(x)
+            return y
+
+    seen: list[Tensor] = []
+    module = Tapped()
+    module.register_full_backward_hook(lambda m, inputs, outputs: seen.extend(outputs))
+    module.register_full_backward_pre_hook(lambda m, outputs: seen.extend(outputs))
+    x = torch.randn(SHAPE, requires_grad=True)
+    y = module(x * 2)
+    ((y * y).sum() + module.q.sum()).backward()
+    assert len(seen) == 2
+    for gradient in seen:
+        torch.testing.assert_close(gradient, 4 * x.detach())
+
+
+def test_multi_gradient_hooks(fast_backend: str) -> None:
+    x = torch.randn(SHAPE, requires_grad=True)
+    y, q = at_fused.attention_tap(x * 2)
+    seen: list[Tensor] = []
+    torch.autograd.graph.register_multi_grad_hook([y, q], lambda g: seen.extend(g))
+    ((y * y).sum() + q.sum()).backward()
+    torch.testing.assert_close(seen[0], 4 * x.detach())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(fast_backend: str, reentrant: bool) -> None:
+    x = torch.randn(SHAPE, requires_grad=True)
+
+    def block(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, q = at_fused.attention_tap(torch.sin(x * 2))
+        return torch.relu(y) * 2, q
+
+    gradients = []
+    for run_block in (block, lambda x: checkpoint(block, x, use_reentrant=reentrant)):
+        y, q = run_block(x)
+        x.grad = None
+        ((y * y).sum() + q.sum()).backward()
+        gradients.append(x.grad)
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def test_saved_tensors_elsewhere(fast_backend: str) -> None:
+    x = torch.randn(SHAPE, requires_grad=True)
+    with torch.autograd.graph.save_on_cpu():
+        y, q = at_fused.attention_tap(x * 2)
+        ((y * y).sum() + q.sum()).backward()
+    torch.testing.assert_close(x.grad, 2 * (4 * x.detach()) + 2 * (4 * x.detach()) / SHAPE[1])
+
+
+def test_changes_of_the_feature_are_refused(fast_backend: str) -> None:
+    h = torch.randn(SHAPE, requires_grad=True) * 2
+    y, q = at_fused.attention_tap(h)
+    with pytest.raises(RuntimeError, match="view"):
+        y.relu_()
+    h.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        q.sum().backward()
+
+
+def test_many_threads(fast_backend: str) -> None:
+    results: list[Tensor] = []
+
+    def work() -> None:
+        x = torch.arange(24.0).reshape(1, 2, 3, 4).requires_grad_()
+        for _ in range(20):
+            y, q = at_fused.attention_tap(x * 2)
+            ((y * y).sum() + q.sum()).backward()
+        results.append(x.grad)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for gradient in results:
+        torch.testing.assert_close(gradient, 20 * (8 + 4) * torch.arange(24.0).reshape(1, 2, 3, 4))
+
+
+def test_anomaly_mode(fast_backend: str) -> None:
+    with torch.autograd.detect_anomaly(check_nan=True):
+        found = run(FREE["product"], True)
+    torch.testing.assert_close(found["x"], run(FREE["product"], False)["x"])
+
+
+# ---- calibration ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "_calibrated", False)
+    monkeypatch.setattr(ownership, "_free", None)
+
+
+@pytest.mark.usefixtures("uncalibrated")
+def test_nothing_is_counted_under_a_debugger() -> None:
+    before = sys.gettrace()
+    sys.settrace(lambda *_: None)
+    try:
+        assert not run(FREE["product"], True)["in place"]
+    finally:
+        sys.settrace(before)
+    assert not ownership._calibrated
+    assert run(FREE["product"], True)["in place"]
+
+
+@pytest.mark.usefixtures("uncalibrated")
+def test_first_tap_inside_a_checkpoint() -> None:
+    x = torch.randn(SHAPE, requires_grad=True)
+
+    def block(x: Tensor) -> tuple[Tensor, ...]:
+        return at_fused.attention_tap(x * 2)
+
+    y, q = checkpoint(block, x, use_reentrant=False)
+    ((y * y).sum() + q.sum()).backward()
+    assert ownership._calibrated
+    torch.testing.assert_close(x.grad, (8 + 2) * x.detach())
+
+
+@pytest.mark.usefixtures("uncalibrated")
+def test_counts_that_prove_nothing_switch_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A Python whose counts do not show a holder: then a gradient is never known to be free.
+    monkeypatch.setattr(ownership.sys, "getrefcount", lambda _: 1)
+    assert not run(FREE["product"], True)["in place"]
+    found = run(HELD["hook"], True)
+    assert torch.equal(kept[0], 2 * found["y"])
+
+
+# ---- others --------------------------------------------------------------------------------------
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    x = torch.randn(SHAPE)
+    y, q = at_fused.attention_tap(x)
+    assert y is x
+    assert not q.requires_grad
+    dead = weakref.ref(x)
+    del x, y
+    assert dead() is None
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_break(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    conv = torch.nn.Conv2d(3, 4, 3, padding=1)
+
+    def step(x: Tensor, t: Tensor, **options: Any) -> Tensor:
+        h, q = at_fused.attention_tap(conv(x), **options)
+        return h.relu().square().mean() + 100 * at_fused.map_loss(q, at_fused.attention_map(t))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (2, 3):
+        for options in ({}, {"p": 1.0}, {"collapse": "max"}):
+            x, t = torch.randn(batch, 3, 6, 6), torch.randn(batch, 5, 6, 6)
+            right = torch.autograd.grad(step(x, t, **options), list(conv.parameters()))
+            found = torch.autograd.grad(compiled(x, t, **options), list(conv.parameters()))
+            torch.testing.assert_close(found, right)
+
+
+def test_functional_gradients() -> None:
+    x = torch.randn(SHAPE, dtype=torch.float64)
+
+    def f(x: Tensor) -> Tensor:
+        y, q = at_fused.attention_tap(x)
+        return (y * y).sum() + q.sum()
+
+    torch.testing.assert_close(torch.func.grad(f)(x), 2 * x + 2 * x / SHAPE[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x": [1]}, "x must be a tensor, got list"),
+        ({"x": torch.zeros(2, 3)}, "x must be"),
+        ({"x": torch.zeros(SHAPE, dtype=torch.int32)}, "x must be float"),
+        ({"p": 0.5}, "p must be"),
+        ({"collapse": "median"}, "collapse must be"),
+        ({"attend": "both"}, "attend must be"),
+        ({"skip_tokens": 1}, "skip_tokens and map_size"),
+        ({"eps": 0.0}, "eps must be"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+    x = options.pop("x", torch.zeros(SHAPE))
+    with pytest.raises((TypeError, ValueError), match=message):
+        at_fused.attention_tap(x, **options)
