@@ -18,13 +18,16 @@ from at_fused.functional import (
     map_loss,
 )
 from at_fused.gradients import flip_symmetry_loss, gradient_at_loss, input_gradient
+from at_fused.layers import match_layers
 from at_fused.modules import ATLoss
+from at_fused.transfer import AttentionTransfer
 
 _load()
 
 __all__ = [
     "ATLoss",
     "AtFusedWarning",
+    "AttentionTransfer",
     "Backend",
     "FeaturesLoss",
     "KDLoss",
@@ -41,6 +44,7 @@ __all__ = [
     "input_gradient",
     "kd_loss",
     "map_loss",
+    "match_layers",
     "schedules",
     "use_backend",
 ]

@@ -12,262 +12,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from at_fused import _inputs
 from at_fused._checks import check_number, kind
-from at_fused._match import Layout, Stage, first_tensor, stages, written
+from at_fused._hooks import Watched
+from at_fused._match import written
 from at_fused._models import evaluating, modules_named, unwrap
-from at_fused.functional import PairOptions, attention_tap, map_loss
+from at_fused.functional import PairOptions, map_loss
+from at_fused.layers import layouts_of, match_layers, named_pairs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from at_fused.teacher_cache import TeacherCache
 
-Layers = Sequence[str | tuple[str, str]]
-
 _OF_MAPS = ("p", "collapse", "attend", "absolute")
 _OF_LOSS = ("form", "weights", "resize", "eps", "eps_mode")
-
-
-# ---- one network ---------------------------------------------------------------------------------
-
-
-class _Maps:
-    """The maps of a network's last forward pass, of each device where replicas of it ran."""
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[int, int], Tensor] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A network is copied and saved with its hooks; what they found last belongs to a graph.
-        return {"found": {}}
-
-    def take(self, names: Sequence[str], replicas: Sequence[int]) -> list[Tensor]:
-        """The map of each layer, that of replicas put together; they are kept no longer."""
-        found, self.found = self.found, {}
-        order = {replica: i for i, replica in enumerate(replicas)}
-        maps = []
-        for i, name in enumerate(names):
-            parts = [key for key in found if key[0] == i]
-            if not parts:
-                raise RuntimeError(f"layer {name!r} has given no map: it did not run")
-            parts.sort(key=lambda key: order.get(key[1], key[1]))
-            several = [found[key].to(found[parts[0]].device) for key in parts]
-            maps.append(several[0] if len(several) == 1 else torch.cat(several))
-        return maps
-
-
-def _replica(x: Tensor) -> int:
-    """Which of DataParallel's replicas of a network a feature belongs to."""
-    return x.device.index or 0
-
-
-class _Clear:
-    """A forward pre-hook of the whole network: what an earlier pass left is not this one's."""
-
-    def __init__(self, maps: _Maps) -> None:
-        self.maps = maps
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        x = first_tensor(args)
-        replica = -1 if x is None else _replica(x)
-        for key in [key for key in self.maps.found if replica in (-1, key[1])]:
-            del self.maps.found[key]
-
-
-class _Hook:
-    """A forward hook that taps a layer's output."""
-
-    def __init__(
-        self, number: int, name: str, maps: _Maps, layout: Layout, options: dict[str, Any]
-    ) -> None:
-        self.number, self.name, self.maps = number, name, maps
-        self.layout, self.options = layout, options
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        x = first_tensor(output)
-        if x is None:
-            raise TypeError(
-                f"layer {self.name!r} ({type(module).__name__}) must give a tensor, or a tuple "
-                f"that begins with one, got {kind(output)}; name a module within it that does"
-            )
-        channel_dim = self.layout.of(x)
-        tokens = channel_dim != 1 and x.dim() == 3
-        try:
-            y, q = attention_tap(
-                x,
-                channel_dim=channel_dim,
-                skip_tokens=self.layout.skip_tokens if tokens else 0,
-                **self.options,
-            )
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"layer {self.name!r}: {error}") from error
-        # While a checkpoint runs the layer once more, in the backward, its map has long been used.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self.maps.found[self.number, _replica(x)] = q
-        if y is x or isinstance(output, Tensor):
-            return None if y is x else y
-        rest = (y, *output[1:])
-        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
-
-
-class _Watched:
-    """A network whose layers are hooked, and how to undo that."""
-
-    def __init__(
-        self, model: nn.Module, names: list[str], layout: Layout, options: dict[str, Any]
-    ) -> None:
-        self.model, self.names, self.maps = model, names, _Maps()
-        network = unwrap(model)
-        self.handles = [network.register_forward_pre_hook(_Clear(self.maps))]
-        for i, (name, module) in enumerate(zip(names, modules_named(network, names), strict=True)):
-            hook = _Hook(i, name, self.maps, layout, options)
-            self.handles.append(module.register_forward_hook(hook))
-
-    def take(self) -> list[Tensor]:
-        """The maps of the last forward pass, which are given once."""
-        devices = self.model.device_ids if isinstance(self.model, nn.DataParallel) else []
-        return self.maps.take(self.names, devices)
-
-    def remove(self) -> None:
-        """Takes the hooks away, and what they have found."""
-        for handle in self.handles:
-            handle.remove()
-        self.maps.found = {}
-
-
-# ---- pairs ---------------------------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    """The names of two layers whose maps are compared."""
-
-    student: str
-    teacher: str
-
-
-def _named_pairs(layers: object) -> list[Pair]:
-    if not isinstance(layers, (list, tuple)) or not layers:
-        raise TypeError(
-            "layers must be a list or tuple of names, or of (student's, teacher's) names, "
-            f"got {layers!r:.80}"
-        )
-    pairs = []
-    for i, each in enumerate(layers):
-        names = (each, each) if isinstance(each, str) else each
-        if (
-            not isinstance(names, (list, tuple))
-            or len(names) != 2
-            or not all(isinstance(name, str) for name in names)
-        ):
-            raise TypeError(
-                f"layers[{i}] must be a name or a pair of names (student's, teacher's), "
-                f"got {each!r:.80}"
-            )
-        pairs.append(Pair(*names))
-    for side in ("student", "teacher"):
-        names = [getattr(pair, side) for pair in pairs]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise ValueError(f"layers: each of a {side}'s layers once, got {min(twice)!r} again")
-    return pairs
-
-
-def match_layers(
-    student: nn.Module,
-    teacher: nn.Module,
-    example: Any,
-    *,
-    channel_dim: int | tuple[int, int] | None = None,
-    skip_tokens: int | tuple[int, int] | None = None,
-    verbose: bool = True,
-) -> list[Pair]:
-    """The layers of two networks that belong together: the last block of each stage both have.
-
-    Both run once on ``example``, in eval mode and without gradients, and are left as they were. A
-    stage is all that a network does at one map size; its blocks are the modules whose insides keep
-    to their input's and output's sizes, such as ``layer1`` of a ResNet. Stems and heads of conv,
-    norm and ReLU are none where there are larger blocks; tokens count as the square map that they
-    fill.
-
-    Args:
-        student, teacher: any networks, called with ``example`` alone.
-        example: what both take, such as two images of the size to come.
-        channel_dim, skip_tokens: as in :class:`AttentionTransfer`.
-        verbose: whether to print the pairs.
-
-    Returns:
-        A list of (student's, teacher's) names, in the order of running.
-
-    Raises:
-        ValueError: no stage in common, stages in another order, or a network that comes back to a
-            size: the message says what stages there are.
-
-    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (figure 5: one loss for each group).
-    """
-    found: list[list[Stage]] = []
-    for model, layout in zip(
-        (student, teacher), _layouts(student, teacher, channel_dim, skip_tokens), strict=True
-    ):
-        found.append(stages(unwrap(model), example, layout))
-    students, teachers = ({stage.size: stage for stage in side} for side in found)
-    common = [size for size in students if size in teachers]
-    said = [", ".join(f"{s.name} {written(s.size)}" for s in side) or "none" for side in found]
-    if not common:
-        raise ValueError(
-            "layers: no stage of the student has a map size of one of the teacher's: student "
-            f"{said[0]}; teacher {said[1]}; name the pairs, with resize='maps'"
-        )
-    if common != [size for size in teachers if size in students]:
-        raise ValueError(
-            "layers: student and teacher go through the sizes in another order: student "
-            f"{said[0]}; teacher {said[1]}; name the pairs"
-        )
-    if verbose:
-        rows = [("map", "student", "channels", "teacher", "channels")]
-        for size in common:
-            s, t = students[size], teachers[size]
-            rows.append((written(size), s.name, str(s.channels), t.name, str(t.channels)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(map(str.ljust, row, widths)).rstrip())
-    return [Pair(students[size].name, teachers[size].name) for size in common]
-
-
-def _layouts(
-    student: nn.Module, teacher: nn.Module, channel_dim: Any, skip_tokens: Any
-) -> list[Layout]:
-    """How each side's features lie: as given, or as the network says of itself."""
-    dims = channel_dim if isinstance(channel_dim, (tuple, list)) else (channel_dim,) * 2
-    skips = skip_tokens if isinstance(skip_tokens, (tuple, list)) else (skip_tokens,) * 2
-    for name, values, allowed in (
-        ("channel_dim", dims, lambda v: v in (1, -1)),
-        ("skip_tokens", skips, lambda v: type(v) is int and v >= 0),
-    ):
-        if len(values) != 2 or not all(v is None or allowed(v) for v in values):
-            ask = "1 or -1" if name == "channel_dim" else "a whole number >= 0"
-            raise ValueError(
-                f"{name} must be None, {ask}, or a pair of these (student's, teacher's), "
-                f"got {channel_dim if name == 'channel_dim' else skip_tokens!r}"
-            )
-    layouts = []
-    for model, dim, skip in zip((student, teacher), dims, skips, strict=True):
-        network = unwrap(model)
-        if dim is None and getattr(network, "output_fmt", None) == "NHWC":  # timm's Swin
-            dim = -1
-        if skip is None:
-            # timm says how many; torchvision's ViT has a class token.
-            skip = getattr(network, "num_prefix_tokens", int(hasattr(network, "class_token")))
-        layouts.append(Layout(dim, skip))
-    return layouts
-
-
-# ---- the transfer --------------------------------------------------------------------------------
 
 
 class AttentionTransfer:
@@ -319,7 +83,7 @@ class AttentionTransfer:
         self,
         student: nn.Module,
         teacher: nn.Module,
-        layers: Layers | None = None,
+        layers: Sequence[str | tuple[str, str]] | None = None,
         *,
         beta: float,
         example: Any = None,
@@ -338,9 +102,9 @@ class AttentionTransfer:
         self.beta = beta
         self._map_options, self._loss_options = _split(dict(options))
         self._map_sizes = _inputs.sides(-1, 0, map_size)
-        layouts = _layouts(student, teacher, channel_dim, skip_tokens)
+        layouts = layouts_of(student, teacher, channel_dim, skip_tokens)
         if layers is not None:
-            self.pairs = _named_pairs(layers)
+            self.pairs = named_pairs(layers)
         elif example is not None:
             self.pairs = match_layers(
                 student,
@@ -356,8 +120,8 @@ class AttentionTransfer:
         self.teacher_output: Any = None
         for model, names in ((student, self._names(0)), (teacher, self._names(1))):
             modules_named(unwrap(model), names)
-        self._student = _Watched(student, self._names(0), layouts[0], self._map_options)
-        self._teacher = _Watched(teacher, self._names(1), layouts[1], self._map_options)
+        self._student = Watched(student, self._names(0), layouts[0], self._map_options)
+        self._teacher = Watched(teacher, self._names(1), layouts[1], self._map_options)
 
     def _names(self, side: int) -> list[str]:
         return [pair[side] for pair in self.pairs]

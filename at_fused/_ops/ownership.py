@@ -20,7 +20,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def may_write(gradient: Tensor, like: Tensor) -> bool:
         return False
     storage = gradient.untyped_storage()
     counts = (
-        gradient._use_count(),
+        cast(Any, gradient)._use_count(),
         sys.getrefcount(gradient),
         torch._C._storage_Use_Count(storage._cdata),
         sys.getrefcount(storage),
