@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from at_fused import _inputs
-from at_fused._checks import check_number, kind
+from at_fused._checks import check_number, kind, pair_weights
 from at_fused._hooks import Watched
 from at_fused._match import written
 from at_fused._models import evaluating, modules_named, unwrap
@@ -71,7 +71,8 @@ class AttentionTransfer:
     Attributes:
         pairs: the names of the layers, a list of (student, teacher).
         beta: as given.
-        teacher_output: what the teacher returned in the last call, its logits for ``kd_loss``.
+        teacher_output: what the teacher returned in the last call, of a tuple the first: its
+            logits, for ``kd_loss``.
 
     Raises:
         TypeError, ValueError: an argument is not as above, a name is none of the network's.
@@ -116,8 +117,10 @@ class AttentionTransfer:
             )
         else:
             raise ValueError("layers or example must be given: names, or inputs to find them with")
+        pair_weights(self._loss_options.get("weights"), len(self.pairs))
         self.cache = cache
         self.teacher_output: Any = None
+        self._prepared: tuple[Any, list[Tensor], Any] | None = None
         for model, names in ((student, self._names(0)), (teacher, self._names(1))):
             modules_named(unwrap(model), names)
         self._student = Watched(student, self._names(0), layouts[0], self._map_options)
@@ -138,6 +141,20 @@ class AttentionTransfer:
             raise ValueError(f"beta must be finite, got {value!r}")
         self._beta = value
 
+    def prepare(self, x: Any, index: Tensor | Sequence[int] | None = None, seed: int = 0) -> None:
+        """Runs the teacher now, for the ``at(x)`` that follows.
+
+        Before ``student(x)`` its pass takes memory that the student's graph does not hold yet; in
+        ``at(x)`` it would come on top. Of the pass nothing stays but the maps and the output.
+
+        Args:
+            x, index, seed: as in the call of ``at``, which then takes the same ``x``.
+
+        Raises:
+            ValueError: as ``at``.
+        """
+        self._prepared = (x, *self._teacher_maps(x, index, seed))
+
     def __call__(
         self, x: Any, index: Tensor | Sequence[int] | None = None, seed: int = 0
     ) -> Tensor:
@@ -153,8 +170,10 @@ class AttentionTransfer:
 
         Raises:
             RuntimeError: the student has not run since the last call, or without a graph.
-            ValueError: the maps of a pair have another batch or size.
+            ValueError: the maps of a pair have another batch or size, or ``x`` is not what
+                ``prepare`` was given.
         """
+        prepared, self._prepared = self._prepared, None
         try:
             students = self._student.take()
         except RuntimeError as error:
@@ -163,7 +182,12 @@ class AttentionTransfer:
                 "and a compiled one not before AttentionTransfer was made"
             ) from None
         self._check_graph(students)
-        teachers = self._teacher_maps(x, index, seed)
+        if prepared is None:
+            teachers, self.teacher_output = self._teacher_maps(x, index, seed)
+        elif prepared[0] is x:
+            _, teachers, self.teacher_output = prepared
+        else:
+            raise ValueError("x must be what at.prepare was called with, got another object")
         pairs = [self._alike(*each) for each in zip(students, teachers, strict=True)]
         loss = map_loss([s for s, _ in pairs], [t for _, t in pairs], **self._loss_options)
         return loss * self.beta
@@ -185,14 +209,14 @@ class AttentionTransfer:
     def _run_teacher(self, x: Any) -> tuple[list[Tensor], Any]:
         with evaluating(self._teacher.model):
             output = self._teacher.model(x)
-        return self._teacher.take(), output
+        # The rest of a tuple may be the features, which are not to live on.
+        return self._teacher.take(), output[0] if isinstance(output, tuple) else output
 
-    def _teacher_maps(self, x: Any, index: Any, seed: int) -> list[Tensor]:
+    def _teacher_maps(self, x: Any, index: Any, seed: int) -> tuple[list[Tensor], Any]:
         if self.cache is None:
             if index is not None:
                 raise ValueError("index is for an AttentionTransfer with a cache, which has none")
-            maps, self.teacher_output = self._run_teacher(x)
-            return maps
+            return self._run_teacher(x)
         if index is None:
             raise ValueError(
                 "index must be given, the samples' numbers, for the cache to find them"
