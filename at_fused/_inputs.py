@@ -275,8 +275,13 @@ def map_pairs(
     return pairs(_maps("student", student), _maps("teacher", teacher))
 
 
-def check_sizes(students: list[Tensor], teachers: list[Tensor], resize: str | None) -> bool:
-    """Whether the maps of all pairs have one size; raises where they may not differ."""
+def check_sizes(
+    students: list[Tensor], teachers: list[Tensor], resize: str | None, of_maps: bool = False
+) -> bool:
+    """Whether the maps of all pairs have one size; raises where they may not differ.
+
+    ``of_maps``: these are maps, whose features are out of reach.
+    """
     same = True
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         positions = s.shape[2:]
@@ -287,10 +292,10 @@ def check_sizes(students: list[Tensor], teachers: list[Tensor], resize: str | No
                     f"student and teacher of pair {i} must have the same map size (H x W), got "
                     f"{size(s)} and {size(t)}; "
                     + (
-                        "resize='maps' interpolates the teacher's map, resize='features' pools the "
-                        "larger features"
-                        if s.dim() == t.dim()
-                        else "map_size=(H, W) gives tokens a map of two dimensions"
+                        "map_size=(H, W) gives tokens a map of two dimensions"
+                        if s.dim() != t.dim()
+                        else "resize='maps' interpolates the teacher's map"
+                        + ("" if of_maps else ", resize='features' pools the larger features")
                     )
                 )
         if positions.numel() == 1:

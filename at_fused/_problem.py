@@ -210,7 +210,7 @@ def _loss(problem: Problem) -> Tensor:
 def solve_maps(problem: Problem) -> Tensor:
     """The loss of raw maps, which stand as features of one channel."""
     students, teachers = problem.students, problem.teachers
-    _inputs.check_sizes(students, teachers, problem.resize)
+    _inputs.check_sizes(students, teachers, problem.resize, of_maps=True)
     return _loss_of_maps(
         problem,
         [x.flatten(1) for x in students + teachers],
