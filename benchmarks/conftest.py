@@ -6,6 +6,7 @@ import json
 import math
 import platform
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ ROWS: dict[
 
 # (variant, case, dtype, layout) -> program -> median milliseconds, forward and backward
 METHOD_ROWS: dict[tuple[str, str, str, str], dict[str, float]] = {}
+
+# networks -> what test_steps.py found of their steps
+STEP_ROWS: dict[str, dict[str, Any]] = {}
+# (case, dtype, layout) -> program -> median milliseconds of the backward of taps
+TAP_ROWS: dict[tuple[str, str, str], dict[str, float]] = {}
 
 # What the table shows: its name, the pass in whose rounds it was timed, the program, and the passes
 # of Inputs.floors that it makes.
@@ -124,6 +130,43 @@ def method_table() -> list[str]:
     return lines
 
 
+def step_table() -> list[str]:
+    """Whole steps: their times, attention transfer's own, and the most that they hold."""
+    lines = [
+        "| networks | step | ms | AT's own ms | share | peak MB | to alone | to without |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in STEP_ROWS.items():
+        own = {**row["alone ms"], "tap": row["own ms"]}
+        for step, ms in row["ms"].items():
+            size = row["bytes"]
+            cells = [name, step, f"{ms:.0f}"]
+            if step in own:
+                share = row["own share"] if step == "tap" else own[step] / row["ms"]["without"]
+                cells += [f"{own[step]:.2f}", f"{share:.2%}"]
+            else:
+                cells += ["", ""]
+            cells += [f"{size[step] / 1e6:.1f}"]
+            cells += [f"{size[step] / size[to] - 1:+.1%}" for to in ("alone", "without")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def tap_table() -> list[str]:
+    """The backward of taps, to the drop-in's gradient and its addition."""
+    lines = ["| case | dtype | layout | tap ms | to drop-in | to eager |", "|---" * 6 + "|"]
+    ratios: dict[str, list[float]] = {"drop-in": [], "eager": []}
+    for setting, ms in TAP_ROWS.items():
+        cells = [*setting, f"{ms['tap']:.2f}"]
+        for rival, values in ratios.items():
+            values.append(ms[rival] / ms["tap"])
+            cells.append(f"{values[-1]:.1f}x")
+        lines.append(f"| {' | '.join(cells)} |")
+    for rival, values in ratios.items():
+        lines.append(f"{rival} / tap: {geometric_mean(values):.2f}, least {min(values):.2f}")
+    return lines
+
+
 def machine(device: str) -> str:
     """What the times are of."""
     what = f"torch {torch.__version__}, at_fused {at_fused.__version__}"
@@ -160,6 +203,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{machine('cpu')}\n")
         for line in method_table():
             terminalreporter.write_line(line)
+    for title, rows, lines_of in (
+        ("training steps, medians", STEP_ROWS, step_table),
+        ("the backward of taps, medians", TAP_ROWS, tap_table),
+    ):
+        if rows:
+            terminalreporter.section(title)
+            terminalreporter.write_line(f"{machine('cpu')}\n")
+            for line in lines_of():
+                terminalreporter.write_line(line)
     for device in ROWS:
         terminalreporter.section(
             f"at_fused on {device}: time of the others / time of at_fused, medians"
