@@ -73,5 +73,5 @@ def test_aligned_features_move_by_128_bits(rows: list[dict[str, Any]]) -> None:
                 assert set(row["loads"]) == {"128"}, row
         if row["wide_stores"]:
             assert "128" in row["stores"], row
-            if row["operator"] == "backward":
+            if row["operator"] in ("backward", "tap"):
                 assert set(row["stores"]) == {"128"}, row

@@ -233,6 +233,8 @@ class Variant(NamedTuple):
     @property
     def wide_loads(self) -> bool:
         """Whether features are read by 128 bits: where all of them, and they alone, are."""
+        if self.operator == "tap":
+            return self.aligned and self.collapse != "max"
         if self.operator == "backward":
             return self.aligned and self.collapse != "max" and (self.absolute or self.p > 1)
         return self.aligned and self.operator != "map loss"
@@ -240,7 +242,9 @@ class Variant(NamedTuple):
     @property
     def wide_stores(self) -> bool:
         """Whether gradients are written by 128 bits."""
-        return self.aligned and self.operator in ("backward", "value and gradient")
+        if self.operator == "tap" and self.collapse == "max":
+            return False  # the winners alone
+        return self.aligned and self.operator in ("backward", "tap", "value and gradient")
 
     def feature(self) -> Tensor:
         """Memory that nobody reads."""
@@ -266,10 +270,12 @@ class Variant(NamedTuple):
         winners = [q.to(torch.int32) for q in maps] if self.collapse == "max" else []
         general = p, self.absolute, sizes, winners
         pair_options = [], "code", self.reduction, self.eps_mode, 1e-12
+        tapped = p, self.collapse, self.absolute, *winners
         calls: dict[str, Callable[[], object]] = {
             "map": lambda: backend.attention_map(s, p, self.collapse, self.absolute, sizes),
             "loss": lambda: backend.at_loss(s, t, *options, True, False),
             "backward": lambda: backend.attention_map_backward(s, maps, loss, pairs, *general),
+            "tap": lambda: backend.attention_tap_backward_(t[0], s[0], maps[0], *tapped),
             "value and gradient": lambda: backend.at_value_and_grad(s, t, *options, 1.0, loss),
             "map loss": lambda: backend.map_loss(maps, maps, *pair_options, True, False),
         }
@@ -314,6 +320,20 @@ def variants() -> Iterator[Variant | LogitsVariant]:
         yield Variant(operator, p=2.5, shape=(8, 64, 15, 27, 27), size=(7, 13, 13))
         yield Variant(operator, layout="interleaved", shape=(8, 64, 15, 27, 27), size=(7, 13, 13))
         yield Variant(operator, layout="interleaved", shape=ODD, size=(5, 5))
+    for layout in ("planar", "interleaved"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for collapse in ("mean", "max"):
+                yield Variant("tap", dtype, layout, collapse=collapse)
+        yield Variant("tap", layout=layout, p=2.5)
+        yield Variant("tap", layout=layout, shape=ODD)
+    yield Variant("tap", torch.float16)
+    yield Variant("tap", torch.float64, p=2.5)
+    yield Variant("tap", p=2.5, collapse="max")
+    yield Variant("tap", shape=ODD, collapse="max")
+    for p in (1.0, 3.0, 5.0):
+        yield Variant("tap", p=p, absolute=False)
+    for collapse in ("mean", "max"):
+        yield Variant("tap", torch.bfloat16, shape=(1, 257, 56, 56), wide=True, collapse=collapse)
     for eps_mode in ("max", "add"):
         for reduction in ("sum", "sample"):
             yield Variant("map loss", reduction=reduction, eps_mode=eps_mode)

@@ -201,3 +201,41 @@ def check_coefficients(
             q.shape == k.shape and q.device == k.device and q.dtype == torch.int32,
             "a map of channels must be (B, N) of int32",
         )
+
+
+def check_tap(
+    gradient: Tensor,
+    feature: Tensor,
+    map_gradient: Tensor,
+    p: float,
+    collapse: str,
+    absolute: bool,
+    channels: Tensor | None,
+    interpreted: bool,
+) -> bool:
+    """A gradient, its feature, and the gradient of the feature's map; gives ``keeps_sign``."""
+    check_features([feature], interpreted)
+    check_exponent(p)
+    signed = keeps_sign(p, absolute)
+    check_collapse(collapse, signed)
+    require(
+        gradient.shape == feature.shape
+        and gradient.dtype == feature.dtype
+        and gradient.device == feature.device,
+        "a gradient must have the shape, dtype and device of its feature",
+    )
+    require(
+        (collapse == "max") == (channels is not None),
+        "a map of channels belongs to collapse 'max', and to no other",
+    )
+    winners = [] if channels is None else [channels]
+    check_coefficients([feature], [map_gradient], [0], winners, [None])
+    return signed
+
+
+def check_writable(gradient: Tensor) -> None:
+    """That no two elements share memory by a stride of 0."""
+    require(
+        all(n == 1 or step != 0 for n, step in zip(gradient.shape, gradient.stride(), strict=True)),
+        "a gradient that is written in place must not be expanded",
+    )

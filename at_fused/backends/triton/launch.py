@@ -171,8 +171,8 @@ def writable(x: Tensor, layout: Layout, given: Tensor) -> tuple[Tensor, Layout, 
 
 def as_empty_like(given: Tensor, written: Tensor) -> Tensor:
     """The gradient with the strides of ``empty_like(given)``."""
-    out = torch.empty_like(given)
-    return written if written.stride() == out.stride() else out.copy_(written)
+    stride = torch.empty_like(given, device="meta").stride()  # which takes no memory
+    return written if written.stride() == stride else torch.empty_like(given).copy_(written)
 
 
 # ---- cutting -------------------------------------------------------------------------------------

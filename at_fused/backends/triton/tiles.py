@@ -139,8 +139,9 @@ def store_gradient(
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
     SIGNED: tl.constexpr,
+    addend=None,
 ):
-    """Writes k[n] * |x|^(p-1) * sign(x) for one tile."""
+    """Writes k[n] * |x|^(p-1) * sign(x) for one tile, plus the addend's where there is one."""
     mask = (c < channels_of(feature))[:, None] & (n < positions_of(feature))[None, :]
     x = tl.load(
         sample_of(feature, b) + offsets_of(feature, c[:, None], n[None, :], feature.PLANAR),
@@ -148,6 +149,13 @@ def store_gradient(
         other=0.0,
     )
     result = k[None, :] * slope(x.to(k.dtype), HIGH, LOW, SIGNED)
+    if addend is not None:
+        before = tl.load(
+            sample_of(addend, b) + offsets_of(addend, c[:, None], n[None, :], feature.PLANAR),
+            mask=mask,
+            other=0.0,
+        )
+        result += before.to(k.dtype)
     tl.store(
         sample_of(gradient, b) + offsets_of(gradient, c[:, None], n[None, :], feature.PLANAR),
         result.to(gradient.data.dtype.element_ty),
