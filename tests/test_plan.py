@@ -113,6 +113,14 @@ def test_gradients(data: tuple[Feature, Feature, int], device: str, shift: int) 
     check_sweep(s, vector, fold, rest[3:8])
     assert tasks == math.ceil(s.B / samples) * rest[4] * rest[6]
 
+    # What the gradient is added to moves in the same vectors, or none of the three does.
+    addend = t._replace(C=s.C, dtype=s.dtype, layout=s.layout, line=s.line, batch=s.batch)
+    tasks, samples, *rest = plan("tap", s, to, addend, total, limits)
+    for x in (s, to, addend):
+        check_access(x, *rest[:3], whole=True)
+    check_sweep(s, rest[0], rest[1], rest[3:8])
+    assert tasks == math.ceil(s.B / samples) * rest[4] * rest[6]
+
     fp64 = 1 in (s.dtype, t.dtype)
     out = plan("gradient", s, t, to, fp64, limits)
     tasks, samples, pieces, positions, shared, kept, lag, *rest = out
