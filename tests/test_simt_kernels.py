@@ -411,6 +411,9 @@ def test_a_launch_that_fails_is_a_python_error(wide: ctypes.CDLL) -> None:
         _ops.attention_map([huge], 2.0, "mean")
     with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
         _ops.attention_map([huge], 2.0, "max", True, [2, 2])
+    long = torch.empty(1, 2**30 + 1, 1, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
+        _ops.attention_tap_backward_(long, long, torch.ones(1, 1), 2.0, "mean")
     torch.testing.assert_close(at_fused.at_loss(s, t), expected, rtol=0, atol=0)
 
 
