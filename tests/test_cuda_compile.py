@@ -76,7 +76,9 @@ def test_resources_and_widths(
     dtypes = 4 if fp64 else 3
     if name == "attention_tap_backward":
         vectors = TAP_ROWS * dtypes * 2  # each in both layouts
-        assert kernel.loads[128] >= 2 * vectors  # of the feature and of what it is added to
+        assert kernel.constant >= vectors
+        # What the gradient is added to may be what is written.
+        assert kernel.loads[128] - kernel.constant >= vectors
         assert kernel.stores[128] >= vectors
     elif instance in ROWS:
         rows, known = ROWS[instance]
