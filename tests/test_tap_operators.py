@@ -5,6 +5,7 @@ Against the formula in float64, on every back end.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,7 @@ PLACES: dict[str, Callable[[Tensor], Tensor]] = {
     "interleaved": lambda x: x.contiguous(memory_format=LAST),
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
     "channel slice": lambda x: padded(x, 2, 1, 0, 0, 0, 0),
+    "channels apart": lambda x: padded(x, 0, 0, 0, 1, 0, 0),
     "crop": lambda x: padded(x, 0, 0, 1, 2, 2, 0),
     "interleaved slice": lambda x: padded(x, 1, 3, 0, 0, 0, 0, layout=LAST),
     "aligned slice": lambda x: padded(x, 8, 8, 0, 0, 0, 0, layout=LAST),
@@ -143,8 +145,8 @@ def test_ranks(backend: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("gradient_place", PLACES)
 @pytest.mark.parametrize("place", PLACES)
 def test_places(fast_backend: str, place: str, gradient_place: str, dtype: torch.dtype) -> None:
-    for options in FEW:
-        gradient, x, *rest = inputs(2, 16, 4, 6, collapse=options[1], dtype=dtype)
+    for options, size in itertools.product(FEW, ((4, 6), (7, 7))):
+        gradient, x, *rest = inputs(2, 16, *size, collapse=options[1], dtype=dtype)
         g, y = PLACES[gradient_place](gradient), PLACES[place](x)
         base = g if g._base is None else g._base
         outside = torch.ones_like(base, dtype=torch.bool)
