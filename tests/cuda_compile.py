@@ -32,6 +32,7 @@ class Kernel(NamedTuple):
     shared: int  # bytes, static; 1 KB of it is the system's own from sm_90 on
     loads: dict[int, int]  # instructions by bits, from global or any memory
     stores: dict[int, int]
+    constant: int  # loads of 128 bits that go by the cache for what no thread writes
 
 
 def tool(name: str) -> str:
@@ -112,7 +113,8 @@ def kernels(files: list[Path]) -> list[Kernel]:
             body = bodies[architecture, line[2]]
             loads, stores = widths(body, "LDG?"), widths(body, "STG?")
             numbers = int(line[3]), int(line[4]), int(line[5])
-            kernel = Kernel(architecture, short(line[2]), *numbers, loads, stores)
+            constant = len(re.findall(r"\bLDG\.E\.128\.CONSTANT ", body))
+            kernel = Kernel(architecture, short(line[2]), *numbers, loads, stores, constant)
             found[architecture, kernel.name] = kernel
     return sorted(found.values(), key=lambda k: (k.name, int(k.architecture[3:])))
 

@@ -21,6 +21,7 @@ DISTANCES = {
 SQUARE, ANY, WIDE = ("Square", "false"), ("AnyPower", "false"), ("AnyPower", "true")
 SIGNED, SIGNED_WIDE = ("SignedPower", "false"), ("SignedPower", "true")
 ROWS = {SQUARE: (4, 3), ANY: (2, 3), WIDE: (2, 4), SIGNED: (2, 3), SIGNED_WIDE: (2, 4)}
+TAP_ROWS = 2
 # As above for ("false",) and ("true",): fp64; pooled maps have a flag for maxima before it.
 EITHER = [("false",), ("true",)]
 INSTANCES: dict[str, list[tuple[str, ...]]] = {
@@ -28,8 +29,10 @@ INSTANCES: dict[str, list[tuple[str, ...]]] = {
     "at_value_and_grad": [SQUARE, ANY, WIDE],
     "attention_map": [SQUARE, ANY, WIDE, SIGNED, SIGNED_WIDE],
     "attention_map_backward": [SQUARE, ANY, WIDE, SIGNED, SIGNED_WIDE],
+    "attention_tap_backward": [SQUARE, ANY, WIDE, SIGNED, SIGNED_WIDE],
     "max_map": EITHER,
     "max_map_backward": EITHER,
+    "max_tap_backward": EITHER,
     "pooled_map": [(a, *b) for a in ("false", "true") for b in EITHER],
     "pooled_map_backward": EITHER,
     "map_loss": EITHER,
@@ -71,7 +74,13 @@ def test_resources_and_widths(
     assert kernel.registers <= (128 if two else 80)
     assert kernel.shared <= 1024  # the rest is asked for at the launch: plan.h
     dtypes = 4 if fp64 else 3
-    if instance in ROWS:
+    if name == "attention_tap_backward":
+        vectors = TAP_ROWS * dtypes * 2  # each in both layouts
+        assert kernel.constant >= vectors
+        # What the gradient is added to may be what is written.
+        assert kernel.loads[128] - kernel.constant >= vectors
+        assert kernel.stores[128] >= vectors
+    elif instance in ROWS:
         rows, known = ROWS[instance]
         assert known == dtypes
         vectors = rows * dtypes * 2  # each in both layouts
@@ -80,6 +89,9 @@ def test_resources_and_widths(
             assert kernel.stores[128] >= vectors
     elif name == "max_map":
         assert kernel.loads[128] >= 4 * dtypes * 2
+    elif name == "max_tap_backward":
+        assert kernel.loads[128] >= 4 * dtypes
+        assert kernel.stores[128] >= 4 * dtypes
     elif name == "max_map_backward":
         assert kernel.stores[128] >= dtypes * 2
     elif name in DISTANCES:

@@ -20,6 +20,7 @@ import test_gradient_at
 import test_kd
 import test_method
 import test_operators
+import test_tap_operators
 import torch
 from reference import assert_matches_reference, popular_at_loss
 from test_contract import features
@@ -106,6 +107,7 @@ def of_a_back_end(module: ModuleType) -> dict[str, Callable[..., None]]:
 globals().update(of_a_back_end(test_contract))
 globals().update(of_a_back_end(test_general_maps))
 globals().update(of_a_back_end(test_method))
+globals().update(of_a_back_end(test_tap_operators))
 globals().update({test.__name__: test for test in ON_DEVICE})
 
 
@@ -160,7 +162,22 @@ def whole_method(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]
     return results
 
 
-PROGRAMS = (forward_and_backward, value_and_gradient, whole_method)
+def taps(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    """Gradients added to others, new and in place."""
+    results = []
+    for student in students:
+        x = student.detach()
+        for collapse in ("mean", "max"):
+            q, *channels = _ops.attention_map([x], 2.0, collapse)
+            g = x * 2
+            rest = x, q, 2.0, collapse, True, *channels
+            results.append(_ops.attention_tap_backward(g, *rest))
+            _ops.attention_tap_backward_(g, *rest)
+            results.append(g)
+    return results
+
+
+PROGRAMS = (forward_and_backward, value_and_gradient, whole_method, taps)
 
 
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:

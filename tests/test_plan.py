@@ -101,8 +101,13 @@ def test_maps_and_losses(data: tuple[Feature, Feature, int], device: str) -> Non
 
 
 @EVERY
-@given(data=pairs(), device=st.sampled_from(list(DEVICES)), shift=st.sampled_from([0, 0, 4]))
-def test_gradients(data: tuple[Feature, Feature, int], device: str, shift: int) -> None:
+@given(
+    data=pairs(),
+    device=st.sampled_from(list(DEVICES)),
+    shift=st.sampled_from([0, 0, 4]),
+    apart=st.sampled_from([0, 0, 1, 8]),
+)
+def test_gradients(data: tuple[Feature, Feature, int], device: str, shift: int, apart: int) -> None:
     s, t, total = data
     limits = DEVICES[device]
     to = dense(s.B, s.C, s.N, s.dtype, s.layout)._replace(address=8192 + shift)
@@ -111,6 +116,15 @@ def test_gradients(data: tuple[Feature, Feature, int], device: str, shift: int) 
     check_access(s, vector, fold, lanes, whole=True)
     check_access(to, vector, fold, lanes, whole=True)
     check_sweep(s, vector, fold, rest[3:8])
+    assert tasks == math.ceil(s.B / samples) * rest[4] * rest[6]
+
+    # What the gradient is added to moves in the same vectors, or none of the three does.
+    addend = dense(s.B, s.C, s.N, s.dtype, s.layout)
+    addend = addend._replace(address=t.address, line=addend.line + apart)
+    tasks, samples, *rest = plan("tap", s, to, addend, total, limits)
+    for x in (s, to, addend):
+        check_access(x, *rest[:3], whole=True)
+    check_sweep(s, rest[0], rest[1], rest[3:8])
     assert tasks == math.ceil(s.B / samples) * rest[4] * rest[6]
 
     fp64 = 1 in (s.dtype, t.dtype)

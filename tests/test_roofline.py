@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from plan_library import H100
+from simt_backend import Counters, simt
+
+from at_fused import _ops
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import roofline
 import roofline_methods
+from cases import Inputs
 from roofline import PASSES, QUICK, Row
 
 BAR = 1.02
@@ -59,6 +65,19 @@ def test_a_share_of_the_device_counts_as_the_whole() -> None:
         # The loss, its sum and the counters are there once in each: that much is counted too often.
         assert row.floor == whole[direction].floor
         assert 0 <= row.counted.bytes - whole[direction].counted.bytes <= 64 * roofline.QUICK_SHARE
+
+
+@pytest.mark.parametrize("setting", QUICK, ids=str)
+def test_a_tap_in_place_reads_both_and_writes_one(setting: tuple[str, str, str]) -> None:
+    with simt(multiprocessors=H100.multiprocessors // roofline.QUICK_SHARE) as harness:
+        for student in Inputs.make(*setting, share=roofline.QUICK_SHARE).students:
+            x = student.detach()
+            g, k = torch.randn_like(x), torch.randn(len(x), x[0, 0].numel())
+            _ops.attention_tap_backward_(g, x, k, 2.0, "mean")
+            c = Counters()
+            harness.simt_last_counters(ctypes.byref(c))
+            assert c.launches == 1
+            assert c.distinct_load_bytes + c.distinct_store_bytes == 3 * x.nbytes + k.nbytes
 
 
 def test_the_plan_says_what_is_read_twice() -> None:

@@ -49,7 +49,7 @@ def test_the_contract(tmp_path: Path) -> None:
     build.build("sanitizers")
     pytest_executable = shutil.which("pytest", path=str(Path(sys.executable).parent))
     assert pytest_executable, "pytest is installed beside Python"
-    names = "contract", "general_maps", "value_and_grad", "kd", "distance"
+    names = "contract", "general_maps", "tap_operators", "value_and_grad", "kd", "distance"
     files = [str(HERE / f"test_{name}.py") for name in names]
     # Derivatives of derivatives add nothing here, and compilers do not run under a sanitizer.
     chosen = "simt and not gradcheck and not second and not compile and not opcheck"

@@ -46,6 +46,13 @@ def everything(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
             above, pairs = torch.arange(1.0, 1.0 + len(plain)), [*range(len(plain))]
             rest = 3.0, absolute, sizes, channels
             results += [*found, *_ops.attention_map_backward(plain, maps, above, pairs, *rest)]
+            for i, x in enumerate([] if sizes else plain):
+                g, won = torch.ones_like(x), channels[i] if channels else None
+                results += [
+                    _ops.attention_tap_backward(g, x, maps[i], 3.0, collapse, absolute, won)
+                ]
+                _ops.attention_tap_backward_(g, x, maps[i], 3.0, collapse, absolute, won)
+                results += [g]
             value, found = _ops.map_loss(maps, maps[:1] + [q + 1 for q in maps[1:]], *LOSS)
             results += [value, *found]
     return results
@@ -173,6 +180,56 @@ def test_maxima_and_signed_powers_move_in_128_bits(
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [(4, 64, 7, 7), (2, 32, 14, 14), (1, 48, 56, 56)], ids=str)
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_tap_reads_twice_and_writes_once(
+    wide: ctypes.CDLL,
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    channels_last: bool,
+    absolute: bool,
+) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    g, x = (torch.randn(size).to(dtype, memory_format=layout) for _ in range(2))
+    k = torch.randn(size[0], size[2] * size[3], dtype=torch.promote_types(dtype, torch.float32))
+    for operator in (_ops.attention_tap_backward, _ops.attention_tap_backward_):
+        operator(g, x, k, 3.0, "mean", absolute)
+        found = counters(wide)
+        assert found.launches == 1
+        assert 16 * found.loads[4] == 2 * x.nbytes
+        assert 16 * found.stores[4] == found.store_bytes == x.nbytes
+        assert found.distinct_load_bytes == 2 * x.nbytes + k.nbytes
+        assert found.distinct_store_bytes == x.nbytes
+        assert found.atomics == 0
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [(4, 64, 7, 7), (2, 32, 14, 14), (1, 48, 56, 56)], ids=str)
+def test_a_tap_of_maxima_touches_the_winners(
+    wide: ctypes.CDLL, size: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    g, x = (torch.randn(size).to(dtype, memory_format=layout) for _ in range(2))
+    q, channels = _ops.attention_map([x], 2.0, "max")
+    won = q.numel() * x.itemsize
+    rest = x, q, 2.0, "max", True, channels
+    _ops.attention_tap_backward_(g, *rest)
+    found = counters(wide)
+    assert found.launches == 1
+    assert found.store_bytes == won
+    assert found.distinct_load_bytes == 2 * won + channels.nbytes + q.nbytes
+    _ops.attention_tap_backward(g, *rest)
+    found = counters(wide)
+    assert found.launches == 1
+    assert 16 * found.loads[4] == 16 * found.stores[4] == x.nbytes
+    assert found.store_bytes == x.nbytes + won
+    assert found.distinct_store_bytes == x.nbytes
+    assert found.distinct_load_bytes == x.nbytes + won + channels.nbytes + q.nbytes
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
     ("size", "to"),
     [((4, 40, 8, 8), (4, 4)), ((2, 33, 14, 15), (7, 3)), ((1, 48, 56, 56), (28, 28))],
@@ -228,6 +285,19 @@ def test_features_that_are_not_aligned_move_in_elements(wide: ctypes.CDLL) -> No
     assert 4 * found.loads[2] == x.nbytes
 
 
+@pytest.mark.parametrize("which", ["gradient", "feature"])
+def test_a_tap_moves_both_in_elements_where_one_is_not_aligned(
+    wide: ctypes.CDLL, which: str
+) -> None:
+    aligned, x = torch.randn(2, 8, 8, 8), torch.randn(2 * 8 * 64 + 1)[1:].view(2, 8, 8, 8)
+    both = (x, aligned) if which == "gradient" else (aligned, x)
+    for operator in (_ops.attention_tap_backward, _ops.attention_tap_backward_):
+        operator(*both, torch.randn(2, 64), 2.0, "mean")
+        found = counters(wide)
+        assert found.loads[4] == found.stores[4] == 0
+        assert found.store_bytes == x.nbytes
+
+
 def allocated(call: Any) -> tuple[Any, int]:
     """What a call returns, and the bytes that it allocates."""
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -262,6 +332,15 @@ def test_no_feature_sized_temporary_of_maxima_and_pooled_features(
         assert x.nbytes <= allocated(call)[1] < x.nbytes * 1.02
 
 
+@pytest.mark.parametrize("collapse", ["mean", "max"])
+def test_a_tap_in_place_allocates_nothing(wide: ctypes.CDLL, collapse: str) -> None:
+    x, g = torch.randn(2, 64, 24, 24), torch.randn(2, 64, 24, 24)
+    q, *channels = _ops.attention_map([x], 2.0, collapse)
+    rest = g, x, q, 2.0, collapse, True, *channels
+    assert allocated(lambda: _ops.attention_tap_backward(*rest))[1] == x.nbytes
+    assert allocated(lambda: _ops.attention_tap_backward_(*rest))[1] == 0
+
+
 @pytest.mark.parametrize("stride_of", ["batch", "line"])
 def test_elements_beyond_2_to_the_31(wide: ctypes.CDLL, stride_of: str) -> None:
     """Untouched memory costs nothing: a tensor may lie far apart."""
@@ -290,6 +369,23 @@ def test_elements_beyond_2_to_the_31(wide: ctypes.CDLL, stride_of: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("stride_of", ["batch", "line"])
+@pytest.mark.parametrize("collapse", ["mean", "max"])
+def test_taps_beyond_2_to_the_31(wide: ctypes.CDLL, collapse: str, stride_of: str) -> None:
+    far = 2**31 + 64
+    strides = (far, 16, 4, 1) if stride_of == "batch" else (16, far, 4, 1)
+    near = [torch.randn(2, 2, 4, 4).half() for _ in range(2)]
+    g, x = (torch.empty(far + 4096, dtype=torch.float16).as_strided(y.shape, strides) for y in near)
+    g.copy_(near[0])
+    x.copy_(near[1])
+    q, *channels = _ops.attention_map([near[1]], 2.0, collapse)
+    rest = q, 2.0, collapse, True, *channels
+    expected = _ops.attention_tap_backward(*near, *rest)
+    assert torch.equal(_ops.attention_tap_backward(g, x, *rest), expected)
+    _ops.attention_tap_backward_(g, x, *rest)
+    assert torch.equal(g, expected)
+
+
 def test_a_launch_that_fails_is_a_python_error(wide: ctypes.CDLL) -> None:
     s, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     expected = at_fused.at_loss(s, t)
@@ -315,6 +411,9 @@ def test_a_launch_that_fails_is_a_python_error(wide: ctypes.CDLL) -> None:
         _ops.attention_map([huge], 2.0, "mean")
     with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
         _ops.attention_map([huge], 2.0, "max", True, [2, 2])
+    long = torch.empty(1, 2**30 + 1, 1, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
+        _ops.attention_tap_backward_(long, long, torch.ones(1, 1), 2.0, "mean")
     torch.testing.assert_close(at_fused.at_loss(s, t), expected, rtol=0, atol=0)
 
 

@@ -14,8 +14,10 @@ struct Launch {
 
 void launch_attention_map(const MapParams& params, const Launch& launch);
 void launch_attention_map_backward(const SweepParams& params, const Launch& launch);
+void launch_attention_tap_backward(const TapParams& params, const Launch& launch);
 void launch_max_map(const MapParams& params, const Launch& launch);
 void launch_max_map_backward(const SweepParams& params, const Launch& launch);
+void launch_max_tap_backward(const TapParams& params, const Launch& launch);
 void launch_pooled_map(const PooledParams& params, const Launch& launch);
 void launch_pooled_map_backward(const PooledSweepParams& params, const Launch& launch);
 void launch_map_loss(const LossParams& params, const Launch& launch);

@@ -77,6 +77,15 @@ struct SweepParams {
   SweepFeature features[kMaxFeatures];
 };
 
+// A sweep that adds `scale` times its gradient to another one, which may be what it writes.
+struct TapParams {
+  double p, scale;
+  bool keeps_sign;
+  const void* gradient;
+  int64_t batch, line;
+  SweepFeature feature;
+};
+
 // Features that are pooled: `share` threads add up a window, at `places` windows at a time
 // (pool.cuh). The pieces and positions are those of the map.
 struct PooledFeature : MapFeature {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
 #include <numeric>
 
 #include "params.h"
@@ -76,12 +77,15 @@ inline int64_t best_lanes(int64_t rows, int64_t columns, int64_t overhead) {
 
 constexpr int64_t kReduceTurns = 4;
 
-// `also`: a second tensor, moved in the same vectors. `fold`: a row may be several channels.
+// `also`: other tensors, or null, moved in the same vectors. `fold`: a row may be several channels.
 // `positions`: of the tiles that maps are made of.
-inline Access access_of(const Feature& x, const Feature* also, bool may_fold, int64_t positions) {
+inline Access access_of(const Feature& x, std::initializer_list<const Feature*> also, bool may_fold,
+                        int64_t positions) {
   int64_t vector = kVectorBytes / element_size(x.dtype);
   int64_t fold = aligned(x, vector) ? fold_of(x, vector) : 0;
-  if (also && (!aligned(*also, vector) || fold_of(*also, vector) != fold)) fold = 0;
+  for (const Feature* other : also) {
+    if (other && (!aligned(*other, vector) || fold_of(*other, vector) != fold)) fold = 0;
+  }
   if (fold == 0 || (fold > 1 && !may_fold)) vector = fold = 1;
   Access access{int16_t(vector), int16_t(fold), 1};
   if (x.layout == Layout::interleaved) {
@@ -96,7 +100,7 @@ inline Access access_of(const Feature& x, const Feature* also, bool may_fold, in
 
 // Whether whole samples have rows of several channels. In pieces they would be read by single
 // elements.
-inline bool reads_folds(const Feature& x) { return access_of(x, nullptr, true, x.N).fold > 1; }
+inline bool reads_folds(const Feature& x) { return access_of(x, {}, true, x.N).fold > 1; }
 
 inline View view_of(const Feature& x, const Access& access) {
   return {x.data, x.batch, x.line, int32_t(x.C), int32_t(x.N), x.dtype, x.layout, access};
@@ -165,16 +169,17 @@ inline int64_t plan_map(MapFeature& feature, const Feature& x, int64_t total,
   const Pieces pieces = reads_folds(x)
                             ? Pieces{1, x.N}
                             : cut_positions(x.N, sample_bytes(x), task_bytes(total, limits));
-  feature.view = view_of(x, access_of(x, nullptr, pieces.count == 1, pieces.positions));
+  feature.view = view_of(x, access_of(x, {}, pieces.count == 1, pieces.positions));
   feature.pieces = int32_t(pieces.count);
   feature.positions = int32_t(pieces.positions);
   return x.B * pieces.count;
 }
 
-// Cuts one feature of a list of `total` bytes for its gradient; returns the number of its tasks.
+// Cuts one feature of a list of `total` bytes for its gradient, which is added to `addend` if there
+// is one; returns the number of its tasks.
 inline int64_t plan_sweep(SweepFeature& feature, const Feature& x, const Feature& out,
-                          int64_t total, const Limits& limits) {
-  const Access access = access_of(x, &out, true, x.N);
+                          int64_t total, const Limits& limits, const Feature* addend = nullptr) {
+  const Access access = access_of(x, {&out, addend}, true, x.N);
   feature.view = view_of(x, access);
   feature.sweep = sweep_of(x, out, access, task_bytes(total, limits));
   feature.B = int32_t(x.B);
@@ -199,8 +204,8 @@ inline void cut_pair(PairParams& pair, const Feature& student, const Feature& te
   pair.samples = whole ? int32_t(samples_of_task(student.B, bytes, limits)) : 0;
   pair.pieces = int32_t(2 * pieces.count);
   pair.positions = int32_t(pieces.positions);
-  pair.student = view_of(student, access_of(student, out, may_fold, pieces.positions));
-  pair.teacher = view_of(teacher, access_of(teacher, nullptr, may_fold, pieces.positions));
+  pair.student = view_of(student, access_of(student, {out}, may_fold, pieces.positions));
+  pair.teacher = view_of(teacher, access_of(teacher, {}, may_fold, pieces.positions));
 }
 
 // The maps of a pair, cut so that every multiprocessor has work and few samples are shared: what

@@ -1,4 +1,5 @@
-// The gradient of a sample, or of a piece of it: out = g * k[n] * |x|^(p-1) * sign(x).
+// The gradient of a sample, or of a piece of it: out = g * k[n] * |x|^(p-1) * sign(x), or what it
+// is added to plus that.
 #pragma once
 
 #include "block.cuh"
@@ -26,34 +27,77 @@ __device__ inline Span span_of(const View& x, const Sweep& sweep, int piece) {
           min(column + sweep.columns, columns_of(x))};
 }
 
-// Some rows at a time: reads them, and writes factor(u, j) * slope for element j of row u.
-template <class T, int V, bool shared, class E, class F>
+// What a gradient is added to: nothing.
+struct NoAddend {
+  static constexpr bool adds = false;
+  template <class T>
+  __device__ __forceinline__ NoAddend sample(int64_t, int64_t) const {
+    return {};
+  }
+  __device__ __forceinline__ NoAddend at(int64_t, int64_t) const { return {}; }
+};
+
+// Rows that are read in the vectors of the feature's.
+template <class T>
+struct AddendRows {
+  static constexpr bool adds = true;
+  const T* first;
+  int64_t line;
+
+  __device__ __forceinline__ AddendRows at(int64_t row, int64_t column) const {
+    return {first + row * line + column, line};
+  }
+};
+
+// A tensor, which may be the one that is written: who writes an element has read it before.
+struct Addend {
+  const void* data;
+  int64_t batch, line;
+
+  template <class T>
+  __device__ __forceinline__ AddendRows<T> sample(int64_t b, int64_t fold) const {
+    return {static_cast<const T*>(data) + b * batch, line * fold};
+  }
+};
+
+// Rows that a thread has under way. With an addend each is two loads.
+template <class E, class Add>
+constexpr int kRows = Add::adds ? 2 : E::rows_in_flight;
+
+// Some rows at a time: reads them, and writes factor(u, j) * slope, plus the addend, for
+// element j of row u.
+template <class T, int V, bool shared, class E, class Add, class F>
 __device__ __forceinline__ void sweep_rows(const T* from, int64_t step, T* to, int64_t out_step,
-                                           int row, int height, int rows, E e, F factor) {
-  constexpr int U = E::rows_in_flight;
-  Pack<T, V> pack[U];
+                                           Add add, int row, int height, int rows, E e, F factor) {
+  constexpr int U = kRows<E, Add>;
+  Pack<T, V> pack[U], base[U];
   load_rows<!shared>(pack, from, step, row, height, rows);
+  if constexpr (Add::adds) load_rows<false>(base, add.first, height * add.line, row, height, rows);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (row + u * height < rows) {
-      Accumulator<T> value[V];
+      Accumulator<T> value[V], sum[V];
       pack[u].get(value);
+      if constexpr (Add::adds) base[u].get(sum);
 #pragma unroll
-      for (int j = 0; j < V; ++j) value[j] = factor(u, j) * e.slope(value[j]);
+      for (int j = 0; j < V; ++j) {
+        value[j] = factor(u, j) * e.slope(value[j]);
+        if constexpr (Add::adds) value[j] += sum[j];
+      }
       pack[u].set(value);
       store(to + u * out_step, pack[u]);
     }
   }
 }
 
-template <class T, int V, bool shared, class E, class A>
+template <class T, int V, bool shared, class E, class A, class Add>
 __device__ __forceinline__ void sweep_planar(const T* x, int64_t line, T* out, int64_t out_line,
-                                             Span span, int lanes, int positions, E e, A gradient,
-                                             const A* k) {
+                                             Add add, Span span, int lanes, int positions, E e,
+                                             A gradient, const A* k) {
   lanes = here(lanes), positions = here(positions);
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
   const int64_t step = height * line, out_step = height * out_line;
-  constexpr int U = E::rows_in_flight;
+  constexpr int U = kRows<E, Add>;
 #pragma unroll 1
   for (int column = span.column_begin + tx; column < span.column_end; column += lanes) {
     A factor[V];
@@ -68,22 +112,22 @@ __device__ __forceinline__ void sweep_planar(const T* x, int64_t line, T* out, i
     T* to = out + first * out_line + column * V;
 #pragma unroll 1
     for (int row = first; row < span.row_end; row += height * U) {
-      sweep_rows<T, V, shared>(from, step, to, out_step, row, height, span.row_end, e,
-                               [&](int, int j) { return factor[j]; });
+      sweep_rows<T, V, shared>(from, step, to, out_step, add.at(row, column * V), row, height,
+                               span.row_end, e, [&](int, int j) { return factor[j]; });
       from += U * step;
       to += U * out_step;
     }
   }
 }
 
-template <class T, int V, bool shared, class E, class A>
+template <class T, int V, bool shared, class E, class A, class Add>
 __device__ __forceinline__ void sweep_interleaved(const T* x, int64_t line, T* out,
-                                                  int64_t out_line, Span span, int lanes, E e,
-                                                  A gradient, const A* k) {
+                                                  int64_t out_line, Add add, Span span, int lanes,
+                                                  E e, A gradient, const A* k) {
   lanes = here(lanes);
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
   const int64_t step = height * line, out_step = height * out_line;
-  constexpr int U = E::rows_in_flight;
+  constexpr int U = kRows<E, Add>;
 #pragma unroll 1
   for (int row = span.row_begin + ty; row < span.row_end; row += height * U) {
     A factor[U] = {};
@@ -96,8 +140,8 @@ __device__ __forceinline__ void sweep_interleaved(const T* x, int64_t line, T* o
     T* to = out + row * out_line + first * V;
 #pragma unroll 1
     for (int column = first; column < span.column_end; column += lanes) {
-      sweep_rows<T, V, shared>(from, step, to, out_step, row, height, span.row_end, e,
-                               [&](int u, int) { return factor[u]; });
+      sweep_rows<T, V, shared>(from, step, to, out_step, add.at(row, column * V), row, height,
+                               span.row_end, e, [&](int u, int) { return factor[u]; });
       from += lanes * V;
       to += lanes * V;
     }
@@ -106,10 +150,10 @@ __device__ __forceinline__ void sweep_interleaved(const T* x, int64_t line, T* o
 
 // One piece of sample b. k is the sample's coefficient map, in fp64 for fp64 features and fp32 for
 // others. In kernels that have `shared` samples, `kept` is a dense copy of this one, or null.
-template <class E, bool fp64, bool shared>
+template <class E, bool fp64, bool shared, class Add = NoAddend>
 __device__ __forceinline__ void sweep_piece(const View& x, const Sweep& sweep, int b, Span span,
                                             double p, double gradient, const void* k,
-                                            const char* kept) {
+                                            const char* kept, Add addend = {}) {
   with_dtype<fp64>(x.dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
@@ -123,21 +167,23 @@ __device__ __forceinline__ void sweep_piece(const View& x, const Sweep& sweep, i
     const int64_t line = (copied ? dense : x.line) * fold;
     T* to = static_cast<T*>(sweep.out) + sample * sweep.batch;
     const int64_t out_line = sweep.line * fold;
+    const auto add = addend.template sample<T>(sample, fold);
     const A g = A(gradient);
     const E e(here(p));
     const A* map = static_cast<const A*>(k);
     if (planar) {
       if (x.access.vector > 1) {
-        sweep_planar<T, kVector<T>, shared>(from, line, to, out_line, span, sweep.lanes, x.N, e, g,
-                                            map);
+        sweep_planar<T, kVector<T>, shared>(from, line, to, out_line, add, span, sweep.lanes, x.N,
+                                            e, g, map);
       } else {
-        sweep_planar<T, 1, shared>(from, line, to, out_line, span, sweep.lanes, x.N, e, g, map);
+        sweep_planar<T, 1, shared>(from, line, to, out_line, add, span, sweep.lanes, x.N, e, g,
+                                   map);
       }
     } else if (x.access.vector > 1) {
-      sweep_interleaved<T, kVector<T>, shared>(from, line, to, out_line, span, sweep.lanes, e, g,
-                                               map);
+      sweep_interleaved<T, kVector<T>, shared>(from, line, to, out_line, add, span, sweep.lanes, e,
+                                               g, map);
     } else {
-      sweep_interleaved<T, 1, shared>(from, line, to, out_line, span, sweep.lanes, e, g, map);
+      sweep_interleaved<T, 1, shared>(from, line, to, out_line, add, span, sweep.lanes, e, g, map);
     }
   });
 }
@@ -148,14 +194,9 @@ __device__ __forceinline__ double gradient_of(const void* value, bool fp64) {
                 : double(*static_cast<const float*>(value));
 }
 
-// Calls f(feature, b, span, k, gradient) for the samples of this block's task, with a sample's
-// coefficients and the gradient of its pair's loss.
+// Calls f(b, span, k) for the samples of a feature's task, with a sample's coefficients.
 template <class F>
-__device__ __forceinline__ void sweep_task(const SweepParams& params, F f) {
-  const SweepFeature& feature =
-      params.features[member_of(params.features, params.count, blockIdx.x)];
-  const double gradient = gradient_of(feature.loss_gradient, params.loss_gradient_fp64);
-  const int local = blockIdx.x - feature.first_task;
+__device__ __forceinline__ void sweep_samples(const SweepFeature& feature, int local, F f) {
   const int pieces = feature.sweep.row_pieces * feature.sweep.column_pieces;
   const Span span = span_of(feature.view, feature.sweep, local % pieces);
   const int b0 = local / pieces * feature.samples;
@@ -163,8 +204,19 @@ __device__ __forceinline__ void sweep_task(const SweepParams& params, F f) {
   const int64_t size = feature.view.dtype == Dtype::float64 ? 8 : 4;
   for (int b = b0; b < b1; ++b) {
     const char* k = static_cast<const char*>(feature.k) + int64_t(b) * feature.view.N * size;
-    f(feature, b, span, k, gradient);
+    f(b, span, k);
   }
+}
+
+// Calls f(feature, b, span, k, gradient) for those of this block's task, with the gradient of a
+// pair's loss.
+template <class F>
+__device__ __forceinline__ void sweep_task(const SweepParams& params, F f) {
+  const SweepFeature& feature =
+      params.features[member_of(params.features, params.count, blockIdx.x)];
+  const double gradient = gradient_of(feature.loss_gradient, params.loss_gradient_fp64);
+  sweep_samples(feature, blockIdx.x - feature.first_task,
+                [&](int b, Span span, const char* k) { f(feature, b, span, k, gradient); });
 }
 
 }  // namespace at_fused

@@ -54,6 +54,15 @@ void plan_sweep_c(const int64_t* x, const int64_t* to, int64_t total, const Limi
   put(put(out, result.view.access), result.sweep);
 }
 
+void plan_tap_c(const int64_t* x, const int64_t* to, const int64_t* addend, int64_t total,
+                const Limits* limits, int64_t* out) {
+  SweepFeature result{};
+  const Feature added = feature(addend);
+  *out++ = plan_sweep(result, feature(x), feature(to), total, *limits, &added);
+  *out++ = result.samples;
+  put(put(out, result.view.access), result.sweep);
+}
+
 void plan_loss_c(const int64_t* s, const int64_t* t, int64_t total, bool fp64, const Limits* limits,
                  int64_t* out) {
   PairParams pair{};

@@ -1,0 +1,26 @@
+#include "launch.cuh"
+#include "sweep.cuh"
+
+namespace at_fused {
+
+// A feature's gradient from its own map, added to what came from the layers behind it.
+template <class E, bool fp64>
+__global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
+    attention_tap_backward_kernel(const __grid_constant__ TapParams params) {
+  const SweepFeature& feature = params.feature;
+  sweep_samples(feature, blockIdx.x, [&](int b, Span span, const char* k) {
+    sweep_piece<E, fp64, false>(feature.view, feature.sweep, b, span, params.p, params.scale, k,
+                                nullptr, Addend{params.gradient, params.batch, params.line});
+  });
+}
+
+void launch_attention_tap_backward(const TapParams& params, const Launch& launch) {
+  if (params.keeps_sign) {
+    launch_signed_instance(AT_FUSED_SIGNED_INSTANCES(attention_tap_backward_kernel), launch,
+                           params);
+  } else {
+    launch_instance(AT_FUSED_INSTANCES(attention_tap_backward_kernel), params.p, launch, params);
+  }
+}
+
+}  // namespace at_fused
