@@ -24,11 +24,10 @@ from at_fused._match import written
 from at_fused._models import evaluating, modules_named, unwrap
 from at_fused.functional import PairOptions, map_loss
 from at_fused.layers import layouts_of, match_layers, named_pairs
+from at_fused.teacher_cache import TeacherCache, TeacherHash
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from at_fused.teacher_cache import TeacherCache
 
 _OF_MAPS = ("p", "collapse", "attend", "absolute")
 _OF_LOSS = ("form", "weights", "resize", "eps", "eps_mode")
@@ -118,7 +117,10 @@ class AttentionTransfer:
         else:
             raise ValueError("layers or example must be given: names, or inputs to find them with")
         pair_weights(self._loss_options.get("weights"), len(self.pairs))
+        if cache is not None and not isinstance(cache, TeacherCache):
+            raise TypeError(f"cache must be a TeacherCache or None, got {kind(cache)}")
         self.cache = cache
+        self._hash, self._layout = TeacherHash(unwrap(teacher)), tuple(layouts[1])
         self.teacher_output: Any = None
         self._prepared: tuple[Any, list[Tensor], Any] | None = None
         for model, names in ((student, self._names(0)), (teacher, self._names(1))):

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -587,3 +588,71 @@ def test_data_parallel(device_ids: list[int], monkeypatch: pytest.MonkeyPatch) -
         loss = task_loss(parallel(x), y) + at(x)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(student, loss), right)
+
+
+# ---- a cache -------------------------------------------------------------------------------------
+
+
+def test_the_teacher_runs_once_for_each_sample(tmp_path: Path) -> None:
+    student, teacher, x, y = networks()
+    rows: list[int] = []
+    teacher.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
+    student(x)
+    expected, logits = at(x), at.teacher_output
+    at.remove()
+    cache = at_fused.TeacherCache(tmp_path, samples=10)
+    at = AttentionTransfer(student, teacher, GROUPS, beta=BETA, cache=cache)
+    rows.clear()
+    for index in ([7, 2], [7, 2, 9, 0], torch.tensor([7, 2, 9, 0])):
+        student(x[: len(index)])
+        loss = at(x[: len(index)], index)
+    assert rows == [2, 2]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(at.teacher_output, logits)
+    loss.backward()
+
+    # Another seed, another option of the maps, another precision, another teacher: computed anew.
+    student(x), at(x, [7, 2, 9, 0], seed=1)
+    other = AttentionTransfer(student, teacher, GROUPS, beta=BETA, cache=cache, p=1.0)
+    student(x), other(x, [7, 2, 9, 0])
+    other.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        student(x), at(x, [7, 2, 9, 0])
+    with torch.no_grad():
+        teacher.stem.weight.mul_(1.5)
+    student(x), at(x, [7, 2, 9, 0])
+    assert rows == [2, 2, 4, 4, 4, 4]
+    with pytest.raises(RuntimeError, match="sample 7 is not the input"):
+        student(x), at(x + 1, [7, 2, 9, 0])
+    student(x)
+    with pytest.raises(ValueError, match="index must be given"):
+        at(x)
+    at.remove()
+    at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
+    student(x)
+    with pytest.raises(ValueError, match="index is for an AttentionTransfer with a cache"):
+        at(x, [7, 2, 9, 0])
+
+
+# ---- the teacher first ---------------------------------------------------------------------------
+
+
+def test_prepared() -> None:
+    student, teacher, x, _ = networks()
+    count = [0]
+    teacher.register_forward_pre_hook(lambda *_: count.append(1))
+    at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
+    student(x)
+    expected, logits = at(x), at.teacher_output
+    at.prepare(x)
+    student(x)
+    assert torch.equal(at(x), expected)
+    assert torch.equal(at.teacher_output, logits)
+    assert len(count) == 3
+    at.prepare(x)
+    student(x)
+    with pytest.raises(ValueError, match="x must be what at.prepare was called with"):
+        at(x.clone())
+    student(x)
+    assert torch.equal(at(x), expected)  # what was prepared is gone
