@@ -12,6 +12,7 @@ from at_fused.distillation import FeaturesLoss, KDLoss, features_loss, kd_loss
 from at_fused.functional import at, at_loss, at_value_and_grad, attention_map
 from at_fused.gradients import flip_symmetry_loss, gradient_at_loss, input_gradient
 from at_fused.modules import ATLoss
+from at_fused.teacher_cache import TeacherCache
 
 _load()
 
@@ -21,6 +22,7 @@ __all__ = [
     "Backend",
     "FeaturesLoss",
     "KDLoss",
+    "TeacherCache",
     "__version__",
     "at",
     "at_loss",
