@@ -20,6 +20,7 @@ from at_fused.functional import (
 from at_fused.gradients import flip_symmetry_loss, gradient_at_loss, input_gradient
 from at_fused.layers import match_layers
 from at_fused.modules import ATLoss
+from at_fused.teacher_cache import TeacherCache
 from at_fused.transfer import AttentionTransfer
 
 _load()
@@ -31,6 +32,7 @@ __all__ = [
     "Backend",
     "FeaturesLoss",
     "KDLoss",
+    "TeacherCache",
     "__version__",
     "at",
     "at_loss",

@@ -223,7 +223,23 @@ class AttentionTransfer:
             raise ValueError(
                 "index must be given, the samples' numbers, for the cache to find them"
             )
-        raise NotImplementedError
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor for a cache, got {kind(x)}")
+
+        def compute(rows: Tensor) -> tuple[list[Tensor], Tensor | None]:
+            maps, output = self._run_teacher(rows)
+            return maps, output if isinstance(output, Tensor) and output.dim() == 2 else None
+
+        return self.cache.fetch(compute, x, index, identity=self._identity(x), seed=seed)
+
+    def _identity(self, x: Tensor) -> str:
+        """A hash of all that the teacher's maps depend on, but for the input."""
+        device = x.device.type
+        precision = str(x.dtype)
+        if torch.is_autocast_enabled(device):
+            precision = f"autocast {torch.get_autocast_dtype(device)}"
+        names = [pair.teacher for pair in self.pairs]
+        return self._hash(names, sorted(self._map_options.items()), self._layout, precision)
 
     def _alike(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Both maps with as many dimensions: tokens become the map that they fill."""

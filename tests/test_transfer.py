@@ -594,7 +594,7 @@ def test_data_parallel(device_ids: list[int], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_teacher_runs_once_for_each_sample(tmp_path: Path) -> None:
-    student, teacher, x, y = networks()
+    student, teacher, x, _ = networks()
     rows: list[int] = []
     teacher.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
@@ -652,7 +652,7 @@ def test_prepared() -> None:
     assert len(count) == 3
     at.prepare(x)
     student(x)
-    with pytest.raises(ValueError, match="x must be what at.prepare was called with"):
+    with pytest.raises(ValueError, match=r"x must be what at\.prepare was called with"):
         at(x.clone())
     student(x)
     assert torch.equal(at(x), expected)  # what was prepared is gone
