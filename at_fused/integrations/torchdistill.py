@@ -1,0 +1,198 @@
+"""``FusedATLoss`` for torchdistill: the ``ATLoss`` of its configurations, on the fused kernels.
+
+Two lines of a YAML configuration change, the second from ``key: 'ATLoss'``::
+
+    dependencies:
+      - 'at_fused.integrations.torchdistill'
+    ...
+          criterion:
+            key: 'FusedATLoss'
+            kwargs:
+              at_pairs:
+                pair1:
+                  teacher:
+                    io: 'output'
+                    path: 'layer3'
+                  student:
+                    io: 'output'
+                    path: 'layer3'
+                  weight: 1
+              mode: 'code'
+
+torchdistill's example programs import what ``dependencies`` lists, by
+``torchdistill.common.main_util.import_dependencies``; importing this module registers the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torchdistill.losses.registry import register_mid_level_loss
+
+from at_fused._beta import check_finite
+from at_fused._inputs import check_options, sides
+from at_fused.functional import ATOptions, at_loss
+
+_CHECKED = ("p", "eps", "absolute", "collapse", "resize", "attend", "eps_mode")
+# What has its place elsewhere in the configuration.
+_ELSEWHERE = {
+    "form": "mode names the formula",
+    "weights": "each of at_pairs has its own weight",
+    "reduction": "torchdistill adds scalars up",
+}
+
+
+class _Place(NamedTuple):
+    """Where torchdistill's hooks leave a feature."""
+
+    pair: str
+    side: str
+    path: str
+    io: str
+
+    def take(self, io_dict: Mapping[str, Mapping[str, Any]]) -> Any:
+        """The feature."""
+        try:
+            return io_dict[self.path][self.io]
+        except KeyError:
+            kept = [f"{io} of {path!r}" for path, ios in io_dict.items() for io in ios]
+            raise ValueError(
+                f"{self.pair}: the {self.side} kept no {self.io} of {self.path!r}, which "
+                f"forward_hook in its configuration must list under '{self.io}'; it kept "
+                + (", ".join(kept) or "nothing")
+            ) from None
+
+
+class _Pair(NamedTuple):
+    """An entry of at_pairs."""
+
+    student: _Place
+    teacher: _Place
+    weight: float
+
+
+@register_mid_level_loss(key="FusedATLoss")
+class FusedATLoss(nn.Module):
+    """torchdistill's ``ATLoss`` in one call for all pairs: the same arguments, value and gradients.
+
+    ``mode="code"`` is ``sum_j w_j mean((q_s - q_t)^2)`` with ``Q = mean_c A^2``; "paper" is
+    ``(1/B) sum_j w_j sum_b ||qs[b] - qt[b]||`` with ``Q = sum_c A^2``, and
+    ``q = Q / max(||Q||, 1e-12)`` in both (:func:`at_fused.compat.torchdistill_at_loss`).
+
+    Args:
+        at_pairs: for each pair, under a name of its own, ``teacher`` and ``student``, each with
+            ``path`` and ``io`` ("input" or "output"), and perhaps ``weight``, a number (default 1).
+        mode: "code" or "paper".
+        options: further ones of :func:`at_fused.at_loss`, for either mode: p, collapse (default
+            "mean", in "paper" "sum"), resize, attend, channel_dim, skip_tokens, map_size, absolute,
+            eps, eps_mode. Not form, weights, reduction, which mode and at_pairs say, nor mask and
+            sample_weights, which belong to a batch. (``ATLoss`` takes any and ignores them.)
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
+    Source: torchdistill/losses/mid_level.py of yoshitomo-matsubara/torchdistill.
+    """
+
+    def __init__(
+        self, at_pairs: Mapping[str, Mapping[str, Any]], mode: str = "code", **options: Any
+    ) -> None:
+        super().__init__()
+        if mode not in ("code", "paper"):
+            raise ValueError(f"mode must be 'code' or 'paper', got {mode!r}")
+        for name in options:
+            if name in _ELSEWHERE:
+                raise TypeError(f"FusedATLoss takes no option {name!r}: {_ELSEWHERE[name]}")
+            if name not in ATOptions.__annotations__:
+                raise TypeError(f"FusedATLoss takes no option {name!r}")
+        if mode == "paper":
+            options = {"collapse": "sum", **options}
+        check_options(**{name: options[name] for name in _CHECKED if name in options})
+        sides(options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size"))
+        self.at_pairs = at_pairs
+        self.mode = mode
+        self.options = options
+        self._pairs = _pairs(at_pairs)
+
+    def forward(
+        self,
+        student_io_dict: Mapping[str, Mapping[str, Any]],
+        teacher_io_dict: Mapping[str, Mapping[str, Any]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss of all pairs, as torchdistill's criteria call it.
+
+        Args:
+            student_io_dict, teacher_io_dict: what the hooks kept, by path and by "input" or
+                "output".
+            args, kwargs: the targets, which do not matter here.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: a dictionary lacks a path or an io; features that do not go together, as
+                :func:`at_fused.at_loss`; with "paper", batch sizes that differ among the pairs.
+        """
+        students = [pair.student.take(student_io_dict) for pair in self._pairs]
+        teachers = [pair.teacher.take(teacher_io_dict) for pair in self._pairs]
+        weights = [pair.weight for pair in self._pairs]
+        loss = at_loss(students, teachers, form=self.mode, weights=weights, **self.options)
+        sizes = [x.shape[0] for x in students]
+        if self.mode == "paper" and len(set(sizes)) > 1:
+            # The original divides by that of the first pair, at_loss by each pair's own.
+            raise ValueError(f"all pairs must have one batch size with mode 'paper', got {sizes}")
+        return loss
+
+    def extra_repr(self) -> str:
+        """The pairs, the mode and the options, for torchdistill's log."""
+        pairs = ", ".join(
+            f"{pair.student.path} <- {pair.teacher.path} * {pair.weight}" for pair in self._pairs
+        )
+        options = {"mode": self.mode, **self.options}
+        return f"{pairs}; {', '.join(f'{k}={v!r}' for k, v in options.items())}"
+
+
+def _pairs(at_pairs: object) -> list[_Pair]:
+    if not isinstance(at_pairs, Mapping) or not at_pairs:
+        raise TypeError(f"at_pairs must be a dict of pairs by name, got {at_pairs!r:.80}")
+    return [_pair(f"at_pairs[{name!r}]", given) for name, given in at_pairs.items()]
+
+
+def _pair(where: str, given: object) -> _Pair:
+    if not isinstance(given, Mapping) or not {"student", "teacher"} <= set(given):
+        raise TypeError(
+            f"{where} must be a dict with 'student' and 'teacher', and perhaps 'weight', "
+            f"got {given!r:.80}"
+        )
+    # A misspelt weight would be 1 without a word.
+    unknown = set(given) - {"student", "teacher", "weight"}
+    if unknown:
+        raise ValueError(
+            f"{where} must have no more than 'student', 'teacher' and 'weight', "
+            f"got {min(unknown, key=str)!r}"
+        )
+    weight = given.get("weight", 1)
+    if isinstance(weight, str):
+        raise TypeError(
+            f"{where}['weight'] must be a number, got the string {weight!r} (YAML takes 1.0e+3 for "
+            "a number, 1e3 for a string)"
+        )
+    check_finite(f"{where}['weight']", weight)
+    places = []
+    for side in ("student", "teacher"):
+        place = given[side]
+        if (
+            not isinstance(place, Mapping)
+            or not isinstance(place.get("path"), str)
+            or place.get("io") not in ("input", "output")
+        ):
+            raise TypeError(
+                f"{where}[{side!r}] must be a dict with 'path', a module's name, and 'io', 'input' "
+                f"or 'output', got {place!r:.80}"
+            )
+        places.append(_Place(where, side, place["path"], place["io"]))
+    return _Pair(places[0], places[1], weight)
