@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from at_fused import _ops
 from at_fused._checks import kind
+from at_fused._inputs import is_feature, refuse_feature
 from at_fused._match import Layout, first_tensor
 from at_fused._models import modules_named, unwrap
-from at_fused.functional import attention_tap
+from at_fused._ops import Place
+
+
+class MapOptions(NamedTuple):
+    """How maps are made, as the operator takes it."""
+
+    p: float = 2.0
+    collapse: str = "mean"
+    absolute: bool = True
+    attend: str = "spatial"
+
+
+_PLAIN = Place()
 
 
 class Maps:
@@ -58,46 +72,62 @@ class _Clear:
 
 
 class _Hook:
-    """A forward hook that taps a layer's output."""
+    """A forward hook that taps a layer's output.
+
+    Between two convolutions no cache has Python's code any more, which makes each line dear: the
+    options were checked when the hook was made, and go to the operator as they are.
+    """
 
     def __init__(
-        self, number: int, name: str, maps: Maps, layout: Layout, options: dict[str, Any]
+        self, number: int, name: str, maps: Maps, layout: Layout, options: MapOptions
     ) -> None:
         self.number, self.name, self.maps = number, name, maps
         self.layout, self.options = layout, options
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        x = first_tensor(output)
+        x = output if isinstance(output, Tensor) else first_tensor(output)
         if x is None:
             raise TypeError(
                 f"layer {self.name!r} ({type(module).__name__}) must give a tensor, or a tuple "
                 f"that begins with one, got {kind(output)}; name a module within it that does"
             )
-        channel_dim = self.layout.of(x)
-        tokens = channel_dim != 1 and x.dim() == 3
-        try:
-            y, q = attention_tap(
-                x,
-                channel_dim=channel_dim,
-                skip_tokens=self.layout.skip_tokens if tokens else 0,
-                **self.options,
-            )
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"layer {self.name!r}: {error}") from error
+        p, collapse, absolute, attend = self.options
+        channel_attention = attend == "channel"
+        place, size = _PLAIN, tuple(x.shape[2:])
+        if x.dim() != 4 or self.layout.channel_dim == -1 or channel_attention:
+            place, size = self._place(x, channel_attention)
+        if not is_feature(x):
+            refuse_feature(f"the output of layer {self.name!r}", x)
+        y, q = _ops.attention_tap(x, p, collapse, absolute, place)
         # While a checkpoint runs the layer once more, in the backward, its map has long been used.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self.maps.found[self.number, _replica(x)] = q
-        if y is x or isinstance(output, Tensor):
+            self.maps.found[self.number, _replica(x)] = q.view(x.shape[0], *size)
+        if y is x or x is output:
             return None if y is x else y
         rest = (y, *output[1:])
         return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+
+    def _place(self, x: Tensor, channel_attention: bool) -> tuple[Place, tuple[int, ...]]:
+        """Where the channels are, and the size of the map."""
+        last = self.layout.of(x) == -1
+        skip = self.layout.skip_tokens if last and x.dim() == 3 else 0
+        if skip >= x.shape[1] and skip:
+            raise ValueError(
+                f"skip_tokens must leave a token of layer {self.name!r}, which has {x.shape[1]}, "
+                f"got {skip}"
+            )
+        channels = x.shape[-1] if last else x.shape[1]
+        size = tuple(x.shape[1:-1] if last else x.shape[2:])
+        size = (size[0] - skip, *size[1:]) if skip else size
+        place = Place(-1 if last else 1, skip, channel_attention)
+        return place, (channels,) if channel_attention else size
 
 
 class Watched:
     """A network whose layers are hooked, and how to undo that."""
 
     def __init__(
-        self, model: nn.Module, names: list[str], layout: Layout, options: dict[str, Any]
+        self, model: nn.Module, names: list[str], layout: Layout, options: MapOptions
     ) -> None:
         self.model, self.names, self.maps = model, names, Maps()
         network = unwrap(model)

@@ -19,18 +19,16 @@ from torch import Tensor, nn
 
 from at_fused import _inputs
 from at_fused._checks import check_number, kind, pair_weights
-from at_fused._hooks import Watched
+from at_fused._hooks import MapOptions, Watched
 from at_fused._match import written
 from at_fused._models import evaluating, modules_named, unwrap
-from at_fused.functional import PairOptions, map_loss
+from at_fused._problem import Options, Problem, solve_maps
+from at_fused.functional import PairOptions
 from at_fused.layers import layouts_of, match_layers, named_pairs
 from at_fused.teacher_cache import TeacherCache, TeacherHash
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_OF_MAPS = ("p", "collapse", "attend", "absolute")
-_OF_LOSS = ("form", "weights", "resize", "eps", "eps_mode")
 
 
 class AttentionTransfer:
@@ -100,7 +98,18 @@ class AttentionTransfer:
         if unwrap(student) is unwrap(teacher):
             raise ValueError("student and teacher must be two networks, got one")
         self.beta = beta
-        self._map_options, self._loss_options = _split(dict(options))
+        given: dict[str, Any] = {**options}
+        self._resize = _check(given)
+        self._given = given
+        self._options = Options(
+            p=float(given.get("p", 2.0)),
+            collapse=given.get("collapse", "mean"),
+            absolute=given.get("absolute", True),
+            form=given.get("form", "code"),
+            reduction="sum",
+            eps_mode=given.get("eps_mode", "max"),
+            eps=float(given.get("eps", 1e-12)),
+        )
         self._map_sizes = _inputs.sides(-1, 0, map_size)
         layouts = layouts_of(student, teacher, channel_dim, skip_tokens)
         if layers is not None:
@@ -116,7 +125,8 @@ class AttentionTransfer:
             )
         else:
             raise ValueError("layers or example must be given: names, or inputs to find them with")
-        pair_weights(self._loss_options.get("weights"), len(self.pairs))
+        count = len(self.pairs)
+        self._weights = pair_weights(given.get("weights"), count) or [1.0] * count
         if cache is not None and not isinstance(cache, TeacherCache):
             raise TypeError(f"cache must be a TeacherCache or None, got {kind(cache)}")
         self.cache = cache
@@ -125,8 +135,9 @@ class AttentionTransfer:
         self._prepared: tuple[Any, list[Tensor], Any] | None = None
         for model, names in ((student, self._names(0)), (teacher, self._names(1))):
             modules_named(unwrap(model), names)
-        self._student = Watched(student, self._names(0), layouts[0], self._map_options)
-        self._teacher = Watched(teacher, self._names(1), layouts[1], self._map_options)
+        self._of_maps = MapOptions(*self._options[:3], given.get("attend", "spatial"))
+        self._student = Watched(student, self._names(0), layouts[0], self._of_maps)
+        self._teacher = Watched(teacher, self._names(1), layouts[1], self._of_maps)
 
     def _names(self, side: int) -> list[str]:
         return [pair[side] for pair in self.pairs]
@@ -190,9 +201,18 @@ class AttentionTransfer:
             _, teachers, self.teacher_output = prepared
         else:
             raise ValueError("x must be what at.prepare was called with, got another object")
-        pairs = [self._alike(*each) for each in zip(students, teachers, strict=True)]
-        loss = map_loss([s for s, _ in pairs], [t for _, t in pairs], **self._loss_options)
-        return loss * self.beta
+        if not all(s.shape == t.shape for s, t in zip(students, teachers, strict=True)):
+            pairs = [self._alike(*each) for each in zip(students, teachers, strict=True)]
+            students, teachers = ([pair[side] for pair in pairs] for side in (0, 1))
+        return solve_maps(self._problem(students, teachers))
+
+    def _problem(self, students: list[Tensor], teachers: list[Tensor]) -> Problem:
+        """The loss to compute: options were checked before, and are not again in each step."""
+        students, teachers = _inputs.map_pairs(students, teachers)
+        weights = [self.beta * weight for weight in self._weights]
+        return Problem(
+            students, teachers, [], weights, self._options, self._resize, "spatial", None, None
+        )
 
     def _check_graph(self, maps: list[Tensor]) -> None:
         model = self._student.model
@@ -239,11 +259,11 @@ class AttentionTransfer:
         if torch.is_autocast_enabled(device):
             precision = f"autocast {torch.get_autocast_dtype(device)}"
         names = [pair.teacher for pair in self.pairs]
-        return self._hash(names, sorted(self._map_options.items()), self._layout, precision)
+        return self._hash(names, tuple(self._of_maps), self._layout, precision)
 
     def _alike(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Both maps with as many dimensions: tokens become the map that they fill."""
-        if student.dim() == teacher.dim() or self._map_options.get("attend") == "channel":
+        if student.dim() == teacher.dim() or self._of_maps.attend == "channel":
             return student, teacher
         maps = []
         for q, other, side in zip(
@@ -267,22 +287,22 @@ class AttentionTransfer:
         self._teacher.remove()
 
     def __repr__(self) -> str:
-        options = {"beta": self.beta, **self._map_options, **self._loss_options}
+        options = {"beta": self.beta, **self._given}
         pairs = ", ".join(s if s == t else f"{s} <- {t}" for s, t in self.pairs)
         return f"AttentionTransfer({pairs}; {', '.join(f'{k}={v!r}' for k, v in options.items())})"
 
 
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of the maps and of their loss, checked."""
+def _check(options: dict[str, Any]) -> str | None:
+    """Checks the options of the pairs; returns ``resize``."""
     for name in options:
-        if name not in _OF_MAPS + _OF_LOSS:
+        if name not in PairOptions.__annotations__:
             raise TypeError(f"AttentionTransfer takes no option {name!r}")
     _inputs.check_options(**{k: v for k, v in options.items() if k != "weights"})
     if options.get("attend") == "both":
         raise ValueError("attend must be 'spatial' or 'channel' here, got 'both'; make two of them")
-    if options.get("resize") == "features":
+    resize: str | None = options.get("resize")
+    if resize == "features":
         raise ValueError(
             "resize must be None or 'maps' here, got 'features': only maps leave the networks"
         )
-    of_maps = {name: value for name, value in options.items() if name in _OF_MAPS}
-    return of_maps, {name: value for name, value in options.items() if name in _OF_LOSS}
+    return resize

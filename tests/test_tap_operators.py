@@ -382,3 +382,10 @@ def test_the_operator_in_place_has_no_derivative() -> None:
     gradient, x, k, _ = inputs(2, 3, 4, 4, collapse="mean")
     with pytest.raises(RuntimeError, match="attention_tap_backward_ has no derivative"):
         _ops.attention_tap_backward_(gradient, x.requires_grad_(), k, 2.0, "mean")
+
+
+def test_a_gradient_written_in_place_is_known_to_have_changed(fast_backend: str) -> None:
+    gradient, feature = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    version = gradient._version
+    torch.ops.at_fused.attention_tap_backward_(gradient, feature, torch.rand(2, 16), 2.0, "mean")
+    assert gradient._version > version

@@ -367,7 +367,7 @@ def test_a_layer_that_gives_something_else() -> None:
         student(torch.randn(2, 3, 4, 4))
     head = nn.Sequential(nn.Flatten())
     AttentionTransfer(head, nn.Sequential(nn.Identity()), ["0"], beta=1.0)
-    with pytest.raises(ValueError, match="layer '0': x must be"):
+    with pytest.raises(ValueError, match="the output of layer '0' must be"):
         head(torch.randn(2, 3, 4, 4))
 
 

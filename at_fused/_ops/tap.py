@@ -103,6 +103,8 @@ def _backward_inplace_autograd(gradient: Tensor, *arguments: Any) -> None:
             "at_fused::attention_tap_backward_ has no derivative; attention_tap_backward has"
         )
     below_autograd(operators.attention_tap_backward_.default, gradient, *arguments)
+    if not gradient.is_inference():
+        torch.autograd.graph.increment_version(gradient)
 
 
 library.impl("attention_tap_backward", _backward_autograd, "Autograd")
@@ -151,12 +153,12 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, *options = inputs
-        channels = output[2:]
         ctx.set_materialize_grads(False)
-        ctx.options = options
-        ctx.save_for_backward(x, *channels)
-        ctx.mark_non_differentiable(*channels)
+        ctx.options = inputs[1:]
+        channels = output[2:]
+        ctx.save_for_backward(inputs[0], *channels)
+        if channels:
+            ctx.mark_non_differentiable(*channels)
 
     @staticmethod
     def backward(
@@ -220,9 +222,13 @@ def attention_tap(
     if torch.compiler.is_compiling():
         y, q, *_ = _Tap.apply(x, p, collapse, absolute, place)
         return y, q
-    if not tracks([x]):
+    if not (x.requires_grad and torch.is_grad_enabled()):
         operator = operators.attention_map.default
         return x, below_autograd(operator, [place.view(x)], p, collapse, absolute, [])[0]
-    ownership.calibrate(lambda probe: apply(_Tap, probe, 2.0, "sum", True, Place()))
-    y, q, *_ = apply(_Tap, x, p, collapse, absolute, place)
-    return y, q
+    ownership.calibrate(_probe)
+    found = apply(_Tap, x, p, collapse, absolute, place)
+    return found[0], found[1]
+
+
+def _probe(x: Tensor) -> tuple[Tensor, ...]:
+    return apply(_Tap, x, 2.0, "sum", True, Place())
