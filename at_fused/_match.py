@@ -114,10 +114,15 @@ def _run(model: nn.Module, example: Any, layout: Layout) -> _Call:
     count: dict[str, int] = {}
     handles = []
 
+    def size_in(args: Any) -> Size | None:
+        # An image is (B, C, H, W) also where the network's features are not.
+        image = first_tensor(args) is example and isinstance(example, Tensor) and example.dim() > 3
+        return tuple(example.shape[2:]) if image else layout.size(args)
+
     def before(name: str, parameters: bool) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:
             count[name] = count.get(name, 0) + 1
-            call = _Call(name, type(module), parameters, layout.size(args))
+            call = _Call(name, type(module), parameters, size_in(args))
             stack[-1].inside.append(call)
             stack.append(call)
 
@@ -162,6 +167,7 @@ def stages(model: nn.Module, example: Any, layout: Layout) -> list[Stage]:
     for call in blocks:
         if call.size is None or call.size not in learned or call.depth() < deepest:
             continue
+        _check_aspect(model, call, example, layout)
         if call.size in last and list(last)[-1] != call.size:
             raise ValueError(
                 f"layers: {type(model).__name__} comes back to maps of {written(call.size)} "
@@ -170,6 +176,21 @@ def stages(model: nn.Module, example: Any, layout: Layout) -> list[Stage]:
             )
         last[call.size] = call
     return [Stage(call.name, size, call.channels) for size, call in last.items()]
+
+
+def _check_aspect(model: nn.Module, call: _Call, example: Any, layout: Layout) -> None:
+    """Refuses a map of another shape than the image's: channels that were taken for a side."""
+    if layout.channel_dim is not None or not isinstance(example, Tensor) or example.dim() != 4:
+        return
+    if call.size is None or len(call.size) != 2:
+        return
+    (h, w), (height, width) = call.size, example.shape[2:]
+    if max(h * width, w * height) > 1.5 * min(h * width, w * height) + height + width:
+        raise ValueError(
+            f"layers: {call.name!r} of {type(model).__name__} has maps of {written(call.size)} for "
+            f"an image of {height}x{width}: if its channels are last, give channel_dim=-1, else "
+            "name the layers"
+        )
 
 
 def written(size: Size) -> str:

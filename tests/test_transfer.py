@@ -480,6 +480,39 @@ def test_pairs_that_cannot_be_told() -> None:
         at_fused.match_layers(growing, sequential(4, 4), x)
 
 
+class ChannelsLast(nn.Module):
+    """The outside of a Swin: (B, H, W, C) from an image (B, 3, H, W), halved once."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, 2, 2)
+        self.first, self.second = (
+            nn.Sequential(nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)), nn.GELU())
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.embed(x).movedim(1, -1))
+        return self.second(x[:, ::2, ::2]).mean((1, 2))
+
+
+def test_channels_that_are_last_are_not_taken_for_a_side() -> None:
+    student, teacher, x = ChannelsLast(24), WRN(10, 1, base=4), torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match="'first' of ChannelsLast has maps of 4x24 for an image"):
+        at_fused.match_layers(student, teacher, x)
+    pairs = at_fused.match_layers(student, teacher, x, channel_dim=(-1, 1), verbose=False)
+    assert pairs == [("first", "groups.1"), ("second", "groups.2")]
+    at = AttentionTransfer(student, teacher, pairs, beta=BETA, channel_dim=(-1, 1))
+    features: list[Tensor] = []
+    student.first.register_forward_hook(lambda m, args, out: features.append(out))
+    student.second.register_forward_hook(lambda m, args, out: features.append(out))
+    student(x)
+    loss = at(x)
+    targets = [g.movedim(1, -1) for g in teacher.eval()(x)[1][1:]]
+    expected = at_fused.at_loss(features, targets, channel_dim=-1)
+    torch.testing.assert_close(loss, BETA * expected)
+
+
 # ---- wrong arguments -----------------------------------------------------------------------------
 
 
