@@ -20,7 +20,9 @@ import test_gradient_at
 import test_kd
 import test_method
 import test_operators
+import test_tap
 import test_tap_operators
+import test_transfer_training
 import torch
 from reference import assert_matches_reference, popular_at_loss
 from test_contract import features
@@ -91,6 +93,17 @@ ON_DEVICE += (
     test_distance.test_features_loss,
     test_gradient_at.test_gradient_at_loss,
     test_gradient_at.test_the_norm_at_0_has_gradient_0,
+    # Whose gradient it is depends on the engine's threads, which a GPU has of its own.
+    test_tap.test_map_and_gradients,
+    test_tap.test_any_order,
+    test_tap.test_rounded_once,
+    test_tap.test_writes_in_place_where_it_may,
+    test_tap.test_the_other_branch_of_an_addition,
+    test_tap.test_two_taps_of_one_gradient,
+    test_tap.test_captured_and_given_gradients,
+    test_tap.test_retained_graph_gives_the_same_twice,
+    test_tap.test_module_hooks_see_their_own_gradients,
+    test_tap.test_checkpointing,
 )
 
 
@@ -447,3 +460,19 @@ def test_a_device_that_is_not_the_current_one(gpu: str) -> None:
     assert torch.cuda.current_device() == 0
     with pytest.raises(ValueError, match="teacher of pair 0 is on cuda:0"):
         at_fused.at_loss(students, [x.to("cuda:0") for x in teachers])
+
+
+# ---- whole steps ---------------------------------------------------------------------------------
+
+
+def test_memory_of_a_step_with_attention_transfer(gpu: str) -> None:
+    def peak_bytes(step: Callable[[], object]) -> int:
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+
+    peak = peak_bytes if GPU else test_transfer_training.peak_bytes
+    test_transfer_training.check_memory(DEVICE, peak)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from test_method import feature, normalized, raw_map
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import at_fused
@@ -105,7 +106,7 @@ def test_normalized(fast_backend: str, eps_mode: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["planar", "interleaved"])
-def test_dtypes(fast_backend: str, dtype: torch.dtype, layout: str) -> None:
+def test_rounded_once(fast_backend: str, dtype: torch.dtype, layout: str) -> None:
     # Rounded once: nearer to the exact sum than two gradients of this dtype are.
     x = feature(4, 6, 7, 7, layout=layout, dtype=dtype).requires_grad_()
     y, q = at_fused.attention_tap(x)
@@ -423,6 +424,33 @@ def test_nothing_is_counted_under_a_debugger() -> None:
         sys.settrace(before)
     assert not ownership._calibrated
     assert run(FREE["product"], True)["in place"]
+
+
+@pytest.mark.usefixtures("uncalibrated")
+def test_a_default_device_is_no_hindrance() -> None:
+    with torch.device("cpu"):
+        assert run(FREE["product"], True)["in place"]
+        assert not run(HELD["hook"], True)["in place"]
+    assert run(FREE["product"], True)["in place"]
+    assert not run(HELD["hook"], True)["in place"]
+
+
+class KeepsAll(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        kept.append(arguments)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.usefixtures("uncalibrated")
+def test_nothing_is_counted_in_a_mode_that_may_keep_tensors() -> None:
+    x = torch.randn(SHAPE, requires_grad=True)
+    with KeepsAll():
+        y, q = at_fused.attention_tap(x * 2)
+        ((y * y).sum() + q.sum()).backward()
+    assert not ownership._calibrated
+    torch.testing.assert_close(x.grad, (8 + 2) * x.detach())
 
 
 @pytest.mark.usefixtures("uncalibrated")

@@ -120,8 +120,12 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 def test_memory_of_a_step_is_that_of_a_step_without() -> None:
-    student, teacher = (WRN(10, k) for k in (1, 2))
-    x, y = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+    check_memory("cpu", peak_bytes)
+
+
+def check_memory(device: str, peak_bytes: Callable[[Callable[[], object]], int]) -> None:
+    student, teacher = (WRN(10, k).to(device) for k in (1, 2))
+    x, y = torch.randn(16, 3, 32, 32, device=device), torch.randint(10, (16,), device=device)
 
     def alone() -> None:
         student.zero_grad()

@@ -24,6 +24,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 Counts = tuple[int, int, int, int]
 Tap = Callable[[Tensor], tuple[Tensor, ...]]
@@ -90,7 +92,8 @@ def _undisturbed() -> bool:
         and not torch.is_anomaly_enabled()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
+        # A default device is such a mode too, which keeps nothing.
+        and all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
     )
 
 
