@@ -238,6 +238,8 @@ struct Nothing {
   }
 };
 
+// The sum is rounded twice everywhere: fused into the multiplication in some places only, it would
+// have other bits in a partial vector.
 template <class T>
 struct Addend {
   const T* first;
@@ -245,11 +247,11 @@ struct Addend {
   Addend line(int64_t i) const { return {first + i * step, step}; }
   template <class V>
   AT_FUSED_INLINE V full(int64_t i, V v) const {
-    return load(first + i) + v;
+    return load(first + i) + rounded(v);
   }
   template <class V>
   AT_FUSED_INLINE V partial(int64_t i, int count, V v) const {
-    return load_partial(first + i, count) + v;
+    return load_partial(first + i, count) + rounded(v);
   }
 };
 

@@ -208,7 +208,7 @@ void max_tap_backward(const Feature& feature, const Feature& out, const T* x, T*
   for_each_winner(feature, begin, end, channels, [&](int64_t n, int64_t c) AT_FUSED_LAMBDA {
     T* at = to + offset(out, n, c);
     const Vec<A> value = gradient * k[n] * p.slope(load_partial(x + offset(feature, n, c), 1));
-    store_partial(at, load_partial(at, 1) + value, 1);
+    store_partial(at, load_partial(at, 1) + rounded(value), 1);
   });
 }
 
