@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import torch.nn.functional as F
 from reference import popular_at_loss
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import at_fused
 from at_fused import AttentionTransfer
 from at_fused.train.wrn import WRN
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from steps import peak_bytes
 
 BETA = 100.0
 GROUPS = ["groups.0", "groups.1", "groups.2"]
@@ -104,19 +107,6 @@ def test_curves_agree_to_rounding() -> None:
 
 
 # ---- memory --------------------------------------------------------------------------------------
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most that a step holds beyond what was there before, by the profiler's records."""
-    step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
-    records = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for record in sorted(records, key=lambda e: e.start_ns()):
-        now += record.nbytes()
-        most = max(most, now)
-    return most
 
 
 def test_memory_of_a_step_is_that_of_a_step_without() -> None:
