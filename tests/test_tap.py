@@ -256,6 +256,20 @@ def value_of(held: Any) -> Tensor:
     return torch.as_tensor(held[0] if isinstance(held, tuple) else held)
 
 
+def test_writes_in_place_in_channels_last(fast_backend: str) -> None:
+    last: dict[str, Any] = {"memory_format": torch.channels_last}
+    x = torch.randn(SHAPE).to(**last).requires_grad_()
+    places: list[int] = []
+    h = x * 2
+    h.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+    y, q = at_fused.attention_tap(h)
+    assert y.is_contiguous(**last)
+    y.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+    ((y * y).sum() + q.sum()).backward()
+    assert places[0] == places[1]
+    torch.testing.assert_close(x.grad, (8 + 2) * x.detach())
+
+
 @pytest.mark.parametrize("name", HELD)
 def test_what_others_hold_stays_as_it_was(fast_backend: str, name: str) -> None:
     right = run(HELD[name], False)
