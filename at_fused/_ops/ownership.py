@@ -24,8 +24,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 Counts = tuple[int, int, int, int]
 Tap = Callable[[Tensor], tuple[Tensor, ...]]
@@ -82,6 +80,10 @@ def calibrate(tap: Tap) -> None:
 
 def _undisturbed() -> bool:
     """Whether nothing looks on that might hold references of its own."""
+    # Not with the package: importing it brings in nothing that torch has not loaded itself.
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
     monitoring = getattr(sys, "monitoring", None)
     return (
         sys.gettrace() is None
