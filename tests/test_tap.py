@@ -520,6 +520,30 @@ def test_compiles_without_a_break(dynamic: bool) -> None:
             torch.testing.assert_close(found, right)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports(strict: bool) -> None:
+    class Tapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, q = at_fused.attention_tap(self.conv(x))
+            return y.relu(), q
+
+    model, x = Tapped(), torch.randn(2, 3, 8, 8)
+    exported = torch.export.export(model, (x,), strict=strict).module()
+    assert torch.equal(exported(x)[0], model(x)[0])
+    assert torch.equal(exported(x)[1], model(x)[1])
+    if strict:  # torch keeps no derivative of a Function there
+        return
+    found, right = (
+        torch.autograd.grad(sum(each.sum() for each in net(x)), list(net.parameters()))
+        for net in (exported, model)
+    )
+    torch.testing.assert_close(found, right)
+
+
 def test_functional_gradients() -> None:
     x = torch.randn(SHAPE, dtype=torch.float64)
 
