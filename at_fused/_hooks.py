@@ -19,10 +19,10 @@ from at_fused._ops import Place
 class MapOptions(NamedTuple):
     """How maps are made, as the operator takes it."""
 
-    p: float = 2.0
-    collapse: str = "mean"
-    absolute: bool = True
-    attend: str = "spatial"
+    p: float
+    collapse: str
+    absolute: bool
+    attend: str
 
 
 _PLAIN = Place()

@@ -23,13 +23,13 @@ from at_fused._inputs import MapSizes, Sides
 class Options(NamedTuple):
     """The options that the operators share."""
 
-    p: float
-    collapse: str
-    absolute: bool
-    form: str
-    reduction: str
-    eps_mode: str
-    eps: float
+    p: float = 2.0
+    collapse: str = "mean"
+    absolute: bool = True
+    form: str = "code"
+    reduction: str = "sum"
+    eps_mode: str = "max"
+    eps: float = 1e-12
 
     def plain(self) -> bool:
         """Whether ``at_loss``, the operator, has them all."""
@@ -142,7 +142,7 @@ def prepare_maps(
         teachers,
         [],
         pair_weights(weights, len(students)),
-        Options(2.0, "mean", True, form, reduction, eps_mode, float(eps)),
+        Options(form=form, reduction=reduction, eps_mode=eps_mode, eps=float(eps)),
         resize,
         "spatial",
         None if mask is None else _inputs.check_masks(mask, students),

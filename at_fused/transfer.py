@@ -101,15 +101,8 @@ class AttentionTransfer:
         given: dict[str, Any] = {**options}
         self._resize = _check(given)
         self._given = given
-        self._options = Options(
-            p=float(given.get("p", 2.0)),
-            collapse=given.get("collapse", "mean"),
-            absolute=given.get("absolute", True),
-            form=given.get("form", "code"),
-            reduction="sum",
-            eps_mode=given.get("eps_mode", "max"),
-            eps=float(given.get("eps", 1e-12)),
-        )
+        chosen = Options(**{name: given[name] for name in given if name in Options._fields})
+        self._options = chosen._replace(p=float(chosen.p), eps=float(chosen.eps))
         self._map_sizes = _inputs.sides(-1, 0, map_size)
         layouts = layouts_of(student, teacher, channel_dim, skip_tokens)
         if layers is not None:
