@@ -3,27 +3,13 @@
 ``at_loss`` is the drop-in; README.md has the API at a glance.
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from at_fused import schedules
 from at_fused._version import __version__
-from at_fused._warnings import AtFusedWarning
-from at_fused.backends import Backend, backends, use_backend
-from at_fused.backends import load as _load
-from at_fused.distillation import FeaturesLoss, KDLoss, features_loss, kd_loss
-from at_fused.functional import (
-    at,
-    at_loss,
-    at_value_and_grad,
-    attention_map,
-    attention_tap,
-    map_loss,
-)
-from at_fused.gradients import flip_symmetry_loss, gradient_at_loss, input_gradient
-from at_fused.layers import match_layers
-from at_fused.modules import ATLoss
-from at_fused.teacher_cache import TeacherCache
-from at_fused.transfer import AttentionTransfer
-
-_load()
 
 __all__ = [
     "ATLoss",
@@ -50,3 +36,32 @@ __all__ = [
     "schedules",
     "use_backend",
 ]
+
+if TYPE_CHECKING or "torch" in sys.modules:
+    from at_fused._api import *
+else:
+    # Nobody needs torch yet, and it takes a second or two: at-fused-train answers --help without.
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'at_fused' has no attribute {name!r}")
+        api = import_module("at_fused._api")
+        globals().update({each: getattr(api, each) for each in api.__all__})
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """A package whose ``backends`` is the function, also where only the sub-package is imported."""
+
+    @property
+    def backends(self) -> Any:
+        return import_module("at_fused._api").backends
+
+    @backends.setter
+    def backends(self, module: object) -> None:
+        """What the import system sets once the sub-package of that name is imported."""
+
+
+sys.modules[__name__].__class__ = _Package

@@ -10,7 +10,8 @@ import sys
 import torch
 
 import at_fused
-from at_fused.backends import backends, cpu, users
+from at_fused import backends
+from at_fused.backends import cpu, users
 
 
 def _choice(device: str, order: tuple[str, ...]) -> str:

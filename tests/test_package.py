@@ -52,6 +52,42 @@ print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))
     assert run(code).strip() == "['at_fused']"
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from at_fused import *",
+        "import at_fused",
+        "import at_fused.transfer",
+        "import at_fused.backends",
+        "import torch, at_fused",
+    ],
+)
+def test_torch_is_imported_once_it_is_needed(first: str) -> None:
+    """Whatever comes first, all names are there, and ``backends`` is the function."""
+    code = f"""
+import sys
+import at_fused.train.config
+print("torch" in sys.modules)
+{first}
+import at_fused
+print(at_fused.backends()["cpu"].in_use)
+import torch
+x = torch.randn(2, 3, 4, 4)
+compiled = torch.compile(lambda x: at_fused.at_loss(x, x * x), fullgraph=True, backend="eager")
+print(compiled(x).item() > 0, all(hasattr(at_fused, name) for name in at_fused.__all__))
+try:
+    at_fused.nothing
+except AttributeError as error:
+    print(error)
+"""
+    assert run(code).splitlines() == [
+        "False",
+        "True",
+        "True True",
+        "module 'at_fused' has no attribute 'nothing'",
+    ]
+
+
 def needed_by(library: Path) -> list[str]:
     readelf = shutil.which("readelf")
     assert readelf, "binutils comes with the compiler that built the package"

@@ -9,6 +9,7 @@ from at_fused._ops.distance import distance_loss, distance_loss_backward
 from at_fused._ops.kd import kd_loss, kd_loss_backward
 from at_fused._ops.loss import at_loss, at_value_and_grad, map_loss
 from at_fused._ops.tap import Place, attention_tap, attention_tap_backward, attention_tap_backward_
+from at_fused.backends import load
 
 __all__ = [
     "Place",
@@ -25,3 +26,6 @@ __all__ = [
     "kd_loss_backward",
     "map_loss",
 ]
+
+# Whoever has the operators has the fastest kernels for each device.
+load()

@@ -1,0 +1,42 @@
+"""The public names that need torch. The package gives them once torch is there or one is used."""
+
+from at_fused._warnings import AtFusedWarning
+from at_fused.backends import Backend, backends, use_backend
+from at_fused.distillation import FeaturesLoss, KDLoss, features_loss, kd_loss
+from at_fused.functional import (
+    at,
+    at_loss,
+    at_value_and_grad,
+    attention_map,
+    attention_tap,
+    map_loss,
+)
+from at_fused.gradients import flip_symmetry_loss, gradient_at_loss, input_gradient
+from at_fused.layers import match_layers
+from at_fused.modules import ATLoss
+from at_fused.teacher_cache import TeacherCache
+from at_fused.transfer import AttentionTransfer
+
+__all__ = [
+    "ATLoss",
+    "AtFusedWarning",
+    "AttentionTransfer",
+    "Backend",
+    "FeaturesLoss",
+    "KDLoss",
+    "TeacherCache",
+    "at",
+    "at_loss",
+    "at_value_and_grad",
+    "attention_map",
+    "attention_tap",
+    "backends",
+    "features_loss",
+    "flip_symmetry_loss",
+    "gradient_at_loss",
+    "input_gradient",
+    "kd_loss",
+    "map_loss",
+    "match_layers",
+    "use_backend",
+]
