@@ -1,58 +1,45 @@
-"""Command line of at-fused-train. Imports torch only once the flags are known to be good."""
+"""Command line of at-fused-train. Imports torch only once the options are known to be good."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import re
+import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from at_fused.train.config import FULL, QUICK, Config
+from at_fused.train import config as options
+from at_fused.train.config import METHODS, OPTIONS, Config, ConfigError, nearest
+from at_fused.train.presets import PRESETS
 
-EXTRA = {"scipy": "scipy", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+PROGRAM = "at-fused-train"
+EXTRA = {
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+    "tensorboard": "tensorboard",
+}
+# glibc then asks the kernel for large pages, in which features of megabytes are found faster.
+TUNABLE = "glibc.malloc.hugetlb"
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
     """An argparse type: a whole number from low to high."""
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d+", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(
-                f"got {text!r}, allowed is a whole number from {low} to {high}"
-            )
-        return int(text)
-
-    return parse
+    return _parser({"kind": "whole", "low": low, "high": high})
 
 
-def real(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from low to high."""
-
-    def parse(text: str) -> float:
+def _parser(rule: Any) -> Callable[[str], Any]:
+    def parse(word: str) -> Any:
         try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"got {text!r}, allowed is a number from {low:g} to {high:g}"
-            )
-        return value
+            return options.read(rule, word)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
-
-
-def device(text: str) -> str:
-    """An argparse type: the name of a device, whether or not it is there."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is cpu, cuda or cuda:N")
-    return text
 
 
 def require(program: str, *modules: str) -> None:
@@ -62,80 +49,156 @@ def require(program: str, *modules: str) -> None:
         sys.exit(f'{program}: needs {", ".join(missing)}: pip install "at_fused[train]"')
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest flag where one does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        words = message.split()
+        if message.startswith("unrecognized arguments: --"):
+            flag = words[2].split("=")[0]
+            message += nearest(flag, self._option_string_actions)
+        super().error(message)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """All flags; one not given is absent from the namespace, so that --quick can fill it."""
-    parser = argparse.ArgumentParser(
-        prog="at-fused-train",
+    """All flags; one not given is absent from the namespace, so that files and presets fill it."""
+    parser = _Parser(
+        prog=PROGRAM,
         argument_default=argparse.SUPPRESS,
-        description="Train a wide residual network on scikit-learn's handwritten digits, then "
-        "small students on a few labelled images: alone, with attention transfer (fused), and "
-        "with attention transfer (eager PyTorch). Prints a table; leaves metrics, checkpoints "
-        "and a figure in a folder.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train students with and without attention transfer from one teacher, and "
+        "compare them: by default\non scikit-learn's digits, in two minutes. Leaves a table, "
+        "curves, weights and report.md in a folder.\n\npresets:\n"
+        + "\n".join(f"  {name:28}{each.about}" for name, each in PRESETS.items()),
     )
-
-    def add(flag: str, kind: Callable[[str], object], metavar: str, text: str) -> None:
-        name = flag[2:].replace("-", "_")
-        full, quick = getattr(FULL, name), getattr(QUICK, name)
-        default = f"{full}" if full == quick else f"{full}, with --quick {quick}"
-        parser.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})")
-
-    add("--labels", integer(10, 997), "N", "labelled images a student sees")
-    add("--beta", real(0, 1e6), "X", "weight of the AT loss")
-    add("--p", real(1, 8), "X", "power in the attention map, sum of |feature|^p")
-    add("--seeds", integer(2, 100), "N", "students per method, each with its own labels and init")
-    add("--steps", integer(1, 100_000), "N", "training steps of a student")
-    add("--teacher-steps", integer(1, 100_000), "N", "training steps of the teacher")
-    add("--threads", integer(1, 1024), "N", "CPU threads")
-    add("--device", device, "DEV", "cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--evaluate",
-        choices=("test", "val"),
-        help="images to report on: tune on val, report on test (default: test)",
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", type=Path, metavar="DIR", help="its folder (runs/DATE-TIME)")
+    run.add_argument(
+        "--resume", type=Path, metavar="DIR", help="go on with the interrupted run of a folder"
     )
-    parser.add_argument("--quick", action="store_true", help="a smaller run, well under a minute")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the run (default: runs/DATE-TIME)"
+    run.add_argument(
+        "--config", type=Path, metavar="FILE", help="options as TOML, such as a run's config.toml"
     )
+    run.add_argument("--method", metavar="NAME", choices=METHODS, help="--compare with one method")
+    run.add_argument(
+        "--set",
+        action="append",
+        metavar="METHOD.OPTION=X",
+        help=f"an option of one method alone ({', '.join(options.OF_A_METHOD)})",
+    )
+    given = parser.add_argument_group("options, with the defaults of the preset digits")
+    for name, option in OPTIONS.items():
+        rule, default = option.metadata, option.default
+        if rule["kind"] == "switch":
+            given.add_argument(
+                _flag(name),
+                action=argparse.BooleanOptionalAction,
+                help=f"{rule['help']} ({default})",
+            )
+            continue
+        if rule["kind"] == "choice":
+            metavar = "|".join(rule["allowed"])
+        else:
+            metavar = {"whole": "N", "real": "X", "several": "A,B"}.get(rule["kind"]) or rule[
+                "shape"
+            ]
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text = rule["help"] if default in (None, "") else f"{rule['help']} ({shown})"
+        given.add_argument(_flag(name), type=_parser(rule), metavar=metavar, help=text)
     return parser
 
 
+def _of_methods(words: list[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for word in words:
+        place, equals, value = word.partition("=")
+        method, dot, name = place.rpartition(".")
+        if not equals or not dot:
+            raise ConfigError(f"got {word!r}, allowed is METHOD.OPTION=VALUE, such as at.lr=0.1")
+        found.setdefault(method, {}).update([options.of_method(method, name, value, words=True)])
+    return found
+
+
 def settings(given: dict[str, Any]) -> Config:
-    """The preset, with every flag that was given laid over it."""
-    names = {f.name for f in fields(Config)}
-    return replace(QUICK if "quick" in given else FULL, **{k: given[k] for k in names & set(given)})
+    """What the flags come to, over the file that they name."""
+    layers = [options.load(given["config"])] if "config" in given else []
+    flags = {name: given[name] for name in OPTIONS if name in given}
+    if "method" in given:
+        if "compare" in given:
+            raise ConfigError("method: got --method and --compare, allowed is one of them")
+        flags["compare"] = (given["method"],)
+    try:
+        flags["method"] = _of_methods(given.get("set", []))
+    except ConfigError as error:
+        raise ConfigError(f"set: {error}") from None
+    return options.resolve(*layers, flags)
+
+
+def _resumed(given: dict[str, Any]) -> tuple[Config, Path]:
+    """The configuration of an interrupted run; flags may repeat it, not change it."""
+    out: Path = given["resume"]
+    if "out" in given or "config" in given:
+        raise ConfigError(
+            "resume: goes on in a folder, with its config.toml; not with --out, --config"
+        )
+    file = out / "config.toml"
+    if not file.is_file():
+        raise ConfigError(f"resume: got {str(out)!r}, which has no config.toml of a run")
+    config = options.resolve(options.load(file))
+    wanted = settings({**given, "config": file})
+    for name in (*OPTIONS, "method"):
+        old, new = getattr(config, name), getattr(wanted, name)
+        if old != new:
+            raise ConfigError(
+                f"{name}: got {new!r}, but the run was begun with {old!r}; start another with --out"
+            )
+    return config, out
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of at-fused-train."""
     parser = build_parser()
     given = vars(parser.parse_args(argv))
-    cfg = settings(given)
-    out: Path = given.get("out", Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        parser.error(
-            f"argument --out: got {str(out)!r}, which already holds files; "
-            "allowed is a new or an empty folder"
-        )
-    require(parser.prog, *EXTRA)
+    try:
+        resume = "resume" in given
+        if resume:
+            config, out = _resumed(given)
+        else:
+            config = settings(given)
+            out = given.get("out", Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise ConfigError(
+                    f"out: got {str(out)!r}, which already holds files; allowed is a new or an "
+                    "empty folder, or --resume to go on there"
+                )
+    except ConfigError as error:
+        name, _, rest = str(error).partition(": ")
+        known = name in {*OPTIONS, "out", "resume", "set", "method"}
+        parser.error(f"argument {_flag(name)}: {rest}" if known else str(error))
+    require(PROGRAM, *EXTRA)
+    if argv is None:
+        _with_large_pages(config)
 
-    import torch
+    # From here on torch is there.
+    from at_fused.train import main as program
+    from at_fused.train import parallel
 
-    if cfg.device.startswith("cuda"):
-        count, n = torch.cuda.device_count(), int(cfg.device.partition(":")[2] or 0)
-        if n >= count:
-            parser.error(
-                f"argument --device: got {cfg.device!r}, but PyTorch sees {count} CUDA devices; "
-                "allowed is " + ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
-            )
+    if config.nproc > 1 and parallel.place().size == 1:
+        sys.exit(parallel.launch(config.nproc, program.run, config, out))
+    sys.exit(program.run(config, out))
 
-    from tqdm import tqdm
 
-    from at_fused.train.experiment import run, total_steps
-    from at_fused.train.report import figure, table
-
-    start = time.perf_counter()
-    with tqdm(total=total_steps(cfg), unit="step", dynamic_ncols=True) as bar:
-        result = run(cfg, out, tick=bar.update, say=bar.set_description)
-    figure(result, cfg, out / "curves.png")
-    print(table(result, cfg))
-    print(f"\n{time.perf_counter() - start:.0f} s in all; everything is in {out}")
+def _with_large_pages(config: Config) -> None:
+    """Starts the program anew with glibc's large pages, which it decides on as it starts."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if config.speed == "exact" or config.device != "cpu" or TUNABLE in tunables:
+        return
+    if sys.platform != "linux":
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{TUNABLE}=1"]))
+    os.execv(sys.executable, [sys.executable, "-m", "at_fused.train", *sys.argv[1:]])

@@ -1,187 +1,395 @@
-"""The whole experiment: a teacher, then students on few labels, seed by seed, into a folder."""
+"""The whole experiment: a teacher, then students of every method, seed by seed, into a folder."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import at_fused
-from at_fused.train.config import Config
-from at_fused.train.data import few_labels, load_digits
-from at_fused.train.loop import Curve, Data, train
-from at_fused.train.wrn import WRN, count_parameters
+from at_fused import TeacherCache, match_layers
+from at_fused._models import modules_named
+from at_fused.layers import Pair, named_pairs
+from at_fused.train import checkpoints, parallel
+from at_fused.train.config import Config, ConfigError, beta_of, for_method, to_toml
+from at_fused.train.data import Data, Samples, open_data
+from at_fused.train.data.samples import few_labels
+from at_fused.train.loop import Curve, Job, Trainer, Watch, accuracy, distribute
+from at_fused.train.methods import NEEDS_LAYERS, NEEDS_TEACHER, Batch, Networks, objective
+from at_fused.train.networks import build, count_parameters
+from at_fused.train.plan import Plan
+from at_fused.train.record import Record
+from at_fused.train.speed import Way, folded, way
+from at_fused.train.stop import Signals
+from at_fused.train.sync_norm import share_statistics
 
 # Students' seeds count up from 0; the teacher's keeps clear of them.
 TEACHER_SEED = 10_000
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the table: what the student learns from, and on which back end."""
-
-    name: str
-    slug: str
-    at: bool
-    backend: str | None  # None: the one at_fused picks for the device
-
-
-METHODS = (
-    Method("student alone", "alone", at=False, backend=None),
-    Method("student + AT, fused", "at_fused", at=True, backend=None),
-    Method("student + AT, eager", "at_eager", at=True, backend="eager"),
-)
-
-
 @dataclass
 class Result:
-    """Curves of the teacher and of each method (by slug, one a seed), and the float64 check."""
+    """The teacher's accuracy (top-1, top-5), if there is one, and each method's curves by seed."""
 
-    teacher: Curve
-    students: dict[str, list[Curve]]
-    check: float
-
-
-def new_student(cfg: Config, seed: int) -> WRN:
-    """The small student of this seed, (B, 1, S, S) -> (B, 10)."""
-    torch.manual_seed(seed)
-    student = WRN(cfg.student_depth, cfg.student_width, in_channels=1, base=cfg.student_base)
-    return student.to(cfg.device)
+    teacher: tuple[float, float] | None = None
+    students: dict[str, list[Curve]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
-def new_teacher(cfg: Config) -> WRN:
-    """The teacher, (B, 1, S, S) -> (B, 10)."""
-    torch.manual_seed(TEACHER_SEED)
-    return WRN(cfg.teacher_depth, cfg.teacher_width, in_channels=1).to(cfg.device)
+# ---- trained networks ----------------------------------------------------------------------------
 
 
-def pick_backend(method: Method) -> Any:
-    """Context manager under which at_loss runs on the method's back end."""
-    return at_fused.use_backend(method.backend) if method.backend else nullcontext()
+def save_network(path: Path, name: str, model: nn.Module, data: Data, **facts: Any) -> None:
+    """Writes weights, what builds the network that they fit, and a few facts."""
+    network = {
+        "network": name,
+        "classes": data.classes,
+        "channels": data.channels,
+        "image_size": data.image_size,
+    }
+    checkpoints.save(path, "network", {"model": model.state_dict(), **network, **facts})
 
 
-def largest_difference(a: list[float], b: list[float]) -> float:
-    """max_i |a_i - b_i| / |b_i|."""
-    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a file that ``save_network`` wrote, in eval mode, and the file's content.
 
-
-def check_curves(teacher: WRN, data: Data, cfg: Config, tick: Callable[[], object]) -> float:
-    """Train seed 0 twice in float64, fused and eager; largest difference of the AT curves.
-
-    In float64 because in float32 the last bit of a gradient decides on which side of zero some
-    activation falls; from then on the two runs are honest but different ones.
+    Raises:
+        CheckpointError: it is another file.
     """
-    cfg = replace(cfg, log_every=1, steps=cfg.check_steps, lr=cfg.at_lr)
-    idx = few_labels(data.labels.cpu(), data.split.train, cfg.labels, 0)
-    # Every step is logged, so evaluate on little: only the AT loss is looked at.
-    data = replace(data, images=data.images.double(), evaluate=idx)
-    teacher.double()
-    curves = []
-    for method in METHODS[1:]:
-        with pick_backend(method):
-            student = new_student(cfg, 0).double()
-            curves.append(train(student, data, idx, cfg, 0, tick, teacher).at)
-    teacher.float()
-    return largest_difference(*curves)
-
-
-def save(model: WRN, path: Path, image_size: int, **facts: Any) -> None:
-    """Weights, what builds the network that they fit, and a few facts; `load` reads them back."""
-    network = {"network": model.arguments, "image_size": image_size}
-    torch.save({"model": model.state_dict(), **network, **facts}, path)
-
-
-def load(path: Path) -> tuple[WRN, int]:
-    """The network of a checkpoint that `save` wrote, in eval mode, and its image size.
-
-    Raises ValueError for any other file.
-    """
+    state = checkpoints.load(path, "network")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = WRN(**saved["network"])
-        model.load_state_dict(saved["model"])
-        size = int(saved["image_size"])
-    # Foreign bytes raise a dozen kinds of errors in torch.load, foreign contents as many here.
+        model = build(state["network"], state["classes"], state["channels"], str(path))
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, RuntimeError, ConfigError) as error:
+        reason = str(error).splitlines()[0]
+        raise checkpoints.CheckpointError(f"{path}: no network of at-fused-train ({reason})") from (
+            error
+        )
+    return model.eval(), state
+
+
+def compared_layers(folder: Path, side: str) -> list[str]:
+    """The layers of a run's students, or of its teacher, that it compares."""
+    pairs = json.loads((folder / "run.json").read_text(encoding="utf-8"))["layers"]
+    return [pair[side == "teacher"] for pair in pairs]
+
+
+def _load_given(teacher: nn.Module, config: Config) -> None:
+    """Loads ``teacher_from``: a file of this program, or a plain state_dict."""
+    path = Path(config.teacher_from)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        weights = state["model"] if isinstance(state, dict) and "what" in state else state
+        teacher.load_state_dict(weights)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"not a checkpoint of at-fused-train ({reason})") from error
-    return model.eval(), size
+        raise ConfigError(
+            f"teacher_from: {path} has no weights of {config.teacher} for the data's classes "
+            f"({reason})"
+        ) from error
 
 
-def write_curve(f: IO[str], method: str, seed: int, curve: Curve) -> None:
-    """One JSON line a logged point, then one summary line for the run."""
-    run = {"method": method, "seed": seed}
-    for i, step in enumerate(curve.step):
-        point = {"kind": "step", **run, "step": step, "ce": curve.ce[i]}
-        if curve.at:
-            point["at"] = curve.at[i]
-        print(json.dumps({**point, "accuracy": curve.accuracy[i]}), file=f)
-    summary = {"accuracy": curve.accuracy[-1], "at_ms": curve.at_ms, "seconds": curve.seconds}
-    print(json.dumps({"kind": "summary", **run, **summary}), file=f, flush=True)
+# ---- the experiment ------------------------------------------------------------------------------
 
 
-def total_steps(cfg: Config) -> int:
-    """Optimiser steps of the whole experiment, for a progress bar."""
-    return cfg.teacher_steps + len(METHODS) * cfg.seeds * cfg.steps + 2 * cfg.check_steps
+class Experiment:
+    """A run in its folder; ``run`` does what is not done yet."""
 
-
-def run(cfg: Config, out: Path, tick: Callable[[], object], say: Callable[[str], object]) -> Result:
-    """Train everything, writing config.json, metrics.jsonl and checkpoints into `out`."""
-    torch.set_num_threads(cfg.threads)
-    torch.backends.cudnn.deterministic = True
-
-    images, labels, split = load_digits(cfg.image_size)
-    images, labels = images.to(cfg.device), labels.to(cfg.device)
-    data = Data(images, labels, split, getattr(split, cfg.evaluate))
-
-    teacher = new_teacher(cfg)
-    facts = {
-        "teacher_parameters": count_parameters(teacher),
-        "student_parameters": count_parameters(new_student(cfg, 0)),
-        "torch": torch.__version__,
-        "at_fused": at_fused.__version__,
-        "backends_in_use": [b.name for b in at_fused.backends().values() if b.in_use],
-        "python": platform.python_version(),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps({**asdict(cfg), **facts}, indent=2) + "\n")
-
-    with open(out / "metrics.jsonl", "w") as f:
-        say("teacher")
-        teacher_cfg = replace(
-            cfg,
-            steps=cfg.teacher_steps,
-            lr=cfg.teacher_lr,
-            weight_decay=cfg.teacher_weight_decay,
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        *,
+        tick: Callable[[int], object] = lambda steps: None,
+        say: Callable[[str], object] = lambda text: None,
+        log: Callable[[str], object] = print,
+        signals: Signals | None = None,
+    ) -> None:
+        self.config, self.out = config, out
+        self.tick, self.say, self.log = tick, say, log
+        self.signals = signals or Signals()
+        self.device = _device(config)
+        parallel.join(self.device)
+        self.data = open_data(
+            config.data,
+            config.root,
+            download=config.download and parallel.first(),
+            image_size=config.image_size,
+            evaluate=config.evaluate,
+            fraction=config.fraction,
+            augment=config.augment,
+            device=str(self.device),
+            channels_last=config.speed != "exact",
+            workers=config.workers,
         )
-        teacher_curve = train(teacher, data, split.train, teacher_cfg, TEACHER_SEED, tick)
-        teacher.eval().requires_grad_(False)
-        write_curve(f, "teacher", TEACHER_SEED, teacher_curve)
-        save(teacher, out / "teacher.pt", cfg.image_size)
+        if config.labels and config.labels < self.data.classes:
+            raise ConfigError(
+                f"labels: got {config.labels}, allowed is one for each of {self.data.classes} "
+                "classes, or 0 for all"
+            )
+        if config.labels > len(self.data.train):
+            raise ConfigError(
+                f"labels: got {config.labels}, allowed is up to {len(self.data.train)}, or 0"
+            )
+        self.example: Tensor = next(self.data.evaluate.batches([torch.arange(2)], None))[0]
+        self.digest = hashlib.sha256(to_toml(config).encode()).hexdigest()[:12]
+        self.teacher = self._new(config.teacher, TEACHER_SEED, "teacher")
+        if config.teacher_from:
+            _load_given(self.teacher, config)
+        student = self._new(config.student, 0, "student")
+        self.pairs = self._pairs(student)
+        self.result = Result(students={method: [] for method in config.compare})
+        self.result.facts = self._facts(student)
+        self._check_methods(student)
 
-        students: dict[str, list[Curve]] = {m.slug: [] for m in METHODS}
+    def _new(self, name: str, seed: int, option: str) -> nn.Module:
+        torch.manual_seed(seed)
+        return build(name, self.data.classes, self.data.channels, option).to(self.device)
+
+    def _pairs(self, student: nn.Module) -> list[Pair]:
+        if not any(method in NEEDS_LAYERS for method in self.config.compare):
+            return []
+        try:
+            if self.config.layers:
+                names = [each.strip() for each in self.config.layers.split(",")]
+                both = [tuple(n.split(":")) if ":" in n else n for n in names]
+                pairs = named_pairs(both)
+                modules_named(student, [pair.student for pair in pairs])
+                modules_named(self.teacher, [pair.teacher for pair in pairs])
+                return pairs
+            return match_layers(student, self.teacher, self.example, verbose=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"layers: {str(error).removeprefix('layers: ')}") from error
+
+    def _check_methods(self, student: nn.Module) -> None:
+        """Each method's loss once, before hours are spent on the methods before it."""
+        x = self.example
+        y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        for method in self.config.compare:
+            networks = Networks(student, self.teacher, self.pairs, student, self.teacher, x)
+            try:
+                made = objective(method, for_method(self.config, method), networks, None)
+                made(Batch(x, y, torch.arange(len(x)), 0), 1.0)
+                made.close()
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"compare: {method} does not go with {self.config.student} and "
+                    f"{self.config.teacher}: {error}"
+                ) from error
+
+    def _facts(self, student: nn.Module) -> dict[str, Any]:
+        ways = {m: str(self._way(m)) for m in ("teacher", *self.config.compare)}
+        return {
+            "teacher_parameters": count_parameters(self.teacher),
+            "student_parameters": count_parameters(student),
+            "layers": [list(pair) for pair in self.pairs],
+            "steps_run_in": ways,
+            "processes": parallel.size(),
+            "torch": torch.__version__,
+            "at_fused": at_fused.__version__,
+            "backends_in_use": [b.name for b in at_fused.backends().values() if b.in_use],
+            "python": platform.python_version(),
+        }
+
+    def _way(self, method: str) -> Way:
+        return way(self.config, self.device, method, parallel.size())
+
+    def _needs_teacher(self) -> bool:
+        return any(method in NEEDS_TEACHER for method in self.config.compare)
+
+    # ---- jobs ----
+
+    def jobs(self) -> Iterator[tuple[Job, Plan]]:
+        """All trainings, the teacher's first."""
+        config = self.config
+        if self._needs_teacher() and not config.teacher_from:
+            own = replace(
+                config,
+                epochs=config.teacher_epochs or config.epochs,
+                lr=config.lr if config.teacher_lr is None else config.teacher_lr,
+                weight_decay=config.teacher_weight_decay or 0.0,
+            )
+            yield self._job("teacher", "none", TEACHER_SEED, own, self.data.train)
         # Seed by seed, not method by method: a machine that slows down slows all rows alike.
-        for seed in range(cfg.seeds):
-            idx = few_labels(labels.cpu(), split.train, cfg.labels, seed)
-            for method in METHODS:
-                say(f"seed {seed}: {method.name}")
-                student = new_student(cfg, seed)
-                method_cfg = replace(cfg, lr=cfg.at_lr) if method.at else cfg
-                guide = teacher if method.at else None
-                with pick_backend(method):
-                    curve = train(student, data, idx, method_cfg, seed, tick, guide)
-                students[method.slug].append(curve)
-                write_curve(f, method.slug, seed, curve)
-                path = out / f"student_{method.slug}_seed{seed}.pt"
-                save(student, path, cfg.image_size, labelled=idx)
+        for seed in range(config.seeds):
+            train = self.data.train
+            if config.labels:
+                rows = few_labels(train.labels, torch.arange(len(train)), config.labels, seed)
+                train = train.subset(rows)
+            for method in config.compare:
+                name = f"{method}-seed{seed}"
+                yield self._job(name, method, seed, for_method(config, method), train)
 
-        say("float64 check")
-        check = check_curves(teacher, data, cfg, tick)
-        print(json.dumps({"kind": "check", "largest_relative_difference": check}), file=f)
-    return Result(teacher_curve, students, check)
+    def _job(
+        self, name: str, method: str, seed: int, config: Config, train: Samples
+    ) -> tuple[Job, Plan]:
+        what = f"checkpoint of {name}, configuration {self.digest}"
+        folder = self.out / "checkpoints" / name
+        data = self.data
+        job = Job(name, method, seed, config, train, data.evaluate, data.classes, what, folder)
+        return job, Plan(config, len(train), seed, beta_of(config, method))
+
+    def total_steps(self) -> int:
+        """Optimiser steps of all trainings, for a progress bar."""
+        return sum(plan.steps for _, plan in self.jobs())
+
+    def _file(self, job: Job) -> Path:
+        return self.out / ("teacher.pt" if job.name == "teacher" else f"student_{job.name}.pt")
+
+    def run(self) -> Result:
+        """Trains everything that is not trained yet, and writes what comes of it."""
+        told = [(job.name, job.method, job.seed, self._told(job)) for job, _ in self.jobs()]
+        record = Record(self.out, told) if parallel.first() else None
+        if parallel.first():
+            facts = json.dumps(self.result.facts, indent=2) + "\n"
+            checkpoints.write(self.out / "run.json", facts.encode())
+
+        def point(job: Job, found: dict[str, float]) -> None:
+            if record:
+                record.point(job.name, job.method, job.seed, found)
+
+        watch = Watch(lambda: self.tick(1), point, self.signals)
+        if self.config.teacher_from and self._needs_teacher():
+            self._finish_teacher(self.teacher)
+            if parallel.first():
+                path, name = self.out / "teacher.pt", self.config.teacher
+                save_network(path, name, self.teacher, self.data, run="teacher")
+        try:
+            for job, plan in self.jobs():
+                self.say(job.name)
+                self._do(job, plan, watch)
+        finally:
+            if record:
+                record.close()
+        return self.result
+
+    def _told(self, job: Job) -> list[dict[str, float]]:
+        """A job's points so far, from its network's file or its last checkpoint."""
+        if self._file(job).is_file():
+            points: list[dict[str, float]] = checkpoints.load(self._file(job), "network")["points"]
+            return points
+        last = checkpoints.newest(job.checkpoints)
+        return [] if last is None else checkpoints.load(last, job.what)["points"]
+
+    def _do(self, job: Job, plan: Plan, watch: Watch) -> None:
+        path = self._file(job)
+        if path.is_file():
+            model, state = load_network(path)
+            curve = Curve(state["points"], state["peak_bytes"])
+            self.tick(plan.steps)
+        else:
+            trainer = self._trainer(job, plan, watch)
+            if last := checkpoints.newest(job.checkpoints):
+                trainer.restore(last)
+                self.tick(trainer.step)
+            try:
+                curve, model = trainer.run(), trainer.student
+            finally:
+                trainer.objective.close()
+            if parallel.first():
+                name = self.config.teacher if job.name == "teacher" else self.config.student
+                facts = {"points": curve.points, "peak_bytes": curve.peak_bytes, "run": job.name}
+                facts |= {"method": job.method, "seed": job.seed}
+                save_network(path, name, model, self.data, **facts)
+                checkpoints.clear(job.checkpoints)
+            parallel.wait()
+        if job.name == "teacher":
+            self._finish_teacher(model)
+        else:
+            self.result.students[job.method].append(curve)
+
+    def _finish_teacher(self, model: nn.Module) -> None:
+        self.teacher.load_state_dict(model.state_dict())
+        self.teacher.eval().requires_grad_(False)
+        self.result.teacher = accuracy(self.teacher, self.data.evaluate, self.device)
+
+    # ---- a trainer ----
+
+    def _trainer(self, job: Job, plan: Plan, watch: Watch, compiles: bool = True) -> Trainer:
+        name = self.config.teacher if job.name == "teacher" else self.config.student
+        chosen = self._way("teacher" if job.name == "teacher" else job.method)
+        chosen = replace(chosen, compile=chosen.compile and compiles)
+        student = chosen.layout(self._new(name, job.seed, "network"))
+        if parallel.size() > 1 and self.config.sync_norm:
+            student = share_statistics(student, self.device)
+        teacher = self.teacher
+        if chosen.fold and job.method in NEEDS_TEACHER:
+            teacher, _ = folded(teacher, [pair.teacher for pair in self.pairs])
+            teacher = chosen.layout(teacher)
+        batch = job.config.batch_size // parallel.size()
+        batch = min(batch, len(job.train))
+        if chosen.compile:
+            torch.compiler.reset()  # graphs of networks that are gone
+        networks = Networks(
+            student,
+            teacher,
+            self.pairs,
+            chosen.compiled(distribute(student, self.device), self.device, batch),
+            chosen.compiled(teacher, self.device, batch),
+            self.example,
+        )
+        made = objective(job.method, job.config, networks, self._cache(job))
+        if extra := made.extra():
+            made.run_extra = distribute(extra, self.device)
+        if parallel.size() > 1:
+            # Weights are alike in all processes; what dropout draws is not.
+            torch.manual_seed(job.seed * parallel.size() + parallel.place().rank)
+        trainer = Trainer(job, student, made, plan, chosen, self.device, watch)
+        if chosen.compile and (error := self._first_error(trainer)):
+            made.close()
+            self.log(f"{job.name}: torch.compile failed, going on without: {error}")
+            return self._trainer(job, plan, watch, compiles=False)
+        return trainer
+
+    def _cache(self, job: Job) -> TeacherCache | None:
+        if not self.config.cache or job.method not in NEEDS_TEACHER:
+            return None
+        # Students of few labels have their own; a cache numbers the images that a student sees.
+        which = f"seed{job.seed}" if self.config.labels else "all"
+        return TeacherCache(self.out / "cache" / which, len(job.train))
+
+    def _first_error(self, trainer: Trainer) -> str | None:
+        """Compiles by one step that leaves no trace; why that failed."""
+        state = {k: v.clone() for k, v in trainer.student.state_dict().items()}
+        random = torch.get_rng_state()
+        try:
+            batch, share = next(iter(trainer._steps(0)))
+            with trainer.way.autocast(self.device):
+                terms = trainer.objective(batch, 1.0)
+            (terms.loss * share).backward()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        finally:
+            trainer.student.load_state_dict(state)
+            trainer.optimizer.zero_grad()
+            torch.set_rng_state(random)
+        return None
+
+
+def _device(config: Config) -> torch.device:
+    name = config.device
+    if name == "cuda" and parallel.place().size > 1:
+        name = f"cuda:{parallel.place().local}"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+            raise ConfigError(
+                f"device: got {name!r}, but PyTorch sees {count} CUDA devices; allowed is {there}"
+            )
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = config.speed == "exact"
+        torch.backends.cudnn.benchmark = config.speed != "exact"
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    elif parallel.place().size > 1 and device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // parallel.place().size))
+    return device

@@ -6,12 +6,10 @@ import argparse
 import re
 from pathlib import Path
 
+from at_fused.train import config as options
 from at_fused.train.cli import integer, require
+from at_fused.train.config import TITLES, ConfigError
 
-# In a run's folder: one student of each kind, and the teacher.
-OF_A_RUN = ("student_alone_seed0.pt", "student_at_fused_seed0.pt", "teacher.pt")
-METHODS = {"alone": "student alone", "at_fused": "student + AT", "at_eager": "student + AT, eager"}
-LAYERS = ("groups.0", "groups.1", "groups.2")
 SUFFIXES = (".png", ".svg")
 
 
@@ -27,8 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         metavar="CHECKPOINT",
-        help="a run's folder (its students of seed 0 and its teacher), or files in it; "
-        "a column each, in this order",
+        help="a run's folder (the students of seed 0 of its first method and of AT, and its "
+        "teacher), or files in it; a column each, in this order",
     )
     parser.add_argument(
         "--out",
@@ -42,22 +40,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers",
         nargs="+",
-        default=LAYERS,
         metavar="NAME",
-        help=f"modules whose output is shown, a row each (default: {' '.join(LAYERS)})",
+        help="modules whose output is shown, a row each (default: those that the run compares)",
     )
     return parser
 
 
+def of_a_run(folder: Path) -> list[Path]:
+    """The files of a run whose networks are shown."""
+    methods = options.resolve(options.load(folder / "config.toml")).compare
+    shown = [methods[0], *(m for m in methods[1:] if m in ("at", "at+kd", "channel-at"))][:2]
+    return [*(folder / f"student_{method}-seed0.pt" for method in shown), folder / "teacher.pt"]
+
+
 def title(path: Path) -> str:
     """What a file's name says of its network; its stem, where at-fused-train gave no such name."""
-    student = re.fullmatch(r"student_(\w+)_seed\d+", path.stem)
-    return METHODS.get(student[1], path.stem) if student else path.stem
+    student = re.fullmatch(r"student_(.+)-seed\d+", path.stem)
+    return TITLES.get(student[1], path.stem) if student else path.stem
 
 
 def title_with_seed(path: Path) -> str:
     """The title, and the seed where the file's name has one."""
-    seed = re.search(r"_seed(\d+)$", path.stem)
+    seed = re.search(r"-seed(\d+)$", path.stem)
     return f"{title(path)}, seed {seed[1]}" if seed else title(path)
 
 
@@ -74,51 +78,64 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of python -m at_fused.visualize."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    paths: list[Path] = []
-    for path in args.checkpoints:
-        paths += [path / name for name in OF_A_RUN] if path.is_dir() else [path]
-    out: Path = args.out or paths[0].parent / "attention.png"
+    out: Path = args.out or _folder(args.checkpoints[0]) / "attention.png"
     if out.suffix.lower() not in SUFFIXES or not out.parent.is_dir():
         parser.error(
             f"argument --out: got {str(out)!r}, allowed is a .png or .svg in a folder that exists"
         )
-    for path in paths:
-        if not path.is_file():
-            parser.error(f"argument CHECKPOINT: {path}: no such file")
     require(parser.prog, "sklearn", "matplotlib")
-
-    from at_fused import visualize
-    from at_fused.train.data import load_digits
-    from at_fused.train.experiment import load
-
-    models, sizes = {}, set()
     try:
-        for path, name in zip(paths, titles(paths), strict=True):
-            try:
-                models[name], size = load(path)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-            sizes.add(size)
-        if len(sizes) > 1:
-            raise ValueError(f"images of one size for all, got {sorted(sizes)}")
+        paths: list[Path] = []
+        for path in args.checkpoints:
+            paths += of_a_run(path) if path.is_dir() else [path]
+        for path in paths:
+            if not path.is_file():
+                raise ConfigError(f"{path}: no such file")
+        config = options.resolve(options.load(_folder(paths[0]) / "config.toml"))
+        named = titles(paths)
     except ValueError as error:
         parser.error(f"argument CHECKPOINT: {error}")
 
-    images, labels, split = load_digits(sizes.pop())
-    chosen = split.test[: args.images]
+    import torch
+
+    from at_fused import visualize
+    from at_fused.train.checkpoints import CheckpointError
+    from at_fused.train.data import open_data
+    from at_fused.train.experiment import compared_layers, load_network
+
+    models, facts = {}, {}
     try:
-        maps = {
-            name: visualize.attention_maps(model, images[chosen], args.layers)
-            for name, model in models.items()
-        }
+        for path, name in zip(paths, named, strict=True):
+            models[name], facts[name] = load_network(path)
+        sizes = {each["image_size"] for each in facts.values()}
+        if len(sizes) > 1:
+            raise CheckpointError(f"images of one size for all, got {sorted(sizes)}")
+        data = open_data(config.data, config.root, image_size=sizes.pop(), evaluate=config.evaluate)
+    except (CheckpointError, OSError, ImportError) as error:
+        parser.error(f"argument CHECKPOINT: {error}")
+
+    rows = torch.arange(min(args.images, len(data.evaluate)))
+    ((images, labels, _),) = data.evaluate.batches([rows], None)
+    try:
+        maps = {}
+        for path, (name, model) in zip(paths, models.items(), strict=True):
+            side = "teacher" if facts[name]["run"] == "teacher" else "student"
+            layers = args.layers or compared_layers(_folder(path), side)
+            maps[name] = visualize.attention_maps(model, images, layers)
     except (TypeError, ValueError) as error:
         parser.error(f"argument --layers: {error}")
     fig = visualize.figure(
-        images[chosen],
+        images,
         maps,
-        names=[f"digit {int(label)}" for label in labels[chosen]],
+        names=[data.names[int(label)] for label in labels],
         across=2,
+        mean=data.mean,
+        std=data.std,
         panel=0.95,
     )
     visualize.save(fig, out)
     print(out)
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent

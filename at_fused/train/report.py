@@ -1,33 +1,29 @@
-"""The table on stdout and the figure in the folder."""
+"""What a run comes to: the table, and report.md with its figures."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from at_fused.train.config import Config
-from at_fused.train.experiment import METHODS, Result, largest_difference
+from at_fused.train import checkpoints
+from at_fused.train.config import TITLES, Config, resolve, to_toml
+from at_fused.train.experiment import Experiment, Result
+from at_fused.train.figures import draw_curves, draw_maps
 from at_fused.train.loop import Curve
+from at_fused.train.presets import preset
 
 Array = NDArray[np.float64]
-
-# Colours of Okabe & Ito, told apart by colour-blind readers too.
-STYLE = {
-    "alone": ("#7f7f7f", "-"),
-    "at_fused": ("#0072b2", "-"),
-    "at_eager": ("#e69f00", (0, (2, 2))),
-}
+Table = list[list[str]]
 
 
-IMAGES = {"test": "test", "val": "validation"}
-
-
-def final_accuracies(curves: list[Curve]) -> Array:
-    """(seeds,) accuracy after the last step."""
-    return np.array([c.accuracy[-1] for c in curves])
+def finals(curves: Sequence[Curve], name: str = "accuracy") -> Array:
+    """(seeds,) the last value of a quantity."""
+    return np.array([curve.last(name) for curve in curves])
 
 
 def paired_difference(a: Array, b: Array) -> tuple[float, float]:
@@ -39,97 +35,135 @@ def paired_difference(a: Array, b: Array) -> tuple[float, float]:
     return float(d.mean()), float(half)
 
 
-def table(result: Result, cfg: Config) -> str:
-    """The results, one row a method, with what the columns mean below."""
-    row = "{:20} {:>6} {:>5} {:>18} {:>11} {:>7} {:>8}".format
-    teacher, alone = result.teacher, final_accuracies(result.students["alone"])
-    rows = [
-        row("", "mean", "std", "to alone, 95 % CI", "AT ms/step", "AT s", "total s"),
-        row("teacher", f"{teacher.accuracy[-1]:.2f}", "", "", "", "", f"{teacher.seconds:.1f}"),
+def shortened(config: Config) -> str:
+    """What of a preset was cut, in words; empty where nothing was."""
+    whole = resolve({"preset": config.preset})
+    parts = []
+    if config.epochs != whole.epochs:
+        parts.append(f"{config.epochs} of {whole.epochs} epochs")
+    if config.fraction != whole.fraction:
+        parts.append(f"{100 * config.fraction:g} % of the training images")
+    if config.seeds < whole.seeds:
+        parts.append(f"{config.seeds} of {whole.seeds} seeds")
+    return ", ".join(parts)
+
+
+def _error(values: Sequence[float]) -> str:
+    return " / ".join(f"{value:.2f}" for value in values)
+
+
+def table_of(result: Result, config: Config) -> Table:
+    """The rows of the table, its head first."""
+    published = preset(config.preset).published
+    several = config.seeds > 1
+    five = any("top5" in point for curves in result.students.values() for point in curves[0].points)
+    base = config.compare[0]
+    head = ["", "accuracy", *["std"] * several, *["top-5"] * five]
+    head += [f"to {TITLES[base]}"] * (several and len(config.compare) > 1)
+    head += ["test error", "published"] * bool(published) + ["ms/step", "MB/step"]
+
+    def errors(method: str, accuracies: list[float]) -> list[str]:
+        if not published:
+            return []
+        wanted = published.get(method, ())
+        found = [100 - a for a in accuracies][: len(wanted) or None]
+        return [_error(found), _error(wanted)]
+
+    rows = [head]
+    if result.teacher is not None:
+        shown = list(result.teacher if five else result.teacher[:1])
+        cells = ["teacher", f"{shown[0]:.2f}", *[""] * several, *(f"{x:.2f}" for x in shown[1:])]
+        cells += [""] * (several and len(config.compare) > 1)
+        rows.append([*cells, *errors("teacher", shown), "", ""])
+    for method, curves in result.students.items():
+        accuracy = finals(curves)
+        cells = [TITLES[method], f"{accuracy.mean():.2f}"]
+        cells += [f"{accuracy.std(ddof=1):.2f}"] if several else []
+        means = [float(accuracy.mean())]
+        if five:
+            means.append(float(finals(curves, "top5").mean()))
+            cells.append(f"{means[1]:.2f}")
+        if several and len(config.compare) > 1:
+            mean, half = paired_difference(accuracy, finals(result.students[base]))
+            cells.append("" if method == base else f"{mean:+.2f} +- {half:.2f}")
+        ms = statistics.median(point["ms"] for curve in curves for point in curve.points)
+        peak = max(curve.peak_bytes for curve in curves)
+        cells += [*errors(method, means), f"{ms:.1f}", f"{peak / 1e6:.1f}" if peak else ""]
+        rows.append(cells)
+    return rows
+
+
+def notes(result: Result, config: Config) -> list[str]:
+    """What the table is of, and what its columns mean."""
+    images = {"test": "test", "val": "validation"}[config.evaluate]
+    labels = f"{config.labels} labelled images" if config.labels else "all labels"
+    lines = [
+        f"{images} accuracy, %, of {config.student} from {config.teacher} on {config.data}: "
+        f"{labels}, {config.seeds} seed{'s' * (config.seeds > 1)}, {config.epochs} epochs"
     ]
-    for m in METHODS:
-        curves = result.students[m.slug]
-        acc = final_accuracies(curves)
-        difference = ms = at_seconds = ""
-        if m.at:
-            mean, half = paired_difference(acc, alone)
-            difference = f"{mean:+.2f} +- {half:.2f}"
-            ms = f"{np.median([c.at_ms for c in curves]):.3f}"
-            at_seconds = f"{sum(c.at_ms for c in curves) * cfg.steps / 1e3:.2f}"
-        total = f"{sum(c.seconds for c in curves):.1f}"
-        std = f"{acc.std(ddof=1):.2f}"
-        rows.append(row(m.name, f"{acc.mean():.2f}", std, difference, ms, at_seconds, total))
-    pairs = zip(result.students["at_fused"], result.students["at_eager"], strict=True)
-    drift = max(largest_difference(a.at, b.at) for a, b in pairs)
-    body = "\n".join(rows)
-    return f"""\
-{IMAGES[cfg.evaluate]} accuracy, %: {cfg.labels} labelled images, {cfg.seeds} seeds, \
-beta = {cfg.beta:g}, p = {cfg.p:g}
-
-{body}
-
-to alone: mean over seeds of (method - student alone); same labels, first weights and batches.
-AT ms/step: the AT loss and its gradient in the student's features, without the networks;
-    median of a probe at every logged step. AT s: that, times all steps of all seeds.
-total s: the whole training, with both networks, evaluation and probes.
-largest relative difference of the fused and the eager AT loss curve: {result.check:.1e}
-    (float64, {cfg.check_steps} steps); {drift:.1e} in the float32 runs of the table, where
-    training magnifies rounding."""
+    if cut := shortened(config):
+        lines.append(f"shortened, {cut}: no figures of the preset {config.preset}")
+    return lines
 
 
-def figure(result: Result, cfg: Config, path: Path) -> None:
-    """Loss and accuracy against the step (mean, band of one std) and every seed's last word."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    images = IMAGES[cfg.evaluate]
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
-    for m in METHODS:
-        curves = result.students[m.slug]
-        colour, dash = STYLE[m.slug]
-        steps = curves[0].step
-        for ax, values in (
-            (left, np.array([c.ce for c in curves])),
-            (middle, np.array([c.accuracy for c in curves])),
-        ):
-            # On the log axis of the loss the spread is a factor, so is its band.
-            v = np.log(values) if ax is left else values
-            mean, std = v.mean(0), v.std(0, ddof=1)
-            back = np.exp if ax is left else np.asarray
-            ax.plot(steps, back(mean), color=colour, linestyle=dash, label=m.name, lw=2)
-            if m.slug != "at_eager":  # its band lies on the fused one and would only muddy it
-                ax.fill_between(
-                    steps, back(mean - std), back(mean + std), color=colour, alpha=0.2, lw=0
-                )
-    left.set(yscale="log", xlabel="step", ylabel="training cross-entropy")
-    left.set_title(f"Loss on the {cfg.labels} labelled images")
-    middle.set(
-        xlabel="step", ylabel=f"{images} accuracy, %", title="Mean and one std over the seeds"
-    )
-    middle.axhline(result.teacher.accuracy[-1], color="black", ls=":", label="teacher, all images")
-    # One legend for all panels, where no curve runs.
-    left.legend(*middle.get_legend_handles_labels(), loc="upper right", frameon=False)
-
-    finals = np.array([final_accuracies(result.students[m.slug]) for m in METHODS])
-    right.plot(range(len(METHODS)), finals, color="0.85", lw=1, zorder=1)
-    for x, (m, acc) in enumerate(zip(METHODS, finals, strict=True)):
-        colour = STYLE[m.slug][0]
-        right.scatter(np.full(len(acc), x), acc, color=colour, s=28, zorder=2)
-        right.errorbar(
-            x + 0.18, acc.mean(), acc.std(ddof=1), color=colour, fmt="D", capsize=4, zorder=3
+def _columns(config: Config) -> list[str]:
+    base = TITLES[config.compare[0]]
+    lines = []
+    if config.seeds > 1 and len(config.compare) > 1:
+        lines.append(
+            f"to {base}: mean over seeds of (method - {base}), with its 95 % interval; same "
+            "images, first weights and batches."
         )
-        right.annotate(
-            f"{acc.mean():.1f}", (x + 0.18, acc.mean()), (8, 0),
-            textcoords="offset points", va="center",
-        )  # fmt: skip
-    right.set_xticks(range(len(METHODS)), [m.name.replace(" + ", "\n+ ") for m in METHODS])
-    right.set_xlim(-0.4, len(METHODS) - 0.35)
-    right.set(ylabel=f"{images} accuracy, %", title=f"After the last step, {cfg.seeds} seeds")
-    for ax in (left, middle, right):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="0.93")
-        ax.set_axisbelow(True)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    if preset(config.preset).published:
+        lines.append(f"published: test error, %, in {preset(config.preset).source}.")
+    return [
+        *lines,
+        "ms/step: median, with the reading of images. MB/step: what a step allocates at its peak.",
+    ]
+
+
+def text(result: Result, config: Config) -> str:
+    """The table for a terminal."""
+    rows = table_of(result, config)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*notes(result, config), "", *lines, "", *_columns(config)])
+
+
+def _markdown(rows: Table) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" + "|--:" * (len(rows[0]) - 1) + "|")
+    return "\n".join(lines)
+
+
+def write_report(result: Result, experiment: Experiment, out: Path) -> str:
+    """Writes report.md and its figures into the run's folder; returns the table as text."""
+    config = experiment.config
+    draw_curves(result, config, out / "curves.png")
+    parts = [
+        f"# {config.student} from {config.teacher} on {config.data}",
+        *(line[0].upper() + line[1:] + "." for line in notes(result, config)),
+        _markdown(table_of(result, config)),
+        *_columns(config),
+        "![Loss and accuracy over the run](curves.png)",
+        "Bands are one standard deviation over the seeds; seconds are those of the steps alone.",
+    ]
+    if drawn := draw_maps(experiment, out / "attention.png"):
+        parts += ["![Attention maps](attention.png)", drawn]
+    ways = "\n".join(f"- {m}: {w}" for m, w in result.facts["steps_run_in"].items())
+    parts += [
+        "## How the steps ran",
+        ways,
+        f"torch {result.facts['torch']}, at_fused {result.facts['at_fused']}, "
+        f"{result.facts['processes']} process(es).",
+        "## Configuration",
+        f"```toml\n{to_toml(config)}```",
+    ]
+    checkpoints.write(out / "report.md", ("\n\n".join(parts) + "\n").encode())
+    return text(result, config)

@@ -77,8 +77,3 @@ class WRN(nn.Module):
         g2 = self.groups[2](g1)
         pooled = torch.relu(self.bn(g2)).mean(dim=(2, 3))
         return self.head(pooled), (g0, g1, g2)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of trainable scalars."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

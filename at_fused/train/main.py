@@ -1,0 +1,69 @@
+"""A run from its configuration to its report, in this process."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from at_fused.train import checkpoints, parallel
+from at_fused.train.cli import PROGRAM
+from at_fused.train.config import Config, ConfigError, to_toml
+from at_fused.train.experiment import Experiment, Result
+from at_fused.train.loop import NotFiniteError
+from at_fused.train.report import write_report
+from at_fused.train.stop import Signals, Stopped
+
+# What a user can do something about: said in a line. The rest is a defect, and shows where.
+EXPECTED = (
+    ConfigError,
+    checkpoints.CheckpointError,
+    NotFiniteError,
+    FileNotFoundError,
+    ImportError,
+)
+
+
+def run(config: Config, out: Path) -> int:
+    """Trains, reports, and returns the exit status."""
+    start = time.perf_counter()
+    with Signals() as signals:
+        try:
+            result, experiment = _train(config, out, signals)
+        except Stopped as stopped:
+            if parallel.place().rank == 0:
+                print(
+                    f"\n{PROGRAM}: {stopped}; go on with {PROGRAM} --resume {out}", file=sys.stderr
+                )
+            return stopped.status
+        except EXPECTED as error:
+            print(f"\n{PROGRAM}: {error}", file=sys.stderr)
+            return 1
+        finally:
+            parallel.leave()
+    if parallel.place().rank == 0:
+        print(write_report(result, experiment, out))
+        print(f"\n{time.perf_counter() - start:.0f} s in all; everything is in {out}")
+    return 0
+
+
+def _train(config: Config, out: Path, signals: Signals) -> tuple[Result, Experiment]:
+    first = parallel.place().rank == 0
+    # None: where it is no terminal, no bar.
+    with tqdm(unit="step", dynamic_ncols=True, disable=None if first else True) as bar:
+
+        def log(text: str) -> None:
+            if first:
+                bar.write(f"{PROGRAM}: {text}", file=sys.stderr)
+
+        experiment = Experiment(
+            config, out, tick=bar.update, say=bar.set_description, log=log, signals=signals
+        )
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+            checkpoints.write(out / "config.toml", to_toml(config).encode())
+        parallel.wait()
+        bar.reset(total=experiment.total_steps())
+        return experiment.run(), experiment

@@ -1,0 +1,309 @@
+"""What at-fused-train minimises: each method's loss, against its formula in plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from train_runs import run, small
+
+import at_fused
+from at_fused import AttentionTransfer, TeacherCache
+from at_fused.layers import Pair
+from at_fused.train import plan as plans
+from at_fused.train.config import METHODS, for_method
+from at_fused.train.experiment import Experiment
+from at_fused.train.methods import NEEDS_TEACHER, Batch, Networks, objective
+from at_fused.train.networks import build
+from at_fused.train.plan import Plan
+
+PAIRS = [Pair(f"groups.{i}", f"groups.{i}") for i in range(3)]
+BETA = 7.0
+
+
+class Fixture:
+    """Two networks, a batch, and what both make of it."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.student = build("wrn-10-1-b4", 10, 1)
+        self.teacher = build("wrn-16-1-b4", 10, 1).eval().requires_grad_(False)
+        self.batch = Batch(
+            torch.randn(6, 1, 8, 8), torch.randint(10, (6,)), torch.arange(6) + 3, seed=5
+        )
+
+    def networks(self, student: nn.Module) -> Networks:
+        return Networks(student, self.teacher, PAIRS, student, self.teacher, self.batch.x)
+
+
+@pytest.fixture
+def given() -> Fixture:
+    return Fixture()
+
+
+def maps(features: Any) -> list[Tensor]:
+    return [F.normalize(f.pow(2).mean(1).flatten(1)) for f in features]
+
+
+def at(a: Any, b: Any) -> Tensor:
+    return sum(
+        ((p - q).square().mean() for p, q in zip(maps(a), maps(b), strict=True)), torch.zeros(())
+    )
+
+
+def channel_at(a: Any, b: Any) -> Tensor:
+    def of(f: Tensor) -> Tensor:
+        return F.normalize(f.pow(2).mean((2, 3)))
+
+    return sum(
+        ((of(p) - of(q)).square().mean() for p, q in zip(a, b, strict=True)), torch.zeros(())
+    )
+
+
+def kd(s: Tensor, t: Tensor, y: Tensor, T: float = 4.0, alpha: float = 0.9) -> Tensor:  # noqa: N803
+    soft = F.kl_div(F.log_softmax(s / T, 1), F.softmax(t / T, 1), reduction="batchmean")
+    return alpha * T**2 * soft + (1 - alpha) * F.cross_entropy(s, y)
+
+
+def input_gradient(model: nn.Module, x: Tensor, y: Tensor, create_graph: bool = True) -> Tensor:
+    x = x.detach().requires_grad_()
+    loss = F.cross_entropy(model(x)[0], y, reduction="sum")
+    (g,) = torch.autograd.grad(loss, x, create_graph=create_graph)
+    return g
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).flatten(1).norm(dim=1).mean()
+
+
+def none(g: Fixture, s: nn.Module) -> Tensor:
+    return F.cross_entropy(s(g.batch.x)[0], g.batch.y)
+
+
+def with_at(g: Fixture, s: nn.Module) -> Tensor:
+    logits, features = s(g.batch.x)
+    return F.cross_entropy(logits, g.batch.y) + BETA * at(features, g.teacher(g.batch.x)[1])
+
+
+def with_channels(g: Fixture, s: nn.Module) -> Tensor:
+    logits, features = s(g.batch.x)
+    wanted = g.teacher(g.batch.x)[1]
+    return F.cross_entropy(logits, g.batch.y) + BETA * channel_at(features, wanted)
+
+
+def with_kd(g: Fixture, s: nn.Module) -> Tensor:
+    return kd(s(g.batch.x)[0], g.teacher(g.batch.x)[0], g.batch.y)
+
+
+def with_both(g: Fixture, s: nn.Module) -> Tensor:
+    (logits, features), (wanted, others) = s(g.batch.x), g.teacher(g.batch.x)
+    return kd(logits, wanted, g.batch.y) + BETA * at(features, others)
+
+
+def with_features(g: Fixture, s: nn.Module) -> Tensor:
+    (logits, features), (_, others) = s(g.batch.x), g.teacher(g.batch.x)
+    loss = sum((F.mse_loss(a, b) for a, b in zip(features, others, strict=True)), torch.zeros(()))
+    return F.cross_entropy(logits, g.batch.y) + BETA * loss
+
+
+def with_gradients(g: Fixture, s: nn.Module) -> Tensor:
+    x, y = g.batch.x, g.batch.y
+    # One pass of the student, as BatchNorm's statistics see it.
+    x = x.detach().requires_grad_()
+    logits = s(x)[0]
+    (seen,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x, create_graph=True)
+    wanted = input_gradient(g.teacher, g.batch.x, y, create_graph=False)
+    return F.cross_entropy(logits, y) + BETA / 2 * distance(seen, wanted)
+
+
+def with_flips(g: Fixture, s: nn.Module) -> Tensor:
+    x, y = g.batch.x, g.batch.y
+    straight, flipped = input_gradient(s, x, y), input_gradient(s, x.flip(-1), y)
+    return F.cross_entropy(copy_of(s)(x)[0], y) + BETA / 2 * distance(straight, flipped.flip(-1))
+
+
+def copy_of(model: nn.Module) -> Callable[..., Any]:
+    """The same parameters in another pass that leaves no statistics."""
+    return lambda x: torch.func.functional_call(
+        model, {k: b.clone() for k, b in model.named_buffers()}, (x,)
+    )
+
+
+FORMULAS = {
+    "none": none,
+    "at": with_at,
+    "kd": with_kd,
+    "at+kd": with_both,
+    "f-actt": with_features,
+    "gradient-at": with_gradients,
+    "flip-symmetry": with_flips,
+    "channel-at": with_channels,
+}
+
+
+def test_every_method_has_its_formula_here() -> None:
+    assert set(FORMULAS) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_and_its_gradients_are_the_formulas(given: Fixture, method: str) -> None:
+    one, two = given.student, copy.deepcopy(given.student)
+    made = objective(method, for_method(small(), method), given.networks(one), None)
+    terms = made(given.batch, BETA)
+    terms.loss.backward()
+    wanted = FORMULAS[method](given, two)
+    wanted.backward()
+    torch.testing.assert_close(terms.loss, wanted, rtol=1e-5, atol=1e-6)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+    # BatchNorm has seen the batch once (twice, where the flipped one runs as well).
+    assert all(p.grad is None for p in given.teacher.parameters())
+    torch.testing.assert_close(
+        terms.task, F.cross_entropy(copy_of(two)(given.batch.x)[0], given.batch.y)
+    )
+    made.close()
+    assert not any(m._forward_hooks for n in (one, given.teacher) for m in n.modules())
+
+
+def test_options_reach_the_loss(given: Fixture) -> None:
+    """T, alpha, p and the form change what is minimised."""
+
+    def loss(method: str, **options: Any) -> float:
+        config = for_method(small(method={method: options}), method)
+        made = objective(method, config, given.networks(given.student), None)
+        found = made(given.batch, BETA).loss.item()
+        made.close()
+        return found
+
+    for method, options in (
+        ("kd", {"T": 2.0}),
+        ("kd", {"alpha": 0.5}),
+        ("at", {"p": 4.0}),
+        ("at", {"collapse": "max"}),
+        ("at", {"form": "paper", "beta": 1.0}),
+        ("at+kd", {"alpha": 0.1}),
+    ):
+        assert loss(method, **options) != pytest.approx(loss(method), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [m for m in NEEDS_TEACHER if m in ("at", "kd", "at+kd")])
+def test_a_cache_gives_what_the_teacher_would(given: Fixture, tmp_path: Path, method: str) -> None:
+    cache = TeacherCache(tmp_path, samples=20)
+    runs = 0
+    hook = given.teacher.register_forward_hook(lambda *a: None)
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    given.teacher.register_forward_hook(count)
+    losses = []
+    for each in (None, cache, cache):
+        student = copy.deepcopy(given.student)
+        made = objective(method, for_method(small(), method), given.networks(student), each)
+        losses.append(made(given.batch, BETA).loss.item())
+        made.close()
+    assert losses[1] == losses[0]
+    assert losses[2] == losses[0]
+    assert runs == 2
+    hook.remove()
+
+
+# ---- the plan of a run
+
+
+def test_an_epoch_is_a_permutation_of_its_own() -> None:
+    plan = Plan(small(batch_size=8), 21, seed=3, beta=1.0)
+    orders = [torch.cat(plan.batches(epoch)) for epoch in range(3)]
+    for order in orders:
+        assert torch.equal(order.sort().values, torch.arange(21))
+    assert not torch.equal(orders[0], orders[1])
+    assert torch.equal(orders[1], torch.cat(Plan(small(batch_size=8), 21, 3, 1.0).batches(1)))
+    assert not torch.equal(orders[1], torch.cat(Plan(small(batch_size=8), 21, 4, 1.0).batches(1)))
+    assert (plan.per_epoch, plan.steps) == (3, 18)
+    # One image is no batch.
+    assert Plan(small(batch_size=10), 21, 3, 1.0).per_epoch == 2
+
+
+def test_the_rate_drops_where_the_paper_drops_it() -> None:
+    config = small(epochs=200, lr=0.1, lr_schedule="step", lr_drops=(0.3, 0.6, 0.8), lr_factor=0.2)
+    plan = Plan(config, 64 * 7, 0, 1.0)
+    rates = [plan.lr(epoch * plan.per_epoch) for epoch in (0, 59, 60, 119, 120, 159, 160, 199)]
+    expected = [0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008]
+    assert rates == pytest.approx(expected)
+    assert plan.lr(60 * plan.per_epoch - 1) == pytest.approx(0.1)
+
+
+def test_a_cosine_is_torchs() -> None:
+    plan = Plan(small(epochs=10, lr=0.3, lr_schedule="cosine"), 64, 0, 1.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.steps)
+    for step in range(plan.steps):
+        assert plan.lr(step) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_beta_follows_its_schedule() -> None:
+    steps = Plan(small(), 64, 0, 8.0).steps
+    assert [Plan(small(), 64, 0, 8.0).beta(s) for s in (0, steps)] == [8.0, 8.0]
+    assert Plan(small(beta_schedule="linear"), 64, 0, 8.0).beta(steps / 2) == pytest.approx(4.0)
+    assert Plan(small(beta_schedule="cosine"), 64, 0, 8.0).beta(steps) == pytest.approx(0.0)
+    assert set(plans.SCHEDULES) == {"constant", "linear", "cosine"}
+
+
+def test_augmentation_repeats_only_for_a_cache() -> None:
+    seeds = [Plan(small(), 64, 2, 1.0).augmentation(e) for e in range(6)]
+    assert len(set(seeds)) == 6
+    cached = [Plan(small(cache=2), 64, 2, 1.0).augmentation(e) for e in range(6)]
+    assert cached == [0, 1, 0, 1, 0, 1]
+    assert Plan(small(augment=False), 64, 2, 1.0).augmentation(3) is None
+
+
+# ---- exact is the plain program
+
+
+@pytest.mark.parametrize("method", ["none", "at", "at+kd"])
+def test_exact_is_bit_for_bit_the_plain_program(method: str, tmp_path: Path) -> None:
+    """A loop that anybody would write, with torch's optimizer, ends in the same bits."""
+    own = {"beta": 100.0, "lr": 0.1}
+    config = small(
+        compare=[method], epochs=5, lr_schedule="step", lr_drops=(0.4,), method={method: own}
+    )
+    run(config, tmp_path / "run")
+    teacher = build("wrn-10-1-b8", 10, 1).eval()
+    if method != "none":
+        state = torch.load(tmp_path / "run/teacher.pt", weights_only=True)
+        teacher.load_state_dict(state["model"])
+    *_, (job, plan) = Experiment(config, tmp_path / "other").jobs()
+
+    torch.manual_seed(0)
+    student = build("wrn-10-1-b4", 10, 1).train()
+    at = AttentionTransfer(student, teacher, PAIRS, beta=100.0)
+    optimizer = torch.optim.SGD(
+        student.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=2e-2
+    )
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2], 0.2)
+    for epoch in range(5):
+        for x, y, _ in job.train.batches(plan.batches(epoch), plan.augmentation(epoch)):
+            logits, _ = student(x)
+            transfer = at(x)
+            if method == "none":
+                loss = F.cross_entropy(logits, y)
+            elif method == "at":
+                loss = F.cross_entropy(logits, y) + transfer
+            else:
+                loss = at_fused.kd_loss(logits, at.teacher_output, y, T=4.0, alpha=0.9) + transfer
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    found = torch.load(tmp_path / f"run/student_{method}-seed0.pt", weights_only=True)["model"]
+    different = [n for n, x in student.state_dict().items() if not torch.equal(found[n], x)]
+    assert different == []

@@ -1,0 +1,245 @@
+"""The networks of at-fused-train, and the forms of them that run a step faster."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from train_runs import small
+
+from at_fused.train import speed
+from at_fused.train.config import ConfigError, resolve
+from at_fused.train.networks import build, count_parameters
+from at_fused.train.speed import Way, folded, way
+from at_fused.train.wrn import WRN
+
+CPU = torch.device("cpu")
+
+
+def torchvision() -> Any:
+    """The module, or a skip where it cannot be imported under this torch."""
+    try:
+        return importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError) as error:
+        pytest.skip(f"torchvision: {error}")
+
+
+# ---- WRN
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "millions"), [(16, 1, 0.18), (16, 2, 0.69), (40, 1, 0.56), (40, 2, 2.24)]
+)
+def test_wrn_has_the_published_size(depth: int, width: int, millions: float) -> None:
+    assert count_parameters(WRN(depth, width)) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+def test_wrn_10_1_counted_by_hand() -> None:
+    stem = 3 * 16 * 9
+    # A block: BN in, conv, BN out, conv, and a 1x1 projection where the shape changes.
+    g0 = 2 * 16 + 16 * 16 * 9 + 2 * 16 + 16 * 16 * 9
+    g1 = 2 * 16 + 16 * 32 * 9 + 2 * 32 + 32 * 32 * 9 + 16 * 32
+    g2 = 2 * 32 + 32 * 64 * 9 + 2 * 64 + 64 * 64 * 9 + 32 * 64
+    head = 2 * 64 + 64 * 10 + 10
+    assert count_parameters(WRN(10, 1)) == stem + g0 + g1 + g2 + head
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "base", "size"), [(10, 1, 8, 16), (16, 2, 16, 16), (22, 3, 4, 32)]
+)
+def test_wrn_shapes(depth: int, width: int, base: int, size: int) -> None:
+    model = build(f"wrn-{depth}-{width}-b{base}", classes=7, channels=1)
+    logits, features = model(torch.randn(2, 1, size, size))
+    c = base * width
+    assert logits.shape == (2, 7)
+    assert [tuple(g.shape) for g in features] == [
+        (2, c, size, size),
+        (2, 2 * c, size // 2, size // 2),
+        (2, 4 * c, size // 4, size // 4),
+    ]
+
+
+def test_features_are_signed_and_feed_the_logits() -> None:
+    torch.manual_seed(0)
+    logits, features = WRN(10, 1)(torch.randn(4, 3, 16, 16))
+    assert all(g.min() < 0 < g.max() for g in features)
+    grads = torch.autograd.grad(logits.sum(), features)
+    assert all(g.abs().max() > 0 for g in grads)
+
+
+@pytest.mark.parametrize("depth", [4, 12, 20])
+def test_wrn_refuses_a_depth_that_is_not_6n_plus_4(depth: int) -> None:
+    with pytest.raises(ValueError, match=f"6n \\+ 4.*got {depth}"):
+        WRN(depth, 1)
+
+
+# ---- the others
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "millions"),
+    [
+        ("resnet-18", 64, 11.69),
+        ("resnet-34", 64, 21.80),
+        ("resnet-50", 64, 25.56),
+        ("resnet-18-cifar", 32, 11.68),
+        ("mobilenet_v3_small", 64, 2.54),
+    ],
+)
+def test_torchvisions_networks_by_name(name: str, size: int, millions: float) -> None:
+    torchvision()
+    model = build(name, 1000, 3)
+    assert count_parameters(model) / 1e6 == pytest.approx(millions, abs=0.006)
+    assert model.eval()(torch.randn(2, 3, size, size)).shape == (2, 1000)
+
+
+def test_a_small_resnet_keeps_small_images() -> None:
+    torchvision()
+    model = build("resnet-18-cifar", 10, 1)
+    seen: list[tuple[int, ...]] = []
+    for i in range(1, 5):
+        layer = model.get_submodule(f"layer{i}")
+        layer.register_forward_hook(lambda m, a, out: seen.append(tuple(out.shape[2:])))
+    model(torch.randn(2, 1, 32, 32))
+    assert seen == [(32, 32), (16, 16), (8, 8), (4, 4)]
+
+
+def test_unknown_networks_are_refused() -> None:
+    torchvision()
+    with pytest.raises(ConfigError, match=r"student: got 'resnet-19', allowed is wrn-DEPTH"):
+        build("resnet-19", 10, 3, "student")
+    with pytest.raises(ConfigError, match="did you mean mobilenet_v2"):
+        build("mobilenet_v7", 10, 3)
+    with pytest.raises(ConfigError, match="takes images of 3 channels, these have 1"):
+        build("resnet-18", 10, 1)
+
+
+def test_without_torchvision_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
+    with pytest.raises(ConfigError, match=r"needs torchvision.*at_fused\[train\]"):
+        build("resnet-18", 10, 3)
+
+
+# ---- BatchNorm within the convolutions
+
+
+def warmed(model: nn.Module, x: Tensor) -> nn.Module:
+    """With statistics and affine parameters that are not the initial ones."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(x)
+    return model.eval()
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+def test_folding_a_wrn_changes_rounding_alone() -> None:
+    x = torch.randn(8, 3, 16, 16)
+    model = warmed(WRN(16, 2), x)
+    layers = [f"groups.{i}" for i in range(3)]
+    lean, count = folded(model, layers)
+    # The second norm of each block follows a convolution; the first, and the last, a sum.
+    assert (norms(model), norms(lean), count) == (13, 7, 6)
+    with torch.no_grad():
+        (wanted, features), (found, others) = model(x), lean(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    for a, b in zip(features, others, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
+def test_folding_a_resnet_leaves_no_norm() -> None:
+    torchvision()
+    x = torch.randn(4, 3, 64, 64)
+    model = warmed(build("resnet-18", 10, 3), x)
+    lean, count = folded(model, ["layer1", "layer4"])
+    assert (norms(lean), count) == (0, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(lean(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_that_is_looked_at_keeps_its_output() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    model = warmed(nn.Sequential(inner, nn.BatchNorm2d(5), nn.ReLU()), x)
+    for keep, count in ([], 2), (["0.0"], 1), (["0"], 1), (["0.1"], 1), (["1"], 1):
+        lean, found = folded(model, keep)
+        assert found == count, keep
+        torch.testing.assert_close(lean(x), model(x), rtol=1e-4, atol=1e-5)
+        for name in keep:
+            a, b = [], []
+            model.get_submodule(name).register_forward_hook(lambda m, i, o, a=a: a.append(o))
+            lean.get_submodule(name).register_forward_hook(lambda m, i, o, b=b: b.append(o))
+            model(x), lean(x)
+            torch.testing.assert_close(b[0], a[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_folded_is_left() -> None:
+    class Shared(nn.Module):
+        """One convolution that runs twice, and one whose output goes two ways."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+            self.n, self.m = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.n(self.a(self.a(x)))
+            y = self.b(x)
+            return y + self.m(y)
+
+    class Branching(nn.Module):
+        """What torch.fx cannot read."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x) if x.sum() > 0 else x
+
+    for model in (Shared(), Branching()):
+        lean, count = folded(model.eval(), [])
+        assert count == 0
+        x = torch.randn(2, 3, 6, 6)
+        assert torch.equal(lean(x), model(x))
+
+
+# ---- which way a step runs
+
+
+def test_speed_says_how_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "bf16_is_fast", lambda device: True)
+    auto = way(resolve({"speed": "auto"}), CPU, "at", 1)
+    assert auto == Way(torch.bfloat16, True, True, True, True)
+    assert str(auto) == "bfloat16, channels_last, compile, folded BatchNorm, fused SGD"
+    monkeypatch.setattr(speed, "bf16_is_fast", lambda device: False)
+    assert way(resolve({"speed": "auto"}), CPU, "at", 1).dtype is None
+    assert way(resolve({"speed": "fp32"}), CPU, "at", 1).dtype is None
+    assert way(resolve({"speed": "bf16"}), CPU, "at", 1).dtype is torch.bfloat16
+    assert way(resolve({"speed": "fp16"}), CPU, "at", 1).dtype is torch.float16
+    assert way(resolve({"speed": "exact"}), CPU, "at", 1) == Way()
+    # Double backward: neither a graph nor 8 bits.
+    second = way(resolve({"speed": "bf16"}), CPU, "gradient-at", 1)
+    assert (second.dtype, second.compile, second.channels_last) == (None, False, True)
+    assert not way(resolve({"speed": "fp32", "compile": False}), CPU, "at", 1).compile
+    assert not way(resolve({"speed": "fp32"}), CPU, "at", 2).compile
+    assert way(resolve({"speed": "fp32", "sync_norm": False}), CPU, "at", 2).compile
+
+
+def test_this_machine_knows_whether_it_has_bf16() -> None:
+    flags = Path("/proc/cpuinfo")
+    if flags.is_file():
+        words = flags.read_text().split()
+        assert speed.bf16_is_fast(CPU) == ("avx512_bf16" in words or "amx_tile" in words)
+    assert small().speed == "exact"

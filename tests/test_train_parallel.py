@@ -1,0 +1,280 @@
+"""at-fused-train in several processes: the same training as in one, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from train_runs import in_child, run, small
+
+from at_fused.train import parallel
+from at_fused.train.config import to_toml
+from at_fused.train.plan import Plan
+from at_fused.train.sync_norm import SharedBatchNorm, share_statistics
+
+METHODS = ["none", "at", "kd", "at+kd", "f-actt", "gradient-at", "flip-symmetry"]
+
+
+def together(count: int, function: Callable[[int], object]) -> list[int]:
+    """Runs a function of the rank in forked processes with gloo between them; their statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def member(rank: int) -> None:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(count),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        torch.set_num_threads(1)
+        parallel.join(torch.device("cpu"))
+        function(rank)
+        parallel.leave()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    children = [in_child(lambda rank=rank: member(rank)) for rank in range(count)]
+    torch.set_num_threads(before)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def points(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights of a teacher that was trained in one process."""
+    out = tmp_path_factory.mktemp("teacher")
+    run(small(compare=["kd"], epochs=1), out)
+    return str(out / "teacher.pt")
+
+
+def test_two_processes_train_as_one(teacher: str, tmp_path: Path) -> None:
+    """Every method: losses, accuracy and weights are those of one process with the whole batch.
+
+    From one teacher, in whose 16 steps rounding would grow; the students' last batch, of 5, is cut
+    into 3 and 2.
+    """
+    config = small(
+        compare=METHODS,
+        labels=21,
+        batch_size=8,
+        epochs=2,
+        evaluate_every=1,
+        teacher_from=teacher,
+    )
+    run(config, tmp_path / "one")
+    assert together(2, lambda rank: run(config, tmp_path / "two")) == [0, 0]
+    one, two = points(tmp_path / "one"), points(tmp_path / "two")
+    assert [p["run"] for p in one] == [p["run"] for p in two]
+    assert len(one) == 2 * len(METHODS)
+    for a, b in zip(one, two, strict=True):
+        assert b["step"] == a["step"]
+        for name in ("loss", "ce", "transfer"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), (a["run"], name)
+        # Of 500 images, each once: one may be a tie that rounding decides.
+        assert b["accuracy"] == pytest.approx(a["accuracy"], abs=0.41)
+    for file in sorted((tmp_path / "one").glob("*.pt")):
+        a = torch.load(file, weights_only=True)["model"]
+        b = torch.load(tmp_path / "two" / file.name, weights_only=True)["model"]
+        for name, x in a.items():
+            torch.testing.assert_close(b[name], x, rtol=2e-3, atol=2e-4)
+
+
+def test_beta_does_not_depend_on_how_many_there_are(teacher: str, tmp_path: Path) -> None:
+    """A transfer loss that is summed over processes, or over their shares, would be another."""
+    config = small(compare=["at"], epochs=1, evaluate_every=1, teacher_from=teacher)
+    run(config, tmp_path / "one")
+    assert together(3, lambda rank: run(config, tmp_path / "three")) == [0, 0, 0]
+    (one,), (three,) = points(tmp_path / "one"), points(tmp_path / "three")
+    assert three["transfer"] == pytest.approx(one["transfer"], rel=1e-5)
+
+
+def test_a_resumed_run_of_two_is_the_whole_runs(tmp_path: Path) -> None:
+    config = small(compare=["at"], epochs=6, checkpoint_every=2)
+
+    def first_part(rank: int) -> None:
+        from at_fused.train import loop
+
+        step = loop.Trainer.train_step
+
+        def stopped(self: Any, *arguments: Any) -> None:
+            # The signal comes to one of them.
+            if self.step == 3 and self.job.name != "teacher" and rank == 1:
+                self.watch.signals.number = signal.SIGTERM
+            step(self, *arguments)
+
+        loop.Trainer.train_step = stopped  # type: ignore[method-assign]
+        with pytest.raises(loop.Stopped):
+            run(config, tmp_path / "two")
+
+    assert together(2, lambda rank: run(config, tmp_path / "whole")) == [0, 0]
+    assert together(2, first_part) == [0, 0]
+    (saved,) = (
+        p for p in (tmp_path / "two/checkpoints/at-seed0").iterdir() if p.stem == "step-00000004"
+    )
+    assert len(torch.load(saved, weights_only=True)["random"]) == 2
+    assert together(2, lambda rank: run(config, tmp_path / "two")) == [0, 0]
+    a, b = (
+        torch.load(tmp_path / name / "student_at-seed0.pt", weights_only=True)["model"]
+        for name in ("whole", "two")
+    )
+    assert all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def ranks_of(process: int) -> list[int]:
+    """The processes that --nproc 2 has started."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ranks = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    return list(map(int, ranks))
+
+
+def training(command: list[str], out: Path) -> subprocess.Popen[str]:
+    """A program whose first student has come to another point of its curve."""
+    metrics = out / "metrics.jsonl"
+    before = len(points(out)) if metrics.is_file() else 1  # the teacher's
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True)
+    deadline = time.monotonic() + 90
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) <= before:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return process
+
+
+def test_nproc_passes_a_signal_on_and_a_rank_that_dies_ends_the_rest(tmp_path: Path) -> None:
+    """SIGTERM first; then --resume, of which one process is killed."""
+    file, out = tmp_path / "config.toml", tmp_path / "run"
+    file.write_text(to_toml(small(compare=["none"], epochs=100_000, nproc=2)))
+    program = [sys.executable, "-m", "at_fused.train"]
+    process = training([*program, "--config", str(file), "--out", str(out)], out)
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert f"SIGTERM; go on with at-fused-train --resume {out}" in errors
+    assert errors.count("go on with") == 1
+    assert output == ""
+    (saved,) = (out / "checkpoints/none-seed0").iterdir()
+
+    again = training([*program, "--resume", str(out)], out)
+    ranks = ranks_of(again.pid)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = again.communicate(timeout=60)
+    assert again.returncode == 1
+    assert "SIGKILL" in errors
+    assert "the others were ended" in errors
+    assert not Path(f"/proc/{ranks[0]}").exists()
+    assert saved.exists()
+
+
+def test_an_error_of_one_process_ends_the_program_with_it(tmp_path: Path) -> None:
+    """Before anything is trained: two processes share no batch of three images."""
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(small(compare=["none"])))
+    command = [sys.executable, "-m", "at_fused.train", "--nproc", "2", "--config", str(file)]
+    done = subprocess.run(
+        [*command, "--student", "wrn-11-1", "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 1
+    assert "student: got 'wrn-11-1', allowed is a depth of 6n + 4" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---- its parts -----------------------------------------------------------------------------------
+
+
+def test_shared_statistics_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    """Outputs, running statistics and both gradients, to the second order."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 3, 4, 5, dtype=torch.float64) * 3 + 100, torch.randn(7, 3, 4, 5)
+
+    def work(norm: nn.Module, x: Tensor, weight: Tensor) -> list[Tensor]:
+        x = x.float().requires_grad_()
+        y = norm(x)
+        (g,) = torch.autograd.grad((y.sin() * weight).sum(), x, create_graph=True)
+        g.square().sum().backward()
+        assert x.grad is not None
+        own = [p.grad for p in norm.parameters()]
+        return [y.detach(), g.detach(), x.grad, *own, *norm.buffers()]
+
+    torch.manual_seed(1)
+    norm = nn.BatchNorm2d(3)
+    nn.init.normal_(norm.weight)
+    state = norm.state_dict()
+    wanted = work(norm, x, weight)
+    parts = [slice(0, 4), slice(4, 7)]
+
+    def member(rank: int) -> None:
+        model = nn.Sequential(nn.BatchNorm2d(3))
+        model[0].load_state_dict(state)
+        parameters = list(model.parameters())
+        shared = share_statistics(model, torch.device("cpu"))
+        assert isinstance(shared[0], SharedBatchNorm)
+        assert list(shared.parameters()) == parameters
+        found = work(shared, x[parts[rank]], weight[parts[rank]])
+        torch.save(found, tmp_path / f"{rank}.pt")
+
+    # state_dict gives the very tensors, whose statistics work() has moved.
+    norm2 = nn.BatchNorm2d(3)
+    state = {**norm2.state_dict(), "weight": norm.weight.detach(), "bias": norm.bias.detach()}
+    assert together(2, member) == [0, 0]
+    a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for i, each in enumerate(wanted):
+        if i < 3:
+            found = torch.cat([a[i], b[i]])
+        elif i < 5:
+            found = a[i] + b[i]
+        else:
+            found = a[i]
+        torch.testing.assert_close(found, each.detach(), rtol=2e-4, atol=2e-4)
+
+
+def test_evaluating_they_are_torchs() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    wanted = model(x)
+    assert torch.equal(share_statistics(model, torch.device("cpu"))(x), wanted)
+
+
+def test_shares_are_a_partition() -> None:
+    rows = torch.arange(7)
+
+    def member(rank: int) -> None:
+        own = parallel.share(rows)
+        whole = torch.cat(parallel.gather(own))
+        assert torch.equal(whole, rows)
+        assert parallel.total([len(own), 1.0], torch.device("cpu")) == [7.0, 3.0]
+        assert parallel.greatest(rank, torch.device("cpu")) == 2
+        assert parallel.first() == (rank == 0)
+        # A batch of 2 is none for three processes, whose BatchNorm would have nothing to average.
+        plan = Plan(small(batch_size=8), 18, 0, 1.0)
+        assert [len(b) for b in plan.batches(0)] == [8, 8]
+        with pytest.raises(ValueError, match="5 images do not make a batch for 3 processes"):
+            Plan(small(), 5, 0, 1.0)
+
+    assert together(3, member) == [0, 0, 0]
+    assert torch.equal(parallel.share(rows), rows)
+    assert [len(b) for b in Plan(small(batch_size=8), 18, 0, 1.0).batches(0)] == [8, 8, 2]
