@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +22,6 @@ EXTRA = {
     "tqdm": "tqdm",
     "tensorboard": "tensorboard",
 }
-# glibc then asks the kernel for large pages, in which features of megabytes are found faster.
-TUNABLE = "glibc.malloc.hugetlb"
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
@@ -181,8 +178,6 @@ def main(argv: list[str] | None = None) -> None:
         known = name in {*OPTIONS, "out", "resume", "set", "method"}
         parser.error(f"argument {_flag(name)}: {rest}" if known else str(error))
     require(PROGRAM, *EXTRA)
-    if argv is None:
-        _with_large_pages(config)
 
     # From here on torch is there.
     from at_fused.train import main as program
@@ -191,14 +186,3 @@ def main(argv: list[str] | None = None) -> None:
     if config.nproc > 1 and parallel.place().size == 1:
         sys.exit(parallel.launch(config.nproc, program.run, config, out))
     sys.exit(program.run(config, out))
-
-
-def _with_large_pages(config: Config) -> None:
-    """Starts the program anew with glibc's large pages, which it decides on as it starts."""
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if config.speed == "exact" or config.device != "cpu" or TUNABLE in tunables:
-        return
-    if sys.platform != "linux":
-        return
-    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{TUNABLE}=1"]))
-    os.execv(sys.executable, [sys.executable, "-m", "at_fused.train", *sys.argv[1:]])

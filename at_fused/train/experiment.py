@@ -100,7 +100,19 @@ def _load_given(teacher: nn.Module, config: Config) -> None:
 
 
 class Experiment:
-    """A run in its folder; ``run`` does what is not done yet."""
+    """A run in its folder; ``run`` does what is not done yet.
+
+    Args:
+        config: what to train.
+        out: the folder, for the files.
+        tick, say, log: told how many steps were done, which network is trained, what went wrong.
+        signals: looked at after each step.
+        data: in place of what the configuration names.
+
+    Raises:
+        ConfigError, ImportError, OSError, ValueError: the configuration and the data, the networks
+            or the machine do not go together.
+    """
 
     def __init__(
         self,
@@ -111,13 +123,14 @@ class Experiment:
         say: Callable[[str], object] = lambda text: None,
         log: Callable[[str], object] = print,
         signals: Signals | None = None,
+        data: Data | None = None,
     ) -> None:
         self.config, self.out = config, out
         self.tick, self.say, self.log = tick, say, log
         self.signals = signals or Signals()
         self.device = _device(config)
         parallel.join(self.device)
-        self.data = open_data(
+        self.data = data or open_data(
             config.data,
             config.root,
             download=config.download and parallel.first(),
@@ -285,7 +298,7 @@ class Experiment:
             curve = Curve(state["points"], state["peak_bytes"])
             self.tick(plan.steps)
         else:
-            trainer = self._trainer(job, plan, watch)
+            trainer = self.trainer(job, plan, watch)
             if last := checkpoints.newest(job.checkpoints):
                 trainer.restore(last)
                 self.tick(trainer.step)
@@ -312,7 +325,8 @@ class Experiment:
 
     # ---- a trainer ----
 
-    def _trainer(self, job: Job, plan: Plan, watch: Watch, compiles: bool = True) -> Trainer:
+    def trainer(self, job: Job, plan: Plan, watch: Watch, compiles: bool = True) -> Trainer:
+        """What trains a job's network, from its start."""
         name = self.config.teacher if job.name == "teacher" else self.config.student
         chosen = self._way("teacher" if job.name == "teacher" else job.method)
         chosen = replace(chosen, compile=chosen.compile and compiles)
@@ -345,7 +359,7 @@ class Experiment:
         if chosen.compile and (error := self._first_error(trainer)):
             made.close()
             self.log(f"{job.name}: torch.compile failed, going on without: {error}")
-            return self._trainer(job, plan, watch, compiles=False)
+            return self.trainer(job, plan, watch, compiles=False)
         return trainer
 
     def _cache(self, job: Job) -> TeacherCache | None:
@@ -360,7 +374,7 @@ class Experiment:
         state = {k: v.clone() for k, v in trainer.student.state_dict().items()}
         random = torch.get_rng_state()
         try:
-            batch, share = next(iter(trainer._steps(0)))
+            batch, share = next(iter(trainer.batches(0)))
             with trainer.way.autocast(self.device):
                 terms = trainer.objective(batch, 1.0)
             (terms.loss * share).backward()

@@ -131,7 +131,8 @@ class Trainer:
         first = ~found.isfinite().all() & (self._bad == 0)
         self._bad = torch.where(first, self.step, self._bad)
 
-    def _steps(self, epoch: int) -> Iterator[tuple[Batch, float]]:
+    def batches(self, epoch: int) -> Iterator[tuple[Batch, float]]:
+        """What is left of an epoch, each batch with this process's ``share`` of it."""
         seed = self.plan.augmentation(epoch)
         rest = self.plan.batches(epoch)[self.step - epoch * self.plan.per_epoch :]
         own = [parallel.share(rows) for rows in rest]
@@ -153,7 +154,7 @@ class Trainer:
         self.student.train()
         for epoch in range(self.step // plan.per_epoch, config.epochs):
             begin = time.perf_counter()
-            for batch, share in self._steps(epoch):
+            for batch, share in self.batches(epoch):
                 probe = self.step == PROBE_STEP and not self.curve.peak_bytes
                 with peak(self.device) if probe else nullcontext() as found:
                     self.train_step(batch, share)
