@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from train_runs import in_child, run, small
 
 from at_fused.train import parallel
-from at_fused.train.config import to_toml
+from at_fused.train.config import ConfigError, to_toml
 from at_fused.train.plan import Plan
 from at_fused.train.sync_norm import SharedBatchNorm, share_statistics
 
@@ -171,7 +171,7 @@ def test_nproc_passes_a_signal_on_and_a_rank_that_dies_ends_the_rest(tmp_path: P
     process.terminate()
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert f"SIGTERM; go on with at-fused-train --resume {out}" in errors
+    assert f"process 0 of 2: SIGTERM; go on with at-fused-train --resume {out}" in errors
     assert errors.count("go on with") == 1
     assert output == ""
     (saved,) = (out / "checkpoints/none-seed0").iterdir()
@@ -187,19 +187,35 @@ def test_nproc_passes_a_signal_on_and_a_rank_that_dies_ends_the_rest(tmp_path: P
     assert saved.exists()
 
 
-def test_an_error_of_one_process_ends_the_program_with_it(tmp_path: Path) -> None:
-    """Before anything is trained: two processes share no batch of three images."""
+def test_torchrun_names_one_folder(tmp_path: Path) -> None:
+    """After the time, of which every process has its own."""
     file = tmp_path / "config.toml"
     file.write_text(to_toml(small(compare=["none"])))
-    command = [sys.executable, "-m", "at_fused.train", "--nproc", "2", "--config", str(file)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
-        [*command, "--student", "wrn-11-1", "--out", str(tmp_path / "run")],
+        [*torchrun, "-m", "at_fused.train", "--config", str(file)],
         capture_output=True,
         text=True,
         timeout=90,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    (out,) = (tmp_path / "runs").iterdir()
+    assert f"everything is in runs/{out.name}" in done.stdout
+    assert done.stdout.count("test accuracy") == 1
+    assert [p["epoch"] for p in points(out)] == [2, 4, 6]
+
+
+def test_an_error_is_said_in_a_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "at_fused.train", "--nproc=2", "--student=wrn-11-1"],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        cwd=tmp_path,
     )
     assert done.returncode == 1
-    assert "student: got 'wrn-11-1', allowed is a depth of 6n + 4" in done.stderr
+    assert "of 2: student: got 'wrn-11-1', allowed is a depth of 6n + 4" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -272,7 +288,9 @@ def test_shares_are_a_partition() -> None:
         # A batch of 2 is none for three processes, whose BatchNorm would have nothing to average.
         plan = Plan(small(batch_size=8), 18, 0, 1.0)
         assert [len(b) for b in plan.batches(0)] == [8, 8]
-        with pytest.raises(ValueError, match="5 images do not make a batch for 3 processes"):
+        with pytest.raises(
+            ConfigError, match="5 images make no batch of two for each of 3 processes"
+        ):
             Plan(small(), 5, 0, 1.0)
 
     assert together(3, member) == [0, 0, 0]

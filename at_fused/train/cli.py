@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -168,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             config = settings(given)
             out = given.get("out", Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            first = os.environ.get("RANK", "0") == "0"  # of torchrun's; it makes the folder
+            if first and out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise ConfigError(
                     f"out: got {str(out)!r}, which already holds files; allowed is a new or an "
                     "empty folder, or --resume to go on there"

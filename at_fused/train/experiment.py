@@ -125,23 +125,14 @@ class Experiment:
         signals: Signals | None = None,
         data: Data | None = None,
     ) -> None:
-        self.config, self.out = config, out
+        self.config = config
         self.tick, self.say, self.log = tick, say, log
         self.signals = signals or Signals()
         self.device = _device(config)
         parallel.join(self.device)
-        self.data = data or open_data(
-            config.data,
-            config.root,
-            download=config.download and parallel.first(),
-            image_size=config.image_size,
-            evaluate=config.evaluate,
-            fraction=config.fraction,
-            augment=config.augment,
-            device=str(self.device),
-            channels_last=config.speed != "exact",
-            workers=config.workers,
-        )
+        # Every process has its own idea of the time that a folder is named after.
+        self.out = parallel.gather(out)[0]
+        self.data = data or _data(config, self.device)
         if config.labels and config.labels < self.data.classes:
             raise ConfigError(
                 f"labels: got {config.labels}, allowed is one for each of {self.data.classes} "
@@ -385,6 +376,30 @@ class Experiment:
             trainer.optimizer.zero_grad()
             torch.set_rng_state(random)
         return None
+
+
+def _data(config: Config, device: torch.device) -> Data:
+    alone = config.download and not parallel.first()
+    if alone:
+        parallel.wait()  # for the files that the first process fetches
+    try:
+        data = open_data(
+            config.data,
+            config.root,
+            download=config.download and parallel.first(),
+            image_size=config.image_size,
+            evaluate=config.evaluate,
+            fraction=config.fraction,
+            augment=config.augment,
+            device=device,
+            channels_last=config.speed != "exact",
+            workers=config.workers,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.download and not alone:
+        parallel.wait()
+    return data
 
 
 def _device(config: Config) -> torch.device:

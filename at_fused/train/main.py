@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from at_fused.teacher_cache import StaleCacheError
 from at_fused.train import checkpoints, parallel
 from at_fused.train.cli import PROGRAM
 from at_fused.train.config import Config, ConfigError, to_toml
@@ -21,9 +22,17 @@ EXPECTED = (
     ConfigError,
     checkpoints.CheckpointError,
     NotFiniteError,
-    FileNotFoundError,
+    StaleCacheError,
+    OSError,
     ImportError,
 )
+
+
+def say(text: str) -> None:
+    """A line for the terminal, with who says it where there are several processes."""
+    place = parallel.place()
+    who = PROGRAM if place.size == 1 else f"{PROGRAM}: process {place.rank} of {place.size}"
+    print(f"\n{who}: {text}", file=sys.stderr)
 
 
 def run(config: Config, out: Path) -> int:
@@ -34,18 +43,16 @@ def run(config: Config, out: Path) -> int:
             result, experiment = _train(config, out, signals)
         except Stopped as stopped:
             if parallel.place().rank == 0:
-                print(
-                    f"\n{PROGRAM}: {stopped}; go on with {PROGRAM} --resume {out}", file=sys.stderr
-                )
+                say(f"{stopped}; go on with {PROGRAM} --resume {out}")
             return stopped.status
         except EXPECTED as error:
-            print(f"\n{PROGRAM}: {error}", file=sys.stderr)
+            say(str(error))
             return 1
         finally:
             parallel.leave()
     if parallel.place().rank == 0:
-        print(write_report(result, experiment, out))
-        print(f"\n{time.perf_counter() - start:.0f} s in all; everything is in {out}")
+        print(write_report(result, experiment))
+        print(f"\n{time.perf_counter() - start:.0f} s in all; everything is in {experiment.out}")
     return 0
 
 
@@ -62,8 +69,8 @@ def _train(config: Config, out: Path, signals: Signals) -> tuple[Result, Experim
             config, out, tick=bar.update, say=bar.set_description, log=log, signals=signals
         )
         if first:
-            out.mkdir(parents=True, exist_ok=True)
-            checkpoints.write(out / "config.toml", to_toml(config).encode())
+            experiment.out.mkdir(parents=True, exist_ok=True)
+            checkpoints.write(experiment.out / "config.toml", to_toml(config).encode())
         parallel.wait()
         bar.reset(total=experiment.total_steps())
         return experiment.run(), experiment

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from at_fused import schedules
 from at_fused.train import parallel
-from at_fused.train.config import Config
+from at_fused.train.config import Config, ConfigError
 
 SCHEDULES: dict[str, Callable[[float, float], schedules.Schedule]] = {
     "constant": lambda beta, steps: schedules.constant(beta),
@@ -33,8 +33,9 @@ class Plan:
         whole, rest = divmod(samples, config.batch_size)
         self.per_epoch = whole + (rest >= least)
         if self.per_epoch == 0:
-            raise ValueError(
-                f"{samples} images do not make a batch for {parallel.size()} processes"
+            raise ConfigError(
+                f"batch_size: {samples} images make no batch of two for each of "
+                f"{parallel.size()} processes"
             )
         self.steps = self.per_epoch * config.epochs
         self.beta = SCHEDULES[config.beta_schedule](beta, self.steps)

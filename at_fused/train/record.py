@@ -38,12 +38,15 @@ class Record:
 
     def point(self, name: str, method: str, seed: int, point: dict[str, float]) -> None:
         """Adds a point of a curve."""
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(_line(name, method, seed, point))
-        writer = self._tensorboard(name, int(point["step"]))
-        for quantity, value in point.items():
-            if quantity != "step":
-                writer.add_scalar(quantity, value, int(point["step"]))
+        try:
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(_line(name, method, seed, point))
+            writer = self._tensorboard(name, int(point["step"]))
+            for quantity, value in point.items():
+                if quantity != "step":
+                    writer.add_scalar(quantity, value, int(point["step"]))
+        except OSError as error:
+            raise checkpoints.CheckpointError(f"cannot write in {self.out}: {error}") from error
 
     def _tensorboard(self, name: str, step: int) -> Any:
         if self._writer[0] != name:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,9 +141,9 @@ def _markdown(rows: Table) -> str:
     return "\n".join(lines)
 
 
-def write_report(result: Result, experiment: Experiment, out: Path) -> str:
+def write_report(result: Result, experiment: Experiment) -> str:
     """Writes report.md and its figures into the run's folder; returns the table as text."""
-    config = experiment.config
+    config, out = experiment.config, experiment.out
     draw_curves(result, config, out / "curves.png")
     parts = [
         f"# {config.student} from {config.teacher} on {config.data}",
