@@ -18,10 +18,11 @@ from at_fused.train import main as program
 from at_fused.train import memory, speed
 from at_fused.train.config import from_toml, resolve, to_toml
 from at_fused.train.data import open_data
-from at_fused.train.experiment import Experiment, load_network
+from at_fused.train.experiment import Experiment
 from at_fused.train.loop import Curve
 from at_fused.train.networks import build
 from at_fused.train.report import paired_difference, table_of
+from at_fused.train.saved import load_network
 from at_fused.train.speed import Way
 
 METHODS = ("none", "at", "kd", "at+kd")

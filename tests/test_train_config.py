@@ -15,7 +15,6 @@ from at_fused.train.config import (
     METHODS,
     OPTIONS,
     Config,
-    ConfigError,
     beta_of,
     for_method,
     from_toml,
@@ -24,6 +23,7 @@ from at_fused.train.config import (
 )
 from at_fused.train.presets import PRESETS
 from at_fused.train.report import shortened
+from at_fused.train.rules import ConfigError
 
 
 def flags(*words: str) -> Config:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from train_runs import small
 
 from at_fused.train import speed
-from at_fused.train.config import ConfigError, resolve
+from at_fused.train.config import resolve
 from at_fused.train.networks import build, count_parameters
+from at_fused.train.rules import ConfigError
 from at_fused.train.speed import Way, folded, way
 from at_fused.train.wrn import WRN
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from train_runs import in_child, run, small
 
 from at_fused.train import parallel
-from at_fused.train.config import ConfigError, to_toml
+from at_fused.train.config import to_toml
 from at_fused.train.plan import Plan
+from at_fused.train.rules import ConfigError
 from at_fused.train.sync_norm import SharedBatchNorm, share_statistics
 
 METHODS = ["none", "at", "kd", "at+kd", "f-actt", "gradient-at", "flip-symmetry"]

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from at_fused.train import config as options
-from at_fused.train.config import METHODS, OPTIONS, Config, ConfigError, nearest
+from at_fused.train import rules
+from at_fused.train.config import METHODS, OPTIONS, Config
 from at_fused.train.presets import PRESETS
+from at_fused.train.rules import ConfigError, nearest
 
 PROGRAM = "at-fused-train"
 EXTRA = {
@@ -33,7 +35,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 def _parser(rule: Any) -> Callable[[str], Any]:
     def parse(word: str) -> Any:
         try:
-            return options.read(rule, word)
+            return rules.read(rule, word)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 

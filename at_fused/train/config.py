@@ -6,14 +6,24 @@ Imports nothing heavy: the command line is made of these options, and answers --
 from __future__ import annotations
 
 import json
-import math
-import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from at_fused.train.rules import (
+    ConfigError,
+    check,
+    choice,
+    nearest,
+    read,
+    real,
+    several,
+    switch,
+    text,
+    whole,
+)
 
 # By name, and as tables and pictures call them.
 TITLES = {
@@ -42,44 +52,6 @@ OF_A_METHOD = (
 # Where none is given. 1e3 is the paper's, for the form "code"; the others are nobody's.
 BETAS = {"f-actt": 1.0, "gradient-at": 1.0, "flip-symmetry": 1.0}
 AUTHORS_BETA = 1e3
-
-
-class ConfigError(ValueError):
-    """An option that does not exist, or a value that is not allowed."""
-
-
-def _option(default: Any, help: str, **rule: Any) -> Any:
-    return field(default=default, metadata={"help": help, **rule})
-
-
-def whole(default: int | None, low: int, high: int, help: str) -> Any:
-    """A whole number from low to high; None, where that is the default, is an option not given."""
-    return _option(default, help, kind="whole", low=low, high=high)
-
-
-def real(default: float | None, low: float, high: float, help: str) -> Any:
-    """A number from low to high."""
-    return _option(default, help, kind="real", low=low, high=high)
-
-
-def choice(default: str, allowed: Iterable[str], help: str) -> Any:
-    """One of a few words."""
-    return _option(default, help, kind="choice", allowed=tuple(allowed))
-
-
-def text(default: str, help: str, pattern: str = ".*", shape: str = "TEXT") -> Any:
-    """Any text of a pattern."""
-    return _option(default, help, kind="text", pattern=pattern, shape=shape)
-
-
-def switch(default: bool, help: str) -> Any:
-    """Yes or no."""
-    return _option(default, help, kind="switch")
-
-
-def several(default: tuple[Any, ...], of: Mapping[str, Any], help: str) -> Any:
-    """A list, on the command line with commas."""
-    return _option(default, help, kind="several", of=of)
 
 
 @dataclass(frozen=True)
@@ -174,79 +146,6 @@ class Config:
 
 
 OPTIONS: dict[str, Field[Any]] = {f.name: f for f in fields(Config) if f.name != "method"}
-
-
-# ---- values --------------------------------------------------------------------------------------
-
-
-def allowed(rule: Mapping[str, Any]) -> str:
-    """What an option takes, in words."""
-    kind = rule["kind"]
-    if kind == "whole":
-        return f"a whole number from {rule['low']} to {rule['high']}"
-    if kind == "real":
-        return f"a number from {rule['low']:g} to {rule['high']:g}"
-    if kind == "choice":
-        return ", ".join(rule["allowed"])
-    if kind == "switch":
-        return "true or false"
-    if kind == "several":
-        return f"a list of {allowed(rule['of'])}"
-    shape: str = rule["shape"]
-    return {"DEV": "cpu, cuda or cuda:N"}.get(shape, "text")
-
-
-def _number(word: str) -> object:
-    if re.fullmatch(r"[+-]?\d+", word):
-        return int(word)
-    try:
-        return float(word)
-    except ValueError:
-        return word
-
-
-def read(rule: Mapping[str, Any], word: str) -> Any:
-    """A value from the command line."""
-    if rule["kind"] in ("whole", "real"):
-        return check(rule, _number(word), word)
-    if rule["kind"] == "several":
-        words = [each.strip() for each in word.split(",")]
-        return check(rule, [read(rule["of"], each) for each in words], word)
-    if rule["kind"] == "switch":
-        return check(rule, {"true": True, "false": False}.get(word.lower(), word))
-    return check(rule, word)
-
-
-def check(rule: Mapping[str, Any], value: Any, said: str | None = None) -> Any:
-    """The value, if the rule allows it; ConfigError says what would be."""
-    kind, good = rule["kind"], False
-    if kind == "whole":
-        good = type(value) is int and rule["low"] <= value <= rule["high"]
-    elif kind == "real":
-        good = type(value) in (int, float) and math.isfinite(value)
-        good = good and rule["low"] <= value <= rule["high"]
-        value = float(value) if good else value
-    elif kind == "choice":
-        good = value in rule["allowed"]
-    elif kind == "switch":
-        good = type(value) is bool
-    elif kind == "text":
-        good = isinstance(value, str) and re.fullmatch(rule["pattern"], value) is not None
-    elif isinstance(value, (list, tuple)):
-        value = tuple(check(rule["of"], each) for each in value)
-        # Rates may drop twice at one place, methods are trained once; a run has at least one.
-        good = rule["of"]["kind"] == "real" or 0 < len(value) == len(set(value))
-    if not good:
-        given = value if said is None else said
-        near = nearest(str(given), rule["allowed"]) if kind == "choice" else ""
-        raise ConfigError(f"got {given!r}, allowed is {allowed(rule)}{near}")
-    return value
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Words for an error: the known name that a wrong one may have meant."""
-    found = get_close_matches(name, list(names), n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def of_method(method: str, name: str, value: Any, *, words: bool = False) -> tuple[str, Any]:

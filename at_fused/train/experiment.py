@@ -18,7 +18,7 @@ from at_fused import TeacherCache, match_layers
 from at_fused._models import modules_named
 from at_fused.layers import Pair, named_pairs
 from at_fused.train import checkpoints, parallel
-from at_fused.train.config import Config, ConfigError, beta_of, for_method, to_toml
+from at_fused.train.config import Config, beta_of, for_method, to_toml
 from at_fused.train.data import Data, Samples, open_data
 from at_fused.train.data.samples import few_labels
 from at_fused.train.loop import Curve, Job, Trainer, Watch, accuracy, distribute
@@ -26,6 +26,8 @@ from at_fused.train.methods import NEEDS_LAYERS, NEEDS_TEACHER, Batch, Networks,
 from at_fused.train.networks import build, count_parameters
 from at_fused.train.plan import Plan
 from at_fused.train.record import Record
+from at_fused.train.rules import ConfigError
+from at_fused.train.saved import load_given, load_network, save_network
 from at_fused.train.speed import Way, folded, way
 from at_fused.train.stop import Signals
 from at_fused.train.sync_norm import share_statistics
@@ -41,62 +43,6 @@ class Result:
     teacher: tuple[float, float] | None = None
     students: dict[str, list[Curve]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-# ---- trained networks ----------------------------------------------------------------------------
-
-
-def save_network(path: Path, name: str, model: nn.Module, data: Data, **facts: Any) -> None:
-    """Writes weights, what builds the network that they fit, and a few facts."""
-    network = {
-        "network": name,
-        "classes": data.classes,
-        "channels": data.channels,
-        "image_size": data.image_size,
-    }
-    checkpoints.save(path, "network", {"model": model.state_dict(), **network, **facts})
-
-
-def load_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a file that ``save_network`` wrote, in eval mode, and the file's content.
-
-    Raises:
-        CheckpointError: it is another file.
-    """
-    state = checkpoints.load(path, "network")
-    try:
-        model = build(state["network"], state["classes"], state["channels"], str(path))
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, RuntimeError, ConfigError) as error:
-        reason = str(error).splitlines()[0]
-        raise checkpoints.CheckpointError(f"{path}: no network of at-fused-train ({reason})") from (
-            error
-        )
-    return model.eval(), state
-
-
-def compared_layers(folder: Path, side: str) -> list[str]:
-    """The layers of a run's students, or of its teacher, that it compares."""
-    pairs = json.loads((folder / "run.json").read_text(encoding="utf-8"))["layers"]
-    return [pair[side == "teacher"] for pair in pairs]
-
-
-def _load_given(teacher: nn.Module, config: Config) -> None:
-    """Loads ``teacher_from``: a file of this program, or a plain state_dict."""
-    path = Path(config.teacher_from)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        weights = state["model"] if isinstance(state, dict) and "what" in state else state
-        teacher.load_state_dict(weights)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(
-            f"teacher_from: {path} has no weights of {config.teacher} for the data's classes "
-            f"({reason})"
-        ) from error
-
-
-# ---- the experiment ------------------------------------------------------------------------------
 
 
 class Experiment:
@@ -146,7 +92,7 @@ class Experiment:
         self.digest = hashlib.sha256(to_toml(config).encode()).hexdigest()[:12]
         self.teacher = self._new(config.teacher, TEACHER_SEED, "teacher")
         if config.teacher_from:
-            _load_given(self.teacher, config)
+            load_given(self.teacher, config)
         student = self._new(config.student, 0, "student")
         self.pairs = self._pairs(student)
         self.result = Result(students={method: [] for method in config.compare})

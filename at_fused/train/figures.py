@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from at_fused import visualize
 from at_fused.train.config import TITLES, Config
-from at_fused.train.experiment import Experiment, Result, load_network
+from at_fused.train.experiment import Experiment, Result
 from at_fused.train.loop import Curve
 from at_fused.train.methods import NEEDS_LAYERS
+from at_fused.train.saved import load_network
 
 Array = NDArray[np.float64]
 

@@ -11,10 +11,11 @@ from tqdm import tqdm
 from at_fused.teacher_cache import StaleCacheError
 from at_fused.train import checkpoints, parallel
 from at_fused.train.cli import PROGRAM
-from at_fused.train.config import Config, ConfigError, to_toml
+from at_fused.train.config import Config, to_toml
 from at_fused.train.experiment import Experiment, Result
 from at_fused.train.loop import NotFiniteError
 from at_fused.train.report import write_report
+from at_fused.train.rules import ConfigError
 from at_fused.train.stop import Signals, Stopped
 
 # What a user can do something about: said in a line. The rest is a defect, and shows where.

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from at_fused.train import config as options
 from at_fused.train.cli import integer, require
-from at_fused.train.config import TITLES, ConfigError
+from at_fused.train.config import TITLES
+from at_fused.train.rules import ConfigError
 
 SUFFIXES = (".png", ".svg")
 
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     from at_fused import visualize
     from at_fused.train.checkpoints import CheckpointError
     from at_fused.train.data import open_data
-    from at_fused.train.experiment import compared_layers, load_network
+    from at_fused.train.saved import compared_layers, load_network
 
     models, facts = {}, {}
     try:

@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from at_fused.train.config import ConfigError, nearest
+from at_fused.train.rules import ConfigError, nearest
 
 _WRN = re.compile(r"wrn-(\d+)-(\d+)(?:-b(\d+))?")
 _RESNET = re.compile(r"resnet-(18|34|50)(-cifar)?")

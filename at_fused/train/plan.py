@@ -10,7 +10,8 @@ from torch import Tensor
 
 from at_fused import schedules
 from at_fused.train import parallel
-from at_fused.train.config import Config, ConfigError
+from at_fused.train.config import Config
+from at_fused.train.rules import ConfigError
 
 SCHEDULES: dict[str, Callable[[float, float], schedules.Schedule]] = {
     "constant": lambda beta, steps: schedules.constant(beta),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from at_fused.train.config import ConfigError, nearest
+from at_fused.train.rules import ConfigError, nearest
 
 
 @dataclass(frozen=True)
