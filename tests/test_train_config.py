@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from at_fused.train import cli
 from at_fused.train.cli import build_parser, main, settings
 from at_fused.train.config import (
     METHODS,
@@ -259,6 +262,22 @@ def test_help_needs_no_torch(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "LOADED set()" in done.stdout
+
+
+def test_large_pages_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a second start, of which the environment tells: glibc decides as a program starts."""
+    begun: list[Any] = []
+    monkeypatch.setattr("os.execv", lambda *a: begun.append(a))
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    for config in (resolve({"speed": "exact"}), resolve({"speed": "auto", "device": "cuda"})):
+        cli._with_large_pages(config)
+    assert begun == []
+    cli._with_large_pages(resolve({"speed": "auto"}))
+    assert [a[1][:3] for a in begun] == [[sys.executable, "-m", "at_fused.train"]]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+    cli._with_large_pages(resolve({"speed": "auto"}))
+    assert len(begun) == 1
 
 
 def test_methods_have_a_weight_each() -> None:
