@@ -45,7 +45,7 @@ else:
         if name not in __all__:
             raise AttributeError(f"module 'at_fused' has no attribute {name!r}")
         api = import_module("at_fused._api")
-        globals().update({each: getattr(api, each) for each in api.__all__})
+        globals().update({each: getattr(api, each) for each in __all__ if hasattr(api, each)})
         return globals()[name]
 
     def __dir__() -> list[str]:

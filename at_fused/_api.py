@@ -16,27 +16,3 @@ from at_fused.layers import match_layers
 from at_fused.modules import ATLoss
 from at_fused.teacher_cache import TeacherCache
 from at_fused.transfer import AttentionTransfer
-
-__all__ = [
-    "ATLoss",
-    "AtFusedWarning",
-    "AttentionTransfer",
-    "Backend",
-    "FeaturesLoss",
-    "KDLoss",
-    "TeacherCache",
-    "at",
-    "at_loss",
-    "at_value_and_grad",
-    "attention_map",
-    "attention_tap",
-    "backends",
-    "features_loss",
-    "flip_symmetry_loss",
-    "gradient_at_loss",
-    "input_gradient",
-    "kd_loss",
-    "map_loss",
-    "match_layers",
-    "use_backend",
-]

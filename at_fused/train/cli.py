@@ -74,8 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train students with and without attention transfer from one teacher, and "
-        "compare them: by default\non scikit-learn's digits, in about five minutes. Leaves a table, "
-        "curves, weights and report.md in a folder.\n\npresets:\n"
+        "compare them: by default\non scikit-learn's digits, in about five minutes. Leaves a "
+        "table, curves, weights and report.md in a folder.\n\npresets:\n"
         + "\n".join(f"  {name:28}{each.about}" for name, each in PRESETS.items()),
     )
     run = parser.add_argument_group("the run")
