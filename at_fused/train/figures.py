@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from at_fused import visualize
+from at_fused.train import checkpoints
 from at_fused.train.config import TITLES, Config
 from at_fused.train.experiment import Experiment, Result
 from at_fused.train.loop import Curve
@@ -47,10 +50,14 @@ def seconds(curves: list[Curve]) -> Array:
     )
 
 
+def _write(fig: Figure, path: Path, dpi: int) -> None:
+    found = io.BytesIO()
+    fig.savefig(found, dpi=dpi, format="png")
+    checkpoints.write(path, found.getvalue())
+
+
 def draw_curves(result: Result, config: Config, path: Path) -> None:
     """Loss and accuracy by step, accuracy by second, and every seed's last word."""
-    from matplotlib.figure import Figure
-
     fig = Figure(figsize=(15, 8.6), layout="constrained")
     (loss, accuracy), (clock, last) = fig.subplots(2, 2)
     same: Callable[[Array], Array] = np.asarray
@@ -94,7 +101,7 @@ def draw_curves(result: Result, config: Config, path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="0.93")
         ax.set_axisbelow(True)
-    fig.savefig(path, dpi=110)
+    _write(fig, path, dpi=110)
 
 
 def draw_maps(experiment: Experiment, path: Path) -> str:
@@ -128,7 +135,7 @@ def draw_maps(experiment: Experiment, path: Path) -> str:
         std=data.std,
         panel=0.95,
     )  # fmt: skip
-    visualize.save(fig, path)
+    _write(fig, path, dpi=120)
     return (
         "Where the students of seed 0 and their teacher look, on the first images to report on. A "
         "row is a stage and has one colour scale, attention over its root mean square."

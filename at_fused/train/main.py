@@ -14,7 +14,7 @@ from at_fused.train.cli import PROGRAM
 from at_fused.train.config import Config, to_toml
 from at_fused.train.experiment import Experiment, Result
 from at_fused.train.loop import NotFiniteError
-from at_fused.train.report import write_report
+from at_fused.train.report import text, write_report
 from at_fused.train.rules import ConfigError
 from at_fused.train.stop import Signals, Stopped
 
@@ -39,21 +39,26 @@ def say(text: str) -> None:
 def run(config: Config, out: Path) -> int:
     """Trains, reports, and returns the exit status."""
     start = time.perf_counter()
-    with Signals() as signals:
-        try:
+    try:
+        with Signals() as signals:
             result, experiment = _train(config, out, signals)
-        except Stopped as stopped:
-            if parallel.place().rank == 0:
-                say(f"{stopped}; go on with {PROGRAM} --resume {out}")
-            return stopped.status
-        except EXPECTED as error:
-            say(str(error))
-            return 1
-        finally:
-            parallel.leave()
-    if parallel.place().rank == 0:
-        print(write_report(result, experiment))
-        print(f"\n{time.perf_counter() - start:.0f} s in all; everything is in {experiment.out}")
+        if parallel.first():
+            # First of all the table, for which no file is needed.
+            print(text(result, config))
+            write_report(result, experiment)
+            seconds = time.perf_counter() - start
+            print(f"\n{seconds:.0f} s in all; everything is in {experiment.out}")
+    except Stopped as stopped:
+        if parallel.place().rank == 0:
+            say(f"{stopped}; go on with {PROGRAM} --resume {out}")
+        return stopped.status
+    except EXPECTED as error:
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:  # the second Ctrl-C, or one before or after the training
+        return 130
+    finally:
+        parallel.leave()
     return 0
 
 

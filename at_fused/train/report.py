@@ -141,8 +141,8 @@ def _markdown(rows: Table) -> str:
     return "\n".join(lines)
 
 
-def write_report(result: Result, experiment: Experiment) -> str:
-    """Writes report.md and its figures into the run's folder; returns the table as text."""
+def write_report(result: Result, experiment: Experiment) -> None:
+    """Writes report.md and its figures into the run's folder."""
     config, out = experiment.config, experiment.out
     draw_curves(result, config, out / "curves.png")
     parts = [
@@ -165,4 +165,3 @@ def write_report(result: Result, experiment: Experiment) -> str:
         f"```toml\n{to_toml(config)}```",
     ]
     checkpoints.write(out / "report.md", ("\n\n".join(parts) + "\n").encode())
-    return text(result, config)
