@@ -103,6 +103,8 @@ raise SystemExit(not (row.available and row.in_use))'
 # Through its script: "python -m pytest" would put the checkout first on the path.
 pytest=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts") + "/pytest")')
 step "GPU tests" "$pytest" -m gpu -p no:cacheprovider
+step "Training" "$PYTHON" -m at_fused.train --preset digits-quick --device cuda --speed auto \
+  --out "$work/run"
 step "Benchmarks" "$pytest" benchmarks --benchmark-only -q -k cuda
 
 sanitizer=$(command -v compute-sanitizer)
