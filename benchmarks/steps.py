@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from cases import popular_losses
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import at_fused
 from at_fused import AttentionTransfer
 from at_fused._hooks import _Hook
 from at_fused._ops import loss, tap
+from at_fused.train.memory import peak
 from at_fused.train.wrn import WRN
 
 BETA = 1e3
@@ -151,16 +151,11 @@ def programs(networks: Networks) -> dict[str, Program]:
 
 
 def peak_bytes(program: Program) -> int:
-    """The most that a step holds beyond what was there before, by the profiler's records."""
+    """The most that a step holds beyond what was there before."""
     program()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with peak(torch.device("cpu")) as found:
         program()
-    records = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for record in sorted(records, key=lambda e: e.start_ns()):
-        now += record.nbytes()
-        most = max(most, now)
-    return most
+    return found.bytes
 
 
 class Stopwatch:

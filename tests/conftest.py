@@ -52,6 +52,15 @@ def use(name: str) -> Iterator[str]:
             yield name
 
 
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Gives the next test the number of threads that this one had."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 def slow(name: str) -> bool:
     """Whether a back end is Triton's interpreter, which takes minutes for what others do in one."""
     return name == "triton" and triton.interpreted()

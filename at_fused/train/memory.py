@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ def _quiet() -> Iterator[None]:
 def peak(device: torch.device) -> Iterator[Peak]:
     """Watches what is allocated on a device while the block runs."""
     found = Peak()
+    gc.collect()  # else it may come while the block runs, and what it frees would be taken off
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
