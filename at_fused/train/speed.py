@@ -36,8 +36,8 @@ class Way:
         """The model in the layout of this way."""
         if not self.channels_last:
             return model
-        # Not among the overloads that torch declares.
-        moved: nn.Module = model.to(**{"memory_format": torch.channels_last})  # type: ignore[call-overload]
+        untyped: Any = model  # not every torch declares this overload
+        moved: nn.Module = untyped.to(memory_format=torch.channels_last)
         return moved
 
     def compiled(self, model: nn.Module, device: torch.device, batch: int) -> Callable[..., Any]:
