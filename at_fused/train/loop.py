@@ -156,6 +156,9 @@ class Trainer:
             begin = time.perf_counter()
             for batch, share in self.batches(epoch):
                 probe = self.step == PROBE_STEP and not self.curve.peak_bytes
+                if probe:
+                    # Of some old gradients the profiler would know the sizes, of others not.
+                    self.optimizer.zero_grad()
                 with peak(self.device) if probe else nullcontext() as found:
                     self.train_step(batch, share)
                 if found is not None:
