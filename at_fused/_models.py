@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -32,6 +32,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def precision(x: Tensor) -> str:
+    """What a network computes in that takes x now: autocast's dtype where it is on, else x's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return f"autocast {torch.get_autocast_dtype(device)}"
+    return str(x.dtype)
 
 
 def modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from at_fused import _inputs
 from at_fused._checks import check_number, kind, pair_weights
 from at_fused._hooks import MapOptions, Watched
 from at_fused._match import written
-from at_fused._models import evaluating, modules_named, unwrap
+from at_fused._models import evaluating, modules_named, precision, unwrap
 from at_fused._problem import Options, Problem, solve_maps
 from at_fused.functional import PairOptions
 from at_fused.layers import layouts_of, match_layers, named_pairs
@@ -247,12 +247,8 @@ class AttentionTransfer:
 
     def _identity(self, x: Tensor) -> str:
         """A hash of all that the teacher's maps depend on, but for the input."""
-        device = x.device.type
-        precision = str(x.dtype)
-        if torch.is_autocast_enabled(device):
-            precision = f"autocast {torch.get_autocast_dtype(device)}"
         names = [pair.teacher for pair in self.pairs]
-        return self._hash(names, tuple(self._of_maps), self._layout, precision)
+        return self._hash(names, tuple(self._of_maps), self._layout, precision(x))
 
     def _alike(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Both maps with as many dimensions: tokens become the map that they fill."""

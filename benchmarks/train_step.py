@@ -91,43 +91,44 @@ def authors_batches(images: Any, labels: Any, read: bool, workers: int) -> Itera
         yield from DataLoader(Pictures(), BATCH, shuffle=True, num_workers=workers, drop_last=True)
 
 
-def authors(read: bool, workers: int) -> Callable[[], float]:
-    """A step of the recipe: the loss."""
+def recipe_step(student: Any, teacher: Any, optimizer: Any, x: Any, y: Any) -> None:
+    """A step as the authors' program takes it, with the popular lines."""
     import torch
-    import torch.nn.functional as F
+    from cases import popular_losses
+    from torch.nn.functional import cross_entropy
+
+    logits, features = student(x)
+    with torch.no_grad():
+        _, wanted = teacher(x)
+    loss = cross_entropy(logits, y) + BETA * popular_losses(features, wanted)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def recipe_optimizer(student: Any) -> Any:
+    """SGD as the authors' program has it."""
+    import torch
+
+    return torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def authors(read: bool, workers: int) -> Callable[[], None]:
+    """A step of the recipe, with its images."""
+    import torch
 
     from at_fused.train.wrn import WRN
 
-    def at(x: Any) -> Any:
-        return F.normalize(x.pow(2).mean(1).view(x.size(0), -1))
-
-    def at_loss(x: Any, y: Any) -> Any:
-        return (at(x) - at(y)).pow(2).mean()
-
     student, teacher = WRN(16, 1), WRN(16, 2).eval().requires_grad_(False)
-    optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    labels = torch.randint(10, (IMAGES,))
-    batches = authors_batches(pixels(IMAGES), labels, read, workers)
-
-    def step() -> float:
-        x, y = next(batches)
-        logits, features = student(x)
-        with torch.no_grad():
-            _, wanted = teacher(x)
-        transfer = sum(at_loss(a, b) for a, b in zip(features, wanted, strict=True))
-        loss = F.cross_entropy(logits, y) + BETA * transfer
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
+    optimizer = recipe_optimizer(student)
+    batches = authors_batches(pixels(IMAGES), torch.randint(10, (IMAGES,)), read, workers)
+    return lambda: recipe_step(student, teacher, optimizer, *next(batches))
 
 
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-def ours(options: dict[str, Any], folder: str) -> Callable[[], float]:
+def ours(options: dict[str, Any], folder: str) -> Callable[[], None]:
     """A step of at-fused-train."""
     import torch
 
@@ -152,9 +153,8 @@ def ours(options: dict[str, Any], folder: str) -> Callable[[], float]:
     trainer.student.train()
     batches = chain.from_iterable(trainer.batches(epoch) for epoch in count())
 
-    def step() -> float:
+    def step() -> None:
         trainer.train_step(*next(batches))
-        return trainer.curve.peak_bytes
 
     for _ in range(images // BATCH if config.cache else 0):
         step()  # fills the cache
@@ -235,15 +235,11 @@ def compare(names: list[str], rounds: int, workers: int) -> None:
 def accuracy(seeds: int, epochs: int) -> None:
     """Prints the accuracies of students of digits, by each program, from one teacher."""
     import torch
-    import torch.nn.functional as F
 
     from at_fused.train import loop
     from at_fused.train.config import resolve
     from at_fused.train.experiment import Experiment
     from at_fused.train.networks import build
-
-    def at(x: Any) -> Any:
-        return F.normalize(x.pow(2).mean(1).view(x.size(0), -1))
 
     base = {"preset": "cifar-wrn-16-1-from-16-2", "data": "digits", "image_size": 32}
     base |= {"epochs": epochs, "compare": ("at",), "seeds": seeds, "evaluate_every": epochs}
@@ -264,22 +260,13 @@ def accuracy(seeds: int, epochs: int) -> None:
         for job, plan in experiment.jobs():
             torch.manual_seed(job.seed)
             student = build(config.student, 10, 1)
-            optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+            optimizer = recipe_optimizer(student)
             student.train()
             experiment.teacher.eval()
             for epoch in range(epochs):
                 optimizer.param_groups[0]["lr"] = plan.lr(epoch * plan.per_epoch)
                 for x, y, _ in job.train.batches(plan.batches(epoch), plan.augmentation(epoch)):
-                    logits, features = student(x)
-                    with torch.no_grad():
-                        _, wanted = experiment.teacher(x)
-                    transfer = sum(
-                        (at(a) - at(b)).pow(2).mean() for a, b in zip(features, wanted, strict=True)
-                    )
-                    loss = F.cross_entropy(logits, y) + BETA * transfer
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
+                    recipe_step(student, experiment.teacher, optimizer, x, y)
             reached.append(loop.accuracy(student, job.evaluate, torch.device("cpu"))[0])
     print("| program | accuracy, % | std | each |\n|---|--:|--:|---|")
     for name, values in found.items():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from test_train_data import needs_torchvision
 from torch import Tensor, nn
 from train_runs import small
 
@@ -19,14 +18,6 @@ from at_fused.train.speed import Way, folded, way
 from at_fused.train.wrn import WRN
 
 CPU = torch.device("cpu")
-
-
-def torchvision() -> Any:
-    """The module, or a skip where it cannot be imported under this torch."""
-    try:
-        return importlib.import_module("torchvision")
-    except (ImportError, RuntimeError, OSError) as error:
-        pytest.skip(f"torchvision: {error}")
 
 
 # ---- WRN
@@ -91,15 +82,15 @@ def test_wrn_refuses_a_depth_that_is_not_6n_plus_4(depth: int) -> None:
         ("mobilenet_v3_small", 64, 2.54),
     ],
 )
+@needs_torchvision
 def test_torchvisions_networks_by_name(name: str, size: int, millions: float) -> None:
-    torchvision()
     model = build(name, 1000, 3)
     assert count_parameters(model) / 1e6 == pytest.approx(millions, abs=0.006)
     assert model.eval()(torch.randn(2, 3, size, size)).shape == (2, 1000)
 
 
+@needs_torchvision
 def test_a_small_resnet_keeps_small_images() -> None:
-    torchvision()
     model = build("resnet-18-cifar", 10, 1)
     seen: list[tuple[int, ...]] = []
     for i in range(1, 5):
@@ -109,8 +100,8 @@ def test_a_small_resnet_keeps_small_images() -> None:
     assert seen == [(32, 32), (16, 16), (8, 8), (4, 4)]
 
 
+@needs_torchvision
 def test_unknown_networks_are_refused() -> None:
-    torchvision()
     with pytest.raises(ConfigError, match=r"student: got 'resnet-19', allowed is wrn-DEPTH"):
         build("resnet-19", 10, 3, "student")
     with pytest.raises(ConfigError, match="did you mean mobilenet_v2"):
@@ -159,8 +150,8 @@ def test_folding_a_wrn_changes_rounding_alone() -> None:
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
 
 
+@needs_torchvision
 def test_folding_a_resnet_leaves_no_norm() -> None:
-    torchvision()
     x = torch.randn(4, 3, 64, 64)
     model = warmed(build("resnet-18", 10, 3), x)
     lean, count = folded(model, ["layer1", "layer4"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,18 +28,10 @@ METHODS = ["none", "at", "kd", "at+kd", "f-actt", "gradient-at", "flip-symmetry"
 
 def together(count: int, function: Callable[[int], object]) -> list[int]:
     """Runs a function of the rank in forked processes with gloo between them; their statuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = parallel.free_port()
 
     def member(rank: int) -> None:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(count),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+        parallel.announce(rank, count, port)
         torch.set_num_threads(1)
         parallel.join(torch.device("cpu"))
         function(rank)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 import at_fused
 from at_fused import AttentionTransfer
+from at_fused.train import parallel
 from at_fused.train.wrn import WRN
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -182,9 +182,7 @@ def train_steps(wrap: Callable[[nn.Module], Any], rank: int | None) -> tuple[Any
 
 
 def test_beta_means_the_same_in_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = parallel.free_port()
     torch.multiprocessing.spawn(train_in_a_process, (port, str(tmp_path)), nprocs=2)
     gradients, losses = train_steps(lambda net: net, None)
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]

@@ -167,8 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     given = vars(parser.parse_args(argv))
     try:
-        resume = "resume" in given
-        if resume:
+        if "resume" in given:
             config, out = _resumed(given)
         else:
             config = settings(given)

@@ -37,6 +37,9 @@ TITLES = {
     "channel-at": "channel AT",
 }
 METHODS = tuple(TITLES)
+ATTENTION = ("at", "at+kd", "channel-at")  # those with the AT loss
+# Height and width of each data set's images, where nothing else is said.
+SIZES = {"digits": 16, "cifar10": 32, "cifar100": 32, "folder": 224}
 # Options that a method may have to itself: a rate that suits one handicaps another.
 OF_A_METHOD = (
     "beta",
@@ -60,7 +63,7 @@ class Config:
 
     preset: str = text("digits", "where the other options' defaults come from", shape="NAME")
 
-    data: str = choice("digits", ("digits", "cifar10", "cifar100", "folder"), "the images")
+    data: str = choice("digits", SIZES, "the images")
     root: str = text("data", "folder of CIFAR, or with train/ and val/ of images", shape="DIR")
     download: bool = switch(False, "fetch CIFAR if it is not there")
     image_size: int | None = whole(
@@ -242,10 +245,9 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
         }
         config = replace(config, **{**each, "preset": name, "method": {**config.method, **own}})
     _agree(config)
-    sizes = {"digits": 16, "folder": 224}
     return replace(
         config,
-        image_size=config.image_size or sizes.get(config.data, 32),
+        image_size=config.image_size or SIZES[config.data],
         teacher_epochs=config.teacher_epochs or config.epochs,
         teacher_lr=config.lr if config.teacher_lr is None else config.teacher_lr,
         teacher_weight_decay=(
@@ -264,7 +266,7 @@ def _agree(config: Config) -> None:
         raise ConfigError(f"evaluate: got 'val', allowed is test for {config.data}")
     for method in config.compare:
         own = for_method(config, method)
-        if own.form == "paper" and own.beta is None and method in ("at", "at+kd", "channel-at"):
+        if own.form == "paper" and own.beta is None and method in ATTENTION:
             raise ConfigError(
                 f"beta: must be given for {method} in the form 'paper'; 1000 is for 'code'"
             )
@@ -273,6 +275,18 @@ def _agree(config: Config) -> None:
 def for_method(config: Config, method: str) -> Config:
     """The configuration of one method's students."""
     return replace(config, **config.method.get(method, {}))
+
+
+def for_teacher(config: Config) -> Config:
+    """The configuration of the teacher's own training, of a resolved one."""
+    names = ("epochs", "lr", "weight_decay")
+    return replace(config, **{name: getattr(config, f"teacher_{name}") for name in names})
+
+
+def drawn(config: Config) -> list[str]:
+    """The methods whose attention maps are shown: the first, and the first of AT."""
+    first, *others = config.compare
+    return [first, *(method for method in others if method in ATTENTION)][:2]
 
 
 def beta_of(config: Config, method: str) -> float:

@@ -18,7 +18,7 @@ from at_fused import TeacherCache, match_layers
 from at_fused._models import modules_named
 from at_fused.layers import Pair, named_pairs
 from at_fused.train import checkpoints, parallel
-from at_fused.train.config import Config, beta_of, for_method, to_toml
+from at_fused.train.config import Config, beta_of, for_method, for_teacher, to_toml
 from at_fused.train.data import Data, Samples, open_data
 from at_fused.train.data.samples import few_labels
 from at_fused.train.loop import Curve, Job, Trainer, Watch, accuracy, distribute
@@ -40,7 +40,7 @@ TEACHER_SEED = 10_000
 class Result:
     """The teacher's accuracy (top-1, top-5), if there is one, and each method's curves by seed."""
 
-    teacher: tuple[float, float] | None = None
+    teacher: tuple[float, ...] | None = None
     students: dict[str, list[Curve]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -160,12 +160,7 @@ class Experiment:
         """All trainings, the teacher's first."""
         config = self.config
         if self._needs_teacher() and not config.teacher_from:
-            own = replace(
-                config,
-                epochs=config.teacher_epochs or config.epochs,
-                lr=config.lr if config.teacher_lr is None else config.teacher_lr,
-                weight_decay=config.teacher_weight_decay or 0.0,
-            )
+            own = for_teacher(config)
             yield self._job("teacher", "none", TEACHER_SEED, own, self.data.train)
         # Seed by seed, not method by method: a machine that slows down slows all rows alike.
         for seed in range(config.seeds):
@@ -195,7 +190,11 @@ class Experiment:
 
     def run(self) -> Result:
         """Trains everything that is not trained yet, and writes what comes of it."""
-        told = [(job.name, job.method, job.seed, self._told(job)) for job, _ in self.jobs()]
+        known: dict[str, Curve] = {}
+        told = []
+        for job, _ in self.jobs():
+            known[job.name] = self._curve(job)
+            told.append((job.name, job.method, job.seed, known[job.name].points))
         record = Record(self.out, told) if parallel.first() else None
         if parallel.first():
             facts = json.dumps(self.result.facts, indent=2) + "\n"
@@ -207,33 +206,37 @@ class Experiment:
 
         watch = Watch(lambda: self.tick(1), point, self.signals)
         if self.config.teacher_from and self._needs_teacher():
-            self._finish_teacher(self.teacher)
+            self.teacher.eval().requires_grad_(False)
+            self.result.teacher = accuracy(self.teacher, self.data.evaluate, self.device)
             if parallel.first():
                 path, name = self.out / "teacher.pt", self.config.teacher
                 save_network(path, name, self.teacher, self.data, run="teacher")
         try:
             for job, plan in self.jobs():
                 self.say(job.name)
-                self._do(job, plan, watch)
+                self._do(job, plan, watch, known[job.name])
         finally:
             if record:
                 record.close()
         return self.result
 
-    def _told(self, job: Job) -> list[dict[str, float]]:
-        """A job's points so far, from its network's file or its last checkpoint."""
+    def _curve(self, job: Job) -> Curve:
+        """What a job has come to, by its network's file or its last checkpoint."""
         if self._file(job).is_file():
-            points: list[dict[str, float]] = checkpoints.load(self._file(job), "network")["points"]
-            return points
-        last = checkpoints.newest(job.checkpoints)
-        return [] if last is None else checkpoints.load(last, job.what)["points"]
+            state = checkpoints.load(self._file(job), "network")
+        elif last := checkpoints.newest(job.checkpoints):
+            state = checkpoints.load(last, job.what)
+        else:
+            return Curve()
+        return Curve(state["points"], state["peak_bytes"])
 
-    def _do(self, job: Job, plan: Plan, watch: Watch) -> None:
-        path = self._file(job)
+    def _do(self, job: Job, plan: Plan, watch: Watch, curve: Curve) -> None:
+        path, teaches = self._file(job), job.name == "teacher"
+        model = self.teacher
         if path.is_file():
-            model, state = load_network(path)
-            curve = Curve(state["points"], state["peak_bytes"])
             self.tick(plan.steps)
+            if teaches:
+                model, _ = load_network(path)
         else:
             trainer = self.trainer(job, plan, watch)
             if last := checkpoints.newest(job.checkpoints):
@@ -244,21 +247,19 @@ class Experiment:
             finally:
                 trainer.objective.close()
             if parallel.first():
-                name = self.config.teacher if job.name == "teacher" else self.config.student
+                name = self.config.teacher if teaches else self.config.student
                 facts = {"points": curve.points, "peak_bytes": curve.peak_bytes, "run": job.name}
                 facts |= {"method": job.method, "seed": job.seed}
                 save_network(path, name, model, self.data, **facts)
                 checkpoints.clear(job.checkpoints)
             parallel.wait()
-        if job.name == "teacher":
-            self._finish_teacher(model)
+        if teaches:
+            self.teacher.load_state_dict(model.state_dict())
+            self.teacher.eval().requires_grad_(False)
+            point = curve.points[-1]
+            self.result.teacher = tuple(point[k] for k in ("accuracy", "top5") if k in point)
         else:
             self.result.students[job.method].append(curve)
-
-    def _finish_teacher(self, model: nn.Module) -> None:
-        self.teacher.load_state_dict(model.state_dict())
-        self.teacher.eval().requires_grad_(False)
-        self.result.teacher = accuracy(self.teacher, self.data.evaluate, self.device)
 
     # ---- a trainer ----
 

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from at_fused import visualize
 from at_fused.train import checkpoints
-from at_fused.train.config import TITLES, Config
+from at_fused.train.config import TITLES, Config, drawn
 from at_fused.train.experiment import Experiment, Result
 from at_fused.train.loop import Curve
-from at_fused.train.methods import NEEDS_LAYERS
 from at_fused.train.saved import load_network
 
 Array = NDArray[np.float64]
@@ -109,14 +108,13 @@ def draw_maps(experiment: Experiment, path: Path) -> str:
 
     Empty, and no picture, where no method has compared layers.
     """
-    config, pairs, data = experiment.config, experiment.pairs, experiment.data
-    shown = [config.compare[0], *(m for m in config.compare[1:] if m in NEEDS_LAYERS)][:2]
+    pairs, data = experiment.pairs, experiment.data
     if not pairs:
         return ""
     rows = torch.arange(MAP_IMAGES)
     ((images, labels, _),) = data.evaluate.batches([rows], None)
     columns = {}
-    for method in shown:
+    for method in drawn(experiment.config):
         student, _ = load_network(experiment.out / f"student_{method}-seed0.pt")
         names = [pair.student for pair in pairs]
         student = student.to(images.device)

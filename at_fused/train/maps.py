@@ -49,8 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def of_a_run(folder: Path) -> list[Path]:
     """The files of a run whose networks are shown."""
-    methods = options.resolve(options.load(folder / "config.toml")).compare
-    shown = [methods[0], *(m for m in methods[1:] if m in ("at", "at+kd", "channel-at"))][:2]
+    shown = options.drawn(options.resolve(options.load(folder / "config.toml")))
     return [*(folder / f"student_{method}-seed0.pt" for method in shown), folder / "teacher.pt"]
 
 

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import at_fused
 from at_fused import AttentionTransfer, TeacherCache
-from at_fused._models import evaluating, modules_named
+from at_fused._models import evaluating, modules_named, precision
 from at_fused.layers import Pair
 from at_fused.teacher_cache import TeacherHash
 from at_fused.train.config import Config
@@ -73,6 +72,11 @@ class Objective:
         """The student's logits, (B, K)."""
         return logits_of(self.networks.run_student(x))
 
+    def distilled(self, logits: Tensor, wanted: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """KD's loss, and the cross-entropy for the record."""
+        loss = at_fused.kd_loss(logits, wanted, y, T=self.config.T, alpha=self.config.alpha)
+        return loss, cross_entropy(logits.detach(), y)
+
     def __call__(self, batch: Batch, beta: float) -> Terms:
         """The loss of a batch, with the transfer's weight at this step."""
         task = cross_entropy(self.student(batch.x), batch.y)
@@ -95,8 +99,7 @@ class Distillation(Objective):
 
         if self.cache is None:
             return compute(batch.x)[1]
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        identity = self._hash("logits", str(dtype))
+        identity = self._hash("logits", precision(batch.x))
         _, logits = self.cache.fetch(
             compute, batch.x, batch.index, identity=identity, seed=batch.seed
         )
@@ -106,9 +109,7 @@ class Distillation(Objective):
     def __call__(self, batch: Batch, beta: float) -> Terms:
         """The loss of a batch."""
         wanted = self.teacher(batch)
-        logits = self.student(batch.x)
-        loss = at_fused.kd_loss(logits, wanted, batch.y, T=self.config.T, alpha=self.config.alpha)
-        task = cross_entropy(logits.detach(), batch.y)
+        loss, task = self.distilled(self.student(batch.x), wanted, batch.y)
         return Terms(loss, task, loss.detach())
 
 
@@ -154,9 +155,7 @@ class Attention(Objective):
         if not self.kd:
             task = cross_entropy(logits, batch.y)
             return Terms(task + transfer, task, transfer.detach())
-        wanted = logits_of(self.at.teacher_output)
-        loss = at_fused.kd_loss(logits, wanted, batch.y, T=self.config.T, alpha=self.config.alpha)
-        task = cross_entropy(logits.detach(), batch.y)
+        loss, task = self.distilled(logits, logits_of(self.at.teacher_output), batch.y)
         return Terms(loss + transfer, task, transfer.detach())
 
 

@@ -103,9 +103,16 @@ def wait() -> None:
 # ---- --nproc -------------------------------------------------------------------------------------
 
 
-def _member(rank: int, count: int, port: int, run: Callable[..., int], *arguments: Any) -> None:
-    # Out of the terminal's process group: Ctrl-C reaches the parent, which passes it on once.
-    os.setpgrp()
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def announce(rank: int, count: int, port: int) -> None:
+    """Tells this process its place, by torchrun's environment."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -113,6 +120,12 @@ def _member(rank: int, count: int, port: int, run: Callable[..., int], *argument
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+
+
+def _member(rank: int, count: int, port: int, run: Callable[..., int], *arguments: Any) -> None:
+    # Out of the terminal's process group: Ctrl-C reaches the parent, which passes it on once.
+    os.setpgrp()
+    announce(rank, count, port)
     code = run(*arguments)
     if code:
         sys.exit(code)
@@ -126,11 +139,8 @@ def launch(count: int, run: Callable[..., int], *arguments: Any) -> int:
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
     from torch.multiprocessing.spawn import start_processes
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = start_processes(
-        _member, (count, port, run, *arguments), count, join=False, start_method="spawn"
+        _member, (count, free_port(), run, *arguments), count, join=False, start_method="spawn"
     )
 
     def forward(number: int, _: object) -> None:

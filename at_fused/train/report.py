@@ -92,7 +92,7 @@ def table_of(result: Result, config: Config) -> Table:
     return rows
 
 
-def notes(result: Result, config: Config) -> list[str]:
+def notes(config: Config) -> list[str]:
     """What the table is of, and what its columns mean."""
     images = {"test": "test", "val": "validation"}[config.evaluate]
     labels = f"{config.labels} labelled images" if config.labels else "all labels"
@@ -132,7 +132,7 @@ def text(result: Result, config: Config) -> str:
         ).rstrip()
         for row in rows
     ]
-    return "\n".join([*notes(result, config), "", *lines, "", *_columns(config)])
+    return "\n".join([*notes(config), "", *lines, "", *_columns(config)])
 
 
 def _markdown(rows: Table) -> str:
@@ -147,7 +147,7 @@ def write_report(result: Result, experiment: Experiment) -> None:
     draw_curves(result, config, out / "curves.png")
     parts = [
         f"# {config.student} from {config.teacher} on {config.data}",
-        *(line[0].upper() + line[1:] + "." for line in notes(result, config)),
+        *(line[0].upper() + line[1:] + "." for line in notes(config)),
         _markdown(table_of(result, config)),
         *_columns(config),
         "![Loss and accuracy over the run](curves.png)",

@@ -42,14 +42,6 @@ class WRN(nn.Module):
         super().__init__()
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f"depth must be 6n + 4 with n >= 1 (10, 16, 22, ...), got {depth}")
-        # What a checkpoint keeps, to build the network again.
-        self.arguments = {
-            "depth": depth,
-            "width": width,
-            "classes": classes,
-            "in_channels": in_channels,
-            "base": base,
-        }
         n = (depth - 4) // 6
         c = base * width
         self.stem = nn.Conv2d(in_channels, base, 3, padding=1, bias=False)

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 
+from at_fused.train.config import SIZES
 from at_fused.train.data.cifar import CIFAR, read_cifar
 from at_fused.train.data.digits import read_digits
 from at_fused.train.data.folder import open_folder
 from at_fused.train.data.samples import Data, InMemory, Samples, stratified
 
 __all__ = ["Data", "Samples", "open_data"]
-
-SIZES = {"digits": 16, "cifar10": 32, "cifar100": 32, "folder": 224}
 
 
 def open_data(
