@@ -152,8 +152,8 @@ def programs(networks: Networks) -> dict[str, Program]:
 
 def peak_bytes(program: Program) -> int:
     """The most that a step holds beyond what was there before."""
-    # Twice: the profiler knows the sizes of what it has seen allocated. Only so do the gradients that
-    # the first run leaves count as freed in the second, every time.
+    # Twice: the profiler knows the sizes of what it has seen allocated. Only so do the gradients
+    # that the first run leaves count as freed in the second, every time.
     for _ in range(2):
         with peak(torch.device("cpu")) as found:
             program()
