@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "kernels.h"
 #include "simd.h"
@@ -127,23 +128,47 @@ struct AnyExponent {
 
 // ---- forward: the attention map of one sample -------------------------------------------------
 
+// The hardware runs ahead in a row, but not into the next ones: these are asked for in time, in the
+// order in which they lie, for the second-level cache.
+struct Ahead {
+  int64_t distance = 0, step = 0;  // bytes, from the rows at work and for each step through them
+
+  Ahead() = default;
+  Ahead(int64_t rows_bytes, int64_t steps) {
+    constexpr int64_t latency = 8192;  // bytes that are read while memory answers
+    if (rows_bytes == 0 || steps == 0) return;
+    distance = (latency + rows_bytes - 1) / rows_bytes * rows_bytes;
+    step = rows_bytes / steps;
+  }
+};
+
 // Adds `rows` channels to the map in one pass over it. Each channel is read front to back, which
 // is what the hardware prefetchers want; the map itself stays in the first-level cache.
 template <int rows, class T, class A, class P>
 AT_FUSED_INLINE void add_channels(const T* x, int64_t line, int64_t n, P p, bool first, A scale,
-                                  A* map) {
+                                  Ahead ahead, A* map) {
   constexpr int width = lanes<A>;
-  const auto block = [&](auto&& read_channel, Vec<A> before) {
+  const char* next = reinterpret_cast<const char*>(x) + ahead.distance;
+  const auto block = [&](auto&& read_channel, Vec<A> before) AT_FUSED_LAMBDA {
     Vec<A> total = p.power(read_channel(x));
     for (int r = 1; r < rows; ++r) total += p.power(read_channel(x + r * line));
     return (before + total) * scale;
   };
   int64_t i = 0;
-  for (; i + width <= n; i += width) {
-    // Rows of 16-bit elements are too short for the hardware to run ahead in each of them.
-    if (rows > 1 && sizeof(T) < 4 && i % (2 * width) == 0) {
-      for (int r = 0; r < rows; ++r) __builtin_prefetch(x + (r + rows) * line + i, 0, 3);
+  for (; i + 2 * width <= n; i += 2 * width) {
+    for (const char* end = next + ahead.step; next < end; next += kCacheLine) {
+      __builtin_prefetch(next, 0, 2);
     }
+    Both<Vec<A>> totals{};
+    for (int r = 0; r < rows; ++r) {
+      const Both<Vec<A>> channel = load_both(x + r * line + i);
+      totals.low = r == 0 ? p.power(channel.low) : totals.low + p.power(channel.low);
+      totals.high = r == 0 ? p.power(channel.high) : totals.high + p.power(channel.high);
+    }
+    store(map + i, ((first ? Vec<A>{} : load(map + i)) + totals.low) * scale);
+    store(map + i + width, ((first ? Vec<A>{} : load(map + i + width)) + totals.high) * scale);
+  }
+  for (; i + width <= n; i += width) {
     store(map + i, block([&](const T* c) AT_FUSED_LAMBDA { return load(c + i); },
                          first ? Vec<A>{} : load(map + i)));
   }
@@ -160,12 +185,15 @@ void attention_map_planar(const T* x, int64_t C, int64_t line, int64_t n, P p, A
   constexpr int64_t tile = 16384 / sizeof(A);  // half of a small first-level cache
   for (int64_t i = 0; i < n; i += tile) {
     const int64_t count = n - i < tile ? n - i : tile;
+    const Ahead ahead(8 * line * int64_t(sizeof(T)), count / (2 * lanes<A>));
     int64_t c = 0;
     for (; c + 8 <= C; c += 8) {
-      add_channels<8>(x + c * line + i, line, count, p, c == 0, c + 8 == C ? scale : A(1), map + i);
+      add_channels<8>(x + c * line + i, line, count, p, c == 0, c + 8 == C ? scale : A(1), ahead,
+                      map + i);
     }
     for (; c < C; ++c) {
-      add_channels<1>(x + c * line + i, line, count, p, c == 0, c + 1 == C ? scale : A(1), map + i);
+      add_channels<1>(x + c * line + i, line, count, p, c == 0, c + 1 == C ? scale : A(1), Ahead{},
+                      map + i);
     }
   }
 }
@@ -177,12 +205,19 @@ AT_FUSED_INLINE Vec<A> add_position(const T* x, int64_t C, P p) {
   constexpr int width = lanes<A>;
   Vec<A> total[4] = {};
   int64_t c = 0;
+  const auto add_both = [&](int u, const T* from) AT_FUSED_LAMBDA {
+    const Both<Vec<A>> channels = load_both(from);
+    total[u] += p.power(channels.low);
+    total[u + 1] += p.power(channels.high);
+  };
   if constexpr (vectors >= 0) {
-    for (int u = 0; u < vectors; ++u) total[u] = p.power(load(x + u * width));
+    for (int u = 0; u + 2 <= vectors; u += 2) add_both(u, x + u * width);
+    if (vectors % 2) total[vectors - 1] += p.power(load(x + (vectors - 1) * width));
     c = vectors * width;
   } else {
     for (; c + 4 * width <= C; c += 4 * width) {
-      for (int u = 0; u < 4; ++u) total[u] += p.power(load(x + c + u * width));
+      add_both(0, x + c);
+      add_both(2, x + c + 2 * width);
     }
     for (; c + width <= C; c += width) total[0] += p.power(load(x + c));
   }
@@ -190,13 +225,48 @@ AT_FUSED_INLINE Vec<A> add_position(const T* x, int64_t C, P p) {
   return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
+// Positions of one vector of bf16 channels each, one behind the other: two are loaded at once and
+// their channels added up in pairs, which spares a level of the sums.
+template <class P>
+void attention_map_pairs(const BFloat16* x, int64_t n, P p, float scale, float* map) {
+  constexpr int width = lanes<float>, half = width / 2;
+  const auto add_two = [p](const BFloat16* from) AT_FUSED_LAMBDA {
+    const Word bits = read<Word>(from);
+    return p.power(bit_cast<Vec<float>>(bits << 16)) +
+           p.power(bit_cast<Vec<float>>(bits & 0xffff0000u));
+  };
+  for (; n > 0; n -= width, map += width, x += width * width) {
+    const int count = n < width ? int(n) : width;
+    Vec<float> totals[width] = {};
+    for (int i = 0; i < count / 2; ++i) totals[i] = add_two(x + 2 * i * width);
+    if (count % 2) {
+      BFloat16 padded[2 * width] = {};
+      std::memcpy(padded, x + (count - 1) * width, width * sizeof(BFloat16));
+      totals[count / 2] = add_two(padded);
+    }
+    const Vec<float> sums = alternate(sum_each<float, half>(totals)) * scale;
+    count == width ? store(map, sums) : store_partial(map, sums, count);
+  }
+}
+
 template <int vectors, class T, class A, class P>
 void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale,
                                A* map) {
   constexpr int width = lanes<A>;
+  const bool dense = vectors == 1 && C == width && line == C;
+  if constexpr (vectors == 1 && std::is_same_v<T, BFloat16>) {
+    if (dense) return attention_map_pairs(x, n, p, scale, map);
+  }
   for (; n >= width; n -= width, map += width) {
     Vec<A> totals[width];
-    for (int j = 0; j < width; ++j, x += line) totals[j] = add_position<vectors, T, A>(x, C, p);
+    if (dense) {
+      for (int j = 0; j < width; j += 2, x += 2 * width) {
+        const Both<Vec<A>> positions = load_both(x);
+        totals[j] = p.power(positions.low), totals[j + 1] = p.power(positions.high);
+      }
+    } else {
+      for (int j = 0; j < width; ++j, x += line) totals[j] = add_position<vectors, T, A>(x, C, p);
+    }
     store(map, sum_each<A>(totals) * scale);
   }
   if (n > 0) {
@@ -228,6 +298,7 @@ void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P
 // What a sweep's gradient is added to: nothing, or the line of another one.
 struct Nothing {
   Nothing line(int64_t) const { return {}; }
+  bool follows(int64_t) const { return true; }
   template <class V>
   AT_FUSED_INLINE V full(int64_t, V v) const {
     return v;
@@ -245,6 +316,7 @@ struct Addend {
   const T* first;
   int64_t step;
   Addend line(int64_t i) const { return {first + i * step, step}; }
+  bool follows(int64_t n) const { return step == n; }  // each line upon the one before
   template <class V>
   AT_FUSED_INLINE V full(int64_t i, V v) const {
     return load(first + i) + rounded(v);
@@ -255,6 +327,14 @@ struct Addend {
   }
 };
 
+// Whether lines are written past the caches: a cache line that is not written as a whole costs more
+// than many save.
+template <class T>
+bool streams(const T* out, int64_t line, int64_t n) {
+  const uint64_t ends = reinterpret_cast<uintptr_t>(out) | line * sizeof(T) | n * sizeof(T);
+  return n * sizeof(T) >= 2048 || ends % kCacheLine == 0;
+}
+
 // out = f(x, k) over one line, and what `add` has. With `stream` the aligned middle is written past
 // the caches. `out` may be what is added to.
 template <class T, class A, class K, class Add, class F>
@@ -262,20 +342,23 @@ AT_FUSED_INLINE void sweep_line(const T* x, T* out, int64_t n, bool stream, K k,
   constexpr int width = lanes<A>;
   int64_t i = 0;
   const auto full = [&]() AT_FUSED_LAMBDA { return add.full(i, f(load(x + i), k.full(i))); };
+  const auto both = [&]() AT_FUSED_LAMBDA {
+    const Both<Vec<A>> features = load_both(x + i);
+    return Both<Vec<A>>{add.full(i, f(features.low, k.full(i))),
+                        add.full(i + width, f(features.high, k.full(i + width)))};
+  };
   const auto partial = [&](int count) {
     const Vec<A> value = f(load_partial(x + i, count), k.partial(i, count));
     store_partial(out + i, add.partial(i, count, value), count);
     i += count;
   };
   if (stream) {
-    constexpr uintptr_t bytes = width * sizeof(T);
-    const uintptr_t off = reinterpret_cast<uintptr_t>(out) % bytes;
-    const int64_t head = off ? int64_t((bytes - off) / sizeof(T)) : 0;
-    if (head && head < n) partial(int(head));
-    if (reinterpret_cast<uintptr_t>(out + i) % bytes == 0) {
-      for (; i + width <= n; i += width) store_streaming(out + i, full());
-    }
+    int64_t head = int64_t(-reinterpret_cast<uintptr_t>(out) % kCacheLine / sizeof(T));
+    for (; head >= width; head -= width, i += width) store(out + i, full());
+    if (head > 0) partial(int(head));
+    for (; i + 2 * width <= n; i += 2 * width) store_both_streaming(out + i, both());
   }
+  for (; i + 2 * width <= n; i += 2 * width) store_both(out + i, both());
   for (; i + width <= n; i += width) store(out + i, full());
   if (i < n) partial(int(n - i));
 }
@@ -294,9 +377,19 @@ struct CoefficientSplat {
   AT_FUSED_INLINE Vec<A> partial(int64_t, int) const { return k; }
 };
 
+// Lines of one vector each, one behind the other.
+template <class A>
+struct CoefficientVectors {
+  const A* k;
+  A gradient;
+  AT_FUSED_INLINE Vec<A> full(int64_t i) const { return splat(gradient * k[i / lanes<A>]); }
+  AT_FUSED_INLINE Vec<A> partial(int64_t i, int) const { return full(i); }  // of a multiple: never
+};
+
 template <class T, class A, class P, class Add>
 void backward_planar(const T* x, int64_t line, T* out, int64_t out_line, int64_t channels,
                      int64_t n, P p, A gradient, const A* k, bool stream, Add add) {
+  stream = stream && streams(out, out_line, n);
   for (int64_t c = 0; c < channels; ++c) {
     sweep_line<T, A>(x + c * line, out + c * out_line, n, stream, CoefficientRow<A>{k}, add.line(c),
                      [&](Vec<A> a, Vec<A> kn)
@@ -307,10 +400,15 @@ void backward_planar(const T* x, int64_t line, T* out, int64_t out_line, int64_t
 template <class T, class A, class P, class Add>
 void backward_interleaved(const T* x, int64_t line, T* out, int64_t out_line, int64_t positions,
                           int64_t C, P p, A gradient, const A* k, bool stream, Add add) {
+  const auto slope = [&](Vec<A> a, Vec<A> kn) AT_FUSED_LAMBDA { return kn * p.slope(a); };
+  stream = stream && streams(out, out_line, C);
+  if (C == lanes<A> && line == C && out_line == C && add.follows(C) && !stream) {
+    const CoefficientVectors<A> all{k, gradient};
+    return sweep_line<T, A>(x, out, positions * C, false, all, add.line(0), slope);
+  }
   for (int64_t i = 0; i < positions; ++i) {
     sweep_line<T, A>(x + i * line, out + i * out_line, C, stream,
-                     CoefficientSplat<A>{splat(gradient * k[i])}, add.line(i),
-                     [&](Vec<A> a, Vec<A> kn) AT_FUSED_LAMBDA { return kn * p.slope(a); });
+                     CoefficientSplat<A>{splat(gradient * k[i])}, add.line(i), slope);
   }
 }
 

@@ -160,6 +160,31 @@ AT_FUSED_INLINE Vec<float> load(const BFloat16* from) {
   return widen(read<HalfWord>(from), BFloat16{});
 }
 
+// Two vectors of consecutive elements.
+template <class V>
+struct Both {
+  V low, high;
+};
+
+template <class T>
+AT_FUSED_INLINE auto load_both(const T* from) {
+  using V = decltype(load(from));
+  constexpr int width = sizeof(V) / (sizeof(T) < 4 ? 4 : sizeof(T));
+  return Both<V>{load(from), load(from + width)};
+}
+
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
+// One permutation brings each element into the upper half of its lane; widen() takes two steps.
+AT_FUSED_INLINE Both<Vec<float>> load_both(const BFloat16* from) {
+  const __m512i bits = _mm512_loadu_si512(from);
+  VectorOf<uint16_t, 32>::type low, high;
+  for (int i = 0; i < 32; ++i) low[i] = uint16_t(i / 2), high[i] = uint16_t(16 + i / 2);
+  constexpr __mmask32 upper = 0xaaaaaaaau;
+  return {(Vec<float>)_mm512_maskz_permutexvar_epi16(upper, (__m512i)low, bits),
+          (Vec<float>)_mm512_maskz_permutexvar_epi16(upper, (__m512i)high, bits)};
+}
+#endif
+
 AT_FUSED_INLINE void store(float* to, Vec<float> v) { std::memcpy(to, &v, sizeof(v)); }
 AT_FUSED_INLINE void store(double* to, Vec<double> v) { std::memcpy(to, &v, sizeof(v)); }
 template <class T>
@@ -167,6 +192,35 @@ AT_FUSED_INLINE void store(T* to, Vec<float> v) {
   const HalfWord bits = narrow(v, T{});
   std::memcpy(to, &bits, sizeof(bits));
 }
+
+template <class T, class V>
+AT_FUSED_INLINE void store_both(T* to, Both<V> v) {
+  constexpr int width = sizeof(V) / (sizeof(T) < 4 ? 4 : sizeof(T));
+  store(to, v.low);
+  store(to + width, v.high);
+}
+
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
+// Upper halves are the nearest bf16, of all but NaNs (see narrow()).
+AT_FUSED_INLINE __m512i rounded_bits(Vec<float> value) {
+  const Word bits = bit_cast<Word>(value);
+  return (__m512i)(bits + 0x7fffu + ((bits >> 16) & 1u));
+}
+
+AT_FUSED_INLINE __m512i narrow_both(Both<Vec<float>> v, BFloat16) {
+  if (__builtin_expect(_mm512_cmp_ps_mask((__m512)v.low, (__m512)v.high, _CMP_UNORD_Q) != 0, 0)) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)narrow(v.low, BFloat16{})),
+                              (__m256i)narrow(v.high, BFloat16{}), 1);
+  }
+  VectorOf<uint16_t, 32>::type upper;
+  for (int i = 0; i < 32; ++i) upper[i] = uint16_t(2 * i + 1);
+  return _mm512_permutex2var_epi16(rounded_bits(v.low), (__m512i)upper, rounded_bits(v.high));
+}
+
+AT_FUSED_INLINE void store_both(BFloat16* to, Both<Vec<float>> v) {
+  _mm512_storeu_si512(to, narrow_both(v, BFloat16{}));
+}
+#endif
 
 // The first `count` elements, zeros behind them. Reads nothing beyond.
 template <class T>
@@ -212,6 +266,8 @@ AT_FUSED_INLINE void store_partial(T* to, V v, int count) {
 #endif
 }
 
+constexpr uintptr_t kCacheLine = 64;  // bytes
+
 // Writes past the caches; `to` must be aligned to the bytes written.
 template <class T, class V>
 AT_FUSED_INLINE void store_streaming(T* to, V v) {
@@ -235,6 +291,19 @@ AT_FUSED_INLINE void store_streaming(T* to, V v) {
   store(to, v);
 #endif
 }
+
+template <class T, class V>
+AT_FUSED_INLINE void store_both_streaming(T* to, Both<V> v) {
+  constexpr int width = sizeof(V) / (sizeof(T) < 4 ? 4 : sizeof(T));
+  store_streaming(to, v.low);
+  store_streaming(to + width, v.high);
+}
+
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
+AT_FUSED_INLINE void store_both_streaming(BFloat16* to, Both<Vec<float>> v) {
+  _mm512_stream_si512((__m512i*)to, narrow_both(v, BFloat16{}));
+}
+#endif
 
 // Streaming stores are weakly ordered: other threads may read only after this.
 AT_FUSED_INLINE void streaming_fence() {
@@ -295,6 +364,16 @@ AT_FUSED_INLINE Vec<A> sum_each(Vec<A> (&v)[lanes<A>]) {
   } else {
     return v[0];
   }
+}
+
+// The lanes of the lower and the upper half in turns.
+template <class V, int... i>
+AT_FUSED_INLINE V alternate(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (i / 2 + i % 2 * int(sizeof...(i) / 2))...);
+}
+
+AT_FUSED_INLINE Vec<float> alternate(Vec<float> v) {
+  return alternate(v, std::make_integer_sequence<int, lanes<float>>{});
 }
 
 template <class A>
