@@ -206,7 +206,7 @@ AT_FUSED_INLINE Vec<A> add_position(const T* x, int64_t C, P p) {
   Vec<A> total[4] = {};
   int64_t c = 0;
   const auto add_both = [&](int u, const T* from) AT_FUSED_LAMBDA {
-    const Both<Vec<A>> channels = load_both(from);
+    const Both<Vec<A>> channels = load_alternate(from);
     total[u] += p.power(channels.low);
     total[u + 1] += p.power(channels.high);
   };
@@ -222,7 +222,8 @@ AT_FUSED_INLINE Vec<A> add_position(const T* x, int64_t C, P p) {
     for (; c + width <= C; c += width) total[0] += p.power(load(x + c));
   }
   if (const int rest = int(C - c)) total[1] += p.power(load_partial(x + c, rest));
-  return (total[0] + total[1]) + (total[2] + total[3]);
+  const Vec<A> first = total[0] + total[1];
+  return vectors == 0 || vectors == 1 || vectors == 2 ? first : first + (total[2] + total[3]);
 }
 
 // Positions of one vector of bf16 channels each, one behind the other: two are loaded at once and
@@ -231,9 +232,8 @@ template <class P>
 void attention_map_pairs(const BFloat16* x, int64_t n, P p, float scale, float* map) {
   constexpr int width = lanes<float>, half = width / 2;
   const auto add_two = [p](const BFloat16* from) AT_FUSED_LAMBDA {
-    const Word bits = read<Word>(from);
-    return p.power(bit_cast<Vec<float>>(bits << 16)) +
-           p.power(bit_cast<Vec<float>>(bits & 0xffff0000u));
+    const Both<Vec<float>> channels = load_alternate(from);
+    return p.power(channels.low) + p.power(channels.high);
   };
   for (; n > 0; n -= width, map += width, x += width * width) {
     const int count = n < width ? int(n) : width;

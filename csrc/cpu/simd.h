@@ -173,6 +173,16 @@ AT_FUSED_INLINE auto load_both(const T* from) {
   return Both<V>{load(from), load(from + width)};
 }
 
+// As load_both(), in whatever order is quickest: bf16 in even and odd elements.
+template <class T>
+AT_FUSED_INLINE auto load_alternate(const T* from) {
+  return load_both(from);
+}
+AT_FUSED_INLINE Both<Vec<float>> load_alternate(const BFloat16* from) {
+  const Word bits = read<Word>(from);
+  return {bit_cast<Vec<float>>(bits << 16), bit_cast<Vec<float>>(bits & 0xffff0000u)};
+}
+
 #if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
 // One permutation brings each element into the upper half of its lane; widen() takes two steps.
 AT_FUSED_INLINE Both<Vec<float>> load_both(const BFloat16* from) {
