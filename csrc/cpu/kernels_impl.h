@@ -187,14 +187,15 @@ void attention_map_planar(const T* x, int64_t C, int64_t line, int64_t n, P p, A
     const int64_t count = n - i < tile ? n - i : tile;
     const Ahead ahead(8 * line * int64_t(sizeof(T)), count / (2 * lanes<A>));
     int64_t c = 0;
-    for (; c + 8 <= C; c += 8) {
-      add_channels<8>(x + c * line + i, line, count, p, c == 0, c + 8 == C ? scale : A(1), ahead,
-                      map + i);
-    }
-    for (; c < C; ++c) {
-      add_channels<1>(x + c * line + i, line, count, p, c == 0, c + 1 == C ? scale : A(1), Ahead{},
-                      map + i);
-    }
+    const auto add = [&](auto rows, Ahead next) {
+      for (; c + rows <= C; c += rows) {
+        add_channels<rows>(x + c * line + i, line, count, p, c == 0, c + rows == C ? scale : A(1),
+                           next, map + i);
+      }
+    };
+    add(std::integral_constant<int, 8>{}, ahead);
+    add(std::integral_constant<int, 4>{}, Ahead{});
+    add(std::integral_constant<int, 1>{}, Ahead{});
   }
 }
 
@@ -223,7 +224,7 @@ AT_FUSED_INLINE Vec<A> add_position(const T* x, int64_t C, P p) {
   }
   if (const int rest = int(C - c)) total[1] += p.power(load_partial(x + c, rest));
   const Vec<A> first = total[0] + total[1];
-  return vectors == 0 || vectors == 1 || vectors == 2 ? first : first + (total[2] + total[3]);
+  return vectors >= 0 && vectors <= 2 ? first : first + (total[2] + total[3]);
 }
 
 // Positions of one vector of bf16 channels each, one behind the other: two are loaded at once and
@@ -286,6 +287,8 @@ void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P
       return attention_map_interleaved<1, T, A>(x, C, line, n, p, scale, map);
     case 2:
       return attention_map_interleaved<2, T, A>(x, C, line, n, p, scale, map);
+    case 3:
+      return attention_map_interleaved<3, T, A>(x, C, line, n, p, scale, map);
     case 4:
       return attention_map_interleaved<4, T, A>(x, C, line, n, p, scale, map);
     default:

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -160,6 +161,10 @@ AT_FUSED_INLINE Vec<float> load(const BFloat16* from) {
   return widen(read<HalfWord>(from), BFloat16{});
 }
 
+// The elements of a vector of T: as many as fit once they are widened.
+template <class T>
+constexpr int vector_elements = AT_FUSED_VECTOR_BYTES / (sizeof(T) < 4 ? 4 : sizeof(T));
+
 // Two vectors of consecutive elements.
 template <class V>
 struct Both {
@@ -168,9 +173,7 @@ struct Both {
 
 template <class T>
 AT_FUSED_INLINE auto load_both(const T* from) {
-  using V = decltype(load(from));
-  constexpr int width = sizeof(V) / (sizeof(T) < 4 ? 4 : sizeof(T));
-  return Both<V>{load(from), load(from + width)};
+  return Both<decltype(load(from))>{load(from), load(from + vector_elements<T>)};
 }
 
 // As load_both(), in whatever order is quickest: bf16 in even and odd elements.
@@ -205,9 +208,8 @@ AT_FUSED_INLINE void store(T* to, Vec<float> v) {
 
 template <class T, class V>
 AT_FUSED_INLINE void store_both(T* to, Both<V> v) {
-  constexpr int width = sizeof(V) / (sizeof(T) < 4 ? 4 : sizeof(T));
   store(to, v.low);
-  store(to + width, v.high);
+  store(to + vector_elements<T>, v.high);
 }
 
 #if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
@@ -232,6 +234,25 @@ AT_FUSED_INLINE void store_both(BFloat16* to, Both<Vec<float>> v) {
 }
 #endif
 
+// `count` elements, fewer than a vector's, in pieces whose sizes the compiler knows.
+template <class T, int piece = vector_elements<T> / 2>
+AT_FUSED_INLINE void copy_few(const T* from, int count, T* to) {
+  if (count & piece) {
+    std::memcpy(to, from, piece * sizeof(T));
+    from += piece, to += piece;
+  }
+  if constexpr (piece > 1) copy_few<T, piece / 2>(from, count, to);
+}
+
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
+AT_FUSED_INLINE __m256i first_words(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+AT_FUSED_INLINE __m256i first_double_words(int count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+#endif
+
 // The first `count` elements, zeros behind them. Reads nothing beyond.
 template <class T>
 AT_FUSED_INLINE auto load_partial(const T* from, int count) {
@@ -246,14 +267,14 @@ AT_FUSED_INLINE auto load_partial(const T* from, int count) {
   }
 #else
 #if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 4) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return (Vec<float>)_mm256_maskload_ps((const float*)from,
-                                          _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+  if constexpr (sizeof(T) == 8) {
+    return (Vec<double>)_mm256_maskload_pd((const double*)from, first_double_words(count));
+  } else if constexpr (sizeof(T) == 4) {
+    return (Vec<float>)_mm256_maskload_ps((const float*)from, first_words(count));
   }
 #endif
-  T padded[AT_FUSED_VECTOR_BYTES / (sizeof(T) < 4 ? 4 : sizeof(T))] = {};
-  for (int i = 0; i < count; ++i) padded[i] = from[i];
+  T padded[vector_elements<T>] = {};
+  copy_few(from, count, padded);
   return load(padded);
 #endif
 }
@@ -270,9 +291,16 @@ AT_FUSED_INLINE void store_partial(T* to, V v, int count) {
     _mm256_mask_storeu_epi16(to, (__mmask16)mask, (__m256i)narrow(v, T{}));
   }
 #else
-  T padded[AT_FUSED_VECTOR_BYTES / (sizeof(T) < 4 ? 4 : sizeof(T))];
+#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 8) {
+    return _mm256_maskstore_pd((double*)to, first_double_words(count), (__m256d)v);
+  } else if constexpr (sizeof(T) == 4) {
+    return _mm256_maskstore_ps((float*)to, first_words(count), (__m256)v);
+  }
+#endif
+  T padded[vector_elements<T>];
   store(padded, v);
-  for (int i = 0; i < count; ++i) to[i] = padded[i];
+  copy_few(padded, count, to);
 #endif
 }
 
@@ -304,9 +332,8 @@ AT_FUSED_INLINE void store_streaming(T* to, V v) {
 
 template <class T, class V>
 AT_FUSED_INLINE void store_both_streaming(T* to, Both<V> v) {
-  constexpr int width = sizeof(V) / (sizeof(T) < 4 ? 4 : sizeof(T));
   store_streaming(to, v.low);
-  store_streaming(to + width, v.high);
+  store_streaming(to + vector_elements<T>, v.high);
 }
 
 #if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
