@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -17,9 +18,11 @@ def kind(value: object) -> str:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raises TypeError for what is no number."""
+    """Raises TypeError for what is no number, ValueError for a whole one that no float holds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {kind(value)}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must be in a float's range, got one of {value.bit_length()} bits")
 
 
 def pair_weights(weights: Sequence[float] | None, count: int) -> list[float]:

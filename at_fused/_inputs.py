@@ -36,7 +36,8 @@ def check_options(
     """Raises the ValueError or TypeError that names the option, what was given, what is allowed."""
     for name, value in choices.items():
         allowed = _CHOICES[name]
-        if value not in allowed:
+        # An array would be compared element by element.
+        if not isinstance(value, (str, type(None))) or value not in allowed:
             *most, last = map(repr, allowed)
             raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")
     check_number("p", p)

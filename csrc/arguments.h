@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -77,6 +78,12 @@ struct MapPower {
   }
 };
 
+inline int32_t size_of_map(int64_t positions) {
+  STD_TORCH_CHECK(positions <= INT32_MAX, "at_fused: at most 2^31 - 1 positions in a row, got ",
+                  positions);
+  return int32_t(positions);
+}
+
 // How each of some features (B, C, *spatial) is pooled before the power; `sizes` as in _ops.
 inline std::vector<Pool> pools_of(const Tensors& tensors, const std::vector<int64_t>& sizes) {
   std::vector<Pool> pools;
@@ -88,7 +95,7 @@ inline std::vector<Pool> pools_of(const Tensors& tensors, const std::vector<int6
       STD_TORCH_CHECK(sizes.empty(), "at_fused: sizes are for one to three spatial dimensions");
       int64_t positions = 1;
       for (int64_t d = 2; d < tensor.dim(); ++d) positions *= tensor.size(d);
-      pool.in[2] = pool.out[2] = int32_t(positions);
+      pool.in[2] = pool.out[2] = size_of_map(positions);
       continue;
     }
     for (int64_t d = 0; d < rank; ++d) {
@@ -100,7 +107,7 @@ inline std::vector<Pool> pools_of(const Tensors& tensors, const std::vector<int6
         STD_TORCH_CHECK(out >= 1 && out <= in, "at_fused: sizes must be from 1 to the feature's, ",
                         in, ", got ", out);
       }
-      pool.in[3 - rank + d] = int32_t(in);
+      pool.in[3 - rank + d] = size_of_map(in);
       pool.out[3 - rank + d] = int32_t(out);
     }
   }

@@ -40,6 +40,7 @@ struct KdArguments {
     STD_TORCH_CHECK(alpha >= 0 && alpha <= 1, "at_fused: alpha must be from 0 to 1, got ", alpha);
     STD_TORCH_CHECK(smoothing >= 0 && smoothing < 1,
                     "at_fused: label_smoothing must be >= 0 and < 1, got ", smoothing);
+    check_count(student_logits);
     B = student_logits.size(0);
     K = student_logits.size(1);
     student = logits_of(student_logits);
@@ -195,6 +196,7 @@ struct DistanceArguments {
       STD_TORCH_CHECK(a[i].dim() >= 1 && a[i].size(0) == B,
                       "at_fused: all tensors must have the same batch size");
       STD_TORCH_CHECK(a[i].numel() > 0, "at_fused: tensors must not be empty");
+      check_count(a[i]);
       STD_TORCH_CHECK(device_of(a[i]) == device && device_of(b[i]) == device,
                       "at_fused: all tensors must be on the same device");
       if (!dense_samples(a[i]) || !same_order(a[i], b[i]) ||

@@ -75,10 +75,18 @@ inline bool describe(const Tensor& tensor, Feature& feature) {
   return feature.N == 1;
 }
 
+// An expanded tensor may have more elements than any memory: few enough here that sums of bytes, of
+// lists too, are never beyond 64 bits.
+inline void check_count(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.numel() <= int64_t(1) << 44, "at_fused: at most 2^44 elements, got ",
+                  tensor.numel());
+}
+
 // A native view of the tensor; `tensor` is replaced by a contiguous copy where it has none.
 inline Feature native_feature(Tensor& tensor, Device device) {
   STD_TORCH_CHECK(tensor.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
   STD_TORCH_CHECK(tensor.numel() > 0, "at_fused: features must not be empty");
+  check_count(tensor);
   STD_TORCH_CHECK(device_of(tensor) == device, "at_fused: all features must be on the same device");
   Feature feature;
   if (!describe(tensor, feature)) {
@@ -102,8 +110,13 @@ inline std::vector<Feature> native_features(Tensors& tensors) {
 inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                          Device device) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(rank, sizes, strides, dtype, device.type, device.index, &handle));
+  const auto error =
+      aoti_torch_empty_strided(rank, sizes, strides, dtype, device.type, device.index, &handle);
+  if (error) {
+    int64_t count = 1;
+    for (int64_t d = 0; d < rank; ++d) count *= sizes[d];
+    STD_TORCH_CHECK(false, "at_fused: no memory for a result of ", count, " elements");
+  }
   return Tensor(handle);
 }
 

@@ -1,8 +1,12 @@
 // What attention_tap_backward is given, brought to one layout, for every device.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "arguments.h"
 
@@ -60,10 +64,10 @@ class Tap {
   }
 
   void write_into(const Tensor& gradient) {
-    for (int64_t d = 0; d < gradient.dim(); ++d) {
-      STD_TORCH_CHECK(gradient.size(d) == 1 || gradient.stride(d) != 0,
-                      "at_fused: a gradient that is written in place must not be expanded");
-    }
+    check_apart(gradient);
+    read_before(gradient, feature_);
+    read_before(gradient, map_gradient_);
+    if (channels_) read_before(gradient, *channels_);
     result_ = written_ = gradient;
     feature = native_feature(feature_, device);
     if (!describe(written_, out) || out.layout != feature.layout) {
@@ -73,6 +77,37 @@ class Tap {
       describe(written_, out);
     }
     this->gradient = out;
+  }
+
+  // That no two elements lie in one place.
+  static void check_apart(const Tensor& gradient) {
+    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+    for (int64_t d = 0; d < gradient.dim(); ++d) {
+      if (gradient.size(d) > 1) dims.emplace_back(gradient.stride(d), gradient.size(d));
+    }
+    std::sort(dims.begin(), dims.end());
+    int64_t reach = 1;
+    for (const auto& [stride, size] : dims) {
+      STD_TORCH_CHECK(stride >= reach,
+                      "at_fused: a gradient that is written in place must not be expanded, nor "
+                      "overlap itself");
+      reach += (size - 1) * stride;
+    }
+  }
+
+  // The bytes from a tensor's first to its last element.
+  static std::pair<uintptr_t, uintptr_t> bytes_of(const Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    return {begin, begin + uintptr_t(last + 1) * tensor.element_size()};
+  }
+
+  // What may lie where the gradient is written is read from a copy.
+  static void read_before(const Tensor& gradient, Tensor& read) {
+    const auto [begin, end] = bytes_of(gradient);
+    const auto [first, last] = bytes_of(read);
+    if (first < end && begin < last) read = torch::stable::clone(read);
   }
 
   void write_new(const Tensor& given) {

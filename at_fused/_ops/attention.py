@@ -24,6 +24,7 @@ from torch import Tensor
 from at_fused._ops.library import (
     apply,
     below_autograd,
+    check_one_device,
     define,
     differentiate,
     library,
@@ -58,6 +59,7 @@ def _(
     absolute: bool = True,
     sizes: Sequence[int] = (),
 ) -> list[Tensor]:
+    check_one_device(features)
     maps = [
         fake_map(x, size)
         for x, size in zip(features, eager.split_sizes(features, sizes), strict=True)
@@ -76,6 +78,7 @@ def _(
     sizes: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
+    check_one_device(features, coefficients, [loss_gradient], channels)
     return [torch.empty_like(x) for x in features]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from at_fused._ops.library import (
     apply,
     below_autograd,
+    check_one_device,
     define,
     differentiate,
     library,
@@ -48,6 +49,7 @@ define(
 def _(
     student: list[Tensor], teacher: list[Tensor], weights: list[float], root: bool, reduction: str
 ) -> tuple[Tensor, Tensor]:
+    check_one_device(student, teacher)
     first = student[0]
     shape = () if reduction == "sum" else (len(student),)
     return (
@@ -67,6 +69,7 @@ def _(
     root: bool,
     reduction: str,
 ) -> list[Tensor]:
+    check_one_device(a, b, [squares, gradient])
     return [torch.empty_like(x) for x in a]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from at_fused._ops.library import (
     apply,
     below_autograd,
+    check_one_device,
     define,
     differentiate,
     library,
@@ -54,6 +55,7 @@ def _(
     label_smoothing: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_one_device([student, teacher, labels])
     wide = eager.wide_dtype(student)
     return (
         student.new_empty((), dtype=eager.accumulate_dtype(student, teacher)),
@@ -77,6 +79,7 @@ def _(
     student_grad: bool,
     teacher_grad: bool,
 ) -> list[Tensor]:
+    check_one_device([student, teacher, labels, stats, valid, gradient])
     sides = [student] * student_grad + [teacher] * teacher_grad
     return [torch.empty_like(x) for x in sides]
 

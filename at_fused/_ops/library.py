@@ -28,6 +28,14 @@ def define(schema: str) -> None:
     library.impl(name, getattr(eager, name), "CompositeExplicitAutograd")
 
 
+def check_one_device(*groups: Sequence[Tensor | None]) -> None:
+    """For fake kernels, which run wherever one tensor of a call is without data."""
+    devices = {x.device for group in groups for x in group if x is not None}
+    if len(devices) > 1:
+        found = " and ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"at_fused: all tensors must be on one device, got {found}")
+
+
 def differentiate(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],

@@ -28,6 +28,7 @@ from at_fused._ops.attention import attention_map, attention_map_backward, fake_
 from at_fused._ops.library import (
     apply,
     below_autograd,
+    check_one_device,
     define,
     differentiate,
     library,
@@ -54,7 +55,10 @@ define(
 # ---- fake kernels --------------------------------------------------------------------------------
 
 
-def _fake_loss(student: list[Tensor], teacher: list[Tensor], reduction: str) -> Tensor:
+def _fake_loss(
+    student: list[Tensor], teacher: list[Tensor], reduction: str, more: Tensor | None = None
+) -> Tensor:
+    check_one_device(student, teacher, [more])
     shape = {"sum": (), "none": (len(student),), "sample": (len(student), student[0].shape[0])}
     return student[0].new_empty(shape[reduction], dtype=eager.accumulate_dtype(*student, *teacher))
 
@@ -106,7 +110,8 @@ def _(
     scale: float,
     loss_gradient: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    return _fake_loss(student, teacher, reduction), [torch.empty_like(x) for x in student]
+    loss = _fake_loss(student, teacher, reduction, loss_gradient)
+    return loss, [torch.empty_like(x) for x in student]
 
 
 # ---- autograd ------------------------------------------------------------------------------------

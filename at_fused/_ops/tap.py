@@ -17,7 +17,15 @@ from torch import Tensor
 
 from at_fused._ops import ownership
 from at_fused._ops.attention import attention_map_backward
-from at_fused._ops.library import apply, below_autograd, define, library, operators, tracks
+from at_fused._ops.library import (
+    apply,
+    below_autograd,
+    check_one_device,
+    define,
+    library,
+    operators,
+    tracks,
+)
 from at_fused.backends import eager
 
 _ARGUMENTS = (
@@ -41,6 +49,7 @@ def _(
     absolute: bool = True,
     channels: Tensor | None = None,
 ) -> Tensor:
+    check_one_device([gradient, feature, map_gradient, channels])
     return torch.empty_like(feature)
 
 
@@ -54,7 +63,7 @@ def _(
     absolute: bool = True,
     channels: Tensor | None = None,
 ) -> None:
-    return None
+    check_one_device([gradient, feature, map_gradient, channels])
 
 
 # ---- autograd ------------------------------------------------------------------------------------
