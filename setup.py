@@ -1,12 +1,13 @@
 """The extension build; everything else about the package is in pyproject.toml.
 
 AT_FUSED_CUDA=0|1|auto   build the CUDA library: never, or fail; auto (default) where nvcc works.
-AT_FUSED_CPP=0|1         leave the C++ libraries out: at_fused then runs on plain PyTorch.
+AT_FUSED_CPP=0|1         0 compiles nothing and needs no compiler: at_fused runs on plain PyTorch.
 """
 
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -101,13 +102,14 @@ def cuda_extension(toolkit: str) -> CppExtension:
 
 
 def extensions() -> list:
+    if os.environ.get("AT_FUSED_CPP", "1") == "0" or platform.system() == "Windows":
+        return []
     toolkit, cuda = cuda_choice()
     defines = {
         "AT_FUSED_VERSION": VERSION,
         "AT_FUSED_TORCH": torch.__version__,
         "AT_FUSED_CUDA": cuda,
     }
-    windows = platform.system() == "Windows"
     build_info = CppExtension(
         "at_fused._build_info",
         ["csrc/build_info.cpp"],
@@ -118,8 +120,6 @@ def extensions() -> list:
     # It reports on a package that cannot find its torch, so it must not need one itself.
     build_info.libraries.clear()
     build_info.library_dirs.clear()
-    if os.environ.get("AT_FUSED_CPP", "1") == "0" or windows:
-        return [build_info]
     cpu = CppExtension(
         "at_fused._cpu",
         sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp")),
@@ -139,4 +139,19 @@ def extensions() -> list:
     return [cpu, *([cuda_extension(toolkit)] if toolkit else []), build_info]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
+class Build(BuildExtension):
+    def run(self) -> None:
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(shlex.split(compiler)[0]) is None:
+            raise SystemExit(
+                f"at_fused cannot be built: no C++ compiler, {compiler} is not on PATH. Install "
+                "one (CXX names another than c++), or set AT_FUSED_CPP=0 to install at_fused "
+                "without compiled code: it then runs on plain PyTorch, slower."
+            )
+        # A library that earlier switches left in the build folder would go into this wheel.
+        for library in Path(self.build_lib, "at_fused").glob("*.so"):
+            library.unlink()
+        super().run()
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

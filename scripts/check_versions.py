@@ -1,0 +1,328 @@
+#!/usr/bin/env python3
+"""Checks over Pythons and torches that the package builds, installs, works and goes away again.
+
+    scripts/check_versions.py [--python 3.11 ...] [--torch 2.10 newest ...]
+
+For each Python on PATH: an sdist of the checkout; of that a wheel by each torch, without CUDA and,
+where nvcc is of torch's CUDA, with it; each wheel under each torch; a build without a compiler; and
+the sdist by pip alone, which fetches the newest torch to build with. Whether a torch is one with
+CUDA is up to pip's settings. Works in a temporary folder and leaves nothing; needs 6 GB for each
+torch with CUDA and 6 more for pip's own build, and 10 minutes for each torch.
+Exit status: 0 all well, 1 something failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+TOOLS = ("build", "setuptools", "ninja", "pybind11", "numpy", "pytest", "hypothesis")
+TESTS = ("test_contract.py", "test_operators.py")
+
+# Against the popular lines in float64.
+SMOKE = """
+import sys, time, warnings
+import torch
+import torch.nn.functional as F
+
+libraries = sys.argv[1:]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    start = time.perf_counter()
+    import at_fused
+    table = at_fused.backends()
+    milliseconds = (time.perf_counter() - start) * 1e3
+from at_fused.backends import users
+from at_fused.info import lines
+print(*lines(), *caught, sep="\\n")
+assert at_fused.__file__.startswith(sys.prefix), at_fused.__file__
+assert table["cpu"].available == ("_cpu" in libraries)
+assert len(caught) == (not libraries), "one warning, and only where there is no library"
+if "_cuda" in libraries and torch.version.cuda:
+    assert users()["cuda"] == "cuda", table["cuda"].reason
+
+def at(x):
+    return F.normalize(x.pow(2).mean(1).flatten(1))
+
+torch.manual_seed(0)
+s, t = torch.randn(4, 8, 7, 7, requires_grad=True), torch.randn(4, 16, 7, 7)
+wide = s.detach().double().requires_grad_()
+right = (at(wide) - at(t.double())).pow(2).mean()
+right.backward()
+for name in ["cpu", "eager"] if libraries else ["eager"]:
+    s.grad = None
+    with at_fused.use_backend(name):
+        loss = at_fused.at_loss(s, t)
+        loss.backward()
+    torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=0)
+    torch.testing.assert_close(s.grad.double(), wide.grad, rtol=1e-4, atol=1e-9)
+print(f"import {milliseconds:.0f} ms")
+"""
+
+METADATA = """
+import sys
+from packaging.metadata import Metadata
+Metadata.from_email(sys.argv[1], validate=True)
+"""
+
+
+class CheckError(Exception):
+    """A check that did not hold, in words or as the log of a command."""
+
+
+def check(holds: bool, message: str) -> None:
+    """An assertion that a row of the table survives."""
+    if not holds:
+        raise CheckError(message)
+
+
+def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    """What a command prints; it has to succeed."""
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=env,
+    )
+    check(done.returncode == 0, f"$ {shlex.join(map(str, command))}\n{done.stdout}")
+    return done.stdout
+
+
+class Table:
+    """What was checked, a row at a time."""
+
+    def __init__(self) -> None:
+        self.rows = [("python", "torch", "build", "checked", "s", "")]
+        self.failed = False
+
+    @contextmanager
+    def row(self, python: str, torch: str, build: str) -> Iterator[list[str]]:
+        """Gives the list of what was checked. Prints why a check failed, and goes on."""
+        checked: list[str] = []
+        state, start = "ok", time.monotonic()
+        print(f"== Python {python}, torch {torch}, {build}", flush=True)
+        try:
+            yield checked
+        except CheckError as error:
+            print(error)
+            state, self.failed = "failed", True
+        words, seconds = ", ".join(checked), f"{time.monotonic() - start:.0f}"
+        print(f"{state} ({seconds} s): {words}", flush=True)
+        self.rows.append((python, torch, build, words, seconds, state))
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        lines = [map(str.ljust, row, widths) for row in self.rows]
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+class Environment:
+    """A virtual environment with a torch and nothing else; the tools are in a folder beside it."""
+
+    def __init__(self, work: Path, python: str, torch: str) -> None:
+        self.work, self.folder, self.tools = work, work / f"env-{torch}", work / "tools"
+        run(f"python{python}", "-m", "venv", self.folder)
+        self.pip("install", "torch" if torch == "newest" else f"torch=={torch}.*")
+        # The last line: torch may warn that there is no NumPy.
+        versions = "import torch; print(torch.__version__, torch.version.cuda or '')"
+        self.torch, _, self.cuda = self.call("-c", versions).splitlines()[-1].partition(" ")
+        if not self.tools.exists():
+            self.pip("install", "--target", self.tools, *TOOLS)
+
+    def call(self, *arguments: str | Path, tools: bool = False, **variables: str) -> str:
+        """Runs its Python outside the checkout, as if nothing else were installed."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AT_FUSED_", "PYTHON"))}
+        kept |= {"TMPDIR": str(self.work), "PATH": f"{self.folder}/bin:{kept['PATH']}"}
+        if tools:
+            kept |= {"PYTHONPATH": str(self.tools), "PATH": f"{self.tools}/bin:{kept['PATH']}"}
+        python = self.folder / "bin/python"
+        return run(python, *arguments, cwd=self.work, env=kept | variables)
+
+    def pip(self, *arguments: str | Path, **options: Any) -> str:
+        """Runs pip."""
+        return self.call("-m", "pip", *arguments, **options)
+
+    def files(self) -> set[str]:
+        """All files and folders but for others' bytecode."""
+        paths = {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}
+        return {path for path in paths if "__pycache__" not in path or "at_fused" in path}
+
+    def has_nvcc(self) -> bool:
+        """Whether there is an nvcc that fits this torch."""
+        if not self.cuda or shutil.which("nvcc") is None:
+            return False
+        return f"release {self.cuda.split('.')[0]}." in run("nvcc", "--version")
+
+
+class Build(NamedTuple):
+    """Something for pip to install; without libraries, a wheel of Python alone."""
+
+    name: str
+    path: Path
+    libraries: frozenset[str]
+
+
+CPU = frozenset({"_build_info", "_cpu"})
+CUDA = CPU | {"_cuda"}
+
+
+def make_sdist(env: Environment) -> tuple[Path, Path]:
+    """The sdist, and where it is unpacked: has all that git has, as it is now, and nothing else."""
+    listed = run("git", "ls-files", "-z", cwd=ROOT).split("\0")
+    files = {name for name in listed if name and (ROOT / name).exists()}
+    checkout, folder = env.work / "a checkout", env.work / "an sdist"
+    for name in files:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, checkout / name)
+    env.call("-m", "build", "--sdist", "--no-isolation", "-o", folder, checkout, tools=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, folder)
+    unpacked = folder / sdist.name.removesuffix(".tar.gz")
+    found = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}
+    made = {name for name in found if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    wrong = (found - made) ^ {name for name in files if not name.startswith(".")}
+    check(not wrong, f"not both in the sdist and in the checkout: {sorted(wrong)}")
+    return sdist, unpacked
+
+
+def make_wheel(
+    env: Environment, source: Path, label: str, libraries: frozenset[str], **variables: str
+) -> Build:
+    """Built where earlier builds, with other libraries, have left theirs: none may get in."""
+    folder = env.work / f"{label} by {env.torch}"
+    arguments = ("--wheel", "--no-isolation", "-o", folder, source)
+    env.call("-m", "build", *arguments, tools=True, **variables)
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        env.call("-c", METADATA, archive.read(metadata).decode(), tools=True)
+    found = {re.sub(r"\.(abi3|cpython)[\w-]*\.so$", ".so", name) for name in names}
+    about = {name for name in found if name.startswith(metadata.removesuffix("METADATA"))}
+    expected = {str(p.relative_to(source)) for p in (source / "at_fused").rglob("*.py")}
+    expected |= {"at_fused/py.typed", *(f"at_fused/{name}.so" for name in libraries)}
+    wrong = sorted((found - about) ^ expected)
+    check(not wrong, f"not both in {path.name} and expected there: {wrong}")
+    check(path.name.endswith("-py3-none-any.whl") != bool(libraries), f"{path.name}: wrong tag")
+    return Build(folder.name, path, libraries)
+
+
+def try_out(env: Environment, build: Build, source: Path, checked: list[str]) -> None:
+    """Installs it in the clean environment, runs a smoke check and tests, and uninstalls it."""
+    before, start = env.files(), time.monotonic()
+    env.pip("install", build.path)
+    checked.append(f"pip install {time.monotonic() - start:.0f} s")
+    try:
+        smoke = env.call("-c", SMOKE, *build.libraries)
+        checked.append(smoke.splitlines()[-1])
+        if build.libraries:
+            tests = [source / "tests" / name for name in TESTS]
+            # What CUDA's kernels do in the harness, no version of torch has a part in.
+            selection = ("-q", "-p", "no:cacheprovider", "-k", "not simt")
+            report = env.call("-m", "pytest", *selection, *tests, tools=True)
+            checked.append(report.splitlines()[-1].split(" in ")[0])
+    finally:
+        env.pip("uninstall", "-y", "at_fused")
+    wrong = sorted(env.files() ^ before)
+    check(not wrong, f"not uninstalled, or more than that: {wrong}")
+    checked.append("uninstalled")
+
+
+def without_compiler(env: Environment, source: Path, checked: list[str]) -> None:
+    """A refusal in words, and the way out that it names."""
+    alone = {"PATH": f"{env.folder}/bin:{env.tools}/bin", "CXX": "c++"}
+    try:
+        env.pip("install", "--no-build-isolation", source, tools=True, **alone)
+    except CheckError as error:
+        log = str(error)
+    else:
+        raise CheckError("was built without a compiler")
+    check("no C++ compiler" in log and "AT_FUSED_CPP=0" in log and "Traceback" not in log, log)
+    checked.append("refused in words")
+    pure = make_wheel(env, source, "pure", frozenset(), AT_FUSED_CPP="0", **alone)
+    try_out(env, pure, source, checked)
+
+
+def check_python(table: Table, python: str, torches: list[str], work: Path) -> None:
+    """All there is to check with one Python."""
+    environments = []
+    for torch in torches:
+        with table.row(python, torch, "") as checked:
+            environments.append(Environment(work, python, torch))
+            checked.append(f"torch installed, CUDA {environments[-1].cuda or 'none'}")
+    if not environments:
+        return
+    first, last = environments[0], environments[-1]
+
+    with table.row(python, first.torch, "sdist") as checked:
+        sdist, source = make_sdist(first)
+        checked.append(f"{sdist.stat().st_size >> 10} KB, the checkout's files")
+    if table.rows[-1][-1] == "failed":
+        return
+
+    builds = []
+    for env in environments:
+        kinds = {"CUDA": CUDA, "CPU": CPU} if env.has_nvcc() else {"CPU": CPU}
+        for label, libraries in kinds.items():
+            with table.row(python, env.torch, f"{label} wheel of the sdist") as checked:
+                switch = "1" if libraries == CUDA else "0"
+                builds.append(make_wheel(env, source, label, libraries, AT_FUSED_CUDA=switch))
+                checked.append(f"{builds[-1].path.stat().st_size >> 10} KB, its files")
+    for env in environments:
+        for build in builds:
+            with table.row(python, env.torch, build.name) as checked:
+                try_out(env, build, source, checked)
+
+    with table.row(python, first.torch, "without a compiler") as checked:
+        without_compiler(first, source, checked)
+    with table.row(python, last.torch, "sdist by pip alone") as checked:
+        try_out(last, Build("sdist", sdist, CPU), source, checked)
+
+
+def at_hand(python: str) -> bool:
+    """Whether there is such a Python, and not only a name that stands in for one."""
+    try:
+        return bool(run(f"python{python}", "--version"))
+    except (OSError, CheckError):
+        return False
+
+
+def main() -> int:
+    """Prints the table last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--python", nargs="+", default=PYTHONS, help="default: all on PATH")
+    parser.add_argument("--torch", nargs="+", default=["2.10", "newest"], help="2.10 newest")
+    options = parser.parse_args()
+    # A run that is ended cleans up as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    pythons = [python for python in options.python if at_hand(python)]
+    missing = [python for python in options.python if python not in pythons]
+    print(f"not at hand: Python {', '.join(missing) or 'none'}")
+    table = Table()
+    for python in pythons:
+        with tempfile.TemporaryDirectory(prefix="at_fused-versions-") as work:
+            check_python(table, python, options.torch, Path(work))
+    print(f"\n{table}")
+    return table.failed or not pythons
+
+
+if __name__ == "__main__":
+    sys.exit(main())
