@@ -1,6 +1,15 @@
 """Fused kernels for attention transfer, the knowledge-distillation loss of Zagoruyko & Komodakis.
 
-``at_loss`` is the drop-in; README.md has the API at a glance.
+``at_loss`` is the drop-in, ``AttentionTransfer`` the loss of two networks as they are; README.md
+has the API at a glance. Beside what is here:
+
+- ``at_fused.compat``: the losses of published programs, and a beta of one as that of another
+- ``at_fused.schedules``: beta as a function of the step
+- ``at_fused.visualize``: attention maps over images; also a program
+- ``at_fused.teacher_cache``: what ``TeacherCache`` writes, and the hash of a teacher
+- ``at_fused.integrations.torchdistill``: the loss in torchdistill's configurations
+- ``at_fused.info``: what is installed and what runs; a program
+- ``at_fused.train``: at-fused-train, the training program
 """
 
 import sys

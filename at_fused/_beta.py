@@ -66,7 +66,7 @@ def convert_beta(
     """The beta with which ``target``'s training loss is ``source``'s, or has its gradient.
 
     Every formula is ``beta * sum_j f_j * sum_b ||D_b||^e`` over the pairs j; the beta is multiplied
-    by the quotient of the factors f, computed in fractions and rounded once. Names, their f and e::
+    by the quotient of the factors f, computed in fractions and rounded once. Names, their f and e:
 
         "authors", "repdistiller", "mdistiller" (feat_weight),       1 / (B N_j)         2
             "torchdistill-code", "at_loss-code" (form="code")

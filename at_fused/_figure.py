@@ -34,7 +34,17 @@ def check_path(path: str | Path) -> Path:
 
 
 def save(fig: Figure, path: str | Path, dpi: int = 120) -> None:
-    """Writes a figure as PNG or SVG, by the suffix of ``path``; ValueError for any other."""
+    """Writes a figure as PNG or SVG, by the suffix of ``path``.
+
+    Args:
+        fig: what :func:`figure` or :func:`at_fused.visualize.compare` gave.
+        path: ends in .png or .svg.
+        dpi: pixels per inch of a PNG.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: the file cannot be written.
+    """
     path = check_path(path)
     # Without the date, the same picture is the same file.
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
@@ -158,7 +168,7 @@ def figure(
     ``torch.nn.functional.interpolate`` has it with ``align_corners=False``.
 
     Args:
-        images: (B, 1, H, W) or (B, 3, H, W).
+        images: (B, 1, H, W) or (B, 3, H, W), floating point or uint8.
         columns: for each title the maps (B, h, w) of its stages, raw or normalised, any size: what
             :func:`attention_maps` returns, or a list, or one map.
         stages: names of the rows; None is the maps' names and sizes where all columns agree, else

@@ -49,18 +49,18 @@ Features = Tensor | Sequence[Tensor]
 
 
 def authors_at_loss(student: Features, teacher: Features) -> Tensor:
-    """The authors' program: what everybody pastes.
+    """The loss of the authors' program: what everybody pastes.
 
     ``mean((q_s - q_t)^2)`` over all elements, with ``Q = mean_c A^2`` and
     ``q = Q / max(||Q||, 1e-12)``; the program adds the stages up and multiplies by beta = 1e3.
 
     Args:
-        student, teacher: (B, C, H, W), or lists of such features; C may differ. H x W, square or
-            not, must be the same.
+        student, teacher: (B, C, H, W), or lists of such features, of any dtype that
+            :func:`at_fused.at_loss` takes; C may differ. H x W, square or not, must be the same.
 
     Returns:
-        A scalar, the sum over the pairs, without beta. On n GPUs the program adds the means of the
-        n parts of a batch: its beta is then n times this one's.
+        A scalar, float32 or float64: the sum over the pairs, without beta. On n GPUs the program
+        adds the means of the n parts of a batch: its beta is then n times this one's.
 
     Raises:
         TypeError, ValueError: as :func:`at_fused.at_loss`.
@@ -116,7 +116,19 @@ class RepDistillerAttention(nn.Module):
         self.p = p
 
     def forward(self, g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> list[Tensor]:
-        """The loss of each pair of two lists of (B, C, H, W)."""
+        """The loss of each pair of two lists.
+
+        Args:
+            g_s, g_t: the student's and the teacher's features, lists or tuples of (B, C, H, W) of
+                any dtype that :func:`at_fused.at_loss` takes.
+
+        Returns:
+            A list of scalars, float32 or float64, one per pair.
+
+        Raises:
+            TypeError, ValueError: as :func:`at_fused.at_loss`; a TypeError for tensors in place of
+                lists.
+        """
         if isinstance(g_s, Tensor):
             raise TypeError("g_s must be a list or tuple of tensors, one per stage, got Tensor")
         return list(_pooled_at_loss(g_s, g_t, self.p, "none").unbind())
@@ -136,12 +148,13 @@ def mdistiller_at_loss(
     as in :class:`RepDistillerAttention`.
 
     Args:
-        student, teacher: (B, C, H, W), or lists of such features (of ``feats`` all but the first).
+        student, teacher: (B, C, H, W), or lists of such features (of ``feats`` all but the first),
+            of any dtype that :func:`at_fused.at_loss` takes.
         p: ``AT.P`` of its configuration, 2 there; a whole number >= 1.
         feat_weight: ``AT.LOSS.FEAT_WEIGHT``, 1000 there.
 
     Returns:
-        A scalar.
+        A scalar, float32 or float64.
 
     Raises:
         TypeError, ValueError: as :func:`at_fused.at_loss`.
@@ -168,13 +181,14 @@ def torchdistill_at_loss(
     1/2 of the paper. ``q = Q / max(||Q||, 1e-12)`` in both.
 
     Args:
-        student, teacher: (B, C, H, W), or lists of such features. H x W, square or not, must be the
-            same, and with "paper" B that of all pairs (the original divides by the first one's).
+        student, teacher: (B, C, H, W), or lists of such features, of any dtype that
+            :func:`at_fused.at_loss` takes. H x W, square or not, must be the same, and with "paper"
+            B that of all pairs (the original divides by the first one's).
         mode: "code" or "paper".
         weights: the ``weight`` of each of its ``at_pairs``; None is 1 for all.
 
     Returns:
-        A scalar.
+        A scalar, float32 or float64.
 
     Raises:
         TypeError, ValueError: as :func:`at_fused.at_loss`.
@@ -194,16 +208,17 @@ def aberhu_at_loss(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
 
     ``mean((q_s - q_t)^2)`` over all elements, with ``Q = sum_c |A|^p`` and
     ``q = Q / (||Q|| + 1e-6)``. Its trainer takes the mean of the three stages and multiplies by
-    ``lambda_kd`` = 1000 (p = 2)::
+    ``lambda_kd`` = 1000 (p = 2):
 
         loss = cross_entropy + 1000 * sum(aberhu_at_loss(s, t) for s, t in stages) / 3
 
     Args:
-        student, teacher: (B, C, H, W). H x W, square or not, must be the same.
+        student, teacher: (B, C, H, W), of any dtype that :func:`at_fused.at_loss` takes. H x W,
+            square or not, must be the same.
         p: >= 1.
 
     Returns:
-        A scalar.
+        A scalar, float32 or float64.
 
     Raises:
         TypeError, ValueError: as :func:`at_fused.at_loss`; and a TypeError for lists, of which the
@@ -220,7 +235,7 @@ def aberhu_at_loss(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
 def tensorflow_zoo_at_loss(
     student: Features, teacher: Features, beta: float = 1e3, channel_dim: int = 1
 ) -> Tensor:
-    """sseung0703's TensorFlow collection.
+    """The loss of sseung0703's TensorFlow collection.
 
     ``(beta/2) sum_j mean((q_s - q_t)^2)`` with ``Q = mean_c A^2`` and ``tf.nn.l2_normalize``, whose
     epsilon stands beside the *squared* norm: ``q = Q / sqrt(max(||Q||^2, 1e-12))``, a lower bound
@@ -230,13 +245,13 @@ def tensorflow_zoo_at_loss(
     with ReLU (which keeps their C): a part of the network, not of this loss.
 
     Args:
-        student, teacher: (B, C, H, W), or lists of such features. H x W, square or not, must be the
-            same.
+        student, teacher: (B, C, H, W), or lists of such features, of any dtype that
+            :func:`at_fused.at_loss` takes. H x W, square or not, must be the same.
         beta: its argument of that name.
         channel_dim: -1 for features (B, H, W, C), as that program's are.
 
     Returns:
-        A scalar, beta included.
+        A scalar, float32 or float64, beta included.
 
     Raises:
         TypeError, ValueError: as :func:`at_fused.at_loss`.
@@ -268,15 +283,16 @@ def paper_at_loss(
     the norm is squared: ``squared=True`` with these betas is half of ``1e3 * authors_at_loss``.
 
     Args:
-        student, teacher: (B, C, H, W), or lists of such features, of one B. Where H x W differ the
-            teacher's map is interpolated (bilinearly) to the student's, square or not.
+        student, teacher: (B, C, H, W), or lists of such features, of one B and of any dtype that
+            :func:`at_fused.at_loss` takes. Where H x W differ the teacher's map is interpolated
+            (bilinearly) to the student's, square or not.
         beta: a number, or a list of one per pair.
         p, collapse: F_sum^p, or with "max" F_max^p.
         squared: whether the norm is squared, against the print.
         batch: "sum" over its samples, or "mean".
 
     Returns:
-        A scalar, beta included.
+        A scalar, float32 or float64, beta included.
 
     Raises:
         TypeError, ValueError: as :func:`at_fused.at_loss`.

@@ -62,7 +62,7 @@ def kd_loss(
 ) -> Tensor:
     """Hinton's distillation loss: cross-entropy with the teacher's softened classes and the labels.
 
-    With ``p = softmax(s / T)`` and ``q = softmax(t / T)``, rows of student and teacher logits::
+    With ``p = softmax(s / T)`` and ``q = softmax(t / T)``, rows of student and teacher logits:
 
         alpha * T^2 * (1/B) sum_b KL(q[b] || p[b])  +  (1 - alpha) * CE(s, labels)
 
@@ -117,8 +117,16 @@ def kd_loss(
 class KDLoss(nn.Module):
     """``kd_loss`` with its options kept: ``KDLoss(T=4)(student_logits, teacher_logits, labels)``.
 
-    :func:`at_fused.kd_loss` documents the options, which are checked here, the formula and the
-    errors. Has no parameters.
+    The formula is that of :func:`at_fused.kd_loss`. Has no parameters.
+
+    Args:
+        T, alpha, label_smoothing, ignore_index: as in :func:`at_fused.kd_loss`; checked here, and
+            kept as attributes.
+
+    Raises:
+        TypeError, ValueError: an option that is not as there.
+
+    Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2.
     """
 
     def __init__(
@@ -139,7 +147,17 @@ class KDLoss(nn.Module):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
     ) -> Tensor:
-        """The loss of a batch."""
+        """The loss of a batch.
+
+        Args:
+            student_logits, teacher_logits, labels: as in :func:`at_fused.kd_loss`.
+
+        Returns:
+            A scalar, float64 if either side is, else float32.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :func:`at_fused.kd_loss`.
+        """
         return kd_loss(
             student_logits,
             teacher_logits,
@@ -169,7 +187,7 @@ def features_loss(
 ) -> Tensor:
     """Full-activation transfer (F-ActT): the squared L2 distance between the features themselves.
 
-    For a pair of M elements per sample::
+    For a pair of M elements per sample:
 
         form="mean"   1/(B M) * sum_b ||S[b] - T[b]||_2^2     the mean over all elements
         form="sum"    1/B     * sum_b ||S[b] - T[b]||_2^2
@@ -180,8 +198,8 @@ def features_loss(
     Args:
         student: (B, ...), any shape and strides, or a list or tuple of such features;
             float32, float64, float16 or bfloat16.
-        teacher: as many features, of the same shapes; dtypes may differ. :class:`FeaturesLoss`
-            is for numbers of channels that do.
+        teacher: as many features, of the same shapes; dtypes may differ.
+            :class:`at_fused.FeaturesLoss` is for numbers of channels that do.
         weights: one finite factor per pair; None is 1 for all.
         form: "mean" or "sum", as above.
         reduction: "sum" over the pairs, or "none" for one value per pair.
@@ -216,9 +234,10 @@ def _check_form(form: str, reduction: str) -> None:
 class FeaturesLoss(nn.Module):
     """``features_loss`` after a 1x1 convolution that gives the student the teacher's channels.
 
-    ``FeaturesLoss([16, 32], [32, 64])(student_features, teacher_features)``, features (B, C, H, W).
-    The convolutions have no bias and are trained with the student: hand this module's parameters to
-    its optimizer. Where C is the same there is none.
+    ``FeaturesLoss([16, 32], [32, 64])(student_features, teacher_features)``. The loss of a pair of
+    M elements per sample is ``1/(B M) * sum_b ||W S[b] - T[b]||_2^2``, W its convolution, or
+    without 1/M with ``form="sum"``. W has no bias and is trained with the student: hand this
+    module's parameters to its optimizer. Where C is the same there is none.
 
     Args:
         student_channels, teacher_channels: C of each side, an int, or a list of them for lists of
@@ -267,7 +286,21 @@ class FeaturesLoss(nn.Module):
     def forward(
         self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]
     ) -> Tensor:
-        """The loss of one pair, or of all pairs of two sequences."""
+        """The loss of one pair, or of all pairs of two sequences.
+
+        Args:
+            student: (B, C, H, W) with the C of ``student_channels``, or as many of them; of the
+                convolutions' dtype, float32, or as autocast has it.
+            teacher: (B, C, H, W) with the C of ``teacher_channels``; as in
+                :func:`at_fused.features_loss`.
+
+        Returns:
+            As :func:`at_fused.features_loss`: a scalar or (pairs,), float32 or float64.
+
+        Raises:
+            TypeError, ValueError: as :func:`at_fused.features_loss`, and for another number of
+                features than of channels.
+        """
         students = [student] if isinstance(student, Tensor) else list(student)
         if len(students) != len(self.projections):
             raise ValueError(

@@ -65,7 +65,7 @@ def at_loss(
     """Attention-transfer loss between the features of a student and of a teacher.
 
     With the raw map ``Q[b, n] = (1/C) sum_c |A[b, c, n]|^p`` over the N = H*W positions and the
-    normalised map ``q[b] = Q[b] / max(||Q[b]||_2, eps)``, the loss of a pair is::
+    normalised map ``q[b] = Q[b] / max(||Q[b]||_2, eps)``, the loss of a pair is:
 
         form="code"     1/(B N) * sum_b ||qs[b] - qt[b]||_2^2     the authors' program
         form="paper"    1/B     * sum_b ||qs[b] - qt[b]||_2       the paper's equation (2)
@@ -76,8 +76,8 @@ def at_loss(
         student: (B, C, H, W), or a list or tuple of such features, one per stage. Also (B, C, L)
             and (B, C, D, H, W). float32, float64, float16 or bfloat16, any strides; NCHW and
             channels_last are read as they lie.
-        teacher: as many features as ``student``, each with the B of its partner, and its H and W
-            unless ``resize`` says otherwise; C and dtype may differ.
+        teacher: (B, C, H, W) as above, as many features, each with the B of its partner, and its H
+            and W unless ``resize`` says otherwise; C and dtype may differ.
         p: exponent, any finite number >= 1; 1, 2 and 4 are fastest.
         collapse: "mean" divides the sum over channels by C, "sum" does not (the normalised map
             differs by rounding and by what eps means only), "max" takes ``max_c |A|^p`` (F_max^p);
@@ -152,7 +152,7 @@ def at_value_and_grad(
 
     ``(L, scale * dL/dS)``, where forward and backward one after the other would read S twice (and
     do, with options other than p, weights, form, reductions over the batch, collapse="mean" or
-    "sum"). For loops that put gradients together themselves::
+    "sum"). For loops that put gradients together themselves:
 
         loss, gradients = at_value_and_grad(features, teacher_features, scale=beta)
         torch.autograd.backward([task_loss, *features], [None, *gradients])
@@ -168,7 +168,7 @@ def at_value_and_grad(
     Returns:
         The loss, as :func:`at_loss` gives it (with ``reduction="none"`` the gradient is that of the
         sum), and the gradient: a tensor, or a list where ``student`` is a sequence. Gradients have
-        the students' dtypes and the strides of ``torch.empty_like``.
+        the students' shapes and dtypes, and the strides of ``torch.empty_like``.
 
     Raises:
         TypeError, ValueError: as :func:`at_loss`, and for a ``scale`` that is not as above.
@@ -303,16 +303,15 @@ def attention_tap(
 ) -> tuple[Tensor, Tensor]:
     """A feature on its way through a network, and its attention map.
 
-    ::
-
         x, q = attention_tap(x)
 
     The first result is ``x`` itself, for the next layer; the second its map Q (``normalize``: q),
     as :func:`attention_map` has it, for :func:`map_loss`. The backward gets both gradients, and
-    adds the map's into the other in one sweep::
+    adds the map's into the other in one sweep:
 
         dL/dx[b, c, n] = dL/dx' + scale * p * dL/dQ[b, n] * |x|^(p-1) * sign(x)
 
+    with a scale of 1/C for ``collapse="mean"``, else 1, and for "max" in the largest channel alone;
     in place where that gradient is nobody else's: no other branch of the graph, hook, view or
     capture holds it. Otherwise, and with ``create_graph``, the result is a new tensor. So the loss
     costs no feature-sized memory, and a teacher's feature need not outlive its map.
@@ -360,7 +359,7 @@ def map_loss(
 ) -> Tensor:
     """Attention-transfer loss between attention maps, which taps or :func:`attention_map` made.
 
-    With ``q[b] = Q[b] / max(||Q[b]||_2, eps)`` the loss of a pair is, as in :func:`at_loss`::
+    With ``q[b] = Q[b] / max(||Q[b]||_2, eps)`` the loss of a pair is, as in :func:`at_loss`:
 
         form="code"     1/(B N) * sum_b ||qs[b] - qt[b]||_2^2
         form="paper"    1/B     * sum_b ||qs[b] - qt[b]||_2
@@ -369,13 +368,13 @@ def map_loss(
         student: (B, H, W), or a list or tuple of such maps, one per stage; also (B, L), (B, C) and
             (B, D, H, W). float32 or float64, raw or normalised, which changes nothing but what eps
             means.
-        teacher: as many maps, each with the B of its partner, and its size unless ``resize="maps"``
-            interpolates it (bilinearly) to the student's.
+        teacher: (B, H, W) as above, as many maps, each with the B of its partner, and its size
+            unless ``resize="maps"`` interpolates it (bilinearly) to the student's.
         form, weights, reduction, mask, sample_weights, eps, eps_mode: as in :func:`at_loss`.
         resize: None or "maps".
 
     Returns:
-        As :func:`at_loss`.
+        As :func:`at_loss`: a scalar, (pairs,) or (pairs, B); float64 if any map is, else float32.
 
     Raises:
         TypeError, ValueError: as :func:`at_loss`.
@@ -418,6 +417,8 @@ def at(
 
     Raises:
         TypeError, ValueError: as :func:`at_loss`.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1; ``at`` of their program.
     """
     q = attention_map(x, p=p, collapse=collapse, normalize=True, channel_dim=channel_dim, eps=eps)
     return q.flatten(1)

@@ -26,7 +26,7 @@ def input_gradient(
     ``J[b] = d CE(model(x)[b], labels[b]) / d x[b]``: of the sum over the batch, so that no sample's
     J is divided by B. With ``create_graph`` J is itself a function of the network's parameters,
     which a loss of it trains through double backward: that is for the student. The teacher's J,
-    without it, keeps no graph::
+    without it, keeps no graph:
 
         j_t = input_gradient(teacher, x, labels)
         x.requires_grad_()
@@ -110,7 +110,7 @@ def _gradient(
 def gradient_at_loss(student: Tensor, teacher: Tensor, *, form: str = "paper") -> Tensor:
     """Gradient-based attention transfer: the distance between two networks' input gradients.
 
-    With J of :func:`input_gradient` and M elements per sample::
+    With J of :func:`input_gradient` and M elements per sample:
 
         form="paper"     1/B     * sum_b ||J_S[b] - J_T[b]||_2
         form="squared"   1/B     * sum_b ||J_S[b] - J_T[b]||_2^2
@@ -149,7 +149,7 @@ def flip_symmetry_loss(
     """How much a network's attention changes when the image is flipped, without a teacher.
 
     The distance of :func:`gradient_at_loss` between J(x) and the flipped J(flip(x)), where flip
-    reverses the last dimension, W::
+    reverses the last dimension, W:
 
         form="paper"     1/B * sum_b ||J(x)[b] - flip(J(flip(x)))[b]||_2
 

@@ -23,7 +23,11 @@ def _choice(device: str, order: tuple[str, ...]) -> str:
 
 
 def lines() -> list[str]:
-    """The report, a line each."""
+    """The report.
+
+    Returns:
+        Its lines.
+    """
     try:
         build = importlib.import_module("at_fused._build_info")
         built = (

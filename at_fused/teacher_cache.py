@@ -4,7 +4,7 @@
     identity = teacher_hash(teacher, "p=2")
     maps, logits = cache.fetch(compute, x, index, identity=identity, seed=epoch % 10)
 
-One sub-folder for each teacher, with the options of its maps, and each transform of the inputs::
+One sub-folder for each teacher, with the options of its maps, and each transform of the inputs:
 
     <folder>/<identity[:16]>-seed<seed>/
         meta.json         format, byte order, identity, seed, samples; dtype and shape of each array
@@ -88,7 +88,17 @@ class TeacherHash:
         self._digest = ""
 
     def __call__(self, *options: object) -> str:
-        """The hash, as :func:`teacher_hash` says."""
+        """The hash, as :func:`teacher_hash` says.
+
+        Args:
+            options: as there.
+
+        Returns:
+            64 hexadecimal digits.
+
+        Raises:
+            ValueError: as there.
+        """
         shown = repr(options)
         if " at 0x" in shown:
             raise ValueError(f"options must be the same in every process, got {shown}")
@@ -239,13 +249,15 @@ class TeacherCache:
                 called where all are stored. Maps are (b, ...), float32 or float64; logits (b, K).
             x: (B, ...), on any device. A sample's bytes must be those that it was stored with.
             index: (B,) int64, or a sequence of ints, the samples' numbers. Numbers may repeat.
-            identity: :func:`teacher_hash` of the teacher and the options that decide what
-                ``compute`` returns; letters, digits, "-" and "_". The first 16 name a sub-folder.
+            identity: :func:`at_fused.teacher_cache.teacher_hash` of the teacher and the options
+                that decide what ``compute`` returns; letters, digits, "-" and "_". The first 16
+                name a sub-folder.
             seed: the seed of the transform that made x.
 
         Returns:
-            The maps and the logits (None if none were stored) of all rows of x, on its device, bit
-            for bit what ``compute`` returned, without gradients.
+            The maps, (B, ...), and the logits, (B, K) (None if none were stored), of all rows of x,
+            on its device, of the dtypes and bit for bit what ``compute`` returned, without
+            gradients.
 
         Raises:
             TypeError: an argument, or what ``compute`` returns, is not of the kind above.

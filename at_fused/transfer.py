@@ -36,7 +36,7 @@ class AttentionTransfer:
 
     Forward hooks tap the layers of both networks (:func:`at_fused.attention_tap`), so neither is
     edited, and keep nothing but the maps; a teacher's feature dies as soon as its map is made.
-    ``at(x)`` runs the teacher once, in eval mode and without gradients, and returns::
+    ``at(x)`` runs the teacher once, in eval mode and without gradients, and returns:
 
         beta * sum_j w_j L_j        L_j of at_loss, between the maps of the j-th pair of layers
 
@@ -47,7 +47,7 @@ class AttentionTransfer:
     Args:
         student: any module; also in DataParallel, DistributedDataParallel or torch.compile. Hooks
             are set when this object is made, which must be before a compiled student first runs.
-        teacher: likewise; put on the device of what ``at`` is called with. Nothing of it changes.
+        teacher: likewise; put on the device of the x of ``at(x)``. Nothing of it changes.
         layers: a list of names from ``named_modules()``, for both, or of (student's, teacher's)
             names. Each gives a tensor, or a tuple that begins with one. None: those that
             :func:`match_layers` finds with ``example``. A layer that runs several times in a pass
@@ -154,10 +154,10 @@ class AttentionTransfer:
         ``at(x)`` it would come on top. Of the pass nothing stays but the maps and the output.
 
         Args:
-            x, index, seed: as in the call of ``at``, which then takes the same ``x``.
+            x, index, seed: as in ``at(x, index, seed)``, which then takes the same ``x``.
 
         Raises:
-            ValueError: as ``at``.
+            TypeError, ValueError: as ``at(x)``.
         """
         self._prepared = (x, *self._teacher_maps(x, index, seed))
 
@@ -168,14 +168,15 @@ class AttentionTransfer:
 
         Args:
             x: what the teacher takes, the samples that the student saw, in their order.
-            index: with a cache, the samples' numbers in the data set, (B,).
+            index: with a cache, the samples' numbers in the data set, (B,) int64 or ints.
             seed: with a cache, that of the transform that made ``x``.
 
         Returns:
-            A scalar, beta included.
+            A scalar, beta included: float64 if any map is, else float32.
 
         Raises:
             RuntimeError: the student has not run since the last call, or without a graph.
+            TypeError: with a cache, ``x`` is no tensor.
             ValueError: the maps of a pair have another batch or size, or ``x`` is not what
                 ``prepare`` was given.
         """

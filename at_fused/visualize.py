@@ -1,7 +1,5 @@
 """Attention maps of any model's layers, drawn over the images. Needs matplotlib.
 
-::
-
     from at_fused import visualize
 
     models = {"student": student, "student + AT": student_at, "teacher": teacher}
@@ -56,7 +54,7 @@ def attention_maps(
     Args:
         model: called as ``model(images)``, what it returns does not matter. One that
             ``torch.compile`` wrapped is taken from before that, since compiled code skips hooks.
-        images: what the model takes.
+        images: what the model takes, of any dtype.
         layers: a name, or a list of names, from ``model.named_modules()``. The output of each must
             be one tensor, and each must run once in a forward pass.
         normalize: False for the raw Q.
@@ -124,7 +122,7 @@ def compare(
 
     Args:
         models: by title, in the order of the columns.
-        images: what the models take, (B, 1, H, W) or (B, 3, H, W).
+        images: what the models take, (B, 1, H, W) or (B, 3, H, W), floating point.
         layers: a name or a list of names, or these by the models' titles, where they differ.
         path: where to write the picture, as .png or .svg.
         options: those of :func:`figure`; all others are :func:`attention_maps`'s, for every model

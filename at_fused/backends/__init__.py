@@ -3,7 +3,7 @@
     cpu      the compiled C++ library (csrc/cpu), CPU tensors
     cuda     the compiled CUDA library (csrc/cuda), CUDA tensors
     triton   Triton kernels (triton/), CUDA tensors, where there is no CUDA library
-    eager    plain PyTorch, every device (eager.py)
+    eager    plain PyTorch, every device (eager/)
 
 The dispatcher picks: a back end is a set of kernels registered for a device, the fastest on top.
 ``use_backend`` puts another one on top, for the whole process.
@@ -37,7 +37,15 @@ OPERATORS = (
 
 
 class Backend(NamedTuple):
-    """One row of ``backends()``."""
+    """One row of :func:`at_fused.backends`.
+
+    Attributes:
+        name: "cpu", "cuda", "triton" or "eager".
+        available: whether it can be used here.
+        devices: the types of devices whose tensors run there now, or could if it were chosen.
+        in_use: whether any tensors run there now.
+        reason: what it is, or why it cannot be used.
+    """
 
     name: str
     available: bool
@@ -81,10 +89,10 @@ def users() -> dict[str, str]:
 
 
 def backends() -> dict[str, Backend]:
-    """The table of back ends, fastest first: name -> (available, devices, in_use, reason).
+    """The table of back ends, fastest first.
 
-    ``devices`` are the types whose tensors run there now, or could if the back end were chosen;
-    ``reason`` says what the back end is, or why it cannot be used.
+    Returns:
+        For each name a :class:`at_fused.Backend`: name, available, devices, in_use, reason.
     """
     runs = users()
     rows = {
@@ -127,9 +135,11 @@ def _force(name: str) -> None:
 class use_backend:  # noqa: N801 - used like torch.no_grad
     """Runs the operators on one back end: a setting, or a context manager that undoes it.
 
-    ``name`` is "auto" (the fastest there is for each device), "cpu", "cuda", "triton" or "eager".
     A back end for one kind of device leaves the others' tensors to the fastest there is for them.
     The choice holds for the whole process, all threads, like ``torch.backends`` flags.
+
+    Args:
+        name: "auto" (the fastest there is for each device), "cpu", "cuda", "triton" or "eager".
 
     Raises:
         ValueError: ``name`` is none of these.

@@ -1,6 +1,6 @@
 """``FusedATLoss`` for torchdistill: the ``ATLoss`` of its configurations, on the fused kernels.
 
-Two lines of a YAML configuration change, the second from ``key: 'ATLoss'``::
+Two lines of a YAML configuration change, the second from ``key: 'ATLoss'``:
 
     dependencies:
       - 'at_fused.integrations.torchdistill'
@@ -131,7 +131,7 @@ class FusedATLoss(nn.Module):
             args, kwargs: the targets, which do not matter here.
 
         Returns:
-            A scalar.
+            A scalar, float32 or float64.
 
         Raises:
             ValueError: a dictionary lacks a path or an io; features that do not go together, as
