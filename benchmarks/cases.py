@@ -21,6 +21,7 @@ CASES: dict[str, tuple[int, list[tuple[int, int, int]]]] = {
     "c: one pair 256x56x56": (32, [(256, 256, 56)]),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PASSES = ("forward", "forward+backward", "value and gradient")
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -40,7 +41,7 @@ def popular_losses(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
 
 
 class Inputs(NamedTuple):
-    """One case in one dtype and layout."""
+    """Features of one dtype and layout; the students require a gradient, as in training."""
 
     students: list[Tensor]
     teachers: list[Tensor]
@@ -49,15 +50,24 @@ class Inputs(NamedTuple):
     def make(
         cls, case: str, dtype: str, layout: str, device: str = "cpu", share: int = 1
     ) -> Inputs:
-        """Random features; the students require a gradient, as in training.
-
-        ``share`` divides the batch.
-        """
+        """Those of a case; ``share`` divides the batch."""
         batch, stages = CASES[case]
+        return cls.random(batch // share, stages, dtype, layout, device)
+
+    @classmethod
+    def random(
+        cls,
+        batch: int,
+        stages: list[tuple[int, int, int]],
+        dtype: str = "fp32",
+        layout: str = "NCHW",
+        device: str = "cpu",
+    ) -> Inputs:
+        """Those of stages (channels of the student, of the teacher, H = W)."""
         kind = {"dtype": DTYPES[dtype], "memory_format": LAYOUTS[layout]}
 
         def feature(channels: int, side: int) -> Tensor:
-            return torch.randn(batch // share, channels, side, side, device=device).to(**kind)
+            return torch.randn(batch, channels, side, side, device=device).to(**kind)
 
         students = [feature(c, h) for c, _, h in stages]
         teachers = [feature(c, h) for _, c, h in stages]
@@ -104,8 +114,9 @@ class Inputs(NamedTuple):
         return lambda: at_fused.at_value_and_grad(self.students, self.teachers)
 
 
-def programs() -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
-    """What is compared with at_fused; torch.compile anew for each case, for its exact shapes."""
+def rivals() -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
+    """What is compared with at_fused; torch.compile anew each time, for the exact shapes."""
+    torch._dynamo.reset()
     return {
         "eager": popular_losses,
         "compile": torch.compile(popular_losses, dynamic=False),
@@ -116,10 +127,9 @@ ours = at_fused.at_loss
 
 
 def backends(device: str) -> list[str]:
-    """What runs ``ours`` there; "auto" is the name for the CPU's only one."""
-    if device == "cpu":
-        return ["auto"]
-    return [name for name in ("cuda", "triton") if at_fused.backends()[name].available]
+    """What runs ``ours`` there."""
+    names = ("cpu",) if device == "cpu" else ("cuda", "triton")
+    return [name for name in names if at_fused.backends()[name].available]
 
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

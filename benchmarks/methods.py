@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from cases import CASES, DTYPES, LAYOUTS
 from torch import Tensor
 
 import at_fused
+from benchmarks.cases import CASES, DTYPES, LAYOUTS
 
 Loss = Callable[..., Tensor]
 

@@ -1,12 +1,12 @@
 """What the CUDA kernels move, counted, against the least that has to move; and a model of the time.
 
-    python benchmarks/roofline.py [--quick]
+    python -m benchmarks.roofline [--quick]
 
 No GPU is needed. The kernels run in the tests' harness (tests/simt), whose instrumented loads and
 stores count bytes and launches. The eager lines are counted operator by operator (inputs read,
 outputs written, views free), torch.compile by the kernels of inductor's scheduler. Times are bytes
 over bandwidth plus launches: a model, not a measurement. The rest of the method is counted in
-roofline_methods.py. Writes results/roofline.md.
+roofline_methods.py. Writes results/roofline.json and .md.
 
 ``--quick`` counts a quarter of each batch on a quarter of an H100's multiprocessors, which cuts
 every sample as the whole device would, and takes the counts times four.
@@ -19,71 +19,27 @@ import ctypes
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+from at_fused import _ops
+from benchmarks import ROOT, roofline_model
+from benchmarks.cases import CASES, DTYPES, LAYOUTS, Inputs, popular_losses
+from benchmarks.roofline_model import L2_BYTES, Count, Row
 
-from cases import CASES, DTYPES, LAYOUTS, Inputs, popular_losses  # noqa: E402
-from plan_library import H100, INTERLEAVED, PLANAR, dense, plan  # noqa: E402
-from simt_backend import Counters, simt  # noqa: E402
+sys.path.append(str(ROOT / "tests"))
+from plan_library import H100, INTERLEAVED, PLANAR, dense, plan
+from simt_backend import Counters, simt
 
-from at_fused import _ops  # noqa: E402
-
-# An H100 SXM; the launch overhead is an assumption (a queue that is kept full).
-BANDWIDTH, L2_BYTES, LAUNCH_SECONDS = 3.35e12, 50e6, 2e-6
 PASSES = ("forward", "backward", "value and gradient")
 QUICK_SHARE = 4  # divides the batches and the multiprocessors
 SETTINGS = list(itertools.product(CASES, DTYPES, LAYOUTS))
 QUICK = [s for s in SETTINGS if (s[0][0], s[1]) in (("a", "fp32"), ("b", "bf16"))]
-
-
-class Count(NamedTuple):
-    """Bytes and kernels."""
-
-    bytes: int
-    launches: int
-
-    def __add__(self, other: Count) -> Count:  # type: ignore[override]
-        return Count(self.bytes + other.bytes, self.launches + other.launches)
-
-    def model_us(self) -> float:
-        """The modelled time."""
-        return 1e6 * (self.bytes / BANDWIDTH + self.launches * LAUNCH_SECONDS)
-
-
-class Row(NamedTuple):
-    """One line of the table; ``counted`` is distinct bytes per launch and the launches."""
-
-    case: str
-    dtype: str
-    layout: str
-    direction: str
-    floor: int
-    counted: Count
-    threads: int  # bytes over all accesses of all threads
-    extra_reads: int  # distinct bytes read that the floor does not know
-    again: int  # bytes of students that are read a second time
-    served: int  # of these, by the second-level cache
-    whole: bool  # value and gradient: every sample fits on chip
-    eager: Count
-    compiled: Count
-
-    @property
-    def ratio(self) -> float:
-        """Distinct bytes to the floor."""
-        return self.counted.bytes / self.floor
-
-    def at_fused(self) -> Count:
-        """What goes through the device's memory: second reads that the cache misses as well."""
-        return self.counted + Count(self.again - self.served, 0)
 
 
 # ---- at_fused: run in the harness ----------------------------------------------------------------
@@ -230,7 +186,7 @@ def count_others(case: str, dtype: str, layout: str) -> tuple[dict[str, Count], 
     return eager, compiled
 
 
-# ---- the table -----------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 def rows_of(case: str, dtype: str, layout: str, share: int = 1) -> list[Row]:
@@ -269,85 +225,19 @@ def count(quick: bool = False) -> list[Row]:
     return [row for setting in settings for row in rows_of(*setting, share=share)]
 
 
-NOTES = f"""\
-- *floor*: forward reads S and T and writes the two maps that are kept; backward reads S and k and
-  writes dS; value and gradient reads S and T and writes dS.
-- *distinct*: each byte once per launch, read or written: what has to cross the device's memory at
-  least once. *all accesses*: summed over every thread, so a coefficient that 32 lanes read counts
-  32 times: what goes through the first-level caches.
-- *S again*: students too large to stay on chip, read a second time by value and gradient. In
-  brackets, as a model, the share that an L2 cache of {L2_BYTES / 1e6:.0f} MB should still have: all
-  of a pair's where what is read and written in between fits it, else none. What it does not have
-  is added to the bytes of the model.
-- *eager*: operators of the popular lines, each one launch that reads its inputs and writes its
-  outputs. *compile*: what inductor's scheduler makes of them, from its Triton back end for the CPU;
-  a GPU splits large reductions, which is a few launches more. For value and gradient, both are
-  their forward and backward.
-- *us (model, not measured)*: bytes / {BANDWIDTH / 1e12} TB/s + launches x
-  {1e6 * LAUNCH_SECONDS:.0f} us (an assumption). As if every kernel's bytes came from memory, which
-  is unfair to those who find them in the L2 cache, and as if every kernel reached the full
-  bandwidth."""
-
-
-def table(rows: Sequence[Row], share: int = 1) -> str:
-    """The rows as Markdown."""
-    how = (
-        f"A share of 1/{share} of each batch on 1/{share} of the multiprocessors, times {share}."
-        if share > 1
-        else "Full batches."
-    )
-    lines = [
-        "# Roofline: bytes counted, times a model, not measured",
-        "",
-        f"`python benchmarks/roofline.py`: the CUDA kernels in the harness, as on an H100. {how}",
-        "MB of 10^6 bytes; cases as in cases.py.",
-        "",
-        "| case | dtype | layout | pass | floor, MB | distinct, MB | to floor | all accesses, MB "
-        "| S again, MB | launches | eager, MB | launches | compile, MB | launches "
-        "| us (model, not measured) | eager | compile |",
-        "|---|---|---|---|" + "--:|" * 13,
-    ]
-    for r in rows:
-        again = f"{r.again / 1e6:.2f} ({r.served / r.again:.0%} L2)" if r.again else ""
-        cells = [
-            *(r.case, r.dtype, r.layout, r.direction),
-            *(f"{r.floor / 1e6:.2f}", f"{r.counted.bytes / 1e6:.2f}", f"{r.ratio:.4f}x"),
-            *(f"{r.threads / 1e6:.2f}", again, str(r.counted.launches)),
-        ]
-        for other in (r.eager, r.compiled):
-            cells += [f"{other.bytes / 1e6:.2f}", str(other.launches)]
-        cells += [f"{c.model_us():.1f}" for c in (r.at_fused(), r.eager, r.compiled)]
-        lines.append(f"| {' | '.join(cells)} |")
-    above = [r for r in rows if r.ratio > 1.01]
-    lines += ["", NOTES]
-    if above:
-        lines += [
-            "- More than 1 % above the floor, by maps of samples that several blocks share: the",
-            "  last block reads back, out of the L2 cache, what the others have just written. In",
-            "  value and gradient, whose floor has no maps, the writing counts as well.",
-        ]
-    for r in above:
-        lines.append(
-            f"  - {r.case} {r.dtype} {r.layout}, {r.direction}: {r.ratio:.4f}x, "
-            f"{r.counted.bytes - r.floor} bytes, {r.extra_reads} of them read."
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="a quarter of cases a (fp32) and b (bf16)"
     )
-    quick = parser.parse_args().quick
-    text = table(count(quick), QUICK_SHARE if quick else 1)
-    if not quick:
-        import roofline_methods
+    if parser.parse_args().quick:
+        sys.stdout.write(roofline_model.table(count(quick=True), QUICK_SHARE))
+        return
+    from benchmarks import roofline_methods
 
-        text += "\n" + roofline_methods.table()
-    sys.stdout.write(text)
-    if not quick:
-        (HERE / "results/roofline.md").write_text(text)
+    model = roofline_model.Model(count(), list(roofline_methods.rows()), roofline_methods.SHARE)
+    roofline_model.save(model)
+    sys.stdout.write(roofline_model.text(model))
 
 
 if __name__ == "__main__":

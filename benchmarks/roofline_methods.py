@@ -8,28 +8,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from methods import VARIANTS, differentiable
-from plan_library import H100
-from roofline import Count, Operators
-from simt_backend import Counters, simt
 from torch import Tensor
 
+from benchmarks.methods import VARIANTS, differentiable
+from benchmarks.roofline import H100, Counters, Operators, simt
+from benchmarks.roofline_model import Count, MethodRow
+
 SHARE = 4  # divides the batches and the multiprocessors
-
-
-class Row(NamedTuple):
-    """One variant; ``floor`` is what has to be read and written."""
-
-    variant: str
-    case: str
-    dtype: str
-    layout: str
-    floor: int
-    counted: Count
-    eager: Count
 
 
 def apply(inputs: list[Any], change: Any) -> list[Any]:
@@ -60,7 +48,7 @@ def floor(name: str, inputs: list[Any]) -> int:
     return everything + again + gradients
 
 
-def row_of(name: str, case: str, dtype: str, layout: str) -> Row:
+def row_of(name: str, case: str, dtype: str, layout: str) -> MethodRow:
     """Counts one setting."""
     variant = VARIANTS[name]
     whole = variant.make(case, dtype, layout)
@@ -77,34 +65,11 @@ def row_of(name: str, case: str, dtype: str, layout: str) -> Row:
         torch.autograd.grad(variant.eager(*meta), differentiable(meta))
     moved = SHARE * (c.distinct_load_bytes + c.distinct_store_bytes)
     counted = Count(moved, c.launches)
-    return Row(name, case, dtype, layout, floor(name, whole), counted, eager.count)
+    return MethodRow(name, case, dtype, layout, floor(name, whole), counted, eager.count)
 
 
-def rows() -> Iterator[Row]:
+def rows() -> Iterator[MethodRow]:
     """The smallest case of each variant, in every layout, fp32."""
     for name, variant in VARIANTS.items():
         for layout in variant.layouts:
             yield row_of(name, variant.cases[0], "fp32", layout)
-
-
-def table() -> str:
-    """The rows as Markdown."""
-    lines = [
-        "## The rest of the method",
-        "",
-        f"Forward and backward, fp32, a share of 1/{SHARE} of each batch on 1/{SHARE} of the "
-        f"multiprocessors, times {SHARE}.",
-        "The floor reads every input once, what the gradient needs a second time, and writes the",
-        "gradient. Interpolation, masks and sums of maps by torch are not counted for at_fused.",
-        "",
-        "| variant | case | layout | floor, MB | distinct, MB | to floor | launches "
-        "| eager, MB | to floor | launches |",
-        "|---|---|---|" + "--:|" * 7,
-    ]
-    for r in rows():
-        cells = [r.variant, r.case, r.layout, f"{r.floor / 1e6:.2f}"]
-        for count in (r.counted, r.eager):
-            cells += [f"{count.bytes / 1e6:.2f}", f"{count.bytes / r.floor:.2f}x"]
-            cells += [str(count.launches)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

@@ -18,7 +18,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from cases import popular_losses
 from torch import Tensor, nn
 
 import at_fused
@@ -27,6 +26,7 @@ from at_fused._hooks import _Hook
 from at_fused._ops import loss, tap
 from at_fused.train.memory import peak
 from at_fused.train.wrn import WRN
+from benchmarks.cases import popular_losses
 
 BETA = 1e3
 Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
@@ -150,12 +150,12 @@ def programs(networks: Networks) -> dict[str, Program]:
 # ---- what a step holds, and what of its time is attention transfer -------------------------------
 
 
-def peak_bytes(program: Program) -> int:
-    """The most that a step holds beyond what was there before."""
+def peak_bytes(program: Program, device: str = "cpu") -> int:
+    """The most that a program holds beyond what was there before."""
     # Twice: the profiler knows the sizes of what it has seen allocated. Only so do the gradients
     # that the first run leaves count as freed in the second, every time.
     for _ in range(2):
-        with peak(torch.device("cpu")) as found:
+        with peak(torch.device(device)) as found:
             program()
     return found.bytes
 

@@ -7,11 +7,16 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+import at_fused
+from benchmarks.cases import backends
+
 Program = Callable[[], object]
+Row = dict[str, Any]
 
 COPY_BYTES = 256 << 20  # several times any second-level cache
 HOST_CYCLES = 2_000_000  # about a millisecond of a GPU's clock
@@ -108,9 +113,41 @@ def medians(
         shuffle(order)
         for key in order:
             measured[key].append(once(key))
-    return {key: statistics.median(values) * 1e3 for key, values in measured.items()}, rounds
+    found = {key: statistics.median(values) for key, values in measured.items()}
+    return {key: round(1e3 * seconds, 6) for key, seconds in found.items()}, rounds
 
 
+@cache
 def timer(device: str) -> CpuTimer | CudaTimer:
     """The one for a device type."""
     return CudaTimer() if device == "cuda" else CpuTimer()
+
+
+class Comparison(NamedTuple):
+    """Programs that take turns; ``ours`` run on each back end, ``others`` once a round."""
+
+    device: str
+    clock: CpuTimer | CudaTimer
+    seconds: float  # of measuring, about
+    what: Row
+    others: dict[str, Program]
+    ours: dict[str, Program]
+
+    def rows(self) -> list[Row]:
+        """A row for each back end."""
+        on = backends(self.device)
+        others = self.others | self.clock.floors()
+        timed = {(name, "auto"): program for name, program in others.items()}
+        timed |= {(name, backend): self.ours[name] for backend in on for name in self.ours}
+        ms, rounds = medians(
+            timed, self.clock, self.seconds, lambda key: at_fused.use_backend(key[1])
+        )
+        return [
+            {
+                **self.what,
+                "backend": backend,
+                "rounds": rounds,
+                "ms": {name: ms[name, ran] for name, ran in ms if ran in ("auto", backend)},
+            }
+            for backend in on
+        ]

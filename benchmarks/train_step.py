@@ -1,7 +1,7 @@
 """A training step of the authors' recipe and of at-fused-train's, side by side, with their data.
 
-    python benchmarks/train_step.py
-    python benchmarks/train_step.py --accuracy
+    python -m benchmarks.train_step
+    python -m benchmarks.train_step --accuracy
 
 WRN-16-2 -> WRN-16-1, batch 128, images of CIFAR's size. The recipe is eager PyTorch in fp32 and
 NCHW, with the popular four lines, and reads its images as its program does: one by one, through
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from at_fused.train.cli import TUNABLE
+from benchmarks import ROOT
 
 BATCH, STEPS, WARM_UP = 128, 12, 3
 IMAGES = 12_800
@@ -94,8 +95,9 @@ def authors_batches(images: Any, labels: Any, read: bool, workers: int) -> Itera
 def recipe_step(student: Any, teacher: Any, optimizer: Any, x: Any, y: Any) -> None:
     """A step as the authors' program takes it, with the popular lines."""
     import torch
-    from cases import popular_losses
     from torch.nn.functional import cross_entropy
+
+    from benchmarks.cases import popular_losses
 
     logits, features = student(x)
     with torch.no_grad():
@@ -183,10 +185,17 @@ class Program:
         environment = dict(os.environ)
         if (PROGRAMS[name][1] or {"speed": "exact"})["speed"] != "exact":
             environment["GLIBC_TUNABLES"] = f"{TUNABLE}=1"  # as the program itself does
-        command = [sys.executable, __file__, "--work", name, "--workers", str(workers)]
+        command = [sys.executable, "-m", "benchmarks.train_step", "--work", name]
+        command += ["--workers", str(workers)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, env=environment, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdin=pipe,
+            stdout=pipe,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
         self.seconds: list[float] = []
 

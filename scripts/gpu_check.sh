@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks at_fused on a machine with a GPU: builds it against the torch at hand (2.10 or later), runs
-# the GPU tests, the benchmarks and, where there is one, compute-sanitizer. Leaves one report,
-# benchmarks/results/gpu_check_<device>_<date>.md.
+# the GPU tests, the benchmarks and, where there is one, compute-sanitizer. Leaves two files to send
+# in: benchmarks/results/gpu_check_<device>_<date>.md, and the <device>.json of the benchmarks.
 #
 #     scripts/gpu_check.sh            PYTHON=... chooses the interpreter (default: python)
 #
@@ -105,7 +105,7 @@ pytest=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts") + "
 step "GPU tests" "$pytest" -m gpu -p no:cacheprovider
 step "Training" "$PYTHON" -m at_fused.train --preset digits-quick --device cuda --speed auto \
   --out "$work/run"
-step "Benchmarks" "$pytest" benchmarks --benchmark-only -q -k cuda
+step "Benchmarks" "$PYTHON" -m benchmarks.report
 
 sanitizer=$(command -v compute-sanitizer)
 if [[ -z $sanitizer && -x /usr/local/cuda/bin/compute-sanitizer ]]; then
@@ -130,5 +130,5 @@ done
   fi
 } >>"$report"
 tail -n 1 "$report"
-echo "report: $report"
+echo "report: $report; the benchmarks: the device's .json beside it"
 ((${#failed[@]} == 0))

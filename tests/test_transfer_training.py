@@ -21,8 +21,8 @@ from at_fused import AttentionTransfer
 from at_fused.train import parallel
 from at_fused.train.wrn import WRN
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from steps import peak_bytes
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks.steps import peak_bytes
 
 BETA = 100.0
 GROUPS = ["groups.0", "groups.1", "groups.2"]

@@ -1,0 +1,23 @@
+"""The benchmarks of a checkout: ``python -m benchmarks.report`` runs them and writes the report.
+
+    cases, methods, steps    the programs that are compared, and their inputs
+    timing                   how long a program takes
+    measure                  what is timed, as rows
+    results                  the rows of a device, as JSON
+    tables, charts, pages    what is made of them
+    report                   measures, and puts the results of all devices together
+    roofline*                bytes that the CUDA kernels move, counted without a GPU
+    train_step               the authors' recipe and at-fused-train's, step by step
+
+The test_*.py time the same for pytest-benchmark.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+# "python -m" and pytest put the checkout first on the path. at_fused has to be the installed one,
+# with its libraries, so what is beside this package comes last.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [path for path in sys.path if Path(path or os.curdir).resolve() != ROOT]
+sys.path.append(str(ROOT))
