@@ -1,0 +1,327 @@
+"""The benchmark report: what is committed is what the program makes of the committed figures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from at_fused.backends import users
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks import (
+    ROOT,
+    charts,
+    measure,
+    methods,
+    pages,
+    report,
+    results,
+    roofline_model,
+    steps,
+    tables,
+    timing,
+)
+from benchmarks.cases import CASES, DEVICES
+from benchmarks.results import FOLDER, Result
+from benchmarks.timing import CpuTimer
+
+FOUND = results.load_all(FOLDER)
+MODEL = roofline_model.load()
+SHOWN = [name for _, name, _ in pages.MARKED.findall(report.README.read_text())]
+
+
+def cpu() -> Result:
+    """One with all parts: the README's."""
+    return copy.deepcopy(next(FOUND[name] for name in SHOWN if name in FOUND))
+
+
+def gpu() -> Result:
+    """A device that is not there: the figures of the README's, on two back ends."""
+    pretend = cpu() | {"device": "Pretend(R) GPU 9", "kind": "cuda"}
+    pretend["backends"] = {"cuda": "CUDA kernels", "triton": "Triton kernels"}
+    parts = pretend["parts"]
+    del parts["threads"]
+    for name, rows in parts.items():
+        parts[name] = [row | {"backend": on} for row in rows for on in pretend["backends"]]
+    for row in parts["cases"]:
+        row["bytes"] = row["bytes"] | {"copy": 2**29}
+        row["ms"] = row["ms"] | {"copy": 100.0}
+    for row in parts["steps"]:
+        row["own"] = {name: ms for name, ms in row["own"].items() if name != "tap"}
+        row.pop("share")
+    return pretend
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Results of one device, and a README; the program's own for the test."""
+    shutil.copy(roofline_model.FILE, tmp_path)
+    results.write(results.path_of(cpu(), tmp_path), cpu())
+    name = results.slug(cpu()["device"])
+    readme = f"before\n<!-- from benchmarks/results/{name}.json -->\nold\n<!-- end -->\nafter\n"
+    (tmp_path / "README.md").write_text(readme)
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    return tmp_path
+
+
+# ---- what is committed ---------------------------------------------------------------------------
+
+
+def test_the_report_is_made_of_the_results() -> None:
+    drawn = report.pictures(FOUND, MODEL)
+    assert (FOLDER / "report.md").read_text() == pages.report(FOUND, MODEL, drawn)
+
+
+def test_the_readme_is_made_of_the_results() -> None:
+    text = report.README.read_text()
+    assert pages.in_readme(text, FOUND, MODEL) == text
+    assert len(SHOWN) == 2 == text.count("<!-- end -->")
+    (picture,) = {f"benchmarks/results/{name}-cases.png" for name in SHOWN if name in FOUND}
+    assert f"({picture})" in text
+
+
+def test_the_counts_are_those_of_their_table() -> None:
+    assert roofline_model.FILE.with_suffix(".md").read_text() == roofline_model.text(MODEL)
+
+
+def test_the_pictures_were_drawn_from_the_results() -> None:
+    for name, (_, source) in report.pictures(FOUND, MODEL).items():
+        with Image.open(FOLDER / f"{name}.png") as picture:
+            assert picture.text["Description"] == charts.digest(source), name
+
+
+def test_a_figure_that_is_changed_shows(folder: Path) -> None:
+    report.main(["--merge"])
+    before = {path: (folder / path).read_text() for path in ("report.md", "README.md")}
+    changed = cpu()
+    changed["parts"]["cases"][0]["ms"]["at_fused"] *= 2
+    results.write(results.path_of(changed, folder), changed)
+    report.main(["--merge"])
+    assert all((folder / path).read_text() != text for path, text in before.items())
+    assert charts.digest(changed) != charts.digest(cpu())
+
+
+# ---- several devices -----------------------------------------------------------------------------
+
+
+def test_devices_are_merged(folder: Path) -> None:
+    report.main(["--merge"])
+    alone = (folder / "README.md").read_text()
+    assert alone.startswith("before\n<!-- from")
+    assert alone.endswith("<!-- end -->\nafter\n")
+    assert "\nold\n" not in alone
+    assert alone.count("\n| a |") == 4
+
+    results.write(results.path_of(gpu(), folder), gpu())
+    for _ in range(2):  # again, over what is there
+        report.main(["--merge"])
+        assert (folder / "README.md").read_text() == alone
+        text = (folder / "report.md").read_text()
+        assert "## pretend-gpu-9\n" in text
+        assert text.count("(#pretend-gpu-9) |") == 2  # a line for each back end
+        assert "| a | fp32 | NCHW | triton |" in text
+        assert "of copy" in text
+        for name in ("pretend-gpu-9-cases", "pretend-gpu-9-roofline", "roofline"):
+            assert f"({name}.png)" in text
+            with Image.open(folder / f"{name}.png") as picture:
+                assert picture.size > (600, 300)
+
+
+def test_the_roofline_says_whether_it_was_measured() -> None:
+    (model,), (measured,) = charts.roofline(MODEL).axes, charts.roofline(MODEL, gpu()).axes
+    assert "a model of an H100, not measured" in model.get_title()
+    assert "measured on Pretend(R) GPU 9" in measured.get_title()
+    assert charts.points(MODEL, []) != charts.points(MODEL, gpu()["parts"]["cases"])
+
+
+def test_ratios_are_the_others_over_ours() -> None:
+    row = {"backend": "cpu", "case": "a", "dtype": "fp32", "layout": "NCHW", "pass": "forward"}
+    ms = [{"floor": 1, "at_fused": 2, "compile": 3, "eager": 8}]
+    ms += [{"floor": 1, "at_fused": 1, "compile": 3, "eager": 9}]
+    text = tables.all_cases([row | {"ms": ms[0]}, row | {"case": "b", "ms": ms[1]}])
+    assert "| a | fp32 | NCHW | 1.00 | 2.00 | 4.0x | 1.5x |" in text
+    assert "| forward | 6.0x | 4.0x | 2.1x | 1.5x |" in text
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3"),
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "intel-xeon-platinum-8481c"),
+        ("AMD EPYC, family 25 model 17", "amd-epyc-family-25-model-17"),
+    ],
+)
+def test_names_of_files(device: str, name: str) -> None:
+    assert results.slug(device) == name
+
+
+# ---- files that are not results ------------------------------------------------------------------
+
+
+def edited(change: Callable[[Result], Any]) -> str:
+    found = cpu()
+    change(found)
+    return json.dumps(found)
+
+
+def row(found: Result, part: str = "cases") -> dict[str, Any]:
+    return found["parts"][part][0]
+
+
+DAMAGED = {
+    "cut off": edited(lambda r: None)[:-100],
+    "empty": "",
+    "no object": "[]",
+    "an older schema": edited(lambda r: r.update(schema=0)),
+    "no schema": edited(lambda r: r.pop("schema")),
+    "no device": edited(lambda r: r.pop("device")),
+    "threads in words": edited(lambda r: r.update(threads="two")),
+    "an unknown part": edited(lambda r: r["parts"].update(more=[])),
+    "a part without rows": edited(lambda r: r["parts"].update(calls=[])),
+    "a row that is none": edited(lambda r: r["parts"]["calls"].append(3)),
+    "no back end": edited(lambda r: row(r).pop("backend")),
+    "a time of nothing": edited(lambda r: row(r)["ms"].update(eager=0)),
+    "a negative time": edited(lambda r: row(r)["ms"].update(eager=-1.0)),
+    "NaN": edited(lambda r: row(r)["ms"].update(eager=float("nan"))),
+    "a time in words": edited(lambda r: row(r, "taps")["ms"].update(eager="1")),
+    "a program that is missing": edited(lambda r: row(r, "sizes")["ms"].pop("compile")),
+    "a case that is missing": edited(lambda r: r["parts"]["cases"].pop()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_results_are_refused(folder: Path, name: str) -> None:
+    path = folder / "damaged.json"
+    path.write_text(DAMAGED[name])
+    with pytest.raises(SystemExit, match=r"benchmarks\.report: .*damaged\.json: not ") as error:
+        report.main(["--merge"])
+    assert "\n" not in str(error.value)
+    assert "old" in (folder / "README.md").read_text()
+    assert not (folder / "report.md").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"parts": {"rows": [{}], "methods": []}}'])
+def test_damaged_counts_are_refused(folder: Path, text: str) -> None:
+    (folder / "roofline.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"roofline\.json: not "):
+        report.main(["--merge"])
+
+
+def test_results_that_are_missing(folder: Path) -> None:
+    results.path_of(cpu(), folder).unlink()
+    with pytest.raises(SystemExit, match="no results in "):
+        report.main(["--merge"])
+    results.write(results.path_of(gpu(), folder), gpu())
+    with pytest.raises(SystemExit, match=r"README\.md shows .*, which is not there"):
+        report.main(["--merge"])
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rounds of small inputs, and nothing compiled: what is timed is not at stake."""
+    monkeypatch.setattr(CpuTimer, "least_rounds", 1)
+    monkeypatch.setattr(CpuTimer, "most_rounds", 1)
+    for case in CASES:
+        monkeypatch.setitem(CASES, case, (8, [(4, 6, 8), (2, 2, 4)]))
+    monkeypatch.setattr(measure, "SIZES", [(1, 1), (4, 2)])
+    first = {setting[0]: setting for setting in reversed(measure.METHODS)}
+    monkeypatch.setattr(measure, "METHODS", list(first.values()))
+    monkeypatch.setattr(methods, "TOKENS", dict.fromkeys(methods.TOKENS, (2, 5, 4, 6)))
+    monkeypatch.setattr(measure, "OWN_ROUNDS", 1)
+    monkeypatch.setattr(steps, "NETWORKS", {"wrn": lambda: steps.wrn(batch=2)})
+    monkeypatch.setattr(report, "NETWORKS", steps.NETWORKS)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_program_measures_all_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results.path_of(cpu(), folder).unlink()
+    (folder / "README.md").write_text("shows nothing\n")
+    report.main([])
+    found = results.load_all(folder)
+    assert sorted(result["kind"] for result in found.values()) == sorted(DEVICES)
+    for result in found.values():
+        there = set(measure.PARTS) - set(measure.ON_CPU_ONLY if result["kind"] == "cuda" else ())
+        assert result["parts"].keys() == there
+    text = (folder / "report.md").read_text()
+    assert all(title in text for title in tables.TITLES.values())
+    assert "calls, 0 s" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_parts_are_measured_beside_those_of_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results.path_of(cpu(), folder).unlink()
+    (folder / "README.md").write_text("shows nothing\n")
+    report.main(["--only", "calls"])
+    report.main(["--only", "taps"])
+    for result in results.load_all(folder).values():
+        assert list(result["parts"]) == ["calls", "taps"]
+    monkeypatch.setattr(results, "commit", lambda: "another")
+    with pytest.raises(SystemExit, match=r"\.json: commit was .*: measure all parts again"):
+        report.main(["--only", "sizes"])
+
+
+def test_each_back_end_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "backends", lambda device: ["cpu", "eager"])
+    ran = []
+    programs = [{name: lambda: ran.append(users()["cpu"])} for name in ("eager", "at_fused")]
+    found = timing.Comparison("cpu", CpuTimer(), 0, {"shape": [1]}, *programs).rows()
+    assert [row["backend"] for row in found] == ["cpu", "eager"]
+    assert all(row["shape"] == [1] and row["ms"].keys() == {"eager", "at_fused"} for row in found)
+    assert found[0]["ms"]["eager"] == found[1]["ms"]["eager"]
+    # The rival and ours on the fastest, ours on the other.
+    assert sorted(ran) == sorted(["cpu", "cpu", "eager"] * (len(ran) // 3))
+
+
+def test_memory_is_the_gradient_and_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(measure, "MEMORY_SHARES", (8,))
+    (found,) = measure.memory("cpu")
+    assert found["gradient"] < found["bytes"]["at_fused"] < 1.1 * found["gradient"]
+    assert found["bytes"]["eager"] > 2 * found["gradient"]
+
+
+def test_steps_want_torchvision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(report, "NETWORKS", {"resnet": None})
+    with pytest.raises(SystemExit, match="torchvision"):
+        report.main([])
+
+
+def test_the_installed_package_is_measured(tmp_path: Path) -> None:
+    """Not what is in the checkout, which comes first on the path and may have no libraries."""
+    files = {
+        "checkout/benchmarks/__init__.py": (ROOT / "benchmarks/__init__.py").read_text(),
+        "checkout/benchmarks/which.py": "import at_fused\n",
+        "checkout/at_fused/__init__.py": "print('the source')",
+        "installed/at_fused/__init__.py": "print('the installed')",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.which"],
+        cwd=tmp_path / "checkout",
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "the installed\n"
