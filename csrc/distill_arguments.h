@@ -191,7 +191,7 @@ struct DistanceArguments {
     STD_TORCH_CHECK(a[0].dim() >= 1, "at_fused: tensors must have a batch dimension");
     B = a[0].size(0);
     for (size_t i = 0; i < a.size(); ++i) {
-      STD_TORCH_CHECK(a[i].dim() == b[i].dim() && a[i].sizes() == b[i].sizes(),
+      STD_TORCH_CHECK(a[i].sizes().equals(b[i].sizes()),
                       "at_fused: the tensors of a pair must have the same shape");
       STD_TORCH_CHECK(a[i].dim() >= 1 && a[i].size(0) == B,
                       "at_fused: all tensors must have the same batch size");
