@@ -238,7 +238,7 @@ def try_out(env: Environment, build: Build, source: Path, checked: list[str]) ->
             # What CUDA's kernels do in the harness, no version of torch has a part in.
             selection = ("-q", "-p", "no:cacheprovider", "-k", "not simt")
             report = env.call("-m", "pytest", *selection, *tests, tools=True)
-            checked.append(report.splitlines()[-1].split(" in ")[0])
+            checked.append(report.splitlines()[-1].split(",")[0])
     finally:
         env.pip("uninstall", "-y", "at_fused")
     wrong = sorted(env.files() ^ before)
