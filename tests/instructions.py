@@ -6,15 +6,14 @@ cases of ``RECORDED`` and writes cost/recorded.json.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from native import COMPILER, built
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -67,35 +66,15 @@ RECORDED += [
 
 def compiler() -> str:
     """The compiler in use, and the first part of its version: others count otherwise."""
-    name = os.environ.get("CXX", "g++")
-    version = subprocess.run([name, "-dumpversion"], capture_output=True, text=True, check=True)
-    return f"{Path(name).name} {version.stdout.split('.')[0].strip()}"
+    version = subprocess.run([COMPILER, "-dumpversion"], capture_output=True, text=True, check=True)
+    return f"{Path(COMPILER).name} {version.stdout.split('.')[0].strip()}"
 
 
 def program() -> Path:
-    """cost.cpp with the kernels, compiled if need be and kept by the hash of its sources."""
+    """cost.cpp with the kernels, compiled if need be."""
     files = [HERE / "cost/cost.cpp", *(ROOT / f"csrc/cpu/kernels_{n}.cpp" for n in LEVELS)]
-    digest = hashlib.sha256(repr((OPTIONS, compiler())).encode())
-    for file in sorted({*files, *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h")}):
-        digest.update(file.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"at_fused_cost_{os.getuid()}"
-    target = folder / digest.hexdigest()[:16]
-    if target.exists():
-        return target
-    folder.mkdir(exist_ok=True)
-    name = os.environ.get("CXX", "g++")
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-
-        def compile_one(file: Path) -> str:
-            made = f"{work}/{file.name}.o"
-            subprocess.run([name, *OPTIONS, "-c", str(file), "-o", made], check=True)
-            return made
-
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_one, files))
-        subprocess.run([name, *objects, "-o", f"{work}/cost"], check=True)
-        os.replace(f"{work}/cost", target)
-    return target
+    headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cpu/*.h")]
+    return built("cost", [(file, OPTIONS) for file in files], [], headers, compiler())
 
 
 def count(cases: list[Case]) -> dict[Case, int]:
