@@ -447,7 +447,8 @@ AT_FUSED_INLINE void for_each_position(const S* student, const T* teacher, int64
   if (i < n) {
     S s[width] = {};
     T t[width] = {};
-    for (int64_t j = i; j < n; ++j) s[j - i] = student[j], t[j - i] = teacher[j];
+    copy_few<S, width / 2>(student + i, int(n - i), s);
+    copy_few<T, width / 2>(teacher + i, int(n - i), t);
     f(0, load_fp64(s), load_fp64(t), i);
   }
 }
@@ -459,7 +460,7 @@ AT_FUSED_INLINE void store_positions(A* map, int64_t i, int64_t n, Vec<double> v
   if (i + width <= n) return store_fp64(map + i, v);
   A padded[width];
   store_fp64(padded, v);
-  for (int64_t j = i; j < n; ++j) map[j] = padded[j - i];
+  copy_few<A, width / 2>(padded, int(n - i), map + i);
 }
 
 AT_FUSED_INLINE double total(const Vec<double> (&sums)[chains]) {

@@ -234,7 +234,7 @@ AT_FUSED_INLINE void store_both(BFloat16* to, Both<Vec<float>> v) {
 }
 #endif
 
-// `count` elements, fewer than a vector's, in pieces whose sizes the compiler knows.
+// `count` elements, fewer than twice the first piece, in pieces whose sizes the compiler knows.
 template <class T, int piece = vector_elements<T> / 2>
 AT_FUSED_INLINE void copy_few(const T* from, int count, T* to) {
   if (count & piece) {
