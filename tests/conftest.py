@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,11 +27,22 @@ if not cpu.available():
         "'pytest' rather than 'python -m pytest', which imports the checkout instead."
     )
 
-# The same examples each time, so that a failure is a change. To look for new ones:
-# pytest tests/test_properties.py --hypothesis-profile=search --hypothesis-seed=N
+# The same examples each time, so that a failure is a change. To look for new ones, 10,000 of them:
+# pytest tests/test_properties.py --hypothesis-profile=search; --hypothesis-seed=N repeats a run.
 settings.register_profile("same", derandomize=True, max_examples=150)
-settings.register_profile("search", max_examples=5000)
+settings.register_profile("search", max_examples=4000)
 settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(random.randrange(2**32))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"hypothesis seed: {config.option.hypothesis_seed}"
+
 
 # CUDA's kernels in the harness: on a device so wide that even small samples are cut and several
 # blocks meet, and on one so small that samples stay whole, few of them on chip.
