@@ -253,39 +253,6 @@ def test_a_single_position_is_always_zero(backend: str) -> None:
     at_fused.at_loss(s, t)  # once: a second warning would be an error here
 
 
-# ---- same bits -----------------------------------------------------------------------------------
-
-
-def everything(threads: int, students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        loss = at_fused.at_loss(students, teachers, reduction="none")
-        maps = [at_fused.attention_map(x) for x in students]
-        return [loss, *maps, *torch.autograd.grad(loss.sum(), students + teachers)]
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_for_any_number_of_threads(layout: str, dtype: torch.dtype) -> None:
-    """Of the CPU's, whose threads share the work; GPU kernels have their schedules elsewhere."""
-    students = [
-        features(1, 24, 91, 83, layout=layout, dtype=dtype),
-        features(40, 13, 17, 9, layout=layout, dtype=dtype),
-        features(2, 130, 31, 31, layout=layout, dtype=dtype),
-    ]
-    teachers = [features(x.shape[0], 7, *x.shape[2:], layout=layout) for x in students]
-    for x in students + teachers:
-        x.requires_grad_()
-    with at_fused.use_backend("cpu"):
-        once = everything(1, students, teachers)
-        for threads in (1, 2, 3, 7):
-            again = everything(threads, students, teachers)
-            assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True)), threads
-
-
 # ---- derivatives ---------------------------------------------------------------------------------
 
 

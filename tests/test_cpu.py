@@ -1,4 +1,4 @@
-"""The compiled CPU library: rounding of 16-bit values and of any exponent, memory, threads."""
+"""The compiled CPU library: rounding of 16-bit values and of any exponent, memory."""
 
 from __future__ import annotations
 
@@ -72,21 +72,3 @@ def test_no_feature_sized_temporary() -> None:
 
     assert 0 < allocated(forward) < size / 16
     assert size <= allocated(backward) < size * 1.02
-
-
-def test_calls_from_many_threads_agree() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    s, t = torch.randn(8, 16, 20, 20), torch.randn(8, 16, 20, 20)
-
-    def work(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x = (s * (1 + i % 3)).requires_grad_()
-        loss = at_fused.at_loss(x, t)
-        loss.backward()
-        return loss.detach(), x.grad * (1 + i % 3)
-
-    with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(work, range(64)))
-    for loss, gradient in results:
-        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
-        torch.testing.assert_close(gradient, results[0][1], rtol=1e-5, atol=1e-9)

@@ -132,21 +132,6 @@ def test_the_norm_at_0_has_gradient_0(backend: str) -> None:
     torch.testing.assert_close(g[1], torch.full((40,), -1 / 3 / 40**0.5))
 
 
-def test_the_same_bits_for_any_number_of_threads() -> None:
-    a, b = torch.randn(3, 300007), torch.randn(3, 300007)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(_ops.distance_loss([a], [b], [], True, "sum"))
-    finally:
-        torch.set_num_threads(threads)
-    for loss, squares in results:
-        assert torch.equal(loss, results[0][0])
-        assert torch.equal(squares, results[0][1])
-
-
 @pytest.mark.parametrize("which", ["second", "both"])
 def test_opcheck(backend: str, which: str) -> None:
     a = [torch.randn(2, 3, 4), torch.randn(2, 5).half()]

@@ -1,0 +1,122 @@
+"""Eight threads call everything at once: ``threaded.py ROUNDS``, or ``threaded.py race``.
+
+Every result must have the bits that one thread alone gets. ``race`` lets all write one gradient in
+place, which no caller may do: ThreadSanitizer has to see it. ``digest`` is of one thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import at_fused
+from at_fused import _ops
+
+THREADS = 8
+Work = Callable[[], list[Tensor]]
+
+
+def differentiated(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+
+
+def works() -> list[Work]:
+    """Calls of all operators, on tensors that the threads share."""
+    torch.manual_seed(0)
+    found: list[Work] = []
+
+    def add(function: Callable[..., list[Tensor]], *arguments: Any, **options: Any) -> None:
+        found.append(lambda: function(*arguments, **options))
+
+    def loss(s: Tensor, t: Tensor, **options: Any) -> list[Tensor]:
+        return differentiated(at_fused.at_loss(s, t, **options), s)
+
+    def value_and_grad(s: Tensor, t: Tensor, **options: Any) -> list[Tensor]:
+        value, gradient = at_fused.at_value_and_grad(s, t, **options)
+        return [value, gradient]
+
+    def tap(s: Tensor, t: Tensor, **options: Any) -> list[Tensor]:
+        y, q = at_fused.attention_tap(s, **options)
+        loss = at_fused.map_loss(q, at_fused.attention_map(t, **options), form="paper")
+        # What follows has a gradient, and no value: torch's sum is another on other threads.
+        return [loss.detach(), *torch.autograd.grad(loss + (y * y).sum(), s)]
+
+    def kd(s: Tensor, t: Tensor) -> list[Tensor]:
+        return differentiated(at_fused.kd_loss(s, t, torch.arange(len(s))), s, t)
+
+    def distance(s: Tensor, t: Tensor) -> list[Tensor]:
+        features = at_fused.features_loss(s, t)
+        return differentiated(features + at_fused.gradient_at_loss(s, t), s, t)
+
+    # One sample cut into several tasks, several in one, and less than two threads are worth.
+    for shape in ((1, 24, 60, 50), (40, 7, 12, 9), (2, 3, 5, 4)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                s = torch.randn(shape).to(dtype, memory_format=layout).requires_grad_()
+                t = torch.randn_like(s.detach())
+                half = t[..., ::2, ::2]
+                add(loss, s, t, form="paper")
+                add(value_and_grad, s, t, p=3.0)
+                add(tap, s, t)
+                add(tap, s, t, collapse="max")
+                add(loss, s, t, collapse="max")
+                add(loss, s, half, resize="features")
+                add(loss, s, half, resize="maps", p=1.0, absolute=False)
+                add(loss, s, t, attend="channel", reduction="sample")
+                add(distance, s, t.requires_grad_())
+    for k in (10, 3000):
+        add(kd, *(torch.randn(9, k).requires_grad_() for _ in range(2)))
+    return found
+
+
+def in_threads(work: Callable[[int], None]) -> None:
+    with ThreadPoolExecutor(THREADS) as pool:
+        for result in [pool.submit(work, i) for i in range(THREADS)]:
+            result.result()
+
+
+def same_bits(rounds: int) -> None:
+    calls = works()
+    alone = [call() for call in calls]
+
+    def work(thread: int) -> None:
+        order = random.Random(thread)
+        for _ in range(rounds):
+            for i in order.sample(range(len(calls)), len(calls)):
+                found = calls[i]()
+                assert all(map(torch.equal, found, alone[i])), f"call {i} in thread {thread}"
+
+    in_threads(work)
+
+
+def race() -> None:
+    x, k = torch.randn(2, 3, 8, 8), torch.randn(2, 64)
+    gradient = torch.zeros_like(x)
+
+    def work(thread: int) -> None:
+        for _ in range(100):
+            _ops.attention_tap_backward_(gradient, x, k, 2.0, "mean")
+
+    in_threads(work)
+
+
+if __name__ == "__main__":
+    match sys.argv[1]:
+        case "digest":
+            digest = hashlib.sha256()
+            for call in works():
+                for x in call():
+                    digest.update(x.flatten().view(torch.uint8).numpy().tobytes())
+            print(digest.hexdigest())
+        case "race":
+            race()
+        case rounds:
+            same_bits(int(rounds))
+            print("done")
