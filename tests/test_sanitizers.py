@@ -1,4 +1,4 @@
-"""The contract on the CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer over the compiled code."""
 
 from __future__ import annotations
 
@@ -9,32 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import sanitized
 from simt_backend import build
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.long
 
 
-def sanitizer_libraries() -> str:
-    """What must be loaded before Python, which was built without them."""
-    compiler = os.environ.get("CXX", "g++")
-    names = ("libasan.so", "libubsan.so", "libstdc++.so")
-    found = [
-        subprocess.run(
-            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in names
-    ]
-    return " ".join(found)
-
-
-def run_sanitized(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "AT_FUSED_SIMT": "sanitizers",
-        "LD_PRELOAD": sanitizer_libraries(),
-        # What Python and torch keep to the end is not a leak of ours.
-        "ASAN_OPTIONS": "detect_leaks=0",
-    }
+def run(
+    folder: Path, environment: dict[str, str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """A Python outside the checkout, which would stand in for the package."""
     return subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
@@ -45,34 +30,85 @@ def run_sanitized(folder: Path, *arguments: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_the_contract(tmp_path: Path) -> None:
-    build.build("sanitizers")
+def output_of(folder: Path, environment: dict[str, str], *arguments: str) -> str:
+    done = run(folder, environment, *arguments)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+def contract(folder: Path, environment: dict[str, str], backend: str) -> str:
+    """Runs the tests of the operators."""
     pytest_executable = shutil.which("pytest", path=str(Path(sys.executable).parent))
     assert pytest_executable, "pytest is installed beside Python"
     names = "contract", "general_maps", "tap_operators", "value_and_grad", "kd", "distance"
     files = [str(HERE / f"test_{name}.py") for name in names]
     # Derivatives of derivatives add nothing here, and compilers do not run under a sanitizer.
-    chosen = "simt and not gradcheck and not second and not compile and not opcheck"
-    done = run_sanitized(
-        tmp_path, pytest_executable, "-q", "-p", "no:cacheprovider", "-k", chosen, *files
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert " passed" in done.stdout
+    chosen = f"{backend} and not gradcheck and not second and not compile and not opcheck"
+    words = "-q", "-p", "no:cacheprovider", "-k", chosen, *files
+    return output_of(folder, environment, pytest_executable, *words)
+
+
+def assert_found(folder: Path, environment: dict[str, str], imported: str) -> None:
+    """A feature with a forbidden piece in its middle."""
+    code = f"""
+import ctypes, sys, torch
+sys.path.insert(0, {str(HERE)!r})
+{imported}
+x = torch.frombuffer(memoryview(bytearray(1024)), dtype=torch.float32).view(1, 4, 8, 8)
+ctypes.CDLL(None).__asan_poison_memory_region(ctypes.c_void_p(x.data_ptr() + 512), 64)
+operators.attention_map([x], 2.0, "mean")
+"""
+    done = run(folder, environment, "-c", code)
+    assert done.returncode != 0
+    assert "AddressSanitizer: use-after-poison" in done.stderr, done.stderr[-2000:]
+
+
+# ---- CUDA's kernels ------------------------------------------------------------------------------
+
+SIMT = os.environ | {
+    "AT_FUSED_SIMT": "sanitizers",
+    # What Python and torch keep to the end is not a leak of ours.
+    "ASAN_OPTIONS": "detect_leaks=0",
+}
+
+
+def test_the_contract_of_cuda(tmp_path: Path) -> None:
+    build.build("sanitizers")
+    environment = SIMT | {"LD_PRELOAD": sanitized.preloaded("address")}
+    assert " passed" in contract(tmp_path, environment, "simt")
 
 
 def test_an_error_would_be_found(tmp_path: Path) -> None:
-    """A feature with a forbidden piece in its middle."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(HERE)!r})
-import ctypes, torch
-from simt_backend import load
-harness, functions = load()
-asan = ctypes.CDLL(None)
-x = torch.frombuffer(memoryview(bytearray(1024)), dtype=torch.float32).view(1, 4, 8, 8)
-asan.__asan_poison_memory_region(ctypes.c_void_p(x.data_ptr() + 512), 64)
-functions.attention_map([x], 2.0, "mean")
-"""
-    done = run_sanitized(tmp_path, "-c", code)
+    environment = SIMT | {"LD_PRELOAD": sanitized.preloaded("address")}
+    assert_found(tmp_path, environment, "from simt_backend import load; _, operators = load()")
+
+
+# ---- the CPU library -----------------------------------------------------------------------------
+
+
+def test_the_contract_of_cpu(tmp_path: Path) -> None:
+    assert " passed" in contract(tmp_path, sanitized.package("address", tmp_path), "cpu")
+
+
+def test_hostile_arguments(tmp_path: Path) -> None:
+    environment = sanitized.package("address", tmp_path)
+    output = output_of(tmp_path, environment, str(HERE / "hostile.py"), "4", "3000")
+    assert "3000 calls of cpu, " in output
+    assert ", 0 wrong" in output
+
+
+def test_an_error_on_the_cpu_would_be_found(tmp_path: Path) -> None:
+    environment = sanitized.package("address", tmp_path)
+    assert_found(tmp_path, environment, "from at_fused import _ops as operators")
+
+
+def test_eight_threads(tmp_path: Path) -> None:
+    environment = sanitized.package("thread", tmp_path)
+    assert "done" in output_of(tmp_path, environment, str(HERE / "threaded.py"), "1")
+
+
+def test_a_race_would_be_found(tmp_path: Path) -> None:
+    environment = sanitized.package("thread", tmp_path)
+    done = run(tmp_path, environment, str(HERE / "threaded.py"), "race")
     assert done.returncode != 0
-    assert "AddressSanitizer: use-after-poison" in done.stderr, done.stderr[-2000:]
+    assert "ThreadSanitizer: data race" in done.stderr, done.stderr[-2000:]
