@@ -1,0 +1,110 @@
+"""Runs the operators on tensors that end, or begin, where memory does: ``guarded.py``.
+
+A read or write beyond one is the end of this process, whatever instruction makes it: sanitizers do
+not see those of masked vectors. ``guarded.py beyond`` makes one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import mmap
+import sys
+
+import torch
+from conftest import use
+from torch import Tensor
+
+from at_fused import _ops
+
+PAGE = mmap.PAGESIZE
+C_LIBRARY = ctypes.CDLL(None, use_errno=True)
+kept: list[mmap.mmap] = []  # a page must stay mapped, or the next tensor would lie beside this one
+
+
+def guarded(x: Tensor, at_end: bool, beyond: int = 0) -> Tensor:
+    """A copy of a dense tensor, its last byte or its first beside a page that nobody may touch."""
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    inner = x.permute(order).contiguous()
+    size = inner.numel() * inner.element_size()
+    pages = -(-size // PAGE)
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    kept.append(memory)
+    begin = (pages + 1) * PAGE - size if at_end else PAGE
+    held = torch.frombuffer(memory, dtype=x.dtype, count=inner.numel(), offset=begin + beyond)
+    if not beyond:
+        held.copy_(inner.flatten())
+    start = held.data_ptr() - begin - beyond
+    for page in (0, pages + 1):
+        address = ctypes.c_void_p(start + page * PAGE)
+        if C_LIBRARY.mprotect(address, ctypes.c_size_t(PAGE), 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    return held.view(inner.shape).permute([order.index(d) for d in range(x.dim())])
+
+
+def run(shape: tuple[int, ...], dtype: torch.dtype, last: bool, at_end: bool) -> int:
+    """All operators on features of one shape; the number of calls."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def place(x: Tensor) -> Tensor:
+        return guarded(x, at_end)
+
+    def feature() -> Tensor:
+        x = torch.randn(shape).to(dtype)
+        return place(x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x)
+
+    x, y, gradient = feature(), feature(), feature()
+    b, n = shape[0], math.prod(shape[2:])
+    k = place(torch.randn(b, n, dtype=wide))
+    half = [(size + 1) // 2 for size in shape[2:]]
+    pooled = place(torch.randn(b, math.prod(half), dtype=wide))
+    calls = 0
+    for p, absolute in ((1.0, True), (2.0, True), (4.0, True), (2.5, True), (3.0, False)):
+        _ops.attention_map([x], p, "mean", absolute)
+        _ops.attention_map([x], p, "mean", absolute, half)
+        _ops.attention_map_backward([x], [k], None, [0], p, absolute)
+        _ops.attention_map_backward([x], [pooled], None, [0], p, absolute, half)
+        _ops.attention_tap_backward(gradient, x, k, p, "mean", absolute)
+        _ops.attention_tap_backward_(gradient, x, k, p, "mean", absolute)
+        calls += 6
+    for sizes, coefficients in (([], k), (half, pooled)):
+        _, channels = _ops.attention_map([x], 3.0, "max", True, sizes)
+        winners = [place(channels)]
+        _ops.attention_map_backward([x], [coefficients], None, [0], 3.0, True, sizes, winners)
+        calls += 2
+    _ops.attention_tap_backward_(gradient, x, k, 2.0, "max", True, place(torch.zeros_like(k).int()))
+    for options in (("mean", "code"), ("sum", "paper")):
+        _ops.at_loss([x], [y], [], 2.0, *options, "sum", 1e-12, True, True)
+        _ops.at_value_and_grad([x], [y], [], 2.0, *options, "sum", 1e-12, 1.0, None)
+    _ops.map_loss([k], [k], [], "paper", "sum", "add", 1e-6, True, True)
+    _, squares = _ops.distance_loss([x], [y], [], True, "sum")
+    above = torch.ones(())
+    _ops.distance_loss_backward([x], [y], place(squares), above, [0], [], True, "sum")
+    s, t = (place(torch.randn(b, n).to(dtype)) for _ in range(2))
+    labels = place(torch.full((b,), n - 1))
+    options = 4.0, 0.5, 0.1, -100
+    _, stats, valid = _ops.kd_loss(s, t, labels, *options)
+    _ops.kd_loss_backward(s, t, labels, place(stats), valid, above, *options, True, True)
+    return calls + 10
+
+
+def main() -> None:
+    dtypes = torch.float32, torch.float64, torch.float16, torch.bfloat16
+    shapes = [(2, c, n) for c, n in itertools.product((1, 3, 8, 17, 33), (1, 2, 7, 16, 31))]
+    shapes += [(1, 5, 9, 7), (2, 40, 3, 5), (1, 70, 4, 2), (1, 2, 3, 4, 5)]
+    calls = 0
+    with use("cpu"):
+        for case in itertools.product(shapes, dtypes, (False, True), (False, True)):
+            calls += run(*case)
+            while len(kept) > 64:
+                kept.pop(0)
+    print(f"{calls} calls")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["beyond"]:
+        x = torch.randn(1, 3, 5)
+        _ops.attention_map([guarded(x, True, beyond=4)], 2.0, "mean")
+    else:
+        main()
