@@ -12,6 +12,7 @@ from at_fused import _inputs, _ops
 from at_fused._inputs import MapSize, MapSizes, Sides
 from at_fused._problem import prepare, prepare_maps, solve, solve_maps
 from at_fused.backends import eager
+from at_fused.backends.results import accumulate_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -181,7 +182,7 @@ def at_value_and_grad(
     )[0]
     students, teachers = problem.students, problem.teachers
     factor, loss_gradient = _inputs.gradient_scale(
-        scale, students[0].device, eager.accumulate_dtype(*students, *teachers)
+        scale, students[0].device, accumulate_dtype(*students, *teachers)
     )
     one_pass = (
         problem.options.plain()

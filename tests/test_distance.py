@@ -174,7 +174,7 @@ X = torch.randn(2, 3, 4)
         ([X.long()], [X], "float16, bfloat16, float32 or float64"),
     ],
 )
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "eager"])
+@pytest.mark.parametrize("name", EVERY)
 def test_direct_calls_are_checked(
     name: str, a: list[Tensor], b: list[Tensor], message: str
 ) -> None:
@@ -185,7 +185,7 @@ def test_direct_calls_are_checked(
         torch.ops.at_fused.distance_loss_backward(a, b, *saved, [0], [], True, "sum")
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "eager"])
+@pytest.mark.parametrize("name", EVERY)
 def test_direct_calls_with_wrong_options(name: str) -> None:
     with use(name), pytest.raises(RuntimeError, match="a weight per pair, got 2 for 1"):
         torch.ops.at_fused.distance_loss([X], [X], [1.0, 2.0], True, "sum")
@@ -212,8 +212,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-# Eager reads nothing out of bounds, whatever it is given.
-@pytest.mark.parametrize("name", [name for name in EVERY if name != "eager"])
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("case", WRONG)
 def test_direct_calls_of_the_backward_are_checked(name: str, case: str) -> None:
     arguments, message = WRONG[case]

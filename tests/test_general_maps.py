@@ -495,9 +495,6 @@ def test_opcheck_map_loss(backend: str, eps_mode: str, reduction: str) -> None:
 
 # ---- errors --------------------------------------------------------------------------------------
 
-# Back ends whose kernels would read out of bounds if nobody looked at the arguments.
-CHECKED = [name for name in EVERY if name != "eager"]
-
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -514,7 +511,7 @@ CHECKED = [name for name in EVERY if name != "eager"]
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize("name", EVERY)
 def test_direct_calls_of_maps_are_checked(
     name: str, arguments: tuple[Any, ...], message: str
 ) -> None:
@@ -536,7 +533,7 @@ def test_direct_calls_of_maps_are_checked(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize("name", EVERY)
 def test_direct_calls_of_gradients_are_checked(
     name: str, k: Tensor, options: tuple[Any, ...], message: str
 ) -> None:
@@ -546,7 +543,7 @@ def test_direct_calls_of_gradients_are_checked(
 
 
 @pytest.mark.parametrize("sizes", [[], [2, 2]], ids=str)
-@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize("name", EVERY)
 def test_channels_that_are_none_have_no_gradient(name: str, sizes: list[int]) -> None:
     x = torch.randn(2, 8, 4, 4)
     n = 4 if sizes else 16
@@ -583,7 +580,7 @@ def test_channels_that_are_none_have_no_gradient(name: str, sizes: list[int]) ->
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize("name", EVERY)
 def test_direct_calls_of_map_loss_are_checked(
     name: str, change: dict[str, Any], message: str
 ) -> None:

@@ -11,7 +11,7 @@ import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import opcheck, use
+from conftest import EVERY, opcheck, use
 from torch import Tensor, nn
 
 import at_fused
@@ -423,6 +423,57 @@ def test_errors(case: str) -> None:
     arguments = {"student_logits": S, "teacher_logits": S, "labels": Y} | change
     with pytest.raises(kind, match=message):
         at_fused.kd_loss(**arguments)
+
+
+FORWARD: dict[str, Any] = {
+    "student": S,
+    "teacher": S,
+    "labels": Y,
+    "temperature": 4.0,
+    "alpha": 0.5,
+    "label_smoothing": 0.1,
+    "ignore_index": -100,
+}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"student": S[None], "teacher": S[None]}, r"logits must be \(B, K\)"),
+    "shapes": ({"teacher": S[:, :5]}, "both of the same shape"),
+    "empty": ({"student": S[:0], "teacher": S[:0], "labels": None}, "not empty"),
+    "integers": ({"student": S.long()}, "float16, bfloat16, float32 or float64"),
+    "label dtype": ({"labels": Y.int()}, r"labels must be \(B,\) of int64"),
+    "label shape": ({"labels": Y[:3]}, r"labels must be \(B,\) of int64"),
+    "temperature": ({"temperature": 0.0}, "temperature must be a finite number > 0, got 0"),
+    "no temperature": ({"temperature": float("nan")}, "temperature must be a finite number > 0"),
+    "alpha": ({"alpha": 1.5}, "alpha must be from 0 to 1, got 1.5"),
+    "smoothing": ({"label_smoothing": 1.0}, "label_smoothing must be >= 0 and < 1, got 1"),
+}
+STATS, COUNT, ONE = torch.ones(4, 8).double(), torch.ones(()).double(), torch.ones(())
+WRONG_BACK: dict[str, tuple[dict[str, Any], str]] = {
+    "rows": ({"stats": STATS[:3]}, "stats must be what kd_loss returned"),
+    "columns": ({"stats": STATS[:, :7]}, "stats must be what kd_loss returned"),
+    "stats dtype": ({"stats": STATS.float()}, "stats must be what kd_loss returned"),
+    "valid": ({"valid": COUNT.expand(2)}, "valid must be what kd_loss returned"),
+    "valid dtype": ({"valid": ONE}, "valid must be what kd_loss returned"),
+    "gradient": ({"gradient": ONE.expand(4)}, "gradient must be a scalar, float32 or float64"),
+    "gradient dtype": ({"gradient": ONE.half()}, "gradient must be a scalar, float32 or float64"),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("case", WRONG)
+def test_direct_calls_are_checked(name: str, case: str) -> None:
+    change, message = WRONG[case]
+    with use(name), pytest.raises(RuntimeError, match=message):
+        torch.ops.at_fused.kd_loss(**FORWARD | change)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("case", WRONG | WRONG_BACK)
+def test_direct_calls_of_the_backward_are_checked(name: str, case: str) -> None:
+    change, message = (WRONG | WRONG_BACK)[case]
+    saved = {"stats": STATS, "valid": COUNT, "gradient": ONE}
+    wanted = {"student_grad": True, "teacher_grad": False}
+    with use(name), pytest.raises(RuntimeError, match=message):
+        torch.ops.at_fused.kd_loss_backward(**FORWARD | saved | wanted | change)
 
 
 @pytest.mark.parametrize("name", ["cpu", "eager"])

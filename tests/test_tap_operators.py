@@ -282,8 +282,7 @@ def test_derivatives_of_the_new_gradient(fast_backend: str, options: Options) ->
 
 # ---- errors --------------------------------------------------------------------------------------
 
-# Back ends whose kernels would read out of bounds if nobody looked at the arguments.
-CHECKED = [pytest.param(n, marks=[pytest.mark.long] * slow(n)) for n in EVERY if n != "eager"]
+CHECKED = [pytest.param(n, marks=[pytest.mark.long] * slow(n)) for n in EVERY]
 OPERATORS = "attention_tap_backward", "attention_tap_backward_"
 SAME = "must have the shape, dtype and device of its feature"
 MAP = r"must be \(B, N\)"
@@ -372,10 +371,29 @@ def test_channels_that_are_none_have_no_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", CHECKED)
 def test_an_expanded_gradient_is_not_written(name: str) -> None:
     x, k = torch.randn(2, 3, 4, 4), torch.randn(2, 16)
-    expanded = torch.ones(3, 4, 4).expand(2, 3, 4, 4), torch.ones(2, 3, 4, 1).expand(2, 3, 4, 4)
-    for gradient in expanded:
-        with use(name), pytest.raises(RuntimeError, match="in place must not be expanded"):
+    ones = torch.ones(3, 4, 4)
+    wrong = ones.expand(2, 3, 4, 4), ones[:, :1, :1].expand(2, 3, 4, 4)
+    for gradient in (*wrong, ones.repeat(2, 1, 1, 1).as_strided((2, 3, 4, 4), (24, 8, 2, 1))):
+        with use(name), pytest.raises(RuntimeError, match="in place must not be expanded, nor ov"):
             _ops.attention_tap_backward_(gradient, x, k, 2.0, "mean")
+    assert (ones == 1).all()
+
+
+@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize("collapse", ["mean", "max"])
+@pytest.mark.parametrize("shift", [0, 1, 40])
+def test_what_lies_where_the_gradient_is_written(name: str, collapse: str, shift: int) -> None:
+    """As if it lay elsewhere."""
+    memory = torch.cat([torch.randn(140), torch.zeros(40)])
+    x, gradient = memory[:96].view(2, 3, 4, 4), memory[shift : shift + 96].view(2, 3, 4, 4)
+    k = memory[shift + 60 : shift + 92].view(2, 16)
+    channels = memory.view(torch.int32)[148:180].view(2, 16) if collapse == "max" else None
+    apart = [None if y is None else y.clone() for y in (gradient, x, k, channels)]
+    with use(name):
+        *three, last = apart
+        right = _ops.attention_tap_backward(*three, 2.0, collapse, True, last)
+        _ops.attention_tap_backward_(gradient, x, k, 2.0, collapse, True, channels)
+    torch.testing.assert_close(gradient, right, rtol=1e-6, atol=1e-6)
 
 
 def test_the_operator_in_place_has_no_derivative() -> None:

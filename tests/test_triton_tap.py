@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from at_fused.backends import eager
 from at_fused.backends import triton as backend
+from at_fused.backends.results import accumulate_dtype
 from at_fused.backends.triton import launch
 
 
@@ -101,10 +102,10 @@ def test_what_did_not_win_keeps_its_bits(dtype: torch.dtype, layout: str) -> Non
     inside = (channels >= 0) & (channels < 75)
     won.scatter_(1, channels.clamp(0, 74).long().unsqueeze(1), inside.unsqueeze(1))
     won = won.view(x.shape)
-    arguments = x, torch.full((2, 45), 3.0, device=DEVICE).to(eager.accumulate_dtype(x))
+    arguments = x, torch.full((2, 45), 3.0, device=DEVICE).to(accumulate_dtype(x))
     found = backend.attention_tap_backward(gradient, *arguments, 2.0, "max", True, channels)
     whole = torch.int64 if dtype == torch.float64 else torch.int32
-    bits = [y[~won].to(eager.accumulate_dtype(x)).view(whole) for y in (found, gradient)]
+    bits = [y[~won].to(accumulate_dtype(x)).view(whole) for y in (found, gradient)]
     assert bits[0].equal(bits[1])
     right = gradient.double() + 6 * x.double()
     torch.testing.assert_close(found[won].double(), right[won], rtol=0.02, atol=0, equal_nan=True)

@@ -24,8 +24,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from at_fused.backends import eager
 from at_fused.backends import triton as backend
+from at_fused.backends.results import STATISTICS, accumulate_dtype
 from at_fused.backends.triton import launch
 
 TARGETS = {
@@ -263,7 +263,7 @@ class Variant(NamedTuple):
         s, t = ([self.feature() for _ in range(self.pairs)] for _ in range(2))
         p, pairs = self.p, list(range(self.pairs))
         options: tuple[Any, ...] = [], p, "mean", "code", "sum", 1e-12
-        loss = torch.empty((), dtype=eager.accumulate_dtype(*s))
+        loss = torch.empty((), dtype=accumulate_dtype(*s))
         positions = math.prod(self.size or self.shape[2:])
         maps = [loss.new_empty(x.shape[0], positions) for x in s]
         sizes = [*self.size] * self.pairs
@@ -370,7 +370,7 @@ class LogitsVariant(NamedTuple):
         """The launch."""
         s, t = (torch.empty(128, self.classes, dtype=self.dtype) for _ in range(2))
         labels = torch.empty(128, dtype=torch.int64)
-        stats = torch.empty(128, eager.STATISTICS, dtype=torch.float64)
+        stats = torch.empty(128, STATISTICS, dtype=torch.float64)
         loss, valid = torch.empty(()), stats.new_empty(())
         options = 4.0, 0.9, 0.1, -100
         saved = stats, valid, loss

@@ -32,6 +32,7 @@ from at_fused._ops.library import (
     tracks,
 )
 from at_fused.backends import eager
+from at_fused.backends.results import accumulate_dtype, split_sizes
 
 define(
     "attention_map(Tensor[] features, float p, str collapse, bool absolute=True, int[] sizes=[])"
@@ -48,7 +49,7 @@ define(
 
 def fake_map(x: Tensor, size: Sequence[int]) -> Tensor:
     """A map without data."""
-    return x.new_empty((x.shape[0], math.prod(size)), dtype=eager.accumulate_dtype(x))
+    return x.new_empty((x.shape[0], math.prod(size)), dtype=accumulate_dtype(x))
 
 
 @torch.library.register_fake("at_fused::attention_map", lib=library)
@@ -61,8 +62,7 @@ def _(
 ) -> list[Tensor]:
     check_one_device(features)
     maps = [
-        fake_map(x, size)
-        for x, size in zip(features, eager.split_sizes(features, sizes), strict=True)
+        fake_map(x, size) for x, size in zip(features, split_sizes(features, sizes), strict=True)
     ]
     return maps + [q.to(torch.int32) for q in maps] if collapse == "max" else maps
 
@@ -99,7 +99,7 @@ class _AttentionMap(torch.autograd.Function):
         maps, channels = output[: len(features)], output[len(features) :]
         ctx.set_materialize_grads(False)
         ctx.options = p, collapse, absolute
-        ctx.sizes = list(eager.split_sizes(features, sizes)) if sizes else [[]] * len(features)
+        ctx.sizes = list(split_sizes(features, sizes)) if sizes else [[]] * len(features)
         # Features without a gradient, a teacher's, may die.
         ctx.kept = [i for i, x in enumerate(features) if x.requires_grad]
         ctx.count = len(maps)

@@ -31,6 +31,7 @@ from at_fused._ops.library import (
     tracks,
 )
 from at_fused.backends import eager
+from at_fused.backends.results import accumulate_dtype, wide_dtype
 
 define(
     "distance_loss(Tensor[] student, Tensor[] teacher, float[] weights, bool root, str reduction)"
@@ -53,8 +54,8 @@ def _(
     first = student[0]
     shape = () if reduction == "sum" else (len(student),)
     return (
-        first.new_empty(shape, dtype=eager.accumulate_dtype(*student, *teacher)),
-        first.new_empty((len(student), first.shape[0]), dtype=eager.wide_dtype(first)),
+        first.new_empty(shape, dtype=accumulate_dtype(*student, *teacher)),
+        first.new_empty((len(student), first.shape[0]), dtype=wide_dtype(first)),
     )
 
 

@@ -4,7 +4,7 @@
     kd_loss_backward   the gradients of the logits, from these statistics
 
 Logits are (B, K) with any strides, labels (B,) int64 or None. ``kd_loss`` returns ``(loss, stats,
-valid)``: a scalar; (B, STATISTICS) in fp64, described in ``backends.eager.kd``; and the number of
+valid)``: a scalar; (B, STATISTICS) in fp64, described in ``backends.results``; and the number of
 labels that count, a scalar in fp64. A term whose weight is 0 is not computed: the divergence with
 ``alpha`` 0, the cross-entropy without labels or with ``alpha`` 1.
 
@@ -30,6 +30,7 @@ from at_fused._ops.library import (
     tracks,
 )
 from at_fused.backends import eager
+from at_fused.backends.results import STATISTICS, accumulate_dtype, wide_dtype
 
 define(
     "kd_loss(Tensor student, Tensor teacher, Tensor? labels, float temperature, float alpha,"
@@ -56,10 +57,10 @@ def _(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_one_device([student, teacher, labels])
-    wide = eager.wide_dtype(student)
+    wide = wide_dtype(student)
     return (
-        student.new_empty((), dtype=eager.accumulate_dtype(student, teacher)),
-        student.new_empty((student.shape[0], eager.STATISTICS), dtype=wide),
+        student.new_empty((), dtype=accumulate_dtype(student, teacher)),
+        student.new_empty((student.shape[0], STATISTICS), dtype=wide),
         student.new_empty((), dtype=wide),
     )
 

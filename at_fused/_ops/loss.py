@@ -36,6 +36,7 @@ from at_fused._ops.library import (
     tracks,
 )
 from at_fused.backends import eager
+from at_fused.backends.results import accumulate_dtype
 
 define(
     "map_loss(Tensor[] student, Tensor[] teacher, float[] weights, str form, str reduction,"
@@ -60,7 +61,7 @@ def _fake_loss(
 ) -> Tensor:
     check_one_device(student, teacher, [more])
     shape = {"sum": (), "none": (len(student),), "sample": (len(student), student[0].shape[0])}
-    return student[0].new_empty(shape[reduction], dtype=eager.accumulate_dtype(*student, *teacher))
+    return student[0].new_empty(shape[reduction], dtype=accumulate_dtype(*student, *teacher))
 
 
 @torch.library.register_fake("at_fused::map_loss", lib=library)

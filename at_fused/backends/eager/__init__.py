@@ -1,12 +1,11 @@
 """The operators in plain PyTorch: the readable reference, and the path of last resort.
 
-Runs on every device and dtype that torch has. Each function has the signature of its operator in
+Runs on every device that torch has. Each function has the signature of its operator in
 ``_ops``. Everything here is differentiable, to any order: ``_ops`` leans on that for second
 derivatives. fp16, bf16 and fp32 are computed in fp32, fp64 in fp64.
 """
 
 from at_fused.backends.eager.attention import (
-    accumulate_dtype,
     at_loss,
     at_value_and_grad,
     attention_map,
@@ -18,19 +17,15 @@ from at_fused.backends.eager.attention import (
     normalize,
     pair_loss,
     sample_weight,
-    split_sizes,
-    wide_dtype,
 )
 from at_fused.backends.eager.distance import (
     distance_loss,
     distance_loss_backward,
     squared_distances,
 )
-from at_fused.backends.eager.kd import STATISTICS, kd_loss, kd_loss_backward
+from at_fused.backends.eager.kd import kd_loss, kd_loss_backward
 
 __all__ = [
-    "STATISTICS",
-    "accumulate_dtype",
     "at_loss",
     "at_value_and_grad",
     "attention_map",
@@ -46,7 +41,5 @@ __all__ = [
     "normalize",
     "pair_loss",
     "sample_weight",
-    "split_sizes",
     "squared_distances",
-    "wide_dtype",
 ]

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """fp64, for what needs it whatever the dtype; fp32 on Apple's GPUs, which have none."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
+from at_fused.backends.checks import (
+    check_apart,
+    check_at_loss,
+    check_attention_map,
+    check_attention_map_backward,
+    check_map_loss,
+    check_tap,
+)
+from at_fused.backends.results import accumulate_dtype, split_sizes, wide_dtype
 
 
 def wide(x: Tensor) -> Tensor:
     """In fp64, where there is one."""
-    return x if x.device.type == "mps" else x.double()
-
-
-def accumulate_dtype(*features: Tensor) -> torch.dtype:
-    """The dtype of maps, coefficients and losses: fp64 where a feature is, else fp32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
+    return x.to(wide_dtype(x))
 
 
 def collapse_scale(x: Tensor, collapse: str) -> float:
@@ -29,30 +29,26 @@ def collapse_scale(x: Tensor, collapse: str) -> float:
     return 1.0 / x.shape[1] if collapse == "mean" else 1.0
 
 
+def keeps_sign(p: float, absolute: bool) -> bool:
+    """Whether x^p has x's sign."""
+    return not absolute and p % 2 == 1
+
+
 def power(x: Tensor, p: float, absolute: bool) -> Tensor:
     """|x|^p; without ``absolute`` x^p, p a whole number."""
-    if not absolute and p % 2 == 1:
+    if keeps_sign(p, absolute):
         return x if p == 1 else x * x.abs().pow(p - 1)
     return x * x if p == 2 else x.abs() if p == 1 else x.abs().pow(p)
 
 
 def slope(x: Tensor, p: float, absolute: bool) -> Tensor:
     """The derivative of ``power`` over p: |x|^(p-1) * sign(x), or x^(p-1)."""
-    if not absolute and p % 2 == 1:
+    if keeps_sign(p, absolute):
         return x.abs().pow(p - 1)
     return x if p == 2 else x.sign() if p == 1 else x.abs().pow(p - 1) * x.sign()
 
 
 # ---- pooled features -----------------------------------------------------------------------------
-
-
-def split_sizes(features: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """The size of each feature's map: its part of ``sizes``, or its own where that is empty."""
-    begin = 0
-    for x in features:
-        rank = x.dim() - 2
-        yield list(sizes[begin : begin + rank]) if sizes else list(x.shape[2:])
-        begin += rank
 
 
 def pool(x: Tensor, size: list[int]) -> Tensor:
@@ -69,8 +65,8 @@ def pool_backward(gradient: Tensor, x: Tensor) -> Tensor:
         return gradient
     aten = torch.ops.aten
     if x.dim() == 3:
-        wide = aten._adaptive_avg_pool2d_backward(gradient.unsqueeze(2), x.unsqueeze(2))
-        return wide.squeeze(2)
+        row = aten._adaptive_avg_pool2d_backward(gradient.unsqueeze(2), x.unsqueeze(2))
+        return row.squeeze(2)
     if x.dim() == 4:
         return aten._adaptive_avg_pool2d_backward(gradient, x)
     return aten._adaptive_avg_pool3d_backward(gradient, x)
@@ -91,16 +87,17 @@ def attention_map(
     With "max" the largest |A|^p, and behind the maps the channel (int32) of each: the first one of
     several, a NaN before all.
     """
+    check_attention_map(features, p, collapse, absolute, sizes)
     maps, channels = [], []
     for x, size in zip(features, split_sizes(features, sizes), strict=True):
-        wide = pool(x.to(accumulate_dtype(x)), size).flatten(2)
+        pooled = pool(x.to(accumulate_dtype(x)), size).flatten(2)
         if collapse == "max":
             # The largest of |A|: their powers may be alike by rounding.
-            channel = wide.abs().max(1).indices
-            maps.append(power(wide.gather(1, channel.unsqueeze(1)).squeeze(1), p, True))
+            channel = pooled.abs().max(1).indices
+            maps.append(power(pooled.gather(1, channel.unsqueeze(1)).squeeze(1), p, True))
             channels.append(channel.to(torch.int32))
         else:
-            maps.append(power(wide, p, absolute).sum(1) * collapse_scale(x, collapse))
+            maps.append(power(pooled, p, absolute).sum(1) * collapse_scale(x, collapse))
     return maps + channels
 
 
@@ -118,15 +115,18 @@ def attention_map_backward(
 
     With ``channels`` only the named channel of each position has a gradient.
     """
+    check_attention_map_backward(
+        features, coefficients, loss_gradient, pairs, p, absolute, sizes, channels
+    )
     gradients = []
     for i, size in enumerate(split_sizes(features, sizes)):
         x, k = features[i], coefficients[i]
         if loss_gradient is not None:
             k = k * (loss_gradient if loss_gradient.dim() == 0 else loss_gradient[pairs[i]])
-        wide = x.to(k.dtype)
+        exact = x.to(k.dtype)
         channel = channels[i] if channels else None
-        gradient = _sweep(pool(wide, size), k, p, absolute, channel)
-        gradient = pool_backward(gradient, wide).to(x.dtype)
+        gradient = _sweep(pool(exact, size), k, p, absolute, channel)
+        gradient = pool_backward(gradient, exact).to(x.dtype)
         out = torch.empty_like(x)
         gradients.append(gradient if gradient.stride() == out.stride() else out.copy_(gradient))
     return gradients
@@ -138,7 +138,9 @@ def _sweep(x: Tensor, k: Tensor, p: float, absolute: bool, channels: Tensor | No
     if channels is None:
         return k * slope(x, p, absolute)
     channel = channels.reshape(k.shape).long()
-    only = k * slope(x.gather(1, channel), p, absolute)
+    known = (channel >= 0) & (channel < x.shape[1])
+    channel = torch.where(known, channel, 0)
+    only = torch.where(known, k * slope(x.gather(1, channel), p, absolute), 0.0)
     return torch.zeros_like(x).scatter(1, channel, only)
 
 
@@ -154,6 +156,7 @@ def _tapped(
     absolute: bool,
     channels: Tensor | None,
 ) -> Tensor:
+    check_tap(gradient, feature, map_gradient, p, collapse, absolute, channels)
     k = map_gradient * (p * collapse_scale(feature, collapse))
     return gradient.to(k.dtype) + _sweep(feature.to(k.dtype), k, p, absolute, channels)
 
@@ -182,7 +185,9 @@ def attention_tap_backward_(
     channels: Tensor | None = None,
 ) -> None:
     """``attention_tap_backward``, written into ``gradient``."""
-    gradient.copy_(_tapped(gradient, feature, map_gradient, p, collapse, absolute, channels))
+    added = _tapped(gradient, feature, map_gradient, p, collapse, absolute, channels)
+    check_apart(gradient)
+    gradient.copy_(added)
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -255,6 +260,7 @@ def map_loss(
     teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of all pairs of raw maps (B, N), and dL/dQ of the sides asked for."""
+    check_map_loss(student, teacher, weights, form, reduction, eps_mode, eps)
     losses, student_maps, teacher_maps = [], [], []
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         weight = sample_weight(weights, i, s.shape[0], reduction)
@@ -281,6 +287,7 @@ def at_loss(
     teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of all pairs, and what the backward pass needs of them (see ``_ops``)."""
+    check_at_loss(student, teacher, weights, p, collapse, form, reduction, eps)
     losses = []
     student_maps = attention_map(student, p, collapse)
     teacher_maps = attention_map(teacher, p, collapse)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from at_fused.backends.eager.attention import accumulate_dtype, sample_weight, wide
+from at_fused.backends.checks import check_distance_loss, check_distance_loss_backward
+from at_fused.backends.eager.attention import sample_weight, wide
+from at_fused.backends.results import accumulate_dtype
 
 
 def _root(squares: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,8 +27,7 @@ def distance_loss(
     student: list[Tensor], teacher: list[Tensor], weights: list[float], root: bool, reduction: str
 ) -> tuple[Tensor, Tensor]:
     """Weighted means over the batch of the distances, or of their squares; and the squares."""
-    if not student:  # without a tensor no other back end is asked
-        raise RuntimeError("at_fused: as many tensors on both sides, got 0")
+    check_distance_loss(student, teacher, weights, reduction)
     squares = squared_distances(student, teacher)
     distances = _root(squares)[0] if root else squares
     batch = squares.shape[1]
@@ -48,6 +49,7 @@ def distance_loss_backward(
     reduction: str,
 ) -> list[Tensor]:
     """The gradient for each a, in its dtype and layout; its pair's number is in ``pairs``."""
+    check_distance_loss_backward(a, b, squares, gradient, pairs, weights, reduction)
     gradients = []
     for i, x, y in zip(pairs, a, b, strict=True):
         weight = sample_weight(weights, i, x.shape[0], reduction)

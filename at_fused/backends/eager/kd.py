@@ -7,12 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from at_fused.backends.eager.attention import accumulate_dtype, wide
-
-# What is kept of a row (fp64): the largest logit and sum_k exp((x_k - max) / T) of student and of
-# teacher; the logarithm of these sums' quotient; the divergence; and of the cross-entropy
-# sum_k exp(s_k - max) and the loss.
-STATISTICS = 8
+from at_fused.backends.checks import check_kd_loss, check_kd_loss_backward
+from at_fused.backends.eager.attention import wide
+from at_fused.backends.results import accumulate_dtype
 
 
 class Divergence(NamedTuple):
@@ -118,6 +115,7 @@ def kd_loss(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, the rows' statistics, and how many rows have a label that counts."""
+    check_kd_loss(student, teacher, labels, temperature, alpha, label_smoothing)
     found = divergence(student, teacher, temperature)
     s_max = found.sums[0]
     ce = torch.zeros_like(found.kl)
@@ -153,6 +151,9 @@ def kd_loss_backward(
 
     From the logits alone, so that it can itself be differentiated; ``stats`` is for kernels.
     """
+    check_kd_loss_backward(
+        student, teacher, labels, stats, valid, gradient, temperature, alpha, label_smoothing
+    )
     g = wide(gradient)
     found = divergence(student, teacher, temperature)
     scale = g * (alpha * temperature / student.shape[0])

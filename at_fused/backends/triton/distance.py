@@ -10,27 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from at_fused.backends import eager
+from at_fused.backends.checks import check_distance_loss, check_distance_loss_backward
+from at_fused.backends.results import accumulate_dtype
 from at_fused.backends.triton import distance_kernels as kernels
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.checks import check_dtypes, check_loss_gradient, require
 
 _BLOCK_BYTES = 4096  # of a side at a time: two accesses of 16 bytes to a thread
 _PIECE = 16 * 1024  # elements of a program's piece, at the least
-
-
-def _check(a: list[Tensor], b: list[Tensor]) -> None:
-    require(
-        len(a) > 0 and len(a) == len(b),
-        f"as many tensors on both sides, got {len(a)} and {len(b)}",
-    )
-    for x, y in zip(a, b, strict=True):
-        require(x.shape == y.shape, "the tensors of a pair must have the same shape")
-        require(
-            x.dim() > 0 and x.shape[0] == a[0].shape[0],
-            "all tensors must have the same batch size",
-        )
-        require(x.numel() > 0, "tensors must not be empty")
-    check_dtypes((*a, *b), "tensors", launch.interpreted())
 
 
 def _order(x: Tensor) -> list[tuple[int, int]]:
@@ -113,23 +99,17 @@ def _entries(
         yield entries
 
 
-def _check_options(weights: list[float], count: int, reduction: str) -> None:
-    require(len(weights) in (0, count), f"a weight per pair, got {len(weights)} for {count}")
-    require(reduction in ("sum", "none"), f"reduction must be 'sum' or 'none', got '{reduction}'")
-
-
 def distance_loss(
     student: list[Tensor], teacher: list[Tensor], weights: list[float], root: bool, reduction: str
 ) -> tuple[Tensor, Tensor]:
     """Weighted means over the batch of the distances, or of their squares; and the squares."""
-    _check(student, teacher)
+    check_distance_loss(student, teacher, weights, reduction)
     count, first = len(student), student[0]
-    _check_options(weights, count, reduction)
     pairs = [_native(x, y, None) for x, y in zip(student, teacher, strict=True)]
     samples = count * first.shape[0]
     with launch.on_device(first):
         loss = first.new_empty(
-            () if reduction == "sum" else (count,), dtype=eager.accumulate_dtype(*student, *teacher)
+            () if reduction == "sum" else (count,), dtype=accumulate_dtype(*student, *teacher)
         )
         squares = first.new_empty((count, first.shape[0]), dtype=torch.float64)
         losses = squares.new_empty(samples + count)
@@ -165,24 +145,7 @@ def distance_loss_backward(
     reduction: str,
 ) -> list[Tensor]:
     """The gradient for each a, in its dtype and layout; its pair's number is in ``pairs``."""
-    _check(a, b)
-    require(
-        squares.dim() == 2
-        and squares.shape[1] == a[0].shape[0]
-        and squares.dtype == torch.float64
-        and squares.device == a[0].device,
-        "squares must be (pairs, B) of float64, on the tensors' device",
-    )
-    count = squares.shape[0]
-    _check_options(weights, count, reduction)
-    require(
-        gradient.shape == (() if reduction == "sum" else (count,)),
-        "the gradient must have the shape of the loss",
-    )
-    check_loss_gradient(gradient, pairs, a[0].device)
-    require(len(pairs) == len(a), f"a pair number per tensor, got {len(pairs)} for {len(a)}")
-    for pair in pairs:
-        require(0 <= pair < count, f"pair number {pair} is out of range")
+    check_distance_loss_backward(a, b, squares, gradient, pairs, weights, reduction)
     results = [torch.empty_like(x) for x in a]
     native = [_native(x, y, out) for x, y, out in zip(a, b, results, strict=True)]
     squares, gradient = squares.contiguous(), gradient.contiguous()

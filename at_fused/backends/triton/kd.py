@@ -9,39 +9,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from at_fused.backends import eager
+from at_fused.backends.checks import check_kd_loss, check_kd_loss_backward
+from at_fused.backends.results import STATISTICS, accumulate_dtype
 from at_fused.backends.triton import kd_kernels as kernels
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.checks import check_dtypes, require
 
 _BLOCK = 1024  # classes at a time: 8 to a thread
-
-
-def _check(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-) -> None:
-    require(
-        student.dim() == 2 and student.shape == teacher.shape and student.numel() > 0,
-        "logits must be (B, K), not empty, and both of the same shape",
-    )
-    check_dtypes((student, teacher), "logits", launch.interpreted())
-    require(0 < temperature < math.inf, f"temperature must be a finite number > 0: {temperature}")
-    require(0 <= alpha <= 1, f"alpha must be from 0 to 1, got {alpha}")
-    require(0 <= label_smoothing < 1, f"label_smoothing must be >= 0 and < 1: {label_smoothing}")
-    require(
-        labels is None
-        or (
-            labels.shape == student.shape[:1]
-            and labels.dtype == torch.int64
-            and labels.device == student.device
-        ),
-        "labels must be (B,) of int64, on the logits' device",
-    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -100,11 +73,11 @@ def kd_loss(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, the rows' statistics, and how many rows have a label that counts."""
-    _check(student, teacher, labels, temperature, alpha, label_smoothing)
+    check_kd_loss(student, teacher, labels, temperature, alpha, label_smoothing)
     s, t = _rows(student), _rows(teacher)
     call = _Call([s, t], labels, temperature, alpha, label_smoothing, ignore_index)
-    loss = s.new_empty((), dtype=eager.accumulate_dtype(s, t))
-    stats = s.new_empty((s.shape[0], eager.STATISTICS), dtype=torch.float64)
+    loss = s.new_empty((), dtype=accumulate_dtype(s, t))
+    stats = s.new_empty((s.shape[0], STATISTICS), dtype=torch.float64)
     valid = s.new_empty((), dtype=torch.float64)
     with launch.on_device(s):
         launch.start(
@@ -139,19 +112,8 @@ def kd_loss_backward(
     teacher_grad: bool,
 ) -> list[Tensor]:
     """The gradients of the sides asked for, each in its dtype and layout."""
-    _check(student, teacher, labels, temperature, alpha, label_smoothing)
-    require(
-        stats.shape == (student.shape[0], eager.STATISTICS)
-        and stats.dtype == valid.dtype == torch.float64
-        and stats.device == valid.device == student.device
-        and valid.numel() == 1,
-        "stats and valid must be what kd_loss returned",
-    )
-    require(
-        gradient.numel() == 1
-        and gradient.dtype in (torch.float32, torch.float64)
-        and gradient.device == student.device,
-        "the gradient must be a scalar, float32 or float64, on the logits' device",
+    check_kd_loss_backward(
+        student, teacher, labels, stats, valid, gradient, temperature, alpha, label_smoothing
     )
     if not student_grad and not teacher_grad:
         return []

@@ -184,7 +184,7 @@ def kd_loss_kernel(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The loss, the statistics of each row (``eager.kd.STATISTICS``), and how many labels count."""
+    """The loss, the statistics of each row (``results.STATISTICS``), and how many labels count."""
     b = tl.program_id(0)
     K = classes * ALIGN
     T = double(temperature)

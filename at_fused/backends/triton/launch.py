@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from at_fused.backends import eager
+from at_fused.backends.checks import require
+from at_fused.backends.results import accumulate_dtype
 from at_fused.backends.triton.tiles import Feature, Gradient, Pool
 
 # A launch compiles the body once per entry; and a kernel's arguments may take 4 KB.
@@ -151,7 +152,7 @@ def gradient_of(out: Tensor, layout: Layout) -> Gradient:
 def new_map(x: Tensor, layout: Layout, pool: Pool | None = None) -> Tensor:
     """Memory for a feature's map."""
     positions = layout.positions if pool is None else pool.positions()
-    return x.new_empty((x.shape[0], positions), dtype=eager.accumulate_dtype(x))
+    return x.new_empty((x.shape[0], positions), dtype=accumulate_dtype(x))
 
 
 def writable(x: Tensor, layout: Layout, given: Tensor) -> tuple[Tensor, Layout, Tensor, Layout]:
@@ -221,6 +222,10 @@ def interpreted() -> bool:
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the tensor's GPU the current one."""
+    require(
+        x.is_cuda or interpreted(),
+        f"Triton runs {x.device.type} tensors under TRITON_INTERPRET=1 only",
+    )
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from at_fused.backends import eager
+from at_fused.backends.checks import check_at_loss
+from at_fused.backends.results import accumulate_dtype
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.checks import check_features, check_loss, check_loss_gradient
 from at_fused.backends.triton.finish import add_up, double, finish_sample, is_last
 from at_fused.backends.triton.launch import (
     as_empty_like,
@@ -212,8 +213,7 @@ def at_loss(
     teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of all pairs, and what the backward pass needs of them (see ``_ops``)."""
-    check_features((*student, *teacher), launch.interpreted())
-    check_loss(student, teacher, weights, p, collapse, form, reduction, eps)
+    check_at_loss(student, teacher, weights, p, collapse, form, reduction, eps)
     options = Options(p, collapse, form, reduction, eps, student_grad, teacher_grad)
     with on_device(student[0]):
         loss, maps, _ = _forward(student, teacher, weights, options, None)
@@ -236,9 +236,7 @@ def at_value_and_grad(
 
     One launch; a second one for pairs whose samples are so large that several programs share one.
     """
-    check_features((*student, *teacher), launch.interpreted())
-    check_loss(student, teacher, weights, p, collapse, form, reduction, eps)
-    check_loss_gradient(loss_gradient, range(len(student)), student[0].device)
+    check_at_loss(student, teacher, weights, p, collapse, form, reduction, eps, loss_gradient)
     options = Options(p, collapse, form, reduction, eps, True, False)
     upstream = Upstream(scale, loss_gradient)
     with on_device(student[0]):
@@ -286,7 +284,7 @@ def _forward(
     maps = [new_map(x, layout) for x, layout in students + teachers]
     gradients: list[Tensor | None] = [None] * count
     shape = () if options.reduction == "sum" else (count,)
-    loss = student[0].new_empty(shape, dtype=eager.accumulate_dtype(*student, *teacher))
+    loss = student[0].new_empty(shape, dtype=accumulate_dtype(*student, *teacher))
     samples = sum(x.shape[0] for x in student)
     losses = torch.empty(samples + count, dtype=torch.float64, device=device)
     counters = counters_of(student[0], samples + count + 1)

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from at_fused.backends import eager
+from at_fused.backends.checks import check_map_loss
+from at_fused.backends.results import accumulate_dtype
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.checks import check_map_loss
 from at_fused.backends.triton.finish import add_up, double, finish_sample
 from at_fused.backends.triton.launch import bits_of, constexpr, counters_of, on_device, power_of_2
 
@@ -127,12 +128,12 @@ def map_loss(
     teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of all pairs of raw maps (B, N), and dL/dQ of the sides asked for."""
-    check_map_loss(student, teacher, weights, form, reduction, eps_mode, eps, launch.interpreted())
+    check_map_loss(student, teacher, weights, form, reduction, eps_mode, eps)
     count, first_map = len(student), student[0]
     samples = sum(q.shape[0] for q in student)
     shape = {"sum": (), "none": (count,), "sample": (count, first_map.shape[0])}[reduction]
     with on_device(first_map):
-        loss = first_map.new_empty(shape, dtype=eager.accumulate_dtype(*student, *teacher))
+        loss = first_map.new_empty(shape, dtype=accumulate_dtype(*student, *teacher))
         losses = first_map.new_empty(samples + count, dtype=torch.float64)
         counters = counters_of(first_map, samples + count + 1)
         student_gradients = [q.new_empty(q.shape) for q in student] if student_grad else []

@@ -12,14 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from at_fused.backends.checks import check_attention_map
+from at_fused.backends.eager.attention import keeps_sign
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.checks import (
-    check_collapse,
-    check_exponent,
-    check_features,
-    check_sizes,
-    keeps_sign,
-)
 from at_fused.backends.triton.launch import (
     constexpr,
     cut,
@@ -170,13 +165,9 @@ def attention_map(
 
     With "max" the largest |A|^p, and behind the maps the channel (int32) of each.
     """
+    check_attention_map(features, p, collapse, absolute, sizes)
     if not features:
         return []
-    check_features(features, launch.interpreted())
-    check_exponent(p)
-    signed = keeps_sign(p, absolute)
-    check_collapse(collapse, signed)
-    check_sizes(features, sizes)
     largest = collapse == "max"
     natives = [native(x) for x in features]
     pools = pools_of(features, sizes)
@@ -213,7 +204,7 @@ def attention_map(
                 COUNT=len(entries),
                 HIGH=high,
                 LOW=low,
-                SIGNED=signed,
+                SIGNED=keeps_sign(p, absolute),
                 MEAN=collapse == "mean",
             )
     return maps + winners

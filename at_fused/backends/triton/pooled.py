@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from at_fused.backends import eager
+from at_fused.backends.results import split_sizes
 from at_fused.backends.triton.launch import constexpr
 from at_fused.backends.triton.powers import slope
 from at_fused.backends.triton.tiles import (
@@ -32,7 +32,7 @@ def pools_of(features: Sequence[Tensor], sizes: Sequence[int]) -> list[Pool | No
     """How each feature is pooled; None where it keeps its size."""
     return [
         _pool_of(tuple(x.shape[2:]), tuple(size))
-        for x, size in zip(features, eager.split_sizes(features, sizes), strict=True)
+        for x, size in zip(features, split_sizes(features, sizes), strict=True)
     ]
 
 

@@ -11,16 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from at_fused.backends.checks import check_attention_map_backward
+from at_fused.backends.eager.attention import keeps_sign
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.checks import (
-    check_coefficients,
-    check_collapse,
-    check_exponent,
-    check_features,
-    check_loss_gradient,
-    check_sizes,
-    keeps_sign,
-)
 from at_fused.backends.triton.launch import (
     as_empty_like,
     exponent,
@@ -175,16 +168,12 @@ def attention_map_backward(
 
     With ``channels`` only the named channel of each position has a gradient.
     """
-    check_features(features, launch.interpreted())
-    check_exponent(p)
-    signed = keeps_sign(p, absolute)
-    check_collapse("max" if channels else "sum", signed)
-    check_sizes(features, sizes)
-    pools = pools_of(features, sizes)
-    check_coefficients(features, coefficients, pairs, channels, pools)
+    check_attention_map_backward(
+        features, coefficients, loss_gradient, pairs, p, absolute, sizes, channels
+    )
     if not features:
         return []
-    check_loss_gradient(loss_gradient, pairs, features[0].device)
+    pools = pools_of(features, sizes)
     high, low = exponent(p)
     written: list[Tensor] = []
     with on_device(features[0]):
@@ -224,6 +213,6 @@ def attention_map_backward(
                 COUNT=len(entries),
                 HIGH=high,
                 LOW=low,
-                SIGNED=signed,
+                SIGNED=keeps_sign(p, absolute),
             )
     return [as_empty_like(x, out) for x, out in zip(features, written, strict=True)]

@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from at_fused.backends import eager
+from at_fused.backends.checks import check_apart, check_tap
+from at_fused.backends.eager.attention import keeps_sign
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.checks import check_tap, check_writable
 from at_fused.backends.triton.finish import double
 from at_fused.backends.triton.launch import (
     Layout,
@@ -104,7 +105,7 @@ def _launch(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    signed: bool,
+    absolute: bool,
     channels: Tensor | None,
 ) -> None:
     """``given`` and the map's gradient into ``out``; with ``channels`` the two are one tensor."""
@@ -130,7 +131,7 @@ def _launch(
         tiles_n,
         HIGH=high,
         LOW=low,
-        SIGNED=signed,
+        SIGNED=keeps_sign(p, absolute),
     )
 
 
@@ -144,9 +145,7 @@ def attention_tap_backward(
     channels: Tensor | None = None,
 ) -> Tensor:
     """G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A), in the feature's dtype and layout."""
-    signed = check_tap(
-        gradient, feature, map_gradient, p, collapse, absolute, channels, launch.interpreted()
-    )
+    check_tap(gradient, feature, map_gradient, p, collapse, absolute, channels)
     with on_device(feature):
         x, layout, out, out_layout = writable(*native(feature), feature)
         given, given_layout = gradient, layout_of(gradient.shape, gradient.stride())
@@ -160,10 +159,22 @@ def attention_tap_backward(
             map_gradient,
             p,
             collapse,
-            signed,
+            absolute,
             channels,
         )
     return as_empty_like(feature, out)
+
+
+def _bytes(x: Tensor) -> tuple[int, int]:
+    """From a tensor's first to its last element."""
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _apart(x: Tensor, written: Tensor) -> Tensor:
+    """The tensor, or a copy where it shares memory with what is written."""
+    (begin, end), (first, last) = _bytes(x), _bytes(written)
+    return x.clone() if begin < last and first < end else x
 
 
 def attention_tap_backward_(
@@ -176,14 +187,15 @@ def attention_tap_backward_(
     channels: Tensor | None = None,
 ) -> None:
     """``attention_tap_backward``, written into ``gradient``."""
-    signed = check_tap(
-        gradient, feature, map_gradient, p, collapse, absolute, channels, launch.interpreted()
-    )
-    check_writable(gradient)
+    check_tap(gradient, feature, map_gradient, p, collapse, absolute, channels)
+    check_apart(gradient)
+    # What may lie where the gradient is written is read from a copy.
+    feature, map_gradient = _apart(feature, gradient), _apart(map_gradient, gradient)
+    channels = None if channels is None else _apart(channels, gradient)
     with on_device(feature):
         x, out = native(feature), native(gradient)
         if out[1].planar != x[1].planar:
             x, out = native(x[0].contiguous()), native(out[0].contiguous())
-        _launch(x, out, out, map_gradient, p, collapse, signed, channels)
+        _launch(x, out, out, map_gradient, p, collapse, absolute, channels)
         if out[0] is not gradient:
             gradient.copy_(out[0])
