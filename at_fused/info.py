@@ -11,12 +11,12 @@ import torch
 
 import at_fused
 from at_fused import backends
-from at_fused.backends import cpu, users
+from at_fused.backends import candidates, cpu, users
 
 
-def _choice(device: str, order: tuple[str, ...]) -> str:
-    """What runs a device's tensors, and why nothing before it in the order of choice does."""
-    chosen, table = users()[device], backends()
+def _choice(device: str) -> str:
+    """What runs a device's tensors, and why nothing faster does."""
+    chosen, table, order = users()[device], backends(), candidates(device)
     passed = order[: order.index(chosen)] if chosen in order else ()
     why = "".join(f"; not on {name}: {table[name].reason}" for name in passed)
     return f"{chosen}{why}"
@@ -44,8 +44,8 @@ def lines() -> list[str]:
         f"built      {built}",
         f"CUDA       {cuda}",
         f"CPU level  {cpu.isa() if cpu.available() else 'none in use'}",
-        f"CPU tensors run on {_choice('cpu', ('cpu', 'eager'))}",
-        f"CUDA tensors run on {_choice('cuda', ('cuda', 'triton', 'eager'))}",
+        f"CPU tensors run on {_choice('cpu')}",
+        f"CUDA tensors run on {_choice('cuda')}",
         "back ends",
     ]
     for row in backends().values():

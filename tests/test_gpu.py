@@ -30,13 +30,14 @@ from torch import Tensor, nn
 
 import at_fused
 from at_fused import _ops
+from at_fused.backends import candidates
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 ELSEWHERE = "cpu" if GPU else "meta"
 DRY_RUN = os.environ.get("AT_FUSED_GPU_DRY_RUN") == "1"
-NAMES = ("cuda", "triton") if GPU else ("cpu",)
-BACKENDS = [name for name in NAMES if at_fused.backends()[name].available]
+FAST = [name for name in candidates(DEVICE) if name != "eager"]
+BACKENDS = [name for name in FAST if at_fused.backends()[name].available]
 
 pytestmark = [
     pytest.mark.gpu,

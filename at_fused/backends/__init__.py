@@ -11,7 +11,6 @@ The dispatcher picks: a back end is a set of kernels registered for a device, th
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -54,6 +53,14 @@ class Backend(NamedTuple):
     reason: str
 
 
+# Fastest first, each with the devices whose tensors it could run.
+_TABLE: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "cpu": (cpu, ("cpu",)),
+    "cuda": (cuda, ("cuda",)),
+    "triton": (triton, ("cuda",)),
+    "eager": (eager, ("cpu", "cuda", "other")),
+}
+
 _forced = "auto"
 _override: torch.library.Library | None = None
 _triton_library: torch.library.Library | None = None
@@ -64,28 +71,29 @@ def load() -> None:
     global _triton_library
     cpu.load()
     cuda.load()
-    if not cuda.loaded() and _triton_for_gpus():
+    if users()["cuda"] == "triton":
         _triton_library = override(triton, ("CUDA",))
 
 
-def _triton_for_gpus() -> bool:
-    """Whether CUDA tensors can go to Triton; asks no device, so that importing stays cheap."""
-    has_gpus = torch.version.cuda or torch.version.hip
-    return bool(has_gpus) and importlib.util.find_spec("triton") is not None
+def candidates(device: str) -> list[str]:
+    """The back ends that could run a device's tensors, fastest first."""
+    return [name for name, (_, devices) in _TABLE.items() if device in devices]
+
+
+def _forced_devices(name: str) -> tuple[str, ...]:
+    """The devices that a back end takes from faster ones where it is chosen."""
+    if name == "triton" and triton.interpreted():
+        return "cpu", "cuda"
+    return () if name == "auto" else _TABLE[name][1]
 
 
 def users() -> dict[str, str]:
     """Device type -> the back end that runs its tensors."""
     fastest = {
-        "cpu": "cpu" if cpu.available() else "eager",
-        "cuda": "cuda" if cuda.loaded() else "triton" if _triton_for_gpus() else "eager",
-        "other": "eager",
+        device: next(name for name in candidates(device) if _TABLE[name][0].loaded())
+        for device in ("cpu", "cuda", "other")
     }
-    if _forced == "eager":
-        return dict.fromkeys(fastest, "eager")
-    if _forced == "triton":
-        return fastest | {"cuda": "triton"} | ({"cpu": "triton"} if triton.interpreted() else {})
-    return fastest
+    return fastest | dict.fromkeys(_forced_devices(_forced), _forced)
 
 
 def backends() -> dict[str, Backend]:
@@ -95,17 +103,12 @@ def backends() -> dict[str, Backend]:
         For each name a :class:`at_fused.Backend`: name, available, devices, in_use, reason.
     """
     runs = users()
-    rows = {
-        "cpu": (cpu.available(), ("cpu",), cpu.reason()),
-        "cuda": (cuda.available(), ("cuda",), cuda.reason()),
-        "triton": (triton.available(), ("cuda",), triton.reason() or "Triton kernels"),
-        "eager": (True, ("cpu", "cuda", "other"), "plain PyTorch"),
-    }
     table = {}
-    for name, (available, could, reason) in rows.items():
+    for name, (module, could) in _TABLE.items():
+        available = module.available()
         now = tuple(device for device, user in runs.items() if user == name)
         in_use = available and bool(now)
-        table[name] = Backend(name, available, now if in_use else could, in_use, reason)
+        table[name] = Backend(name, available, now if in_use else could, in_use, module.reason())
     return table
 
 
@@ -125,10 +128,9 @@ def _force(name: str) -> None:
     if _override is not None:
         _override._destroy()
         _override = None
-    if name == "eager":
-        _override = override(eager, ("CPU", "CUDA"))
-    if name == "triton":
-        _override = override(triton, ("CPU", "CUDA") if triton.interpreted() else ("CUDA",))
+    if name in ("triton", "eager"):  # a compiled library's kernels are the fastest as they are
+        keys = tuple(device.upper() for device in _forced_devices(name) if device != "other")
+        _override = override(_TABLE[name][0], keys)
     _forced = name
 
 

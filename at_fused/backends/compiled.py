@@ -30,6 +30,6 @@ class Compiled:
         except (OSError, RuntimeError) as error:
             self.failure = f"{libraries[0].name} does not load: {error}"
 
-    def available(self) -> bool:
+    def loaded(self) -> bool:
         """Whether the library's kernels are registered."""
         return not self.failure

@@ -11,21 +11,21 @@ from at_fused._warnings import AtFusedWarning
 from at_fused.backends.compiled import Compiled
 
 _library = Compiled("_cpu")
-available = _library.available
+loaded = available = _library.loaded
 
 
 def load() -> None:
     """Loads the library; where that fails, warns once and leaves the operators to eager."""
     _library.load()
     wanted = os.environ.get("AT_FUSED_CPU_ISA")
-    if available() and wanted and wanted != isa():
+    if loaded() and wanted and wanted != isa():
         warnings.warn(
             f"AT_FUSED_CPU_ISA must be one of {', '.join(isa_levels())} on this machine, "
             f"got {wanted!r}; {isa()} is used",
             AtFusedWarning,
             stacklevel=2,
         )
-    if not available():
+    if not loaded():
         warnings.warn(
             f"the CPU kernels are not used ({_library.failure}); at_fused runs on plain PyTorch, "
             "slower",

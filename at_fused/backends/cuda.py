@@ -11,7 +11,7 @@ from at_fused._warnings import AtFusedWarning
 from at_fused.backends.compiled import Compiled
 
 _library = Compiled("_cuda")
-loaded = _library.available
+loaded = _library.loaded
 
 
 def load() -> None:

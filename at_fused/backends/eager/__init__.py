@@ -32,14 +32,32 @@ __all__ = [
     "attention_map_backward",
     "attention_tap_backward",
     "attention_tap_backward_",
+    "available",
     "collapse_scale",
     "distance_loss",
     "distance_loss_backward",
     "kd_loss",
     "kd_loss_backward",
+    "loaded",
     "map_loss",
     "normalize",
     "pair_loss",
+    "reason",
     "sample_weight",
     "squared_distances",
 ]
+
+
+def loaded() -> bool:
+    """Whether torch's dispatcher has it."""
+    return True
+
+
+def available() -> bool:
+    """Whether it can run here."""
+    return True
+
+
+def reason() -> str:
+    """What it is."""
+    return "plain PyTorch"

@@ -17,18 +17,26 @@ from typing import Any
 import torch
 
 
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def loaded() -> bool:
+    """Whether CUDA tensors can go to Triton; asks no device, so that importing stays cheap."""
+    has_gpus = torch.version.cuda or torch.version.hip
+    return bool(has_gpus) and _installed()
+
+
 def available() -> bool:
     """Whether Triton is installed and has something to run on."""
-    return not reason()
+    return _installed() and (torch.cuda.is_available() or interpreted())
 
 
 def reason() -> str:
-    """Why the kernels cannot run here; empty where they can."""
-    if importlib.util.find_spec("triton") is None:
+    """What it is, or why the kernels cannot run here."""
+    if not _installed():
         return "triton is not installed"
-    if not torch.cuda.is_available() and not interpreted():
-        return "no GPU, and TRITON_INTERPRET=1 is not set"
-    return ""
+    return "Triton kernels" if available() else "no GPU, and TRITON_INTERPRET=1 is not set"
 
 
 def interpreted() -> bool:
