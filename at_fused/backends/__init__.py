@@ -138,7 +138,9 @@ class use_backend:  # noqa: N801 - used like torch.no_grad
     """Runs the operators on one back end: a setting, or a context manager that undoes it.
 
     A back end for one kind of device leaves the others' tensors to the fastest there is for them.
-    The choice holds for the whole process, all threads, like ``torch.backends`` flags.
+    The choice holds for the whole process, all threads, like ``torch.backends`` flags. It must not
+    change while another thread calls the operators, whose calls may then fail: torch changes its
+    tables of kernels without a lock.
 
     Args:
         name: "auto" (the fastest there is for each device), "cpu", "cuda", "triton" or "eager".
