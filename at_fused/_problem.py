@@ -31,15 +31,6 @@ class Options(NamedTuple):
     eps_mode: str = "max"
     eps: float = 1e-12
 
-    def plain(self) -> bool:
-        """Whether ``at_loss``, the operator, has them all."""
-        return (
-            self.collapse != "max"
-            and self.reduction != "sample"
-            and self.eps_mode == "max"
-            and (self.absolute or self.p % 2 == 0)
-        )
-
 
 class Problem(NamedTuple):
     """A call of ``at_loss``, checked: features (B, C, *spatial), and what to do with them.
@@ -56,6 +47,19 @@ class Problem(NamedTuple):
     attend: str
     masks: list[Tensor] | None
     sample_weights: Tensor | None
+
+    def plain(self) -> bool:
+        """Whether one operator does all of it, for maps that agree in size."""
+        options = self.options
+        return (
+            options.collapse != "max"
+            and options.reduction != "sample"
+            and options.eps_mode == "max"
+            and (options.absolute or options.p % 2 == 0)
+            and not self.tokens
+            and self.masks is None
+            and self.sample_weights is None
+        )
 
 
 def prepare(
@@ -179,10 +183,10 @@ def _tracked(features: list[Tensor]) -> bool:
 
 
 def _loss(problem: Problem) -> Tensor:
-    students, teachers, tokens, weights, options, resize, _, masks, sample_weights = problem
+    students, teachers, tokens, weights, options, resize, *_ = problem
     p, collapse, absolute, form, reduction, _, eps = options
     same = _inputs.check_sizes(students, teachers, resize)
-    if same and not tokens and masks is None and sample_weights is None and options.plain():
+    if same and problem.plain():
         grads = _tracked(students), _tracked(teachers)
         return _ops.at_loss(students, teachers, weights, p, collapse, form, reduction, eps, *grads)[
             0

@@ -185,11 +185,8 @@ def at_value_and_grad(
         scale, students[0].device, accumulate_dtype(*students, *teachers)
     )
     one_pass = (
-        problem.options.plain()
+        problem.plain()
         and problem.attend == "spatial"
-        and problem.masks is None
-        and problem.sample_weights is None
-        and not problem.tokens
         and side.map_size is None
         and _inputs.check_sizes(students, teachers, problem.resize)
     )
