@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -53,6 +53,16 @@ def check_options(
             raise ValueError(f"p must be a whole number with absolute=False, got {p!r}")
         if choices.get("collapse") == "max":
             raise ValueError("collapse='max' takes absolute values, got absolute=False")
+
+
+def check_kept(owner: str, options: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """Checks options that are kept for later calls, as far as that goes without features."""
+    for name in options:
+        if name not in allowed:
+            raise TypeError(f"{owner} takes no option {name!r}")
+    known = ("p", "eps", "absolute", *_CHOICES)
+    check_options(**{name: options[name] for name in known if name in options})
+    sides(options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size"))
 
 
 # ---- features ------------------------------------------------------------------------------------

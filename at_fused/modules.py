@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from at_fused._inputs import check_options
+from at_fused._inputs import check_kept
 from at_fused.functional import ATOptions, at_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_CHECKED = ("p", "eps", "absolute", "collapse", "form", "reduction", "resize", "attend", "eps_mode")
 
 
 class ATLoss(nn.Module):
@@ -34,11 +32,7 @@ class ATLoss(nn.Module):
 
     def __init__(self, **options: Unpack[ATOptions]) -> None:
         super().__init__()
-        for name in options:
-            if name not in ATOptions.__annotations__:
-                raise TypeError(f"ATLoss takes no option {name!r}")
-        given: dict[str, Any] = {**options}
-        check_options(**{name: given[name] for name in _CHECKED if name in given})
+        check_kept("ATLoss", options, ATOptions.__annotations__)
         self.options = options
 
     def forward(

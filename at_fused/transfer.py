@@ -284,10 +284,7 @@ class AttentionTransfer:
 
 def _check(options: dict[str, Any]) -> str | None:
     """Checks the options of the pairs; returns ``resize``."""
-    for name in options:
-        if name not in PairOptions.__annotations__:
-            raise TypeError(f"AttentionTransfer takes no option {name!r}")
-    _inputs.check_options(**{k: v for k, v in options.items() if k != "weights"})
+    _inputs.check_kept("AttentionTransfer", options, PairOptions.__annotations__)
     if options.get("attend") == "both":
         raise ValueError("attend must be 'spatial' or 'channel' here, got 'both'; make two of them")
     resize: str | None = options.get("resize")

@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from torchdistill.losses.registry import register_mid_level_loss
 
 from at_fused._beta import check_finite
-from at_fused._inputs import check_options, sides
+from at_fused._inputs import check_kept
 from at_fused.functional import ATOptions, at_loss
 
-_CHECKED = ("p", "eps", "absolute", "collapse", "resize", "attend", "eps_mode")
 # What has its place elsewhere in the configuration.
 _ELSEWHERE = {
     "form": "mode names the formula",
@@ -105,12 +104,9 @@ class FusedATLoss(nn.Module):
         for name in options:
             if name in _ELSEWHERE:
                 raise TypeError(f"FusedATLoss takes no option {name!r}: {_ELSEWHERE[name]}")
-            if name not in ATOptions.__annotations__:
-                raise TypeError(f"FusedATLoss takes no option {name!r}")
         if mode == "paper":
             options = {"collapse": "sum", **options}
-        check_options(**{name: options[name] for name in _CHECKED if name in options})
-        sides(options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size"))
+        check_kept("FusedATLoss", options, ATOptions.__annotations__)
         self.at_pairs = at_pairs
         self.mode = mode
         self.options = options
