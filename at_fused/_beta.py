@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from at_fused._checks import check_number, kind
+from at_fused._checks import check_finite, kind
 
 
 class _Formula(NamedTuple):
@@ -35,17 +35,10 @@ _FORMULAS = {
 }
 
 
-def check_finite(name: str, value: float) -> None:
-    """Raises for what is no finite number."""
-    check_number(name, value)
-    if not -math.inf < value < math.inf:  # which torch.compile can trace
-        raise ValueError(f"{name} must be finite, got {value!r}")
-
-
 def per_pair(name: str, value: float | Sequence[float], count: int) -> list[float]:
     """A finite number for each pair, from one for all or a list."""
     if not isinstance(value, (list, tuple)):
-        check_finite(name, value)  # type: ignore[arg-type]
+        check_finite(name, value)
         return [float(value)] * count  # type: ignore[arg-type]
     if len(value) != count:
         raise ValueError(

@@ -25,6 +25,13 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be in a float's range, got one of {value.bit_length()} bits")
 
 
+def check_finite(name: str, value: object) -> None:
+    """Raises for what is no finite number."""
+    check_number(name, value)
+    if not -math.inf < value < math.inf:  # type: ignore[operator]  # torch.compile can trace it
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
 def pair_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """One number for each pair; none at all for ones."""
     if weights is None:
@@ -36,9 +43,7 @@ def pair_weights(weights: Sequence[float] | None, count: int) -> list[float]:
             f"weights must have one number per pair, got {len(weights)} for {count} pairs"
         )
     for i, weight in enumerate(weights):
-        check_number(f"weights[{i}]", weight)
-        if not math.isfinite(weight):
-            raise ValueError(f"weights[{i}] must be finite, got {weight!r}")
+        check_finite(f"weights[{i}]", weight)
     return [float(weight) for weight in weights]
 
 

@@ -109,7 +109,8 @@ class _Hook:
 
     def _place(self, x: Tensor, channel_attention: bool) -> tuple[Place, tuple[int, ...]]:
         """Where the channels are, and the size of the map."""
-        last = self.layout.of(x) == -1
+        channel_dim = self.layout.of(x)
+        last = channel_dim == -1
         skip = self.layout.skip_tokens if last and x.dim() == 3 else 0
         if skip >= x.shape[1] and skip:
             raise ValueError(
@@ -119,7 +120,7 @@ class _Hook:
         channels = x.shape[-1] if last else x.shape[1]
         size = tuple(x.shape[1:-1] if last else x.shape[2:])
         size = (size[0] - skip, *size[1:]) if skip else size
-        place = Place(-1 if last else 1, skip, channel_attention)
+        place = Place(channel_dim, skip, channel_attention)
         return place, (channels,) if channel_attention else size
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from at_fused._checks import DTYPES, check_number, check_tensor, kind
+from at_fused._checks import DTYPES, check_finite, check_number, check_tensor, kind
 from at_fused._warnings import AtFusedWarning
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -104,8 +104,6 @@ def place(name: str, x: Tensor, side: Side) -> Tensor:
     """The feature as (B, C, *spatial)."""
     if side is _PLAIN or side.channel_dim == 1:
         return x
-    if side.channel_dim not in (-1, x.dim() - 1):
-        raise ValueError(f"channel_dim must be 1 or -1, got {side.channel_dim!r}")
     if x.dim() != 3:
         return x.movedim(-1, 1)
     if side.skip_tokens >= x.shape[1]:
@@ -165,6 +163,8 @@ def _check_side(channel_dim: object, skip_tokens: object, map_size: Any) -> Side
             raise TypeError(f"{name} must be a whole number, got {kind(value)}")
     assert isinstance(channel_dim, int)
     assert isinstance(skip_tokens, int)
+    if channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim must be 1 or -1, got {channel_dim}")
     if skip_tokens < 0:
         raise ValueError(f"skip_tokens must be >= 0, got {skip_tokens}")
     if map_size is not None and not (
@@ -347,9 +347,7 @@ def gradient_scale(
 ) -> tuple[float, Tensor | None]:
     """A scale as a number, and as what the device has to read."""
     if not isinstance(scale, Tensor):
-        check_number("scale", scale)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, got {scale!r}")
+        check_finite("scale", scale)
         return float(scale), None
     if scale.numel() != 1 or not scale.is_floating_point():
         raise ValueError(
@@ -371,14 +369,11 @@ def _check_factor(name: str, factor: object, x: Tensor) -> Tensor:
     return factor
 
 
-def check_one_batch(students: list[Tensor]) -> None:
-    """Raises where pairs have different batch sizes, which no (pairs, B) could hold."""
+def check_one_batch(students: list[Tensor], rule: str) -> None:
+    """Raises where pairs have different batch sizes; ``rule`` begins the message."""
     for i, x in enumerate(students):
         if x.shape[0] != students[0].shape[0]:
-            raise ValueError(
-                "reduction='sample' takes pairs of one batch size, got "
-                f"{students[0].shape[0]} and, in pair {i}, {x.shape[0]}"
-            )
+            raise ValueError(f"{rule}, got {students[0].shape[0]} and, in pair {i}, {x.shape[0]}")
 
 
 def check_sample_weights(factor: object, students: list[Tensor]) -> Tensor:

@@ -19,6 +19,8 @@ from at_fused import _inputs, _ops
 from at_fused._checks import pair_weights
 from at_fused._inputs import MapSizes, Sides
 
+_SAMPLES = "reduction='sample' takes pairs of one batch size"
+
 
 class Options(NamedTuple):
     """The options that the operators share."""
@@ -106,7 +108,7 @@ def prepare(
             raise ValueError(f"mask is for attend='spatial', got attend={attend!r}")
         masks = _inputs.check_masks(mask, students)
     if reduction == "sample":
-        _inputs.check_one_batch(students)
+        _inputs.check_one_batch(students, _SAMPLES)
     if sample_weights is not None:
         sample_weights = _inputs.check_sample_weights(sample_weights, students)
     return Problem(
@@ -140,7 +142,7 @@ def prepare_maps(
         raise ValueError(f"resize must be None or 'maps' for a loss of maps, got {resize!r}")
     students, teachers = _inputs.map_pairs(student, teacher)
     if reduction == "sample":
-        _inputs.check_one_batch(students)
+        _inputs.check_one_batch(students, _SAMPLES)
     return Problem(
         students,
         teachers,

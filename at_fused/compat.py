@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from at_fused import _inputs
-from at_fused._beta import check_finite, convert_beta, pair_betas, per_pair
-from at_fused._checks import kind
+from at_fused._beta import convert_beta, pair_betas, per_pair
+from at_fused._checks import check_finite, kind
 from at_fused.functional import at_loss
 
 __all__ = [
@@ -46,6 +46,8 @@ __all__ = [
 ]
 
 Features = Tensor | Sequence[Tensor]
+
+_ONE_BATCH = "all pairs must have one batch size, which this formula divides by"
 
 
 def authors_at_loss(student: Features, teacher: Features) -> Tensor:
@@ -199,7 +201,7 @@ def torchdistill_at_loss(
         raise ValueError(f"mode must be 'code' or 'paper', got {mode!r}")
     if mode == "code":
         return at_loss(student, teacher, weights=weights)
-    _batch_size(_inputs.pairs(student, teacher)[0])
+    _inputs.check_one_batch(_inputs.pairs(student, teacher)[0], _ONE_BATCH)
     return at_loss(student, teacher, form="paper", collapse="sum", weights=weights)
 
 
@@ -304,6 +306,7 @@ def paper_at_loss(
     if not isinstance(squared, bool):
         raise TypeError(f"squared must be True or False, got {kind(squared)}")
     students, teachers = _inputs.pairs(student, teacher)
+    _inputs.check_one_batch(students, _ONE_BATCH)
     betas = per_pair("beta", beta, len(students))
     # Small enough to be none, large enough that 1 / eps times a gradient of 0 is 0.
     tiny = 1e-150 if all(x.dtype == torch.float64 for x in (*students, *teachers)) else 1e-30
@@ -322,15 +325,4 @@ def paper_at_loss(
         losses = torch.stack(
             [loss * math.prod(x.shape[2:]) for loss, x in zip(losses, students, strict=True)]
         )
-    size = _batch_size(students)
-    return losses.sum() * size if batch == "sum" else losses.sum()
-
-
-def _batch_size(students: list[Tensor]) -> int:
-    for i, x in enumerate(students):
-        if x.shape[0] != students[0].shape[0]:
-            raise ValueError(
-                "all pairs must have one batch size, which this formula divides by, got "
-                f"{students[0].shape[0]} and, in pair {i}, {x.shape[0]}"
-            )
-    return students[0].shape[0]
+    return losses.sum() * students[0].shape[0] if batch == "sum" else losses.sum()

@@ -332,7 +332,7 @@ def attention_tap(
     _options_of_one(p, collapse, attend, absolute, eps, eps_mode)
     feature, side = _inputs.one(x, channel_dim, skip_tokens, map_size)
     place = _ops.Place(
-        1 if side.channel_dim == 1 else -1,
+        side.channel_dim,
         side.skip_tokens if x.dim() == 3 else 0,
         attend == "channel",
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from at_fused import _inputs
-from at_fused._checks import check_number, kind, pair_weights
+from at_fused._checks import check_finite, kind, pair_weights
 from at_fused._hooks import MapOptions, Watched
 from at_fused._match import written
 from at_fused._models import evaluating, modules_named, precision, unwrap
@@ -142,9 +142,7 @@ class AttentionTransfer:
 
     @beta.setter
     def beta(self, value: float) -> None:
-        check_number("beta", value)
-        if not math.isfinite(value):
-            raise ValueError(f"beta must be finite, got {value!r}")
+        check_finite("beta", value)
         self._beta = value
 
     def prepare(self, x: Any, index: Tensor | Sequence[int] | None = None, seed: int = 0) -> None:

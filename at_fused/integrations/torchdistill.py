@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torchdistill.losses.registry import register_mid_level_loss
 
-from at_fused._beta import check_finite
+from at_fused._checks import check_finite
 from at_fused._inputs import check_kept
 from at_fused.functional import ATOptions, at_loss
 
