@@ -158,6 +158,6 @@ def compare(
 
 
 if __name__ == "__main__":
-    from at_fused.train.maps import main
+    from at_fused.train.visualize_cli import main
 
     main()

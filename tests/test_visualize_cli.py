@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from at_fused import visualize
 from at_fused.train.config import resolve, to_toml
 from at_fused.train.data import open_data
-from at_fused.train.maps import main, of_a_run, titles
 from at_fused.train.networks import build
 from at_fused.train.saved import load_network, save_network
+from at_fused.train.visualize_cli import main, of_a_run, titles
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Norm = nn.modules.batchnorm._BatchNorm
-
 
 class _Sum(torch.autograd.Function):
     """The sum over all processes, whose gradient is the sum of theirs; to any order."""

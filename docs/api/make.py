@@ -13,7 +13,7 @@ from typing import Any
 
 import pdoc
 
-from at_fused.train import cli, maps
+from at_fused.train import cli, visualize_cli
 
 OUT = Path(__file__).parents[2] / "site"
 PAGES = (
@@ -26,7 +26,7 @@ PAGES = (
     "at_fused.info",
     "at_fused.train",
 )
-HELP = {"at_fused.visualize": maps.build_parser, "at_fused.train": cli.build_parser}
+HELP = {"at_fused.visualize": visualize_cli.build_parser, "at_fused.train": cli.build_parser}
 
 
 def page_of(name: str) -> pdoc.doc.Module:

@@ -14,7 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from at_fused.backends.results import STATISTICS
 from at_fused.backends.triton.finish import double, is_last
+
+_STATISTICS = tl.constexpr(STATISTICS)
 
 # ---- functions -----------------------------------------------------------------------------------
 
@@ -144,7 +147,7 @@ def _sum_of_rows(stats, column: tl.constexpr, rows):
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, rows, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        at = stats + i.to(tl.int64) * 8 + column
+        at = stats + i.to(tl.int64) * _STATISTICS + column
         total += tl.load(at, mask=i < rows, other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0)
 
@@ -268,7 +271,7 @@ def kd_loss_kernel(
         ce = tl.where(label >= 0, ce, tl.where(label == -1, 0.0, float("nan")))
         ce_sum = tl.where(label == -2, float("nan"), 1.0 + rest)
 
-    row = stats + b.to(tl.int64) * 8
+    row = stats + b.to(tl.int64) * _STATISTICS
     tl.store(row + 0, s_wide)
     tl.store(row + 1, s_sum)
     tl.store(row + 2, t_wide)
@@ -333,7 +336,7 @@ def kd_loss_backward_kernel(
     smoothing = double(smooth)
     s_row = student + b.to(tl.int64) * student_stride * ALIGN
     t_row = teacher + b.to(tl.int64) * teacher_stride * ALIGN
-    row = stats + b.to(tl.int64) * 8
+    row = stats + b.to(tl.int64) * _STATISTICS
     s_wide = tl.load(row)
     t_wide = tl.load(row + 2)
     t_sum = tl.load(row + 3)

@@ -6,12 +6,11 @@ import argparse
 import re
 from pathlib import Path
 
+from at_fused._figure import SUFFIXES
 from at_fused.train import config as options
 from at_fused.train.cli import integer, require
 from at_fused.train.config import TITLES
 from at_fused.train.rules import ConfigError
-
-SUFFIXES = (".png", ".svg")
 
 
 def build_parser() -> argparse.ArgumentParser:
