@@ -27,6 +27,7 @@ __all__ = [
     "Backend",
     "FeaturesLoss",
     "KDLoss",
+    "StaleCacheError",
     "TeacherCache",
     "__version__",
     "at",
@@ -43,6 +44,7 @@ __all__ = [
     "map_loss",
     "match_layers",
     "schedules",
+    "teacher_hash",
     "use_backend",
 ]
 

@@ -15,5 +15,5 @@ from at_fused.functional import (
 from at_fused.gradients import flip_symmetry_loss, gradient_at_loss, input_gradient
 from at_fused.layers import match_layers
 from at_fused.modules import ATLoss
-from at_fused.teacher_cache import TeacherCache
+from at_fused.teacher_cache import StaleCacheError, TeacherCache, teacher_hash
 from at_fused.transfer import AttentionTransfer
