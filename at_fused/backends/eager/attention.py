@@ -29,21 +29,16 @@ def collapse_scale(x: Tensor, collapse: str) -> float:
     return 1.0 / x.shape[1] if collapse == "mean" else 1.0
 
 
-def keeps_sign(p: float, absolute: bool) -> bool:
-    """Whether x^p has x's sign."""
-    return not absolute and p % 2 == 1
-
-
 def power(x: Tensor, p: float, absolute: bool) -> Tensor:
     """|x|^p; without ``absolute`` x^p, p a whole number."""
-    if keeps_sign(p, absolute):
+    if not absolute and p % 2 == 1:
         return x if p == 1 else x * x.abs().pow(p - 1)
     return x * x if p == 2 else x.abs() if p == 1 else x.abs().pow(p)
 
 
 def slope(x: Tensor, p: float, absolute: bool) -> Tensor:
     """The derivative of ``power`` over p: |x|^(p-1) * sign(x), or x^(p-1)."""
-    if keeps_sign(p, absolute):
+    if not absolute and p % 2 == 1:
         return x.abs().pow(p - 1)
     return x if p == 2 else x.sign() if p == 1 else x.abs().pow(p - 1) * x.sign()
 

@@ -18,6 +18,8 @@ from at_fused.backends.results import STATISTICS
 from at_fused.backends.triton.finish import double, is_last
 
 _STATISTICS = tl.constexpr(STATISTICS)
+# Not what a kernel is compiled for.
+_NUMBERS = ["label_stride", "rows", "temperature", "alpha", "label_smoothing", "ignore_index"]
 
 # ---- functions -----------------------------------------------------------------------------------
 
@@ -98,11 +100,11 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _class(labels, b, stride, K, ignored):
+def _class(labels, b, stride, K, ignore_index):
     """The row's label: a class, -1 for one that is ignored, -2 for one that is neither."""
     label = tl.load(labels + b.to(tl.int64) * stride)
     wrong = (label < 0) | (label >= K)
-    return tl.where(label == ignored, -1, tl.where(wrong, -2, label))
+    return tl.where(label == ignore_index, -1, tl.where(wrong, -2, label))
 
 
 # ---- forward -------------------------------------------------------------------------------------
@@ -153,17 +155,17 @@ def _sum_of_rows(stats, column: tl.constexpr, rows):
 
 
 @triton.jit
-def _labels_that_count(labels, stride, rows, ignored):
+def _labels_that_count(labels, stride, rows, ignore_index):
     BLOCK: tl.constexpr = 128
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, rows, BLOCK):
         i = start + tl.arange(0, BLOCK)
         label = tl.load(labels + i.to(tl.int64) * stride, mask=i < rows, other=0)
-        total += tl.where((label != ignored) & (i < rows), 1.0, 0.0)
+        total += tl.where((label != ignore_index) & (i < rows), 1.0, 0.0)
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["label_stride", "rows", "temperature", "alpha", "smooth", "ignored"])
+@triton.jit(do_not_specialize=_NUMBERS)
 def kd_loss_kernel(
     student,
     teacher,
@@ -179,8 +181,8 @@ def kd_loss_kernel(
     rows,
     temperature,
     alpha,
-    smooth,
-    ignored,
+    label_smoothing,
+    ignore_index,
     DIVERGENCE: tl.constexpr,
     ENTROPY: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -191,7 +193,7 @@ def kd_loss_kernel(
     b = tl.program_id(0)
     K = classes * ALIGN
     T = double(temperature)
-    smoothing = double(smooth)
+    smoothing = double(label_smoothing)
     s_row = student + b.to(tl.int64) * student_stride * ALIGN
     t_row = teacher + b.to(tl.int64) * teacher_stride * ALIGN
 
@@ -262,7 +264,7 @@ def kd_loss_kernel(
     if ENTROPY:
         rest = tl.sum(others.to(tl.float64), 0) + (tl.sum(tops.to(tl.float64), 0) - 1.0)
         log_sum = _log1p(rest)
-        label = _class(labels, b, label_stride, K, ignored)
+        label = _class(labels, b, label_stride, K, ignore_index)
         chosen = tl.load(s_row + label, mask=label >= 0, other=0.0).to(tl.float64)
         even = log_sum - tl.sum(below.to(tl.float64), 0) / K
         # Not 0 * even: that of an excluded class is infinite.
@@ -286,7 +288,7 @@ def kd_loss_kernel(
         if DIVERGENCE:
             total += _sum_of_rows(stats, 5, rows) * (double(alpha) * T * T / rows)
         if ENTROPY:
-            count = _labels_that_count(labels, label_stride, rows, ignored)
+            count = _labels_that_count(labels, label_stride, rows, ignore_index)
             total += (1.0 - double(alpha)) * _sum_of_rows(stats, 7, rows) / count
         tl.store(valid, count)
         tl.store(loss, total.to(loss.dtype.element_ty))
@@ -302,7 +304,7 @@ def _pull(s, t, t_max, t_scale, high, low, least, inverse, kl):
     return tl.where(q == 0.0, q, q * (d - kl))
 
 
-@triton.jit(do_not_specialize=["label_stride", "rows", "temperature", "alpha", "smooth", "ignored"])
+@triton.jit(do_not_specialize=_NUMBERS)
 def kd_loss_backward_kernel(
     student,
     teacher,
@@ -321,8 +323,8 @@ def kd_loss_backward_kernel(
     rows,
     temperature,
     alpha,
-    smooth,
-    ignored,
+    label_smoothing,
+    ignore_index,
     DIVERGENCE: tl.constexpr,
     ENTROPY: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -333,7 +335,7 @@ def kd_loss_backward_kernel(
     b = tl.program_id(0)
     K = classes * ALIGN
     T = double(temperature)
-    smoothing = double(smooth)
+    smoothing = double(label_smoothing)
     s_row = student + b.to(tl.int64) * student_stride * ALIGN
     t_row = teacher + b.to(tl.int64) * teacher_stride * ALIGN
     row = stats + b.to(tl.int64) * _STATISTICS
@@ -355,7 +357,7 @@ def kd_loss_backward_kernel(
     even = own
     e_scale = own
     if ENTROPY:
-        label = _class(labels, b, label_stride, K, ignored)
+        label = _class(labels, b, label_stride, K, ignore_index)
         ce_sum = tl.load(row + 6)
         count = tl.load(valid)
         entropy = g * (1.0 - double(alpha)) / tl.where(count < 1.0, 1.0, count)

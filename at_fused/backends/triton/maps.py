@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from at_fused.backends.checks import check_attention_map
-from at_fused.backends.eager.attention import keeps_sign
 from at_fused.backends.triton import launch
 from at_fused.backends.triton.launch import (
     constexpr,
@@ -57,7 +56,7 @@ def store_map(
     SPAN: tl.constexpr,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
     MEAN: tl.constexpr,
 ):
     """Writes the raw map of one sample at the positions [begin, begin + SPAN).
@@ -94,7 +93,7 @@ def store_map(
             else:
                 x = load_pooled(feature, data, c[:, None], at, depth, height, width, mask, ACC)
             if winners is None:
-                total += power(x, HIGH, LOW, SIGNED)
+                total += power(x, HIGH, LOW, ABSOLUTE)
             else:
                 # What is past the last channel ranks with zeros, behind channel 0.
                 rank = _rank(x)
@@ -109,7 +108,7 @@ def store_map(
             c = tile + tl.arange(0, feature.BLOCK_C)[:, None]
             found = tl.min(tl.where(largest == winner[None, :], c, channels), 0)
             tl.store(winners + b.to(tl.int64) * positions + n, found, mask=inside)
-            collapsed = power(winner.to(ACC, bitcast=True), HIGH, LOW, False)
+            collapsed = power(winner.to(ACC, bitcast=True), HIGH, LOW, True)
         tl.store(out + n, collapsed, mask=inside)
 
 
@@ -130,12 +129,12 @@ def _map_of_feature(
     local,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
     MEAN: tl.constexpr,
 ):
     b = local // entry.pieces
     begin = (local % entry.pieces) * entry.SPAN
-    store_map(entry.feature, entry.winners, b, begin, entry.SPAN, HIGH, LOW, SIGNED, MEAN)
+    store_map(entry.feature, entry.winners, b, begin, entry.SPAN, HIGH, LOW, ABSOLUTE, MEAN)
 
 
 @triton.jit
@@ -144,14 +143,16 @@ def map_kernel(
     COUNT: tl.constexpr,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
     MEAN: tl.constexpr,
 ):
     """The raw maps of a list of features (``Map``)."""
     program = tl.program_id(0)
     for i in tl.static_range(COUNT):
         if (program >= entries[i].first_program) & (program < entries[i].end_program):
-            _map_of_feature(entries[i], program - entries[i].first_program, HIGH, LOW, SIGNED, MEAN)
+            _map_of_feature(
+                entries[i], program - entries[i].first_program, HIGH, LOW, ABSOLUTE, MEAN
+            )
 
 
 def attention_map(
@@ -204,7 +205,7 @@ def attention_map(
                 COUNT=len(entries),
                 HIGH=high,
                 LOW=low,
-                SIGNED=keeps_sign(p, absolute),
+                ABSOLUTE=absolute,
                 MEAN=collapse == "mean",
             )
     return maps + winners

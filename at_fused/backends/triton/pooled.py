@@ -133,7 +133,7 @@ def _share(
     inside,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
 ):
     """What the windows (d, h, w) give to each of their inputs, as a tile."""
     c = first + tl.arange(0, feature.BLOCK_C)
@@ -155,13 +155,13 @@ def _share(
             (c < channels)[:, None] & inside[None, :],
             k.dtype,
         )
-        share = k[None, :] * slope(x, HIGH, LOW, SIGNED)
+        share = k[None, :] * slope(x, HIGH, LOW, ABSOLUTE)
     else:
         begin_of_map = winners + b.to(tl.int64) * positions_of(feature)
         winner = tl.load(begin_of_map + n, mask=inside, other=-1)
         here = (winner >= first) & (winner < tl.minimum(first + feature.BLOCK_C, channels))
         x = load_pooled(feature, data, winner, begin, depth, height, width, here, k.dtype)
-        only = k * slope(x, HIGH, LOW, SIGNED)
+        only = k * slope(x, HIGH, LOW, ABSOLUTE)
         share = tl.where(c[:, None] == winner[None, :], only[None, :], 0.0)
     return share
 
@@ -179,10 +179,10 @@ def _shares(
     inside,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
 ):
     """The shares of the windows (d, h, w), of those above, on the left, and above on the left."""
-    own = _share(feature, winners, loss_gradient, b, first, d, h, w, inside, HIGH, LOW, SIGNED)
+    own = _share(feature, winners, loss_gradient, b, first, d, h, w, inside, HIGH, LOW, ABSOLUTE)
     above = own
     left = own
     corner = own
@@ -192,15 +192,17 @@ def _shares(
     up = tl.where(rows, h - 1, h)
     back = tl.where(columns, w - 1, w)
     if feature.pool.ROWS_MEET:
-        above = _share(feature, winners, loss_gradient, b, first, d, up, w, rows, HIGH, LOW, SIGNED)
+        above = _share(
+            feature, winners, loss_gradient, b, first, d, up, w, rows, HIGH, LOW, ABSOLUTE
+        )
     if feature.pool.COLUMNS_MEET:
         left = _share(
-            feature, winners, loss_gradient, b, first, d, h, back, columns, HIGH, LOW, SIGNED
+            feature, winners, loss_gradient, b, first, d, h, back, columns, HIGH, LOW, ABSOLUTE
         )
         if feature.pool.ROWS_MEET:
             both = rows & columns
             corner = _share(
-                feature, winners, loss_gradient, b, first, d, up, back, both, HIGH, LOW, SIGNED
+                feature, winners, loss_gradient, b, first, d, up, back, both, HIGH, LOW, ABSOLUTE
             )
     return own, above, left, corner
 
@@ -229,19 +231,19 @@ def spread_gradient(
     n,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
 ):
     """Writes the gradient of a feature under one tile of its map."""
     inside = n < positions_of(feature)
     d, h, w = places_of(feature.pool, n)
     own, above, left, corner = _shares(
-        feature, winners, loss_gradient, b, first, d, h, w, inside, HIGH, LOW, SIGNED
+        feature, winners, loss_gradient, b, first, d, h, w, inside, HIGH, LOW, ABSOLUTE
     )
     if feature.pool.PLANES_MEET:
         planes = inside & _meets(d, feature.pool.depth, feature.pool.out_depth, feature.pool.WIDE)
         before = tl.where(planes, d - 1, d)
         far_own, far_above, far_left, far_corner = _shares(
-            feature, winners, loss_gradient, b, first, before, h, w, planes, HIGH, LOW, SIGNED
+            feature, winners, loss_gradient, b, first, before, h, w, planes, HIGH, LOW, ABSOLUTE
         )
     begin, depth, height, width = windows_of(feature.pool, d, h, w)
     depth -= _meets(d + 1, feature.pool.depth, feature.pool.out_depth, feature.pool.WIDE)

@@ -43,48 +43,48 @@ def _power(x, HIGH: tl.constexpr, LOW: tl.constexpr):
 
 
 @triton.jit
-def power(x, HIGH: tl.constexpr, LOW: tl.constexpr, SIGNED: tl.constexpr):
-    """|x|^p, p = HIGH + LOW; with SIGNED x^p, p odd."""
+def power(x, HIGH: tl.constexpr, LOW: tl.constexpr, ABSOLUTE: tl.constexpr):
+    """|x|^p, p = HIGH + LOW; without ABSOLUTE x^p, p a whole number."""
     if HIGH + LOW == 2.0:
         y = x * x
     elif HIGH + LOW == 1.0:
-        if SIGNED:
-            y = x
-        else:
+        if ABSOLUTE:
             y = tl.abs(x)
+        else:
+            y = x
     elif HIGH + LOW == 4.0:
         y = (x * x) * (x * x)
     elif HIGH + LOW == 3.0:
-        if SIGNED:
-            y = x * x * x
-        else:
+        if ABSOLUTE:
             y = x * x * tl.abs(x)
+        else:
+            y = x * x * x
     else:
         y = _power(x, HIGH, LOW)
-        if SIGNED:
+        if not (ABSOLUTE or HIGH % 2.0 == 0.0):
             y = tl.where(x < 0, -y, y)
     return y
 
 
 @triton.jit
-def slope(x, HIGH: tl.constexpr, LOW: tl.constexpr, SIGNED: tl.constexpr):
-    """|x|^(p-1) * sign(x); with SIGNED x^(p-1)."""
+def slope(x, HIGH: tl.constexpr, LOW: tl.constexpr, ABSOLUTE: tl.constexpr):
+    """|x|^(p-1) * sign(x); without ABSOLUTE x^(p-1)."""
     if HIGH + LOW == 2.0:
         y = x
     elif HIGH + LOW == 1.0:
-        if SIGNED:
-            y = tl.full(x.shape, 1.0, x.dtype)
-        else:
+        if ABSOLUTE:
             y = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+        else:
+            y = tl.full(x.shape, 1.0, x.dtype)
     elif HIGH + LOW == 4.0:
         y = x * x * x
     elif HIGH + LOW == 3.0:
-        if SIGNED:
-            y = x * x
-        else:
+        if ABSOLUTE:
             y = x * tl.abs(x)
+        else:
+            y = x * x
     else:
         y = _power(x, HIGH - 1.0, LOW)
-        if not SIGNED:
+        if ABSOLUTE or HIGH % 2.0 == 0.0:
             y = tl.where(x < 0, -y, y)
     return y

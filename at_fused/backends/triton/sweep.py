@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from at_fused.backends.checks import check_attention_map_backward
-from at_fused.backends.eager.attention import keeps_sign
 from at_fused.backends.triton import launch
 from at_fused.backends.triton.launch import (
     as_empty_like,
@@ -65,7 +64,7 @@ def _store_winners(
     n,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
 ):
     """Writes k[n] * |x|^(p-1) * sign(x) for the winners of one tile, of which alone x is read."""
     c = first + tl.arange(0, feature.BLOCK_C)
@@ -77,7 +76,7 @@ def _store_winners(
     x = tl.load(
         sample_of(feature, b) + offsets_of(feature, winner, n, feature.PLANAR), mask=here, other=0.0
     )
-    only = k * slope(x.to(k.dtype), HIGH, LOW, SIGNED)
+    only = k * slope(x.to(k.dtype), HIGH, LOW, ABSOLUTE)
     result = tl.where(c[:, None] == winner[None, :], only[None, :], 0.0)
     tl.store(
         sample_of(gradient, b) + offsets_of(gradient, c[:, None], n[None, :], feature.PLANAR),
@@ -95,7 +94,7 @@ def _sweep_of_feature(
     gradient_step,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
 ):
     tile_n = local % entry.tiles_n
     rest = local // entry.tiles_n
@@ -115,16 +114,16 @@ def _sweep_of_feature(
             n,
             HIGH,
             LOW,
-            SIGNED,
+            ABSOLUTE,
         )
     else:
         k = load_coefficients(feature, b, n, n < positions_of(feature), loss_gradient)
         if entry.winners is None:
             c = first + tl.arange(0, feature.BLOCK_C)
-            store_gradient(feature, entry.gradient, k, b, c, n, HIGH, LOW, SIGNED)
+            store_gradient(feature, entry.gradient, k, b, c, n, HIGH, LOW, ABSOLUTE)
         else:
             _store_winners(
-                feature, entry.gradient, entry.winners, k, b, first, n, HIGH, LOW, SIGNED
+                feature, entry.gradient, entry.winners, k, b, first, n, HIGH, LOW, ABSOLUTE
             )
 
 
@@ -136,7 +135,7 @@ def sweep_kernel(
     COUNT: tl.constexpr,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
 ):
     """The gradients of a list of features (``Sweep``), a tile to a program."""
     program = tl.program_id(0)
@@ -150,7 +149,7 @@ def sweep_kernel(
                 gradient_step,
                 HIGH,
                 LOW,
-                SIGNED,
+                ABSOLUTE,
             )
 
 
@@ -213,6 +212,6 @@ def attention_map_backward(
                 COUNT=len(entries),
                 HIGH=high,
                 LOW=low,
-                SIGNED=keeps_sign(p, absolute),
+                ABSOLUTE=absolute,
             )
     return [as_empty_like(x, out) for x, out in zip(features, written, strict=True)]

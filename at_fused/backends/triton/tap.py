@@ -10,7 +10,6 @@ from torch import Tensor
 
 from at_fused.backends import eager
 from at_fused.backends.checks import check_apart, check_tap
-from at_fused.backends.eager.attention import keeps_sign
 from at_fused.backends.triton import launch
 from at_fused.backends.triton.finish import double
 from at_fused.backends.triton.launch import (
@@ -52,7 +51,7 @@ def _add_to_winners(
     n,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
 ):
     """Adds k[n] * |x|^(p-1) * sign(x) where a position's winner is; no more is read or written."""
     positions = positions_of(feature)
@@ -63,7 +62,7 @@ def _add_to_winners(
     )
     place = sample_of(gradient, b) + offsets_of(gradient, winner, n, feature.PLANAR)
     before = tl.load(place, mask=here, other=0.0)
-    result = k * slope(x.to(k.dtype), HIGH, LOW, SIGNED) + before.to(k.dtype)
+    result = k * slope(x.to(k.dtype), HIGH, LOW, ABSOLUTE) + before.to(k.dtype)
     tl.store(place, result.to(gradient.data.dtype.element_ty), mask=here)
 
 
@@ -78,7 +77,7 @@ def tap_kernel(
     tiles_n,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
 ):
     """``addend`` (a ``Gradient``) and the map's gradient into ``gradient``, a tile to a program.
 
@@ -93,9 +92,9 @@ def tap_kernel(
     k *= double(factor).to(k.dtype)
     if winners is None:
         c = rest % tiles_c * feature.BLOCK_C + tl.arange(0, feature.BLOCK_C)
-        store_gradient(feature, gradient, k, b, c, n, HIGH, LOW, SIGNED, addend)
+        store_gradient(feature, gradient, k, b, c, n, HIGH, LOW, ABSOLUTE, addend)
     else:
-        _add_to_winners(feature, gradient, winners, k, b, n, HIGH, LOW, SIGNED)
+        _add_to_winners(feature, gradient, winners, k, b, n, HIGH, LOW, ABSOLUTE)
 
 
 def _launch(
@@ -131,7 +130,7 @@ def _launch(
         tiles_n,
         HIGH=high,
         LOW=low,
-        SIGNED=keeps_sign(p, absolute),
+        ABSOLUTE=absolute,
     )
 
 

@@ -138,7 +138,7 @@ def store_gradient(
     n,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    SIGNED: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
     addend=None,
 ):
     """Writes k[n] * |x|^(p-1) * sign(x) for one tile, plus the addend's where there is one."""
@@ -148,7 +148,7 @@ def store_gradient(
         mask=mask,
         other=0.0,
     )
-    result = k[None, :] * slope(x.to(k.dtype), HIGH, LOW, SIGNED)
+    result = k[None, :] * slope(x.to(k.dtype), HIGH, LOW, ABSOLUTE)
     if addend is not None:
         before = tl.load(
             sample_of(addend, b) + offsets_of(addend, c[:, None], n[None, :], feature.PLANAR),
