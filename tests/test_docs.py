@@ -1,9 +1,10 @@
-"""What is written about the code is true of it: docstrings, links, names, and code in Markdown."""
+"""What is written about the code is true of it: docstrings, names, defaults, code in Markdown."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import at_fused
+from at_fused import _inputs, _ops, _problem
 from at_fused.backends import override
 
 ROOT = Path(__file__).parents[1]
@@ -244,6 +246,35 @@ def test_qualified_names_are_there(page: Path) -> None:
             if not hasattr(found, part):
                 importlib.import_module(".".join(parts[:i]))
             found = getattr(found, part)
+
+
+# ---- defaults ------------------------------------------------------------------------------------
+
+
+def defaults(function: Any) -> dict[str, Any]:
+    found = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in found if p.default is not p.empty}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        at_fused.attention_map,
+        at_fused.attention_tap,
+        at_fused.map_loss,
+        at_fused.at,
+        _problem.prepare,
+        _problem.Options,
+        _inputs.check_options,
+        _inputs.Side,
+        _ops.Place,
+    ],
+)
+def test_an_option_has_one_default(function: Any) -> None:
+    right, own = defaults(at_fused.at_loss), defaults(function)
+    shared = right.keys() & own.keys()
+    assert shared
+    assert {name: own[name] for name in shared} == {name: right[name] for name in shared}
 
 
 # ---- code in Markdown ----------------------------------------------------------------------------
