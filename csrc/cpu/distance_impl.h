@@ -1,9 +1,9 @@
-// Squared distances, once for every instruction-set level (distill_*.cpp).
+// Squared distances, once for every instruction-set level.
 #pragma once
 
 #include <cmath>
 
-#include "distill.h"
+#include "kernels.h"
 #include "tile.h"
 
 namespace at_fused {

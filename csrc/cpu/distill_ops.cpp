@@ -2,31 +2,17 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../distill_arguments.h"
-#include "distill.h"
 #include "kernels.h"
 #include "losses.h"
 #include "tasks.h"
 
 namespace at_fused {
-
-const DistillKernels& distill_kernels() {
-  static const DistillKernels& chosen = [&]() -> const DistillKernels& {
-#if defined(__x86_64__)
-    if (std::strcmp(kernels().name, "avx512") == 0) return distill_kernels_avx512;
-    if (std::strcmp(kernels().name, "avx2") == 0) return distill_kernels_avx2;
-#endif
-    return distill_kernels_baseline;
-  }();
-  return chosen;
-}
-
 namespace {
 
 // ---- Hinton's loss ----------------------------------------------------------------------------
@@ -74,9 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teacher,
   }
   Tensor stats = new_rows(kd.B, kStatistics, aoti_torch_dtype_float64(), kd.device);
   double* rows = static_cast<double*>(stats.mutable_data_ptr());
-  run_rows(kd, [&](int64_t b, const KdRow& row) {
-    distill_kernels().kd_row(row, rows + b * kStatistics);
-  });
+  run_rows(kd, [&](int64_t b, const KdRow& row) { kernels().kd_row(row, rows + b * kStatistics); });
   double divergence = 0, entropy = 0;
   for (int64_t b = 0; b < kd.B; ++b) {
     divergence += rows[b * kStatistics + kDivergence];
@@ -113,7 +97,7 @@ Tensors kd_loss_backward(Tensor student, Tensor teacher, std::optional<Tensor> l
   const Logits out_student = place(to_student, kd.student.dtype);
   const Logits out_teacher = place(to_teacher, kd.teacher.dtype);
   run_rows(kd, [&](int64_t b, const KdRow& row) {
-    distill_kernels().kd_row_backward(
+    kernels().kd_row_backward(
         row, backward.stats + b * kStatistics,
         {student_grad ? const_cast<void*>(out_student.row(b)) : nullptr,
          teacher_grad ? const_cast<void*>(out_teacher.row(b)) : nullptr, divergence, entropy});
@@ -163,7 +147,7 @@ std::tuple<Tensor, Tensor> distance_loss(Tensors student, Tensors teacher,
   }
   run_pieces(arguments, [&](size_t i, int64_t b, int64_t piece, int64_t at, int64_t n) {
     const DistanceArguments::Pair& pair = arguments.pairs[i];
-    sums[i][size_t(b * pieces_of(pair) + piece)] = distill_kernels().squared_distance(
+    sums[i][size_t(b * pieces_of(pair) + piece)] = kernels().squared_distance(
         pair.a.at(b, at), pair.a.dtype, pair.b.at(b, at), pair.b.dtype, n);
   });
   Tensor squares = new_rows(count, B, aoti_torch_dtype_float64(), arguments.device);
@@ -201,9 +185,9 @@ Tensors distance_loss_backward(Tensors a, Tensors b, Tensor squares, Tensor grad
   run_pieces(arguments, [&](size_t i, int64_t b, int64_t, int64_t at, int64_t n) {
     const DistanceArguments::Pair& pair = arguments.pairs[i];
     const double slope = distance_slope(backward.squares[pairs[i] * arguments.B + b], root);
-    distill_kernels().squared_distance_backward(pair.a.at(b, at), pair.a.dtype, pair.b.at(b, at),
-                                                pair.b.dtype, n, above[i] * slope,
-                                                const_cast<void*>(out[i].at(b, at)));
+    kernels().squared_distance_backward(pair.a.at(b, at), pair.a.dtype, pair.b.at(b, at),
+                                        pair.b.dtype, n, above[i] * slope,
+                                        const_cast<void*>(out[i].at(b, at)));
   });
   return gradients.finish();
 }

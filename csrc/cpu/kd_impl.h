@@ -1,4 +1,4 @@
-// Hinton's loss of one row of logits, once for every instruction-set level (distill_*.cpp).
+// Hinton's loss of one row of logits, once for every instruction-set level.
 //
 // d_k = log(q_k / p_k) = (t_k - s_k - c) / T, one c for the row, is made from the difference of the
 // logits, without its rounding: at high temperatures it is all that is left, and small. Where it
@@ -8,7 +8,7 @@
 #include <array>
 #include <cmath>
 
-#include "distill.h"
+#include "kernels.h"
 #include "tile.h"
 
 namespace at_fused {

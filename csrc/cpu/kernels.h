@@ -1,10 +1,11 @@
-// What the operators (ops.cpp) ask of one instruction-set level, as plain structs and function
+// What the operators (*_ops.cpp) ask of one instruction-set level, as plain structs and function
 // pointers: nothing from the standard library crosses this line, because an inline function
 // compiled for AVX-512 could otherwise be merged by the linker into code for older processors.
 #pragma once
 
 #include <cstdint>
 
+#include "../distill.h"
 #include "../feature.h"
 
 namespace at_fused {
@@ -31,6 +32,22 @@ struct GeneralMap {
   double p, scale;
   bool keeps_sign, max;
   Pool pool;
+};
+
+struct KdRow {
+  const void* student;
+  const void* teacher;
+  Dtype student_dtype, teacher_dtype;
+  int64_t K;
+  int64_t label;  // a class, kIgnored or kWrong; kIgnored without labels
+  const KdOptions* options;
+};
+
+// Where the gradients of a row go, null for none, and what stands before them.
+struct KdRowGradient {
+  void* student;
+  void* teacher;
+  double divergence, entropy;  // g alpha T / B, g (1 - alpha) / valid
 };
 
 struct Kernels {
@@ -67,6 +84,19 @@ struct Kernels {
                                  int64_t begin, int64_t end, double p, bool keeps_sign,
                                  double gradient, const void* k, const int32_t* channels,
                                  const Feature& out, bool stream);
+
+  // The statistics of one row.
+  void (*kd_row)(const KdRow& row, double* stats);
+
+  // The gradients of one row, in the dtypes of its logits.
+  void (*kd_row_backward)(const KdRow& row, const double* stats, const KdRowGradient& gradient);
+
+  // sum_i |a_i - b_i|^2
+  double (*squared_distance)(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, int64_t n);
+
+  // out_i = factor * (a_i - b_i), in a's dtype
+  void (*squared_distance_backward)(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype,
+                                    int64_t n, double factor, void* out);
 };
 
 // Doubles that the general kernels keep in their caller's memory, for one feature at a time:

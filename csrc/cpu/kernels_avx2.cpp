@@ -1,12 +1,15 @@
 #if defined(__x86_64__)
-// Headers first: only this project's code may be compiled for the level (see kernels.h).
+// Headers first: only code of this file alone may be compiled for the level (see kernels.h).
 #include <immintrin.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
+
+#include "kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -15,12 +18,10 @@
 #endif
 
 #define AT_FUSED_VECTOR_BYTES 32
-#include "kernels_general.h"
+#include "kernels_table.h"
 
 namespace at_fused {
-const Kernels kernels_avx2 = {
-    "avx2",      attention_map,    sample_loss,           attention_map_backward,
-    general_map, general_backward, attention_tap_backward};
+const Kernels kernels_avx2 = table("avx2");
 }  // namespace at_fused
 
 #if defined(__clang__)
