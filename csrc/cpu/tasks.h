@@ -23,6 +23,7 @@ struct Task {
 };
 
 constexpr int64_t kSerialBytes = 1 << 16;  // below this a second thread costs more than it brings
+constexpr int64_t kPositionStep = 256;     // a cut through a row keeps runs of at least this length
 
 // Bytes of a task: several tasks per thread, so that unequal ones even out, but none so large that
 // a thread waits long for the last, nor so small that handing it out costs more than it brings.

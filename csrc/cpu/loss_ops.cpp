@@ -1,7 +1,6 @@
-// The CPU implementations of torch.ops.at_fused.*. Their schemas are in _ops.
+// The CPU implementations of the losses among torch.ops.at_fused.*. Their schemas are in _ops.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <optional>
@@ -17,69 +16,6 @@
 
 namespace at_fused {
 namespace {
-
-// ---- attention_map ----------------------------------------------------------------------------
-
-constexpr int64_t kPositionStep = 256;  // a cut through a row keeps runs of at least this length
-
-// A thread's memory for the general kernels.
-void* scratch_of(const Feature& feature, const GeneralMap& general) {
-  thread_local std::vector<double> scratch;
-  scratch.resize(std::max(scratch.size(), size_t(general_scratch(feature, general))));
-  return scratch.data();
-}
-
-// What few people use goes through kernels of its own.
-bool is_general(const GeneralMap& map) { return map.max || map.pool.pools(); }
-
-Tensors attention_map(Tensors tensors, double p, std::string collapse, bool absolute,
-                      std::vector<int64_t> sizes) {
-  check_exponent(p);
-  const Collapse collapsed = collapse_of(collapse);
-  const MapPower power(p, absolute, collapsed == Collapse::max);
-  const std::vector<Feature> features = native_features(tensors);
-  const std::vector<Pool> pools = pools_of(tensors, sizes);
-  Tensors maps, channels;
-  std::vector<Maps> out, winners;
-  std::vector<GeneralMap> general;
-  int64_t total = 0;
-  for (size_t i = 0; i < features.size(); ++i) {
-    const Feature& feature = features[i];
-    const Device device = device_of(tensors[i]);
-    const int64_t positions = pools[i].positions();
-    general.push_back(
-        {p, collapse_scale(collapsed, feature), power.keeps_sign, power.max, pools[i]});
-    maps.push_back(new_map(feature, positions, device));
-    out.emplace_back(maps[i], positions, map_element_size(feature));
-    if (power.max) {
-      channels.push_back(new_rows(feature.B, positions, aoti_torch_dtype_int32(), device));
-      winners.emplace_back(channels[i], positions, 4);
-    }
-    total += feature.B * sample_bytes(feature);
-  }
-  std::vector<Task> tasks;
-  for (size_t i = 0; i < features.size(); ++i) {
-    const int64_t row = pools[i].pools() ? pools[i].out[2] : 1;
-    cut(tasks, int64_t(i), features[i].B, pools[i].positions(), sample_bytes(features[i]),
-        task_bytes(total), (kPositionStep + row - 1) / row * row);
-  }
-  run(tasks, total, [&](const Task& task) {
-    const Feature& feature = features[task.index];
-    const GeneralMap& map = general[task.index];
-    for (int64_t b = task.b0; b < task.b1; ++b) {
-      void* to = out[task.index].of(b);
-      if (is_general(map)) {
-        int32_t* winner = map.max ? static_cast<int32_t*>(winners[task.index].of(b)) : nullptr;
-        kernels().general_map(feature, map, b, task.begin, task.end, to, winner,
-                              scratch_of(feature, map));
-      } else {
-        kernels().attention_map(feature, b, task.begin, task.end, p, map.keeps_sign, map.scale, to);
-      }
-    }
-  });
-  for (Tensor& map : channels) maps.push_back(std::move(map));
-  return maps;
-}
 
 // ---- at_loss ----------------------------------------------------------------------------------
 
@@ -198,108 +134,6 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
   return {total_loss(arguments, pairs), std::move(maps)};
 }
 
-// ---- attention_map_backward -------------------------------------------------------------------
-
-Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
-                               std::optional<Tensor> loss_gradient, std::vector<int64_t> pairs,
-                               double p, bool absolute, std::vector<int64_t> sizes,
-                               Tensors channels) {
-  const size_t n = tensors.size();
-  check_sweep(tensors, coefficients, channels, pairs, p);
-  if (n == 0) return {};
-  const MapPower power(p, absolute, !channels.empty());
-  const Device device = device_of(tensors[0]);
-  const LossGradient gradient(loss_gradient, pairs, device);
-  const std::vector<Pool> pools = pools_of(tensors, sizes);
-  Gradients gradients(tensors);
-  const std::vector<Feature>& features = gradients.features;
-  std::vector<Maps> k(n), winners(n);
-  std::vector<GeneralMap> general(n);
-  int64_t total = 0;
-  for (size_t i = 0; i < n; ++i) {
-    const int64_t positions = pools[i].positions();
-    k[i] = coefficient_map(coefficients[i], features[i], positions, device);
-    if (power.max) winners[i] = channel_map(channels[i], features[i], positions, device);
-    general[i] = {p, 1.0, power.keeps_sign, power.max, pools[i]};
-    total += features[i].B * sample_bytes(features[i]);
-  }
-  std::vector<Task> tasks;
-  for (size_t i = 0; i < n; ++i) {
-    const int64_t bytes = sample_bytes(features[i]);
-    const bool rows = pools[i].pools() && features[i].layout == Layout::interleaved;
-    advise_huge_pages(gradients.written[i].mutable_data_ptr(), features[i].B * bytes);
-    cut(tasks, int64_t(i), features[i].B, lines(features[i]), bytes, task_bytes(total),
-        rows ? pools[i].in[2] : 1);
-  }
-  const bool stream = total > last_level_cache_bytes();
-  run(tasks, total, [&](const Task& task) {
-    const int64_t i = task.index;
-    for (int64_t b = task.b0; b < task.b1; ++b) {
-      if (is_general(general[i])) {
-        kernels().general_backward(features[i], general[i], b, task.begin, task.end,
-                                   value_of(gradient, pairs[i]), k[i].of(b),
-                                   static_cast<const int32_t*>(winners[i].of(b)), gradients.out[i],
-                                   scratch_of(features[i], general[i]));
-      } else {
-        kernels().attention_map_backward(features[i], b, task.begin, task.end, p, power.keeps_sign,
-                                         value_of(gradient, pairs[i]), k[i].of(b), gradients.out[i],
-                                         stream);
-      }
-    }
-  });
-  return gradients.finish();
-}
-
-// ---- map_loss ---------------------------------------------------------------------------------
-
-std::tuple<Tensor, Tensors> map_loss(Tensors student, Tensors teacher, std::vector<double> weights,
-                                     std::string form, std::string reduction, std::string eps_mode,
-                                     double eps, bool student_grad, bool teacher_grad) {
-  const MapLossArguments arguments(student, teacher, weights, form, reduction, eps_mode, eps);
-  const size_t n = arguments.pairs.size();
-  Tensors found;
-  std::vector<Maps> student_maps(n), teacher_maps(n);
-  std::vector<Task> tasks;
-  int64_t total = 0, samples = 0;
-  std::vector<int64_t> first_sample;
-  for (const MapLossArguments::Pair& pair : arguments.pairs) total += pair.B * pair.bytes();
-  for (size_t i = 0; i < n; ++i) {
-    const MapLossArguments::Pair& pair = arguments.pairs[i];
-    first_sample.push_back(samples);
-    samples += pair.B;
-    cut(tasks, int64_t(i), pair.B, 1, pair.bytes(), task_bytes(total), 1);
-  }
-  const auto new_maps = [&](std::vector<Maps>& maps, bool MapLossArguments::Pair::* wide) {
-    for (size_t i = 0; i < n; ++i) {
-      const MapLossArguments::Pair& pair = arguments.pairs[i];
-      found.push_back(new_rows(pair.B, pair.N, accumulate_dtype(pair.*wide), arguments.device));
-      maps[i] = Maps(found.back(), pair.N, pair.*wide ? 8 : 4);
-    }
-  };
-  if (student_grad) new_maps(student_maps, &MapLossArguments::Pair::student_fp64);
-  if (teacher_grad) new_maps(teacher_maps, &MapLossArguments::Pair::teacher_fp64);
-  std::vector<double> losses(samples);
-  run(tasks, total, [&](const Task& task) {
-    const MapLossArguments::Pair& pair = arguments.pairs[task.index];
-    for (int64_t b = task.b0; b < task.b1; ++b) {
-      losses[first_sample[task.index] + b] = kernels().sample_loss(
-          {pair.student_of(b), pair.teacher_of(b), student_maps[task.index].of(b),
-           teacher_maps[task.index].of(b), pair.student_fp64, pair.teacher_fp64, pair.N,
-           arguments.form, arguments.eps_mode, arguments.eps, arguments.sample_weight(pair), 1.0,
-           1.0});
-    }
-  });
-  Tensor loss = arguments.new_loss();
-  if (!arguments.samples) {
-    losses = in_order(n, arguments.sum, [&](size_t i) {
-      return std::pair<const double*, int64_t>(losses.data() + first_sample[i],
-                                               arguments.pairs[i].B);
-    });
-  }
-  write_loss(loss, arguments.fp64, losses);
-  return {std::move(loss), std::move(found)};
-}
-
 // ---- at_value_and_grad ------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher,
@@ -354,13 +188,61 @@ std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher,
   return {total_loss(arguments, pairs), gradients.finish()};
 }
 
+// ---- map_loss ---------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensors> map_loss(Tensors student, Tensors teacher, std::vector<double> weights,
+                                     std::string form, std::string reduction, std::string eps_mode,
+                                     double eps, bool student_grad, bool teacher_grad) {
+  const MapLossArguments arguments(student, teacher, weights, form, reduction, eps_mode, eps);
+  const size_t n = arguments.pairs.size();
+  Tensors found;
+  std::vector<Maps> student_maps(n), teacher_maps(n);
+  std::vector<Task> tasks;
+  int64_t total = 0, samples = 0;
+  std::vector<int64_t> first_sample;
+  for (const MapLossArguments::Pair& pair : arguments.pairs) total += pair.B * pair.bytes();
+  for (size_t i = 0; i < n; ++i) {
+    const MapLossArguments::Pair& pair = arguments.pairs[i];
+    first_sample.push_back(samples);
+    samples += pair.B;
+    cut(tasks, int64_t(i), pair.B, 1, pair.bytes(), task_bytes(total), 1);
+  }
+  const auto new_maps = [&](std::vector<Maps>& maps, bool MapLossArguments::Pair::* wide) {
+    for (size_t i = 0; i < n; ++i) {
+      const MapLossArguments::Pair& pair = arguments.pairs[i];
+      found.push_back(new_rows(pair.B, pair.N, accumulate_dtype(pair.*wide), arguments.device));
+      maps[i] = Maps(found.back(), pair.N, pair.*wide ? 8 : 4);
+    }
+  };
+  if (student_grad) new_maps(student_maps, &MapLossArguments::Pair::student_fp64);
+  if (teacher_grad) new_maps(teacher_maps, &MapLossArguments::Pair::teacher_fp64);
+  std::vector<double> losses(samples);
+  run(tasks, total, [&](const Task& task) {
+    const MapLossArguments::Pair& pair = arguments.pairs[task.index];
+    for (int64_t b = task.b0; b < task.b1; ++b) {
+      losses[first_sample[task.index] + b] = kernels().sample_loss(
+          {pair.student_of(b), pair.teacher_of(b), student_maps[task.index].of(b),
+           teacher_maps[task.index].of(b), pair.student_fp64, pair.teacher_fp64, pair.N,
+           arguments.form, arguments.eps_mode, arguments.eps, arguments.sample_weight(pair), 1.0,
+           1.0});
+    }
+  });
+  Tensor loss = arguments.new_loss();
+  if (!arguments.samples) {
+    losses = in_order(n, arguments.sum, [&](size_t i) {
+      return std::pair<const double*, int64_t>(losses.data() + first_sample[i],
+                                               arguments.pairs[i].B);
+    });
+  }
+  write_loss(loss, arguments.fp64, losses);
+  return {std::move(loss), std::move(found)};
+}
+
 }  // namespace
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) {
-  m.impl("attention_map", TORCH_BOX(&at_fused::attention_map));
-  m.impl("map_loss", TORCH_BOX(&at_fused::map_loss));
   m.impl("at_loss", TORCH_BOX(&at_fused::at_loss));
-  m.impl("attention_map_backward", TORCH_BOX(&at_fused::attention_map_backward));
   m.impl("at_value_and_grad", TORCH_BOX(&at_fused::at_value_and_grad));
+  m.impl("map_loss", TORCH_BOX(&at_fused::map_loss));
 }
