@@ -176,12 +176,14 @@ struct MapLossArguments {
     int64_t B, N;
     double weight;
 
-    int64_t bytes() const { return N * ((student_fp64 ? 8 : 4) + (teacher_fp64 ? 8 : 4)); }
+    int64_t bytes() const {
+      return N * (accumulate_size(student_fp64) + accumulate_size(teacher_fp64));
+    }
     const void* student_of(int64_t b) const {
-      return static_cast<const char*>(student) + b * N * (student_fp64 ? 8 : 4);
+      return static_cast<const char*>(student) + b * N * accumulate_size(student_fp64);
     }
     const void* teacher_of(int64_t b) const {
-      return static_cast<const char*>(teacher) + b * N * (teacher_fp64 ? 8 : 4);
+      return static_cast<const char*>(teacher) + b * N * accumulate_size(teacher_fp64);
     }
   };
   Device device;
@@ -284,7 +286,7 @@ struct LossGradient {
 
   // Where a pair's value lies; null for none.
   const void* of(int64_t pair) const {
-    return data ? static_cast<const char*>(data) + pair * stride * (fp64 ? 8 : 4) : nullptr;
+    return data ? static_cast<const char*>(data) + pair * stride * accumulate_size(fp64) : nullptr;
   }
 };
 

@@ -5,13 +5,6 @@
 
 #include "feature.h"
 
-#if defined(__CUDACC__) || defined(AT_FUSED_SIMT)
-#include <cuda_runtime.h>
-#define AT_FUSED_HOST_DEVICE __host__ __device__
-#else
-#define AT_FUSED_HOST_DEVICE
-#endif
-
 namespace at_fused {
 
 // What is kept of a row of logits, in fp64 (backends/eager/kd.py has the formulas).
@@ -37,11 +30,6 @@ struct KdOptions {
   bool divergence, entropy;  // the terms that are computed
 };
 
-// element_size, for device code too.
-AT_FUSED_HOST_DEVICE inline int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
-
 // (B, K) logits with adjacent classes.
 struct Logits {
   const void* data;
@@ -49,7 +37,7 @@ struct Logits {
   int64_t stride;  // from row to row, in elements
 
   AT_FUSED_HOST_DEVICE const void* row(int64_t b) const {
-    return static_cast<const char*>(data) + b * stride * bytes_of(dtype);
+    return static_cast<const char*>(data) + b * stride * element_size(dtype);
   }
 };
 

@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__) || defined(AT_FUSED_SIMT)
+#include <cuda_runtime.h>
+#define AT_FUSED_HOST_DEVICE __host__ __device__
+#else
+#define AT_FUSED_HOST_DEVICE
+#endif
+
 namespace at_fused {
 
 enum class Dtype : int32_t { float32, float64, float16, bfloat16 };
@@ -38,12 +45,14 @@ struct Pool {
   bool pools() const { return in[0] != out[0] || in[1] != out[1] || in[2] != out[2]; }
 };
 
-inline int64_t element_size(Dtype dtype) {
+AT_FUSED_HOST_DEVICE inline int64_t element_size(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
+// Of what sums up: maps, coefficients, losses.
+AT_FUSED_HOST_DEVICE inline int64_t accumulate_size(bool fp64) { return fp64 ? 8 : 4; }
 inline bool accumulates_fp64(const Feature& feature) { return feature.dtype == Dtype::float64; }
 inline int64_t map_element_size(const Feature& feature) {
-  return accumulates_fp64(feature) ? 8 : 4;
+  return accumulate_size(accumulates_fp64(feature));
 }
 // Runs of adjacent elements in a sample: channels in planar, positions in interleaved.
 inline int64_t lines(const Feature& feature) {

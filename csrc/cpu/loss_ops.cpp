@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensors> map_loss(Tensors student, Tensors teacher, std::vect
     for (size_t i = 0; i < n; ++i) {
       const MapLossArguments::Pair& pair = arguments.pairs[i];
       found.push_back(new_rows(pair.B, pair.N, accumulate_dtype(pair.*wide), arguments.device));
-      maps[i] = Maps(found.back(), pair.N, pair.*wide ? 8 : 4);
+      maps[i] = Maps(found.back(), pair.N, accumulate_size(pair.*wide));
     }
   };
   if (student_grad) new_maps(student_maps, &MapLossArguments::Pair::student_fp64);

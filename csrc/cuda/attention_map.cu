@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
   AT_FUSED_DYNAMIC_SHARED(bytes);
   const MapFeature& feature = params.features[member_of(params.features, params.count, blockIdx.x)];
   const Tile tile = tile_of(feature, feature.view.N, blockIdx.x, bytes);
-  const int64_t size = feature.view.dtype == Dtype::float64 ? 8 : 4;
+  const int64_t size = accumulate_size(feature.view.dtype == Dtype::float64);
   map_tile<E, fp64, false>(
       feature.view, tile, params.p, feature.scale, nullptr,
       static_cast<char*>(feature.map) + (int64_t(tile.b) * feature.view.N + tile.begin) * size);

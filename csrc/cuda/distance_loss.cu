@@ -22,7 +22,7 @@ struct DistancePlace {
 };
 
 __device__ __forceinline__ const void* sample(const void* data, Dtype dtype, int64_t offset) {
-  return static_cast<const char*>(data) + offset * bytes_of(dtype);
+  return static_cast<const char*>(data) + offset * element_size(dtype);
 }
 
 // f(turn, a, b) for every turn of the thread.

@@ -56,7 +56,7 @@ struct DistanceParams {
   uint32_t* finished;  // samples; likewise
   DistancePair pairs[kMaxDistances];
 };
-static_assert(sizeof(DistanceParams) <= 4096);
+static_assert(sizeof(DistanceParams) <= kLaunchBytes);
 
 struct DistillLaunch {
   int64_t blocks;

@@ -14,7 +14,7 @@ struct SampleMap {
   bool wide, remote;
 
   __device__ __forceinline__ void* at(int64_t n) const {
-    return static_cast<char*>(data) + n * (wide ? 8 : 4);
+    return static_cast<char*>(data) + n * accumulate_size(wide);
   }
   __device__ __forceinline__ double get(int n) const {
     if constexpr (fp64) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ SampleMap<fp64> map_of(const View& x, void* maps, int
                                                   bool remote) {
   const bool wide = x.dtype == Dtype::float64;
   char* data = static_cast<char*>(maps);
-  if (data) data += b * x.N * (wide ? 8 : 4);
+  if (data) data += b * x.N * accumulate_size(wide);
   return {data, wide, remote};
 }
 
@@ -188,7 +188,7 @@ template <class E, bool fp64, bool keeps>
 __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int b, int number,
                                            const SharedMemory& shared) {
   const auto fits = [&](const PairParams& pair) {
-    return int64_t(pair.student.N) * (fp64 ? 8 : 4) <= params.map_bytes / 2;
+    return pair.student.N * accumulate_size(fp64) <= params.map_bytes / 2;
   };
   // In shared memory: it is the same in all threads, whose registers are needed for other things.
   SampleMaps<fp64>& maps = *reinterpret_cast<SampleMaps<fp64>*>(shared.control->maps);

@@ -121,7 +121,7 @@ struct Pack {
 };
 
 template <class T>
-constexpr int kVector = 16 / sizeof(T);
+constexpr int kVector = kVectorBytes / sizeof(T);
 
 // From global memory that no thread writes during the launch.
 template <class T, int n>
@@ -156,8 +156,8 @@ __device__ __forceinline__ void store(T* to, Pack<T, n> pack) {
 
 // ---- exponents: |x|^p and its derivative over p, |x|^(p-1) sign(x) ------------------------------
 
-// How many rows a thread has under way: with four blocks on a multiprocessor 4 x 16 bytes a thread
-// are some three times what the memory's latency needs; fewer where a power makes long code.
+// How many rows a thread has under way: with three blocks on a multiprocessor 4 x 16 bytes a
+// thread are more than twice what the memory's latency needs; fewer where a power makes long code.
 struct Square {
   static constexpr int rows_in_flight = 4;
   template <class A>

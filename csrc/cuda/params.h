@@ -1,5 +1,5 @@
 // What the kernels are given, as plain structs: written by the operators (*_ops.cpp) from a plan
-// (plan.h), read by the device code. Each fits into the 4 KB that every launch may carry.
+// (plan.h), read by the device code.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,10 @@ constexpr int kThreads = 256;  // of every block
 // samples take its shared memory anyway.
 constexpr int kBlocksPerMultiprocessor = 3;
 constexpr int kGradientBlocks = 2;
-constexpr int kMaxPairs = 16;     // of one launch; longer lists take several
-constexpr int kMaxFeatures = 30;  // likewise
+constexpr int kVectorBytes = 16;    // of the widest load
+constexpr int kLaunchBytes = 4096;  // of structs that every launch may carry
+constexpr int kMaxPairs = 16;       // of one launch; longer lists take several
+constexpr int kMaxFeatures = 30;    // likewise
 constexpr int kMaxPooledSweeps = 26;
 
 // How a block reads a feature. A row is `fold` channels of all positions (planar) or the channels
@@ -171,8 +173,8 @@ struct GradientParams {
   GradientPair pairs[kMaxPairs];
 };
 
-static_assert(sizeof(MapParams) <= 4096 && sizeof(SweepParams) <= 4096);
-static_assert(sizeof(PooledParams) <= 4096 && sizeof(PooledSweepParams) <= 4096);
-static_assert(sizeof(LossParams) + sizeof(GradientParams) <= 4096);
+static_assert(sizeof(MapParams) <= kLaunchBytes && sizeof(SweepParams) <= kLaunchBytes);
+static_assert(sizeof(PooledParams) <= kLaunchBytes && sizeof(PooledSweepParams) <= kLaunchBytes);
+static_assert(sizeof(LossParams) + sizeof(GradientParams) <= kLaunchBytes);
 
 }  // namespace at_fused

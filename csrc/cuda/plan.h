@@ -20,7 +20,6 @@ constexpr int32_t kControlBytes = 384;   // block.cuh: Control
 constexpr int32_t kScratchBytes = 8192;  // attention_map.cuh: a value per thread and element
 constexpr int32_t kMaximumBytes = 2 * kScratchBytes;  // likewise, with the channel of each
 constexpr int32_t kSharedBytesWithoutAsking = 48 << 10;
-constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kMaxExtent = int64_t(1) << 30;  // channels, positions: 32-bit loops
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
@@ -191,7 +190,9 @@ inline int64_t plan_sweep(SweepFeature& feature, const Feature& x, const Feature
 // ---- losses -----------------------------------------------------------------------------------
 
 // Shared memory for the two maps of a sample.
-inline int64_t map_bytes_of(int64_t N, bool fp64) { return 2 * round_up(N * (fp64 ? 8 : 4), 16); }
+inline int64_t map_bytes_of(int64_t N, bool fp64) {
+  return 2 * round_up(N * accumulate_size(fp64), 16);
+}
 
 // Cuts a pair's samples: `whole` ones into tasks of one or several, others into pieces of about
 // `target` bytes. The student is moved in the vectors of `out` as well, if there is one.

@@ -201,7 +201,7 @@ __device__ __forceinline__ void sweep_samples(const SweepFeature& feature, int l
   const Span span = span_of(feature.view, feature.sweep, local % pieces);
   const int b0 = local / pieces * feature.samples;
   const int b1 = min(b0 + feature.samples, feature.B);
-  const int64_t size = feature.view.dtype == Dtype::float64 ? 8 : 4;
+  const int64_t size = accumulate_size(feature.view.dtype == Dtype::float64);
   for (int b = b0; b < b1; ++b) {
     const char* k = static_cast<const char*>(feature.k) + int64_t(b) * feature.view.N * size;
     f(b, span, k);
