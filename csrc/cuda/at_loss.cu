@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 }
 
 void launch_at_loss(const LossParams& params, const Launch& launch) {
-  launch_instance(AT_FUSED_INSTANCES(at_loss_kernel), params.p, launch, params);
+  launch_instance(AT_FUSED_POWERS(at_loss_kernel), params.p, launch, params);
 }
 
 }  // namespace at_fused

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
 
 void launch_at_value_and_grad(const LossParams& params, const GradientParams& gradient,
                               const Launch& launch) {
-  launch_instance(AT_FUSED_INSTANCES(at_value_and_grad_kernel), params.p, launch, params, gradient);
+  launch_instance(AT_FUSED_POWERS(at_value_and_grad_kernel), params.p, launch, params, gradient);
 }
 
 }  // namespace at_fused

@@ -18,9 +18,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 
 void launch_attention_map(const MapParams& params, const Launch& launch) {
   if (params.keeps_sign) {
-    launch_signed_instance(AT_FUSED_SIGNED_INSTANCES(attention_map_kernel), launch, params);
+    launch_instance(AT_FUSED_SIGNED_DTYPES(attention_map_kernel), launch, params);
   } else {
-    launch_instance(AT_FUSED_INSTANCES(attention_map_kernel), params.p, launch, params);
+    launch_instance(AT_FUSED_POWERS(attention_map_kernel), params.p, launch, params);
   }
 }
 

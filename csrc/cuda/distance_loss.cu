@@ -1,4 +1,5 @@
 #include "elements.cuh"
+#include "launch.cuh"
 #include "sweep.cuh"
 
 namespace at_fused {
@@ -119,14 +120,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
-void launch_distance_loss(const DistanceParams& params, const DistillLaunch& launch) {
-  launch_for_dtypes(distance_loss_kernel<false>, distance_loss_kernel<true>, "distance_loss_kernel",
-                    params, launch, sizeof(Control));
+void launch_distance_loss(const DistanceParams& params, const Launch& launch) {
+  launch_instance(AT_FUSED_DTYPES(distance_loss_kernel), launch, params);
 }
 
-void launch_distance_loss_backward(const DistanceParams& params, const DistillLaunch& launch) {
-  launch_for_dtypes(distance_loss_backward_kernel<false>, distance_loss_backward_kernel<true>,
-                    "distance_loss_backward_kernel", params, launch, 0);
+void launch_distance_loss_backward(const DistanceParams& params, const Launch& launch) {
+  launch_instance(AT_FUSED_DTYPES(distance_loss_backward_kernel), launch, params);
 }
 
 }  // namespace at_fused

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../distill.h"
-#include "params.h"
+#include "launch.h"
 
 namespace at_fused {
 
@@ -58,15 +58,9 @@ struct DistanceParams {
 };
 static_assert(sizeof(DistanceParams) <= kLaunchBytes);
 
-struct DistillLaunch {
-  int64_t blocks;
-  bool fp64;  // some tensor is
-  void* stream;
-};
-
-void launch_kd_loss(const KdParams& params, const DistillLaunch& launch);
-void launch_kd_loss_backward(const KdParams& params, const DistillLaunch& launch);
-void launch_distance_loss(const DistanceParams& params, const DistillLaunch& launch);
-void launch_distance_loss_backward(const DistanceParams& params, const DistillLaunch& launch);
+void launch_kd_loss(const KdParams& params, const Launch& launch);
+void launch_kd_loss_backward(const KdParams& params, const Launch& launch);
+void launch_distance_loss(const DistanceParams& params, const Launch& launch);
+void launch_distance_loss_backward(const DistanceParams& params, const Launch& launch);
 
 }  // namespace at_fused

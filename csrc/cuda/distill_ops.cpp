@@ -8,16 +8,12 @@
 #include <vector>
 
 #include "../distill_arguments.h"
+#include "checks.h"
 #include "device.h"
 #include "distill.h"
 
 namespace at_fused {
 namespace {
-
-int64_t blocks_of(int64_t tasks) {
-  STD_TORCH_CHECK(tasks <= kMaxBlocks, "at_fused: too many blocks for one launch: ", tasks);
-  return tasks;
-}
 
 bool aligned_rows(const void* data, Dtype dtype, int64_t stride) {
   return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
@@ -46,11 +42,11 @@ KdParams kd_params(const KdArguments& kd, const Limits& limits) {
   return params;
 }
 
-DistillLaunch kd_launch(KdParams& params, bool fp64, void* stream) {
+Launch kd_launch(KdParams& params, bool fp64, void* stream) {
   params.vector = params.K % kTurnElements == 0 && aligned_rows(params.student) &&
                   aligned_rows(params.teacher) && aligned_rows(params.student_gradient) &&
                   aligned_rows(params.teacher_gradient);
-  return {blocks_of(divide_up(params.B, kThreads / params.group)), fp64, stream};
+  return {check_blocks(divide_up(params.B, kThreads / params.group)), kKdBytes, fp64, stream};
 }
 
 std::tuple<Tensor, Tensor, Tensor> kd_loss(Tensor student, Tensor teacher,
@@ -106,14 +102,14 @@ Tensors kd_loss_backward(Tensor student, Tensor teacher, std::optional<Tensor> l
 
 // Calls launch(params, how) for as many pairs at a time as a launch carries.
 template <class F>
-void launch_pairs(const DistanceArguments& arguments, const Limits& limits, void* stream,
-                  const Tensors* out, const F& launch) {
+void launch_pairs(const DistanceArguments& arguments, const Limits& limits, int32_t shared_bytes,
+                  void* stream, const Tensors* out, const F& launch) {
   STD_TORCH_CHECK(arguments.B <= kMaxExtent, "at_fused: at most 2^30 samples, got ", arguments.B);
   constexpr int64_t turn = kThreads * kTurnElements;
   const int64_t target = task_bytes(arguments.bytes, limits);
   for (size_t begin = 0; begin < arguments.pairs.size(); begin += kMaxDistances) {
     DistanceParams params{};
-    DistillLaunch how{0, false, stream};
+    Launch how{0, shared_bytes, false, stream};
     params.count = int32_t(std::min<size_t>(kMaxDistances, arguments.pairs.size() - begin));
     params.B = int32_t(arguments.B);
     params.first_pair = int32_t(begin);
@@ -136,9 +132,9 @@ void launch_pairs(const DistanceArguments& arguments, const Limits& limits, void
       const int64_t piece = std::min(round_up(divide_up(given.M, wanted), turn), kMaxExtent);
       pair.piece = int32_t(piece);
       const int64_t pieces = divide_up(given.M, piece);
-      pair.pieces = int32_t(blocks_of(pieces));
+      pair.pieces = check_blocks(pieces);
       pair.first_task = how.blocks;
-      how.blocks = blocks_of(how.blocks + arguments.B * pieces);
+      how.blocks = check_blocks(how.blocks + arguments.B * pieces);
       how.fp64 |= given.fp64();
     }
     launch(params, how);
@@ -160,8 +156,8 @@ std::tuple<Tensor, Tensor> distance_loss(Tensors student, Tensors teacher,
   const Counters counters(arguments.device, scope.stream(), 1 + samples);
   Tensors kept;  // until the launches are on their way
   launch_pairs(
-      arguments, limits_of(arguments.device), scope.stream(), nullptr,
-      [&](DistanceParams& params, const DistillLaunch& launch) {
+      arguments, limits_of(arguments.device), kControlBytes, scope.stream(), nullptr,
+      [&](DistanceParams& params, const Launch& launch) {
         kept.push_back(new_rows(1, launch.blocks, aoti_torch_dtype_float64(), arguments.device));
         params.root = root;
         params.add = options.sum;
@@ -190,8 +186,8 @@ Tensors distance_loss_backward(Tensors a, Tensors b, Tensor squares, Tensor grad
   DistanceGradients gradients(a);
   const DistanceArguments arguments(a, b, &gradients);
   const DistanceBackward backward(squares, gradient, pairs, weights, root, reduction, arguments);
-  launch_pairs(arguments, limits_of(arguments.device), scope.stream(), &gradients.written,
-               [&](DistanceParams& params, const DistillLaunch& launch) {
+  launch_pairs(arguments, limits_of(arguments.device), 0, scope.stream(), &gradients.written,
+               [&](DistanceParams& params, const Launch& launch) {
                  params.root = root;
                  params.squares = const_cast<double*>(backward.squares);
                  params.gradient_fp64 = backward.gradient.fp64;

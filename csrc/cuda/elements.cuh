@@ -1,9 +1,8 @@
-// Rows of elements of any dtype, some at a time, and launches of kernels that read them.
+// Rows of elements of any dtype, some at a time.
 #pragma once
 
 #include "block.cuh"
 #include "distill.h"
-#include "launch.cuh"
 #include "numbers.cuh"
 
 namespace at_fused {
@@ -88,17 +87,6 @@ __device__ __forceinline__ void store_turn(void* row, Dtype dtype, const Turns<A
       }
     }
   });
-}
-
-template <class Params>
-void launch_for_dtypes(void (*narrow)(Params), void (*wide)(Params), const char* name,
-                       const Params& params, const DistillLaunch& launch, int32_t shared_bytes) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(launch.blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = size_t(shared_bytes);
-  config.stream = static_cast<cudaStream_t>(launch.stream);
-  check(cudaLaunchKernelEx(&config, launch.fp64 ? wide : narrow, params), name);
 }
 
 }  // namespace at_fused

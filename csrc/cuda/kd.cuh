@@ -16,6 +16,7 @@ struct KdShared {
   Control control;
   double sums[kMaxSums * kWarps];
 };
+static_assert(sizeof(KdShared) <= kKdBytes);
 
 // ---- groups -------------------------------------------------------------------------------------
 

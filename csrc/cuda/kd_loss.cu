@@ -1,4 +1,5 @@
 #include "kd.cuh"
+#include "launch.cuh"
 
 namespace at_fused {
 
@@ -146,9 +147,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
   }
 }
 
-void launch_kd_loss(const KdParams& params, const DistillLaunch& launch) {
-  launch_for_dtypes(kd_loss_kernel<false>, kd_loss_kernel<true>, "kd_loss_kernel", params, launch,
-                    sizeof(KdShared));
+void launch_kd_loss(const KdParams& params, const Launch& launch) {
+  launch_instance(AT_FUSED_DTYPES(kd_loss_kernel), launch, params);
 }
 
 }  // namespace at_fused

@@ -1,4 +1,5 @@
 #include "kd.cuh"
+#include "launch.cuh"
 #include "sweep.cuh"
 
 namespace at_fused {
@@ -97,9 +98,8 @@ __global__ void __launch_bounds__(kThreads, 2)
                    g * (1 - options.alpha) / (valid < 1 ? 1.0 : valid), shared);
 }
 
-void launch_kd_loss_backward(const KdParams& params, const DistillLaunch& launch) {
-  launch_for_dtypes(kd_loss_backward_kernel<false>, kd_loss_backward_kernel<true>,
-                    "kd_loss_backward_kernel", params, launch, sizeof(KdShared));
+void launch_kd_loss_backward(const KdParams& params, const Launch& launch) {
+  launch_instance(AT_FUSED_DTYPES(kd_loss_backward_kernel), launch, params);
 }
 
 }  // namespace at_fused

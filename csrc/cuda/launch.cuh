@@ -9,9 +9,14 @@
 #include "launch.h"
 #include "numbers.cuh"
 
-// The instances of a kernel. p = 2 has its own, for it is what nearly everybody uses; other
-// exponents, and lists with fp64, take theirs by branches that all threads go alike.
-#define AT_FUSED_INSTANCES(kernel) \
+// The instances of a kernel, those of lists with fp64 last.
+#define AT_FUSED_DTYPES(kernel) kernel<false>, kernel<true>, #kernel
+// Powers that keep their sign have instances of their own.
+#define AT_FUSED_SIGNED_DTYPES(kernel) \
+  kernel<SignedPower, false>, kernel<SignedPower, true>, #kernel
+// p = 2 has its own, for it is what nearly everybody uses; other exponents, and lists with fp64,
+// take theirs by branches that all threads go alike.
+#define AT_FUSED_POWERS(kernel) \
   kernel<Square, false>, kernel<AnyPower, false>, kernel<AnyPower, true>, #kernel
 
 namespace at_fused {
@@ -40,19 +45,15 @@ void launch_kernel(void (*kernel)(Params...), const char* name, const Launch& la
 }
 
 template <class... Params>
-void launch_instance(void (*square)(Params...), void (*any)(Params...), void (*wide)(Params...),
-                     const char* name, double p, const Launch& launch, const Params&... params) {
-  launch_kernel(launch.fp64 ? wide : p == 2 ? square : any, name, launch, params...);
+void launch_instance(void (*narrow)(Params...), void (*wide)(Params...), const char* name,
+                     const Launch& launch, const Params&... params) {
+  launch_kernel(launch.fp64 ? wide : narrow, name, launch, params...);
 }
 
-// For kernels with instances for powers that keep their sign.
-#define AT_FUSED_SIGNED_INSTANCES(kernel) \
-  kernel<SignedPower, false>, kernel<SignedPower, true>, #kernel
-
 template <class... Params>
-void launch_signed_instance(void (*any)(Params...), void (*wide)(Params...), const char* name,
-                            const Launch& launch, const Params&... params) {
-  launch_kernel(launch.fp64 ? wide : any, name, launch, params...);
+void launch_instance(void (*square)(Params...), void (*any)(Params...), void (*wide)(Params...),
+                     const char* name, double p, const Launch& launch, const Params&... params) {
+  launch_instance(p == 2 ? square : any, wide, name, launch, params...);
 }
 
 }  // namespace at_fused

@@ -8,7 +8,7 @@ namespace at_fused {
 struct Launch {
   int64_t blocks;
   int32_t shared_bytes;
-  bool fp64;  // some feature is
+  bool fp64;  // some tensor is
   void* stream;
 };
 

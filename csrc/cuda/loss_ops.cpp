@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "../arguments.h"
+#include "checks.h"
 #include "device.h"
 #include "launch.h"
-#include "tasks.h"
 
 namespace at_fused {
 namespace {
@@ -82,12 +82,12 @@ Tensor launch_pairs(const Arguments& loss, const LossParams& options, const Work
     Launch launch{0, kControlBytes, loss.fp64, stream};
     for (int32_t i = 0; i < params.count; ++i) {
       PairParams& pair = params.pairs[i];
-      pair.first_task = begin_task(launch.blocks);
+      pair.first_task = check_blocks(launch.blocks);
       pair.first_sample = params.samples;
       launch.blocks += plan(begin + size_t(i), i, pair);
       params.samples += pair.B;
     }
-    begin_task(launch.blocks);
+    check_blocks(launch.blocks);
     run(params, launch);
   }
   return result;

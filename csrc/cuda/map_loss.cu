@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<true>)
 }
 
 void launch_map_loss(const LossParams& params, const Launch& launch) {
-  launch_kernel(launch.fp64 ? map_loss_kernel<true> : map_loss_kernel<false>, "map_loss_kernel",
-                launch, params);
+  launch_instance(AT_FUSED_DTYPES(map_loss_kernel), launch, params);
 }
 
 }  // namespace at_fused

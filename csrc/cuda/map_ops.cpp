@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "../arguments.h"
+#include "checks.h"
 #include "device.h"
 #include "launch.h"
 #include "plan_pool.h"
-#include "tasks.h"
 
 namespace at_fused {
 namespace {
@@ -31,11 +31,11 @@ void launch_parts(const std::vector<Feature>& features, const std::vector<size_t
     Launch launch{0, shared_bytes, false, stream};
     for (int32_t i = 0; i < params.count; ++i) {
       const size_t at = which[begin + size_t(i)];
-      params.features[i].first_task = begin_task(launch.blocks);
+      params.features[i].first_task = check_blocks(launch.blocks);
       launch.blocks += plan(at, params.features[i]);
       launch.fp64 |= accumulates_fp64(features[at]);
     }
-    begin_task(launch.blocks);
+    check_blocks(launch.blocks);
     run(params, launch);
   }
 }

@@ -21,8 +21,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 }
 
 void launch_max_map(const MapParams& params, const Launch& launch) {
-  launch_kernel(launch.fp64 ? max_map_kernel<true> : max_map_kernel<false>, "max_map_kernel",
-                launch, params);
+  launch_instance(AT_FUSED_DTYPES(max_map_kernel), launch, params);
 }
 
 }  // namespace at_fused

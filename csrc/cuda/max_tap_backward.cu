@@ -74,8 +74,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 }
 
 void launch_max_tap_backward(const TapParams& params, const Launch& launch) {
-  launch_kernel(launch.fp64 ? max_tap_backward_kernel<true> : max_tap_backward_kernel<false>,
-                "max_tap_backward_kernel", launch, params);
+  launch_instance(AT_FUSED_DTYPES(max_tap_backward_kernel), launch, params);
 }
 
 }  // namespace at_fused

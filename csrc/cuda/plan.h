@@ -19,6 +19,7 @@ struct Limits {
 constexpr int32_t kControlBytes = 384;   // block.cuh: Control
 constexpr int32_t kScratchBytes = 8192;  // attention_map.cuh: a value per thread and element
 constexpr int32_t kMaximumBytes = 2 * kScratchBytes;  // likewise, with the channel of each
+constexpr int32_t kKdBytes = 768;                     // kd.cuh: KdShared
 constexpr int32_t kSharedBytesWithoutAsking = 48 << 10;
 constexpr int64_t kMaxExtent = int64_t(1) << 30;  // channels, positions: 32-bit loops
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;

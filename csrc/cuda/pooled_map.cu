@@ -80,11 +80,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 
 void launch_pooled_map(const PooledParams& params, const Launch& launch) {
   const bool maximum = params.features[0].channels;
-  const auto kernel =
-      maximum       ? launch.fp64 ? pooled_map_kernel<true, true> : pooled_map_kernel<true, false>
-      : launch.fp64 ? pooled_map_kernel<false, true>
-                    : pooled_map_kernel<false, false>;
-  launch_kernel(kernel, "pooled_map_kernel", launch, params);
+  launch_instance(maximum ? pooled_map_kernel<true, false> : pooled_map_kernel<false, false>,
+                  maximum ? pooled_map_kernel<true, true> : pooled_map_kernel<false, true>,
+                  "pooled_map_kernel", launch, params);
 }
 
 }  // namespace at_fused

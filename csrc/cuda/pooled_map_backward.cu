@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 }
 
 void launch_pooled_map_backward(const PooledSweepParams& params, const Launch& launch) {
-  launch_kernel(launch.fp64 ? pooled_map_backward_kernel<true> : pooled_map_backward_kernel<false>,
-                "pooled_map_backward_kernel", launch, params);
+  launch_instance(AT_FUSED_DTYPES(pooled_map_backward_kernel), launch, params);
 }
 
 }  // namespace at_fused

@@ -5,9 +5,9 @@
 #include <string>
 
 #include "../tap_arguments.h"
+#include "checks.h"
 #include "device.h"
 #include "launch.h"
-#include "tasks.h"
 
 namespace at_fused {
 namespace {
@@ -23,7 +23,7 @@ void sweep(const Tap& tap, double p) {
   params.feature.channels = reinterpret_cast<const int32_t*>(tap.winners.first);
   const int64_t blocks = plan_sweep(params.feature, feature, tap.out, 2 * total_bytes(feature),
                                     limits_of(tap.device), &tap.gradient);
-  begin_task(blocks);
+  check_blocks(blocks);
   const Launch launch{blocks, 0, accumulates_fp64(feature), scope.stream()};
   tap.power.max ? launch_max_tap_backward(params, launch)
                 : launch_attention_tap_backward(params, launch);

@@ -11,10 +11,10 @@ inline void check_extent(const Feature& x) {
                   "at_fused: at most 2^30 channels and 2^30 positions, got ", x.C, " and ", x.N);
 }
 
-// The number of the next task of a launch that has so many.
-inline int32_t begin_task(int64_t tasks) {
-  STD_TORCH_CHECK(tasks <= kMaxBlocks, "at_fused: too many blocks for one launch: ", tasks);
-  return int32_t(tasks);
+// Also the number of a launch's next task.
+inline int32_t check_blocks(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= kMaxBlocks, "at_fused: too many blocks for one launch: ", blocks);
+  return int32_t(blocks);
 }
 
 }  // namespace at_fused
