@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "../distill.h"
 #include "../feature.h"
+#include "../kd.h"
 
 namespace at_fused {
 

@@ -1,3 +1,4 @@
+#include "../distance.h"
 #include "elements.cuh"
 #include "launch.cuh"
 #include "sweep.cuh"

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "block.cuh"
-#include "distill.h"
 #include "numbers.cuh"
 
 namespace at_fused {

@@ -106,6 +106,16 @@ inline View view_of(const Feature& x, const Access& access) {
   return {x.data, x.batch, x.line, int32_t(x.C), int32_t(x.N), x.dtype, x.layout, access};
 }
 
+// ---- rows of elements -------------------------------------------------------------------------
+
+// Elements that rows of vectors come in; those of a thread's turn for every dtype.
+constexpr int64_t kTurnElements = 8;
+
+inline bool aligned_rows(const void* data, Dtype dtype, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
+         stride * element_size(dtype) % kVectorBytes == 0;
+}
+
 // ---- pieces -----------------------------------------------------------------------------------
 
 // Positions are cut at multiples of this: 128 bytes of 32-bit elements, whole vectors of any type.

@@ -1,4 +1,4 @@
-// Hinton's loss and distances as the kernels see them, on every device.
+// Hinton's loss as the kernels see it, on every device.
 #pragma once
 
 #include <cmath>
@@ -44,12 +44,6 @@ struct Logits {
 // What a label means, out of K classes.
 AT_FUSED_HOST_DEVICE inline int64_t class_of(int64_t label, int64_t K, int64_t ignored) {
   return label == ignored ? kIgnored : label >= 0 && label < K ? label : kWrong;
-}
-
-// What stands before a - b in the gradient of ||a - b||, 0 at 0, or of its square.
-AT_FUSED_HOST_DEVICE inline double distance_slope(double square, bool root) {
-  if (!root) return 2;
-  return square == 0 ? 0.0 : 1 / sqrt(square);
 }
 
 // log(1 + x) - x for x > -1.
