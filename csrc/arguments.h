@@ -270,7 +270,7 @@ struct LossGradient {
                Device device) {
     if (!gradient) return;
     STD_TORCH_CHECK(gradient->dim() <= 1 && device_of(*gradient) == device,
-                    "at_fused: the loss gradient must be a scalar or a vector on the features' "
+                    "at_fused: the loss gradient must be a scalar or a vector on the inputs' "
                     "device");
     fp64 = gradient->scalar_type() == ScalarType::Double;
     STD_TORCH_CHECK(fp64 || gradient->scalar_type() == ScalarType::Float,
@@ -290,12 +290,32 @@ struct LossGradient {
   }
 };
 
+// New tensors with the strides that a caller was promised, and those that are written for them: the
+// same, or plainer ones.
+class Results {
+ public:
+  Tensors written;
+
+  // A tensor that a caller will get, before `finish`.
+  const Tensor& result(size_t i) const { return results_[i]; }
+
+  // All of them.
+  Tensors finish() {
+    for (size_t i = 0; i < written.size(); ++i) {
+      if (written[i].get() != results_[i].get()) torch::stable::copy_(results_[i], written[i]);
+    }
+    return std::move(results_);
+  }
+
+ protected:
+  Tensors results_;
+};
+
 // New gradients for a list of features, written in a layout that is the feature's own.
-class Gradients {
+class Gradients : public Results {
  public:
   std::vector<Feature> features;
   std::vector<Feature> out;
-  Tensors written;
 
   // Features without a native layout are replaced by copies.
   explicit Gradients(Tensors& tensors) {
@@ -317,20 +337,6 @@ class Gradients {
       }
     }
   }
-
-  // A gradient with the strides that the caller was promised, before `finish`.
-  const Tensor& result(size_t i) const { return results_[i]; }
-
-  // All of them.
-  Tensors finish() {
-    for (size_t i = 0; i < written.size(); ++i) {
-      if (written[i].get() != results_[i].get()) torch::stable::copy_(results_[i], written[i]);
-    }
-    return std::move(results_);
-  }
-
- private:
-  Tensors results_;
 };
 
 // A coefficient map (B, positions) for a feature, contiguous.

@@ -45,24 +45,12 @@ inline bool same_order(const Tensor& a, const Tensor& b) {
 }
 
 // New gradients for the first tensors of pairs.
-class DistanceGradients {
+class DistanceGradients : public Results {
  public:
-  Tensors written;
-
   explicit DistanceGradients(const Tensors& a) {
     for (const Tensor& x : a) written.push_back(torch::stable::empty_like(x));
     results_ = written;
   }
-  // The gradients with the strides of torch.empty_like.
-  Tensors finish() {
-    for (size_t i = 0; i < results_.size(); ++i) {
-      if (written[i].get() != results_[i].get()) torch::stable::copy_(results_[i], written[i]);
-    }
-    return std::move(results_);
-  }
-
- private:
-  Tensors results_;
 };
 
 struct DistanceArguments {

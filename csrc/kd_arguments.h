@@ -3,7 +3,6 @@
 
 #include <cmath>
 #include <optional>
-#include <utility>
 
 #include "arguments.h"
 #include "kd.h"
@@ -66,11 +65,11 @@ struct KdArguments {
 struct KdBackward {
   const double* stats;
   const double* valid;
-  const void* gradient;
-  bool gradient_fp64;
+  LossGradient gradient;
 
   KdBackward(Tensor& stats_tensor, const Tensor& valid_tensor, const Tensor& gradient_tensor,
-             const KdArguments& kd) {
+             const KdArguments& kd)
+      : gradient(gradient_tensor, {}, kd.device) {
     STD_TORCH_CHECK(stats_tensor.dim() == 2 && stats_tensor.size(0) == kd.B &&
                         stats_tensor.size(1) == kStatistics &&
                         stats_tensor.scalar_type() == ScalarType::Double &&
@@ -79,31 +78,31 @@ struct KdBackward {
     STD_TORCH_CHECK(valid_tensor.numel() == 1 && valid_tensor.scalar_type() == ScalarType::Double &&
                         device_of(valid_tensor) == kd.device,
                     "at_fused: valid must be what kd_loss returned");
-    gradient_fp64 = gradient_tensor.scalar_type() == ScalarType::Double;
-    STD_TORCH_CHECK(
-        gradient_tensor.numel() == 1 && device_of(gradient_tensor) == kd.device &&
-            (gradient_fp64 || gradient_tensor.scalar_type() == ScalarType::Float),
-        "at_fused: the gradient must be a scalar, float32 or float64, on the logits' device");
+    STD_TORCH_CHECK(gradient_tensor.numel() == 1, "at_fused: the gradient must be a scalar");
     stats_tensor = torch::stable::contiguous(stats_tensor);
     stats = static_cast<const double*>(stats_tensor.const_data_ptr());
     valid = static_cast<const double*>(valid_tensor.const_data_ptr());
-    gradient = gradient_tensor.const_data_ptr();
   }
 };
 
-// A new tensor with the strides of torch.empty_like(given), and one of adjacent classes to write.
-struct LogitsGradient {
-  Tensor result, written;
+// New gradients for the logits that want one, with adjacent classes.
+class KdGradients : public Results {
+ public:
+  Logits student{}, teacher{};  // where they are written; data null: not wanted
 
-  explicit LogitsGradient(const Tensor& given)
-      : result(torch::stable::empty_like(given)), written(result) {
-    if (result.size(1) > 1 && result.stride(1) != 1) {
-      written = torch::stable::new_empty(given, given.sizes());
-    }
+  // Before KdArguments, which may replace the logits.
+  KdGradients(const Tensor& student_logits, bool student_grad, const Tensor& teacher_logits,
+              bool teacher_grad) {
+    if (student_grad) student = add(student_logits);
+    if (teacher_grad) teacher = add(teacher_logits);
   }
-  Tensor finish() {
-    if (written.get() != result.get()) torch::stable::copy_(result, written);
-    return std::move(result);
+
+ private:
+  Logits add(const Tensor& given) {
+    results_.push_back(torch::stable::empty_like(given));
+    const bool adjacent = given.size(1) <= 1 || results_.back().stride(1) == 1;
+    written.push_back(adjacent ? results_.back() : torch::stable::new_empty(given, given.sizes()));
+    return {written.back().mutable_data_ptr(), dtype_of(given), written.back().stride(0)};
   }
 };
 

@@ -85,7 +85,7 @@ Tensors distance_loss_backward(Tensors a, Tensors b, Tensor squares, Tensor grad
   for (size_t i = 0; i < a.size(); ++i) {
     Tensor& written = gradients.written[i];
     out.push_back({written.mutable_data_ptr(), arguments.pairs[i].a.dtype, written.stride(0)});
-    advise_huge_pages(written.mutable_data_ptr(), written.numel() * element_size(out.back().dtype));
+    advise_huge_pages(written.mutable_data_ptr(), written.numel() * written.element_size());
     above.push_back(value_of(backward.gradient, pairs[i]) *
                     backward.options.weights[size_t(pairs[i])]);
   }

@@ -1,6 +1,7 @@
 // The CPU implementations of torch.ops.at_fused.kd_loss*. Their schemas are in _ops.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -69,33 +70,24 @@ Tensors kd_loss_backward(Tensor student, Tensor teacher, std::optional<Tensor> l
                          Tensor valid, Tensor gradient, double temperature, double alpha,
                          double label_smoothing, int64_t ignore_index, bool student_grad,
                          bool teacher_grad) {
-  std::optional<LogitsGradient> to_student, to_teacher;
-  if (student_grad) to_student.emplace(student);
-  if (teacher_grad) to_teacher.emplace(teacher);
+  KdGradients gradients(student, student_grad, teacher, teacher_grad);
+  for (const Tensor& to : gradients.written) {
+    advise_huge_pages(to.mutable_data_ptr(), to.numel() * to.element_size());
+  }
   const KdArguments kd(student, teacher, labels, temperature, alpha, label_smoothing, ignore_index);
   const KdBackward backward(stats, valid, gradient, kd);
-  const double g = backward.gradient_fp64 ? *static_cast<const double*>(backward.gradient)
-                                          : *static_cast<const float*>(backward.gradient);
+  const double g = value_of(backward.gradient, 0);
   const double divergence = g * alpha * temperature / double(kd.B);
   const double entropy = g * (1 - alpha) / std::max(1.0, *backward.valid);
-  const auto place = [&](std::optional<LogitsGradient>& to, Dtype dtype) {
-    if (!to) return Logits{nullptr, dtype, 0};
-    void* data = to->written.mutable_data_ptr();
-    advise_huge_pages(data, kd.B * kd.K * element_size(dtype));
-    return Logits{data, dtype, to->written.stride(0)};
-  };
-  const Logits out_student = place(to_student, kd.student.dtype);
-  const Logits out_teacher = place(to_teacher, kd.teacher.dtype);
   run_rows(kd, [&](int64_t b, const KdRow& row) {
+    const auto row_of = [b](const Logits& to) {
+      return to.data ? const_cast<void*>(to.row(b)) : nullptr;
+    };
     kernels().kd_row_backward(
         row, backward.stats + b * kStatistics,
-        {student_grad ? const_cast<void*>(out_student.row(b)) : nullptr,
-         teacher_grad ? const_cast<void*>(out_teacher.row(b)) : nullptr, divergence, entropy});
+        {row_of(gradients.student), row_of(gradients.teacher), divergence, entropy});
   });
-  Tensors gradients;
-  if (to_student) gradients.push_back(to_student->finish());
-  if (to_teacher) gradients.push_back(to_teacher->finish());
-  return gradients;
+  return gradients.finish();
 }
 
 }  // namespace

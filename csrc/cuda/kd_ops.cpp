@@ -63,27 +63,18 @@ Tensors kd_loss_backward(Tensor student, Tensor teacher, std::optional<Tensor> l
                          bool teacher_grad) {
   if (!student_grad && !teacher_grad) return {};
   const OnDevice scope(device_of(student));
-  std::optional<LogitsGradient> to_student, to_teacher;
-  if (student_grad) to_student.emplace(student);
-  if (teacher_grad) to_teacher.emplace(teacher);
+  KdGradients gradients(student, student_grad, teacher, teacher_grad);
   const KdArguments kd(student, teacher, labels, temperature, alpha, label_smoothing, ignore_index);
   const KdBackward backward(stats, valid, gradient, kd);
   KdParams params = kd_params(kd, limits_of(kd.device));
   params.stats = const_cast<double*>(backward.stats);
   params.valid = const_cast<double*>(backward.valid);
-  params.gradient = backward.gradient;
-  params.gradient_fp64 = backward.gradient_fp64;
-  const auto place = [](std::optional<LogitsGradient>& to, Dtype dtype) {
-    if (!to) return Logits{nullptr, dtype, 0};
-    return Logits{to->written.mutable_data_ptr(), dtype, to->written.stride(0)};
-  };
-  params.student_gradient = place(to_student, kd.student.dtype);
-  params.teacher_gradient = place(to_teacher, kd.teacher.dtype);
+  params.gradient = backward.gradient.of(0);
+  params.gradient_fp64 = backward.gradient.fp64;
+  params.student_gradient = gradients.student;
+  params.teacher_gradient = gradients.teacher;
   launch_kd_loss_backward(params, kd_launch(params, kd.fp64, scope.stream()));
-  Tensors gradients;
-  if (to_student) gradients.push_back(to_student->finish());
-  if (to_teacher) gradients.push_back(to_teacher->finish());
-  return gradients;
+  return gradients.finish();
 }
 
 }  // namespace
