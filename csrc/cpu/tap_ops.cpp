@@ -1,18 +1,15 @@
 // The CPU implementations of torch.ops.at_fused.attention_tap_backward*. Their schemas are in _ops.
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
-#include <string>
 #include <vector>
 
-#include "../tap_arguments.h"
+#include "../tap.h"
 #include "kernels.h"
 #include "tasks.h"
 
 namespace at_fused {
-namespace {
 
-void sweep(const Tap& tap, double p) {
+void sweep_tap(const Tap& tap) {
   const Feature& feature = tap.feature;
   const bool in_place = tap.gradient.data == tap.out.data;
   const int64_t bytes = sample_bytes(feature), total = feature.B * bytes;
@@ -24,27 +21,12 @@ void sweep(const Tap& tap, double p) {
   run(tasks, total, [&](const Task& task) {
     for (int64_t b = task.b0; b < task.b1; ++b) {
       kernels().attention_tap_backward(
-          feature, tap.gradient, b, task.begin, task.end, p, tap.power.keeps_sign, tap.scale,
+          feature, tap.gradient, b, task.begin, task.end, tap.p, tap.power.keeps_sign, tap.scale,
           tap.k.of(b), static_cast<const int32_t*>(tap.winners.of(b)), tap.out, stream);
     }
   });
 }
 
-Tensor attention_tap_backward(Tensor gradient, Tensor feature, Tensor map_gradient, double p,
-                              std::string collapse, bool absolute, std::optional<Tensor> channels) {
-  Tap tap(gradient, feature, map_gradient, p, collapse, absolute, channels, false);
-  sweep(tap, p);
-  return tap.finish();
-}
-
-void attention_tap_backward_(Tensor gradient, Tensor feature, Tensor map_gradient, double p,
-                             std::string collapse, bool absolute, std::optional<Tensor> channels) {
-  Tap tap(gradient, feature, map_gradient, p, collapse, absolute, channels, true);
-  sweep(tap, p);
-  tap.finish();
-}
-
-}  // namespace
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) {

@@ -1,4 +1,4 @@
-// What attention_tap_backward is given, brought to one layout, for every device.
+// attention_tap_backward for every device: what it is given, brought to one layout.
 #pragma once
 
 #include <algorithm>
@@ -17,14 +17,15 @@ class Tap {
  public:
   Feature feature, gradient, out;
   Maps k, winners;  // the map's gradient, and with "max" the channels that have it
-  double scale;
+  double p, scale;
   MapPower power;
   Device device;
 
   // In place where `gradient` and `feature` have one layout; else through copies.
   Tap(Tensor gradient, Tensor feature, Tensor map_gradient, double p, const std::string& collapse,
       bool absolute, std::optional<Tensor> channels, bool in_place)
-      : power(p, absolute, collapse_of(collapse) == Collapse::max),
+      : p(p),
+        power(p, absolute, collapse_of(collapse) == Collapse::max),
         device(device_of(feature)),
         feature_(std::move(feature)),
         map_gradient_(std::move(map_gradient)),
@@ -130,5 +131,24 @@ class Tap {
   std::optional<Tensor> channels_;
   Tensor gradient_, written_, result_;
 };
+
+// Writes `out`: a device's own part.
+void sweep_tap(const Tap& tap);
+
+inline Tensor attention_tap_backward(Tensor gradient, Tensor feature, Tensor map_gradient, double p,
+                                     std::string collapse, bool absolute,
+                                     std::optional<Tensor> channels) {
+  Tap tap(gradient, feature, map_gradient, p, collapse, absolute, channels, false);
+  sweep_tap(tap);
+  return tap.finish();
+}
+
+inline void attention_tap_backward_(Tensor gradient, Tensor feature, Tensor map_gradient, double p,
+                                    std::string collapse, bool absolute,
+                                    std::optional<Tensor> channels) {
+  Tap tap(gradient, feature, map_gradient, p, collapse, absolute, channels, true);
+  sweep_tap(tap);
+  tap.finish();
+}
 
 }  // namespace at_fused
