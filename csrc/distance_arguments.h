@@ -1,4 +1,4 @@
-// The arguments of the operators for distances, checked.
+// The arguments of the operators for distances, checked, for every device.
 #pragma once
 
 #include <algorithm>

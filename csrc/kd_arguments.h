@@ -1,4 +1,4 @@
-// The arguments of the operators for Hinton's loss, checked.
+// The arguments of the operators for Hinton's loss, checked, for every device.
 #pragma once
 
 #include <cmath>

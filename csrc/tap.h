@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "arguments.h"
+#include "map_arguments.h"
 
 namespace at_fused {
 

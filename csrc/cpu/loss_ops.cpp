@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "../arguments.h"
+#include "../loss_arguments.h"
 #include "kernels.h"
 #include "losses.h"
 #include "tasks.h"

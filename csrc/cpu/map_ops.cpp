@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "../arguments.h"
+#include "../map_arguments.h"
 #include "kernels.h"
 #include "losses.h"
 #include "tasks.h"

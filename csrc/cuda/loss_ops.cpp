@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../arguments.h"
+#include "../loss_arguments.h"
 #include "checks.h"
 #include "device.h"
 #include "launch.h"

@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../arguments.h"
+#include "../map_arguments.h"
 #include "checks.h"
 #include "device.h"
 #include "launch.h"
