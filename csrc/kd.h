@@ -25,8 +25,8 @@ constexpr int64_t kIgnored = -1;
 constexpr int64_t kWrong = -2;
 
 struct KdOptions {
-  double temperature, alpha, smoothing;
-  int64_t ignored;
+  double temperature, alpha, label_smoothing;
+  int64_t ignore_index;
   bool divergence, entropy;  // the terms that are computed
 };
 
@@ -42,8 +42,8 @@ struct Logits {
 };
 
 // What a label means, out of K classes.
-AT_FUSED_HOST_DEVICE inline int64_t class_of(int64_t label, int64_t K, int64_t ignored) {
-  return label == ignored ? kIgnored : label >= 0 && label < K ? label : kWrong;
+AT_FUSED_HOST_DEVICE inline int64_t class_of(int64_t label, int64_t K, int64_t ignore_index) {
+  return label == ignore_index ? kIgnored : label >= 0 && label < K ? label : kWrong;
 }
 
 // log(1 + x) - x for x > -1.

@@ -20,7 +20,7 @@ struct KdArguments {
 
   // Logits whose classes are not adjacent are replaced by copies.
   KdArguments(Tensor& student_logits, Tensor& teacher_logits, std::optional<Tensor>& label_tensor,
-              double temperature, double alpha, double smoothing, int64_t ignored)
+              double temperature, double alpha, double label_smoothing, int64_t ignore_index)
       : device(device_of(student_logits)) {
     STD_TORCH_CHECK(student_logits.dim() == 2 && teacher_logits.dim() == 2 &&
                         student_logits.size(0) == teacher_logits.size(0) &&
@@ -32,15 +32,16 @@ struct KdArguments {
     STD_TORCH_CHECK(temperature > 0 && std::isfinite(temperature),
                     "at_fused: temperature must be a finite number > 0, got ", temperature);
     STD_TORCH_CHECK(alpha >= 0 && alpha <= 1, "at_fused: alpha must be from 0 to 1, got ", alpha);
-    STD_TORCH_CHECK(smoothing >= 0 && smoothing < 1,
-                    "at_fused: label_smoothing must be >= 0 and < 1, got ", smoothing);
+    STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing < 1,
+                    "at_fused: label_smoothing must be >= 0 and < 1, got ", label_smoothing);
     check_count(student_logits);
     B = student_logits.size(0);
     K = student_logits.size(1);
     student = logits_of(student_logits);
     teacher = logits_of(teacher_logits);
     fp64 = student.dtype == Dtype::float64 || teacher.dtype == Dtype::float64;
-    options = {temperature, alpha, smoothing, ignored, alpha > 0, label_tensor && alpha < 1};
+    options = {temperature,  alpha,     label_smoothing,
+               ignore_index, alpha > 0, label_tensor && alpha < 1};
     if (!label_tensor) return;
     STD_TORCH_CHECK(label_tensor->dim() == 1 && label_tensor->size(0) == B &&
                         label_tensor->scalar_type() == ScalarType::Long &&

@@ -32,7 +32,7 @@ inline void check_eps(double eps) {
 struct LossArguments {
   struct Pair {
     Feature student, teacher;
-    double student_collapse, teacher_collapse;
+    double student_scale, teacher_scale;
     double weight;
   };
   Device device;
@@ -70,8 +70,8 @@ struct LossArguments {
       pair.teacher = native_feature(teacher[i], device);
       STD_TORCH_CHECK(pair.student.B == pair.teacher.B && pair.student.N == pair.teacher.N,
                       "at_fused: student and teacher of a pair must have the same B and positions");
-      pair.student_collapse = collapse_scale(collapsed, pair.student);
-      pair.teacher_collapse = collapse_scale(collapsed, pair.teacher);
+      pair.student_scale = collapse_scale(collapsed, pair.student);
+      pair.teacher_scale = collapse_scale(collapsed, pair.teacher);
       pair.weight = weights.empty() ? 1.0 : weights[i];
       fp64 |= accumulates_fp64(pair.student) || accumulates_fp64(pair.teacher);
     }

@@ -9,16 +9,16 @@
 
 namespace at_fused {
 
-// |A|^p, and where it goes: x^p with its sign, which only an odd p without "absolute" has; or the
-// largest of them.
+// |A|^p, or for an odd p without `absolute` A^p with its sign (even ones have none); added up, or
+// the largest of them.
 struct MapPower {
-  bool keeps_sign, max;
+  bool absolute, max;
 
   MapPower(double p, bool absolute, bool max)
-      : keeps_sign(!absolute && std::fmod(p, 2.0) == 1.0), max(max) {
+      : absolute(absolute || std::fmod(p, 2.0) != 1.0), max(max) {
     STD_TORCH_CHECK(absolute || p == std::floor(p),
                     "at_fused: without absolute, p must be a whole number, got ", p);
-    STD_TORCH_CHECK(!(keeps_sign && max), "at_fused: collapse 'max' takes absolute values");
+    STD_TORCH_CHECK(this->absolute || !max, "at_fused: collapse 'max' takes absolute values");
   }
 };
 

@@ -16,7 +16,7 @@ namespace at_fused {
 class Tap {
  public:
   Feature feature, gradient, out;
-  Maps k, winners;  // the map's gradient, and with "max" the channels that have it
+  Maps k, channels;  // the map's gradient, and with "max" the channels that have it
   double p, scale;
   MapPower power;
   Device device;
@@ -41,7 +41,7 @@ class Tap {
     }
     scale = p * collapse_scale(collapse_of(collapse), this->feature);
     k = coefficient_map(map_gradient_, this->feature, this->feature.N, device);
-    if (channels_) winners = channel_map(*channels_, this->feature, this->feature.N, device);
+    if (channels_) this->channels = channel_map(*channels_, this->feature, this->feature.N, device);
   }
 
   // The gradient with the strides that the caller was promised.

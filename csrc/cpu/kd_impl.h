@@ -196,7 +196,7 @@ void kd_row(const KdRow& row, double* stats) {
   const A s_max = A(stats[kStudentMax]), t_max = A(stats[kTeacherMax]);
   const A inverse = A(1 / options.temperature);
   const Cold<A, divergence> cold(options.temperature);
-  const bool smooths = options.smoothing > 0;
+  const bool smooths = options.label_smoothing > 0;
   const Difference<A> difference(stats, 0, options.temperature);
   // Of e^((s - max) / T), e^((t - max) / T), q (e^-u - 1) and q (e^-u - 1 + u), without the sum
   // under q, u being d but for a constant; of e^(s - max) below the maximum, how often that
@@ -256,8 +256,9 @@ void kd_row(const KdRow& row, double* stats) {
       const A s = *read_tile(row.student, row.student_dtype, row.label, 1, buffer);
       const double loss = log_sum - (double(s) - stats[kStudentMax]);
       const double even = log_sum - total[below] / double(row.K);
-      stats[kEntropy] =
-          options.smoothing > 0 ? (1 - options.smoothing) * loss + options.smoothing * even : loss;
+      stats[kEntropy] = options.label_smoothing > 0
+                            ? (1 - options.label_smoothing) * loss + options.label_smoothing * even
+                            : loss;
     }
   }
 }
@@ -271,7 +272,7 @@ void kd_row_backward(const KdRow& row, const double* stats, const KdRowGradient&
   const A inverse = A(1 / options.temperature);
   const A s_scale = A(1 / stats[kStudentSum]), t_scale = A(1 / stats[kTeacherSum]);
   const A e_scale = A(gradient.entropy / stats[kEntropySum]);
-  const A even = A(gradient.entropy * options.smoothing / double(row.K));
+  const A even = A(gradient.entropy * options.label_smoothing / double(row.K));
   const A factor = A(gradient.divergence), kl = A(stats[kDivergence]);
   const Cold<A, divergence> cold(options.temperature);
   const Difference<A> difference(stats, stats[kQuotient], options.temperature);
@@ -325,7 +326,7 @@ void kd_row_backward(const KdRow& row, const double* stats, const KdRowGradient&
       const int i = int(row.label - at);
       const double e = std::exp(double(from_s[i]) - stats[kStudentMax]);
       double found = gradient.entropy * ((e - stats[kEntropySum]) / stats[kEntropySum] +
-                                         options.smoothing * (1 - 1 / double(row.K)));
+                                         options.label_smoothing * (1 - 1 / double(row.K)));
       if (divergence) {
         const Vec<A> s = splat(from_s[i]), t = splat(from_t[i]);
         found += double(from_divergence(exp_negative((s - s_max) * inverse),

@@ -19,7 +19,7 @@ constexpr int64_t kKdWork = 4;
 
 int64_t label_of(const KdArguments& kd, int64_t b) {
   if (!kd.options.entropy) return kIgnored;
-  return class_of(kd.labels[b * kd.label_stride], kd.K, kd.options.ignored);
+  return class_of(kd.labels[b * kd.label_stride], kd.K, kd.options.ignore_index);
 }
 
 // Rows in tasks; a row is never shared, and its result that of one thread whoever it is.

@@ -30,7 +30,7 @@ struct SampleLoss {
 // How a feature becomes a map where it is not a plain sum of powers, and the way back.
 struct GeneralMap {
   double p, scale;
-  bool keeps_sign, max;
+  bool absolute, max;
   Pool pool;
 };
 
@@ -54,9 +54,9 @@ struct Kernels {
   const char* name;
 
   // map[n] = scale * sum_c |A[b, c, n]|^p  for n in [begin, end), one sample.
-  // `keeps_sign`: x^p with its sign, p odd, in place of |A|^p.
+  // Without `absolute` A^p with its sign, p odd, in place of |A|^p.
   void (*attention_map)(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                        bool keeps_sign, double scale, void* map);
+                        bool absolute, double scale, void* map);
 
   // Normalises both maps of a sample, returns its share of the loss and leaves k = dL/dQ * scale.
   double (*sample_loss)(const SampleLoss& sample);
@@ -64,7 +64,7 @@ struct Kernels {
   // out[b, c, n] = gradient * k[n] * |A|^(p-1) * sign(A) for the lines [begin, end) of a sample:
   // channels in planar, positions in interleaved. `out` has the layout and dtype of `feature`.
   void (*attention_map_backward)(const Feature& feature, int64_t b, int64_t begin, int64_t end,
-                                 double p, bool keeps_sign, double gradient, const void* k,
+                                 double p, bool absolute, double gradient, const void* k,
                                  const Feature& out, bool stream);
 
   // The map of a sample at the positions [begin, end), whole rows of the last dimension where
@@ -81,7 +81,7 @@ struct Kernels {
   // As attention_map_backward, added to `add`, of the layout and dtype of `feature`, which may be
   // `out`; with `channels` only those have a gradient.
   void (*attention_tap_backward)(const Feature& feature, const Feature& add, int64_t b,
-                                 int64_t begin, int64_t end, double p, bool keeps_sign,
+                                 int64_t begin, int64_t end, double p, bool absolute,
                                  double gradient, const void* k, const int32_t* channels,
                                  const Feature& out, bool stream);
 

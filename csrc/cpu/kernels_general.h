@@ -27,8 +27,8 @@ struct Branching {
 };
 
 template <class A, class F>
-AT_FUSED_INLINE void with_few_exponents(double p, bool keeps_sign, F f) {
-  if (keeps_sign) {
+AT_FUSED_INLINE void with_few_exponents(double p, bool absolute, F f) {
+  if (!absolute) {
     f(Odd<A>(p));
   } else if (p == 2) {
     f(Two<A>(p));
@@ -46,7 +46,7 @@ void general_map(const Feature& feature, const GeneralMap& general, int64_t b, i
     const T* x = static_cast<const T*>(feature.data) + b * feature.batch;
     A* out = static_cast<A*>(map) + begin;
     channels = general.max ? channels + begin : nullptr;
-    with_few_exponents<A>(general.p, general.keeps_sign, [&](auto exponent) {
+    with_few_exponents<A>(general.p, general.absolute, [&](auto exponent) {
       if (!pools) {
         max_map(feature, x + begin * (planar ? 1 : feature.line), end - begin, out, channels);
       } else if (planar) {
@@ -71,7 +71,7 @@ void general_backward(const Feature& feature, const GeneralMap& general, int64_t
     const T* x = static_cast<const T*>(feature.data) + b * feature.batch;
     T* to = static_cast<T*>(const_cast<void*>(out.data)) + b * out.batch;
     const A* map = static_cast<const A*>(k);
-    with_few_exponents<A>(general.p, general.keeps_sign, [&](auto exponent) {
+    with_few_exponents<A>(general.p, general.absolute, [&](auto exponent) {
       if (!general.pool.pools()) {
         max_backward(feature, out, x, to, begin, end, exponent, A(gradient), map, channels);
       } else if (feature.layout == Layout::planar) {
@@ -86,14 +86,14 @@ void general_backward(const Feature& feature, const GeneralMap& general, int64_t
 }
 
 void attention_tap_backward(const Feature& feature, const Feature& add, int64_t b, int64_t begin,
-                            int64_t end, double p, bool keeps_sign, double gradient, const void* k,
+                            int64_t end, double p, bool absolute, double gradient, const void* k,
                             const int32_t* channels, const Feature& out, bool stream) {
   with_dtype(feature.dtype, [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
     const T* addend = static_cast<const T*>(add.data) + b * add.batch;
     const A* map = static_cast<const A*>(k);
-    with_few_exponents<A>(p, keeps_sign, [&](auto exponent) {
+    with_few_exponents<A>(p, absolute, [&](auto exponent) {
       if (channels) {
         max_tap_backward(feature, out, static_cast<const T*>(feature.data) + b * feature.batch,
                          static_cast<T*>(const_cast<void*>(out.data)) + b * out.batch, begin, end,

@@ -541,8 +541,8 @@ double sample_loss(const SampleLoss& sample, const S* student, const T* teacher,
 // ---- the table --------------------------------------------------------------------------------
 
 template <class A, class F>
-AT_FUSED_INLINE void with_exponent(double p, bool keeps_sign, F f) {
-  if (keeps_sign) {
+AT_FUSED_INLINE void with_exponent(double p, bool absolute, F f) {
+  if (!absolute) {
     f(Odd<A>(p));
   } else if (p == 2) {
     f(Two<A>(p));
@@ -570,13 +570,13 @@ AT_FUSED_INLINE void with_dtype(Dtype dtype, F f) {
 }
 
 void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                   bool keeps_sign, double scale, void* map) {
+                   bool absolute, double scale, void* map) {
   with_dtype(feature.dtype, [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
     const T* x = static_cast<const T*>(feature.data) + b * feature.batch;
     A* out = static_cast<A*>(map) + begin;
-    with_exponent<A>(p, keeps_sign, [&](auto exponent) {
+    with_exponent<A>(p, absolute, [&](auto exponent) {
       if (feature.layout == Layout::planar) {
         attention_map_planar<T, A>(x + begin, feature.C, feature.line, end - begin, exponent,
                                    A(scale), out);
@@ -621,12 +621,12 @@ void backward_lines(const Feature& feature, const Feature& out, int64_t b, int64
 }
 
 void attention_map_backward(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                            bool keeps_sign, double gradient, const void* k, const Feature& out,
+                            bool absolute, double gradient, const void* k, const Feature& out,
                             bool stream) {
   with_dtype(feature.dtype, [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
-    with_exponent<A>(p, keeps_sign, [&](auto exponent) {
+    with_exponent<A>(p, absolute, [&](auto exponent) {
       backward_lines<T, A>(feature, out, b, begin, end, exponent, A(gradient),
                            static_cast<const A*>(k), stream, Nothing{});
     });

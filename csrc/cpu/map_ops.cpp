@@ -35,20 +35,19 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse, bool abso
   const std::vector<Feature> features = native_features(tensors);
   const std::vector<Pool> pools = pools_of(tensors, sizes);
   Tensors maps, channels;
-  std::vector<Maps> out, winners;
+  std::vector<Maps> out, out_channels(features.size());
   std::vector<GeneralMap> general;
   int64_t total = 0;
   for (size_t i = 0; i < features.size(); ++i) {
     const Feature& feature = features[i];
     const Device device = device_of(tensors[i]);
     const int64_t positions = pools[i].positions();
-    general.push_back(
-        {p, collapse_scale(collapsed, feature), power.keeps_sign, power.max, pools[i]});
+    general.push_back({p, collapse_scale(collapsed, feature), power.absolute, power.max, pools[i]});
     maps.push_back(new_map(feature, positions, device));
     out.emplace_back(maps[i], positions, map_element_size(feature));
     if (power.max) {
       channels.push_back(new_rows(feature.B, positions, aoti_torch_dtype_int32(), device));
-      winners.emplace_back(channels[i], positions, 4);
+      out_channels[i] = Maps(channels[i], positions, 4);
     }
     total += feature.B * sample_bytes(feature);
   }
@@ -64,11 +63,11 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse, bool abso
     for (int64_t b = task.b0; b < task.b1; ++b) {
       void* to = out[task.index].of(b);
       if (is_general(map)) {
-        int32_t* winner = map.max ? static_cast<int32_t*>(winners[task.index].of(b)) : nullptr;
-        kernels().general_map(feature, map, b, task.begin, task.end, to, winner,
+        kernels().general_map(feature, map, b, task.begin, task.end, to,
+                              static_cast<int32_t*>(out_channels[task.index].of(b)),
                               scratch_of(feature, map));
       } else {
-        kernels().attention_map(feature, b, task.begin, task.end, p, map.keeps_sign, map.scale, to);
+        kernels().attention_map(feature, b, task.begin, task.end, p, map.absolute, map.scale, to);
       }
     }
   });
@@ -91,14 +90,14 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
   const std::vector<Pool> pools = pools_of(tensors, sizes);
   Gradients gradients(tensors);
   const std::vector<Feature>& features = gradients.features;
-  std::vector<Maps> k(n), winners(n);
+  std::vector<Maps> k(n), channel_maps(n);
   std::vector<GeneralMap> general(n);
   int64_t total = 0;
   for (size_t i = 0; i < n; ++i) {
     const int64_t positions = pools[i].positions();
     k[i] = coefficient_map(coefficients[i], features[i], positions, device);
-    if (power.max) winners[i] = channel_map(channels[i], features[i], positions, device);
-    general[i] = {p, 1.0, power.keeps_sign, power.max, pools[i]};
+    if (power.max) channel_maps[i] = channel_map(channels[i], features[i], positions, device);
+    general[i] = {p, 1.0, power.absolute, power.max, pools[i]};
     total += features[i].B * sample_bytes(features[i]);
   }
   std::vector<Task> tasks;
@@ -116,10 +115,10 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
       if (is_general(general[i])) {
         kernels().general_backward(features[i], general[i], b, task.begin, task.end,
                                    value_of(gradient, pairs[i]), k[i].of(b),
-                                   static_cast<const int32_t*>(winners[i].of(b)), gradients.out[i],
-                                   scratch_of(features[i], general[i]));
+                                   static_cast<const int32_t*>(channel_maps[i].of(b)),
+                                   gradients.out[i], scratch_of(features[i], general[i]));
       } else {
-        kernels().attention_map_backward(features[i], b, task.begin, task.end, p, power.keeps_sign,
+        kernels().attention_map_backward(features[i], b, task.begin, task.end, p, power.absolute,
                                          value_of(gradient, pairs[i]), k[i].of(b), gradients.out[i],
                                          stream);
       }

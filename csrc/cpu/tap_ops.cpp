@@ -21,8 +21,8 @@ void sweep_tap(const Tap& tap) {
   run(tasks, total, [&](const Task& task) {
     for (int64_t b = task.b0; b < task.b1; ++b) {
       kernels().attention_tap_backward(
-          feature, tap.gradient, b, task.begin, task.end, tap.p, tap.power.keeps_sign, tap.scale,
-          tap.k.of(b), static_cast<const int32_t*>(tap.winners.of(b)), tap.out, stream);
+          feature, tap.gradient, b, task.begin, task.end, tap.p, tap.power.absolute, tap.scale,
+          tap.k.of(b), static_cast<const int32_t*>(tap.channels.of(b)), tap.out, stream);
     }
   });
 }

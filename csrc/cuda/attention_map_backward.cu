@@ -15,10 +15,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 }
 
 void launch_attention_map_backward(const SweepParams& params, const Launch& launch) {
-  if (params.keeps_sign) {
-    launch_instance(AT_FUSED_SIGNED_DTYPES(attention_map_backward_kernel), launch, params);
-  } else {
+  if (params.absolute) {
     launch_instance(AT_FUSED_POWERS(attention_map_backward_kernel), params.p, launch, params);
+  } else {
+    launch_instance(AT_FUSED_SIGNED_DTYPES(attention_map_backward_kernel), launch, params);
   }
 }
 

@@ -110,7 +110,7 @@ struct KdPlace {
 
 __device__ __forceinline__ int64_t label_of(const KdParams& params, int64_t b) {
   if (!params.options.entropy) return kIgnored;
-  return class_of(params.labels[b * params.label_stride], params.K, params.options.ignored);
+  return class_of(params.labels[b * params.label_stride], params.K, params.options.ignore_index);
 }
 
 // f(s, t, j) for every element of the row that is a thread's, with the turn it is in.

@@ -99,9 +99,10 @@ __device__ void row_statistics(const KdParams& params, const KdPlace& place,
   A s[kTurn<A>];
   load_turn(params.student.row(place.b), params.student.dtype, only, A(0), s);
   stats[kEntropy] = log_sum - (double(s[0]) - stats[kStudentMax]);
-  if (options.smoothing > 0) {
+  if (options.label_smoothing > 0) {
     const double even = log_sum - total[6] / double(params.K);
-    stats[kEntropy] = (1 - options.smoothing) * stats[kEntropy] + options.smoothing * even;
+    stats[kEntropy] =
+        (1 - options.label_smoothing) * stats[kEntropy] + options.label_smoothing * even;
   }
 }
 

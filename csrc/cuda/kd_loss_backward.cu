@@ -16,7 +16,7 @@ __device__ void row_gradients(const KdParams& params, const KdPlace& place, doub
   const A inverse = A(1 / options.temperature);
   const A s_scale = A(1 / stats[kStudentSum]), t_scale = A(1 / stats[kTeacherSum]);
   const A e_scale = A(entropy / stats[kEntropySum]);
-  const A even = A(entropy * options.smoothing / double(params.K));
+  const A even = A(entropy * options.label_smoothing / double(params.K));
   const A factor = A(divergence), kl = A(stats[kDivergence]);
   const bool warm = options.temperature != 1 || !options.divergence;
   const Difference<A> difference(stats, stats[kQuotient], options.temperature);
@@ -62,7 +62,7 @@ __device__ void row_gradients(const KdParams& params, const KdPlace& place, doub
           // p - 1 as what the other classes have: fp32 would leave nothing of it for a sure
           // student.
           const double rest = (double(e) - stats[kEntropySum]) / stats[kEntropySum];
-          found += A(entropy * (rest + options.smoothing * (1 - 1 / double(params.K))));
+          found += A(entropy * (rest + options.label_smoothing * (1 - 1 / double(params.K))));
         } else {
           found += e * e_scale - even;
         }

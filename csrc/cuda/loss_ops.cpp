@@ -97,8 +97,8 @@ Tensor launch_pairs(const Arguments& loss, const LossParams& options, const Work
 void begin_pair(PairParams& pair, const LossArguments::Pair& given) {
   check_extent(given.student);
   check_extent(given.teacher);
-  pair.student_scale = given.student_collapse;
-  pair.teacher_scale = given.teacher_collapse;
+  pair.student_scale = given.student_scale;
+  pair.teacher_scale = given.teacher_scale;
   pair.weight = given.weight / double(given.student.B);
 }
 

@@ -84,7 +84,7 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse, bool abso
   const int32_t shared_bytes = maximum ? kMaximumBytes : kScratchBytes;
   const int64_t plain = bytes_of(features, members.plain);
   launch_parts(
-      features, members.plain, MapParams{p, 0, power.keeps_sign, {}}, shared_bytes, scope.stream(),
+      features, members.plain, MapParams{p, 0, power.absolute, {}}, shared_bytes, scope.stream(),
       [&](size_t at, MapFeature& feature) {
         begin(at, feature);
         return plan_map(feature, features[at], plain, limits);
@@ -92,7 +92,7 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse, bool abso
       maximum ? launch_max_map : launch_attention_map);
   const int64_t pooled = bytes_of(features, members.pooled);
   launch_parts(
-      features, members.pooled, PooledParams{p, 0, power.keeps_sign, {}}, shared_bytes,
+      features, members.pooled, PooledParams{p, 0, power.absolute, {}}, shared_bytes,
       scope.stream(),
       [&](size_t at, PooledFeature& feature) {
         begin(at, feature);
@@ -128,13 +128,13 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
     feature.k = coefficient_map(coefficients[at], x, positions, device).first;
     feature.loss_gradient = gradient.of(pairs[at]);
     if (!maximum) return;
-    const Maps winners = channel_map(channels[at], x, positions, device);
-    feature.channels = reinterpret_cast<const int32_t*>(winners.first);
+    feature.channels =
+        reinterpret_cast<const int32_t*>(channel_map(channels[at], x, positions, device).first);
   };
   const Members members(pools);
   const int64_t plain = 2 * bytes_of(features, members.plain);
   launch_parts(
-      features, members.plain, SweepParams{p, 0, gradient.fp64, power.keeps_sign, {}}, 0,
+      features, members.plain, SweepParams{p, 0, gradient.fp64, power.absolute, {}}, 0,
       scope.stream(),
       [&](size_t at, SweepFeature& feature) {
         begin(at, feature);
@@ -143,7 +143,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
       maximum ? launch_max_map_backward : launch_attention_map_backward);
   const int64_t pooled = 2 * bytes_of(features, members.pooled);
   launch_parts(
-      features, members.pooled, PooledSweepParams{p, 0, gradient.fp64, power.keeps_sign, {}},
+      features, members.pooled, PooledSweepParams{p, 0, gradient.fp64, power.absolute, {}},
       kPartBytes + kPooledBytes, scope.stream(),
       [&](size_t at, PooledSweep& feature) {
         begin(at, feature);

@@ -59,7 +59,7 @@ struct MapFeature {
 struct MapParams {
   double p;
   int32_t count;
-  bool keeps_sign;  // the power does: p is odd
+  bool absolute;  // else the power keeps its sign: p is odd
   MapFeature features[kMaxFeatures];
 };
 
@@ -77,14 +77,14 @@ struct SweepParams {
   double p;
   int32_t count;
   bool loss_gradient_fp64;
-  bool keeps_sign;
+  bool absolute;
   SweepFeature features[kMaxFeatures];
 };
 
 // A sweep that adds `scale` times its gradient to another one, which may be what it writes.
 struct TapParams {
   double p, scale;
-  bool keeps_sign;
+  bool absolute;
   const void* gradient;
   int64_t batch, line;
   SweepFeature feature;
@@ -100,7 +100,7 @@ struct PooledFeature : MapFeature {
 struct PooledParams {
   double p;
   int32_t count;
-  bool keeps_sign;
+  bool absolute;
   PooledFeature features[kMaxFeatures];
 };
 
@@ -122,7 +122,7 @@ struct PooledSweepParams {
   double p;
   int32_t count;
   bool loss_gradient_fp64;
-  bool keeps_sign;
+  bool absolute;
   PooledSweep features[kMaxPooledSweeps];
 };
 

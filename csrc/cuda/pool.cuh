@@ -125,17 +125,17 @@ __device__ __forceinline__ void window_sums(A (&sum)[kPoolUnroll], const Sample<
 struct EitherPower {
   static constexpr int rows_in_flight = kPoolUnroll;
   SignedPower power_;
-  bool keeps_sign;
+  bool absolute;
 
-  __device__ EitherPower(double p, bool keeps_sign) : power_(p), keeps_sign(keeps_sign) {}
+  __device__ EitherPower(double p, bool absolute) : power_(p), absolute(absolute) {}
   template <class A>
   __device__ __forceinline__ A power(A x) const {
-    const A absolute = power_.any.power(x);
-    return keeps_sign && x < 0 ? -absolute : absolute;
+    const A magnitude = power_.any.power(x);
+    return !absolute && x < 0 ? -magnitude : magnitude;
   }
   template <class A>
   __device__ __forceinline__ A slope(A x) const {
-    return keeps_sign ? power_.slope(x) : power_.any.slope(x);
+    return absolute ? power_.any.slope(x) : power_.slope(x);
   }
 };
 

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
       const PowerMaximum<A> collect{params.p, map, feature.channels + first};
       map_tile_pooled<T>(feature, tile, collect);
     } else {
-      const EitherPower e(here(params.p), params.keeps_sign);
+      const EitherPower e(here(params.p), params.absolute);
       const PowerSum<EitherPower, A> collect{e, A(feature.scale), map};
       map_tile_pooled<T>(feature, tile, collect);
     }

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
   __syncthreads();
   with_dtype<fp64>(feature.view.dtype, [&](auto element) {
     using T = decltype(element);
-    const EitherPower e(here(params.p), params.keeps_sign);
+    const EitherPower e(here(params.p), params.absolute);
     using A = Accumulator<T>;
     A* sent = reinterpret_cast<A*>(bytes + kPartBytes);
     send_back<T>(feature, part, e, A(gradient), sent);
