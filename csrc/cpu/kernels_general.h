@@ -1,5 +1,4 @@
-// The entries for what a plain sum of powers is not: as kernels_impl.h, once for every
-// instruction-set level.
+// The entries for what a plain sum of powers is not.
 #pragma once
 
 #include "kernels_max.h"

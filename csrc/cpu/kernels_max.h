@@ -1,7 +1,7 @@
-// Maxima over channels, and the way back: as kernels_impl.h, once for every instruction-set level.
+// Maxima over channels, and the way back.
 #pragma once
 
-#include "kernels_impl.h"
+#include "kernels_sweep.h"
 
 namespace at_fused {
 namespace {

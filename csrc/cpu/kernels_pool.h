@@ -1,5 +1,4 @@
-// Features that are pooled before the power, and the way back: as kernels_impl.h, once for every
-// instruction-set level.
+// Features that are pooled before the power, and the way back.
 #pragma once
 
 #include "kernels_max.h"

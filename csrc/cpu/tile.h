@@ -1,8 +1,7 @@
 // Rows of any dtype in tiles of the dtype that they are computed in: one kernel for all dtypes.
 #pragma once
 
-#include "../feature.h"
-#include "simd.h"
+#include "elements.h"
 
 namespace at_fused {
 namespace {

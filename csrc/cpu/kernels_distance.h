@@ -1,4 +1,4 @@
-// Squared distances, once for every instruction-set level.
+// Squared distances.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// Hinton's loss of one row of logits, once for every instruction-set level.
+// Hinton's loss of one row of logits.
 //
 // d_k = log(q_k / p_k) = (t_k - s_k - c) / T, one c for the row, is made from the difference of the
 // logits, without its rounding: at high temperatures it is all that is left, and small. Where it

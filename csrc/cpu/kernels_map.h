@@ -1,0 +1,198 @@
+// Sums over channels: the attention map of one sample.
+#pragma once
+
+#include "kernels.h"
+#include "kernels_power.h"
+
+namespace at_fused {
+namespace {
+
+// The hardware runs ahead in a row, but not into the next ones: these are asked for in time, in the
+// order in which they lie, for the second-level cache.
+struct Ahead {
+  int64_t distance = 0, step = 0;  // bytes, from the rows at work and for each step through them
+
+  Ahead() = default;
+  Ahead(int64_t rows_bytes, int64_t steps) {
+    constexpr int64_t latency = 8192;  // bytes that are read while memory answers
+    if (rows_bytes == 0 || steps == 0) return;
+    distance = (latency + rows_bytes - 1) / rows_bytes * rows_bytes;
+    step = rows_bytes / steps;
+  }
+};
+
+// Adds `rows` channels to the map in one pass over it. Each channel is read front to back, which
+// is what the hardware prefetchers want; the map itself stays in the first-level cache.
+template <int rows, class T, class A, class P>
+AT_FUSED_INLINE void add_channels(const T* x, int64_t line, int64_t n, P p, bool first, A scale,
+                                  Ahead ahead, A* map) {
+  constexpr int width = lanes<A>;
+  const char* next = reinterpret_cast<const char*>(x) + ahead.distance;
+  const auto block = [&](auto&& read_channel, Vec<A> before) AT_FUSED_LAMBDA {
+    Vec<A> total = p.power(read_channel(x));
+    for (int r = 1; r < rows; ++r) total += p.power(read_channel(x + r * line));
+    return (before + total) * scale;
+  };
+  int64_t i = 0;
+  for (; i + 2 * width <= n; i += 2 * width) {
+    for (const char* end = next + ahead.step; next < end; next += kCacheLine) {
+      __builtin_prefetch(next, 0, 2);
+    }
+    Both<Vec<A>> totals{};
+    for (int r = 0; r < rows; ++r) {
+      const Both<Vec<A>> channel = load_both(x + r * line + i);
+      totals.low = r == 0 ? p.power(channel.low) : totals.low + p.power(channel.low);
+      totals.high = r == 0 ? p.power(channel.high) : totals.high + p.power(channel.high);
+    }
+    store(map + i, ((first ? Vec<A>{} : load(map + i)) + totals.low) * scale);
+    store(map + i + width, ((first ? Vec<A>{} : load(map + i + width)) + totals.high) * scale);
+  }
+  for (; i + width <= n; i += width) {
+    store(map + i, block([&](const T* c) AT_FUSED_LAMBDA { return load(c + i); },
+                         first ? Vec<A>{} : load(map + i)));
+  }
+  if (const int rest = int(n - i)) {
+    const Vec<A> value =
+        block([&](const T* c) AT_FUSED_LAMBDA { return load_partial(c + i, rest); },
+              first ? Vec<A>{} : load_partial(map + i, rest));
+    store_partial(map + i, value, rest);
+  }
+}
+
+template <class T, class A, class P>
+void attention_map_planar(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale, A* map) {
+  constexpr int64_t tile = 16384 / sizeof(A);  // half of a small first-level cache
+  for (int64_t i = 0; i < n; i += tile) {
+    const int64_t count = n - i < tile ? n - i : tile;
+    const Ahead ahead(8 * line * int64_t(sizeof(T)), count / (2 * lanes<A>));
+    int64_t c = 0;
+    const auto add = [&](auto rows, Ahead next) {
+      for (; c + rows <= C; c += rows) {
+        add_channels<rows>(x + c * line + i, line, count, p, c == 0, c + rows == C ? scale : A(1),
+                           next, map + i);
+      }
+    };
+    add(std::integral_constant<int, 8>{}, ahead);
+    add(std::integral_constant<int, 4>{}, Ahead{});
+    add(std::integral_constant<int, 1>{}, Ahead{});
+  }
+}
+
+// The channels of one position, added up lane by lane. `vectors` is C / width where that is small
+// enough to be known when compiling, else -1.
+template <int vectors, class T, class A, class P>
+AT_FUSED_INLINE Vec<A> add_position(const T* x, int64_t C, P p) {
+  constexpr int width = lanes<A>;
+  Vec<A> total[4] = {};
+  int64_t c = 0;
+  const auto add_both = [&](int u, const T* from) AT_FUSED_LAMBDA {
+    const Both<Vec<A>> channels = load_alternate(from);
+    total[u] += p.power(channels.low);
+    total[u + 1] += p.power(channels.high);
+  };
+  if constexpr (vectors >= 0) {
+    for (int u = 0; u + 2 <= vectors; u += 2) add_both(u, x + u * width);
+    if (vectors % 2) total[vectors - 1] += p.power(load(x + (vectors - 1) * width));
+    c = vectors * width;
+  } else {
+    for (; c + 4 * width <= C; c += 4 * width) {
+      add_both(0, x + c);
+      add_both(2, x + c + 2 * width);
+    }
+    for (; c + width <= C; c += width) total[0] += p.power(load(x + c));
+  }
+  if (const int rest = int(C - c)) total[1] += p.power(load_partial(x + c, rest));
+  const Vec<A> first = total[0] + total[1];
+  return vectors >= 0 && vectors <= 2 ? first : first + (total[2] + total[3]);
+}
+
+// Positions of one vector of bf16 channels each, one behind the other: two are loaded at once and
+// their channels added up in pairs, which spares a level of the sums.
+template <class P>
+void attention_map_pairs(const BFloat16* x, int64_t n, P p, float scale, float* map) {
+  constexpr int width = lanes<float>, half = width / 2;
+  const auto add_two = [p](const BFloat16* from) AT_FUSED_LAMBDA {
+    const Both<Vec<float>> channels = load_alternate(from);
+    return p.power(channels.low) + p.power(channels.high);
+  };
+  for (; n > 0; n -= width, map += width, x += width * width) {
+    const int count = n < width ? int(n) : width;
+    Vec<float> totals[width] = {};
+    for (int i = 0; i < count / 2; ++i) totals[i] = add_two(x + 2 * i * width);
+    if (count % 2) {
+      BFloat16 padded[2 * width] = {};
+      std::memcpy(padded, x + (count - 1) * width, width * sizeof(BFloat16));
+      totals[count / 2] = add_two(padded);
+    }
+    const Vec<float> sums = alternate(sum_each<float, half>(totals)) * scale;
+    count == width ? store(map, sums) : store_partial(map, sums, count);
+  }
+}
+
+template <int vectors, class T, class A, class P>
+void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale,
+                               A* map) {
+  constexpr int width = lanes<A>;
+  const bool dense = vectors == 1 && C == width && line == C;
+  if constexpr (vectors == 1 && std::is_same_v<T, BFloat16>) {
+    if (dense) return attention_map_pairs(x, n, p, scale, map);
+  }
+  for (; n >= width; n -= width, map += width) {
+    Vec<A> totals[width];
+    if (dense) {
+      for (int j = 0; j < width; j += 2, x += 2 * width) {
+        const Both<Vec<A>> positions = load_both(x);
+        totals[j] = p.power(positions.low), totals[j + 1] = p.power(positions.high);
+      }
+    } else {
+      for (int j = 0; j < width; ++j, x += line) totals[j] = add_position<vectors, T, A>(x, C, p);
+    }
+    store(map, sum_each<A>(totals) * scale);
+  }
+  if (n > 0) {
+    Vec<A> totals[width] = {};
+    for (int j = 0; j < n; ++j, x += line) totals[j] = add_position<vectors, T, A>(x, C, p);
+    store_partial(map, sum_each<A>(totals) * scale, int(n));
+  }
+}
+
+template <class T, class A, class P>
+void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale,
+                               A* map) {
+  switch (C / lanes<A>) {
+    case 0:
+      return attention_map_interleaved<0, T, A>(x, C, line, n, p, scale, map);
+    case 1:
+      return attention_map_interleaved<1, T, A>(x, C, line, n, p, scale, map);
+    case 2:
+      return attention_map_interleaved<2, T, A>(x, C, line, n, p, scale, map);
+    case 3:
+      return attention_map_interleaved<3, T, A>(x, C, line, n, p, scale, map);
+    case 4:
+      return attention_map_interleaved<4, T, A>(x, C, line, n, p, scale, map);
+    default:
+      return attention_map_interleaved<-1, T, A>(x, C, line, n, p, scale, map);
+  }
+}
+
+void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
+                   bool absolute, double scale, void* map) {
+  with_dtype(feature.dtype, [&](auto element, auto accumulator) {
+    using T = decltype(element);
+    using A = decltype(accumulator);
+    const T* x = static_cast<const T*>(feature.data) + b * feature.batch;
+    A* out = static_cast<A*>(map) + begin;
+    with_exponent<A>(p, absolute, [&](auto exponent) {
+      if (feature.layout == Layout::planar) {
+        attention_map_planar<T, A>(x + begin, feature.C, feature.line, end - begin, exponent,
+                                   A(scale), out);
+      } else {
+        attention_map_interleaved<T, A>(x + begin * feature.line, feature.C, feature.line,
+                                        end - begin, exponent, A(scale), out);
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace at_fused
