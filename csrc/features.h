@@ -1,9 +1,11 @@
 // Tensors as the kernels see them: (B, C, N) in one of the two native layouts.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <string>
 #include <vector>
 
 #include "feature.h"
@@ -105,6 +107,14 @@ inline std::vector<Feature> native_features(Tensors& tensors) {
   return features;
 }
 
+// Why torch's last function failed. It says so from 2.13 on, which the libraries do not need.
+inline std::string last_reason() {
+  using Function = const char*();
+  const auto what = reinterpret_cast<Function*>(
+      dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  return what ? what() : "torch could not make one, for lack of memory most likely";
+}
+
 // A new tensor. torch::stable::new_empty and empty_like look their operators up by name in every
 // call, which for a list of small features takes longer than the arithmetic.
 inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype,
@@ -115,7 +125,7 @@ inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* stri
   if (error) {
     int64_t count = 1;
     for (int64_t d = 0; d < rank; ++d) count *= sizes[d];
-    STD_TORCH_CHECK(false, "at_fused: no memory for a result of ", count, " elements");
+    STD_TORCH_CHECK(false, "at_fused: no result of ", count, " elements: ", last_reason());
   }
   return Tensor(handle);
 }

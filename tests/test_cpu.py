@@ -44,6 +44,12 @@ def test_rounding_of_any_exponent(p: float) -> None:
     assert (found[~representable].double() - expected[~representable]).abs().max() < 2.0**-140
 
 
+def test_a_map_that_cannot_be_allocated() -> None:
+    x = torch.zeros(1, dtype=torch.float64).expand(1, 1, 2**22, 2**22)
+    with pytest.raises(RuntimeError, match=f"at_fused: no result of {2**44} elements: .*memory"):
+        _ops.attention_map([x], 2.0, "mean")
+
+
 def test_large_gradients_are_written_whole() -> None:
     """Above the size of the caches gradients are streamed to memory, from unaligned starts too."""
     for layout in (torch.contiguous_format, torch.channels_last):
