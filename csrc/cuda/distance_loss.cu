@@ -1,7 +1,6 @@
 #include "../distance.h"
 #include "elements.cuh"
 #include "launch.cuh"
-#include "sweep.cuh"
 
 namespace at_fused {
 

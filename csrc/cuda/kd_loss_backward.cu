@@ -1,6 +1,5 @@
 #include "kd.cuh"
 #include "launch.cuh"
-#include "sweep.cuh"
 
 namespace at_fused {
 

@@ -242,6 +242,15 @@ struct SignedPower {
   }
 };
 
+// ---- losses -------------------------------------------------------------------------------------
+
+// The gradient of a loss; 1 where there is none.
+__device__ __forceinline__ double gradient_of(const void* value, bool fp64) {
+  return !value ? 1.0
+         : fp64 ? *static_cast<const double*>(value)
+                : double(*static_cast<const float*>(value));
+}
+
 __device__ inline void store_loss(void* losses, bool fp64, int64_t at, double loss) {
   if (fp64) {
     static_cast<double*>(losses)[at] = loss;

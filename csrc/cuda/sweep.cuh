@@ -188,12 +188,6 @@ __device__ __forceinline__ void sweep_piece(const View& x, const Sweep& sweep, i
   });
 }
 
-__device__ __forceinline__ double gradient_of(const void* value, bool fp64) {
-  return !value ? 1.0
-         : fp64 ? *static_cast<const double*>(value)
-                : double(*static_cast<const float*>(value));
-}
-
 // Calls f(b, span, k) for the samples of a feature's task, with a sample's coefficients.
 template <class F>
 __device__ __forceinline__ void sweep_samples(const SweepFeature& feature, int local, F f) {
