@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../divisor.h"
 #include "../feature.h"
 #include "../kd.h"
 

@@ -59,20 +59,6 @@ AT_FUSED_INLINE double total(const Vec<double> (&sums)[chains]) {
   return sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// A side's divisor and what belongs to it: q = Q / divisor, and Q / norm = q * to_unit, 0 where the
-// norm has no part in the divisor.
-struct Divisor {
-  double divisor, inverse, to_unit;
-
-  Divisor(double norm, EpsMode mode, double eps) {
-    // Written so that a NaN norm is not clamped away.
-    const bool constant = norm <= (mode == EpsMode::max ? eps : 0.0);
-    divisor = mode == EpsMode::add ? norm + eps : constant ? eps : norm;
-    inverse = 1.0 / divisor;
-    to_unit = constant ? 0.0 : mode == EpsMode::add ? divisor / norm : 1.0;
-  }
-};
-
 template <class S, class T>
 double sample_loss(const SampleLoss& sample, const S* student, const T* teacher, S* student_result,
                    T* teacher_result) {

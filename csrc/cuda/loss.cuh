@@ -1,6 +1,7 @@
 // The loss of a list of pairs: maps, norms, losses and coefficient maps.
 #pragma once
 
+#include "../divisor.h"
 #include "attention_map.cuh"
 #include "sweep.cuh"
 
@@ -70,27 +71,18 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
     squares[1] += t * t;
   }
   block_sum(squares, control);
-  const double student_norm = sqrt(squares[0]), teacher_norm = sqrt(squares[1]);
-  const bool add = any_eps && params.eps_mode == EpsMode::add;
-  // Written so that a NaN norm is not clamped away.
-  const double least = add ? 0.0 : params.eps;
-  const bool student_zero = student_norm <= least, teacher_zero = teacher_norm <= least;
-  const auto bound_of = [&](double norm, bool zero) {
-    return add ? norm + params.eps : zero ? params.eps : norm;
-  };
-  const double student_bound = bound_of(student_norm, student_zero);
-  const double teacher_bound = bound_of(teacher_norm, teacher_zero);
-  const double is = 1.0 / student_bound, it = 1.0 / teacher_bound;
+  const EpsMode mode = any_eps ? params.eps_mode : EpsMode::max;
+  const Divisor ds(sqrt(squares[0]), mode, params.eps), dt(sqrt(squares[1]), mode, params.eps);
 
   // A division gives a single position exactly 1, so that its loss is exactly 0.
-  const auto normalize = [N](double raw, double bound, double inverse) {
-    return N == 1 ? raw / bound : raw * inverse;
+  const auto normalize = [N](double raw, const Divisor& by) {
+    return N == 1 ? raw / by.divisor : raw * by.inverse;
   };
   // The differences are summed as such: 2 - 2 qs.qt would cancel where the maps are alike.
   double sums[3] = {};
   for (int n = threadIdx.x; n < N; n += kThreads) {
-    const double qs = normalize(maps.student.get(n), student_bound, is);
-    const double qt = normalize(maps.teacher.get(n), teacher_bound, it);
+    const double qs = normalize(maps.student.get(n), ds);
+    const double qt = normalize(maps.teacher.get(n), dt);
     const double difference = qs - qt;
     sums[0] += difference * difference;
     sums[1] += difference * qs;
@@ -107,19 +99,14 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
   if (student || teacher) {
     // dL/dq = slope * difference; at difference = 0 the norm of the paper's form takes 0.
     const double slope = code ? 2 * mean : distance == 0 ? 0.0 : mean / distance;
-    // Below eps the map is divided by a constant: there is nothing to project out. A norm with eps
-    // added is shorter than the divisor: what is projected out is along Q / norm.
-    double along_student = student_zero ? 0.0 : sums[1];
-    double along_teacher = teacher_zero ? 0.0 : sums[2];
-    if (add) {
-      if (!student_zero) along_student *= student_bound / student_norm;
-      if (!teacher_zero) along_teacher *= teacher_bound / teacher_norm;
-    }
-    const double gs = slope * is * params.p * pair.student_scale;
-    const double gt = slope * it * params.p * pair.teacher_scale;
+    // Where a map is divided by a constant there is nothing to project out.
+    const double along_student = ds.to_unit == 0 ? 0.0 : sums[1] * ds.to_unit;
+    const double along_teacher = dt.to_unit == 0 ? 0.0 : sums[2] * dt.to_unit;
+    const double gs = slope * ds.inverse * params.p * pair.student_scale;
+    const double gt = slope * dt.inverse * params.p * pair.teacher_scale;
     for (int n = threadIdx.x; n < N; n += kThreads) {
       const double s = maps.student.get(n), t = maps.teacher.get(n);
-      const double qs = normalize(s, student_bound, is), qt = normalize(t, teacher_bound, it);
+      const double qs = normalize(s, ds), qt = normalize(t, dt);
       const double difference = qs - qt;
       if (student) {
         maps.student_result.set(n, maps.student_grad ? gs * (difference - qs * along_student) : s);
