@@ -1,9 +1,7 @@
 // The arguments of the operators for distances, checked, for every device.
 #pragma once
 
-#include <algorithm>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "arguments.h"
@@ -23,13 +21,8 @@ struct Samples {
 
 // Whether a sample's elements are adjacent in some order of its dimensions.
 inline bool dense_samples(const Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> extents;  // stride, size
-  for (int64_t d = 1; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) extents.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(extents.begin(), extents.end());
   int64_t next = 1;
-  for (const auto& [stride, size] : extents) {
+  for (const auto& [stride, size] : extents(tensor, 1)) {
     if (stride != next) return false;
     next *= size;
   }

@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "feature.h"
@@ -75,6 +77,16 @@ inline bool describe(const Tensor& tensor, Feature& feature) {
   feature.layout = Layout::planar;
   feature.line = channel;
   return feature.N == 1;
+}
+
+// The stride and size of every dimension of more than one, from `first` on, the innermost first.
+inline std::vector<std::pair<int64_t, int64_t>> extents(const Tensor& tensor, int64_t first) {
+  std::vector<std::pair<int64_t, int64_t>> extents;
+  for (int64_t d = first; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) extents.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(extents.begin(), extents.end());
+  return extents;
 }
 
 // An expanded tensor may have more elements than any memory: few enough here that sums of bytes, of

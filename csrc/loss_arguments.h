@@ -28,6 +28,16 @@ inline void check_eps(double eps) {
                   eps);
 }
 
+// How many there are.
+inline size_t check_pairs(const Tensors& student, const Tensors& teacher,
+                          const std::vector<double>& weights) {
+  const size_t n = student.size();
+  STD_TORCH_CHECK(n > 0 && teacher.size() == n, "at_fused: as many teachers as students, got ", n,
+                  " and ", teacher.size());
+  check_weights(weights, n);
+  return n;
+}
+
 // The pairs of a loss and its options.
 struct LossArguments {
   struct Pair {
@@ -54,10 +64,7 @@ struct LossArguments {
                 const std::string& collapse, const std::string& form, const std::string& reduction,
                 double eps)
       : p(p), eps(eps), form(form_of(form)), sum(sums_pairs(reduction)), fp64(false) {
-    const size_t n = student.size();
-    STD_TORCH_CHECK(n > 0 && teacher.size() == n, "at_fused: as many teachers as students, got ", n,
-                    " and ", teacher.size());
-    check_weights(weights, n);
+    const size_t n = check_pairs(student, teacher, weights);
     check_eps(eps);
     check_exponent(p);
     const Collapse collapsed = collapse_of(collapse);
@@ -117,10 +124,7 @@ struct MapLossArguments {
         sum(reduction == "sum"),
         samples(reduction == "sample"),
         fp64(false) {
-    const size_t n = student.size();
-    STD_TORCH_CHECK(n > 0 && teacher.size() == n, "at_fused: as many teachers as students, got ", n,
-                    " and ", teacher.size());
-    check_weights(weights, n);
+    const size_t n = check_pairs(student, teacher, weights);
     STD_TORCH_CHECK(sum || samples || reduction == "none",
                     "at_fused: reduction must be 'sum', 'none' or 'sample', got '", reduction, "'");
     check_eps(eps);

@@ -1,12 +1,10 @@
 // attention_tap_backward for every device: what it is given, brought to one layout.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "map_arguments.h"
 
@@ -82,13 +80,8 @@ class Tap {
 
   // That no two elements lie in one place.
   static void check_apart(const Tensor& gradient) {
-    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-    for (int64_t d = 0; d < gradient.dim(); ++d) {
-      if (gradient.size(d) > 1) dims.emplace_back(gradient.stride(d), gradient.size(d));
-    }
-    std::sort(dims.begin(), dims.end());
     int64_t reach = 1;
-    for (const auto& [stride, size] : dims) {
+    for (const auto& [stride, size] : extents(gradient, 0)) {
       STD_TORCH_CHECK(stride >= reach,
                       "at_fused: a gradient that is written in place must not be expanded, nor "
                       "overlap itself");
