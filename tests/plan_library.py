@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from native import built
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent / "csrc"
 BYTES = {0: 4, 1: 8, 2: 2, 3: 2}  # fp32, fp64, fp16, bf16: csrc/feature.h, Dtype
 PLANAR, INTERLEAVED = 0, 1
 
@@ -56,12 +58,10 @@ def dense(b: int, c: int, n: int, dtype: int = 0, layout: int = PLANAR) -> Featu
 
 @cache
 def _functions() -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory() as folder:  # loaded, the file is not needed
-        library = f"{folder}/plan.so"
-        source = Path(__file__).parent / "plan/plan.cpp"
-        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", library]
-        subprocess.run(command, check=True)
-        return ctypes.CDLL(library)
+    source = HERE / "plan/plan.cpp"
+    options = ["-std=c++17", "-O1", "-fPIC"]
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.h")]
+    return ctypes.CDLL(str(built("plan", [(source, options)], ["-shared"], headers)))
 
 
 def plan(name: str, *arguments: Any) -> list[int]:
