@@ -1,8 +1,4 @@
-// Hinton's loss of a row of logits, by a group of threads: a warp or a block.
-//
-// d_k = log(q_k / p_k) = (t_k - s_k - c) / T, one c for the row, is made from the difference of the
-// logits, without its rounding: at high temperatures it is all that is left, and small. Where it
-// is, whatever is made of it is a series: e^-d - 1 + d = d^2 g(d), e^-d - 1 = d^2 g(d) - d.
+// Hinton's loss of a row of logits, by a group of threads, a warp or a block; kd.h says how.
 #pragma once
 
 #include "elements.cuh"
