@@ -4,8 +4,8 @@
 #include <array>
 #include <cmath>
 
+#include "elements.h"
 #include "kernels.h"
-#include "tile.h"
 
 namespace at_fused {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "elements.h"
 #include "kernels.h"
+#include "numbers.h"
 
 namespace at_fused {
 namespace {

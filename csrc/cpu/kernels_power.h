@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "elements.h"
+#include "numbers.h"
 
 namespace at_fused {
 namespace {

@@ -8,6 +8,7 @@
 
 #include "launch.h"
 #include "numbers.cuh"
+#include "power.cuh"
 
 // The instances of a kernel, those of lists with fp64 last.
 #define AT_FUSED_DTYPES(kernel) kernel<false>, kernel<true>, #kernel

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_map.cuh"
+#include "power.cuh"
 
 namespace at_fused {
 

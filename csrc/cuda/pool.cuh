@@ -5,6 +5,7 @@
 #include "block.cuh"
 #include "numbers.cuh"
 #include "plan_pool.h"
+#include "power.cuh"
 
 namespace at_fused {
 
