@@ -19,7 +19,7 @@ struct SampleLoss {
   const void* teacher;
   void* student_result;
   void* teacher_result;
-  bool student_double, teacher_double;
+  bool student_fp64, teacher_fp64;
   int64_t N;
   Form form;
   EpsMode eps_mode;

@@ -118,14 +118,14 @@ double sample_loss(const SampleLoss& sample, const S* student, const T* teacher,
 
 double sample_loss(const SampleLoss& sample) {
   const auto with_teacher = [&](auto* student, auto* result) {
-    if (sample.teacher_double) {
+    if (sample.teacher_fp64) {
       return sample_loss(sample, student, static_cast<const double*>(sample.teacher), result,
                          static_cast<double*>(sample.teacher_result));
     }
     return sample_loss(sample, student, static_cast<const float*>(sample.teacher), result,
                        static_cast<float*>(sample.teacher_result));
   };
-  if (sample.student_double) {
+  if (sample.student_fp64) {
     return with_teacher(static_cast<const double*>(sample.student),
                         static_cast<double*>(sample.student_result));
   }
