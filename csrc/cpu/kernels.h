@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "../divisor.h"
 #include "../feature.h"
 #include "../kd.h"
+#include "../loss.h"
 
 namespace at_fused {
 

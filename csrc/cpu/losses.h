@@ -4,17 +4,14 @@
 #include <vector>
 
 #include "../arguments.h"
+#include "../loss.h"
 
 namespace at_fused {
 
 // A loss from fp64 values.
 inline void write_loss(Tensor& loss, bool fp64, const std::vector<double>& values) {
   for (size_t i = 0; i < values.size(); ++i) {
-    if (fp64) {
-      static_cast<double*>(loss.mutable_data_ptr())[i] = values[i];
-    } else {
-      static_cast<float*>(loss.mutable_data_ptr())[i] = float(values[i]);
-    }
+    store_loss(loss.mutable_data_ptr(), fp64, int64_t(i), values[i]);
   }
 }
 
@@ -26,10 +23,7 @@ inline Tensor losses_of(const std::vector<double>& values, bool sum, bool fp64, 
 
 // A pair's gradient from above; 1 where there is none.
 inline double value_of(const LossGradient& gradient, int64_t pair) {
-  const void* value = gradient.of(pair);
-  return !value          ? 1.0
-         : gradient.fp64 ? *static_cast<const double*>(value)
-                         : *static_cast<const float*>(value);
+  return gradient_of(gradient.of(pair), gradient.fp64);
 }
 
 }  // namespace at_fused

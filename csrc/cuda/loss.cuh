@@ -1,7 +1,6 @@
 // The loss of a list of pairs: maps, norms, losses and coefficient maps.
 #pragma once
 
-#include "../divisor.h"
 #include "attention_map.cuh"
 #include "sweep.cuh"
 

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../loss.h"
 #include "params.h"
 
 namespace at_fused {
@@ -152,23 +153,6 @@ __device__ __forceinline__ void load_rows(Pack<T, n> (&pack)[U], const T* from, 
 template <class T, int n>
 __device__ __forceinline__ void store(T* to, Pack<T, n> pack) {
   *reinterpret_cast<typename Pack<T, n>::Word*>(to) = pack.word;
-}
-
-// ---- losses -------------------------------------------------------------------------------------
-
-// The gradient of a loss; 1 where there is none.
-__device__ __forceinline__ double gradient_of(const void* value, bool fp64) {
-  return !value ? 1.0
-         : fp64 ? *static_cast<const double*>(value)
-                : double(*static_cast<const float*>(value));
-}
-
-__device__ inline void store_loss(void* losses, bool fp64, int64_t at, double loss) {
-  if (fp64) {
-    static_cast<double*>(losses)[at] = loss;
-  } else {
-    static_cast<float*>(losses)[at] = float(loss);
-  }
 }
 
 }  // namespace at_fused
