@@ -98,15 +98,18 @@ struct DistanceArguments {
 
 // What becomes of the distances of `count` pairs.
 struct DistanceOptions {
-  std::vector<double> weights;  // of a sample
+  std::vector<double> weights;  // as given: none where all are 1
+  int64_t B;
   bool root, sum;
 
-  DistanceOptions(const std::vector<double>& given, int64_t count, int64_t B, bool root,
+  DistanceOptions(const std::vector<double>& weights, int64_t count, int64_t B, bool root,
                   const std::string& reduction)
-      : weights(size_t(count), 1.0), root(root), sum(sums_pairs(reduction)) {
-    check_weights(given, size_t(count));
-    if (!given.empty()) weights = given;
-    for (double& weight : weights) weight /= double(B);
+      : weights(weights), B(B), root(root), sum(sums_pairs(reduction)) {
+    check_weights(weights, size_t(count));
+  }
+
+  double sample_weight(int64_t pair) const {
+    return (weights.empty() ? 1.0 : weights[size_t(pair)]) / double(B);
   }
 };
 

@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> distance_loss(Tensors student, Tensors teacher,
       *to++ = total;
       loss += root ? std::sqrt(total) : total;
     }
-    losses[options.sum ? 0 : i] += options.weights[i] * loss;
+    losses[options.sum ? 0 : i] += options.sample_weight(i) * loss;
   }
   return {losses_of(losses, options.sum, arguments.fp64, arguments.device), std::move(squares)};
 }
@@ -87,7 +87,7 @@ Tensors distance_loss_backward(Tensors a, Tensors b, Tensor squares, Tensor grad
     out.push_back({written.mutable_data_ptr(), arguments.pairs[i].a.dtype, written.stride(0)});
     advise_huge_pages(written.mutable_data_ptr(), written.numel() * written.element_size());
     above.push_back(value_of(backward.gradient, pairs[i]) *
-                    backward.options.weights[size_t(pairs[i])]);
+                    backward.options.sample_weight(pairs[i]));
   }
   run_pieces(arguments, [&](size_t i, int64_t b, int64_t, int64_t at, int64_t n) {
     const DistanceArguments::Pair& pair = arguments.pairs[i];

@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor> distance_loss(Tensors student, Tensors teacher,
         params.arrived = counters.data() + 1;
         for (int32_t i = 0; i < params.count; ++i) {
           params.pairs[i].row = params.first_pair + i;
-          params.pairs[i].weight = options.weights[size_t(params.pairs[i].row)];
+          params.pairs[i].weight = options.sample_weight(params.pairs[i].row);
         }
         launch_distance_loss(params, launch);
       });
@@ -108,7 +108,7 @@ Tensors distance_loss_backward(Tensors a, Tensors b, Tensor squares, Tensor grad
                  for (int32_t i = 0; i < params.count; ++i) {
                    const int64_t row = pairs[size_t(params.first_pair + i)];
                    params.pairs[i].row = int32_t(row);
-                   params.pairs[i].weight = backward.options.weights[size_t(row)];
+                   params.pairs[i].weight = backward.options.sample_weight(row);
                    params.pairs[i].gradient = backward.gradient.of(row);
                  }
                  launch_distance_loss_backward(params, launch);

@@ -1,12 +1,10 @@
 // Empty tables for the instruction-set levels that the sanitized library goes without.
-#include "../../csrc/cpu/distill.h"
 #include "../../csrc/cpu/kernels.h"
 
 namespace at_fused {
 
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2 = {}, kernels_avx512 = {};
-extern const DistillKernels distill_kernels_avx2 = {}, distill_kernels_avx512 = {};
 #endif
 
 }  // namespace at_fused
