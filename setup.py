@@ -26,8 +26,9 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "at_fused/_version.py").re
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
 LINK = ["-Wl,-s", "-Wl,--as-needed"] if platform.system() == "Linux" else []
-# Python's own -g would take a third of the time, for what the linker leaves out.
-NO_SYMBOLS = ["-g0"]
+# Python's own -g would take a third of the time, for what the linker leaves out; and errors name
+# a file as the repository does, not as the machine that built it.
+COMPILE = ["-fvisibility=hidden", "-g0", f"-ffile-prefix-map={ROOT}/="]
 
 
 # What the CUDA library is compiled for; the last also as PTX, for later devices. A CUDA too old for
@@ -93,7 +94,7 @@ def cuda_extension(toolkit: str) -> CppExtension:
         sorted(str(p.relative_to(ROOT)) for p in sources),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None)],
         extra_compile_args={
-            "cxx": ["-O2", "-fvisibility=hidden", *NO_SYMBOLS],
+            "cxx": ["-O2", *COMPILE],
             "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden", *architecture_flags(toolkit)],
         },
         extra_link_args=[*LINK, "-ldl", "-lrt", "-lpthread"],
@@ -130,10 +131,9 @@ def extensions() -> list:
             "-O3",
             "-fno-math-errno",
             "-ffp-contract=fast",
-            "-fvisibility=hidden",
             "-Wno-psabi",
             "-Wno-maybe-uninitialized",
-            *NO_SYMBOLS,
+            *COMPILE,
         ],
         extra_link_args=LINK,
         # The library has no Python in it: one file for all Pythons.

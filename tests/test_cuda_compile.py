@@ -9,6 +9,8 @@ import cuda_compile
 import pytest
 from cuda_compile import ARCHITECTURES, Kernel
 
+pytestmark = pytest.mark.long
+
 SWEEPS = ("attention_map_backward", "at_value_and_grad")
 # What moves 128 bits at a time without an exponent: kernel -> whether it stores so, too.
 DISTANCES = {

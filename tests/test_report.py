@@ -248,6 +248,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("tiny")
 def test_the_program_measures_all_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results.path_of(cpu(), folder).unlink()

@@ -231,6 +231,7 @@ def test_conversions(simt, code, dtype):
     assert torch.equal(got.view(torch.int16)[~nan], want.view(torch.int16)[~nan])
 
 
+@pytest.mark.long
 def test_right_kernels_under_asan(with_asan):
     result = with_asan("launch_errors", *(f"right_{name}" for name in RIGHT))
     assert result.returncode == 0, result.stderr

@@ -241,6 +241,7 @@ def test_fraction_and_evaluation_on_val(tmp_path: Path) -> None:
 # ---- faster ways to run a step
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chosen", ["fp32", "bf16", "fp16"])
 def test_a_faster_way_trains_alike(chosen: str, tmp_path: Path) -> None:
     """Losses of a short run agree with the plain program's, to what the precision allows."""

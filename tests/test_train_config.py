@@ -250,7 +250,7 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # ---- --help --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["cli", "maps"])
+@pytest.mark.parametrize("module", ["cli", "visualize_cli"])
 def test_help_needs_no_torch(module: str) -> None:
     code = (
         f"import sys\nfrom at_fused.train.{module} import main\n"

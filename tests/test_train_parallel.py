@@ -97,6 +97,7 @@ def test_beta_does_not_depend_on_how_many_there_are(teacher: str, tmp_path: Path
     assert three["transfer"] == pytest.approx(one["transfer"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_resumed_run_of_two_is_the_whole_runs(tmp_path: Path) -> None:
     config = small(compare=["at"], epochs=6, checkpoint_every=2)
 
@@ -154,6 +155,7 @@ def training(command: list[str], out: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.long
 def test_nproc_passes_a_signal_on_and_a_rank_that_dies_ends_the_rest(tmp_path: Path) -> None:
     """SIGTERM first; then --resume, of which one process is killed."""
     file, out = tmp_path / "config.toml", tmp_path / "run"
@@ -179,6 +181,7 @@ def test_nproc_passes_a_signal_on_and_a_rank_that_dies_ends_the_rest(tmp_path: P
     assert saved.exists()
 
 
+@pytest.mark.long
 def test_torchrun_names_one_folder(tmp_path: Path) -> None:
     """After the time, of which every process has its own."""
     file = tmp_path / "config.toml"
@@ -198,6 +201,7 @@ def test_torchrun_names_one_folder(tmp_path: Path) -> None:
     assert [p["epoch"] for p in points(out)] == [2, 4, 6]
 
 
+@pytest.mark.long
 def test_an_error_is_said_in_a_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "at_fused.train", "--nproc=2", "--student=wrn-11-1"],

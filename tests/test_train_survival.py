@@ -56,6 +56,7 @@ def told(out: Path) -> list[dict[str, Any]]:
 # ---- SIGKILL, at random moments ------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_twenty_times_ends_as_one_that_is_not(tmp_path: Path) -> None:
     """In random moments, of which some are within the writing of a checkpoint."""
     config = small(compare=["none", "at+kd", "f-actt"], epochs=16, checkpoint_every=3)
@@ -146,6 +147,7 @@ def stop_in_step(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signa
     monkeypatch.setattr(Trainer, "train_step", signalled)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_ends(
     number: int, status: int, tmp_path: Path
@@ -229,6 +231,7 @@ def damage(path: Path, how: str) -> None:
         torch.save(state, path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["truncated", "empty", "foreign", "pickle", "another run's"])
 def test_a_damaged_checkpoint_is_one_clear_error(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

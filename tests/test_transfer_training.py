@@ -181,6 +181,7 @@ def train_steps(wrap: Callable[[nn.Module], Any], rank: int | None) -> tuple[Any
     return [p.grad for p in student.parameters()], torch.stack(losses)
 
 
+@pytest.mark.long
 def test_beta_means_the_same_in_two_processes(tmp_path: Path) -> None:
     port = parallel.free_port()
     torch.multiprocessing.spawn(train_in_a_process, (port, str(tmp_path)), nprocs=2)

@@ -1,4 +1,4 @@
-"""The operators' arguments in the back ends in Python, checked as ``csrc/arguments.h`` does."""
+"""The operators' arguments in the back ends in Python, checked as ``csrc/*_arguments.h`` do."""
 
 from __future__ import annotations
 
