@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from at_fused import schedules
+from at_fused._interpreter import refuse_subinterpreters
 from at_fused._version import __version__
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "teacher_hash",
     "use_backend",
 ]
+
+refuse_subinterpreters()
 
 if TYPE_CHECKING or "torch" in sys.modules:
     from at_fused._api import *

@@ -10,7 +10,10 @@ from benchmarks.cases import CASES
 from benchmarks.results import MODEL, Result, ResultError
 from benchmarks.roofline_model import Count, Model, Row
 
-MARKED = re.compile(r"(<!-- from benchmarks/results/(.+?)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+# What is shown of which results: one part's table, or without a part the cases and a picture.
+MARKED = re.compile(
+    r"(<!-- (?:(\w+) )?from benchmarks/results/(.+?)\.json -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 INTRODUCTION = f"""\
 # Benchmarks
@@ -103,12 +106,15 @@ def in_readme(text: str, found: dict[str, Result], model: Model) -> str:
     """README.md with what is between its markers made anew."""
 
     def block(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
+        begin, part, name, end = match.groups()
         if name == MODEL:
             return f"{begin}{model_sentence(model)}\n{end}"
         if name not in found:
             raise ResultError(f"README.md shows benchmarks/results/{name}.json, which is not there")
         result = found[name]
+        if part:
+            table = tables.TABLES[part](results.rows_of(result, part))
+            return "\n".join([begin.rstrip(), *table, end])
         rows = results.rows_of(result, "cases")
         picture = f"![{tables.TITLES['cases']}](benchmarks/results/{name}-cases.png)"
         lines = [f"{results.describe(result)}:", "", *tables.cases(rows), "", *tables.means(rows)]

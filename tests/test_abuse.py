@@ -273,7 +273,7 @@ try:
 except ImportError:
     import _xxsubinterpreters as _interpreters
 other = _interpreters.create()
-refusal = "from at_fused import at_loss"
+refusal = "import at_fused.compat"
 try:
     error = _interpreters.run_string(other, refusal)
 except Exception as raised:

@@ -38,7 +38,7 @@ from benchmarks.timing import CpuTimer
 
 FOUND = results.load_all(FOLDER)
 MODEL = roofline_model.load()
-SHOWN = [name for _, name, _ in pages.MARKED.findall(report.README.read_text())]
+SHOWN = [name for _, _, name, _ in pages.MARKED.findall(report.README.read_text())]
 
 
 def cpu() -> Result:
@@ -87,7 +87,7 @@ def test_the_report_is_made_of_the_results() -> None:
 def test_the_readme_is_made_of_the_results() -> None:
     text = report.README.read_text()
     assert pages.in_readme(text, FOUND, MODEL) == text
-    assert len(SHOWN) == 2 == text.count("<!-- end -->")
+    assert len(SHOWN) == 3 == text.count("<!-- end -->")
     (picture,) = {f"benchmarks/results/{name}-cases.png" for name in SHOWN if name in FOUND}
     assert f"({picture})" in text
 
