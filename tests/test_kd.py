@@ -453,8 +453,8 @@ WRONG_BACK: dict[str, tuple[dict[str, Any], str]] = {
     "stats dtype": ({"stats": STATS.float()}, "stats must be what kd_loss returned"),
     "valid": ({"valid": COUNT.expand(2)}, "valid must be what kd_loss returned"),
     "valid dtype": ({"valid": ONE}, "valid must be what kd_loss returned"),
-    "gradient": ({"gradient": ONE.expand(4)}, "gradient must be a scalar, float32 or float64"),
-    "gradient dtype": ({"gradient": ONE.half()}, "gradient must be a scalar, float32 or float64"),
+    "gradient": ({"gradient": ONE.expand(4)}, "the gradient must be a scalar"),
+    "gradient dtype": ({"gradient": ONE.half()}, "gradient must be float32 or float64"),
 }
 
 

@@ -73,7 +73,7 @@ def check_attention_map(
 def _check_loss_gradient(gradient: Tensor, pairs: Sequence[int], device: torch.device) -> None:
     require(
         gradient.dim() <= 1 and gradient.device == device,
-        "the loss gradient must be a scalar or a vector on the features' device",
+        "the loss gradient must be a scalar or a vector on the inputs' device",
     )
     require(gradient.dtype in _LOSSES, "the loss gradient must be float32 or float64")
     for pair in pairs:
@@ -302,10 +302,8 @@ def check_kd_loss_backward(
             right and x.dtype == wide_dtype(student) and x.device == student.device,
             f"{name} must be what kd_loss returned",
         )
-    require(
-        gradient.numel() == 1 and gradient.dtype in _LOSSES and gradient.device == student.device,
-        "the gradient must be a scalar, float32 or float64, on the logits' device",
-    )
+    _check_loss_gradient(gradient, (), student.device)
+    require(gradient.numel() == 1, "the gradient must be a scalar")
 
 
 # ---- squared distances ---------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import argparse
 import re
 from pathlib import Path
 
-from at_fused._figure import SUFFIXES
 from at_fused.train import config as options
 from at_fused.train.cli import integer, require
 from at_fused.train.config import TITLES
@@ -77,6 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of python -m at_fused.visualize."""
     parser = build_parser()
     args = parser.parse_args(argv)
+
+    from at_fused._figure import SUFFIXES  # and torch with it, which --help needs not wait for
+
     out: Path = args.out or _folder(args.checkpoints[0]) / "attention.png"
     if out.suffix.lower() not in SUFFIXES or not out.parent.is_dir():
         parser.error(
