@@ -1,5 +1,4 @@
 // The CPU implementations of torch.ops.at_fused.distance_loss*. Their schemas are in _ops.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -8,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "../box.h"
 #include "../distance.h"
 #include "../distance_arguments.h"
 #include "kernels.h"
@@ -103,6 +103,6 @@ Tensors distance_loss_backward(Tensors a, Tensors b, Tensor squares, Tensor grad
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) {
-  m.impl("distance_loss", TORCH_BOX(&at_fused::distance_loss));
-  m.impl("distance_loss_backward", TORCH_BOX(&at_fused::distance_loss_backward));
+  m.impl("distance_loss", AT_FUSED_BOX(distance_loss));
+  m.impl("distance_loss_backward", AT_FUSED_BOX(distance_loss_backward));
 }

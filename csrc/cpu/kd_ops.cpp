@@ -1,11 +1,11 @@
 // The CPU implementations of torch.ops.at_fused.kd_loss*. Their schemas are in _ops.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../box.h"
 #include "../kd_arguments.h"
 #include "kernels.h"
 #include "losses.h"
@@ -94,6 +94,6 @@ Tensors kd_loss_backward(Tensor student, Tensor teacher, std::optional<Tensor> l
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) {
-  m.impl("kd_loss", TORCH_BOX(&at_fused::kd_loss));
-  m.impl("kd_loss_backward", TORCH_BOX(&at_fused::kd_loss_backward));
+  m.impl("kd_loss", AT_FUSED_BOX(kd_loss));
+  m.impl("kd_loss_backward", AT_FUSED_BOX(kd_loss_backward));
 }

@@ -1,5 +1,4 @@
 // The CPU implementations of the losses among torch.ops.at_fused.*. Their schemas are in _ops.
-#include <torch/csrc/stable/library.h>
 
 #include <atomic>
 #include <memory>
@@ -9,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../box.h"
 #include "../loss_arguments.h"
 #include "kernels.h"
 #include "losses.h"
@@ -242,7 +242,7 @@ std::tuple<Tensor, Tensors> map_loss(Tensors student, Tensors teacher, std::vect
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) {
-  m.impl("at_loss", TORCH_BOX(&at_fused::at_loss));
-  m.impl("at_value_and_grad", TORCH_BOX(&at_fused::at_value_and_grad));
-  m.impl("map_loss", TORCH_BOX(&at_fused::map_loss));
+  m.impl("at_loss", AT_FUSED_BOX(at_loss));
+  m.impl("at_value_and_grad", AT_FUSED_BOX(at_value_and_grad));
+  m.impl("map_loss", AT_FUSED_BOX(map_loss));
 }

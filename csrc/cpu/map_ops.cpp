@@ -1,5 +1,4 @@
 // The CPU implementations of torch.ops.at_fused.attention_map*. Their schemas are in _ops.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <optional>
@@ -7,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "../box.h"
 #include "../map_arguments.h"
 #include "kernels.h"
 #include "losses.h"
@@ -131,6 +131,6 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) {
-  m.impl("attention_map", TORCH_BOX(&at_fused::attention_map));
-  m.impl("attention_map_backward", TORCH_BOX(&at_fused::attention_map_backward));
+  m.impl("attention_map", AT_FUSED_BOX(attention_map));
+  m.impl("attention_map_backward", AT_FUSED_BOX(attention_map_backward));
 }

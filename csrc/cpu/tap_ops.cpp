@@ -1,8 +1,8 @@
 // The CPU implementations of torch.ops.at_fused.attention_tap_backward*. Their schemas are in _ops.
-#include <torch/csrc/stable/library.h>
 
 #include <vector>
 
+#include "../box.h"
 #include "../tap.h"
 #include "kernels.h"
 #include "tasks.h"
@@ -30,6 +30,6 @@ void sweep_tap(const Tap& tap) {
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) {
-  m.impl("attention_tap_backward", TORCH_BOX(&at_fused::attention_tap_backward));
-  m.impl("attention_tap_backward_", TORCH_BOX(&at_fused::attention_tap_backward_));
+  m.impl("attention_tap_backward", AT_FUSED_BOX(attention_tap_backward));
+  m.impl("attention_tap_backward_", AT_FUSED_BOX(attention_tap_backward_));
 }

@@ -1,11 +1,11 @@
 // The CUDA implementations of torch.ops.at_fused.distance_loss*: as map_ops.cpp.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../box.h"
 #include "../distance_arguments.h"
 #include "checks.h"
 #include "device.h"
@@ -120,6 +120,6 @@ Tensors distance_loss_backward(Tensors a, Tensors b, Tensor squares, Tensor grad
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(AT_FUSED_NAMESPACE, AT_FUSED_DEVICE_KEY, m) {
-  m.impl("distance_loss", TORCH_BOX(&at_fused::distance_loss));
-  m.impl("distance_loss_backward", TORCH_BOX(&at_fused::distance_loss_backward));
+  m.impl("distance_loss", AT_FUSED_BOX(distance_loss));
+  m.impl("distance_loss_backward", AT_FUSED_BOX(distance_loss_backward));
 }

@@ -1,9 +1,9 @@
 // The CUDA implementations of torch.ops.at_fused.kd_loss*: as map_ops.cpp.
-#include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
 
+#include "../box.h"
 #include "../kd_arguments.h"
 #include "checks.h"
 #include "device.h"
@@ -81,6 +81,6 @@ Tensors kd_loss_backward(Tensor student, Tensor teacher, std::optional<Tensor> l
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(AT_FUSED_NAMESPACE, AT_FUSED_DEVICE_KEY, m) {
-  m.impl("kd_loss", TORCH_BOX(&at_fused::kd_loss));
-  m.impl("kd_loss_backward", TORCH_BOX(&at_fused::kd_loss_backward));
+  m.impl("kd_loss", AT_FUSED_BOX(kd_loss));
+  m.impl("kd_loss_backward", AT_FUSED_BOX(kd_loss_backward));
 }

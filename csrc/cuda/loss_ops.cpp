@@ -1,6 +1,5 @@
 // The CUDA implementations of the losses among torch.ops.at_fused.*: arguments to plans, plans to
 // launches. Their schemas are in _ops.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <optional>
@@ -8,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../box.h"
 #include "../loss_arguments.h"
 #include "checks.h"
 #include "device.h"
@@ -261,7 +261,7 @@ std::tuple<Tensor, Tensors> map_loss(Tensors student, Tensors teacher, std::vect
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(AT_FUSED_NAMESPACE, AT_FUSED_DEVICE_KEY, m) {
-  m.impl("at_loss", TORCH_BOX(&at_fused::at_loss));
-  m.impl("at_value_and_grad", TORCH_BOX(&at_fused::at_value_and_grad));
-  m.impl("map_loss", TORCH_BOX(&at_fused::map_loss));
+  m.impl("at_loss", AT_FUSED_BOX(at_loss));
+  m.impl("at_value_and_grad", AT_FUSED_BOX(at_value_and_grad));
+  m.impl("map_loss", AT_FUSED_BOX(map_loss));
 }

@@ -1,6 +1,5 @@
 // The CUDA implementations of torch.ops.at_fused.attention_map*: arguments to plans, plans to
 // launches. Their schemas are in _ops.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <optional>
@@ -8,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../box.h"
 #include "../map_arguments.h"
 #include "checks.h"
 #include "device.h"
@@ -158,6 +158,6 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(AT_FUSED_NAMESPACE, AT_FUSED_DEVICE_KEY, m) {
-  m.impl("attention_map", TORCH_BOX(&at_fused::attention_map));
-  m.impl("attention_map_backward", TORCH_BOX(&at_fused::attention_map_backward));
+  m.impl("attention_map", AT_FUSED_BOX(attention_map));
+  m.impl("attention_map_backward", AT_FUSED_BOX(attention_map_backward));
 }

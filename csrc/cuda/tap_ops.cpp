@@ -1,6 +1,6 @@
 // The CUDA implementations of torch.ops.at_fused.attention_tap_backward*: as map_ops.cpp.
-#include <torch/csrc/stable/library.h>
 
+#include "../box.h"
 #include "../tap.h"
 #include "checks.h"
 #include "device.h"
@@ -27,6 +27,6 @@ void sweep_tap(const Tap& tap) {
 }  // namespace at_fused
 
 STABLE_TORCH_LIBRARY_IMPL(AT_FUSED_NAMESPACE, AT_FUSED_DEVICE_KEY, m) {
-  m.impl("attention_tap_backward", TORCH_BOX(&at_fused::attention_tap_backward));
-  m.impl("attention_tap_backward_", TORCH_BOX(&at_fused::attention_tap_backward_));
+  m.impl("attention_tap_backward", AT_FUSED_BOX(attention_tap_backward));
+  m.impl("attention_tap_backward_", AT_FUSED_BOX(attention_tap_backward_));
 }
