@@ -120,9 +120,11 @@ def interpolate(q: Map, size: Sequence[int], target: Sequence[int]) -> Map:
         planes = v.reshape(v.shape[0], 1, *size)
         return F.interpolate(planes, size=list(target), mode=mode).flatten(1)
 
-    # The weights are rounded too, those of a neighbour that is much larger.
-    share = 0.0 if q.exact else 0.05
-    return Map(resized(q.raw), resized(q.size) + share * q.size.sum(1, keepdim=True), q.exact)
+    raw, size = resized(q.raw), resized(q.size)
+    if not q.exact:
+        # The weights are rounded too, those of a neighbour that is much larger.
+        size = size + 0.05 * q.size.sum(1, keepdim=True)
+    return Map(raw, size, q.exact)
 
 
 class Normal(NamedTuple):
@@ -193,7 +195,8 @@ class Bounds:
 
     def add(self, q: Map, gradient: Tensor, rounding: float) -> None:
         """By dL/dQ, in absolute values and without what cancels."""
-        least = 0.0 if q.exact else 1e-44 * 64
+        # Slopes are kept by themselves, and times the gradient from above, up to 512, later.
+        least = 0.0 if q.exact else 1e-44 * 2048
         self.total = self.total + (q.size * (gradient * rounding + least)).sum()
         self.floor = max(self.floor, float(gradient.nan_to_num(0.0, 0.0).max()) * least)
 
