@@ -90,16 +90,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return getattr(item, "originalname", item.name), item.path
 
     many = {case for case, n in Counter(map(cases, items)).items() if n > 30}
-    dropped = []
+    kept, dropped = [], []
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         name = parameters.get("backend") or parameters.get("fast_backend")
         costly = name is not None and (slow(name) or (name in SIMT and MODE == "sanitizers"))
-        if costly and cases(item) in many and zlib.crc32(item.name.encode()) % 3:
-            dropped.append(item)
+        thinned = costly and cases(item) in many and zlib.crc32(item.name.encode()) % 3
+        (dropped if thinned else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in set(dropped)]
+        items[:] = kept
 
 
 @pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.long] * slow(n)) for n in EVERY])

@@ -9,7 +9,6 @@ and stores of the others touch (guarded.py has pages for these), and one takes a
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -73,13 +72,13 @@ def preloaded(mode: str) -> str:
 
 
 def package(mode: str, folder: Path) -> dict[str, str]:
-    """A copy of the package in ``folder`` with that library, and the environment to run it in."""
+    """A copy of the package in ``folder`` with that library, and what its environment adds."""
     ignored = shutil.ignore_patterns("__pycache__", "_cpu*.so", "_cuda*.so")
     copied = shutil.copytree(Path(at_fused.__file__).parent, folder / "at_fused", ignore=ignored)
     shutil.copy(build(mode), copied / "_cpu.abi3.so")
     suppressions = folder / "suppressions"
     suppressions.write_text(SUPPRESSIONS)
-    return os.environ | {
+    return {
         "PYTHONPATH": str(folder),
         "AT_FUSED_CPU_ISA": "baseline",
         "LD_PRELOAD": preloaded(mode),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SIMT
+from outside import output_of, run
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,24 +18,6 @@ import at_fused
 from at_fused.backends import cpu
 
 HERE = Path(__file__).parent
-
-
-def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A Python outside the checkout, which would stand in for the package."""
-    return subprocess.run(
-        [sys.executable, "-X", "faulthandler", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env=os.environ | environment,
-    )
-
-
-def output_of(folder: Path, *arguments: str, **environment: str) -> str:
-    done = run(folder, *arguments, **environment)
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
 
 
 # ---- arguments -----------------------------------------------------------------------------------

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from outside import run
 
 from at_fused.backends import cpu
 
 HERE = Path(__file__).parent
-
-
-def run_at(level: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python at a level, outside the checkout, which would stand in for the package."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env=os.environ | {"AT_FUSED_CPU_ISA": level},
-    )
-
-
 REPORT = "import at_fused; print(at_fused.backends()['cpu'].reason)"
 
 
 @pytest.mark.parametrize("level", cpu.isa_levels())
 def test_the_level_asked_for_is_used(level: str, tmp_path: Path) -> None:
-    done = run_at(level, tmp_path, "-W", "error", "-c", REPORT)
+    done = run(tmp_path, "-W", "error", "-c", REPORT, AT_FUSED_CPU_ISA=level)
     assert done.stdout.strip() == f"C++ kernels, {level}", done.stderr
 
 
 def test_an_unknown_level_is_said_and_not_used(tmp_path: Path) -> None:
-    done = run_at("mmx", tmp_path, "-c", REPORT)
+    done = run(tmp_path, "-c", REPORT, AT_FUSED_CPU_ISA="mmx")
     assert "AT_FUSED_CPU_ISA must be one of baseline" in done.stderr
     assert done.stdout.strip() == f"C++ kernels, {cpu.isa_levels()[-1]}"
 
@@ -48,6 +32,6 @@ def test_other_levels_keep_the_contract(level: str, tmp_path: Path) -> None:
     files = [str(HERE / f"test_{name}.py") for name in names]
     chosen = "(cpu or rounding or threads) and not opcheck"
     options = ["-q", "-p", "no:cacheprovider", "-k", chosen]
-    done = run_at(level, tmp_path, "-m", "pytest", *options, *files)
+    done = run(tmp_path, "-m", "pytest", *options, *files, AT_FUSED_CPU_ISA=level)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout

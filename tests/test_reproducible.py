@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import use
+from outside import output_of
 from threaded import differentiated, same_bits, works
 from torch import Tensor
 
@@ -75,16 +73,14 @@ def test_same_bits_in_another_process(tmp_path: Path, level: str) -> None:
     """With other hashes, threads and addresses."""
 
     def digest(seed: str) -> str:
-        done = subprocess.run(
-            [sys.executable, str(THREADED), "digest"],
-            env=os.environ
-            | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": seed, "AT_FUSED_CPU_ISA": level},
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=tmp_path,
+        return output_of(
+            tmp_path,
+            str(THREADED),
+            "digest",
+            PYTHONHASHSEED=seed,
+            OMP_NUM_THREADS=seed,
+            AT_FUSED_CPU_ISA=level,
         )
-        return done.stdout
 
     first = digest("1")
     assert len(first.strip()) == 64

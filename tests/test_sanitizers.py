@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import sanitized
+from outside import output_of, run
 from simt_backend import build
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.long
-
-
-def run(
-    folder: Path, environment: dict[str, str], *arguments: str
-) -> subprocess.CompletedProcess[str]:
-    """A Python outside the checkout, which would stand in for the package."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env=environment,
-    )
-
-
-def output_of(folder: Path, environment: dict[str, str], *arguments: str) -> str:
-    done = run(folder, environment, *arguments)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
 
 
 def contract(folder: Path, environment: dict[str, str], backend: str) -> str:
@@ -45,7 +24,7 @@ def contract(folder: Path, environment: dict[str, str], backend: str) -> str:
     # Derivatives of derivatives add nothing here, and compilers do not run under a sanitizer.
     chosen = f"{backend} and not gradcheck and not second and not compile and not opcheck"
     words = "-q", "-p", "no:cacheprovider", "-k", chosen, *files
-    return output_of(folder, environment, pytest_executable, *words)
+    return output_of(folder, pytest_executable, *words, **environment)
 
 
 def assert_found(folder: Path, environment: dict[str, str], imported: str) -> None:
@@ -58,14 +37,14 @@ x = torch.frombuffer(memoryview(bytearray(1024)), dtype=torch.float32).view(1, 4
 ctypes.CDLL(None).__asan_poison_memory_region(ctypes.c_void_p(x.data_ptr() + 512), 64)
 operators.attention_map([x], 2.0, "mean")
 """
-    done = run(folder, environment, "-c", code)
+    done = run(folder, "-c", code, **environment)
     assert done.returncode != 0
     assert "AddressSanitizer: use-after-poison" in done.stderr, done.stderr[-2000:]
 
 
 # ---- CUDA's kernels ------------------------------------------------------------------------------
 
-SIMT = os.environ | {
+SIMT = {
     "AT_FUSED_SIMT": "sanitizers",
     # What Python and torch keep to the end is not a leak of ours.
     "ASAN_OPTIONS": "detect_leaks=0",
@@ -92,7 +71,7 @@ def test_the_contract_of_cpu(tmp_path: Path) -> None:
 
 def test_hostile_arguments(tmp_path: Path) -> None:
     environment = sanitized.package("address", tmp_path)
-    output = output_of(tmp_path, environment, str(HERE / "hostile.py"), "4", "3000")
+    output = output_of(tmp_path, str(HERE / "hostile.py"), "4", "3000", **environment)
     assert "3000 calls of cpu, " in output
     assert ", 0 wrong" in output
 
@@ -104,11 +83,11 @@ def test_an_error_on_the_cpu_would_be_found(tmp_path: Path) -> None:
 
 def test_eight_threads(tmp_path: Path) -> None:
     environment = sanitized.package("thread", tmp_path)
-    assert "done" in output_of(tmp_path, environment, str(HERE / "threaded.py"), "1")
+    assert "done" in output_of(tmp_path, str(HERE / "threaded.py"), "1", **environment)
 
 
 def test_a_race_would_be_found(tmp_path: Path) -> None:
     environment = sanitized.package("thread", tmp_path)
-    done = run(tmp_path, environment, str(HERE / "threaded.py"), "race")
+    done = run(tmp_path, str(HERE / "threaded.py"), "race", **environment)
     assert done.returncode != 0
     assert "ThreadSanitizer: data race" in done.stderr, done.stderr[-2000:]
