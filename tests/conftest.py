@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+
+# Threads of one worker (pytest -n) that spin while they wait would keep another's from its core.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from hypothesis import settings
 from simt_backend import MODE, simt
@@ -83,20 +88,45 @@ def slow(name: str) -> bool:
 EVERY = [*BACKENDS, *SIMT]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps a third of a test's many cases where one takes a second, the same third each time."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests in one worker, for what they share, until another has none left."""
+    from xdist.scheduler import WorkStealingScheduling
 
-    def cases(item: pytest.Item) -> Any:
+    return WorkStealingScheduling(config, log)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-case", action="store_true", help="all cases of tests that have many")
+
+
+# Where a test has many cases, a back end runs a third of them: the compiled libraries all three.
+THIRD = {"cpu": 0, "simt-wide": 1, "simt-small": 2, "eager": 1, "triton": 2}
+
+
+def costly(name: str) -> bool:
+    """Whether a case takes a second: a third of the third is run."""
+    return slow(name) or (name in SIMT and MODE == "sanitizers")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Divides a test's many cases among the back ends, each time alike."""
+    if config.option.every_case:
+        return
+
+    def test(item: pytest.Item) -> Any:
         return getattr(item, "originalname", item.name), item.path
 
-    many = {case for case, n in Counter(map(cases, items)).items() if n > 30}
+    many = {name for name, n in Counter(map(test, items)).items() if n > 30}
     kept, dropped = [], []
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         name = parameters.get("backend") or parameters.get("fast_backend")
-        costly = name is not None and (slow(name) or (name in SIMT and MODE == "sanitizers"))
-        thinned = costly and cases(item) in many and zlib.crc32(item.name.encode()) % 3
-        (dropped if thinned else kept).append(item)
+        left = False
+        if name in THIRD and test(item) in many:
+            case = zlib.crc32(item.name.replace(name, "").encode())
+            left = case % 3 != THIRD[name] or (costly(name) and case % 9 // 3 != 0)
+        (dropped if left else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept

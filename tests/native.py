@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -37,10 +38,12 @@ def built(
         made_of.update(file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"at_fused_tests_{os.getuid()}"
     target = folder / f"{name}_{made_of.hexdigest()[:16]}"
-    if target.exists():
-        return target
     folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
+    # Of several processes that want it one compiles, with all cores, and the others wait.
+    with open(f"{target}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as work:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
 
         def compile_one(job: tuple[Path, Sequence[str]]) -> str:
             file, options = job

@@ -263,7 +263,6 @@ def test_gradients_without_the_flags_are_refused() -> None:
         ({"reduction": "mean"}, "reduction must be"),
         ({"eps": 0.0}, "eps must be"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("name", EVERY)
 def test_direct_calls_of_an_operator_are_checked(
@@ -297,7 +296,6 @@ def test_direct_calls_of_an_operator_are_checked(
         (torch.randn(2, 16), [0], torch.randn(2, 2)),
         (torch.randn(2, 16), [0], torch.ones((), dtype=torch.int64)),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("name", EVERY)
 def test_direct_calls_of_the_backward_are_checked(

@@ -27,13 +27,22 @@ def differentiated(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
 
+def leaf(x: Tensor) -> Tensor:
+    """A tensor of its own on memory that is shared.
+
+    Of one leaf, two threads may wait for each other without end, in torch itself: one holds
+    Python's lock and wants the leaf's, for its gradient's node, and the other the reverse.
+    """
+    return x.detach().requires_grad_(x.requires_grad)
+
+
 def works() -> list[Work]:
-    """Calls of all operators, on tensors that the threads share."""
+    """Calls of all operators, on features whose memory the threads share."""
     torch.manual_seed(0)
     found: list[Work] = []
 
-    def add(function: Callable[..., list[Tensor]], *arguments: Any, **options: Any) -> None:
-        found.append(lambda: function(*arguments, **options))
+    def add(function: Callable[..., list[Tensor]], *tensors: Tensor, **options: Any) -> None:
+        found.append(lambda: function(*map(leaf, tensors), **options))
 
     def loss(s: Tensor, t: Tensor, **options: Any) -> list[Tensor]:
         return differentiated(at_fused.at_loss(s, t, **options), s)
