@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 from hypothesis import settings
-from simt_backend import MODE, simt
+from simt_backend import simt
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be known before Triton
 # is imported.
@@ -97,39 +97,36 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-case", action="store_true", help="all cases of tests that have many")
+    text = "of tests with many cases, each back end runs one in N: 1, 3 (default) or 9"
+    parser.addoption("--one-in", type=int, choices=(1, 3, 9), default=3, metavar="N", help=text)
 
 
-# Where a test has many cases, a back end runs a third of them: the compiled libraries all three.
+# Which third of a test's many cases a back end runs: the compiled libraries have all three.
 THIRD = {"cpu": 0, "simt-wide": 1, "simt-small": 2, "eager": 1, "triton": 2}
-
-
-def costly(name: str) -> bool:
-    """Whether a case takes a second: a third of the third is run."""
-    return slow(name) or (name in SIMT and MODE == "sanitizers")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Divides a test's many cases among the back ends, each time alike."""
-    if config.option.every_case:
-        return
 
     def test(item: pytest.Item) -> Any:
         return getattr(item, "originalname", item.name), item.path
 
-    many = {name for name, n in Counter(map(test, items)).items() if n > 30}
-    kept, dropped = [], []
-    for item in items:
+    def left_out(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         name = parameters.get("backend") or parameters.get("fast_backend")
-        left = False
-        if name in THIRD and test(item) in many:
-            case = zlib.crc32(item.name.replace(name, "").encode())
-            left = case % 3 != THIRD[name] or (costly(name) and case % 9 // 3 != 0)
-        (dropped if left else kept).append(item)
+        if name not in THIRD or test(item) not in many:
+            return False
+        part = config.option.one_in
+        if slow(name) and part > 1:
+            part = 9
+        case = zlib.crc32(item.name.replace(name, "").encode())
+        return (part > 1 and case % 3 != THIRD[name]) or (part > 3 and case % 9 // 3 != 0)
+
+    many = {name for name, n in Counter(map(test, items)).items() if n > 30}
+    dropped = [item for item in items if left_out(item)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
+        items[:] = [item for item in items if not left_out(item)]
 
 
 @pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.long] * slow(n)) for n in EVERY])

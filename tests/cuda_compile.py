@@ -7,14 +7,16 @@ kernels with nvcc, which needs no GPU. ``python tests/cuda_compile.py`` prints t
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+import native
 
 import at_fused
 
@@ -57,20 +59,29 @@ def library() -> Path | None:
     return next(Path(at_fused.__file__).parent.glob("_cuda*.so"), None)
 
 
-def compiled(folder: Path) -> list[Path]:
+def compiled() -> list[Path]:
     """Files with the kernels' machine code."""
     if built := library():
         return [built]
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    files = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")]
+    folder = native.FOLDER / f"cubin_{native.digest([run('nvcc', '--version')], files)}"
+    with native.alone(folder) as work:
+        made = work / "made"
 
-    def compile_one(job: tuple[Path, str]) -> Path:
-        source, architecture = job
-        target = folder / f"{source.stem}.{architecture}.cubin"
-        run("nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-o", target, source)
-        return target
+        def compile_one(job: tuple[Path, str]) -> None:
+            source, architecture = job
+            target = made / f"{source.stem}.{architecture}.cubin"
+            options = "-std=c++17", "-O3", f"-arch={architecture}", "-cubin"
+            run("nvcc", *options, "-o", target, source)
 
-    jobs = [(s, a) for s in sorted((ROOT / "csrc/cuda").glob("*.cu")) for a in ARCHITECTURES]
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(compile_one, jobs))
+        if not folder.exists():
+            made.mkdir()
+            jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile_one, jobs))
+            os.replace(made, folder)
+    return sorted(folder.iterdir())
 
 
 def short(mangled: str) -> str:
@@ -132,5 +143,4 @@ def table(rows: list[Kernel]) -> list[str]:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as work:
-        sys.stdout.write("\n".join(table(kernels(compiled(Path(work))))) + "\n")
+    sys.stdout.write("\n".join(table(kernels(compiled()))) + "\n")

@@ -27,8 +27,8 @@ HERE = Path(__file__).parent
     ("backend", "seed", "count"),
     [
         ("cpu", 0, 1000),
-        pytest.param("cpu", 1, 15000, marks=pytest.mark.long),
-        pytest.param("eager", 2, 2000, marks=pytest.mark.long),
+        pytest.param("cpu", 1, 5000, marks=pytest.mark.long),
+        pytest.param("eager", 2, 1000, marks=pytest.mark.long),
         *(pytest.param(name, 3, 500, marks=pytest.mark.long) for name in SIMT),
     ],
 )

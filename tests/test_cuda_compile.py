@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import cuda_compile
 import pytest
@@ -44,11 +43,10 @@ EVERY = [(name, instance) for name, instances in INSTANCES.items() for instance 
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Kernel]:
+def found() -> dict[tuple[str, str], Kernel]:
     if cuda_compile.library() is None and shutil.which("nvcc") is None:
         pytest.skip("neither a CUDA library nor nvcc")
-    files = cuda_compile.compiled(Path(tmp_path_factory.mktemp("cubin")))
-    rows = cuda_compile.kernels(files)
+    rows = cuda_compile.kernels(cuda_compile.compiled())
     return {(k.architecture, k.name): k for k in rows}
 
 

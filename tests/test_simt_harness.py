@@ -238,6 +238,7 @@ def test_right_kernels_under_asan(with_asan):
     assert result.stdout.count(" 0 \n") == 3 * (len(RIGHT) + 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "report"),
     [
@@ -251,6 +252,7 @@ def test_asan_reports(with_asan, case, report):
     assert report in result.stderr
 
 
+@pytest.mark.long
 def test_scheduler_reports_under_asan(with_asan):
     result = with_asan("wrong_flag_never_set", "wrong_divergent_barriers")
     assert result.returncode == 0, result.stderr
