@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-# Threads of one worker (pytest -n) that spin while they wait would keep another's from its core.
+# Workers (pytest -n) share the cores: threads that spin while they wait keep others from theirs.
 if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch

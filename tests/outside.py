@@ -23,5 +23,6 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
 def output_of(folder: Path, *arguments: str, **environment: str) -> str:
     """What one prints that must not fail."""
     done = run(folder, *arguments, **environment)
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    ended = f"ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, ended
     return done.stdout

@@ -23,7 +23,8 @@ def contract(folder: Path, environment: dict[str, str], backend: str) -> str:
     files = [str(HERE / f"test_{name}.py") for name in names]
     # Derivatives of derivatives add nothing here, and compilers do not run under a sanitizer.
     chosen = f"{backend} and not gradcheck and not second and not compile and not opcheck"
-    words = "-q", "-p", "no:cacheprovider", "--one-in=9", "-k", chosen, *files
+    # -s: a report goes to where it is seen, not where pytest keeps what a test prints.
+    words = "-q", "-s", "-p", "no:cacheprovider", "--one-in=9", "-k", chosen, *files
     return output_of(folder, pytest_executable, *words, **environment)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from native import FOLDER, alone, digest
+
+import at_fused
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -20,20 +24,27 @@ pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    # A process of its own: in this one Triton may be the interpreter.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+def rows() -> list[dict[str, Any]]:
     script = Path(__file__).with_name("triton_compile.py")
-    done = subprocess.run(
-        [sys.executable, str(script), "--json"],
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return list(json.loads(done.stdout))
+    kernels = Path(at_fused.__file__).parent.glob("backends/triton/*.py")
+    made_of = digest([importlib.metadata.version("triton")], [script, *kernels])
+    target = FOLDER / f"triton_{made_of}.json"
+    with alone(target) as work:
+        if not target.exists():
+            # A process of its own: in this one Triton may be the interpreter.
+            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            environment["TRITON_CACHE_DIR"] = str(work)
+            done = subprocess.run(
+                [sys.executable, str(script), "--json"],
+                env=environment,
+                check=False,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            (work / "made").write_text(done.stdout)
+            os.replace(work / "made", target)
+    return list(json.loads(target.read_text()))
 
 
 def test_every_target_is_there(rows: list[dict[str, Any]]) -> None:
