@@ -40,7 +40,13 @@ void* reserve(size_t bytes) {
 
 bool grow(Region& region, size_t bytes) {
   if (region.size >= bytes) return true;
-  if (region.size) munmap(reinterpret_cast<void*>(region.begin), region.size);
+  if (region.size) {
+#if SIMT_ASAN
+    // The marks of stacks would stay for whatever is mapped here next.
+    ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(region.begin), region.size);
+#endif
+    munmap(reinterpret_cast<void*>(region.begin), region.size);
+  }
   region.size = 0;
   void* p = reserve(bytes);
   if (!p) return false;
