@@ -117,19 +117,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = parameters.get("backend") or parameters.get("fast_backend")
         if name not in THIRD or test(item) not in many:
             return False
-        part = config.option.one_in
-        if slow(name) and part > 1:
-            part = 9
-        case = zlib.crc32(item.name.replace(name, "").encode())
-        return (part > 1 and case % 3 != THIRD[name]) or (part > 3 and case % 9 // 3 != 0)
+        parts = config.option.one_in
+        if slow(name) and parts > 1:
+            parts = 9
+        return (zlib.crc32(item.name.replace(name, "").encode()) - THIRD[name]) % parts != 0
 
     # What takes a minute comes first, for no worker to wait at the end.
     items.sort(key=lambda item: item.path.stem not in ("test_triton_compile", "test_sanitizers"))
     many = {name for name, n in Counter(map(test, items)).items() if n > 30}
-    dropped = [item for item in items if left_out(item)]
+    kept, dropped = [], []
+    for item in items:
+        (dropped if left_out(item) else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if not left_out(item)]
+        items[:] = kept
 
 
 @pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.long] * slow(n)) for n in EVERY])

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import native
+from native import once
 
 import at_fused
 
@@ -63,25 +63,22 @@ def compiled() -> list[Path]:
     """Files with the kernels' machine code."""
     if built := library():
         return [built]
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    files = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")]
-    folder = native.FOLDER / f"cubin_{native.digest([run('nvcc', '--version')], files)}"
-    with native.alone(folder) as work:
-        made = work / "made"
+    options = "-std=c++17", "-O3", "-cubin"
 
+    def make(folder: Path) -> None:
         def compile_one(job: tuple[Path, str]) -> None:
             source, architecture = job
-            target = made / f"{source.stem}.{architecture}.cubin"
-            options = "-std=c++17", "-O3", f"-arch={architecture}", "-cubin"
-            run("nvcc", *options, "-o", target, source)
+            target = folder / f"{source.stem}.{architecture}.cubin"
+            run("nvcc", *options, f"-arch={architecture}", "-o", target, source)
 
-        if not folder.exists():
-            made.mkdir()
-            jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(compile_one, jobs))
-            os.replace(made, folder)
-    return sorted(folder.iterdir())
+        folder.mkdir()
+        jobs = [(s, a) for s in sorted((ROOT / "csrc/cuda").glob("*.cu")) for a in ARCHITECTURES]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, jobs))
+
+    made_of = run("nvcc", "--version"), options, ARCHITECTURES
+    files = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")]
+    return sorted(once("cubin", made_of, files, make).iterdir())
 
 
 def short(mangled: str) -> str:

@@ -7,13 +7,11 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 COMPILER = os.environ.get("CXX", "g++")
-FOLDER = Path(tempfile.gettempdir()) / f"at_fused_tests_{os.getuid()}"
 
 
 def run(command: Sequence[str | Path]) -> None:
@@ -23,21 +21,27 @@ def run(command: Sequence[str | Path]) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
 
 
-def digest(made_of: Iterable[object], files: Iterable[Path]) -> str:
-    """Of what something is made of: of texts, and of files' contents."""
+def once(
+    name: str, made_of: Iterable[object], files: Iterable[Path], make: Callable[[Path], None]
+) -> Path:
+    """What ``make`` leaves at the path it is given, beside which it may leave what it likes.
+
+    Kept by the hash of what it is made of: of texts, and of files' contents. Of several processes
+    that want it one makes it, with all cores, and the others wait.
+    """
     found = hashlib.sha256(repr(list(made_of)).encode())
     for file in sorted(set(files)):
         found.update(file.read_bytes())
-    return found.hexdigest()[:16]
-
-
-@contextmanager
-def alone(target: Path) -> Iterator[Path]:
-    """A folder to make ``target`` in: of several processes one does, with all cores."""
-    FOLDER.mkdir(exist_ok=True)
-    with open(f"{target}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=FOLDER) as work:
+    folder = Path(tempfile.gettempdir()) / f"at_fused_tests_{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    target = folder / f"{name}_{found.hexdigest()[:16]}"
+    with open(f"{target}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as work:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Path(work)
+        if not target.exists():
+            made = Path(work) / "made"
+            make(made)
+            os.replace(made, target)
+    return target
 
 
 def built(
@@ -49,23 +53,18 @@ def built(
 ) -> Path:
     """What the linker makes of the files, each compiled with its options.
 
-    Kept in a folder by the hash of all that: of the sources, the headers, and ``key`` for what is
-    none of them.
+    Made of the sources, the headers, and ``key`` for what is none of them.
     """
-    made_of = (COMPILER, jobs, link, key)
-    target = FOLDER / f"{name}_{digest(made_of, [*headers, *(file for file, _ in jobs)])}"
-    with alone(target) as work:
-        if target.exists():
-            return target
 
+    def make(made: Path) -> None:
         def compile_one(job: tuple[Path, Sequence[str]]) -> Path:
             file, options = job
-            made = work / f"{file.name}.o"
-            run([COMPILER, *options, "-c", file, "-o", made])
-            return made
+            compiled = made.with_name(f"{file.name}.o")
+            run([COMPILER, *options, "-c", file, "-o", compiled])
+            return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, jobs))
-        run([COMPILER, *objects, *link, "-o", work / "made"])
-        os.replace(work / "made", target)
-    return target
+        run([COMPILER, *objects, *link, "-o", made])
+
+    return once(name, (COMPILER, jobs, link, key), [*headers, *(file for file, _ in jobs)], make)

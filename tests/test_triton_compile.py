@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from native import FOLDER, alone, digest
+from native import once
 
 import at_fused
 
@@ -26,25 +26,24 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
     script = Path(__file__).with_name("triton_compile.py")
-    kernels = Path(at_fused.__file__).parent.glob("backends/triton/*.py")
-    made_of = digest([importlib.metadata.version("triton")], [script, *kernels])
-    target = FOLDER / f"triton_{made_of}.json"
-    with alone(target) as work:
-        if not target.exists():
-            # A process of its own: in this one Triton may be the interpreter.
-            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-            environment["TRITON_CACHE_DIR"] = str(work)
-            done = subprocess.run(
-                [sys.executable, str(script), "--json"],
-                env=environment,
-                check=False,
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stderr[-3000:]
-            (work / "made").write_text(done.stdout)
-            os.replace(work / "made", target)
-    return list(json.loads(target.read_text()))
+
+    def make(table: Path) -> None:
+        # A process of its own: in this one Triton may be the interpreter.
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(table.with_name("cache"))
+        done = subprocess.run(
+            [sys.executable, str(script), "--json"],
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        table.write_text(done.stdout)
+
+    made_of = [importlib.metadata.version(name) for name in ("torch", "triton")]
+    files = [script, *Path(at_fused.__file__).parent.rglob("*.py")]
+    return list(json.loads(once("triton", made_of, files, make).read_text()))
 
 
 def test_every_target_is_there(rows: list[dict[str, Any]]) -> None:
