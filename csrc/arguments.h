@@ -46,33 +46,44 @@ inline Tensor new_losses(bool sum, int64_t pairs, bool fp64, Device device) {
   return new_tensor(sum ? 0 : 1, &pairs, &stride, accumulate_dtype(fp64), device);
 }
 
-// The gradient of the loss that came from above: nothing (1), a scalar, or one value per pair.
+// The gradient of the loss that came from above: nothing (1), a scalar, one value per pair, or one
+// per pair and sample.
 struct LossGradient {
   const void* data = nullptr;
   bool fp64 = false;
-  int64_t stride = 0;
+  int64_t pair_stride = 0, sample_stride = 0;
 
   LossGradient(const std::optional<Tensor>& gradient, const std::vector<int64_t>& pairs,
-               Device device) {
+               const Tensors& features) {
     if (!gradient) return;
-    STD_TORCH_CHECK(gradient->dim() <= 1 && device_of(*gradient) == device,
-                    "at_fused: the loss gradient must be a scalar or a vector on the inputs' "
-                    "device");
+    const int64_t rank = gradient->dim();
+    STD_TORCH_CHECK(rank <= 2 && device_of(*gradient) == device_of(features[0]),
+                    "at_fused: the loss gradient must be a scalar, (pairs,) or (pairs, B), on the "
+                    "inputs' device");
     fp64 = gradient->scalar_type() == ScalarType::Double;
     STD_TORCH_CHECK(fp64 || gradient->scalar_type() == ScalarType::Float,
                     "at_fused: the loss gradient must be float32 or float64");
     data = gradient->const_data_ptr();
-    if (gradient->dim() == 0) return;
-    stride = gradient->stride(0);
+    if (rank == 0) return;
+    pair_stride = gradient->stride(0);
     for (int64_t pair : pairs) {
-      STD_TORCH_CHECK(pair >= 0 && pair < gradient->numel(), "at_fused: pair number ", pair,
+      STD_TORCH_CHECK(pair >= 0 && pair < gradient->size(0), "at_fused: pair number ", pair,
                       " is out of range");
+    }
+    if (rank == 1) return;
+    sample_stride = gradient->stride(1);
+    for (const Tensor& feature : features) {
+      STD_TORCH_CHECK(gradient->size(1) == feature.size(0),
+                      "at_fused: a loss gradient (pairs, B) must have the batch size of the "
+                      "features, ",
+                      feature.size(0), ", got ", gradient->size(1));
     }
   }
 
-  // Where a pair's value lies; null for none.
+  // The address of a pair's first value; null for none.
   const void* of(int64_t pair) const {
-    return data ? static_cast<const char*>(data) + pair * stride * accumulate_size(fp64) : nullptr;
+    return data ? static_cast<const char*>(data) + pair * pair_stride * accumulate_size(fp64)
+                : nullptr;
   }
 };
 
@@ -103,8 +114,9 @@ class Gradients : public Results {
   std::vector<Feature> features;
   std::vector<Feature> out;
 
-  // Features without a native layout are replaced by copies.
-  explicit Gradients(Tensors& tensors) {
+  // Features without a native layout are replaced by copies. The gradient of skipped tokens is 0.
+  explicit Gradients(Tensors& tensors, const std::vector<int64_t>& skip_tokens = {}) {
+    const SkipTokens skip(skip_tokens, tensors);
     const size_t n = tensors.size();
     const Tensors given = tensors;
     features = native_features(tensors);
@@ -120,6 +132,12 @@ class Gradients : public Results {
         written[i] = torch::stable::new_empty(tensors[i], tensors[i].sizes());
         describe(tensors[i], features[i]);
         describe(written[i], out[i]);
+      }
+      if (const int64_t first = skip.of(i)) {
+        Tensor skipped = torch::stable::narrow(written[i], 2, 0, first);
+        torch::stable::zero_(skipped);
+        features[i] = without_first(features[i], first);
+        out[i] = without_first(out[i], first);
       }
     }
   }

@@ -22,6 +22,9 @@ enum class Collapse : int32_t { mean, sum, max };
 
 enum class Form : int32_t { code, paper };
 
+// The losses of samples as one number, one for each pair, or as they are.
+enum class Reduction : int32_t { sum, none, sample };
+
 // A norm's lower bound: max(norm, eps), or norm + eps.
 enum class EpsMode : int32_t { max, add };
 
@@ -53,6 +56,14 @@ AT_FUSED_HOST_DEVICE inline int64_t accumulate_size(bool fp64) { return fp64 ? 8
 inline bool accumulates_fp64(const Feature& feature) { return feature.dtype == Dtype::float64; }
 inline int64_t map_element_size(const Feature& feature) {
   return accumulate_size(accumulates_fp64(feature));
+}
+// The feature without the first positions of each sample: class tokens and registers.
+inline Feature without_first(Feature feature, int64_t positions) {
+  const int64_t step = feature.layout == Layout::planar ? 1 : feature.line;
+  feature.data =
+      static_cast<const char*>(feature.data) + positions * step * element_size(feature.dtype);
+  feature.N -= positions;
+  return feature;
 }
 // Runs of adjacent elements in a sample: channels in planar, positions in interleaved.
 inline int64_t lines(const Feature& feature) {

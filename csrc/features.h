@@ -110,12 +110,39 @@ inline Feature native_feature(Tensor& tensor, Device device) {
   return feature;
 }
 
-inline std::vector<Feature> native_features(Tensors& tensors) {
+// How many tokens in front of each feature (B, C, N) have no part in its map.
+class SkipTokens {
+ public:
+  SkipTokens(const std::vector<int64_t>& counts, const Tensors& features) : counts_(counts) {
+    STD_TORCH_CHECK(counts.empty() || counts.size() == features.size(),
+                    "at_fused: skip_tokens must have one number per feature, got ", counts.size(),
+                    " for ", features.size());
+    for (size_t i = 0; i < counts.size(); ++i) {
+      STD_TORCH_CHECK(
+          counts[i] == 0 || (features[i].dim() == 3 && counts[i] > 0 &&
+                             counts[i] < features[i].size(2)),
+          "at_fused: skip_tokens must be >= 0 and leave a token of a feature (B, C, N), got ",
+          counts[i]);
+    }
+  }
+
+  int64_t of(size_t feature) const { return counts_.empty() ? 0 : counts_[feature]; }
+
+ private:
+  const std::vector<int64_t>& counts_;
+};
+
+// The features that maps are made of: without their skipped tokens.
+inline std::vector<Feature> native_features(Tensors& tensors,
+                                            const std::vector<int64_t>& skip_tokens = {}) {
+  const SkipTokens skip(skip_tokens, tensors);
   std::vector<Feature> features;
   if (tensors.empty()) return features;
   const Device device = device_of(tensors[0]);
   features.reserve(tensors.size());
-  for (Tensor& tensor : tensors) features.push_back(native_feature(tensor, device));
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    features.push_back(without_first(native_feature(tensors[i], device), skip.of(i)));
+  }
   return features;
 }
 

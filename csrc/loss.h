@@ -19,11 +19,11 @@ struct Divisor {
   }
 };
 
-// The gradient of a loss; 1 where there is none.
-AT_FUSED_HOST_DEVICE inline double gradient_of(const void* value, bool fp64) {
-  return !value ? 1.0
-         : fp64 ? *static_cast<const double*>(value)
-                : double(*static_cast<const float*>(value));
+// A value of fp32 or fp64, such as the gradient of a loss or a mask; 1 where there is none.
+AT_FUSED_HOST_DEVICE inline double factor_of(const void* values, bool fp64, int64_t at) {
+  return !values ? 1.0
+         : fp64  ? static_cast<const double*>(values)[at]
+                 : double(static_cast<const float*>(values)[at]);
 }
 
 AT_FUSED_HOST_DEVICE inline void store_loss(void* losses, bool fp64, int64_t at, double loss) {

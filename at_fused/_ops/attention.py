@@ -4,12 +4,14 @@
     attention_map_backward   the gradient of a list of features from their coefficient maps
 
 A feature is (B, C, *spatial) with any strides, a map (B, N). All take lists, so that a network's
-stages are one call and, on a GPU, one launch.
+stages are one call and, on a GPU, one launch. ``skip_tokens`` holds a number for each feature, or
+nothing: so many positions in front of a feature (B, C, N) have no part in its map, and no gradient.
 
-``attention_map`` with ``collapse="max"`` returns the n maps and behind them n int32 maps of the
-channels that won. Without ``absolute`` the power is x^p, p a whole number. ``sizes`` holds, feature
-by feature, the spatial size of its map: a feature of another size is average-pooled to it before
-the power (adaptively, as torch does), which is never written to memory. Empty: as they are.
+``attention_map`` with ``collapse="max"`` returns the n maps and after them n int32 maps of the
+channels that won.
+
+``attention_map_backward`` multiplies the coefficients by ``loss_gradient``: nothing, a scalar, one
+value per pair, or one per pair and sample; ``pairs`` holds the number of each feature's pair.
 """
 
 from __future__ import annotations
@@ -30,40 +32,32 @@ from at_fused._ops.library import (
     library,
     operators,
     tracks,
+    transformed,
 )
 from at_fused.backends import eager
-from at_fused.backends.results import accumulate_dtype, split_sizes
+from at_fused.backends.results import accumulate_dtype
 
-define(
-    "attention_map(Tensor[] features, float p, str collapse, bool absolute=True, int[] sizes=[])"
-    " -> Tensor[]"
-)
+define("attention_map(Tensor[] features, float p, str collapse, int[] skip_tokens=[]) -> Tensor[]")
 define(
     "attention_map_backward(Tensor[] features, Tensor[] coefficients, Tensor? loss_gradient,"
-    " int[] pairs, float p, bool absolute, int[] sizes, Tensor[] channels) -> Tensor[]"
+    " int[] pairs, float p, int[] skip_tokens=[], Tensor[] channels=[]) -> Tensor[]"
 )
 
 
 # ---- fake kernels: shapes, dtypes and strides without data ---------------------------------------
 
 
-def fake_map(x: Tensor, size: Sequence[int]) -> Tensor:
-    """A map without data."""
-    return x.new_empty((x.shape[0], math.prod(size)), dtype=accumulate_dtype(x))
+def fake_map(x: Tensor) -> Tensor:
+    """Make a feature's map without data."""
+    return x.new_empty((x.shape[0], math.prod(x.shape[2:])), dtype=accumulate_dtype(x))
 
 
 @torch.library.register_fake("at_fused::attention_map", lib=library)
 def _(
-    features: list[Tensor],
-    p: float,
-    collapse: str,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
+    features: list[Tensor], p: float, collapse: str, skip_tokens: Sequence[int] = ()
 ) -> list[Tensor]:
     check_one_device(features)
-    maps = [
-        fake_map(x, size) for x, size in zip(features, split_sizes(features, sizes), strict=True)
-    ]
+    maps = [fake_map(x) for x in eager.without_first(features, skip_tokens)]
     return maps + [q.to(torch.int32) for q in maps] if collapse == "max" else maps
 
 
@@ -74,8 +68,7 @@ def _(
     loss_gradient: Tensor | None,
     pairs: list[int],
     p: float,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
+    skip_tokens: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     check_one_device(features, coefficients, [loss_gradient], channels)
@@ -88,36 +81,31 @@ def _(
 class _AttentionMap(torch.autograd.Function):
     @staticmethod
     def forward(
-        p: float, collapse: str, absolute: bool, sizes: Sequence[int], *features: Tensor
+        ctx: Any, p: float, collapse: str, skip_tokens: Sequence[int], *features: Tensor
     ) -> tuple[Tensor, ...]:
-        operator = operators.attention_map.default
-        return tuple(below_autograd(operator, list(features), p, collapse, absolute, sizes))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        p, collapse, absolute, sizes, *features = inputs
-        maps, channels = output[: len(features)], output[len(features) :]
+        count = len(features)
+        found = below_autograd(
+            operators.attention_map.default, list(features), p, collapse, skip_tokens
+        )
         ctx.set_materialize_grads(False)
-        ctx.options = p, collapse, absolute
-        ctx.sizes = list(split_sizes(features, sizes)) if sizes else [[]] * len(features)
-        # Features without a gradient, a teacher's, may die.
-        ctx.kept = [i for i, x in enumerate(features) if x.requires_grad]
-        ctx.count = len(maps)
+        ctx.options = p, collapse, skip_tokens
+        ctx.count = count
+        # Features without a gradient, a teacher's, may die, and their maps have none either.
+        ctx.kept = [i for i in range(count) if ctx.needs_input_grad[3 + i]]
+        channels = found[count:]
         ctx.save_for_backward(
             *(features[i] for i in ctx.kept), *(channels[i] for i in ctx.kept if channels)
         )
-        ctx.mark_non_differentiable(*channels)
+        dropped = (found[i] for i in range(count) if not ctx.needs_input_grad[3 + i])
+        ctx.mark_non_differentiable(*dropped, *channels)
+        return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *map_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        p, collapse, absolute = ctx.options
+        p, collapse, skip_tokens = ctx.options
         saved, kept = ctx.saved_tensors, ctx.kept
         gradients: list[Tensor | None] = [None] * ctx.count
-        wanted = [
-            (j, i)
-            for j, i in enumerate(kept)
-            if map_gradients[i] is not None and ctx.needs_input_grad[4 + i]
-        ]
+        wanted = [(j, i) for j, i in enumerate(kept) if map_gradients[i] is not None]
         if wanted:
             chosen = [saved[j] for j, _ in wanted]
             found = attention_map_backward(
@@ -129,87 +117,72 @@ class _AttentionMap(torch.autograd.Function):
                 None,
                 [i for _, i in wanted],
                 p,
-                absolute,
-                [n for _, i in wanted for n in ctx.sizes[i]],
+                [skip_tokens[i] for _, i in wanted] if skip_tokens else [],
                 [saved[len(kept) + j] for j, _ in wanted] if collapse == "max" else [],
             )
             for (_, i), gradient in zip(wanted, found, strict=True):
                 gradients[i] = gradient
-        return None, None, None, None, *gradients
+        return None, None, None, *gradients
 
 
 class _AttentionMapBackward(torch.autograd.Function):
+    """The gradients of features, from kernels; their own derivative is plain PyTorch's."""
+
     @staticmethod
     def forward(
-        pairs: list[int],
+        ctx: Any,
+        pairs: Sequence[int],
         options: tuple[Any, ...],
         loss_gradient: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        count = len(pairs)
-        operator = operators.attention_map_backward.default
-        features, coefficients = list(tensors[:count]), list(tensors[count : 2 * count])
-        p, absolute, sizes = options
-        channels = list(tensors[2 * count :])
-        return tuple(
-            below_autograd(
-                operator,
-                features,
-                coefficients,
-                loss_gradient,
-                pairs,
-                p,
-                absolute,
-                sizes,
-                channels,
-            )
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pairs, options, loss_gradient, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.options = pairs, options, loss_gradient is None
         ctx.save_for_backward(*(() if loss_gradient is None else (loss_gradient,)), *tensors)
+        operator = operators.attention_map_backward.default
+        return tuple(
+            below_autograd(operator, *_arguments(pairs, options, loss_gradient, tensors))
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        pairs, (p, absolute, sizes), no_gradient = ctx.options
-        saved = ctx.saved_tensors
-        create_graph = torch.is_grad_enabled()
-        count = len(pairs)
+        pairs, options, no_gradient = ctx.options
         needed = ctx.needs_input_grad[3:] if no_gradient else ctx.needs_input_grad[2:]
+        create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # By aliases: a coefficient map is itself a function of the features.
-            saved = [x.view_as(x) for x in saved]
+            saved = [x.view_as(x) for x in ctx.saved_tensors]
             loss_gradient, tensors = (None, saved) if no_gradient else (saved[0], saved[1:])
             outputs = eager.attention_map_backward(
-                tensors[:count],
-                tensors[count : 2 * count],
-                loss_gradient,
-                pairs,
-                p,
-                absolute,
-                sizes,
-                tensors[2 * count :],
+                *_arguments(pairs, options, loss_gradient, tensors)
             )
             wanted = [x for x, n in zip(saved, needed, strict=True) if n]
-            products = iter(differentiate(outputs, wanted, gradients, create_graph))
-        found = [next(products) if n else None for n in needed]
+            products = differentiate(outputs, wanted, gradients, create_graph)
+        remaining = iter(products)
+        found = [next(remaining) if n else None for n in needed]
         return None, None, *((None,) if no_gradient else ()), *found
 
 
+def _arguments(
+    pairs: Sequence[int],
+    options: tuple[Any, ...],
+    loss_gradient: Tensor | None,
+    tensors: Sequence[Tensor],
+) -> tuple[Any, ...]:
+    """Arguments of ``attention_map_backward``, whose three lists are one here."""
+    count = len(pairs)
+    features, coefficients = list(tensors[:count]), list(tensors[count : 2 * count])
+    return features, coefficients, loss_gradient, pairs, *options, list(tensors[2 * count :])
+
+
 def _attention_map_autograd(
-    features: list[Tensor],
-    p: float,
-    collapse: str,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
+    features: list[Tensor], p: float, collapse: str, skip_tokens: Sequence[int] = ()
 ) -> list[Tensor]:
+    if transformed():
+        return eager.attention_map(features, p, collapse, skip_tokens)
     if tracks(features):
-        return list(apply(_AttentionMap, p, collapse, absolute, sizes, *features))
-    operator = operators.attention_map.default
-    return below_autograd(operator, features, p, collapse, absolute, sizes)
+        return list(apply(_AttentionMap, p, collapse, skip_tokens, *features))
+    return below_autograd(operators.attention_map.default, features, p, collapse, skip_tokens)
 
 
 def _attention_map_backward_autograd(
@@ -218,25 +191,17 @@ def _attention_map_backward_autograd(
     loss_gradient: Tensor | None,
     pairs: list[int],
     p: float,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
+    skip_tokens: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
+    arguments = features, coefficients, loss_gradient, pairs, p, skip_tokens, channels
+    if transformed():
+        return eager.attention_map_backward(*arguments)
     if tracks(features, coefficients, [loss_gradient]):
         tensors = (*features, *coefficients, *channels)
-        options = p, absolute, sizes
+        options = p, skip_tokens
         return list(apply(_AttentionMapBackward, pairs, options, loss_gradient, *tensors))
-    return below_autograd(
-        operators.attention_map_backward.default,
-        features,
-        coefficients,
-        loss_gradient,
-        pairs,
-        p,
-        absolute,
-        sizes,
-        channels,
-    )
+    return below_autograd(operators.attention_map_backward.default, *arguments)
 
 
 library.impl("attention_map", _attention_map_autograd, "Autograd")
@@ -246,33 +211,15 @@ library.impl("attention_map_backward", _attention_map_backward_autograd, "Autogr
 # ---- calls ---------------------------------------------------------------------------------------
 
 
-def attention_map(
-    features: list[Tensor],
-    p: float,
-    collapse: str,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
-) -> list[Tensor]:
+def attention_map(*arguments: Any) -> list[Tensor]:
     """``torch.ops.at_fused.attention_map``."""
     if torch.compiler.is_compiling():
-        return operators.attention_map.default(features, p, collapse, absolute, sizes)
-    return _attention_map_autograd(features, p, collapse, absolute, sizes)
+        return operators.attention_map.default(*arguments)
+    return _attention_map_autograd(*arguments)
 
 
-def attention_map_backward(
-    features: list[Tensor],
-    coefficients: list[Tensor],
-    loss_gradient: Tensor | None,
-    pairs: list[int],
-    p: float,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
-    channels: Sequence[Tensor] = (),
-) -> list[Tensor]:
+def attention_map_backward(*arguments: Any) -> list[Tensor]:
     """``torch.ops.at_fused.attention_map_backward``."""
-    call = (
-        operators.attention_map_backward.default
-        if torch.compiler.is_compiling()
-        else _attention_map_backward_autograd
-    )
-    return call(features, coefficients, loss_gradient, pairs, p, absolute, sizes, channels)
+    if torch.compiler.is_compiling():
+        return operators.attention_map_backward.default(*arguments)
+    return _attention_map_backward_autograd(*arguments)

@@ -1,10 +1,9 @@
 """The library ``torch.ops.at_fused``, and what the operators' autograd has in common.
 
-``torch.library.register_autograd`` would do, at twice the time per call: it walks every argument as
-a tree. The autograd functions of this package take their tensors flat instead, and are registered
-under the key "Autograd". A graph that is being compiled or exported holds the operators themselves;
-elsewhere the functions are called directly: it saves a way through the dispatcher, and torch.func
-sees an autograd.Function only where it is applied above the dispatcher.
+``torch.library.register_autograd`` would do, at several times the time per call: it walks every
+argument as a tree. The autograd functions of this package take their tensors flat instead, and are
+registered under the key "Autograd". A graph that is being compiled or exported holds the operators
+themselves; elsewhere the functions are called directly, which saves a way through the dispatcher.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from at_fused.backends import eager
 
@@ -22,7 +22,7 @@ operators = torch.ops.at_fused
 
 
 def define(schema: str) -> None:
-    """Defines an operator; every device has the function of that name in ``backends.eager``."""
+    """Define an operator; every device has the function of that name in ``backends.eager``."""
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema[: schema.index("(")]
     library.impl(name, getattr(eager, name), "CompositeExplicitAutograd")
@@ -36,13 +36,21 @@ def check_one_device(*groups: Sequence[Tensor | None]) -> None:
         raise RuntimeError(f"at_fused: all tensors must be on one device, got {found}")
 
 
+def transformed() -> bool:
+    """Return True under forward-mode AD and the transforms of ``torch.func``.
+
+    torch has their rules for its own operators alone: plain PyTorch runs there.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def differentiate(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
     create_graph: bool,
 ) -> list[Tensor | None]:
-    """Vector-Jacobian products; None where an input has no part in an output with a gradient."""
+    """Compute vector-Jacobian products; None for an input without a part in the outputs."""
     known = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
     known = [(o, g) for o, g in known if o.requires_grad]
     if not known or not inputs:
@@ -59,23 +67,26 @@ def differentiate(
 
 
 def below_autograd(operator: Any, *arguments: Any) -> Any:
-    """Calls an operator's kernel itself, not its autograd again."""
+    """Call an operator's kernel itself, not its autograd again."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """``function.apply``, quicker."""
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*arguments)
-    # Function.apply itself first binds the arguments to forward's signature, for default values;
-    # there are none here, and that costs more than all the rest of a small call.
+    """Call ``function.apply``, quicker.
+
+    ``Function.apply`` itself first looks for transforms of ``torch.func``, and binds the arguments
+    to forward's signature for default values. There are none here.
+    """
     plain: Any = super(torch.autograd.Function, function)
     return plain.apply(*arguments)
 
 
 def tracks(*groups: Sequence[Tensor | None]) -> bool:
-    """Whether autograd follows any of the tensors."""
-    return torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for group in groups for x in group
-    )
+    """Return True where autograd follows any of the tensors."""
+    if torch.is_grad_enabled():
+        for group in groups:
+            for x in group:
+                if x is not None and x.requires_grad:
+                    return True
+    return False

@@ -25,13 +25,11 @@ from at_fused._ops.library import (
     library,
     operators,
     tracks,
+    transformed,
 )
 from at_fused.backends import eager
 
-_ARGUMENTS = (
-    "Tensor feature, Tensor map_gradient, float p, str collapse, bool absolute=True,"
-    " Tensor? channels=None"
-)
+_ARGUMENTS = "Tensor feature, Tensor map_gradient, float p, str collapse, Tensor? channels=None"
 define(f"attention_tap_backward(Tensor gradient, {_ARGUMENTS}) -> Tensor")
 define(f"attention_tap_backward_(Tensor(a!) gradient, {_ARGUMENTS}) -> ()")
 
@@ -46,7 +44,6 @@ def _(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> Tensor:
     check_one_device([gradient, feature, map_gradient, channels])
@@ -60,7 +57,6 @@ def _(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> None:
     check_one_device([gradient, feature, map_gradient, channels])
@@ -74,17 +70,15 @@ def _map_gradient(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool,
     channels: Tensor | None,
 ) -> Tensor:
-    """The map's part alone."""
+    """Compute the map's part alone."""
     return attention_map_backward(
         [feature],
         [map_gradient * (p * eager.collapse_scale(feature, collapse))],
         None,
         [0],
         p,
-        absolute,
         [],
         [] if channels is None else [channels],
     )[0]
@@ -96,18 +90,17 @@ def _backward_autograd(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> Tensor:
-    options = p, collapse, absolute, channels
-    if tracks([gradient, feature, map_gradient]):
+    options = p, collapse, channels
+    if transformed() or tracks([gradient, feature, map_gradient]):
         return gradient + _map_gradient(feature, map_gradient, *options)
     operator = operators.attention_tap_backward.default
     return below_autograd(operator, gradient, feature, map_gradient, *options)
 
 
 def _backward_inplace_autograd(gradient: Tensor, *arguments: Any) -> None:
-    if tracks([gradient, *arguments[:2]]):
+    if transformed() or tracks([gradient, *arguments[:2]]):
         raise RuntimeError(
             "at_fused::attention_tap_backward_ has no derivative; attention_tap_backward has"
         )
@@ -152,31 +145,26 @@ class Place(NamedTuple):
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, p: float, collapse: str, absolute: bool, place: Place
-    ) -> tuple[Tensor, ...]:
-        feature = place.view(x)
+        ctx: Any, x: Tensor, p: float, collapse: str, place: Place
+    ) -> tuple[Tensor, Tensor]:
         operator = operators.attention_map.default
         if torch.compiler.is_compiling():
-            return x.view_as(x), *operator([feature], p, collapse, absolute, [])
-        return x.view_as(x), *below_autograd(operator, [feature], p, collapse, absolute, [])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            q, *channels = operator([place.view(x)], p, collapse)
+        else:
+            q, *channels = below_autograd(operator, [place.view(x)], p, collapse)
         ctx.set_materialize_grads(False)
-        ctx.options = inputs[1:]
-        channels = output[2:]
-        ctx.save_for_backward(inputs[0], *channels)
-        if channels:
-            ctx.mark_non_differentiable(*channels)
+        ctx.options = p, collapse, place
+        ctx.save_for_backward(x, *channels)
+        return x.view_as(x), q
 
     @staticmethod
     def backward(
-        ctx: Any, gradient: Tensor | None, map_gradient: Tensor | None, *_: None
+        ctx: Any, gradient: Tensor | None, map_gradient: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if map_gradient is None:
-            return gradient, None, None, None, None
+            return gradient, None, None, None
         x, *winners = ctx.saved_tensors
-        p, collapse, absolute, place = ctx.options
+        p, collapse, place = ctx.options
         channels = winners[0] if winners else None
         if (
             gradient is not None
@@ -185,28 +173,26 @@ class _Tap(torch.autograd.Function):
         ):
             target = place.view(gradient)
             if target.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr():
-                attention_tap_backward_(
-                    target, place.view(x), map_gradient, p, collapse, absolute, channels
-                )
-                return gradient, None, None, None, None
+                attention_tap_backward_(target, place.view(x), map_gradient, p, collapse, channels)
+                return gradient, None, None, None
         if place.skip_tokens and place.channel_attention:
             # Channels are the positions here, so that there is no map to pad.
-            found = _map_gradient(place.view(x), map_gradient, p, collapse, absolute, channels)
+            found = _map_gradient(place.view(x), map_gradient, p, collapse, channels)
             shape = x[:, place.skip_tokens :].shape
             found = torch.nn.functional.pad(
                 place.restore(found, shape), (0, 0, place.skip_tokens, 0)
             )
             found = found if gradient is None else found + gradient
-            return found, None, None, None, None
+            return found, None, None, None
         feature = place.view(x, skip=False)
         if channels is not None:
             channels = place.pad(channels)
-        rest = feature, place.pad(map_gradient), p, collapse, absolute, channels
+        rest = feature, place.pad(map_gradient), p, collapse, channels
         if gradient is None:
             found = _map_gradient(*rest)
         else:
             found = attention_tap_backward(place.view(gradient, skip=False), *rest)
-        return place.restore(found, x.shape), None, None, None, None
+        return place.restore(found, x.shape), None, None, None
 
 
 # ---- calls ---------------------------------------------------------------------------------------
@@ -224,20 +210,18 @@ def attention_tap_backward_(gradient: Tensor, *arguments: Any) -> None:
     _backward_inplace_autograd(gradient, *arguments)
 
 
-def attention_tap(
-    x: Tensor, p: float, collapse: str, absolute: bool, place: Place
-) -> tuple[Tensor, Tensor]:
-    """The feature itself, to be used in its place, and its raw map (B, N)."""
+def attention_tap(x: Tensor, p: float, collapse: str, place: Place) -> tuple[Tensor, Tensor]:
+    """Return the feature, to be used in its own place, and its raw map (B, N)."""
     if torch.compiler.is_compiling():
-        y, q, *_ = _Tap.apply(x, p, collapse, absolute, place)
-        return y, q
+        return _Tap.apply(x, p, collapse, place)
+    if transformed():
+        return x, eager.attention_map([place.view(x)], p, collapse)[0]
     if not (x.requires_grad and torch.is_grad_enabled()):
         operator = operators.attention_map.default
-        return x, below_autograd(operator, [place.view(x)], p, collapse, absolute, [])[0]
+        return x, below_autograd(operator, [place.view(x)], p, collapse)[0]
     ownership.calibrate(_probe)
-    found = apply(_Tap, x, p, collapse, absolute, place)
-    return found[0], found[1]
+    return apply(_Tap, x, p, collapse, place)
 
 
 def _probe(x: Tensor) -> tuple[Tensor, ...]:
-    return apply(_Tap, x, 2.0, "sum", True, Place())
+    return apply(_Tap, x, 2.0, "sum", Place())

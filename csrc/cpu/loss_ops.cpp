@@ -60,40 +60,69 @@ void map_samples(const Pair& pair, const Task& task, int64_t b0, int64_t b1, dou
   }
 }
 
-// Loss and coefficient maps of a sample; false where pieces of it are still missing.
-bool finish_sample(Pair& pair, int64_t b, const LossArguments& loss, bool student_grad,
-                   bool teacher_grad) {
-  // Whoever brings the last piece of a sample finishes it, and must see all the others'.
-  if (pair.missing && pair.missing[b].fetch_sub(1, std::memory_order_acq_rel) != 1) return false;
-  void* student = pair.student_maps.of(b);
-  void* teacher = pair.teacher_maps.of(b);
-  pair.losses[b] = kernels().sample_loss(
-      {student, teacher, student_grad ? student : nullptr, teacher_grad ? teacher : nullptr,
-       accumulates_fp64(pair.student), accumulates_fp64(pair.teacher), pair.student.N, loss.form,
-       EpsMode::max, loss.eps, pair.weight / double(pair.student.B), loss.p * pair.student_scale,
-       loss.p * pair.teacher_scale});
-  return true;
+// Multiplies a map, or its coefficients, by the sample's mask.
+void apply_mask(const Pair& pair, int64_t b, bool map_fp64, void* map) {
+  const void* mask = pair.mask_of(b);
+  if (!mask) return;
+  const auto multiply = [&](auto* values, const auto* factors) {
+    for (int64_t n = 0; n < pair.student.N; ++n) values[n] *= factors[n];
+  };
+  if (map_fp64) {
+    multiply(static_cast<double*>(map), static_cast<const double*>(mask));
+  } else if (pair.fp64()) {
+    multiply(static_cast<float*>(map), static_cast<const double*>(mask));
+  } else {
+    multiply(static_cast<float*>(map), static_cast<const float*>(mask));
+  }
 }
 
-// The losses of pairs, or their sum, from their samples' (a pointer and a count of each): summed in
-// order, so that neither threads nor tasks can change a bit of it.
-template <class F>
-std::vector<double> in_order(size_t pairs, bool sum, F samples_of) {
-  std::vector<double> losses(sum ? 1 : pairs);
-  for (size_t i = 0; i < pairs; ++i) {
-    const auto [sample, count] = samples_of(i);
-    double loss = 0;
-    for (int64_t b = 0; b < count; ++b) loss += sample[b];
-    losses[sum ? 0 : i] += loss;
+// Computes a sample's loss and coefficient maps, once all pieces of its maps are there.
+void finish_sample(Pair& pair, int64_t b, const LossArguments& loss, double weight,
+                   bool student_grad, bool teacher_grad) {
+  // Whoever brings the last piece of a sample finishes it, and must see all the others'.
+  if (pair.missing && pair.missing[b].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  const bool student_fp64 = accumulates_fp64(pair.student);
+  const bool teacher_fp64 = accumulates_fp64(pair.teacher);
+  void* student = pair.student_maps.of(b);
+  void* teacher = pair.teacher_maps.of(b);
+  apply_mask(pair, b, student_fp64, student);
+  apply_mask(pair, b, teacher_fp64, teacher);
+  pair.losses[b] = kernels().sample_loss(
+      {student, teacher, student_grad ? student : nullptr, teacher_grad ? teacher : nullptr,
+       student_fp64, teacher_fp64, pair.student.N, loss.form, loss.eps_mode, loss.eps, weight,
+       loss.p * pair.student_scale, loss.p * pair.teacher_scale});
+  if (student_grad) apply_mask(pair, b, student_fp64, student);
+  if (teacher_grad) apply_mask(pair, b, teacher_fp64, teacher);
+}
+
+int64_t batch_of(const LossArguments::Pair& pair) { return pair.student.B; }
+int64_t batch_of(const MapLossArguments::Pair& pair) { return pair.B; }
+
+// Writes the losses of samples, one row per pair, reduced as asked for: added in order, so that
+// neither threads nor tasks can change a bit.
+template <class Pairs, class F>
+void write_losses(Tensor& loss, const LossOptions& options, const Pairs& pairs, F losses_of) {
+  std::vector<double> losses;
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    const double* of_samples = losses_of(i);
+    if (options.reduction == Reduction::sample) {
+      losses.insert(losses.end(), of_samples, of_samples + batch_of(pairs[i]));
+      continue;
+    }
+    double of_pair = 0;
+    for (int64_t b = 0; b < batch_of(pairs[i]); ++b) of_pair += of_samples[b];
+    if (options.reduction == Reduction::none || losses.empty()) {
+      losses.push_back(of_pair);
+    } else {
+      losses[0] += of_pair;
+    }
   }
-  return losses;
+  write_loss(loss, options.fp64, losses);
 }
 
 Tensor total_loss(const LossArguments& arguments, const std::vector<Pair>& pairs) {
   Tensor loss = arguments.new_loss();
-  write_loss(loss, arguments.fp64, in_order(pairs.size(), arguments.sum, [&](size_t i) {
-               return std::pair<const double*, int64_t>(pairs[i].losses.get(), pairs[i].student.B);
-             }));
+  write_losses(loss, arguments, pairs, [&](size_t i) { return pairs[i].losses.get(); });
   return loss;
 }
 
@@ -112,23 +141,26 @@ std::vector<Pair> begin_pairs(const LossArguments& arguments, Tensors& student_m
   return pairs;
 }
 
-std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vector<double> weights,
+std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, Tensors masks,
+                                    std::vector<double> weights, std::vector<int64_t> skip_tokens,
                                     double p, std::string collapse, std::string form,
-                                    std::string reduction, double eps, bool student_grad,
-                                    bool teacher_grad) {
-  const LossArguments arguments(student, teacher, weights, p, collapse, form, reduction, eps);
+                                    std::string reduction, std::string eps_mode, double eps,
+                                    bool student_grad, bool teacher_grad) {
+  const LossArguments arguments(student, teacher, masks, weights, skip_tokens, p, collapse, form,
+                                reduction, eps_mode, eps);
   Tensors maps, teacher_maps;
   int64_t total = 0;
   std::vector<Pair> pairs = begin_pairs(arguments, maps, teacher_maps, total);
   run(cut_pairs(pairs, total), total, [&](const Task& task) {
     Pair& pair = pairs[task.index];
     map_samples(pair, task, task.b0, task.b1, p);
+    const double weight = arguments.sample_weight(size_t(task.index), pair.student.B);
     for (int64_t b = task.b0; b < task.b1; ++b) {
-      finish_sample(pair, b, arguments, student_grad, teacher_grad);
+      finish_sample(pair, b, arguments, weight, student_grad, teacher_grad);
     }
   });
-  // With a gradient to come both sides' maps are kept: k where it is asked for, else the raw map,
-  // which a second derivative needs (and which is cheaper to keep than the features).
+  // With a gradient to come both sides' maps are kept: k where it is asked for, else the masked raw
+  // map, which a second derivative needs (and which is cheaper to keep than the features).
   for (Tensor& map : teacher_maps) maps.push_back(std::move(map));
   if (!student_grad && !teacher_grad) maps.clear();
   return {total_loss(arguments, pairs), std::move(maps)};
@@ -136,41 +168,44 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
 
 // ---- at_value_and_grad ------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher,
-                                              std::vector<double> weights, double p,
-                                              std::string collapse, std::string form,
-                                              std::string reduction, double eps, double scale,
-                                              std::optional<Tensor> loss_gradient) {
+std::tuple<Tensor, Tensors> at_value_and_grad(
+    Tensors student, Tensors teacher, Tensors masks, std::vector<double> weights,
+    std::vector<int64_t> skip_tokens, double p, std::string collapse, std::string form,
+    std::string reduction, std::string eps_mode, double eps, double scale,
+    std::optional<Tensor> loss_gradient) {
   const size_t n = student.size();
-  Gradients gradients(student);  // first: it settles in which layout a student is read
-  const LossArguments arguments(student, teacher, weights, p, collapse, form, reduction, eps);
-  const LossGradient gradient(loss_gradient, arguments.numbers(), arguments.device);
+  // First: it settles in which layout a student is read.
+  Gradients gradients(student, skip_of_students(skip_tokens, n));
+  const LossArguments arguments(student, teacher, masks, weights, skip_tokens, p, collapse, form,
+                                reduction, eps_mode, eps);
+  const LossGradient gradient(loss_gradient, arguments.numbers(), student);
   Tensors student_maps, teacher_maps;
   int64_t total = 0, student_total = 0;
   std::vector<Pair> pairs = begin_pairs(arguments, student_maps, teacher_maps, total);
   for (size_t i = 0; i < n; ++i) {
-    const int64_t bytes = pairs[i].student.B * sample_bytes(pairs[i].student);
+    const int64_t bytes = batch_of(pairs[i]) * sample_bytes(pairs[i].student);
     advise_huge_pages(gradients.written[i].mutable_data_ptr(), bytes);
     student_total += bytes;
   }
   const bool stream = student_total > last_level_cache_bytes();
   const auto sweep = [&](const Task& task, int64_t b, int64_t begin, int64_t end) {
     kernels().attention_map_backward(gradients.features[task.index], b, begin, end, p, true,
-                                     scale * value_of(gradient, task.index),
+                                     scale * value_of(gradient, task.index, b),
                                      pairs[task.index].student_maps.of(b),
                                      gradients.out[task.index], stream);
   };
   run(cut_pairs(pairs, total), total, [&](const Task& task) {
     Pair& pair = pairs[task.index];
+    const double weight = arguments.sample_weight(size_t(task.index), pair.student.B);
     if (pair.missing) {
       map_samples(pair, task, task.b0, task.b1, p);
-      finish_sample(pair, task.b0, arguments, true, false);
+      finish_sample(pair, task.b0, arguments, weight, true, false);
       return;
     }
     // Sample by sample: the student's is read again while it is in the second-level cache.
     for (int64_t b = task.b0; b < task.b1; ++b) {
       map_samples(pair, task, b, b + 1, p);
-      finish_sample(pair, b, arguments, true, false);
+      finish_sample(pair, b, arguments, weight, true, false);
       sweep(task, b, 0, lines(pair.student));
     }
   });
@@ -219,22 +254,17 @@ std::tuple<Tensor, Tensors> map_loss(Tensors student, Tensors teacher, std::vect
   std::vector<double> losses(samples);
   run(tasks, total, [&](const Task& task) {
     const MapLossArguments::Pair& pair = arguments.pairs[task.index];
+    const double weight = arguments.sample_weight(size_t(task.index), pair.B);
     for (int64_t b = task.b0; b < task.b1; ++b) {
       losses[first_sample[task.index] + b] = kernels().sample_loss(
           {pair.student_of(b), pair.teacher_of(b), student_maps[task.index].of(b),
            teacher_maps[task.index].of(b), pair.student_fp64, pair.teacher_fp64, pair.N,
-           arguments.form, arguments.eps_mode, arguments.eps, arguments.sample_weight(pair), 1.0,
-           1.0});
+           arguments.form, arguments.eps_mode, arguments.eps, weight, 1.0, 1.0});
     }
   });
   Tensor loss = arguments.new_loss();
-  if (!arguments.samples) {
-    losses = in_order(n, arguments.sum, [&](size_t i) {
-      return std::pair<const double*, int64_t>(losses.data() + first_sample[i],
-                                               arguments.pairs[i].B);
-    });
-  }
-  write_loss(loss, arguments.fp64, losses);
+  write_losses(loss, arguments, arguments.pairs,
+               [&](size_t i) { return losses.data() + first_sample[i]; });
   return {std::move(loss), std::move(found)};
 }
 

@@ -21,9 +21,9 @@ inline Tensor losses_of(const std::vector<double>& values, bool sum, bool fp64, 
   return losses;
 }
 
-// A pair's gradient from above; 1 where there is none.
-inline double value_of(const LossGradient& gradient, int64_t pair) {
-  return gradient_of(gradient.of(pair), gradient.fp64);
+// The gradient from above of a pair's sample; 1 where there is none.
+inline double value_of(const LossGradient& gradient, int64_t pair, int64_t b) {
+  return factor_of(gradient.of(pair), gradient.fp64, b * gradient.sample_stride);
 }
 
 }  // namespace at_fused

@@ -86,7 +86,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
   if (n == 0) return {};
   const MapPower power(p, absolute, !channels.empty());
   const Device device = device_of(tensors[0]);
-  const LossGradient gradient(loss_gradient, pairs, device);
+  const LossGradient gradient(loss_gradient, pairs, tensors);
   const std::vector<Pool> pools = pools_of(tensors, sizes);
   Gradients gradients(tensors);
   const std::vector<Feature>& features = gradients.features;
@@ -114,12 +114,12 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
     for (int64_t b = task.b0; b < task.b1; ++b) {
       if (is_general(general[i])) {
         kernels().general_backward(features[i], general[i], b, task.begin, task.end,
-                                   value_of(gradient, pairs[i]), k[i].of(b),
+                                   value_of(gradient, pairs[i], b), k[i].of(b),
                                    static_cast<const int32_t*>(channel_maps[i].of(b)),
                                    gradients.out[i], scratch_of(features[i], general[i]));
       } else {
         kernels().attention_map_backward(features[i], b, task.begin, task.end, p, power.absolute,
-                                         value_of(gradient, pairs[i]), k[i].of(b), gradients.out[i],
+                                         value_of(gradient, pairs[i], b), k[i].of(b), gradients.out[i],
                                          stream);
       }
     }

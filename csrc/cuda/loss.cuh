@@ -57,21 +57,22 @@ struct SampleMaps {
 };
 
 // The sample's share of the loss; all in fp64: maps are small, and their squares overflow fp32 from
-// features of 1e10 on.
-// With `any_eps` it may be added to the norm; else it bounds the norm.
-template <bool fp64, bool any_eps = false>
-__device__ double finish_sample(const LossParams& params, const PairParams& pair,
+// features of 1e10 on. A mask is a factor of both raw maps.
+template <bool fp64>
+__device__ double finish_sample(const LossParams& params, const PairParams& pair, int b,
                                 const SampleMaps<fp64>& maps, bool in_place, Control& control) {
   const int N = pair.student.N;
+  const bool wide = pair.student.dtype == Dtype::float64 || pair.teacher.dtype == Dtype::float64;
+  const auto mask = [&](int n) { return factor_of(pair.mask, fp64 && wide, int64_t(b) * N + n); };
   double squares[2] = {};
   for (int n = threadIdx.x; n < N; n += kThreads) {
-    const double s = maps.student.get(n), t = maps.teacher.get(n);
+    const double m = mask(n), s = m * maps.student.get(n), t = m * maps.teacher.get(n);
     squares[0] += s * s;
     squares[1] += t * t;
   }
   block_sum(squares, control);
-  const EpsMode mode = any_eps ? params.eps_mode : EpsMode::max;
-  const Divisor ds(sqrt(squares[0]), mode, params.eps), dt(sqrt(squares[1]), mode, params.eps);
+  const Divisor ds(sqrt(squares[0]), params.eps_mode, params.eps);
+  const Divisor dt(sqrt(squares[1]), params.eps_mode, params.eps);
 
   // A division gives a single position exactly 1, so that its loss is exactly 0.
   const auto normalize = [N](double raw, const Divisor& by) {
@@ -80,8 +81,9 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
   // The differences are summed as such: 2 - 2 qs.qt would cancel where the maps are alike.
   double sums[3] = {};
   for (int n = threadIdx.x; n < N; n += kThreads) {
-    const double qs = normalize(maps.student.get(n), ds);
-    const double qt = normalize(maps.teacher.get(n), dt);
+    const double m = mask(n);
+    const double qs = normalize(m * maps.student.get(n), ds);
+    const double qt = normalize(m * maps.teacher.get(n), dt);
     const double difference = qs - qt;
     sums[0] += difference * difference;
     sums[1] += difference * qs;
@@ -92,9 +94,10 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
   const bool code = params.form == Form::code;
   const double mean = code ? pair.weight / double(N) : pair.weight;
 
-  // Raw maps that were shared by blocks are where they should be already.
-  const bool student = maps.student_result.data && (maps.student_grad || !in_place);
-  const bool teacher = maps.teacher_result.data && (maps.teacher_grad || !in_place);
+  // Raw maps that were shared by blocks are where they should be already, but for a mask.
+  const bool raw = !in_place || pair.mask;
+  const bool student = maps.student_result.data && (maps.student_grad || raw);
+  const bool teacher = maps.teacher_result.data && (maps.teacher_grad || raw);
   if (student || teacher) {
     // dL/dq = slope * difference; at difference = 0 the norm of the paper's form takes 0.
     const double slope = code ? 2 * mean : distance == 0 ? 0.0 : mean / distance;
@@ -104,14 +107,16 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
     const double gs = slope * ds.inverse * params.p * pair.student_scale;
     const double gt = slope * dt.inverse * params.p * pair.teacher_scale;
     for (int n = threadIdx.x; n < N; n += kThreads) {
-      const double s = maps.student.get(n), t = maps.teacher.get(n);
+      const double m = mask(n), s = m * maps.student.get(n), t = m * maps.teacher.get(n);
       const double qs = normalize(s, ds), qt = normalize(t, dt);
       const double difference = qs - qt;
       if (student) {
-        maps.student_result.set(n, maps.student_grad ? gs * (difference - qs * along_student) : s);
+        maps.student_result.set(
+            n, maps.student_grad ? m * gs * (difference - qs * along_student) : s);
       }
       if (teacher) {
-        maps.teacher_result.set(n, maps.teacher_grad ? gt * (qt * along_teacher - difference) : t);
+        maps.teacher_result.set(
+            n, maps.teacher_grad ? m * gt * (qt * along_teacher - difference) : t);
       }
     }
   }
@@ -149,6 +154,17 @@ __device__ inline void total_losses(const LossParams& params, Control& control) 
       store_loss(params.loss, params.loss_fp64, params.add ? 0 : params.first_pair + i, total);
       if (params.add) *params.sum = total;
     }
+  }
+}
+
+__device__ __forceinline__ void store_sample_loss(const LossParams& params, int i, int b,
+                                                  double loss) {
+  if (threadIdx.x > 0) return;
+  const PairParams& pair = params.pairs[i];
+  if (params.of_samples) {
+    store_loss(params.loss, params.loss_fp64, int64_t(params.first_pair + i) * pair.B + b, loss);
+  } else {
+    params.sample_losses[pair.first_sample + b] = loss;
   }
 }
 
@@ -227,13 +243,14 @@ __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int 
       }
     }
   }
-  const double loss = finish_sample(params, pair, maps, !whole, *shared.control);
-  if (threadIdx.x == 0) params.sample_losses[pair.first_sample + b] = loss;
+  const double loss = finish_sample(params, pair, b, maps, !whole, *shared.control);
+  store_sample_loss(params, i, b, loss);
   return true;
 }
 
 // The losses of `samples` more samples are in; whoever brings the launch's last adds them all up.
 __device__ inline void finish_loss(const LossParams& params, int samples, Control& control) {
+  if (params.of_samples) return;
   if (arrives_last(params.finished, uint32_t(samples), uint32_t(params.samples), control)) {
     total_losses(params, control);
   }

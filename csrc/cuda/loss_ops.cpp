@@ -71,8 +71,10 @@ Tensor launch_pairs(const Arguments& loss, const LossParams& options, const Work
   for (size_t begin = 0; begin < loss.pairs.size(); begin += kMaxPairs) {
     LossParams params = options;
     params.eps = loss.eps;
+    params.eps_mode = loss.eps_mode;
     params.form = loss.form;
-    params.add = loss.sum;
+    params.add = loss.reduction == Reduction::sum;
+    params.of_samples = loss.reduction == Reduction::sample;
     params.continues = begin > 0;
     params.loss_fp64 = loss.fp64;
     params.first_pair = int32_t(begin);
@@ -94,12 +96,14 @@ Tensor launch_pairs(const Arguments& loss, const LossParams& options, const Work
 }
 
 // Pairs of features: what stands in `pair` before it is cut.
-void begin_pair(PairParams& pair, const LossArguments::Pair& given) {
+void begin_pair(PairParams& pair, const LossArguments& loss, size_t at) {
+  const LossArguments::Pair& given = loss.pairs[at];
   check_extent(given.student);
   check_extent(given.teacher);
+  pair.mask = given.mask;
   pair.student_scale = given.student_scale;
   pair.teacher_scale = given.teacher_scale;
-  pair.weight = given.weight / double(given.student.B);
+  pair.weight = loss.sample_weight(at, given.student.B);
 }
 
 // The shared memory of a launch that makes maps.
@@ -112,11 +116,13 @@ void share_maps(LossParams& params, Launch& launch) {
   launch.shared_bytes += int32_t(kScratchBytes + map_bytes);
 }
 
-std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vector<double> weights,
+std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, Tensors masks,
+                                    std::vector<double> weights, std::vector<int64_t> skip_tokens,
                                     double p, std::string collapse, std::string form,
-                                    std::string reduction, double eps, bool student_grad,
-                                    bool teacher_grad) {
-  const LossArguments loss(student, teacher, weights, p, collapse, form, reduction, eps);
+                                    std::string reduction, std::string eps_mode, double eps,
+                                    bool student_grad, bool teacher_grad) {
+  const LossArguments loss(student, teacher, masks, weights, skip_tokens, p, collapse, form,
+                           reduction, eps_mode, eps);
   const OnDevice scope(loss.device);
   const Limits limits = limits_of(loss.device);
   const Workspace workspace(loss, scope.stream());
@@ -124,7 +130,8 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
   for (const LossArguments::Pair& pair : loss.pairs) {
     total += total_bytes(pair.student) + total_bytes(pair.teacher);
   }
-  // With a gradient to come both sides' maps are kept: k where it is asked for, else the raw map.
+  // With a gradient to come both sides' maps are kept: k where it is asked for, else the masked raw
+  // map.
   // Without, only blocks that share a sample need them, to meet.
   const bool keep = student_grad || teacher_grad;
   Tensors maps, teacher_maps;
@@ -136,7 +143,7 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
       loss, options, workspace, scope.stream(),
       [&](size_t at, int32_t, PairParams& pair) {
         const LossArguments::Pair& given = loss.pairs[at];
-        begin_pair(pair, given);
+        begin_pair(pair, loss, at);
         const int64_t tasks =
             plan_loss(pair, given.student, given.teacher, total, loss.fp64, limits);
         if (keep || !pair.samples) {
@@ -156,17 +163,19 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, std::vecto
   return {std::move(result), std::move(maps)};
 }
 
-std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher,
-                                              std::vector<double> weights, double p,
-                                              std::string collapse, std::string form,
-                                              std::string reduction, double eps, double scale,
-                                              std::optional<Tensor> loss_gradient) {
+std::tuple<Tensor, Tensors> at_value_and_grad(
+    Tensors student, Tensors teacher, Tensors masks, std::vector<double> weights,
+    std::vector<int64_t> skip_tokens, double p, std::string collapse, std::string form,
+    std::string reduction, std::string eps_mode, double eps, double scale,
+    std::optional<Tensor> loss_gradient) {
   STD_TORCH_CHECK(!student.empty(), "at_fused: as many teachers as students, got 0");
   const OnDevice scope(device_of(student[0]));
-  Gradients gradients(student);  // first: it settles in which layout a student is read
-  const LossArguments loss(student, teacher, weights, p, collapse, form, reduction, eps);
+  // First: it settles in which layout a student is read.
+  Gradients gradients(student, skip_of_students(skip_tokens, student.size()));
+  const LossArguments loss(student, teacher, masks, weights, skip_tokens, p, collapse, form,
+                           reduction, eps_mode, eps);
   const Limits limits = limits_of(loss.device);
-  const LossGradient above(loss_gradient, loss.numbers(), loss.device);
+  const LossGradient above(loss_gradient, loss.numbers(), student);
   const Workspace workspace(loss, scope.stream());
   Tensors maps;  // until the launch is on its way
   LossParams options{};
@@ -185,11 +194,11 @@ std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher,
           kept_bytes = 0;
         }
         const LossArguments::Pair& given = loss.pairs[at];
-        begin_pair(pair, given);
+        begin_pair(pair, loss, at);
         int64_t kept = 0;
         const int64_t tasks = plan_gradient(pair, gradient.pairs[i], given.student, given.teacher,
                                             gradients.out[at], loss.fp64, limits, kept);
-        gradient.pairs[i].loss_gradient = above.of(int64_t(at));
+        gradient.pairs[i].loss_gradient = {above.of(int64_t(at)), above.sample_stride};
         kept_bytes = std::max(kept_bytes, kept);
         if (!pair.samples) {
           gradient.queue = true;
@@ -237,8 +246,6 @@ std::tuple<Tensor, Tensors> map_loss(Tensors student, Tensors teacher, std::vect
   options.p = 1;
   options.student_grad = student_grad;
   options.teacher_grad = teacher_grad;
-  options.eps_mode = loss.eps_mode;
-  options.of_samples = loss.samples;
   Tensor result = launch_pairs(
       loss, options, workspace, scope.stream(),
       [&](size_t at, int32_t, PairParams& pair) {
@@ -249,7 +256,7 @@ std::tuple<Tensor, Tensors> map_loss(Tensors student, Tensors teacher, std::vect
         pair.student_maps = result_of(student_grad, given, given.student_fp64, maps);
         pair.teacher_maps = result_of(teacher_grad, given, given.teacher_fp64, teacher_maps);
         pair.student_scale = pair.teacher_scale = 1;
-        pair.weight = loss.sample_weight(given);
+        pair.weight = loss.sample_weight(at, given.B);
         return tasks;
       },
       [&](const LossParams& params, const Launch& launch) { launch_map_loss(params, launch); });

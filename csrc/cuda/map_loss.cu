@@ -24,15 +24,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<true>)
                                 map_of<fp64>(pair.teacher, pair.teacher_maps, b, false),
                                 true,
                                 true};
-    const double loss = finish_sample<fp64, true>(params, pair, maps, false, control);
-    if (threadIdx.x > 0) continue;
-    if (params.of_samples) {
-      store_loss(params.loss, params.loss_fp64, int64_t(params.first_pair + i) * pair.B + b, loss);
-    } else {
-      params.sample_losses[pair.first_sample + b] = loss;
-    }
+    store_sample_loss(params, i, b, finish_sample<fp64>(params, pair, b, maps, false, control));
   }
-  if (!params.of_samples) finish_loss(params, b1 - b0, control);
+  finish_loss(params, b1 - b0, control);
 }
 
 void launch_map_loss(const LossParams& params, const Launch& launch) {

@@ -117,7 +117,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
   const Device device = device_of(tensors[0]);
   const OnDevice scope(device);
   const Limits limits = limits_of(device);
-  const LossGradient gradient(loss_gradient, pairs, device);
+  const LossGradient gradient(loss_gradient, pairs, tensors);
   Gradients gradients(tensors);
   const std::vector<Feature>& features = gradients.features;
   for (const Feature& x : features) check_extent(x);
@@ -126,7 +126,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
     const Feature& x = features[at];
     const int64_t positions = pools[at].positions();
     feature.k = coefficient_map(coefficients[at], x, positions, device).first;
-    feature.loss_gradient = gradient.of(pairs[at]);
+    feature.loss_gradient = {gradient.of(pairs[at]), gradient.sample_stride};
     if (!maximum) return;
     feature.channels =
         reinterpret_cast<const int32_t*>(channel_map(channels[at], x, positions, device).first);

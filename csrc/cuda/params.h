@@ -63,12 +63,18 @@ struct MapParams {
   MapFeature features[kMaxFeatures];
 };
 
+// The gradient of a pair's loss: a value for all samples (step 0) or one for each; null is 1.
+struct LossFactors {
+  const void* first;
+  int64_t step;
+};
+
 struct SweepFeature {
   View view;
   Sweep sweep;
   const void* k;
   const int32_t* channels;    // as in MapFeature
-  const void* loss_gradient;  // of this feature's pair; null is 1
+  LossFactors loss_gradient;  // of this feature's pair
   int32_t first_task;
   int32_t samples, B;  // in a task, and in all
 };
@@ -130,6 +136,7 @@ struct PairParams {
   View student, teacher;
   void* student_maps;  // (B, N); null where nobody needs them
   void* teacher_maps;
+  const void* mask;  // (B, N), fp64 where a side is; null: ones
   double student_scale, teacher_scale;  // of the channel sums
   double weight;                        // of a sample
   int32_t B;
@@ -141,7 +148,7 @@ struct PairParams {
 struct LossParams {
   double p, eps;
   Form form;
-  EpsMode eps_mode;        // of map_loss; the others have EpsMode::max
+  EpsMode eps_mode;
   int32_t count, samples;  // pairs, and samples in all of them
   bool student_grad, teacher_grad;
   bool add;         // sum over pairs; else a loss for each
@@ -161,7 +168,7 @@ struct LossParams {
 
 struct GradientPair {
   Sweep sweep;
-  const void* loss_gradient;
+  LossFactors loss_gradient;
   int32_t lag;  // samples whose maps are under way before the first gradient is begun
 };
 

@@ -18,9 +18,17 @@ def double(bits):
 
 
 @triton.jit
-def _load_map(out, n, positions):
+def _load_map(out, factors, n, positions):
     # Past the first-level cache: another program may have written it.
-    return tl.load(out + n, mask=n < positions, other=0.0, cache_modifier=".cg").to(tl.float64)
+    q = tl.load(out + n, mask=n < positions, other=0.0, cache_modifier=".cg").to(tl.float64)
+    return _masked(q, factors, n, positions)
+
+
+@triton.jit
+def _masked(values, factors, n, positions):
+    if factors is not None:
+        values *= tl.load(factors + n, mask=n < positions, other=0.0).to(tl.float64)
+    return values
 
 
 @triton.jit
@@ -43,6 +51,7 @@ def finish_sample(
     t_map,
     s_out,
     t_out,
+    factors,
     positions,
     share,
     eps,
@@ -54,14 +63,15 @@ def finish_sample(
 ):
     """Loss of one sample from its raw maps, and where there is a place for it factor * dL/dQ.
 
-    All in fp64. ``share`` is what the sample counts; a place may be the map itself.
+    All in fp64. ``share`` is what the sample counts; a place may be the map itself. ``factors`` is
+    the sample's mask, which multiplies both maps, or None.
     """
     block = tl.arange(0, BLOCK)
     s_squares = tl.zeros([BLOCK], tl.float64)
     t_squares = tl.zeros([BLOCK], tl.float64)
     for start in range(0, positions, BLOCK):
-        s = _load_map(s_map, start + block, positions)
-        t = _load_map(t_map, start + block, positions)
+        s = _load_map(s_map, factors, start + block, positions)
+        t = _load_map(t_map, factors, start + block, positions)
         s_squares += s * s
         t_squares += t * t
     s_divisor, s_unit = _divisor(tl.sum(s_squares, 0), eps, ADD)
@@ -72,8 +82,8 @@ def finish_sample(
     t_along = tl.zeros([BLOCK], tl.float64)
     for start in range(0, positions, BLOCK):
         # Divided, not multiplied by an inverse: a single position is exactly 1 on both sides.
-        s = _load_map(s_map, start + block, positions) / s_divisor
-        t = _load_map(t_map, start + block, positions) / t_divisor
+        s = _load_map(s_map, factors, start + block, positions) / s_divisor
+        t = _load_map(t_map, factors, start + block, positions) / t_divisor
         squares += (s - t) * (s - t)
         s_along += s * (s - t)
         t_along += t * (s - t)
@@ -94,15 +104,24 @@ def finish_sample(
         t_slope = slope * t_factor / t_divisor
         for start in range(0, positions, BLOCK):
             n = start + block
-            s = _load_map(s_map, n, positions) / s_divisor
-            t = _load_map(t_map, n, positions) / t_divisor
+            s = _load_map(s_map, factors, n, positions) / s_divisor
+            t = _load_map(t_map, factors, n, positions) / t_divisor
             if s_out is not None:
-                k = ((s - t) - s * s_sum) * s_slope
+                k = _masked(((s - t) - s * s_sum) * s_slope, factors, n, positions)
                 tl.store(s_out + n, k.to(s_out.dtype.element_ty), mask=n < positions)
             if t_out is not None:
-                k = (t * t_sum - (s - t)) * t_slope
+                k = _masked((t * t_sum - (s - t)) * t_slope, factors, n, positions)
                 tl.store(t_out + n, k.to(t_out.dtype.element_ty), mask=n < positions)
     return loss
+
+
+@triton.jit
+def mask_map(out, factors, positions, BLOCK: tl.constexpr):
+    """Multiplies a sample's map by its mask, in place."""
+    for start in range(0, positions, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        q = _load_map(out, factors, n, positions)
+        tl.store(out + n, q.to(out.dtype.element_ty), mask=n < positions)
 
 
 # ---- the last one --------------------------------------------------------------------------------
@@ -134,15 +153,29 @@ def sum_in_order(values, count):
 
 
 @triton.jit
-def add_up(pair, b, value, losses, counters, loss, samples, pairs, SUM: tl.constexpr):
-    """Adds the sample's loss: in the order of the samples, whichever program comes last."""
-    tl.store(losses + pair.first_sample + b, value)
-    if is_last(counters + samples + pair.number, pair.samples):
-        total = sum_in_order(losses + pair.first_sample, pair.samples)
-        if SUM:
-            tl.store(losses + samples + pair.number, total)
-            if is_last(counters + samples + pairs, pairs):
-                everything = sum_in_order(losses + samples, pairs)
-                tl.store(loss, everything.to(loss.dtype.element_ty))
-        else:
-            tl.store(loss + pair.number, total.to(loss.dtype.element_ty))
+def add_up(
+    pair,
+    b,
+    value,
+    losses,
+    counters,
+    loss,
+    samples,
+    pairs,
+    SUM: tl.constexpr,
+    SAMPLE: tl.constexpr,
+):
+    """Stores or adds a sample's loss: in the order of the samples, whichever program comes last."""
+    if SAMPLE:
+        tl.store(loss + pair.first_sample + b, value.to(loss.dtype.element_ty))
+    else:
+        tl.store(losses + pair.first_sample + b, value)
+        if is_last(counters + samples + pair.number, pair.samples):
+            total = sum_in_order(losses + pair.first_sample, pair.samples)
+            if SUM:
+                tl.store(losses + samples + pair.number, total)
+                if is_last(counters + samples + pairs, pairs):
+                    everything = sum_in_order(losses + samples, pairs)
+                    tl.store(loss, everything.to(loss.dtype.element_ty))
+            else:
+                tl.store(loss + pair.number, total.to(loss.dtype.element_ty))

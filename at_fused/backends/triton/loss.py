@@ -54,6 +54,7 @@ class Pair(NamedTuple):
     student: Feature
     teacher: Feature
     gradient: Gradient | None
+    mask: Any  # (B, N), a factor of both raw maps, or None
     share: int  # of a sample, a double by its bits: Triton would round a float to fp32
     number: int
     samples: int
@@ -91,12 +92,15 @@ def _loss_of_pair(
     eps,
     scale,
     loss_gradient,
-    gradient_step,
+    pair_step,
+    sample_step,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
     MEAN: tl.constexpr,
     PAPER: tl.constexpr,
+    ADD: tl.constexpr,
     SUM: tl.constexpr,
+    SAMPLE: tl.constexpr,
     STUDENT_GRAD: tl.constexpr,
     TEACHER_GRAD: tl.constexpr,
 ):
@@ -113,7 +117,8 @@ def _loss_of_pair(
     if mine:
         factor = double(scale)
         if loss_gradient is not None:
-            factor *= tl.load(loss_gradient + pair.number * gradient_step).to(tl.float64)
+            above = loss_gradient + pair.number * pair_step + b * sample_step
+            factor *= tl.load(above).to(tl.float64)
         positions = positions_of(pair.student)
         s_map = pair.student.map + b.to(tl.int64) * positions
         t_map = pair.teacher.map + b.to(tl.int64) * positions
@@ -128,11 +133,15 @@ def _loss_of_pair(
             s_out = s_map
         if TEACHER_GRAD:
             t_out = t_map
+        factors = pair.mask
+        if pair.mask is not None:
+            factors += b.to(tl.int64) * positions
         value = finish_sample(
             s_map,
             t_map,
             s_out,
             t_out,
+            factors,
             positions,
             double(pair.share),
             double(eps),
@@ -140,12 +149,18 @@ def _loss_of_pair(
             t_factor,
             pair.BLOCK,
             PAPER,
-            False,
+            ADD,
         )
+        if pair.mask is not None:
+            # What is kept of a side without a gradient is the map that was normalised.
+            if not STUDENT_GRAD:
+                mask_map(s_map, factors, positions, pair.BLOCK)
+            if not TEACHER_GRAD:
+                mask_map(t_map, factors, positions, pair.BLOCK)
         if pair.gradient is not None:
             tl.debug_barrier()
             _sweep_sample(pair, b, HIGH, LOW)
-        add_up(pair, b, value, losses, counters, loss, samples, pairs, SUM)
+        add_up(pair, b, value, losses, counters, loss, samples, pairs, SUM, SAMPLE)
 
 
 @triton.jit(do_not_specialize=["samples", "pairs", "eps", "scale"])
@@ -159,13 +174,16 @@ def loss_kernel(
     eps,
     scale,
     loss_gradient,
-    gradient_step,
+    pair_step,
+    sample_step,
     COUNT: tl.constexpr,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
     MEAN: tl.constexpr,
     PAPER: tl.constexpr,
+    ADD: tl.constexpr,
     SUM: tl.constexpr,
+    SAMPLE: tl.constexpr,
     STUDENT_GRAD: tl.constexpr,
     TEACHER_GRAD: tl.constexpr,
 ):
@@ -189,12 +207,15 @@ def loss_kernel(
                 eps,
                 scale,
                 loss_gradient,
-                gradient_step,
+                pair_step,
+                sample_step,
                 HIGH,
                 LOW,
                 MEAN,
                 PAPER,
+                ADD,
                 SUM,
+                SAMPLE,
                 STUDENT_GRAD,
                 TEACHER_GRAD,
             )
@@ -203,31 +224,40 @@ def loss_kernel(
 def at_loss(
     student: list[Tensor],
     teacher: list[Tensor],
+    masks: list[Tensor],
     weights: list[float],
+    skip_tokens: list[int],
     p: float,
     collapse: str,
     form: str,
     reduction: str,
+    eps_mode: str,
     eps: float,
     student_grad: bool,
     teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of all pairs, and what the backward pass needs of them (see ``_ops``)."""
-    check_at_loss(student, teacher, weights, p, collapse, form, reduction, eps)
-    options = Options(p, collapse, form, reduction, eps, student_grad, teacher_grad)
+    options = LossOptions(p, collapse, form, reduction, eps_mode, eps)
+    check_at_loss(student, teacher, masks, weights, skip_tokens, options)
     with on_device(student[0]):
-        loss, maps, _ = _forward(student, teacher, weights, options, None)
+        features = without_first([*student, *teacher], skip_tokens)
+        loss, maps, _ = _forward(
+            features, masks, weights, options, (student_grad, teacher_grad), None
+        )
     return loss, maps if student_grad or teacher_grad else []
 
 
 def at_value_and_grad(
     student: list[Tensor],
     teacher: list[Tensor],
+    masks: list[Tensor],
     weights: list[float],
+    skip_tokens: list[int],
     p: float,
     collapse: str,
     form: str,
     reduction: str,
+    eps_mode: str,
     eps: float,
     scale: float,
     loss_gradient: Tensor | None,
@@ -236,86 +266,90 @@ def at_value_and_grad(
 
     One launch; a second one for pairs whose samples are so large that several programs share one.
     """
-    check_at_loss(student, teacher, weights, p, collapse, form, reduction, eps, loss_gradient)
-    options = Options(p, collapse, form, reduction, eps, True, False)
-    upstream = Upstream(scale, loss_gradient)
+    options = LossOptions(p, collapse, form, reduction, eps_mode, eps)
+    check_at_loss(student, teacher, masks, weights, skip_tokens, options, loss_gradient)
     with on_device(student[0]):
-        loss, maps, gradients = _forward(student, teacher, weights, options, upstream)
-        left = [i for i, gradient in enumerate(gradients) if gradient is None]
-        if left:
-            found = attention_map_backward(
-                [student[i] for i in left], [maps[i] for i in left], None, left, p
-            )
-            for i, gradient in zip(left, found, strict=True):
-                gradients[i] = gradient
-    return loss, [gradient for gradient in gradients if gradient is not None]
-
-
-class Options(NamedTuple):
-    """The options of ``at_loss``."""
-
-    p: float
-    collapse: str
-    form: str
-    reduction: str
-    eps: float
-    student_grad: bool
-    teacher_grad: bool
+        features = without_first([*student, *teacher], skip_tokens)
+        gradients, targets = new_gradients(student, skip_tokens[: len(student)])
+        upstream = Upstream(targets, scale, loss_gradient)
+        loss, maps, left = _forward(features, masks, weights, options, (True, False), upstream)
+        sweep(
+            [features[i] for i in left],
+            [maps[i] for i in left],
+            [targets[i] for i in left],
+            None,
+            left,
+            p,
+        )
+    return loss, gradients
 
 
 class Upstream(NamedTuple):
-    """What dL/dS is multiplied by: ``scale``, and ``loss_gradient`` (a scalar, or one per pair)."""
+    """Where dL/dS goes, times ``scale`` and ``loss_gradient`` (none, scalar, (pairs,), (pairs, B)).
 
-    scale: float = 1.0
-    loss_gradient: Tensor | None = None
+    A target has the shape of its student's feature, any strides.
+    """
+
+    targets: list[Tensor]
+    scale: float
+    loss_gradient: Tensor | None
 
 
 def _forward(
-    student: list[Tensor],
-    teacher: list[Tensor],
+    features: list[Tensor],
+    masks: list[Tensor],
     weights: list[float],
-    options: Options,
+    options: LossOptions,
+    grads: tuple[bool, bool],
     upstream: Upstream | None,
-) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """Loss; maps, students first; and with ``upstream`` dL/dS of the pairs that are not cut."""
-    count = len(student)
-    device = student[0].device
-    students, teachers = [native(x) for x in student], [native(x) for x in teacher]
-    maps = [new_map(x, layout) for x, layout in students + teachers]
-    gradients: list[Tensor | None] = [None] * count
-    shape = () if options.reduction == "sum" else (count,)
-    loss = student[0].new_empty(shape, dtype=accumulate_dtype(*student, *teacher))
-    samples = sum(x.shape[0] for x in student)
+) -> tuple[Tensor, list[Tensor], list[int]]:
+    """Loss; maps, students first; and the pairs of ``upstream`` whose gradient is still to come.
+
+    Samples of these are cut, and their maps are the coefficients of that gradient.
+    """
+    count = len(features) // 2
+    device = features[0].device
+    placed = [native(x) for x in features]
+    maps = [new_map(x, layout) for x, layout in placed]
+    written: list[tuple[Tensor, Tensor]] = []
+    left: list[int] = []
+    shape = {"sum": (), "none": (count,), "sample": (count, features[0].shape[0])}
+    loss = features[0].new_empty(shape[options.reduction], dtype=accumulate_dtype(*features))
+    samples = sum(x.shape[0] for x in features[:count])
     losses = torch.empty(samples + count, dtype=torch.float64, device=device)
-    counters = counters_of(student[0], samples + count + 1)
-    piece = piece_bytes(sum(x.nbytes for x in (*student, *teacher)), device)
+    counters = counters_of(features[0], samples + count + 1)
+    piece = piece_bytes(sum(x.nbytes for x in features), device)
     high, low = exponent(options.p)
-    scale, loss_gradient = upstream or Upstream()
+    scale, loss_gradient = (upstream.scale, upstream.loss_gradient) if upstream else (1.0, None)
 
     first_sample = 0
     for first in range(0, count, launch.MAX_ENTRIES):
         entries: list[Pair] = []
         programs = 0
         for i in range(first, min(first + launch.MAX_ENTRIES, count)):
-            (s, s_layout), (t, t_layout) = students[i], teachers[i]
+            (s, s_layout), (t, t_layout) = placed[i], placed[count + i]
             batch, positions = s.shape[0], s_layout.positions
             size = (s.nbytes + t.nbytes) // batch
             step = max(
                 blocks_of(layout, x.element_size(), options.p)[1]
-                for x, layout in (students[i], teachers[i])
+                for x, layout in (placed[i], placed[count + i])
             )
             pieces, span = cut(positions, size, piece, step)
             gradient = None
             if upstream and (size <= _WHOLE_BYTES or batch >= 2 * processors(device)):
                 pieces, span = 1, 0
-            if upstream and not span:
-                s, s_layout, out, out_layout = writable(s, s_layout, student[i])
-                gradient, gradients[i] = gradient_of(out, out_layout), out
+            if upstream and span:
+                left.append(i)
+            elif upstream:
+                s, s_layout, out, out_layout = writable(s, s_layout, upstream.targets[i])
+                gradient = gradient_of(out, out_layout)
+                written.append((upstream.targets[i], out))
             entries.append(
                 Pair(
                     feature_of(s, s_layout, maps[i], options.p),
                     feature_of(t, t_layout, maps[count + i], options.p),
                     gradient,
+                    masks[i].contiguous() if masks else None,
                     bits_of(eager.sample_weight(weights, i, batch, options.reduction)),
                     i,
                     batch,
@@ -341,18 +375,18 @@ def _forward(
             bits_of(options.eps),
             bits_of(scale),
             loss_gradient,
-            step_of(loss_gradient),
+            *steps_of(loss_gradient),
             COUNT=len(entries),
             HIGH=high,
             LOW=low,
             MEAN=options.collapse == "mean",
             PAPER=options.form == "paper",
+            ADD=options.eps_mode == "add",
             SUM=options.reduction == "sum",
-            STUDENT_GRAD=options.student_grad,
-            TEACHER_GRAD=options.teacher_grad,
+            SAMPLE=options.reduction == "sample",
+            STUDENT_GRAD=grads[0],
+            TEACHER_GRAD=grads[1],
         )
-    restored = [
-        None if out is None else as_empty_like(x, out)
-        for x, out in zip(student, gradients, strict=True)
-    ]
-    return loss, maps, restored
+    for target, out in written:
+        finish_gradient(target, out)
+    return loss, maps, left

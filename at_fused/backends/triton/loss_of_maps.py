@@ -63,6 +63,7 @@ def _loss_of_sample(
         pair.teacher + begin,
         student_gradient,
         teacher_gradient,
+        None,
         pair.positions,
         double(pair.share),
         double(eps),
@@ -72,10 +73,7 @@ def _loss_of_sample(
         PAPER,
         ADD,
     )
-    if SAMPLE:
-        tl.store(loss + pair.first_sample + b, value.to(loss.dtype.element_ty))
-    else:
-        add_up(pair, b, value, losses, counters, loss, samples, pairs, SUM)
+    add_up(pair, b, value, losses, counters, loss, samples, pairs, SUM, SAMPLE)
 
 
 @triton.jit(do_not_specialize=["samples", "pairs", "eps"])
