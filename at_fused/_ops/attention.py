@@ -7,9 +7,7 @@ A feature is (B, C, *spatial) with any strides, a map (B, N). All take lists, so
 stages are one call and, on a GPU, one launch.
 
 ``attention_map`` with ``collapse="max"`` returns the n maps and behind them n int32 maps of the
-channels that won. Without ``absolute`` the power is x^p, p a whole number. ``sizes`` holds, feature
-by feature, the spatial size of its map: a feature of another size is average-pooled to it before
-the power (adaptively, as torch does), which is never written to memory. Empty: as they are.
+channels that won.
 """
 
 from __future__ import annotations
@@ -32,38 +30,27 @@ from at_fused._ops.library import (
     tracks,
 )
 from at_fused.backends import eager
-from at_fused.backends.results import accumulate_dtype, split_sizes
+from at_fused.backends.results import accumulate_dtype
 
-define(
-    "attention_map(Tensor[] features, float p, str collapse, bool absolute=True, int[] sizes=[])"
-    " -> Tensor[]"
-)
+define("attention_map(Tensor[] features, float p, str collapse) -> Tensor[]")
 define(
     "attention_map_backward(Tensor[] features, Tensor[] coefficients, Tensor? loss_gradient,"
-    " int[] pairs, float p, bool absolute, int[] sizes, Tensor[] channels) -> Tensor[]"
+    " int[] pairs, float p, Tensor[] channels) -> Tensor[]"
 )
 
 
 # ---- fake kernels: shapes, dtypes and strides without data ---------------------------------------
 
 
-def fake_map(x: Tensor, size: Sequence[int]) -> Tensor:
+def fake_map(x: Tensor) -> Tensor:
     """A map without data."""
-    return x.new_empty((x.shape[0], math.prod(size)), dtype=accumulate_dtype(x))
+    return x.new_empty((x.shape[0], math.prod(x.shape[2:])), dtype=accumulate_dtype(x))
 
 
 @torch.library.register_fake("at_fused::attention_map", lib=library)
-def _(
-    features: list[Tensor],
-    p: float,
-    collapse: str,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
-) -> list[Tensor]:
+def _(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
     check_one_device(features)
-    maps = [
-        fake_map(x, size) for x, size in zip(features, split_sizes(features, sizes), strict=True)
-    ]
+    maps = [fake_map(x) for x in features]
     return maps + [q.to(torch.int32) for q in maps] if collapse == "max" else maps
 
 
@@ -74,8 +61,6 @@ def _(
     loss_gradient: Tensor | None,
     pairs: list[int],
     p: float,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     check_one_device(features, coefficients, [loss_gradient], channels)
@@ -87,19 +72,16 @@ def _(
 
 class _AttentionMap(torch.autograd.Function):
     @staticmethod
-    def forward(
-        p: float, collapse: str, absolute: bool, sizes: Sequence[int], *features: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(p: float, collapse: str, *features: Tensor) -> tuple[Tensor, ...]:
         operator = operators.attention_map.default
-        return tuple(below_autograd(operator, list(features), p, collapse, absolute, sizes))
+        return tuple(below_autograd(operator, list(features), p, collapse))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        p, collapse, absolute, sizes, *features = inputs
+        p, collapse, *features = inputs
         maps, channels = output[: len(features)], output[len(features) :]
         ctx.set_materialize_grads(False)
-        ctx.options = p, collapse, absolute
-        ctx.sizes = list(split_sizes(features, sizes)) if sizes else [[]] * len(features)
+        ctx.options = p, collapse
         # Features without a gradient, a teacher's, may die.
         ctx.kept = [i for i, x in enumerate(features) if x.requires_grad]
         ctx.count = len(maps)
@@ -110,13 +92,13 @@ class _AttentionMap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *map_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        p, collapse, absolute = ctx.options
+        p, collapse = ctx.options
         saved, kept = ctx.saved_tensors, ctx.kept
         gradients: list[Tensor | None] = [None] * ctx.count
         wanted = [
             (j, i)
             for j, i in enumerate(kept)
-            if map_gradients[i] is not None and ctx.needs_input_grad[4 + i]
+            if map_gradients[i] is not None and ctx.needs_input_grad[2 + i]
         ]
         if wanted:
             chosen = [saved[j] for j, _ in wanted]
@@ -129,52 +111,36 @@ class _AttentionMap(torch.autograd.Function):
                 None,
                 [i for _, i in wanted],
                 p,
-                absolute,
-                [n for _, i in wanted for n in ctx.sizes[i]],
                 [saved[len(kept) + j] for j, _ in wanted] if collapse == "max" else [],
             )
             for (_, i), gradient in zip(wanted, found, strict=True):
                 gradients[i] = gradient
-        return None, None, None, None, *gradients
+        return None, None, *gradients
 
 
 class _AttentionMapBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        pairs: list[int],
-        options: tuple[Any, ...],
-        loss_gradient: Tensor | None,
-        *tensors: Tensor,
+        pairs: list[int], p: float, loss_gradient: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         count = len(pairs)
         operator = operators.attention_map_backward.default
         features, coefficients = list(tensors[:count]), list(tensors[count : 2 * count])
-        p, absolute, sizes = options
         channels = list(tensors[2 * count :])
         return tuple(
-            below_autograd(
-                operator,
-                features,
-                coefficients,
-                loss_gradient,
-                pairs,
-                p,
-                absolute,
-                sizes,
-                channels,
-            )
+            below_autograd(operator, features, coefficients, loss_gradient, pairs, p, channels)
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pairs, options, loss_gradient, *tensors = inputs
+        pairs, p, loss_gradient, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.options = pairs, options, loss_gradient is None
+        ctx.options = pairs, p, loss_gradient is None
         ctx.save_for_backward(*(() if loss_gradient is None else (loss_gradient,)), *tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        pairs, (p, absolute, sizes), no_gradient = ctx.options
+        pairs, p, no_gradient = ctx.options
         saved = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         count = len(pairs)
@@ -189,8 +155,6 @@ class _AttentionMapBackward(torch.autograd.Function):
                 loss_gradient,
                 pairs,
                 p,
-                absolute,
-                sizes,
                 tensors[2 * count :],
             )
             wanted = [x for x, n in zip(saved, needed, strict=True) if n]
@@ -199,17 +163,10 @@ class _AttentionMapBackward(torch.autograd.Function):
         return None, None, *((None,) if no_gradient else ()), *found
 
 
-def _attention_map_autograd(
-    features: list[Tensor],
-    p: float,
-    collapse: str,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
-) -> list[Tensor]:
+def _attention_map_autograd(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
     if tracks(features):
-        return list(apply(_AttentionMap, p, collapse, absolute, sizes, *features))
-    operator = operators.attention_map.default
-    return below_autograd(operator, features, p, collapse, absolute, sizes)
+        return list(apply(_AttentionMap, p, collapse, *features))
+    return below_autograd(operators.attention_map.default, features, p, collapse)
 
 
 def _attention_map_backward_autograd(
@@ -218,25 +175,13 @@ def _attention_map_backward_autograd(
     loss_gradient: Tensor | None,
     pairs: list[int],
     p: float,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     if tracks(features, coefficients, [loss_gradient]):
         tensors = (*features, *coefficients, *channels)
-        options = p, absolute, sizes
-        return list(apply(_AttentionMapBackward, pairs, options, loss_gradient, *tensors))
-    return below_autograd(
-        operators.attention_map_backward.default,
-        features,
-        coefficients,
-        loss_gradient,
-        pairs,
-        p,
-        absolute,
-        sizes,
-        channels,
-    )
+        return list(apply(_AttentionMapBackward, pairs, p, loss_gradient, *tensors))
+    operator = operators.attention_map_backward.default
+    return below_autograd(operator, features, coefficients, loss_gradient, pairs, p, channels)
 
 
 library.impl("attention_map", _attention_map_autograd, "Autograd")
@@ -246,17 +191,11 @@ library.impl("attention_map_backward", _attention_map_backward_autograd, "Autogr
 # ---- calls ---------------------------------------------------------------------------------------
 
 
-def attention_map(
-    features: list[Tensor],
-    p: float,
-    collapse: str,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
-) -> list[Tensor]:
+def attention_map(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
     """``torch.ops.at_fused.attention_map``."""
     if torch.compiler.is_compiling():
-        return operators.attention_map.default(features, p, collapse, absolute, sizes)
-    return _attention_map_autograd(features, p, collapse, absolute, sizes)
+        return operators.attention_map.default(features, p, collapse)
+    return _attention_map_autograd(features, p, collapse)
 
 
 def attention_map_backward(
@@ -265,8 +204,6 @@ def attention_map_backward(
     loss_gradient: Tensor | None,
     pairs: list[int],
     p: float,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """``torch.ops.at_fused.attention_map_backward``."""
@@ -275,4 +212,4 @@ def attention_map_backward(
         if torch.compiler.is_compiling()
         else _attention_map_backward_autograd
     )
-    return call(features, coefficients, loss_gradient, pairs, p, absolute, sizes, channels)
+    return call(features, coefficients, loss_gradient, pairs, p, channels)

@@ -95,7 +95,7 @@ def _(
 ) -> tuple[Tensor, list[Tensor]]:
     keep = student_grad or teacher_grad
     loss = _fake_loss(student, teacher, reduction)
-    return loss, [fake_map(x, x.shape[2:]) for x in (*student, *teacher)] if keep else []
+    return loss, [fake_map(x) for x in (*student, *teacher)] if keep else []
 
 
 @torch.library.register_fake("at_fused::at_value_and_grad", lib=library)

@@ -28,10 +28,7 @@ from at_fused._ops.library import (
 )
 from at_fused.backends import eager
 
-_ARGUMENTS = (
-    "Tensor feature, Tensor map_gradient, float p, str collapse, bool absolute=True,"
-    " Tensor? channels=None"
-)
+_ARGUMENTS = "Tensor feature, Tensor map_gradient, float p, str collapse, Tensor? channels=None"
 define(f"attention_tap_backward(Tensor gradient, {_ARGUMENTS}) -> Tensor")
 define(f"attention_tap_backward_(Tensor(a!) gradient, {_ARGUMENTS}) -> ()")
 
@@ -46,7 +43,6 @@ def _(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> Tensor:
     check_one_device([gradient, feature, map_gradient, channels])
@@ -60,7 +56,6 @@ def _(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> None:
     check_one_device([gradient, feature, map_gradient, channels])
@@ -74,7 +69,6 @@ def _map_gradient(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool,
     channels: Tensor | None,
 ) -> Tensor:
     """The map's part alone."""
@@ -84,8 +78,6 @@ def _map_gradient(
         None,
         [0],
         p,
-        absolute,
-        [],
         [] if channels is None else [channels],
     )[0]
 
@@ -96,10 +88,9 @@ def _backward_autograd(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> Tensor:
-    options = p, collapse, absolute, channels
+    options = p, collapse, channels
     if tracks([gradient, feature, map_gradient]):
         return gradient + _map_gradient(feature, map_gradient, *options)
     operator = operators.attention_tap_backward.default
@@ -151,14 +142,12 @@ class Place(NamedTuple):
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor, p: float, collapse: str, absolute: bool, place: Place
-    ) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, p: float, collapse: str, place: Place) -> tuple[Tensor, ...]:
         feature = place.view(x)
         operator = operators.attention_map.default
         if torch.compiler.is_compiling():
-            return x.view_as(x), *operator([feature], p, collapse, absolute, [])
-        return x.view_as(x), *below_autograd(operator, [feature], p, collapse, absolute, [])
+            return x.view_as(x), *operator([feature], p, collapse)
+        return x.view_as(x), *below_autograd(operator, [feature], p, collapse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -174,9 +163,9 @@ class _Tap(torch.autograd.Function):
         ctx: Any, gradient: Tensor | None, map_gradient: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         if map_gradient is None:
-            return gradient, None, None, None, None
+            return gradient, None, None, None
         x, *winners = ctx.saved_tensors
-        p, collapse, absolute, place = ctx.options
+        p, collapse, place = ctx.options
         channels = winners[0] if winners else None
         if (
             gradient is not None
@@ -185,28 +174,26 @@ class _Tap(torch.autograd.Function):
         ):
             target = place.view(gradient)
             if target.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr():
-                attention_tap_backward_(
-                    target, place.view(x), map_gradient, p, collapse, absolute, channels
-                )
-                return gradient, None, None, None, None
+                attention_tap_backward_(target, place.view(x), map_gradient, p, collapse, channels)
+                return gradient, None, None, None
         if place.skip_tokens and place.channel_attention:
             # Channels are the positions here, so that there is no map to pad.
-            found = _map_gradient(place.view(x), map_gradient, p, collapse, absolute, channels)
+            found = _map_gradient(place.view(x), map_gradient, p, collapse, channels)
             shape = x[:, place.skip_tokens :].shape
             found = torch.nn.functional.pad(
                 place.restore(found, shape), (0, 0, place.skip_tokens, 0)
             )
             found = found if gradient is None else found + gradient
-            return found, None, None, None, None
+            return found, None, None, None
         feature = place.view(x, skip=False)
         if channels is not None:
             channels = place.pad(channels)
-        rest = feature, place.pad(map_gradient), p, collapse, absolute, channels
+        rest = feature, place.pad(map_gradient), p, collapse, channels
         if gradient is None:
             found = _map_gradient(*rest)
         else:
             found = attention_tap_backward(place.view(gradient, skip=False), *rest)
-        return place.restore(found, x.shape), None, None, None, None
+        return place.restore(found, x.shape), None, None, None
 
 
 # ---- calls ---------------------------------------------------------------------------------------
@@ -224,20 +211,18 @@ def attention_tap_backward_(gradient: Tensor, *arguments: Any) -> None:
     _backward_inplace_autograd(gradient, *arguments)
 
 
-def attention_tap(
-    x: Tensor, p: float, collapse: str, absolute: bool, place: Place
-) -> tuple[Tensor, Tensor]:
+def attention_tap(x: Tensor, p: float, collapse: str, place: Place) -> tuple[Tensor, Tensor]:
     """The feature itself, to be used in its place, and its raw map (B, N)."""
     if torch.compiler.is_compiling():
-        y, q, *_ = _Tap.apply(x, p, collapse, absolute, place)
+        y, q, *_ = _Tap.apply(x, p, collapse, place)
         return y, q
     if not (x.requires_grad and torch.is_grad_enabled()):
         operator = operators.attention_map.default
-        return x, below_autograd(operator, [place.view(x)], p, collapse, absolute, [])[0]
+        return x, below_autograd(operator, [place.view(x)], p, collapse)[0]
     ownership.calibrate(_probe)
-    found = apply(_Tap, x, p, collapse, absolute, place)
+    found = apply(_Tap, x, p, collapse, place)
     return found[0], found[1]
 
 
 def _probe(x: Tensor) -> tuple[Tensor, ...]:
-    return apply(_Tap, x, 2.0, "sum", True, Place())
+    return apply(_Tap, x, 2.0, "sum", Place())

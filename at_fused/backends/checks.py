@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from at_fused._checks import DTYPES
-from at_fused.backends.results import STATISTICS, accumulate_dtype, split_sizes, wide_dtype
+from at_fused.backends.results import STATISTICS, accumulate_dtype, wide_dtype
 
 _LOSSES = (torch.float32, torch.float64)
 
@@ -36,38 +36,18 @@ def _check_features(features: Sequence[Tensor]) -> None:
     _check_tensors(features, "features")
 
 
-def _check_power(p: float, absolute: bool, collapse: str) -> None:
+def _check_power(p: float, collapse: str) -> None:
     require(1 <= p < math.inf, f"p must be a finite number >= 1, got {p}")
-    require(absolute or p == math.floor(p), f"without absolute, p must be a whole number, got {p}")
     require(
         collapse in ("mean", "sum", "max"),
         f"collapse must be 'mean', 'sum' or 'max', got '{collapse}'",
     )
-    require(collapse != "max" or absolute or p % 2 == 0, "collapse 'max' takes absolute values")
 
 
-def _check_sizes(features: Sequence[Tensor], sizes: Sequence[int]) -> None:
-    if not sizes:
-        return
-    wanted = sum(x.dim() - 2 for x in features)
-    require(len(sizes) >= wanted, "sizes are too few for the features")
-    require(len(sizes) <= wanted, "sizes are too many for the features")
-    for x, size in zip(features, split_sizes(features, sizes), strict=True):
-        require(x.dim() <= 5, "sizes are for one to three spatial dimensions")
-        for given, asked in zip(x.shape[2:], size, strict=True):
-            require(
-                1 <= asked <= given,
-                f"sizes must be from 1 to the feature's, {given}, got {asked}",
-            )
-
-
-def check_attention_map(
-    features: Sequence[Tensor], p: float, collapse: str, absolute: bool, sizes: Sequence[int]
-) -> None:
-    """Features, how they are raised, and the sizes that they are pooled to."""
+def check_attention_map(features: Sequence[Tensor], p: float, collapse: str) -> None:
+    """Features, and how they become maps."""
     _check_features(features)
-    _check_power(p, absolute, collapse)
-    _check_sizes(features, sizes)
+    _check_power(p, collapse)
 
 
 def _check_loss_gradient(gradient: Tensor, pairs: Sequence[int], device: torch.device) -> None:
@@ -83,9 +63,9 @@ def _check_loss_gradient(gradient: Tensor, pairs: Sequence[int], device: torch.d
         )
 
 
-def _check_map(x: Tensor, k: Tensor, positions: int, channels: Tensor | None) -> None:
+def _check_map(x: Tensor, k: Tensor, channels: Tensor | None) -> None:
     require(
-        k.shape == (x.shape[0], positions)
+        k.shape == (x.shape[0], math.prod(x.shape[2:]))
         and k.device == x.device
         and k.dtype == accumulate_dtype(x),
         "a coefficient map must be (B, N), float64 for float64 features and float32 otherwise",
@@ -107,20 +87,17 @@ def check_attention_map_backward(
     loss_gradient: Tensor | None,
     pairs: Sequence[int],
     p: float,
-    absolute: bool,
-    sizes: Sequence[int],
     channels: Sequence[Tensor],
 ) -> None:
     """A map and a pair number for each feature, and perhaps a map of channels."""
-    check_attention_map(features, p, "max" if channels else "sum", absolute, sizes)
+    check_attention_map(features, p, "max" if channels else "sum")
     count = len(features)
     require(len(coefficients) == count, "a coefficient map per feature")
     require(len(pairs) == count, "a pair number per feature")
     require(len(channels) in (0, count), "a map of channels per feature, or none")
     winners: Sequence[Tensor | None] = channels or [None] * count
-    map_sizes = split_sizes(features, sizes)
-    for x, k, size, named in zip(features, coefficients, map_sizes, winners, strict=True):
-        _check_map(x, k, math.prod(size), named)
+    for x, k, named in zip(features, coefficients, winners, strict=True):
+        _check_map(x, k, named)
     if features and loss_gradient is not None:
         _check_loss_gradient(loss_gradient, pairs, features[0].device)
 
@@ -131,11 +108,10 @@ def check_tap(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool,
     channels: Tensor | None,
 ) -> None:
     """A gradient, its feature, and the gradient of the feature's map."""
-    check_attention_map([feature], p, collapse, absolute, [])
+    check_attention_map([feature], p, collapse)
     require(
         gradient.shape == feature.shape
         and gradient.dtype == feature.dtype
@@ -146,7 +122,7 @@ def check_tap(
         (collapse == "max") == (channels is not None),
         "a map of channels belongs to collapse 'max', and to no other",
     )
-    _check_map(feature, map_gradient, math.prod(feature.shape[2:]), channels)
+    _check_map(feature, map_gradient, channels)
 
 
 def check_apart(gradient: Tensor) -> None:
@@ -202,7 +178,7 @@ def check_at_loss(
     """The pairs of a loss and its options."""
     _check_pairs(student, teacher, weights, form, eps)
     _check_reduction(reduction)
-    check_attention_map((*student, *teacher), p, collapse, True, [])
+    check_attention_map((*student, *teacher), p, collapse)
     require(collapse != "max", "collapse must be 'mean' or 'sum' here")
     for s, t in zip(student, teacher, strict=True):
         require(

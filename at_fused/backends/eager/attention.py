@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from at_fused.backends.checks import (
@@ -16,7 +15,7 @@ from at_fused.backends.checks import (
     check_map_loss,
     check_tap,
 )
-from at_fused.backends.results import accumulate_dtype, split_sizes, wide_dtype
+from at_fused.backends.results import accumulate_dtype, laid_out_as, wide_dtype
 
 
 def wide(x: Tensor) -> Tensor:
@@ -29,70 +28,36 @@ def collapse_scale(x: Tensor, collapse: str) -> float:
     return 1.0 / x.shape[1] if collapse == "mean" else 1.0
 
 
-def power(x: Tensor, p: float, absolute: bool) -> Tensor:
-    """|x|^p; without ``absolute`` x^p, p a whole number."""
-    if not absolute and p % 2 == 1:
-        return x if p == 1 else x * x.abs().pow(p - 1)
+def power(x: Tensor, p: float) -> Tensor:
+    """|x|^p."""
     return x * x if p == 2 else x.abs() if p == 1 else x.abs().pow(p)
 
 
-def slope(x: Tensor, p: float, absolute: bool) -> Tensor:
-    """The derivative of ``power`` over p: |x|^(p-1) * sign(x), or x^(p-1)."""
-    if not absolute and p % 2 == 1:
-        return x.abs().pow(p - 1)
+def slope(x: Tensor, p: float) -> Tensor:
+    """The derivative of ``power`` over p: |x|^(p-1) * sign(x)."""
     return x if p == 2 else x.sign() if p == 1 else x.abs().pow(p - 1) * x.sign()
-
-
-# ---- pooled features -----------------------------------------------------------------------------
-
-
-def pool(x: Tensor, size: list[int]) -> Tensor:
-    """Adaptive average pooling of (B, C, *spatial) to ``size``."""
-    if list(x.shape[2:]) == size:
-        return x
-    pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-    return pools[len(size)](x, size)  # type: ignore[arg-type]
-
-
-def pool_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient of ``pool`` for x, of which only the shape is read."""
-    if gradient.shape == x.shape:
-        return gradient
-    aten = torch.ops.aten
-    if x.dim() == 3:
-        row = aten._adaptive_avg_pool2d_backward(gradient.unsqueeze(2), x.unsqueeze(2))
-        return row.squeeze(2)
-    if x.dim() == 4:
-        return aten._adaptive_avg_pool2d_backward(gradient, x)
-    return aten._adaptive_avg_pool3d_backward(gradient, x)
 
 
 # ---- maps ----------------------------------------------------------------------------------------
 
 
-def attention_map(
-    features: list[Tensor],
-    p: float,
-    collapse: str,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
-) -> list[Tensor]:
+def attention_map(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
     """Q[b, n] = scale * sum_c |A[b, c, n]|^p for each feature (B, C, *spatial).
 
     With "max" the largest |A|^p, and behind the maps the channel (int32) of each: the first one of
     several, a NaN before all.
     """
-    check_attention_map(features, p, collapse, absolute, sizes)
+    check_attention_map(features, p, collapse)
     maps, channels = [], []
-    for x, size in zip(features, split_sizes(features, sizes), strict=True):
-        pooled = pool(x.to(accumulate_dtype(x)), size).flatten(2)
+    for x in features:
+        exact = x.to(accumulate_dtype(x)).flatten(2)
         if collapse == "max":
             # The largest of |A|: their powers may be alike by rounding.
-            channel = pooled.abs().max(1).indices
-            maps.append(power(pooled.gather(1, channel.unsqueeze(1)).squeeze(1), p, True))
+            channel = exact.abs().max(1).indices
+            maps.append(power(exact.gather(1, channel.unsqueeze(1)).squeeze(1), p))
             channels.append(channel.to(torch.int32))
         else:
-            maps.append(power(pooled, p, absolute).sum(1) * collapse_scale(x, collapse))
+            maps.append(power(exact, p).sum(1) * collapse_scale(x, collapse))
     return maps + channels
 
 
@@ -102,40 +67,32 @@ def attention_map_backward(
     loss_gradient: Tensor | None,
     pairs: list[int],
     p: float,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout.
 
     With ``channels`` only the named channel of each position has a gradient.
     """
-    check_attention_map_backward(
-        features, coefficients, loss_gradient, pairs, p, absolute, sizes, channels
-    )
+    check_attention_map_backward(features, coefficients, loss_gradient, pairs, p, channels)
     gradients = []
-    for i, size in enumerate(split_sizes(features, sizes)):
-        x, k = features[i], coefficients[i]
+    for i, (x, k) in enumerate(zip(features, coefficients, strict=True)):
         if loss_gradient is not None:
             k = k * (loss_gradient if loss_gradient.dim() == 0 else loss_gradient[pairs[i]])
-        exact = x.to(k.dtype)
         channel = channels[i] if channels else None
-        gradient = _sweep(pool(exact, size), k, p, absolute, channel)
-        gradient = pool_backward(gradient, exact).to(x.dtype)
-        out = torch.empty_like(x)
-        gradients.append(gradient if gradient.stride() == out.stride() else out.copy_(gradient))
+        gradient = _sweep(x.to(k.dtype), k, p, channel).to(x.dtype)
+        gradients.append(laid_out_as(x, gradient))
     return gradients
 
 
-def _sweep(x: Tensor, k: Tensor, p: float, absolute: bool, channels: Tensor | None) -> Tensor:
+def _sweep(x: Tensor, k: Tensor, p: float, channels: Tensor | None) -> Tensor:
     """k[b, n] * |x|^(p-1) * sign(x), of the named channels alone if there are any."""
     k = k.reshape(x.shape[0], 1, *x.shape[2:])
     if channels is None:
-        return k * slope(x, p, absolute)
+        return k * slope(x, p)
     channel = channels.reshape(k.shape).long()
     known = (channel >= 0) & (channel < x.shape[1])
     channel = torch.where(known, channel, 0)
-    only = torch.where(known, k * slope(x.gather(1, channel), p, absolute), 0.0)
+    only = torch.where(known, k * slope(x.gather(1, channel), p), 0.0)
     return torch.zeros_like(x).scatter(1, channel, only)
 
 
@@ -148,12 +105,11 @@ def _tapped(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool,
     channels: Tensor | None,
 ) -> Tensor:
-    check_tap(gradient, feature, map_gradient, p, collapse, absolute, channels)
+    check_tap(gradient, feature, map_gradient, p, collapse, channels)
     k = map_gradient * (p * collapse_scale(feature, collapse))
-    return gradient.to(k.dtype) + _sweep(feature.to(k.dtype), k, p, absolute, channels)
+    return gradient.to(k.dtype) + _sweep(feature.to(k.dtype), k, p, channels)
 
 
 def attention_tap_backward(
@@ -162,11 +118,10 @@ def attention_tap_backward(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> Tensor:
     """G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A), in the feature's dtype and layout."""
-    added = _tapped(gradient, feature, map_gradient, p, collapse, absolute, channels)
+    added = _tapped(gradient, feature, map_gradient, p, collapse, channels)
     return torch.empty_like(feature).copy_(added)
 
 
@@ -176,11 +131,10 @@ def attention_tap_backward_(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> None:
     """``attention_tap_backward``, written into ``gradient``."""
-    added = _tapped(gradient, feature, map_gradient, p, collapse, absolute, channels)
+    added = _tapped(gradient, feature, map_gradient, p, collapse, channels)
     check_apart(gradient)
     gradient.copy_(added)
 
