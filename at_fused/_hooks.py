@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from at_fused import _ops
+from at_fused import _maps
 from at_fused._checks import kind
 from at_fused._inputs import is_feature, refuse_feature
 from at_fused._match import Layout, first_tensor
@@ -17,7 +17,7 @@ from at_fused._ops import Place
 
 
 class MapOptions(NamedTuple):
-    """How maps are made, as the operator takes it."""
+    """How maps are made."""
 
     p: float
     collapse: str
@@ -98,7 +98,7 @@ class _Hook:
             place, size = self._place(x, channel_attention)
         if not is_feature(x):
             refuse_feature(f"the output of layer {self.name!r}", x)
-        y, q = _ops.attention_tap(x, p, collapse, absolute, place)
+        y, q = _maps.attention_tap(x, p, collapse, absolute, place)
         # While a checkpoint runs the layer once more, in the backward, its map has long been used.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self.maps.found[self.number, _replica(x)] = q.view(x.shape[0], *size)

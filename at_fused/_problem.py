@@ -3,7 +3,8 @@
 The plain options are one operator (``at_loss``). The others are two, ``attention_map`` and
 ``map_loss``, with torch's own operators between them for what concerns the maps alone, a C-th of
 the features: their interpolation, masks and sample weights. Where taps made the maps, the second is
-all that is left.
+all that is left. ``resize="features"`` pools with torch's operator first, and leaves pairs of one
+size to whatever the other options take.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from at_fused import _inputs, _ops
 from at_fused._checks import pair_weights
 from at_fused._inputs import MapSizes, Sides
+from at_fused._maps import attention_maps, keeps_sign
+from at_fused.backends.results import accumulate_dtype
 
 _SAMPLES = "reduction='sample' takes pairs of one batch size"
 
@@ -57,7 +60,7 @@ class Problem(NamedTuple):
             options.collapse != "max"
             and options.reduction != "sample"
             and options.eps_mode == "max"
-            and (options.absolute or options.p % 2 == 0)
+            and not keeps_sign(options.p, options.absolute)
             and not self.tokens
             and self.masks is None
             and self.sample_weights is None
@@ -185,32 +188,44 @@ def _tracked(features: list[Tensor]) -> bool:
 
 
 def _loss(problem: Problem) -> Tensor:
-    students, teachers, tokens, weights, options, resize, *_ = problem
+    same = _inputs.check_sizes(problem.students, problem.teachers, problem.resize)
+    if problem.resize == "features" and not same:
+        problem, same = _pooled(problem), True
+    students, teachers, tokens, weights, options, *_ = problem
     p, collapse, absolute, form, reduction, _, eps = options
-    same = _inputs.check_sizes(students, teachers, resize)
     if same and problem.plain():
         grads = _tracked(students), _tracked(teachers)
         return _ops.at_loss(students, teachers, weights, p, collapse, form, reduction, eps, *grads)[
             0
         ]
-    n = len(students)
-    targets = [x.shape[2:] for x in students]
-    features, sizes = students + teachers, []
-    if resize == "features" and not same:
-        targets = [
-            torch.Size(map(min, s.shape[2:], t.shape[2:]))
-            for s, t in zip(students, teachers, strict=True)
-        ]
-        sizes = [size for target in targets * 2 for size in target]
-    elif tokens:
+    features = students + teachers
+    if tokens:
         # The gradient of all tokens is then written at once, zeros and all; that of a slice would
         # be copied into zeros.
         features = [x for x, _ in tokens]
-    maps = _ops.attention_map(features, p, collapse, absolute, sizes)[: 2 * n]
-    if tokens and not sizes:
+    maps = attention_maps(features, p, collapse, absolute)
+    if tokens:
         maps = [q[:, skip:] for q, (_, skip) in zip(maps, tokens, strict=True)]
-    given = targets if sizes else [x.shape[2:] for x in teachers]
+    given, targets = ([x.shape[2:] for x in side] for side in (teachers, students))
     return _loss_of_maps(problem, maps, given, targets)
+
+
+def _pooled(problem: Problem) -> Problem:
+    """The same with both features of a pair averaged to the smaller size in each dimension."""
+    students, teachers = [], []
+    for s, t in zip(problem.students, problem.teachers, strict=True):
+        size = [min(n, m) for n, m in zip(s.shape[2:], t.shape[2:], strict=True)]
+        students.append(_pool(s, size))
+        teachers.append(_pool(t, size))
+    return problem._replace(students=students, teachers=teachers, tokens=[])
+
+
+def _pool(x: Tensor, size: list[int]) -> Tensor:
+    """Adaptive average pooling, of 16 bits in fp32: torch would round the means to 16 bits."""
+    if list(x.shape[2:]) == size:
+        return x
+    pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+    return pools[len(size)](x.to(accumulate_dtype(x)), size)  # type: ignore[arg-type]
 
 
 def solve_maps(problem: Problem) -> Tensor:

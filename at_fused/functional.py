@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from at_fused import _inputs, _ops
+from at_fused import _inputs, _maps, _ops
 from at_fused._inputs import MapSize, MapSizes, Sides
 from at_fused._problem import prepare, prepare_maps, solve, solve_maps
 from at_fused.backends import eager
-from at_fused.backends.results import accumulate_dtype
+from at_fused.backends.results import accumulate_dtype, laid_out_as
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -90,7 +90,9 @@ def at_loss(
         resize: what to do with maps of different sizes. None raises; "maps" interpolates the
             teacher's raw map (bilinearly, ``align_corners=False``) to the student's size (the
             paper); "features" pools the larger features to the smaller size in each dimension
-            before the power (``adaptive_avg_pool``, as RepDistiller and mdistiller).
+            before the power (torch's ``adaptive_avg_pool``, as RepDistiller and mdistiller; in
+            float32 at least). This makes tensors of the pooled size, for 16-bit features also
+            one of the larger feature's in float32.
         attend: "spatial"; "channel" swaps the roles of channels and positions (one weight per
             channel, ``Q[b, c] = (1/N) sum_n |A[b, c, n]|^p``: equal C, any H x W); "both" is the
             sum of the two.
@@ -101,7 +103,9 @@ def at_loss(
         mask: (B, H, W), bool or float, or a list of one per pair: a factor for the raw maps of
             both sides, such as 0 at padding. Another size is averaged to the map's.
         sample_weights: (B,), a factor for each sample's loss; the mean still divides by B.
-        absolute: False for ``A^p`` in place of ``|A|^p``, which differs for odd p.
+        absolute: False for ``A^p`` in place of ``|A|^p``, which differs for odd p (whole numbers
+            only, and not with "max"). An odd p is computed by plain PyTorch then, with its time and
+            its temporaries of the features' size.
         eps: lower bound of the norm, > 0.
         eps_mode: "max" as above, or "add" for ``Q / (||Q||_2 + eps)``.
 
@@ -220,7 +224,8 @@ def at_value_and_grad(
             )
             above = torch.as_tensor(factor, dtype=loss.dtype, device=loss.device)
             above = above if loss_gradient is None else loss_gradient.to(loss.dtype)
-            gradients = list(torch.autograd.grad(loss, leaves, above.expand(loss.shape)))
+            found = torch.autograd.grad(loss, leaves, above.expand(loss.shape))
+        gradients = [laid_out_as(x, g) for x, g in zip(given, found, strict=True)]
         loss = loss.detach()
     if isinstance(student, Tensor):
         return loss, gradients[0]
@@ -279,7 +284,7 @@ def attention_map(
     feature, _ = _inputs.one(x, channel_dim, skip_tokens, map_size)
     if attend == "channel":
         feature = _inputs.channels_as_positions(feature)
-    raw = _ops.attention_map([feature], float(p), collapse, absolute)[0]
+    (raw,) = _maps.attention_maps([feature], float(p), collapse, absolute)
     if normalize:
         raw = eager.normalize(raw, float(eps), eps_mode)[0].to(raw.dtype)
     return raw.view(x.shape[0], *feature.shape[2:])
@@ -336,7 +341,7 @@ def attention_tap(
         side.skip_tokens if x.dim() == 3 else 0,
         attend == "channel",
     )
-    y, raw = _ops.attention_tap(x, float(p), collapse, absolute, place)
+    y, raw = _maps.attention_tap(x, float(p), collapse, absolute, place)
     if normalize:
         raw = eager.normalize(raw, float(eps), eps_mode)[0].to(raw.dtype)
     return y, raw if attend == "channel" else raw.view(x.shape[0], *feature.shape[2:])

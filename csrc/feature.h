@@ -39,15 +39,6 @@ struct Feature {
   int64_t line;
 };
 
-// Adaptive average pooling of a feature's positions, (D, H, W) with ones in front: output o is the
-// mean of the inputs from floor(o in / out) to ceil((o + 1) in / out). The same size is no pooling.
-struct Pool {
-  int32_t in[3], out[3];
-
-  int64_t positions() const { return int64_t(out[0]) * out[1] * out[2]; }
-  bool pools() const { return in[0] != out[0] || in[1] != out[1] || in[2] != out[2]; }
-};
-
 AT_FUSED_HOST_DEVICE inline int64_t element_size(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }

@@ -190,11 +190,8 @@ inline Tensor new_rows(int64_t B, int64_t N, int32_t dtype, Device device) {
   return new_tensor(2, sizes, strides, dtype, device);
 }
 
-inline Tensor new_map(const Feature& feature, int64_t positions, Device device) {
-  return new_rows(feature.B, positions, accumulate_dtype(accumulates_fp64(feature)), device);
-}
 inline Tensor new_map(const Feature& feature, Device device) {
-  return new_map(feature, feature.N, device);
+  return new_rows(feature.B, feature.N, accumulate_dtype(accumulates_fp64(feature)), device);
 }
 
 // The map of each sample in such a tensor.

@@ -16,21 +16,21 @@ class Tap {
   Feature feature, gradient, out;
   Maps k, channels;  // the map's gradient, and with "max" the channels that have it
   double p, scale;
-  MapPower power;
+  bool maximum;
   Device device;
 
   // In place where `gradient` and `feature` have one layout; else through copies.
   Tap(Tensor gradient, Tensor feature, Tensor map_gradient, double p, const std::string& collapse,
-      bool absolute, std::optional<Tensor> channels, bool in_place)
+      std::optional<Tensor> channels, bool in_place)
       : p(p),
-        power(p, absolute, collapse_of(collapse) == Collapse::max),
+        maximum(collapse_of(collapse) == Collapse::max),
         device(device_of(feature)),
         feature_(std::move(feature)),
         map_gradient_(std::move(map_gradient)),
         channels_(std::move(channels)) {
     check_exponent(p);
     check(gradient);
-    STD_TORCH_CHECK(power.max == channels_.has_value(),
+    STD_TORCH_CHECK(maximum == channels_.has_value(),
                     "at_fused: a map of channels belongs to collapse 'max', and to no other");
     if (in_place) {
       write_into(gradient);
@@ -38,8 +38,8 @@ class Tap {
       write_new(gradient);
     }
     scale = p * collapse_scale(collapse_of(collapse), this->feature);
-    k = coefficient_map(map_gradient_, this->feature, this->feature.N, device);
-    if (channels_) this->channels = channel_map(*channels_, this->feature, this->feature.N, device);
+    k = coefficient_map(map_gradient_, this->feature, device);
+    if (channels_) this->channels = channel_map(*channels_, this->feature, device);
   }
 
   // The gradient with the strides that the caller was promised.
@@ -129,17 +129,15 @@ class Tap {
 void sweep_tap(const Tap& tap);
 
 inline Tensor attention_tap_backward(Tensor gradient, Tensor feature, Tensor map_gradient, double p,
-                                     std::string collapse, bool absolute,
-                                     std::optional<Tensor> channels) {
-  Tap tap(gradient, feature, map_gradient, p, collapse, absolute, channels, false);
+                                     std::string collapse, std::optional<Tensor> channels) {
+  Tap tap(gradient, feature, map_gradient, p, collapse, channels, false);
   sweep_tap(tap);
   return tap.finish();
 }
 
 inline void attention_tap_backward_(Tensor gradient, Tensor feature, Tensor map_gradient, double p,
-                                    std::string collapse, bool absolute,
-                                    std::optional<Tensor> channels) {
-  Tap tap(gradient, feature, map_gradient, p, collapse, absolute, channels, true);
+                                    std::string collapse, std::optional<Tensor> channels) {
+  Tap tap(gradient, feature, map_gradient, p, collapse, channels, true);
   sweep_tap(tap);
   tap.finish();
 }

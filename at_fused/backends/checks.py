@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from at_fused._checks import DTYPES
-from at_fused.backends.results import STATISTICS, accumulate_dtype, split_sizes, wide_dtype
+from at_fused._options import LossOptions
+from at_fused.backends.results import STATISTICS, accumulate_dtype, wide_dtype
 
 _LOSSES = (torch.float32, torch.float64)
 
@@ -36,56 +37,61 @@ def _check_features(features: Sequence[Tensor]) -> None:
     _check_tensors(features, "features")
 
 
-def _check_power(p: float, absolute: bool, collapse: str) -> None:
+def _check_power(p: float, collapse: str) -> None:
     require(1 <= p < math.inf, f"p must be a finite number >= 1, got {p}")
-    require(absolute or p == math.floor(p), f"without absolute, p must be a whole number, got {p}")
     require(
         collapse in ("mean", "sum", "max"),
         f"collapse must be 'mean', 'sum' or 'max', got '{collapse}'",
     )
-    require(collapse != "max" or absolute or p % 2 == 0, "collapse 'max' takes absolute values")
-
-
-def _check_sizes(features: Sequence[Tensor], sizes: Sequence[int]) -> None:
-    if not sizes:
-        return
-    wanted = sum(x.dim() - 2 for x in features)
-    require(len(sizes) >= wanted, "sizes are too few for the features")
-    require(len(sizes) <= wanted, "sizes are too many for the features")
-    for x, size in zip(features, split_sizes(features, sizes), strict=True):
-        require(x.dim() <= 5, "sizes are for one to three spatial dimensions")
-        for given, asked in zip(x.shape[2:], size, strict=True):
-            require(
-                1 <= asked <= given,
-                f"sizes must be from 1 to the feature's, {given}, got {asked}",
-            )
 
 
 def check_attention_map(
-    features: Sequence[Tensor], p: float, collapse: str, absolute: bool, sizes: Sequence[int]
+    features: Sequence[Tensor], p: float, collapse: str, skip_tokens: Sequence[int]
 ) -> None:
-    """Features, how they are raised, and the sizes that they are pooled to."""
+    """Features, how they become maps, and how many tokens in front have no part in that."""
     _check_features(features)
-    _check_power(p, absolute, collapse)
-    _check_sizes(features, sizes)
-
-
-def _check_loss_gradient(gradient: Tensor, pairs: Sequence[int], device: torch.device) -> None:
+    _check_power(p, collapse)
     require(
-        gradient.dim() <= 1 and gradient.device == device,
-        "the loss gradient must be a scalar or a vector on the inputs' device",
+        len(skip_tokens) in (0, len(features)),
+        f"skip_tokens must have one number per feature, got {len(skip_tokens)} for {len(features)}",
+    )
+    for x, skip in zip(features, skip_tokens, strict=False):
+        require(
+            skip == 0 or (x.dim() == 3 and 0 < skip < x.shape[2]),
+            f"skip_tokens must be >= 0 and leave a token of a feature (B, C, N), got {skip}",
+        )
+
+
+def without_first(features: Sequence[Tensor], skip_tokens: Sequence[int]) -> list[Tensor]:
+    """Return the features without their skipped tokens, as views."""
+    if not skip_tokens:
+        return list(features)
+    return [x[:, :, n:] if n else x for x, n in zip(features, skip_tokens, strict=True)]
+
+
+def _check_loss_gradient(
+    gradient: Tensor, pairs: Sequence[int], features: Sequence[Tensor]
+) -> None:
+    require(
+        gradient.dim() <= 2 and gradient.device == features[0].device,
+        "the loss gradient must be a scalar, (pairs,) or (pairs, B), on the inputs' device",
     )
     require(gradient.dtype in _LOSSES, "the loss gradient must be float32 or float64")
     for pair in pairs:
         require(
-            gradient.dim() == 0 or 0 <= pair < gradient.numel(),
+            gradient.dim() == 0 or 0 <= pair < gradient.shape[0],
             f"pair number {pair} is out of range",
+        )
+    for x in features:
+        require(
+            gradient.dim() < 2 or gradient.shape[1] == x.shape[0],
+            "a loss gradient (pairs, B) must have the batch size of the features",
         )
 
 
-def _check_map(x: Tensor, k: Tensor, positions: int, channels: Tensor | None) -> None:
+def _check_map(x: Tensor, k: Tensor, channels: Tensor | None) -> None:
     require(
-        k.shape == (x.shape[0], positions)
+        k.shape == (x.shape[0], math.prod(x.shape[2:]))
         and k.device == x.device
         and k.dtype == accumulate_dtype(x),
         "a coefficient map must be (B, N), float64 for float64 features and float32 otherwise",
@@ -107,22 +113,21 @@ def check_attention_map_backward(
     loss_gradient: Tensor | None,
     pairs: Sequence[int],
     p: float,
-    absolute: bool,
-    sizes: Sequence[int],
+    skip_tokens: Sequence[int],
     channels: Sequence[Tensor],
 ) -> None:
     """A map and a pair number for each feature, and perhaps a map of channels."""
-    check_attention_map(features, p, "max" if channels else "sum", absolute, sizes)
+    check_attention_map(features, p, "max" if channels else "sum", skip_tokens)
     count = len(features)
     require(len(coefficients) == count, "a coefficient map per feature")
     require(len(pairs) == count, "a pair number per feature")
     require(len(channels) in (0, count), "a map of channels per feature, or none")
     winners: Sequence[Tensor | None] = channels or [None] * count
-    map_sizes = split_sizes(features, sizes)
-    for x, k, size, named in zip(features, coefficients, map_sizes, winners, strict=True):
-        _check_map(x, k, math.prod(size), named)
+    mapped = without_first(features, skip_tokens)
+    for x, k, named in zip(mapped, coefficients, winners, strict=True):
+        _check_map(x, k, named)
     if features and loss_gradient is not None:
-        _check_loss_gradient(loss_gradient, pairs, features[0].device)
+        _check_loss_gradient(loss_gradient, pairs, features)
 
 
 def check_tap(
@@ -131,11 +136,10 @@ def check_tap(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool,
     channels: Tensor | None,
 ) -> None:
     """A gradient, its feature, and the gradient of the feature's map."""
-    check_attention_map([feature], p, collapse, absolute, [])
+    check_attention_map([feature], p, collapse, [])
     require(
         gradient.shape == feature.shape
         and gradient.dtype == feature.dtype
@@ -146,7 +150,7 @@ def check_tap(
         (collapse == "max") == (channels is not None),
         "a map of channels belongs to collapse 'max', and to no other",
     )
-    _check_map(feature, map_gradient, math.prod(feature.shape[2:]), channels)
+    _check_map(feature, map_gradient, channels)
 
 
 def check_apart(gradient: Tensor) -> None:
@@ -177,6 +181,8 @@ def _check_pairs(
     teacher: Sequence[Tensor],
     weights: Sequence[float],
     form: str,
+    reduction: str,
+    eps_mode: str,
     eps: float,
 ) -> None:
     n = len(student)
@@ -185,32 +191,54 @@ def _check_pairs(
     )
     _check_weights(weights, n)
     require(form in ("code", "paper"), f"form must be 'code' or 'paper', got '{form}'")
+    require(
+        reduction in ("sum", "none", "sample"),
+        f"reduction must be 'sum', 'none' or 'sample', got '{reduction}'",
+    )
+    require(eps_mode in ("max", "add"), f"eps_mode must be 'max' or 'add', got '{eps_mode}'")
     require(0 < eps < math.inf, f"eps must be a finite number > 0, got {eps}")
+    for x in student:
+        require(
+            reduction != "sample" or x.shape[:1] == student[0].shape[:1],
+            "a loss for each sample needs pairs of one batch size",
+        )
 
 
 def check_at_loss(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
+    masks: Sequence[Tensor],
     weights: Sequence[float],
-    p: float,
-    collapse: str,
-    form: str,
-    reduction: str,
-    eps: float,
+    skip_tokens: Sequence[int],
+    options: LossOptions,
     loss_gradient: Tensor | None = None,
 ) -> None:
-    """The pairs of a loss and its options."""
-    _check_pairs(student, teacher, weights, form, eps)
-    _check_reduction(reduction)
-    check_attention_map((*student, *teacher), p, collapse, True, [])
+    """The pairs of a loss, their masks, and its options."""
+    p, collapse, *rest = options
+    _check_pairs(student, teacher, weights, *rest)
+    features = [*student, *teacher]
+    check_attention_map(features, p, collapse, skip_tokens)
     require(collapse != "max", "collapse must be 'mean' or 'sum' here")
-    for s, t in zip(student, teacher, strict=True):
+    require(len(masks) in (0, len(student)), f"a mask per pair, got {len(masks)}")
+    mapped = without_first(features, skip_tokens)
+    for i, (s, t) in enumerate(zip(mapped[: len(student)], mapped[len(student) :], strict=True)):
+        map_shape = s.shape[0], math.prod(s.shape[2:])
         require(
-            s.shape[0] == t.shape[0] and math.prod(s.shape[2:]) == math.prod(t.shape[2:]),
+            map_shape == (t.shape[0], math.prod(t.shape[2:])),
             "student and teacher of a pair must have the same B and positions",
         )
+        require(
+            not masks
+            or (
+                masks[i].shape == map_shape
+                and masks[i].device == s.device
+                and masks[i].dtype == accumulate_dtype(s, t)
+            ),
+            "a mask must be (B, N) on the features' device, float64 where a feature of the pair is "
+            "and float32 otherwise",
+        )
     if loss_gradient is not None:
-        _check_loss_gradient(loss_gradient, range(len(student)), student[0].device)
+        _check_loss_gradient(loss_gradient, range(len(student)), student)
 
 
 def check_map_loss(
@@ -223,12 +251,7 @@ def check_map_loss(
     eps: float,
 ) -> None:
     """The pairs of a loss of maps and its options."""
-    _check_pairs(student, teacher, weights, form, eps)
-    require(
-        reduction in ("sum", "none", "sample"),
-        f"reduction must be 'sum', 'none' or 'sample', got '{reduction}'",
-    )
-    require(eps_mode in ("max", "add"), f"eps_mode must be 'max' or 'add', got '{eps_mode}'")
+    _check_pairs(student, teacher, weights, form, reduction, eps_mode, eps)
     for s, t in zip(student, teacher, strict=True):
         for q in (s, t):
             require(
@@ -240,10 +263,6 @@ def check_map_loss(
                 "maps must be (B, N), not empty, float32 or float64, on one device, and both of a "
                 "pair of one size",
             )
-        require(
-            reduction != "sample" or s.shape[0] == student[0].shape[0],
-            "a loss for each sample needs pairs of one batch size",
-        )
 
 
 # ---- Hinton's loss -------------------------------------------------------------------------------
@@ -302,7 +321,7 @@ def check_kd_loss_backward(
             right and x.dtype == wide_dtype(student) and x.device == student.device,
             f"{name} must be what kd_loss returned",
         )
-    _check_loss_gradient(gradient, (), student.device)
+    _check_loss_gradient(gradient, (), [student])
     require(gradient.numel() == 1, "the gradient must be a scalar")
 
 
@@ -356,7 +375,7 @@ def check_distance_loss_backward(
     count = squares.shape[0]
     _check_weights(weights, count)
     _check_reduction(reduction)
-    _check_loss_gradient(gradient, (), first.device)
+    _check_loss_gradient(gradient, (), [first])
     require(
         gradient.shape == (() if reduction == "sum" else (count,)),
         "the gradient must have the shape of the loss",

@@ -1,8 +1,6 @@
-"""What the operators return, whichever back end runs them: dtypes and sizes."""
+"""What the operators return, whichever back end runs them: dtypes and strides."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,15 +16,12 @@ def accumulate_dtype(*features: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
 
 
+def laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of x with the strides of ``torch.empty_like(x)``."""
+    out = torch.empty_like(x)
+    return gradient if gradient.stride() == out.stride() else out.copy_(gradient)
+
+
 def wide_dtype(x: Tensor) -> torch.dtype:
     """fp64, for what needs it whatever the dtype; fp32 on Apple's GPUs, which have none."""
     return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def split_sizes(features: Sequence[Tensor], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """The size of each feature's map: its part of ``sizes``, or its own where that is empty."""
-    begin = 0
-    for x in features:
-        rank = x.dim() - 2
-        yield list(sizes[begin : begin + rank]) if sizes else list(x.shape[2:])
-        begin += rank

@@ -176,13 +176,13 @@ void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P
 }
 
 void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                   bool absolute, double scale, void* map) {
+                   double scale, void* map) {
   with_dtype(feature.dtype, [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
     const T* x = static_cast<const T*>(feature.data) + b * feature.batch;
     A* out = static_cast<A*>(map) + begin;
-    with_exponent<A>(p, absolute, [&](auto exponent) {
+    with_exponent<A>(p, [&](auto exponent) {
       if (feature.layout == Layout::planar) {
         attention_map_planar<T, A>(x + begin, feature.C, feature.line, end - begin, exponent,
                                    A(scale), out);

@@ -135,8 +135,9 @@ AT_FUSED_INLINE void store_best(int count, A* value, int32_t* channel, F best_of
   std::memcpy(channel, &channels, count * sizeof(int32_t));
 }
 
+// The largest |x| of n positions, and its channel.
 template <class T, class A>
-void max_map(const Feature& feature, const T* x, int64_t n, A* value, int32_t* channel) {
+void largest(const Feature& feature, const T* x, int64_t n, A* value, int32_t* channel) {
   const int64_t C = feature.C, line = feature.line;
   if (feature.layout == Layout::planar) {
     constexpr int64_t tile = 8192 / sizeof(A);  // values and channels in a first-level cache
@@ -184,16 +185,41 @@ AT_FUSED_INLINE int64_t line_length(const Feature& feature) {
   return feature.layout == Layout::planar ? feature.N : feature.C;
 }
 
+void max_map(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p, void* map,
+             int32_t* channels) {
+  with_dtype(feature.dtype, [&](auto element, auto accumulator) {
+    using T = decltype(element);
+    using A = decltype(accumulator);
+    const int64_t step = feature.layout == Layout::planar ? 1 : feature.line;
+    const T* x = static_cast<const T*>(feature.data) + b * feature.batch + begin * step;
+    A* out = static_cast<A*>(map) + begin;
+    largest(feature, x, end - begin, out, channels + begin);
+    with_few_exponents<A>(p, [&](auto exponent) {
+      for_each_vector<A>(end - begin, [&](int64_t i, int count) AT_FUSED_LAMBDA {
+        store_up_to(out + i, exponent.power(load_up_to<A>(out + i, count)), count);
+      });
+    });
+  });
+}
+
 // The gradient is 0 but for the channels that won.
-template <class T, class A, class P>
-void max_backward(const Feature& feature, const Feature& out, const T* x, T* to, int64_t begin,
-                  int64_t end, P p, A gradient, const A* k, const int32_t* channels) {
-  for (int64_t i = begin; i < end; ++i) {
-    std::memset(to + i * out.line, 0, line_length(feature) * sizeof(T));
-  }
-  for_each_winner(feature, begin, end, channels, [&](int64_t n, int64_t c) AT_FUSED_LAMBDA {
-    const Vec<A> value = gradient * k[n] * p.slope(load_partial(x + offset(feature, n, c), 1));
-    store_partial(to + offset(out, n, c), value, 1);
+void max_map_backward(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
+                      double gradient, const void* k, const int32_t* channels, const Feature& out) {
+  with_dtype(feature.dtype, [&](auto element, auto accumulator) {
+    using T = decltype(element);
+    using A = decltype(accumulator);
+    const T* x = static_cast<const T*>(feature.data) + b * feature.batch;
+    T* to = static_cast<T*>(const_cast<void*>(out.data)) + b * out.batch;
+    const A* map = static_cast<const A*>(k);
+    for (int64_t i = begin; i < end; ++i) {
+      std::memset(to + i * out.line, 0, line_length(feature) * sizeof(T));
+    }
+    with_few_exponents<A>(p, [&](auto exponent) {
+      for_each_winner(feature, begin, end, channels, [&](int64_t n, int64_t c) AT_FUSED_LAMBDA {
+        const Vec<A> slope = exponent.slope(load_partial(x + offset(feature, n, c), 1));
+        store_partial(to + offset(out, n, c), A(gradient) * map[n] * slope, 1);
+      });
+    });
   });
 }
 

@@ -86,20 +86,6 @@ struct Four {
   AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const { return (x * x) * x; }
 };
 
-// x^p with its sign, for an odd p: few are small enough to be asked for, none needs logarithms.
-template <class A>
-struct Odd {
-  int64_t p;
-  explicit Odd(double exponent) : p(int64_t(exponent < 1e6 ? exponent : 1e6 + 1)) {}
-  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return x * slope(x); }
-  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const {
-    Vec<A> y = splat(A(1));
-    const Vec<A> square = x * x;
-    for (int64_t i = 1; i < p; i += 2) y *= square;
-    return y;
-  }
-};
-
 // The part of p in 12 bits; the exponents that it multiplies have 8.
 inline float short_part(double p, float) {
   return bit_cast<float>(bit_cast<uint32_t>(float(p)) & 0xfffff000u);
@@ -121,10 +107,8 @@ struct AnyExponent {
 };
 
 template <class A, class F>
-AT_FUSED_INLINE void with_exponent(double p, bool absolute, F f) {
-  if (!absolute) {
-    f(Odd<A>(p));
-  } else if (p == 2) {
+AT_FUSED_INLINE void with_exponent(double p, F f) {
+  if (p == 2) {
     f(Two<A>(p));
   } else if (p == 1) {
     f(One<A>(p));
@@ -132,6 +116,33 @@ AT_FUSED_INLINE void with_exponent(double p, bool absolute, F f) {
     f(Four<A>(p));
   } else {
     f(AnyExponent<A>(p));
+  }
+}
+
+// Any exponent in one, by branches that all lanes go alike: a smaller library than an instance
+// each.
+template <class A>
+struct Branching {
+  double p;
+  One<A> one;
+  Four<A> four;
+  AnyExponent<A> any;
+
+  explicit Branching(double p) : p(p), one(p), four(p), any(p) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const {
+    return p == 1 ? one.power(x) : p == 4 ? four.power(x) : any.power(x);
+  }
+  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const {
+    return p == 1 ? one.slope(x) : p == 4 ? four.slope(x) : any.slope(x);
+  }
+};
+
+template <class A, class F>
+AT_FUSED_INLINE void with_few_exponents(double p, F f) {
+  if (p == 2) {
+    f(Two<A>(p));
+  } else {
+    f(Branching<A>(p));
   }
 }
 

@@ -140,12 +140,11 @@ void backward_lines(const Feature& feature, const Feature& out, int64_t b, int64
 }
 
 void attention_map_backward(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                            bool absolute, double gradient, const void* k, const Feature& out,
-                            bool stream) {
+                            double gradient, const void* k, const Feature& out, bool stream) {
   with_dtype(feature.dtype, [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
-    with_exponent<A>(p, absolute, [&](auto exponent) {
+    with_exponent<A>(p, [&](auto exponent) {
       backward_lines<T, A>(feature, out, b, begin, end, exponent, A(gradient),
                            static_cast<const A*>(k), stream, Nothing{});
     });

@@ -6,10 +6,10 @@
 #pragma once
 
 #include "kernels_distance.h"
-#include "kernels_general.h"
 #include "kernels_kd.h"
 #include "kernels_loss.h"
 #include "kernels_map.h"
+#include "kernels_tap.h"
 
 namespace at_fused {
 namespace {
@@ -19,8 +19,8 @@ constexpr Kernels table(const char* name) {
           attention_map,
           sample_loss,
           attention_map_backward,
-          general_map,
-          general_backward,
+          max_map,
+          max_map_backward,
           attention_tap_backward,
           kd_row_statistics,
           kd_row_gradients,

@@ -51,11 +51,11 @@ std::vector<Task> cut_pairs(std::vector<Pair>& pairs, int64_t total) {
 void map_samples(const Pair& pair, const Task& task, int64_t b0, int64_t b1, double p) {
   // All of the student's samples, then all of the teacher's: two long runs through memory.
   for (int64_t b = b0; b < b1; ++b) {
-    kernels().attention_map(pair.student, b, task.begin, task.end, p, true, pair.student_scale,
+    kernels().attention_map(pair.student, b, task.begin, task.end, p, pair.student_scale,
                             pair.student_maps.of(b));
   }
   for (int64_t b = b0; b < b1; ++b) {
-    kernels().attention_map(pair.teacher, b, task.begin, task.end, p, true, pair.teacher_scale,
+    kernels().attention_map(pair.teacher, b, task.begin, task.end, p, pair.teacher_scale,
                             pair.teacher_maps.of(b));
   }
 }
@@ -189,10 +189,9 @@ std::tuple<Tensor, Tensors> at_value_and_grad(
   }
   const bool stream = student_total > last_level_cache_bytes();
   const auto sweep = [&](const Task& task, int64_t b, int64_t begin, int64_t end) {
-    kernels().attention_map_backward(gradients.features[task.index], b, begin, end, p, true,
-                                     scale * value_of(gradient, task.index, b),
-                                     pairs[task.index].student_maps.of(b),
-                                     gradients.out[task.index], stream);
+    kernels().attention_map_backward(
+        gradients.features[task.index], b, begin, end, p, scale * value_of(gradient, task.index, b),
+        pairs[task.index].student_maps.of(b), gradients.out[task.index], stream);
   };
   run(cut_pairs(pairs, total), total, [&](const Task& task) {
     Pair& pair = pairs[task.index];

@@ -17,12 +17,12 @@ void sweep_tap(const Tap& tap) {
   std::vector<Task> tasks;
   cut(tasks, 0, feature.B, lines(feature), bytes, task_bytes(total), 1);
   // In place a line is in the cache when it is written.
-  const bool stream = !in_place && !tap.power.max && total > last_level_cache_bytes();
+  const bool stream = !in_place && !tap.maximum && total > last_level_cache_bytes();
   run(tasks, total, [&](const Task& task) {
     for (int64_t b = task.b0; b < task.b1; ++b) {
       kernels().attention_tap_backward(
-          feature, tap.gradient, b, task.begin, task.end, tap.p, tap.power.absolute, tap.scale,
-          tap.k.of(b), static_cast<const int32_t*>(tap.channels.of(b)), tap.out, stream);
+          feature, tap.gradient, b, task.begin, task.end, tap.p, tap.scale, tap.k.of(b),
+          static_cast<const int32_t*>(tap.channels.of(b)), tap.out, stream);
     }
   });
 }

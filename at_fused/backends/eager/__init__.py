@@ -17,6 +17,7 @@ from at_fused.backends.eager.attention import (
     normalize,
     pair_loss,
     sample_weight,
+    without_first,
 )
 from at_fused.backends.eager.distance import (
     distance_loss,
@@ -45,6 +46,7 @@ __all__ = [
     "reason",
     "sample_weight",
     "squared_distances",
+    "without_first",
 ]
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from at_fused._options import LossOptions
 from at_fused.backends.checks import (
     check_apart,
     check_at_loss,
@@ -15,8 +16,9 @@ from at_fused.backends.checks import (
     check_attention_map_backward,
     check_map_loss,
     check_tap,
+    without_first,
 )
-from at_fused.backends.results import accumulate_dtype, split_sizes, wide_dtype
+from at_fused.backends.results import accumulate_dtype, laid_out_as, wide_dtype
 
 
 def wide(x: Tensor) -> Tensor:
@@ -29,70 +31,38 @@ def collapse_scale(x: Tensor, collapse: str) -> float:
     return 1.0 / x.shape[1] if collapse == "mean" else 1.0
 
 
-def power(x: Tensor, p: float, absolute: bool) -> Tensor:
-    """|x|^p; without ``absolute`` x^p, p a whole number."""
-    if not absolute and p % 2 == 1:
-        return x if p == 1 else x * x.abs().pow(p - 1)
+def power(x: Tensor, p: float) -> Tensor:
+    """|x|^p."""
     return x * x if p == 2 else x.abs() if p == 1 else x.abs().pow(p)
 
 
-def slope(x: Tensor, p: float, absolute: bool) -> Tensor:
-    """The derivative of ``power`` over p: |x|^(p-1) * sign(x), or x^(p-1)."""
-    if not absolute and p % 2 == 1:
-        return x.abs().pow(p - 1)
+def slope(x: Tensor, p: float) -> Tensor:
+    """The derivative of ``power`` over p: |x|^(p-1) * sign(x)."""
     return x if p == 2 else x.sign() if p == 1 else x.abs().pow(p - 1) * x.sign()
-
-
-# ---- pooled features -----------------------------------------------------------------------------
-
-
-def pool(x: Tensor, size: list[int]) -> Tensor:
-    """Adaptive average pooling of (B, C, *spatial) to ``size``."""
-    if list(x.shape[2:]) == size:
-        return x
-    pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
-    return pools[len(size)](x, size)  # type: ignore[arg-type]
-
-
-def pool_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient of ``pool`` for x, of which only the shape is read."""
-    if gradient.shape == x.shape:
-        return gradient
-    aten = torch.ops.aten
-    if x.dim() == 3:
-        row = aten._adaptive_avg_pool2d_backward(gradient.unsqueeze(2), x.unsqueeze(2))
-        return row.squeeze(2)
-    if x.dim() == 4:
-        return aten._adaptive_avg_pool2d_backward(gradient, x)
-    return aten._adaptive_avg_pool3d_backward(gradient, x)
 
 
 # ---- maps ----------------------------------------------------------------------------------------
 
 
 def attention_map(
-    features: list[Tensor],
-    p: float,
-    collapse: str,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
+    features: list[Tensor], p: float, collapse: str, skip_tokens: Sequence[int] = ()
 ) -> list[Tensor]:
     """Q[b, n] = scale * sum_c |A[b, c, n]|^p for each feature (B, C, *spatial).
 
     With "max" the largest |A|^p, and behind the maps the channel (int32) of each: the first one of
     several, a NaN before all.
     """
-    check_attention_map(features, p, collapse, absolute, sizes)
+    check_attention_map(features, p, collapse, skip_tokens)
     maps, channels = [], []
-    for x, size in zip(features, split_sizes(features, sizes), strict=True):
-        pooled = pool(x.to(accumulate_dtype(x)), size).flatten(2)
+    for x in without_first(features, skip_tokens):
+        exact = x.to(accumulate_dtype(x)).flatten(2)
         if collapse == "max":
             # The largest of |A|: their powers may be alike by rounding.
-            channel = pooled.abs().max(1).indices
-            maps.append(power(pooled.gather(1, channel.unsqueeze(1)).squeeze(1), p, True))
+            channel = exact.abs().max(1).indices
+            maps.append(power(exact.gather(1, channel.unsqueeze(1)).squeeze(1), p))
             channels.append(channel.to(torch.int32))
         else:
-            maps.append(power(pooled, p, absolute).sum(1) * collapse_scale(x, collapse))
+            maps.append(power(exact, p).sum(1) * collapse_scale(x, collapse))
     return maps + channels
 
 
@@ -102,8 +72,7 @@ def attention_map_backward(
     loss_gradient: Tensor | None,
     pairs: list[int],
     p: float,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
+    skip_tokens: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout.
@@ -111,31 +80,31 @@ def attention_map_backward(
     With ``channels`` only the named channel of each position has a gradient.
     """
     check_attention_map_backward(
-        features, coefficients, loss_gradient, pairs, p, absolute, sizes, channels
+        features, coefficients, loss_gradient, pairs, p, skip_tokens, channels
     )
     gradients = []
-    for i, size in enumerate(split_sizes(features, sizes)):
-        x, k = features[i], coefficients[i]
+    mapped = without_first(features, skip_tokens)
+    for i, (x, k) in enumerate(zip(mapped, coefficients, strict=True)):
         if loss_gradient is not None:
-            k = k * (loss_gradient if loss_gradient.dim() == 0 else loss_gradient[pairs[i]])
-        exact = x.to(k.dtype)
+            g = loss_gradient if loss_gradient.dim() == 0 else loss_gradient[pairs[i]]
+            k = k * (g.unsqueeze(1) if g.dim() == 1 else g)
         channel = channels[i] if channels else None
-        gradient = _sweep(pool(exact, size), k, p, absolute, channel)
-        gradient = pool_backward(gradient, exact).to(x.dtype)
-        out = torch.empty_like(x)
-        gradients.append(gradient if gradient.stride() == out.stride() else out.copy_(gradient))
+        gradient = _sweep(x.to(k.dtype), k, p, channel).to(x.dtype)
+        if skip_tokens and skip_tokens[i]:
+            gradient = F.pad(gradient, (skip_tokens[i], 0))
+        gradients.append(laid_out_as(features[i], gradient))
     return gradients
 
 
-def _sweep(x: Tensor, k: Tensor, p: float, absolute: bool, channels: Tensor | None) -> Tensor:
+def _sweep(x: Tensor, k: Tensor, p: float, channels: Tensor | None) -> Tensor:
     """k[b, n] * |x|^(p-1) * sign(x), of the named channels alone if there are any."""
     k = k.reshape(x.shape[0], 1, *x.shape[2:])
     if channels is None:
-        return k * slope(x, p, absolute)
+        return k * slope(x, p)
     channel = channels.reshape(k.shape).long()
     known = (channel >= 0) & (channel < x.shape[1])
     channel = torch.where(known, channel, 0)
-    only = torch.where(known, k * slope(x.gather(1, channel), p, absolute), 0.0)
+    only = torch.where(known, k * slope(x.gather(1, channel), p), 0.0)
     return torch.zeros_like(x).scatter(1, channel, only)
 
 
@@ -148,12 +117,11 @@ def _tapped(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool,
     channels: Tensor | None,
 ) -> Tensor:
-    check_tap(gradient, feature, map_gradient, p, collapse, absolute, channels)
+    check_tap(gradient, feature, map_gradient, p, collapse, channels)
     k = map_gradient * (p * collapse_scale(feature, collapse))
-    return gradient.to(k.dtype) + _sweep(feature.to(k.dtype), k, p, absolute, channels)
+    return gradient.to(k.dtype) + _sweep(feature.to(k.dtype), k, p, channels)
 
 
 def attention_tap_backward(
@@ -162,11 +130,10 @@ def attention_tap_backward(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> Tensor:
     """G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A), in the feature's dtype and layout."""
-    added = _tapped(gradient, feature, map_gradient, p, collapse, absolute, channels)
+    added = _tapped(gradient, feature, map_gradient, p, collapse, channels)
     return torch.empty_like(feature).copy_(added)
 
 
@@ -176,11 +143,10 @@ def attention_tap_backward_(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> None:
     """``attention_tap_backward``, written into ``gradient``."""
-    added = _tapped(gradient, feature, map_gradient, p, collapse, absolute, channels)
+    added = _tapped(gradient, feature, map_gradient, p, collapse, channels)
     check_apart(gradient)
     gradient.copy_(added)
 
@@ -272,48 +238,60 @@ def map_loss(
 def at_loss(
     student: list[Tensor],
     teacher: list[Tensor],
+    masks: list[Tensor],
     weights: list[float],
+    skip_tokens: list[int],
     p: float,
     collapse: str,
     form: str,
     reduction: str,
+    eps_mode: str,
     eps: float,
     student_grad: bool,
     teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of all pairs, and what the backward pass needs of them (see ``_ops``)."""
-    check_at_loss(student, teacher, weights, p, collapse, form, reduction, eps)
-    losses = []
-    student_maps = attention_map(student, p, collapse)
-    teacher_maps = attention_map(teacher, p, collapse)
-    for i, (qs, qt) in enumerate(zip(student_maps, teacher_maps, strict=True)):
-        weight = sample_weight(weights, i, qs.shape[0], reduction)
-        loss, ks, kt = pair_loss(qs, qt, weight, form, "max", eps)
-        losses.append(loss.sum())
-        if student_grad:
-            student_maps[i] = (ks * (p * collapse_scale(student[i], collapse))).to(qs.dtype)
-        if teacher_grad:
-            teacher_maps[i] = (kt * (p * collapse_scale(teacher[i], collapse))).to(qt.dtype)
-    total = torch.stack(losses).to(accumulate_dtype(*student, *teacher))
-    if reduction == "sum":
-        total = total.sum()
-    return total, student_maps + teacher_maps if student_grad or teacher_grad else []
+    options = LossOptions(p, collapse, form, reduction, eps_mode, eps)
+    check_at_loss(student, teacher, masks, weights, skip_tokens, options)
+    count = len(student)
+    features, factors = [*student, *teacher], [*masks, *masks]
+    maps = attention_map(features, p, collapse, skip_tokens)
+    if masks:
+        maps = [q * m.to(q.dtype) for q, m in zip(maps, factors, strict=True)]
+    rest = weights, form, reduction, eps_mode, eps, student_grad, teacher_grad
+    loss, coefficients = map_loss(maps[:count], maps[count:], *rest)
+    if not (student_grad or teacher_grad):
+        return loss, []
+    first = 0 if student_grad else count
+    for i, k in enumerate(coefficients, first):
+        k = k * (p * collapse_scale(features[i], collapse))
+        maps[i] = k * factors[i].to(k.dtype) if masks else k
+    return loss, maps
 
 
 def at_value_and_grad(
     student: list[Tensor],
     teacher: list[Tensor],
+    masks: list[Tensor],
     weights: list[float],
+    skip_tokens: list[int],
     p: float,
     collapse: str,
     form: str,
     reduction: str,
+    eps_mode: str,
     eps: float,
     scale: float,
     loss_gradient: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of all pairs, and the students' gradients times ``scale * loss_gradient``."""
-    loss, maps = at_loss(student, teacher, weights, p, collapse, form, reduction, eps, True, False)
-    coefficients = [k * scale for k in maps[: len(student)]]
-    pairs = list(range(len(student)))
-    return loss, attention_map_backward(student, coefficients, loss_gradient, pairs, p)
+    count = len(student)
+    options = p, collapse, form, reduction, eps_mode, eps
+    loss, maps = at_loss(
+        student, teacher, masks, weights, skip_tokens, *options, student_grad=True, teacher_grad=False
+    )
+    coefficients = [k * scale for k in maps[:count]]
+    pairs = list(range(count))
+    return loss, attention_map_backward(
+        student, coefficients, loss_gradient, pairs, p, skip_tokens[:count]
+    )
