@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from at_fused._checks import DTYPES, check_finite, check_number, check_tensor, kind
@@ -122,6 +123,16 @@ def place(name: str, x: Tensor, side: Side) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, tuple(side.map_size))
 
 
+def given_back(gradient: Tensor, x: Tensor, side: Side) -> Tensor:
+    """Return the gradient of a placed feature, perhaps with all its tokens, as that of ``x``."""
+    if side.channel_dim == 1:
+        return gradient
+    if x.dim() != 3:
+        return gradient.movedim(1, -1)
+    tokens = gradient.flatten(2).transpose(1, 2)
+    return F.pad(tokens, (0, 0, x.shape[1] - tokens.shape[1], 0))
+
+
 def _features(name: str, given: Tensor | Sequence[Tensor], side: Side) -> list[Tensor]:
     if isinstance(given, Tensor):
         if not is_feature(given):
@@ -138,14 +149,20 @@ def _features(name: str, given: Tensor | Sequence[Tensor], side: Side) -> list[T
 
 
 def whole_tokens(
-    given: Tensor | Sequence[Tensor], placed: list[Tensor], side: Side
-) -> list[tuple[Tensor, int]]:
-    """Each of a side's features as (B, C, N) with all its tokens, and how many are to be cut."""
-    features = [given] if isinstance(given, Tensor) else given
-    return [
-        (x.transpose(1, 2), side.skip_tokens) if x.dim() == 3 and side.channel_dim != 1 else (y, 0)
-        for x, y in zip(features, placed, strict=True)
-    ]
+    *given: tuple[Tensor | Sequence[Tensor], list[Tensor], Side],
+) -> tuple[list[Tensor], list[int]]:
+    """Return all features with all their tokens, (B, C, N), and how many are to be skipped.
+
+    From each side's arguments, its features as placed, and where they lie.
+    """
+    whole, skips = [], []
+    for argument, placed, side in given:
+        features = [argument] if isinstance(argument, Tensor) else argument
+        for x, y in zip(features, placed, strict=True):
+            tokens = x.dim() == 3 and side.channel_dim != 1
+            whole.append(x.transpose(1, 2) if tokens else y)
+            skips.append(side.skip_tokens if tokens else 0)
+    return whole, skips
 
 
 def _both(name: str, value: Any) -> tuple[Any, Any]:

@@ -6,10 +6,12 @@ want that one, so that no operator knows it: it is plain PyTorch, with autograd'
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from at_fused import _ops
 from at_fused._ops import Place
+from at_fused.backends.checks import without_first
 from at_fused.backends.results import accumulate_dtype
 
 
@@ -24,11 +26,37 @@ def _signed_map(x: Tensor, p: float, collapse: str) -> Tensor:
     return powers.mean(1) if collapse == "mean" else powers.sum(1)
 
 
-def attention_maps(features: list[Tensor], p: float, collapse: str, absolute: bool) -> list[Tensor]:
-    """The raw map (B, N) of each feature (B, C, *spatial)."""
+def signed_gradients(
+    features: list[Tensor],
+    coefficients: list[Tensor],
+    loss_gradient: Tensor | None,
+    p: float,
+    skip_tokens: list[int],
+) -> list[Tensor]:
+    """Compute what ``attention_map_backward`` does, for odd powers that keep their sign.
+
+    Feature i belongs to pair i.
+    """
+    gradients = []
+    for i, x in enumerate(without_first(features, skip_tokens)):
+        k = coefficients[i]
+        if loss_gradient is not None:
+            g = loss_gradient if loss_gradient.dim() == 0 else loss_gradient[i]
+            k = k * (g.unsqueeze(1) if g.dim() == 1 else g)
+        slope = x.flatten(2).to(k.dtype) ** (p - 1)
+        gradient = (k.unsqueeze(1) * slope).to(x.dtype).view(x.shape)
+        skip = skip_tokens[i] if skip_tokens else 0
+        gradients.append(F.pad(gradient, (skip, 0)) if skip else gradient)
+    return gradients
+
+
+def attention_maps(
+    features: list[Tensor], p: float, collapse: str, absolute: bool, skip_tokens: list[int]
+) -> list[Tensor]:
+    """Return the raw map (B, N) of each feature (B, C, *spatial), without its skipped tokens."""
     if keeps_sign(p, absolute):
-        return [_signed_map(x, p, collapse) for x in features]
-    return _ops.attention_map(features, p, collapse)[: len(features)]
+        return [_signed_map(x, p, collapse) for x in without_first(features, skip_tokens)]
+    return _ops.attention_map(features, p, collapse, skip_tokens)[: len(features)]
 
 
 def attention_tap(

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from at_fused import _inputs, _maps, _ops
 from at_fused._inputs import MapSize, MapSizes, Sides
-from at_fused._problem import prepare, prepare_maps, solve, solve_maps
+from at_fused._problem import (
+    prepare,
+    prepare_maps,
+    solve,
+    solve_maps,
+    straight,
+    value_and_grad,
+)
 from at_fused.backends import eager
 from at_fused.backends.results import accumulate_dtype, laid_out_as
 
@@ -121,6 +128,20 @@ def at_loss(
 
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
+    if (
+        resize is None
+        and mask is None
+        and sample_weights is None
+        and weights is None
+        and attend == "spatial"
+        and channel_dim == 1
+        and skip_tokens == 0
+        and map_size is None
+        and absolute is True
+    ):
+        loss = straight(student, teacher, p, collapse, form, reduction, eps_mode, eps)
+        if loss is not None:
+            return loss
     return solve(
         prepare(
             student,
@@ -156,8 +177,8 @@ def at_value_and_grad(
     """The loss of :func:`at_loss` and its gradient for the student, in one pass over the data.
 
     ``(L, scale * dL/dS)``, where forward and backward one after the other would read S twice (and
-    do, with options other than p, weights, form, reductions over the batch, collapse="mean" or
-    "sum"). For loops that put gradients together themselves:
+    do, with ``collapse="max"``, maps of different sizes, a mask that requires a gradient, and odd
+    powers without ``absolute``). For loops that put gradients together themselves:
 
         loss, gradients = at_value_and_grad(features, teacher_features, scale=beta)
         torch.autograd.backward([task_loss, *features], [None, *gradients])
@@ -181,52 +202,19 @@ def at_value_and_grad(
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1; the gradient in closed form.
     """
     problem = prepare(student, teacher, mask=mask, sample_weights=sample_weights, **options)
+    features = problem.students + problem.teachers
+    factor, loss_gradient = _inputs.gradient_scale(
+        scale, features[0].device, accumulate_dtype(*features)
+    )
     side = _inputs.sides(
         options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size")
     )[0]
-    students, teachers = problem.students, problem.teachers
-    factor, loss_gradient = _inputs.gradient_scale(
-        scale, students[0].device, accumulate_dtype(*students, *teachers)
-    )
-    one_pass = (
-        problem.plain()
-        and problem.attend == "spatial"
-        and side.map_size is None
-        and _inputs.check_sizes(students, teachers, problem.resize)
-    )
-    if one_pass:
-        p, collapse, _, form, reduction, _, eps = problem.options
-        loss, gradients = _ops.at_value_and_grad(
-            students,
-            teachers,
-            problem.weights,
-            p,
-            collapse,
-            form,
-            reduction,
-            eps,
-            factor,
-            loss_gradient,
-        )
-        if side.channel_dim != 1:
-            gradients = [g.movedim(1, -1) for g in gradients]
-    else:
-        given = [student] if isinstance(student, Tensor) else student
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in given]
-            others = [teacher] if isinstance(teacher, Tensor) else teacher
-            loss = at_loss(
-                leaves,
-                [x.detach() for x in others],
-                mask=mask,
-                sample_weights=sample_weights,
-                **options,
-            )
-            above = torch.as_tensor(factor, dtype=loss.dtype, device=loss.device)
-            above = above if loss_gradient is None else loss_gradient.to(loss.dtype)
-            found = torch.autograd.grad(loss, leaves, above.expand(loss.shape))
-        gradients = [laid_out_as(x, g) for x, g in zip(given, found, strict=True)]
-        loss = loss.detach()
+    given = [student] if isinstance(student, Tensor) else student
+    with torch.no_grad():
+        loss, found = value_and_grad(problem, factor, loss_gradient)
+        gradients = [
+            laid_out_as(x, _inputs.given_back(g, x, side)) for g, x in zip(found, given, strict=True)
+        ]
     if isinstance(student, Tensor):
         return loss, gradients[0]
     return loss, gradients
@@ -284,7 +272,7 @@ def attention_map(
     feature, _ = _inputs.one(x, channel_dim, skip_tokens, map_size)
     if attend == "channel":
         feature = _inputs.channels_as_positions(feature)
-    (raw,) = _maps.attention_maps([feature], float(p), collapse, absolute)
+    (raw,) = _maps.attention_maps([feature], float(p), collapse, absolute, [])
     if normalize:
         raw = eager.normalize(raw, float(eps), eps_mode)[0].to(raw.dtype)
     return raw.view(x.shape[0], *feature.shape[2:])

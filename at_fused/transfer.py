@@ -22,7 +22,8 @@ from at_fused._checks import check_finite, kind, pair_weights
 from at_fused._hooks import MapOptions, Watched
 from at_fused._match import written
 from at_fused._models import evaluating, modules_named, precision, unwrap
-from at_fused._problem import Options, Problem, solve_maps
+from at_fused._options import LossOptions
+from at_fused._problem import Problem, solve_maps
 from at_fused.functional import PairOptions
 from at_fused.layers import layouts_of, match_layers, named_pairs
 from at_fused.teacher_cache import TeacherCache, TeacherHash
@@ -101,7 +102,7 @@ class AttentionTransfer:
         given: dict[str, Any] = {**options}
         self._resize = _check(given)
         self._given = given
-        chosen = Options(**{name: given[name] for name in given if name in Options._fields})
+        chosen = LossOptions(**{n: given[n] for n in given if n in LossOptions._fields})
         self._options = chosen._replace(p=float(chosen.p), eps=float(chosen.eps))
         self._map_sizes = _inputs.sides(-1, 0, map_size)
         layouts = layouts_of(student, teacher, channel_dim, skip_tokens)
@@ -128,7 +129,9 @@ class AttentionTransfer:
         self._prepared: tuple[Any, list[Tensor], Any] | None = None
         for model, names in ((student, self._names(0)), (teacher, self._names(1))):
             modules_named(unwrap(model), names)
-        self._of_maps = MapOptions(*self._options[:3], given.get("attend", "spatial"))
+        self._of_maps = MapOptions(
+            *self._options[:2], given.get("absolute", True), given.get("attend", "spatial")
+        )
         self._student = Watched(student, self._names(0), layouts[0], self._of_maps)
         self._teacher = Watched(teacher, self._names(1), layouts[1], self._of_maps)
 
@@ -202,8 +205,11 @@ class AttentionTransfer:
         """The loss to compute: options were checked before, and are not again in each step."""
         students, teachers = _inputs.map_pairs(students, teachers)
         weights = [self.beta * weight for weight in self._weights]
+        options = self._options
         return Problem(
-            students, teachers, [], weights, self._options, self._resize, "spatial", None, None
+            *(students, teachers, [], [], weights, options, True, self._resize, "spatial"),
+            masks=None,
+            sample_weights=None,
         )
 
     def _check_graph(self, maps: list[Tensor]) -> None:

@@ -33,19 +33,6 @@ inline void check_weights(const std::vector<double>& weights, size_t pairs) {
                   weights.size(), " for ", pairs);
 }
 
-// Whether the losses of pairs are added up; else they are a vector.
-inline bool sums_pairs(const std::string& reduction) {
-  STD_TORCH_CHECK(reduction == "sum" || reduction == "none",
-                  "at_fused: reduction must be 'sum' or 'none', got '", reduction, "'");
-  return reduction == "sum";
-}
-
-// A scalar, or one loss for each pair.
-inline Tensor new_losses(bool sum, int64_t pairs, bool fp64, Device device) {
-  const int64_t stride = 1;
-  return new_tensor(sum ? 0 : 1, &pairs, &stride, accumulate_dtype(fp64), device);
-}
-
 // The gradient of the loss that came from above: nothing (1), a scalar, one value per pair, or one
 // per pair and sample.
 struct LossGradient {
@@ -87,30 +74,12 @@ struct LossGradient {
   }
 };
 
-// New tensors with the strides that a caller was promised, and those that are written for them: the
-// same, or plainer ones.
-class Results {
+// New gradients for a list of features, with the strides that a caller was promised, and the
+// tensors that are written for them in a layout that is the feature's own: the same, or plainer
+// ones.
+class Gradients {
  public:
   Tensors written;
-
-  // A tensor that a caller will get, before `finish`.
-  const Tensor& result(size_t i) const { return results_[i]; }
-
-  // All of them.
-  Tensors finish() {
-    for (size_t i = 0; i < written.size(); ++i) {
-      if (written[i].get() != results_[i].get()) torch::stable::copy_(results_[i], written[i]);
-    }
-    return std::move(results_);
-  }
-
- protected:
-  Tensors results_;
-};
-
-// New gradients for a list of features, written in a layout that is the feature's own.
-class Gradients : public Results {
- public:
   std::vector<Feature> features;
   std::vector<Feature> out;
 
@@ -141,6 +110,20 @@ class Gradients : public Results {
       }
     }
   }
+
+  // A tensor that a caller will get, before `finish`.
+  const Tensor& result(size_t i) const { return results_[i]; }
+
+  // All of them.
+  Tensors finish() {
+    for (size_t i = 0; i < written.size(); ++i) {
+      if (written[i].get() != results_[i].get()) torch::stable::copy_(results_[i], written[i]);
+    }
+    return std::move(results_);
+  }
+
+ private:
+  Tensors results_;
 };
 
 }  // namespace at_fused

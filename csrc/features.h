@@ -119,8 +119,8 @@ class SkipTokens {
                     " for ", features.size());
     for (size_t i = 0; i < counts.size(); ++i) {
       STD_TORCH_CHECK(
-          counts[i] == 0 || (features[i].dim() == 3 && counts[i] > 0 &&
-                             counts[i] < features[i].size(2)),
+          counts[i] == 0 ||
+              (features[i].dim() == 3 && counts[i] > 0 && counts[i] < features[i].size(2)),
           "at_fused: skip_tokens must be >= 0 and leave a token of a feature (B, C, N), got ",
           counts[i]);
     }

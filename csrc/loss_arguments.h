@@ -147,11 +147,12 @@ struct LossArguments : LossOptions {
 
  private:
   const void* checked_mask(Tensor& mask, const Pair& pair) const {
-    STD_TORCH_CHECK(mask.dim() == 2 && mask.size(0) == pair.student.B &&
-                        mask.size(1) == pair.student.N && device_of(mask) == device &&
-                        mask.scalar_type() == (pair.fp64() ? ScalarType::Double : ScalarType::Float),
-                    "at_fused: a mask must be (B, N) on the features' device, float64 where a "
-                    "feature of the pair is and float32 otherwise");
+    STD_TORCH_CHECK(
+        mask.dim() == 2 && mask.size(0) == pair.student.B && mask.size(1) == pair.student.N &&
+            device_of(mask) == device &&
+            mask.scalar_type() == (pair.fp64() ? ScalarType::Double : ScalarType::Float),
+        "at_fused: a mask must be (B, N) on the features' device, float64 where a "
+        "feature of the pair is and float32 otherwise");
     if (!mask.is_contiguous()) mask = torch::stable::contiguous(mask);
     return mask.const_data_ptr();
   }

@@ -40,7 +40,7 @@ from at_fused.backends.results import accumulate_dtype
 define("attention_map(Tensor[] features, float p, str collapse, int[] skip_tokens=[]) -> Tensor[]")
 define(
     "attention_map_backward(Tensor[] features, Tensor[] coefficients, Tensor? loss_gradient,"
-    " int[] pairs, float p, int[] skip_tokens=[], Tensor[] channels=[]) -> Tensor[]"
+    " int[] pairs, float p, int[] skip_tokens, Tensor[] channels) -> Tensor[]"
 )
 
 

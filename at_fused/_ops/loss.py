@@ -23,6 +23,7 @@ the raw map, masked, of the other. Where autograd follows a side, its graph has 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -217,6 +218,7 @@ class _ATLoss(torch.autograd.Function):
             [i % call.pairs for i in wanted],
             call.options.p,
             call.skip_of(wanted),
+            [],
         )
         gradients: list[Tensor | None] = [None] * count
         for i, gradient in zip(wanted, found, strict=True):
@@ -280,27 +282,25 @@ def _at_loss_autograd(
     student_grad: bool,
     teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
+    of_student, of_teacher = tracks(student), tracks(teacher)
     # A graph that was exported without gradients may be run with them.
-    tracked = tracks(student), tracks(teacher)
-    call = Call(
-        len(student),
-        weights,
-        skip_tokens,
-        LossOptions(p, collapse, form, reduction, eps_mode, eps),
-        student_grad or tracked[0],
-        teacher_grad or tracked[1],
-    )
-    tensors = [*student, *teacher, *masks]
+    student_grad, teacher_grad = student_grad or of_student, teacher_grad or of_teacher
+    options = p, collapse, form, reduction, eps_mode, eps
     if transformed():
-        return call.run(eager.at_loss, tensors)
-    if tracks(masks):
+        operator = eager.at_loss
+    elif tracks(masks):
         raise RuntimeError(
             "at_fused::at_loss has no derivative for masks: multiply the maps for map_loss instead"
         )
-    if any(tracked):
-        return apply(_ATLoss, call, *tensors), []
-    with torch._C._AutoDispatchBelowAutograd():
-        return call.run(operators.at_loss.default, tensors)
+    elif of_student or of_teacher:
+        shared = LossOptions(*options)
+        call = Call(len(student), weights, skip_tokens, shared, student_grad, teacher_grad)
+        return apply(_ATLoss, call, *student, *teacher, *masks), []
+    else:
+        operator = partial(below_autograd, operators.at_loss.default)
+    return operator(
+        student, teacher, masks, weights, skip_tokens, *options, student_grad, teacher_grad
+    )
 
 
 def _at_value_and_grad_autograd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -318,17 +318,24 @@ library.impl("at_value_and_grad", _at_value_and_grad_autograd, "Autograd")
 
 
 def map_loss(*arguments: Any) -> Tensor:
-    """Return the loss of ``torch.ops.at_fused.map_loss``."""
+    """Return the loss of ``torch.ops.at_fused.map_loss``; autograd asks for what gradients need."""
     if torch.compiler.is_compiling():
-        return operators.map_loss.default(*arguments)[0]
-    return _map_loss_autograd(*arguments)[0]
+        return operators.map_loss.default(*arguments, False, False)[0]
+    return _map_loss_autograd(*arguments, False, False)[0]
+
+
+def map_value_and_grad(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss of ``torch.ops.at_fused.map_loss`` and dL/dQ of the students' maps."""
+    if torch.compiler.is_compiling():
+        return operators.map_loss.default(*arguments, True, False)
+    return _map_loss_autograd(*arguments, True, False)
 
 
 def at_loss(*arguments: Any) -> Tensor:
-    """Return the loss of ``torch.ops.at_fused.at_loss``."""
+    """Return the loss of ``torch.ops.at_fused.at_loss``; autograd asks for what gradients need."""
     if torch.compiler.is_compiling():
-        return operators.at_loss.default(*arguments)[0]
-    return _at_loss_autograd(*arguments)[0]
+        return operators.at_loss.default(*arguments, False, False)[0]
+    return _at_loss_autograd(*arguments, False, False)[0]
 
 
 def at_value_and_grad(*arguments: Any) -> tuple[Tensor, list[Tensor]]:

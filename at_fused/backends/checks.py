@@ -10,7 +10,7 @@ from torch import Tensor
 
 from at_fused._checks import DTYPES
 from at_fused._options import LossOptions
-from at_fused.backends.results import STATISTICS, accumulate_dtype, wide_dtype
+from at_fused.backends.results import accumulate_dtype
 
 _LOSSES = (torch.float32, torch.float64)
 
@@ -172,10 +172,6 @@ def _check_weights(weights: Sequence[float], pairs: int) -> None:
     require(len(weights) in (0, pairs), f"a weight per pair, got {len(weights)} for {pairs}")
 
 
-def _check_reduction(reduction: str) -> None:
-    require(reduction in ("sum", "none"), f"reduction must be 'sum' or 'none', got '{reduction}'")
-
-
 def _check_pairs(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -263,123 +259,3 @@ def check_map_loss(
                 "maps must be (B, N), not empty, float32 or float64, on one device, and both of a "
                 "pair of one size",
             )
-
-
-# ---- Hinton's loss -------------------------------------------------------------------------------
-
-
-def check_kd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-) -> None:
-    """Logits, labels and options."""
-    require(
-        student.dim() == 2 and student.shape == teacher.shape and student.numel() > 0,
-        "logits must be (B, K), not empty, and both of the same shape",
-    )
-    _check_tensors((student, teacher), "logits")
-    require(
-        0 < temperature < math.inf, f"temperature must be a finite number > 0, got {temperature}"
-    )
-    require(0 <= alpha <= 1, f"alpha must be from 0 to 1, got {alpha}")
-    require(
-        0 <= label_smoothing < 1, f"label_smoothing must be >= 0 and < 1, got {label_smoothing}"
-    )
-    require(
-        labels is None
-        or (
-            labels.shape == student.shape[:1]
-            and labels.dtype == torch.int64
-            and labels.device == student.device
-        ),
-        "labels must be (B,) of int64, on the logits' device",
-    )
-
-
-def check_kd_loss_backward(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    stats: Tensor,
-    valid: Tensor,
-    gradient: Tensor,
-    temperature: float,
-    alpha: float,
-    label_smoothing: float,
-) -> None:
-    """What the forward pass had, what it left, and the gradient from above."""
-    check_kd_loss(student, teacher, labels, temperature, alpha, label_smoothing)
-    for name, x, right in (
-        ("stats", stats, stats.shape == (student.shape[0], STATISTICS)),
-        ("valid", valid, valid.numel() == 1),
-    ):
-        require(
-            right and x.dtype == wide_dtype(student) and x.device == student.device,
-            f"{name} must be what kd_loss returned",
-        )
-    _check_loss_gradient(gradient, (), [student])
-    require(gradient.numel() == 1, "the gradient must be a scalar")
-
-
-# ---- squared distances ---------------------------------------------------------------------------
-
-
-def _check_sides(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-    require(
-        len(a) > 0 and len(a) == len(b),
-        f"as many tensors on both sides, got {len(a)} and {len(b)}",
-    )
-    require(a[0].dim() > 0, "tensors must have a batch dimension")
-    for x, y in zip(a, b, strict=True):
-        require(x.shape == y.shape, "the tensors of a pair must have the same shape")
-        require(
-            x.dim() > 0 and x.shape[0] == a[0].shape[0],
-            "all tensors must have the same batch size",
-        )
-        require(x.numel() > 0, "tensors must not be empty")
-    _check_tensors((*a, *b), "tensors")
-
-
-def check_distance_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[float], reduction: str
-) -> None:
-    """Pairs of tensors of one shape, all of one B, and options."""
-    _check_sides(student, teacher)
-    _check_weights(weights, len(student))
-    _check_reduction(reduction)
-
-
-def check_distance_loss_backward(
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    squares: Tensor,
-    gradient: Tensor,
-    pairs: Sequence[int],
-    weights: Sequence[float],
-    reduction: str,
-) -> None:
-    """Tensors, each with its pair's number, the squared distances, and the gradient from above."""
-    _check_sides(a, b)
-    first = a[0]
-    require(
-        squares.dim() == 2
-        and squares.shape[1] == first.shape[0]
-        and squares.dtype == wide_dtype(first)
-        and squares.device == first.device,
-        "squares must be (pairs, B) of float64, on the tensors' device",
-    )
-    count = squares.shape[0]
-    _check_weights(weights, count)
-    _check_reduction(reduction)
-    _check_loss_gradient(gradient, (), [first])
-    require(
-        gradient.shape == (() if reduction == "sum" else (count,)),
-        "the gradient must have the shape of the loss",
-    )
-    require(len(pairs) == len(a), f"a pair number per tensor, got {len(pairs)} for {len(a)}")
-    for pair in pairs:
-        require(0 <= pair < count, f"pair number {pair} is out of range")

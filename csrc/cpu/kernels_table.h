@@ -5,8 +5,6 @@
 // bits for any number of threads: a partial vector does the arithmetic of a full one.
 #pragma once
 
-#include "kernels_distance.h"
-#include "kernels_kd.h"
 #include "kernels_loss.h"
 #include "kernels_map.h"
 #include "kernels_tap.h"
@@ -15,17 +13,8 @@ namespace at_fused {
 namespace {
 
 constexpr Kernels table(const char* name) {
-  return {name,
-          attention_map,
-          sample_loss,
-          attention_map_backward,
-          max_map,
-          max_map_backward,
-          attention_tap_backward,
-          kd_row_statistics,
-          kd_row_gradients,
-          squared_distance,
-          squared_distance_backward};
+  return {name,    attention_map,    sample_loss,           attention_map_backward,
+          max_map, max_map_backward, attention_tap_backward};
 }
 
 }  // namespace

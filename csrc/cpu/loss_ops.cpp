@@ -168,11 +168,13 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, Tensors ma
 
 // ---- at_value_and_grad ------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensors> at_value_and_grad(
-    Tensors student, Tensors teacher, Tensors masks, std::vector<double> weights,
-    std::vector<int64_t> skip_tokens, double p, std::string collapse, std::string form,
-    std::string reduction, std::string eps_mode, double eps, double scale,
-    std::optional<Tensor> loss_gradient) {
+std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher, Tensors masks,
+                                              std::vector<double> weights,
+                                              std::vector<int64_t> skip_tokens, double p,
+                                              std::string collapse, std::string form,
+                                              std::string reduction, std::string eps_mode,
+                                              double eps, double scale,
+                                              std::optional<Tensor> loss_gradient) {
   const size_t n = student.size();
   // First: it settles in which layout a student is read.
   Gradients gradients(student, skip_of_students(skip_tokens, n));

@@ -94,8 +94,8 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
             static_cast<const int32_t*>(channel_maps[i].of(b)), gradients.out[i]);
       } else {
         kernels().attention_map_backward(features[i], b, task.begin, task.end, p,
-                                         value_of(gradient, pairs[i], b), k[i].of(b), gradients.out[i],
-                                         stream);
+                                         value_of(gradient, pairs[i], b), k[i].of(b),
+                                         gradients.out[i], stream);
       }
     }
   });

@@ -111,12 +111,12 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
       const double qs = normalize(s, ds), qt = normalize(t, dt);
       const double difference = qs - qt;
       if (student) {
-        maps.student_result.set(
-            n, maps.student_grad ? m * gs * (difference - qs * along_student) : s);
+        maps.student_result.set(n,
+                                maps.student_grad ? m * gs * (difference - qs * along_student) : s);
       }
       if (teacher) {
-        maps.teacher_result.set(
-            n, maps.teacher_grad ? m * gt * (qt * along_teacher - difference) : t);
+        maps.teacher_result.set(n,
+                                maps.teacher_grad ? m * gt * (qt * along_teacher - difference) : t);
       }
     }
   }

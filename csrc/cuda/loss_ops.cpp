@@ -163,11 +163,13 @@ std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, Tensors ma
   return {std::move(result), std::move(maps)};
 }
 
-std::tuple<Tensor, Tensors> at_value_and_grad(
-    Tensors student, Tensors teacher, Tensors masks, std::vector<double> weights,
-    std::vector<int64_t> skip_tokens, double p, std::string collapse, std::string form,
-    std::string reduction, std::string eps_mode, double eps, double scale,
-    std::optional<Tensor> loss_gradient) {
+std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher, Tensors masks,
+                                              std::vector<double> weights,
+                                              std::vector<int64_t> skip_tokens, double p,
+                                              std::string collapse, std::string form,
+                                              std::string reduction, std::string eps_mode,
+                                              double eps, double scale,
+                                              std::optional<Tensor> loss_gradient) {
   STD_TORCH_CHECK(!student.empty(), "at_fused: as many teachers as students, got 0");
   const OnDevice scope(device_of(student[0]));
   // First: it settles in which layout a student is read.

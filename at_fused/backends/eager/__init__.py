@@ -17,14 +17,9 @@ from at_fused.backends.eager.attention import (
     normalize,
     pair_loss,
     sample_weight,
+    wide,
     without_first,
 )
-from at_fused.backends.eager.distance import (
-    distance_loss,
-    distance_loss_backward,
-    squared_distances,
-)
-from at_fused.backends.eager.kd import kd_loss, kd_loss_backward
 
 __all__ = [
     "at_loss",
@@ -35,17 +30,13 @@ __all__ = [
     "attention_tap_backward_",
     "available",
     "collapse_scale",
-    "distance_loss",
-    "distance_loss_backward",
-    "kd_loss",
-    "kd_loss_backward",
     "loaded",
     "map_loss",
     "normalize",
     "pair_loss",
     "reason",
     "sample_weight",
-    "squared_distances",
+    "wide",
     "without_first",
 ]
 
