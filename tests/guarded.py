@@ -57,23 +57,18 @@ def run(shape: tuple[int, ...], dtype: torch.dtype, last: bool, at_end: bool) ->
     x, y, gradient = feature(), feature(), feature()
     b, n = shape[0], math.prod(shape[2:])
     k = place(torch.randn(b, n, dtype=wide))
-    half = [(size + 1) // 2 for size in shape[2:]]
-    pooled = place(torch.randn(b, math.prod(half), dtype=wide))
     calls = 0
-    for p, absolute in ((1.0, True), (2.0, True), (4.0, True), (2.5, True), (3.0, False)):
-        _ops.attention_map([x], p, "mean", absolute)
-        _ops.attention_map([x], p, "mean", absolute, half)
-        _ops.attention_map_backward([x], [k], None, [0], p, absolute)
-        _ops.attention_map_backward([x], [pooled], None, [0], p, absolute, half)
-        _ops.attention_tap_backward(gradient, x, k, p, "mean", absolute)
-        _ops.attention_tap_backward_(gradient, x, k, p, "mean", absolute)
-        calls += 6
-    for sizes, coefficients in (([], k), (half, pooled)):
-        _, channels = _ops.attention_map([x], 3.0, "max", True, sizes)
-        winners = [place(channels)]
-        _ops.attention_map_backward([x], [coefficients], None, [0], 3.0, True, sizes, winners)
-        calls += 2
-    _ops.attention_tap_backward_(gradient, x, k, 2.0, "max", True, place(torch.zeros_like(k).int()))
+    for p in (1.0, 2.0, 4.0, 2.5):
+        _ops.attention_map([x], p, "mean")
+        _ops.attention_map_backward([x], [k], None, [0], p)
+        _ops.attention_tap_backward(gradient, x, k, p, "mean")
+        _ops.attention_tap_backward_(gradient, x, k, p, "mean")
+        calls += 4
+    _, channels = _ops.attention_map([x], 3.0, "max")
+    winners = place(channels)
+    _ops.attention_map_backward([x], [k], None, [0], 3.0, [winners])
+    _ops.attention_tap_backward_(gradient, x, k, 2.0, "max", winners)
+    calls += 3
     for options in (("mean", "code"), ("sum", "paper")):
         _ops.at_loss([x], [y], [], 2.0, *options, "sum", 1e-12, True, True)
         _ops.at_value_and_grad([x], [y], [], 2.0, *options, "sum", 1e-12, 1.0, None)
@@ -86,7 +81,7 @@ def run(shape: tuple[int, ...], dtype: torch.dtype, last: bool, at_end: bool) ->
     options = 4.0, 0.5, 0.1, -100
     _, stats, valid = _ops.kd_loss(s, t, labels, *options)
     _ops.kd_loss_backward(s, t, labels, place(stats), valid, above, *options, True, True)
-    return calls + 10
+    return calls + 9
 
 
 def main() -> None:

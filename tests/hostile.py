@@ -61,18 +61,17 @@ def right_call(name: str, r: random.Random) -> list[Any]:
     weights = r.choice(([], [1.0] * n, [-0.5] * n))
     p, collapse = r.choice((1.0, 2.0, 2.5, 4.0)), r.choice(("mean", "sum"))
     form, reduction = r.choice(("code", "paper")), r.choice(("sum", "none"))
-    pooled = [r.randint(1, k) for size in sizes for k in size] if r.random() < 0.4 else []
     if name == "attention_map":
-        return [xs, p, r.choice((collapse, "max")), True, pooled]
+        return [xs, p, r.choice((collapse, "max"))]
     if name == "attention_map_backward":
         channels = [channels_for(x) for x in xs] if r.random() < 0.5 else []
         gradient = r.choice((None, torch.randn(()), torch.randn(n)))
-        return [xs, [map_for(x) for x in xs], gradient, list(range(n)), p, True, [], channels]
+        return [xs, [map_for(x) for x in xs], gradient, list(range(n)), p, channels]
     if name.startswith("attention_tap_backward"):
         x, maximum = xs[0], r.random() < 0.3
         collapse = "max" if maximum else collapse
         channels = channels_for(x) if maximum else None
-        return [torch.randn_like(x), x, map_for(x), p, collapse, True, channels]
+        return [torch.randn_like(x), x, map_for(x), p, collapse, channels]
     if name == "map_loss":
         maps = [map_for(x) for x in xs], [map_for(x) for x in xs]
         reduction = r.choice((reduction, "sample"))

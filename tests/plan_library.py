@@ -1,4 +1,4 @@
-"""csrc/cuda/plan.h and plan_pool.h, compiled for ctypes (plan/plan.cpp)."""
+"""csrc/cuda/plan.h, compiled for ctypes (plan/plan.cpp)."""
 
 from __future__ import annotations
 
@@ -45,13 +45,6 @@ class Feature(NamedTuple):
         return self.C * self.N * BYTES[self.dtype]
 
 
-class Pool(NamedTuple):
-    """feature.h: Pool."""
-
-    before: tuple[int, int, int]
-    after: tuple[int, int, int]
-
-
 def dense(b: int, c: int, n: int, dtype: int = 0, layout: int = PLANAR) -> Feature:
     return Feature(b, c, n, c * n, n if layout == PLANAR else c, 4096, dtype, layout)
 
@@ -70,8 +63,6 @@ def plan(name: str, *arguments: Any) -> list[int]:
     given = [
         (ctypes.c_int64 * 8)(*a)
         if isinstance(a, Feature)
-        else (ctypes.c_int64 * 6)(*a.before, *a.after)
-        if isinstance(a, Pool)
         else ctypes.byref(a)
         if isinstance(a, Limits)
         else ctypes.c_bool(a)

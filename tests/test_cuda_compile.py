@@ -20,22 +20,19 @@ DISTANCES = {
 }
 # (exponent, fp64) -> rows that a thread has under way, dtypes
 SQUARE, ANY, WIDE = ("Square", "false"), ("AnyPower", "false"), ("AnyPower", "true")
-SIGNED, SIGNED_WIDE = ("SignedPower", "false"), ("SignedPower", "true")
-ROWS = {SQUARE: (4, 3), ANY: (2, 3), WIDE: (2, 4), SIGNED: (2, 3), SIGNED_WIDE: (2, 4)}
+ROWS = {SQUARE: (4, 3), ANY: (2, 3), WIDE: (2, 4)}
 TAP_ROWS = 2
-# As above for ("false",) and ("true",): fp64; pooled maps have a flag for maxima before it.
+# As above for ("false",) and ("true",): fp64.
 EITHER = [("false",), ("true",)]
 INSTANCES: dict[str, list[tuple[str, ...]]] = {
     "at_loss": [SQUARE, ANY, WIDE],
     "at_value_and_grad": [SQUARE, ANY, WIDE],
-    "attention_map": [SQUARE, ANY, WIDE, SIGNED, SIGNED_WIDE],
-    "attention_map_backward": [SQUARE, ANY, WIDE, SIGNED, SIGNED_WIDE],
-    "attention_tap_backward": [SQUARE, ANY, WIDE, SIGNED, SIGNED_WIDE],
+    "attention_map": [SQUARE, ANY, WIDE],
+    "attention_map_backward": [SQUARE, ANY, WIDE],
+    "attention_tap_backward": [SQUARE, ANY, WIDE],
     "max_map": EITHER,
     "max_map_backward": EITHER,
     "max_tap_backward": EITHER,
-    "pooled_map": [(a, *b) for a in ("false", "true") for b in EITHER],
-    "pooled_map_backward": EITHER,
     "map_loss": EITHER,
     **dict.fromkeys(DISTANCES, EITHER),
 }

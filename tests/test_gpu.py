@@ -15,9 +15,9 @@ from types import ModuleType
 import pytest
 import test_contract
 import test_distance
-import test_general_maps
 import test_gradient_at
 import test_kd
+import test_map_operators
 import test_method
 import test_operators
 import test_tap
@@ -119,7 +119,7 @@ def of_a_back_end(module: ModuleType) -> dict[str, Callable[..., None]]:
 
 
 globals().update(of_a_back_end(test_contract))
-globals().update(of_a_back_end(test_general_maps))
+globals().update(of_a_back_end(test_map_operators))
 globals().update(of_a_back_end(test_method))
 globals().update(of_a_back_end(test_tap_operators))
 globals().update({test.__name__: test for test in ON_DEVICE})
@@ -160,19 +160,18 @@ def value_and_gradient(students: list[Tensor], teachers: list[Tensor]) -> list[T
 
 
 def whole_method(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
-    """Maps of maxima and signed powers, of pooled features too, their gradients and their loss."""
+    """Maps, sums and maxima, their gradients and their loss."""
     plain = [x.detach() for x in students]
     above = [_ops.attention_map([x], 2.0, "mean")[0].sum() for x in plain]
     results = []
-    for collapse, absolute in (("max", True), ("mean", False)):
-        for sizes in ([], [n for x in plain for n in (x.shape[2] // 2, x.shape[3] - 2)]):
-            found = _ops.attention_map(plain, 3.0, collapse, absolute, sizes)
-            maps, channels = found[: len(plain)], found[len(plain) :]
-            other = _ops.attention_map(teachers, 2.0, "mean", True, sizes)
-            options = [], "paper", "sum", "add", 1e-6, True, False
-            loss, ks = _ops.map_loss([q.float() for q in maps], other, *options)
-            rest = torch.stack(above), [*range(len(plain))], 3.0, absolute, sizes, channels
-            results += [*found, loss, *ks, *_ops.attention_map_backward(plain, ks, *rest)]
+    for collapse in ("max", "mean"):
+        found = _ops.attention_map(plain, 3.0, collapse)
+        maps, channels = found[: len(plain)], found[len(plain) :]
+        other = _ops.attention_map(teachers, 2.0, "mean")
+        options = [], "paper", "sum", "add", 1e-6, True, False
+        loss, ks = _ops.map_loss([q.float() for q in maps], other, *options)
+        rest = torch.stack(above), [*range(len(plain))], 3.0, channels
+        results += [*found, loss, *ks, *_ops.attention_map_backward(plain, ks, *rest)]
     return results
 
 
@@ -184,7 +183,7 @@ def taps(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
         for collapse in ("mean", "max"):
             q, *channels = _ops.attention_map([x], 2.0, collapse)
             g = x * 2
-            rest = x, q, 2.0, collapse, True, *channels
+            rest = x, q, 2.0, collapse, *channels
             results.append(_ops.attention_tap_backward(g, *rest))
             _ops.attention_tap_backward_(g, *rest)
             results.append(g)
@@ -416,23 +415,18 @@ def test_one_launch_for_a_list() -> None:
         assert "attention_map_backward_kernel" in name
         (name,) = launches(lambda: at_fused.at_value_and_grad(students, teachers))
         assert "at_value_and_grad_kernel" in name
-        sizes = [x.shape[2] - 1 for x in teachers for _ in range(2)]
-        for collapse, to, kernel in (
-            ("max", [], "max_map"),
-            ("max", sizes, "pooled_map"),
-            ("mean", sizes, "pooled_map"),
-        ):
-            found = _ops.attention_map(teachers, 2.0, collapse, True, to)
+        for collapse, kernel in (("max", "max_map"), ("mean", "attention_map")):
+            found = _ops.attention_map(teachers, 2.0, collapse)
             maps, channels = found[: len(teachers)], found[len(teachers) :]
-            (name,) = launches(partial(_ops.attention_map, teachers, 2.0, collapse, True, to))
+            (name,) = launches(partial(_ops.attention_map, teachers, 2.0, collapse))
             assert f"{kernel}_kernel" in name
-            rest = None, [0] * len(teachers), 2.0, True, to, channels
+            rest = None, [0] * len(teachers), 2.0, channels
             (name,) = launches(partial(_ops.attention_map_backward, teachers, maps, *rest))
             assert f"{kernel}_backward_kernel" in name
-            options = [], "code", "sum", "max", 1e-12, True, True
-            _ops.map_loss(maps, maps, *options)
-            (name,) = launches(partial(_ops.map_loss, maps, maps, *options))
-            assert "map_loss_kernel" in name
+        options = [], "code", "sum", "max", 1e-12, True, True
+        _ops.map_loss(maps, maps, *options)
+        (name,) = launches(partial(_ops.map_loss, maps, maps, *options))
+        assert "map_loss_kernel" in name
 
 
 @needs_gpu

@@ -1,4 +1,4 @@
-"""The launch configuration (csrc/cuda/plan*.h), on its own: what it covers, aligns and fits."""
+"""The launch configuration (csrc/cuda/plan.h), on its own: what it covers, aligns and fits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_library import BYTES, H100, INTERLEAVED, PLANAR, Feature, Limits, Pool, dense, plan
+from plan_library import BYTES, H100, INTERLEAVED, PLANAR, Feature, Limits, dense, plan
 
 A100 = Limits(108, 166912, 167936)
 SMALL = Limits(20, 101376, 102400)
@@ -146,55 +146,6 @@ def test_gradients(data: tuple[Feature, Feature, int], device: str, shift: int, 
         assert tasks == (s.B + lag) * (pieces + rest[7] * rest[9])
 
 
-@st.composite
-def pools(draw: st.DrawFn) -> Pool:
-    most = draw(st.sampled_from([(1, 1, 20000), (1, 300, 300), (40, 40, 40)]))
-    before = [draw(st.one_of(st.integers(1, n), st.just(n))) for n in most]
-    after = [draw(st.one_of(st.integers(1, n), st.sampled_from([1, n]))) for n in before]
-    return Pool((before[0], before[1], before[2]), (after[0], after[1], after[2]))
-
-
-def outputs_of(begin: int, end: int, before: int, after: int) -> int:
-    """How many windows reach into inputs ``begin`` to ``end``, counted one by one."""
-    windows = [(o * before // after, -(-(o + 1) * before // after)) for o in range(after)]
-    return sum(a < end and begin < b for a, b in windows)
-
-
-@EVERY
-@given(data=st.data(), pool=pools(), device=st.sampled_from(list(DEVICES)))
-def test_pooled_maps_and_gradients(data: st.DataObject, pool: Pool, device: str) -> None:
-    b = data.draw(st.sampled_from([1, 3, 128]))
-    x = data.draw(features(b, math.prod(pool.before)))
-    limits = DEVICES[device]
-    total = 2 * b * x.bytes + data.draw(st.sampled_from([0, 10**8]))
-    powers_of_two = {2**i for i in range(9)}
-
-    tasks, pieces, positions, places, share = plan("pooled_map", x, pool, total, limits)[:5]
-    check_pieces(math.prod(pool.after), pieces, positions)
-    assert tasks == b * pieces
-    assert {places, share} <= powers_of_two
-    assert places * share <= 256
-    assert share <= (32 if x.layout == PLANAR else 1)  # they meet by shuffles
-
-    out = plan("pooled_sweep", x, pool, total, limits)
-    tasks, *box, group, output_places, share, input_places, room = out[:9]
-    assert tasks == b * math.ceil(x.C / group) * math.prod(
-        math.ceil(n / m) for n, m in zip(pool.before, box, strict=True)
-    )
-    outputs = 1
-    for n, to, m in zip(pool.before, pool.after, box, strict=True):
-        assert 1 <= m <= n
-        starts = {0, (n - 1) // m * m, data.draw(st.integers(0, (n - 1) // m)) * m}
-        outputs *= max(outputs_of(i, min(i + m, n), n, to) for i in starts)
-    assert outputs * group * (8 if x.dtype == 1 else 4) <= room
-    assert 1 <= group <= x.C
-    if x.layout == INTERLEAVED:
-        assert group % 32 == 0 or group == x.C or x.C < 32
-    assert {output_places, share, input_places} <= powers_of_two
-    assert output_places * share <= 256
-    assert share <= (32 if x.layout == PLANAR else 1)
-
-
 @EVERY
 @given(data=pairs(), device=st.sampled_from(list(DEVICES)))
 def test_losses_of_maps(data: tuple[Feature, Feature, int], device: str) -> None:
@@ -203,18 +154,6 @@ def test_losses_of_maps(data: tuple[Feature, Feature, int], device: str) -> None
     tasks, samples = plan("map_loss", s, t, DEVICES[device])[:2]
     assert 1 <= samples <= b
     assert tasks == math.ceil(b / samples)
-
-
-@pytest.mark.parametrize("layout", [PLANAR, INTERLEAVED], ids=["planar", "interleaved"])
-@pytest.mark.parametrize("dtype", [0, 3], ids=["fp32", "bf16"])
-def test_pooled_features_fill_the_device(dtype: int, layout: int) -> None:
-    x, pool = dense(64, 256, 56 * 56, dtype, layout), Pool((1, 56, 56), (1, 28, 28))
-    total = x.B * x.bytes
-    assert plan("pooled_map", x, pool, total, H100)[0] >= H100.multiprocessors
-    out = plan("pooled_sweep", x, pool, 2 * total, H100)
-    assert out[0] >= H100.multiprocessors
-    # Two threads to a window of 2x2: a warp reads 64 adjacent elements in each of two rows.
-    assert out[6] == (2 if layout == PLANAR else 1)
 
 
 @pytest.mark.parametrize("layout", [PLANAR, INTERLEAVED], ids=["planar", "interleaved"])

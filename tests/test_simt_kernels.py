@@ -39,22 +39,19 @@ def everything(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     plain = [x.detach() for x in students]
     maps = _ops.attention_map(plain, 2.0, "mean")
     results = [loss.detach(), *gradients, value, *direct, *maps]
-    for collapse, absolute in (("max", True), ("sum", False)):
-        for sizes in ([], [n for x in plain for n in (x.shape[2] // 2, x.shape[3] - 2)]):
-            found = _ops.attention_map(plain, 3.0, collapse, absolute, sizes)
-            maps, channels = found[: len(plain)], found[len(plain) :]
-            above, pairs = torch.arange(1.0, 1.0 + len(plain)), [*range(len(plain))]
-            rest = 3.0, absolute, sizes, channels
-            results += [*found, *_ops.attention_map_backward(plain, maps, above, pairs, *rest)]
-            for i, x in enumerate([] if sizes else plain):
-                g, won = torch.ones_like(x), channels[i] if channels else None
-                results += [
-                    _ops.attention_tap_backward(g, x, maps[i], 3.0, collapse, absolute, won)
-                ]
-                _ops.attention_tap_backward_(g, x, maps[i], 3.0, collapse, absolute, won)
-                results += [g]
-            value, found = _ops.map_loss(maps, maps[:1] + [q + 1 for q in maps[1:]], *LOSS)
-            results += [value, *found]
+    for collapse in ("max", "sum"):
+        found = _ops.attention_map(plain, 3.0, collapse)
+        maps, channels = found[: len(plain)], found[len(plain) :]
+        above, pairs = torch.arange(1.0, 1.0 + len(plain)), [*range(len(plain))]
+        gradients = _ops.attention_map_backward(plain, maps, above, pairs, 3.0, channels)
+        results += [*found, *gradients]
+        for i, x in enumerate(plain):
+            g, won = torch.ones_like(x), channels[i] if channels else None
+            results += [_ops.attention_tap_backward(g, x, maps[i], 3.0, collapse, won)]
+            _ops.attention_tap_backward_(g, x, maps[i], 3.0, collapse, won)
+            results += [g]
+        value, found = _ops.map_loss(maps, maps[:1] + [q + 1 for q in maps[1:]], *LOSS)
+        results += [value, *found]
     return results
 
 
@@ -155,7 +152,7 @@ def test_features_move_in_128_bits(
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", [(4, 64, 7, 7), (2, 32, 14, 14), (1, 48, 56, 56)], ids=str)
-def test_maxima_and_signed_powers_move_in_128_bits(
+def test_maxima_move_in_128_bits(
     wide: ctypes.CDLL, size: tuple[int, ...], dtype: torch.dtype, channels_last: bool
 ) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -164,37 +161,26 @@ def test_maxima_and_signed_powers_move_in_128_bits(
     forward = counters(wide)
     assert forward.launches == 1
     assert 16 * forward.loads[4] == forward.load_bytes == x.nbytes
-    _ops.attention_map_backward([x], [q], None, [0], 3.0, True, [], [channels])
+    _ops.attention_map_backward([x], [q], None, [0], 3.0, [channels])
     backward = counters(wide)
     assert backward.launches == 1
     assert 16 * backward.stores[4] == backward.store_bytes == x.nbytes
     assert backward.loads[4] == 0
     if x.element_size() == 2:  # nothing else has this width
         assert backward.loads[1] == q.numel()  # a feature's winners, each once
-    _ops.attention_map([x], 3.0, "sum", False)
-    forward = counters(wide)
-    assert 16 * forward.loads[4] == forward.load_bytes == x.nbytes
-    _ops.attention_map_backward([x], [q], None, [0], 3.0, False)
-    backward = counters(wide)
-    assert 16 * backward.loads[4] == 16 * backward.stores[4] == backward.store_bytes == x.nbytes
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", [(4, 64, 7, 7), (2, 32, 14, 14), (1, 48, 56, 56)], ids=str)
-@pytest.mark.parametrize("absolute", [True, False])
 def test_a_tap_reads_twice_and_writes_once(
-    wide: ctypes.CDLL,
-    size: tuple[int, ...],
-    dtype: torch.dtype,
-    channels_last: bool,
-    absolute: bool,
+    wide: ctypes.CDLL, size: tuple[int, ...], dtype: torch.dtype, channels_last: bool
 ) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     g, x = (torch.randn(size).to(dtype, memory_format=layout) for _ in range(2))
     k = torch.randn(size[0], size[2] * size[3], dtype=torch.promote_types(dtype, torch.float32))
     for operator in (_ops.attention_tap_backward, _ops.attention_tap_backward_):
-        operator(g, x, k, 3.0, "mean", absolute)
+        operator(g, x, k, 3.0, "mean")
         found = counters(wide)
         assert found.launches == 1
         assert 16 * found.loads[4] == 2 * x.nbytes
@@ -214,7 +200,7 @@ def test_a_tap_of_maxima_touches_the_winners(
     g, x = (torch.randn(size).to(dtype, memory_format=layout) for _ in range(2))
     q, channels = _ops.attention_map([x], 2.0, "max")
     won = q.numel() * x.itemsize
-    rest = x, q, 2.0, "max", True, channels
+    rest = x, q, 2.0, "max", channels
     _ops.attention_tap_backward_(g, *rest)
     found = counters(wide)
     assert found.launches == 1
@@ -229,52 +215,22 @@ def test_a_tap_of_maxima_touches_the_winners(
     assert found.distinct_load_bytes == x.nbytes + won + channels.nbytes + q.nbytes
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(
-    ("size", "to"),
-    [((4, 40, 8, 8), (4, 4)), ((2, 33, 14, 15), (7, 3)), ((1, 48, 56, 56), (28, 28))],
-    ids=str,
-)
-def test_pooled_features_are_read_once(
-    wide: ctypes.CDLL, size: tuple[int, ...], to: tuple[int, int], channels_last: bool
-) -> None:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.randn(size).half().to(memory_format=layout)
-    q, channels = _ops.attention_map([x], 2.0, "max", True, to)
-    forward = counters(wide)
-    assert forward.launches == 1
-    assert forward.loads[1] == x.numel()
-    assert forward.distinct_load_bytes == x.nbytes
-    _ops.attention_map_backward([x], [q], None, [0], 2.0, True, to)
-    backward = counters(wide)
-    assert backward.launches == 1
-    assert backward.loads[1] == backward.stores[1] == x.numel()
-    assert 2 * backward.stores[1] == backward.store_bytes
-    _ops.attention_map_backward([x], [q], None, [0], 2.0, True, to, [channels])
-    backward = counters(wide)
-    assert backward.loads[1] == q.numel() * (size[2] // to[0]) * (size[3] // to[1])
-    assert backward.stores[1] == x.numel()
-
-
-def test_a_list_takes_a_launch_for_its_pooled_features_and_one_for_the_others(
-    wide: ctypes.CDLL,
-) -> None:
+def test_a_list_of_maps_takes_one_launch(wide: ctypes.CDLL) -> None:
     xs = [torch.randn(2, 3, 4 + i, 4) for i in range(6)]
-    sizes = [n for i in range(6) for n in ((2, 2) if i % 2 else (4 + i, 4))]
-    for collapse in ("mean", "max"):
-        wide.simt_reset_counters()
-        found = _ops.attention_map(xs, 2.0, collapse, True, sizes)
+
+    def launches(call: Callable[[], Any]) -> int:
         total = Counters()
-        wide.simt_counters(ctypes.byref(total))
-        assert total.launches == 2
         wide.simt_reset_counters()
-        _ops.attention_map_backward(xs, found[:6], None, [0] * 6, 2.0, True, sizes, found[6:])
+        call()
         wide.simt_counters(ctypes.byref(total))
-        assert total.launches == 2
-    wide.simt_reset_counters()
-    _ops.map_loss(found[:6], found[:6], *LOSS)
-    wide.simt_counters(ctypes.byref(total))
-    assert total.launches == 1
+        return total.launches
+
+    for collapse in ("mean", "max"):
+        found = _ops.attention_map(xs, 2.0, collapse)
+        assert launches(lambda c=collapse: _ops.attention_map(xs, 2.0, c)) == 1
+        rest = found[:6], None, [0] * 6, 2.0, found[6:]
+        assert launches(lambda r=rest: _ops.attention_map_backward(xs, *r)) == 1
+    assert launches(lambda: _ops.map_loss(found[:6], found[:6], *LOSS)) == 1
 
 
 def test_features_that_are_not_aligned_move_in_elements(wide: ctypes.CDLL) -> None:
@@ -319,16 +275,12 @@ def test_no_feature_sized_temporary(wide: ctypes.CDLL) -> None:
     assert size <= both < size * 1.05
 
 
-@pytest.mark.parametrize("to", [[], [12, 12]], ids=str)
-def test_no_feature_sized_temporary_of_maxima_and_pooled_features(
-    wide: ctypes.CDLL, to: list[int]
-) -> None:
+def test_no_feature_sized_temporary_of_maxima(wide: ctypes.CDLL) -> None:
     x = torch.randn(2, 64, 24, 24)
-    (q, channels), forward = allocated(lambda: _ops.attention_map([x], 2.0, "max", True, to))
+    (q, channels), forward = allocated(lambda: _ops.attention_map([x], 2.0, "max"))
     assert 0 < forward < x.nbytes / 16
-    rest = None, [0], 2.0, True, to
     for won in ([], [channels]):
-        call = partial(_ops.attention_map_backward, [x], [q], *rest, won)
+        call = partial(_ops.attention_map_backward, [x], [q], None, [0], 2.0, won)
         assert x.nbytes <= allocated(call)[1] < x.nbytes * 1.02
 
 
@@ -336,7 +288,7 @@ def test_no_feature_sized_temporary_of_maxima_and_pooled_features(
 def test_a_tap_in_place_allocates_nothing(wide: ctypes.CDLL, collapse: str) -> None:
     x, g = torch.randn(2, 64, 24, 24), torch.randn(2, 64, 24, 24)
     q, *channels = _ops.attention_map([x], 2.0, collapse)
-    rest = g, x, q, 2.0, collapse, True, *channels
+    rest = g, x, q, 2.0, collapse, *channels
     assert allocated(lambda: _ops.attention_tap_backward(*rest))[1] == x.nbytes
     assert allocated(lambda: _ops.attention_tap_backward_(*rest))[1] == 0
 
@@ -357,14 +309,12 @@ def test_elements_beyond_2_to_the_31(wide: ctypes.CDLL, stride_of: str) -> None:
         loss = at_fused.at_loss(student, teacher)
         (gradient,) = torch.autograd.grad(loss, student)
         value, direct = at_fused.at_value_and_grad(student, teacher)
-        general: list[Tensor] = []
-        for to in ([], [2, 3]):
-            (q, channels) = _ops.attention_map([student.detach()], 2.0, "max", True, to)
-            for won in ([], [channels]):
-                rest = None, [0], 3.0, bool(won), to, won
-                general += _ops.attention_map_backward([student.detach()], [q], *rest)
-            general += q, channels
-        results.append((loss.detach(), gradient, value, direct, *general))
+        (q, channels) = _ops.attention_map([student.detach()], 2.0, "max")
+        swept = [
+            _ops.attention_map_backward([student.detach()], [q], None, [0], 3.0, won)[0]
+            for won in ([], [channels])
+        ]
+        results.append((loss.detach(), gradient, value, direct, q, channels, *swept))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -379,7 +329,7 @@ def test_taps_beyond_2_to_the_31(wide: ctypes.CDLL, collapse: str, stride_of: st
     g.copy_(near[0])
     x.copy_(near[1])
     q, *channels = _ops.attention_map([near[1]], 2.0, collapse)
-    rest = q, 2.0, collapse, True, *channels
+    rest = q, 2.0, collapse, *channels
     expected = _ops.attention_tap_backward(*near, *rest)
     assert torch.equal(_ops.attention_tap_backward(g, x, *rest), expected)
     _ops.attention_tap_backward_(g, x, *rest)
@@ -410,7 +360,7 @@ def test_a_launch_that_fails_is_a_python_error(wide: ctypes.CDLL) -> None:
     with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
         _ops.attention_map([huge], 2.0, "mean")
     with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
-        _ops.attention_map([huge], 2.0, "max", True, [2, 2])
+        _ops.attention_map([huge], 2.0, "max")
     long = torch.empty(1, 2**30 + 1, 1, dtype=torch.float16)
     with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
         _ops.attention_tap_backward_(long, long, torch.ones(1, 1), 2.0, "mean")

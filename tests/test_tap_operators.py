@@ -13,17 +13,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import EVERY, SIMT, opcheck, slow, use
-from test_general_maps import DTYPES, assert_gradient_matches
+from test_map_operators import DTYPES, assert_gradient_matches
 from torch import Tensor
 
 from at_fused import _ops
 
-# (p, collapse, absolute)
-Options = tuple[float, str, bool]
-KINDS: list[Options] = [(p, c, True) for p in (2.0, 1.0, 3.5, 4.0) for c in ("mean", "sum", "max")]
-KINDS += [(3.0, "mean", False), (3.0, "sum", False), (1.0, "sum", False), (2.0, "mean", False)]
-FEW: list[Options] = [(2.0, "mean", True), (3.5, "sum", True), (2.0, "max", True)]
-FEW += [(3.0, "mean", False)]
+# (p, collapse)
+Options = tuple[float, str]
+KINDS: list[Options] = [(p, c) for p in (2.0, 1.0, 3.5, 4.0) for c in ("mean", "sum", "max")]
+FEW: list[Options] = [(2.0, "mean"), (3.5, "sum"), (2.0, "max")]
 
 
 def padded(x: Tensor, *pads: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -72,9 +70,9 @@ def inputs(
 def reference(
     gradient: Tensor, x: Tensor, k: Tensor, channels: Tensor | None, options: Options
 ) -> Tensor:
-    p, collapse, absolute = options
+    p, collapse = options
     a = x.double()
-    slope = a.abs().pow(p - 1) * (a.sign() if absolute else 1) if absolute else a.pow(p - 1)
+    slope = a.abs().pow(p - 1) * a.sign()
     scale = 1 / x.shape[1] if collapse == "mean" else 1.0
     added = scale * p * k.double().view(x.shape[0], 1, *x.shape[2:]) * slope
     if channels is not None:
@@ -87,14 +85,14 @@ def assert_is_the_formula(
     gradient: Tensor, x: Tensor, k: Tensor, channels: Tensor | None, options: Options
 ) -> None:
     """Both operators; and nothing but the gradient in place is written."""
-    p, collapse, absolute = options
+    p, collapse = options
     kept = [t.clone() for t in (gradient, x, k)]
     expected = reference(gradient, x, k, channels, options)
-    found = _ops.attention_tap_backward(gradient, x, k, p, collapse, absolute, channels)
+    found = _ops.attention_tap_backward(gradient, x, k, p, collapse, channels)
     assert_gradient_matches(found, expected, x)
     assert all(map(torch.equal, kept, (gradient, x, k)))
     strides = gradient.stride()
-    _ops.attention_tap_backward_(gradient, x, k, p, collapse, absolute, channels)
+    _ops.attention_tap_backward_(gradient, x, k, p, collapse, channels)
     assert gradient.stride() == strides
     assert torch.equal(gradient, found)
     assert all(map(torch.equal, kept[1:], (x, k)))
@@ -159,16 +157,16 @@ def test_places(fast_backend: str, place: str, gradient_place: str, dtype: torch
 def test_a_strided_map_and_strided_channels(backend: str) -> None:
     gradient, x, k, channels = inputs(3, 8, 5, 4, collapse="max")
     k, channels = k.t().contiguous().t(), channels.repeat(1, 2)[:, :20]
-    assert_is_the_formula(gradient, x, k, channels, (2.0, "max", True))
-    assert_is_the_formula(gradient, x, k, None, (2.0, "mean", True))
+    assert_is_the_formula(gradient, x, k, channels, (2.0, "max"))
+    assert_is_the_formula(gradient, x, k, None, (2.0, "mean"))
 
 
 def test_an_expanded_gradient_becomes_a_new_one(backend: str) -> None:
     for options in FEW:
         _, x, k, channels = inputs(2, 8, 4, 4, collapse=options[1])
-        p, collapse, absolute = options
+        p, collapse = options
         for gradient in (torch.randn(8, 4, 4).expand(2, 8, 4, 4), torch.ones(()).expand(x.shape)):
-            found = _ops.attention_tap_backward(gradient, x, k, p, collapse, absolute, channels)
+            found = _ops.attention_tap_backward(gradient, x, k, p, collapse, channels)
             assert_gradient_matches(found, reference(gradient, x, k, channels, options), x)
 
 
@@ -180,8 +178,8 @@ def test_in_place_on_a_view_of_tokens(backend: str, skip: int, collapse: str) ->
     view, x = (t[:, skip:].transpose(1, 2) for t in (whole, tokens))
     k = torch.randn(2, 13 - skip)
     channels = x.abs().max(1).indices.int() if collapse == "max" else None
-    expected = reference(view, x, k, channels, (2.0, collapse, True))
-    _ops.attention_tap_backward_(view, x, k, 2.0, collapse, True, channels)
+    expected = reference(view, x, k, channels, (2.0, collapse))
+    _ops.attention_tap_backward_(view, x, k, 2.0, collapse, channels)
     assert torch.equal(whole[:, :skip], before[:, :skip])
     torch.testing.assert_close(view.double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -228,8 +226,8 @@ def test_what_a_maximum_leaves_alone_keeps_its_bits(
     g, y = PLACES[place](gradient), PLACES[place](x)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     with use(name):
-        found = _ops.attention_tap_backward(g, y, k, 2.0, "max", True, channels)
-        _ops.attention_tap_backward_(g, y, k, 2.0, "max", True, channels)
+        found = _ops.attention_tap_backward(g, y, k, 2.0, "max", channels)
+        _ops.attention_tap_backward_(g, y, k, 2.0, "max", channels)
     for result in (found, g):
         flat, before = result.flatten(2), gradient.flatten(2)
         same = flat.contiguous().view(bits) == before.contiguous().view(bits)
@@ -242,7 +240,7 @@ def test_where_features_are_zero(backend: str, collapse: str) -> None:
     gradient, x, k, channels = inputs(1, 3, 4, 4, collapse=collapse)
     x.zero_()
     for p in (1.0, 2.0, 3.0, 2.5):
-        found = _ops.attention_tap_backward(gradient, x, k, p, collapse, True, channels)
+        found = _ops.attention_tap_backward(gradient, x, k, p, collapse, channels)
         assert torch.equal(found, gradient)
 
 
@@ -307,16 +305,11 @@ BELONGS = "a map of channels belongs to collapse 'max', and to no other"
         ({"p": 0.5}, "p must be a finite number >= 1, got 0.5"),
         ({"p": math.inf}, "p must be a finite number >= 1, got inf"),
         ({"p": math.nan}, "p must be a finite number >= 1, got nan"),
-        ({"p": 2.5, "absolute": False}, "p must be a whole number, got 2.5"),
         ({"collapse": "median"}, "collapse must be 'mean', 'sum' or 'max', got 'median'"),
         ({"collapse": "max"}, BELONGS),
         ({"channels": torch.zeros(2, 16).int()}, BELONGS),
         ({"collapse": "max", "channels": torch.zeros(2, 16).long()}, "of int32"),
         ({"collapse": "max", "channels": torch.zeros(2, 15).int()}, "of int32"),
-        (
-            {"collapse": "max", "channels": torch.zeros(2, 16).int(), "p": 3.0, "absolute": False},
-            "collapse 'max' takes absolute values",
-        ),
     ],
     ids=str,
 )
@@ -331,7 +324,6 @@ def test_direct_calls_are_checked(
         "map_gradient": torch.ones(2, 16),
         "p": 2.0,
         "collapse": "mean",
-        "absolute": True,
         "channels": None,
     }
     with use(name), pytest.raises(RuntimeError, match=message):
@@ -352,7 +344,7 @@ def test_tensors_elsewhere_are_refused(operator: str, name: str, elsewhere: int)
         namespace = torch.ops.at_fused_simt if name in SIMT else torch.ops.at_fused
         call = getattr(namespace, operator).default
         with pytest.raises(RuntimeError, match=(SAME, SAME, MAP, "of int32")[elsewhere]):
-            call.redispatch(cpu, *three, 2.0, "max", True, channels)
+            call.redispatch(cpu, *three, 2.0, "max", channels)
 
 
 @pytest.mark.parametrize("name", CHECKED)
@@ -362,8 +354,8 @@ def test_channels_that_are_none_have_no_gradient(name: str) -> None:
     for y in (x, x.contiguous(memory_format=LAST)):
         g = torch.empty_like(y).copy_(gradient)
         with use(name):
-            found = _ops.attention_tap_backward(g, y, k, 2.0, "max", True, channels)
-            _ops.attention_tap_backward_(g, y, k, 2.0, "max", True, channels)
+            found = _ops.attention_tap_backward(g, y, k, 2.0, "max", channels)
+            _ops.attention_tap_backward_(g, y, k, 2.0, "max", channels)
         assert torch.equal(found, gradient)
         assert torch.equal(g, gradient)
 
@@ -391,8 +383,8 @@ def test_what_lies_where_the_gradient_is_written(name: str, collapse: str, shift
     apart = [None if y is None else y.clone() for y in (gradient, x, k, channels)]
     with use(name):
         *three, last = apart
-        right = _ops.attention_tap_backward(*three, 2.0, collapse, True, last)
-        _ops.attention_tap_backward_(gradient, x, k, 2.0, collapse, True, channels)
+        right = _ops.attention_tap_backward(*three, 2.0, collapse, last)
+        _ops.attention_tap_backward_(gradient, x, k, 2.0, collapse, channels)
     torch.testing.assert_close(gradient, right, rtol=1e-6, atol=1e-6)
 
 

@@ -9,7 +9,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
     attention_map_kernel(const __grid_constant__ MapParams params) {
   AT_FUSED_DYNAMIC_SHARED(bytes);
   const MapFeature& feature = params.features[member_of(params.features, params.count, blockIdx.x)];
-  const Tile tile = tile_of(feature, feature.view.N, blockIdx.x, bytes);
+  const Tile tile = tile_of(feature, blockIdx.x, bytes);
   const int64_t size = accumulate_size(feature.view.dtype == Dtype::float64);
   map_tile<E, fp64, false>(
       feature.view, tile, params.p, feature.scale, nullptr,
@@ -17,11 +17,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 }
 
 void launch_attention_map(const MapParams& params, const Launch& launch) {
-  if (params.absolute) {
-    launch_instance(AT_FUSED_POWERS(attention_map_kernel), params.p, launch, params);
-  } else {
-    launch_instance(AT_FUSED_SIGNED_DTYPES(attention_map_kernel), launch, params);
-  }
+  launch_instance(AT_FUSED_POWERS(attention_map_kernel), params.p, launch, params);
 }
 
 }  // namespace at_fused

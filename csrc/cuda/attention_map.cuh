@@ -14,10 +14,10 @@ struct Tile {
 };
 
 // Of a task, by its number in the launch.
-__device__ __forceinline__ Tile tile_of(const MapFeature& feature, int N, int task, char* scratch) {
+__device__ __forceinline__ Tile tile_of(const MapFeature& feature, int task, char* scratch) {
   const int local = task - feature.first_task;
   const int begin = local % feature.pieces * feature.positions;
-  return {local / feature.pieces, begin, min(begin + feature.positions, N), scratch};
+  return {local / feature.pieces, begin, min(begin + feature.positions, feature.view.N), scratch};
 }
 
 // What the values of a position become is a State of the tile's collector: take() adds a value of a

@@ -15,11 +15,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 }
 
 void launch_attention_tap_backward(const TapParams& params, const Launch& launch) {
-  if (params.absolute) {
-    launch_instance(AT_FUSED_POWERS(attention_tap_backward_kernel), params.p, launch, params);
-  } else {
-    launch_instance(AT_FUSED_SIGNED_DTYPES(attention_tap_backward_kernel), launch, params);
-  }
+  launch_instance(AT_FUSED_POWERS(attention_tap_backward_kernel), params.p, launch, params);
 }
 
 }  // namespace at_fused

@@ -12,9 +12,6 @@
 
 // The instances of a kernel, those of lists with fp64 last.
 #define AT_FUSED_DTYPES(kernel) kernel<false>, kernel<true>, #kernel
-// Powers that keep their sign have instances of their own.
-#define AT_FUSED_SIGNED_DTYPES(kernel) \
-  kernel<SignedPower, false>, kernel<SignedPower, true>, #kernel
 // p = 2 has its own, for it is what nearly everybody uses; other exponents, and lists with fp64,
 // take theirs by branches that all threads go alike.
 #define AT_FUSED_POWERS(kernel) \

@@ -18,8 +18,6 @@ void launch_attention_tap_backward(const TapParams& params, const Launch& launch
 void launch_max_map(const MapParams& params, const Launch& launch);
 void launch_max_map_backward(const SweepParams& params, const Launch& launch);
 void launch_max_tap_backward(const TapParams& params, const Launch& launch);
-void launch_pooled_map(const PooledParams& params, const Launch& launch);
-void launch_pooled_map_backward(const PooledSweepParams& params, const Launch& launch);
 void launch_map_loss(const LossParams& params, const Launch& launch);
 void launch_at_loss(const LossParams& params, const Launch& launch);
 void launch_at_value_and_grad(const LossParams& params, const GradientParams& gradient,

@@ -9,7 +9,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
     max_map_kernel(const __grid_constant__ MapParams params) {
   AT_FUSED_DYNAMIC_SHARED(bytes);
   const MapFeature& feature = params.features[member_of(params.features, params.count, blockIdx.x)];
-  const Tile tile = tile_of(feature, feature.view.N, blockIdx.x, bytes);
+  const Tile tile = tile_of(feature, blockIdx.x, bytes);
   const int64_t first = int64_t(tile.b) * feature.view.N + tile.begin;
   with_dtype<fp64>(feature.view.dtype, [&](auto element) {
     using T = decltype(element);

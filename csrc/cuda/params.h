@@ -17,7 +17,6 @@ constexpr int kVectorBytes = 16;    // of the widest load
 constexpr int kLaunchBytes = 4096;  // of structs that every launch may carry
 constexpr int kMaxPairs = 16;       // of one launch; longer lists take several
 constexpr int kMaxFeatures = 30;    // likewise
-constexpr int kMaxPooledSweeps = 26;
 
 // How a block reads a feature. A row is `fold` channels of all positions (planar) or the channels
 // of a position (interleaved).
@@ -57,7 +56,6 @@ struct MapFeature {
 struct MapParams {
   double p;
   int32_t count;
-  bool absolute;  // else the power keeps its sign: p is odd
   MapFeature features[kMaxFeatures];
 };
 
@@ -81,53 +79,15 @@ struct SweepParams {
   double p;
   int32_t count;
   bool loss_gradient_fp64;
-  bool absolute;
   SweepFeature features[kMaxFeatures];
 };
 
 // A sweep that adds `scale` times its gradient to another one, which may be what it writes.
 struct TapParams {
   double p, scale;
-  bool absolute;
   const void* gradient;
   int64_t batch, line;
   SweepFeature feature;
-};
-
-// Features that are pooled: `share` threads add up a window, at `places` windows at a time
-// (pool.cuh). The pieces and positions are those of the map.
-struct PooledFeature : MapFeature {
-  Pool pool;
-  int32_t places, share;
-};
-
-struct PooledParams {
-  double p;
-  int32_t count;
-  bool absolute;
-  PooledFeature features[kMaxFeatures];
-};
-
-// A task sweeps `group` channels of a box of inputs.
-struct PooledSweep {
-  View view;
-  Pool pool;
-  void* out;
-  int64_t batch, line;
-  const void* k;
-  const int32_t* channels;
-  const void* loss_gradient;
-  int32_t first_task;
-  int32_t box[3], group;
-  int32_t output_places, share, input_places;
-};
-
-struct PooledSweepParams {
-  double p;
-  int32_t count;
-  bool loss_gradient_fp64;
-  bool absolute;
-  PooledSweep features[kMaxPooledSweeps];
 };
 
 struct PairParams {
@@ -181,7 +141,6 @@ struct GradientParams {
 };
 
 static_assert(sizeof(MapParams) <= kLaunchBytes && sizeof(SweepParams) <= kLaunchBytes);
-static_assert(sizeof(PooledParams) <= kLaunchBytes && sizeof(PooledSweepParams) <= kLaunchBytes);
 static_assert(sizeof(LossParams) + sizeof(GradientParams) <= kLaunchBytes);
 
 }  // namespace at_fused

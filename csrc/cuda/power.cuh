@@ -72,23 +72,4 @@ struct AnyPower {
   }
 };
 
-// x^p with odd p: it keeps its sign, and its derivative over p is |x|^(p-1), 1 everywhere for p
-// = 1.
-struct SignedPower {
-  static constexpr int rows_in_flight = AnyPower::rows_in_flight;
-  AnyPower any;
-
-  __device__ explicit SignedPower(double p) : any(p) {}
-
-  template <class A>
-  __device__ __forceinline__ A power(A x) const {
-    const A absolute = any.power(x);
-    return x < 0 ? -absolute : absolute;
-  }
-  template <class A>
-  __device__ __forceinline__ A slope(A x) const {
-    return any.p == 1 ? A(1) : any.raise(x < 0 ? -x : x, true);
-  }
-};
-
 }  // namespace at_fused

@@ -13,15 +13,15 @@ void sweep_tap(const Tap& tap) {
   const Feature& feature = tap.feature;
   check_extent(feature);
   const Feature& add = tap.gradient;
-  TapParams params{tap.p, tap.scale, tap.power.absolute, add.data, add.batch, add.line, {}};
+  TapParams params{tap.p, tap.scale, add.data, add.batch, add.line, {}};
   params.feature.k = tap.k.first;
   params.feature.channels = reinterpret_cast<const int32_t*>(tap.channels.first);
   const int64_t blocks = plan_sweep(params.feature, feature, tap.out, 2 * total_bytes(feature),
                                     limits_of(tap.device), &add);
   check_blocks(blocks);
   const Launch launch{blocks, 0, accumulates_fp64(feature), scope.stream()};
-  tap.power.max ? launch_max_tap_backward(params, launch)
-                : launch_attention_tap_backward(params, launch);
+  tap.maximum ? launch_max_tap_backward(params, launch)
+              : launch_attention_tap_backward(params, launch);
 }
 
 }  // namespace at_fused

@@ -1,6 +1,5 @@
-// csrc/cuda/plan.h and plan_pool.h for ctypes: what they decide about one feature or pair, as
-// numbers.
-#include "../../csrc/cuda/plan_pool.h"
+// csrc/cuda/plan.h for ctypes: what it decides about one feature or pair, as numbers.
+#include "../../csrc/cuda/plan.h"
 
 using namespace at_fused;
 
@@ -10,16 +9,6 @@ namespace {
 Feature feature(const int64_t* x) {
   return {
       reinterpret_cast<const void*>(x[5]), Dtype(x[6]), Layout(x[7]), x[0], x[1], x[2], x[3], x[4]};
-}
-
-// in, out
-Pool pool(const int64_t* x) {
-  Pool result{};
-  for (int d = 0; d < 3; ++d) {
-    result.in[d] = int32_t(x[d]);
-    result.out[d] = int32_t(x[3 + d]);
-  }
-  return result;
 }
 
 int64_t* put(int64_t* to, const Access& a) {
@@ -93,28 +82,6 @@ void plan_map_loss_c(const int64_t* s, const int64_t* t, const Limits* limits, i
   PairParams pair{};
   *out++ = plan_map_loss(pair, feature(s), feature(t), *limits);
   *out++ = pair.samples;
-}
-
-void plan_pooled_map_c(const int64_t* x, const int64_t* to, int64_t total, const Limits* limits,
-                       int64_t* out) {
-  PooledFeature result{};
-  *out++ = plan_pooled_map(result, feature(x), pool(to), total, *limits);
-  *out++ = result.pieces;
-  *out++ = result.positions;
-  *out++ = result.places;
-  *out++ = result.share;
-}
-
-void plan_pooled_sweep_c(const int64_t* x, const int64_t* to, int64_t total, const Limits* limits,
-                         int64_t* out) {
-  PooledSweep result{};
-  *out++ = plan_pooled_sweep(result, feature(x), feature(x), pool(to), total, *limits);
-  for (int d = 0; d < 3; ++d) *out++ = result.box[d];
-  *out++ = result.group;
-  *out++ = result.output_places;
-  *out++ = result.share;
-  *out++ = result.input_places;
-  *out++ = kPooledBytes;
 }
 
 }  // extern "C"
