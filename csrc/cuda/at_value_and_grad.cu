@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
     const void* k =
         whole ? shared.student_map : map_of<fp64>(again.student, again.student_maps, b, true).data;
     const double factor =
-        gradient.scale * loss_factor(target.loss_gradient, gradient.loss_gradient_fp64, b);
+        gradient.scale *
+        factor_of(target.loss_gradient, gradient.loss_gradient_fp64, b * gradient.sample_step);
     sweep_piece<E, fp64, true>(again.student, target.sweep, b, span, params.p, factor, k,
                                whole ? shared.kept : nullptr);
   }

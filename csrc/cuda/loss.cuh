@@ -56,17 +56,28 @@ struct SampleMaps {
   bool student_grad, teacher_grad;  // the result is the coefficient map k; else the raw map
 };
 
-// The sample's share of the loss; all in fp64: maps are small, and their squares overflow fp32 from
-// features of 1e10 on. A mask is a factor of both raw maps.
+// Multiplies a map, or its coefficients, by the sample's mask. Each position belongs to one thread,
+// here as in finish_sample.
 template <bool fp64>
-__device__ double finish_sample(const LossParams& params, const PairParams& pair, int b,
+__device__ __forceinline__ void apply_mask(const PairParams& pair, int b,
+                                           const SampleMap<fp64>& map) {
+  const bool wide = pair.student.dtype == Dtype::float64 || pair.teacher.dtype == Dtype::float64;
+  const int64_t first = int64_t(b) * pair.student.N;
+#pragma unroll 1
+  for (int n = threadIdx.x; n < pair.student.N; n += kThreads) {
+    map.set(n, map.get(n) * factor_of(pair.mask, fp64 && wide, first + n));
+  }
+}
+
+// The sample's share of the loss; all in fp64: maps are small, and their squares overflow fp32 from
+// features of 1e10 on.
+template <bool fp64>
+__device__ double finish_sample(const LossParams& params, const PairParams& pair,
                                 const SampleMaps<fp64>& maps, bool in_place, Control& control) {
   const int N = pair.student.N;
-  const bool wide = pair.student.dtype == Dtype::float64 || pair.teacher.dtype == Dtype::float64;
-  const auto mask = [&](int n) { return factor_of(pair.mask, fp64 && wide, int64_t(b) * N + n); };
   double squares[2] = {};
   for (int n = threadIdx.x; n < N; n += kThreads) {
-    const double m = mask(n), s = m * maps.student.get(n), t = m * maps.teacher.get(n);
+    const double s = maps.student.get(n), t = maps.teacher.get(n);
     squares[0] += s * s;
     squares[1] += t * t;
   }
@@ -81,9 +92,8 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
   // The differences are summed as such: 2 - 2 qs.qt would cancel where the maps are alike.
   double sums[3] = {};
   for (int n = threadIdx.x; n < N; n += kThreads) {
-    const double m = mask(n);
-    const double qs = normalize(m * maps.student.get(n), ds);
-    const double qt = normalize(m * maps.teacher.get(n), dt);
+    const double qs = normalize(maps.student.get(n), ds);
+    const double qt = normalize(maps.teacher.get(n), dt);
     const double difference = qs - qt;
     sums[0] += difference * difference;
     sums[1] += difference * qs;
@@ -94,10 +104,9 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
   const bool code = params.form == Form::code;
   const double mean = code ? pair.weight / double(N) : pair.weight;
 
-  // Raw maps that were shared by blocks are where they should be already, but for a mask.
-  const bool raw = !in_place || pair.mask;
-  const bool student = maps.student_result.data && (maps.student_grad || raw);
-  const bool teacher = maps.teacher_result.data && (maps.teacher_grad || raw);
+  // Raw maps that were shared by blocks are where they should be already.
+  const bool student = maps.student_result.data && (maps.student_grad || !in_place);
+  const bool teacher = maps.teacher_result.data && (maps.teacher_grad || !in_place);
   if (student || teacher) {
     // dL/dq = slope * difference; at difference = 0 the norm of the paper's form takes 0.
     const double slope = code ? 2 * mean : distance == 0 ? 0.0 : mean / distance;
@@ -107,16 +116,14 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
     const double gs = slope * ds.inverse * params.p * pair.student_scale;
     const double gt = slope * dt.inverse * params.p * pair.teacher_scale;
     for (int n = threadIdx.x; n < N; n += kThreads) {
-      const double m = mask(n), s = m * maps.student.get(n), t = m * maps.teacher.get(n);
+      const double s = maps.student.get(n), t = maps.teacher.get(n);
       const double qs = normalize(s, ds), qt = normalize(t, dt);
       const double difference = qs - qt;
       if (student) {
-        maps.student_result.set(n,
-                                maps.student_grad ? m * gs * (difference - qs * along_student) : s);
+        maps.student_result.set(n, maps.student_grad ? gs * (difference - qs * along_student) : s);
       }
       if (teacher) {
-        maps.teacher_result.set(n,
-                                maps.teacher_grad ? m * gt * (qt * along_teacher - difference) : t);
+        maps.teacher_result.set(n, maps.teacher_grad ? gt * (qt * along_teacher - difference) : t);
       }
     }
   }
@@ -243,7 +250,17 @@ __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int 
       }
     }
   }
-  const double loss = finish_sample(params, pair, b, maps, !whole, *shared.control);
+  const bool masked = pair.mask;
+  if (masked) {
+    apply_mask(pair, b, maps.student);
+    apply_mask(pair, b, maps.teacher);
+  }
+  // Masked maps on chip are not yet where a raw map is kept.
+  const double loss = finish_sample(params, pair, maps, !whole && !masked, *shared.control);
+  if (masked) {
+    if (maps.student_grad) apply_mask(pair, b, maps.student_result);
+    if (maps.teacher_grad) apply_mask(pair, b, maps.teacher_result);
+  }
   store_sample_loss(params, i, b, loss);
   return true;
 }

@@ -191,6 +191,7 @@ std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher, 
         if (i == 0) {
           gradient = {};
           gradient.scale = scale;
+          gradient.sample_step = above.sample_stride;
           gradient.loss_gradient_fp64 = above.fp64;
           workspace.give(gradient);
           kept_bytes = 0;
@@ -200,7 +201,7 @@ std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher, 
         int64_t kept = 0;
         const int64_t tasks = plan_gradient(pair, gradient.pairs[i], given.student, given.teacher,
                                             gradients.out[at], loss.fp64, limits, kept);
-        gradient.pairs[i].loss_gradient = {above.of(int64_t(at)), above.sample_stride};
+        gradient.pairs[i].loss_gradient = above.of(int64_t(at));
         kept_bytes = std::max(kept_bytes, kept);
         if (!pair.samples) {
           gradient.queue = true;

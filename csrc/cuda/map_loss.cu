@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<true>)
                                 map_of<fp64>(pair.teacher, pair.teacher_maps, b, false),
                                 true,
                                 true};
-    store_sample_loss(params, i, b, finish_sample<fp64>(params, pair, b, maps, false, control));
+    store_sample_loss(params, i, b, finish_sample<fp64>(params, pair, maps, false, control));
   }
   finish_loss(params, b1 - b0, control);
 }

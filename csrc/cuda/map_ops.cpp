@@ -93,11 +93,11 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
   for (const Feature& x : features) check_extent(x);
   const int64_t total = 2 * bytes_of(features);
   launch_parts(
-      features, SweepParams{p, 0, gradient.fp64, {}}, 0, scope.stream(),
+      features, SweepParams{p, gradient.sample_stride, 0, gradient.fp64, {}}, 0, scope.stream(),
       [&](size_t at, SweepFeature& feature) {
         const Feature& x = features[at];
         feature.k = coefficient_map(coefficients[at], x, device).first;
-        feature.loss_gradient = {gradient.of(pairs[at]), gradient.sample_stride};
+        feature.loss_gradient = gradient.of(pairs[at]);
         if (maximum) {
           feature.channels =
               reinterpret_cast<const int32_t*>(channel_map(channels[at], x, device).first);

@@ -16,7 +16,7 @@ constexpr int kGradientBlocks = 2;
 constexpr int kVectorBytes = 16;    // of the widest load
 constexpr int kLaunchBytes = 4096;  // of structs that every launch may carry
 constexpr int kMaxPairs = 16;       // of one launch; longer lists take several
-constexpr int kMaxFeatures = 30;    // likewise
+constexpr int kMaxFeatures = 29;    // likewise
 
 // How a block reads a feature. A row is `fold` channels of all positions (planar) or the channels
 // of a position (interleaved).
@@ -59,24 +59,19 @@ struct MapParams {
   MapFeature features[kMaxFeatures];
 };
 
-// The gradient of a pair's loss: a value for all samples (step 0) or one for each; null is 1.
-struct LossFactors {
-  const void* first;
-  int64_t step;
-};
-
 struct SweepFeature {
   View view;
   Sweep sweep;
   const void* k;
   const int32_t* channels;    // as in MapFeature
-  LossFactors loss_gradient;  // of this feature's pair
+  const void* loss_gradient;  // of this feature's pair; null is 1
   int32_t first_task;
   int32_t samples, B;  // in a task, and in all
 };
 
 struct SweepParams {
   double p;
+  int64_t sample_step;  // from one sample's loss gradient to the next; 0: they have one
   int32_t count;
   bool loss_gradient_fp64;
   SweepFeature features[kMaxFeatures];
@@ -126,12 +121,13 @@ struct LossParams {
 
 struct GradientPair {
   Sweep sweep;
-  LossFactors loss_gradient;
+  const void* loss_gradient;
   int32_t lag;  // samples whose maps are under way before the first gradient is begun
 };
 
 struct GradientParams {
   double scale;
+  int64_t sample_step;  // as in SweepParams
   bool loss_gradient_fp64;
   bool queue;  // some samples are shared: tasks are taken in order
   uint32_t* ticket;

@@ -202,10 +202,6 @@ __device__ __forceinline__ void sweep_samples(const SweepFeature& feature, int l
   }
 }
 
-__device__ __forceinline__ double loss_factor(const LossFactors& factors, bool fp64, int b) {
-  return factor_of(factors.first, fp64, b * factors.step);
-}
-
 // Calls f(feature, b, span, k, gradient) for those of this block's task, with the gradient of a
 // pair's loss.
 template <class F>
@@ -213,7 +209,8 @@ __device__ __forceinline__ void sweep_task(const SweepParams& params, F f) {
   const SweepFeature& feature =
       params.features[member_of(params.features, params.count, blockIdx.x)];
   sweep_samples(feature, blockIdx.x - feature.first_task, [&](int b, Span span, const char* k) {
-    f(feature, b, span, k, loss_factor(feature.loss_gradient, params.loss_gradient_fp64, b));
+    f(feature, b, span, k,
+      factor_of(feature.loss_gradient, params.loss_gradient_fp64, b * params.sample_step));
   });
 }
 
