@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import at_fused
+from at_fused import _problem
 
 LAYOUTS = ("planar", "interleaved")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -157,10 +158,48 @@ def test_resizing(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("resize", ["maps", "features"])
 def test_resizing_half_precision(backend: str, resize: str, dtype: torch.dtype) -> None:
+    for larger, smaller in (((9, 12), (6, 6)), ((40,), (7,)), ((5, 6, 9), (2, 3, 4))):
+        for layout in LAYOUTS:
+            s = feature(3, 20, *larger, layout=layout, dtype=dtype)
+            t = feature(3, 12, *smaller, layout=layout, dtype=dtype)
+            assert_is_the_formula(s, t, resize=resize, form="paper")
+
+
+@pytest.mark.parametrize(
+    ("larger", "smaller"),
+    [((9000,), (3,)), ((9000,), (8999,)), ((75, 80), (74, 79)), ((20, 22, 20), (10, 21, 10))],
+    ids=str,
+)
+def test_pooling_by_many_and_by_large_windows(
+    fast_backend: str, larger: tuple[int, ...], smaller: tuple[int, ...]
+) -> None:
     for layout in LAYOUTS:
-        s = feature(3, 20, 9, 12, layout=layout, dtype=dtype)
-        t = feature(3, 12, 6, 6, layout=layout, dtype=dtype)
-        assert_is_the_formula(s, t, resize=resize, form="paper")
+        s, t = feature(1, 3, *larger, layout=layout), feature(1, 2, *smaller, layout=layout)
+        assert_is_the_formula(s.float(), t.float(), resize="features", p=3.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pooling_leaves_channels_innermost(dtype: torch.dtype) -> None:
+    """And a feature as it lies that has the smaller size already."""
+    x = torch.randn(2, 8, 6, 9).to(dtype, memory_format=torch.channels_last)
+    pooled = _problem._pool(x, [3, 4])
+    assert pooled.shape == (2, 8, 3, 4)
+    assert pooled.is_contiguous(memory_format=torch.channels_last)
+    tokens = torch.randn(2, 54, 8).to(dtype).transpose(1, 2)
+    assert _problem._pool(tokens, [9]).stride(1) == 1
+    assert _problem._pool(tokens.unflatten(2, (6, 9)), [3, 4]).stride(1) == 1
+    assert _problem._pool(x, [6, 9]) is x
+
+
+def test_nan_and_infinity_stay_in_their_windows(backend: str) -> None:
+    s, t = torch.randn(3, 4, 6, 6, requires_grad=True), torch.randn(3, 5, 3, 3)
+    with torch.no_grad():
+        s[0, 1, 2, 2], s[1, 1, 2, 2] = float("nan"), float("inf")
+    loss = at_fused.at_loss(s, t, resize="features", reduction="sample")
+    assert loss.isnan().tolist() == [[True, True, False]]
+    (gradient,) = torch.autograd.grad(loss.nansum(), s)
+    assert gradient[2].isfinite().all()
+    assert gradient[2].any()
 
 
 def test_a_list_whose_pairs_differ_in_what_is_resized(backend: str) -> None:
@@ -203,6 +242,50 @@ def test_powers_without_the_absolute_value(backend: str, layout: str, p: float) 
         for collapse in ("mean", "sum"):
             assert_is_the_formula(s, t, absolute=False, p=p, collapse=collapse)
     assert_is_the_formula(s, feature(3, 4, 3, 4), absolute=False, p=p, resize="features")
+    assert_is_the_formula(s, feature(3, 20, 5, 7), absolute=False, p=p, attend="both")
+
+
+@pytest.mark.parametrize("p", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_signed_maps(backend: str, dtype: torch.dtype, p: float) -> None:
+    for layout in LAYOUTS:
+        x = feature(3, 20, 5, 7, layout=layout, dtype=dtype)
+        size = x.double().abs().pow(p).sum(1).max()
+        for collapse in ("mean", "sum"):
+            q = at_fused.attention_map(x, p=p, collapse=collapse, absolute=False)
+            assert q.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            right = raw_map(x.double(), p, collapse, False)
+            bound = (1e-14 if dtype == torch.float64 else 1e-6) * size
+            assert ((q.double() - right).abs() <= bound).all()
+            right = raw_map(x.double().flatten(2).transpose(1, 2), p, collapse, False)
+            q = at_fused.attention_map(x, p=p, collapse=collapse, absolute=False, attend="channel")
+            assert ((q.double() - right).abs() <= 7 * bound).all()
+        y, q = at_fused.attention_tap(x, p=p, absolute=False)
+        assert torch.equal(q, at_fused.attention_map(x, p=p, absolute=False))
+        assert torch.equal(y, x)
+
+
+def test_even_powers_have_no_sign(backend: str) -> None:
+    x = feature(2, 5, 4, 4).requires_grad_()
+    for p in (2, 4.0, 6.0):
+        found, right = (at_fused.attention_map(x, p=p, absolute=a) for a in (False, True))
+        assert torch.equal(found, right)
+        found, right = (torch.autograd.grad(q.sum(), x)[0] for q in (found, right))
+        assert torch.equal(found, right)
+
+
+def test_special_values_of_signed_powers(backend: str) -> None:
+    x = torch.zeros(1, 3, 5)
+    x[0, 0] = torch.tensor([float("nan"), float("inf"), -float("inf"), -2.0, 0.0])
+    x[0, 1, 2] = 1
+    x.requires_grad_()
+    for p in (1.0, 3.0, 2.0**24 + 1):
+        q = at_fused.attention_map(x, p=p, collapse="sum", absolute=False)
+        assert q[0, 0].isnan()
+        assert q[0, 1:3].tolist() == [float("inf"), -float("inf")]
+        assert q[0, 3] == (-(2.0**p) if p < 4 else -float("inf"))
+        (gradient,) = torch.autograd.grad(q[0, 4], x)
+        assert (gradient[0, :, 4] == (p == 1)).all()
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])
@@ -325,7 +408,8 @@ GENERAL: dict[str, dict[str, Any]] = {
     "max": {"collapse": "max"},
     "maps": {"resize": "maps", "form": "paper"},
     "features": {"resize": "features", "p": 3.0},
-    "signed": {"absolute": False, "p": 3.0, "resize": "features"},
+    "signed": {"absolute": False, "p": 3.0},
+    "signed features": {"absolute": False, "p": 3.0, "resize": "features"},
     "added": {"eps_mode": "add", "eps": 0.1, "resize": "maps"},
     "sample": {"reduction": "sample", "resize": "features", "collapse": "max"},
 }

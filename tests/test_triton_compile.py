@@ -48,7 +48,7 @@ def rows() -> list[dict[str, Any]]:
 
 def test_every_target_is_there(rows: list[dict[str, Any]]) -> None:
     names = {row["variant"] for row in rows}
-    assert len(names) >= 100
+    assert len(names) >= 70
     assert {row["variant"] for row in rows if row["target"] == "gfx942"} == names
     cuda = [row for row in rows if row["target"] != "gfx942"]
     # Each for one of them, in turn: all of it is in docs/kernels.md.

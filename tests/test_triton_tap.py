@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_triton import DEVICE, DTYPES, LAYOUTS, assert_near, features, strided_views
-from test_triton_general import long
+from test_triton_maps import long
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,12 +18,10 @@ from at_fused.backends.results import accumulate_dtype
 from at_fused.backends.triton import launch
 
 
-def assert_matches_eager(
-    gradient: Tensor, x: Tensor, p: float, collapse: str = "mean", absolute: bool = True
-) -> None:
+def assert_matches_eager(gradient: Tensor, x: Tensor, p: float, collapse: str = "mean") -> None:
     """Out of place, and in place the same bits."""
-    q, *channels = eager.attention_map([x], p, collapse, absolute)
-    arguments = x, torch.randn_like(q), p, collapse, absolute, *channels
+    q, *channels = eager.attention_map([x], p, collapse)
+    arguments = x, torch.randn_like(q), p, collapse, *channels
     before = [x.clone(), gradient.clone()]
     found = backend.attention_tap_backward(gradient, *arguments)
     assert_near([found], [eager.attention_tap_backward(gradient, *arguments)])
@@ -44,12 +42,6 @@ def test_dtypes_and_layouts(options: Any, dtype: torch.dtype, layout: str) -> No
     # 2 / 19 in fp32 would be seen in fp64, and more than one tile in every direction is.
     x, gradient = (features(2, 19, 9, 31, layout=layout, dtype=dtype) for _ in range(2))
     assert_matches_eager(gradient, x, *options)
-
-
-@pytest.mark.parametrize("p", [1.0, 3.0, *long(2.0, 5.0)])
-def test_signed_powers(p: float) -> None:
-    x, gradient = features(2, 75, 9, 5), features(2, 75, 9, 5)
-    assert_matches_eager(gradient, x, p, "mean", False)
 
 
 def gradients(x: Tensor) -> dict[str, Tensor]:
@@ -103,7 +95,7 @@ def test_what_did_not_win_keeps_its_bits(dtype: torch.dtype, layout: str) -> Non
     won.scatter_(1, channels.clamp(0, 74).long().unsqueeze(1), inside.unsqueeze(1))
     won = won.view(x.shape)
     arguments = x, torch.full((2, 45), 3.0, device=DEVICE).to(accumulate_dtype(x))
-    found = backend.attention_tap_backward(gradient, *arguments, 2.0, "max", True, channels)
+    found = backend.attention_tap_backward(gradient, *arguments, 2.0, "max", channels)
     whole = torch.int64 if dtype == torch.float64 else torch.int32
     bits = [y[~won].to(accumulate_dtype(x)).view(whole) for y in (found, gradient)]
     assert bits[0].equal(bits[1])
@@ -120,7 +112,7 @@ def test_zero_infinity_and_nan(p: float, collapse: str) -> None:
     gradient = values.repeat_interleave(6).repeat(6).view(1, 1, -1)
     k = values.repeat(36).view(1, -1)
     channels = [torch.zeros_like(k, dtype=torch.int32)] if collapse == "max" else []
-    arguments = x, k, p, collapse, True, *channels
+    arguments = x, k, p, collapse, *channels
     found = backend.attention_tap_backward(gradient, *arguments)
     right = eager.attention_tap_backward(gradient, *arguments)
     known = ~x.isnan() if p == 1 else x == x  # the sign of NaN is NaN here, 0 in torch
@@ -134,7 +126,7 @@ def test_expanded_gradients_and_maps(collapse: str) -> None:
     channels = [winners] if collapse == "max" else []
     k = torch.full((), 0.5, device=DEVICE).expand(3, 8)
     for gradient in (features(1, 1, 1, 1).expand_as(x), features(3, 1, 2, 4).expand_as(x)):
-        arguments = gradient, x, k, 2.0, collapse, True, *channels
+        arguments = gradient, x, k, 2.0, collapse, *channels
         found = backend.attention_tap_backward(*arguments)
         assert_near([found], [eager.attention_tap_backward(*arguments)])
         with pytest.raises(RuntimeError, match="written in place must not be expanded"):
@@ -184,7 +176,7 @@ def test_one_launch_and_no_memory_in_place(
     base, x = (features(2, 12, 5, 6, layout=layout) for _ in range(2))
     q = torch.ones(2, 30, device=DEVICE)
     channels = [q.to(torch.int32)] if collapse == "max" else []
-    arguments = x[:, 2:9], q, 2.0, collapse, True, *channels
+    arguments = x[:, 2:9], q, 2.0, collapse, *channels
     with _Allocated() as allocated:
         backend.attention_tap_backward_(base[:, 3:10], *arguments)
     assert allocated.sizes == []
@@ -203,7 +195,7 @@ def test_arguments_are_checked() -> None:
     q = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
 
     def fails(match: str, gradient: Tensor = x, feature: Tensor = x, **changed: Any) -> None:
-        options = {"k": k, "p": 2.0, "collapse": "sum", "absolute": True, "channels": None}
+        options = {"k": k, "p": 2.0, "collapse": "sum", "channels": None}
         options |= changed
         for operator in (backend.attention_tap_backward, backend.attention_tap_backward_):
             with pytest.raises(RuntimeError, match=f"at_fused: {match}"):
@@ -212,8 +204,6 @@ def test_arguments_are_checked() -> None:
     for p in (0.5, math.inf, math.nan):
         fails("p must be a finite number >= 1", p=p)
     fails("collapse must be 'mean', 'sum' or 'max', got 'min'", collapse="min")
-    fails("without absolute, p must be a whole number, got 2.5", p=2.5, absolute=False)
-    fails("collapse 'max' takes absolute", p=3.0, collapse="max", absolute=False, channels=q)
     fails(r"features must be \(B, C, \*spatial\)", x[0], x[0])
     fails("features must not be empty", x[:0], x[:0], k=k[:0])
     fails("features must be float16, bfloat16, float32 or", x.long(), x.long())

@@ -55,6 +55,29 @@ def test_features_keep_their_dtype_and_place_of_channels(backend: str) -> None:
     torch.testing.assert_close(gradient.movedim(-1, 1), 64 * expected, rtol=0.02, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"resize": "features"}, {"resize": "maps"}, {"p": 3.0, "absolute": False}],
+    ids=str,
+)
+def test_gradients_lie_as_empty_like_does(backend: str, options: dict[str, Any]) -> None:
+    planes, volumes = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 4, 6, 2)
+    for s in (
+        planes,
+        planes.to(memory_format=torch.channels_last),
+        planes.transpose(2, 3),
+        planes[:, :, ::2],
+        planes[:1].expand(2, 3, 4, 6),
+        volumes.to(memory_format=torch.channels_last_3d),
+    ):
+        t = torch.randn(s.shape)[:, :2, : 2 if "resize" in options else None]
+        value, gradient = at_fused.at_value_and_grad(s, t, **options)
+        assert gradient.stride() == torch.empty_like(s).stride()
+        loss, right = by_autograd(s, t, **options)
+        torch.testing.assert_close(value, loss)
+        torch.testing.assert_close(gradient, right, rtol=1e-5, atol=1e-9)
+
+
 def test_nothing_is_part_of_a_graph(backend: str) -> None:
     s, t = pair(2, 3, 4, 4)
     s.requires_grad_(), t.requires_grad_()

@@ -206,8 +206,6 @@ class Variant(NamedTuple):
     pairs: int = 1
     wide: bool = False  # offsets within a sample beyond 31 bits
     collapse: str = "mean"
-    absolute: bool = True
-    size: tuple[int, ...] = ()  # that features are pooled to
     reduction: str = "sum"
     eps_mode: str = "max"
 
@@ -221,22 +219,19 @@ class Variant(NamedTuple):
         if self.operator == "map loss":
             kind = f"{self.reduction}, {self.eps_mode}"
             size = f"{self.shape[0]}x{math.prod(self.shape[2:])}"
-        more = (", max" if self.collapse == "max" else "") + ("" if self.absolute else ", signed")
-        pooled = f" to {'x'.join(map(str, self.size))}" if self.size else ""
-        return f"{self.operator}, {kind}{more}, {times}{size}{pooled}{wide}"
+        more = ", max" if self.collapse == "max" else ""
+        return f"{self.operator}, {kind}{more}, {times}{size}{wide}"
 
     @property
     def aligned(self) -> bool:
         """Whether every line of the features begins on 16 bytes, and is taken as it lies."""
-        return self.shape != ODD and not self.size
+        return self.shape != ODD
 
     @property
     def wide_loads(self) -> bool:
         """Whether features are read by 128 bits: where all of them, and they alone, are."""
-        if self.operator == "tap":
+        if self.operator in ("tap", "backward"):
             return self.aligned and self.collapse != "max"
-        if self.operator == "backward":
-            return self.aligned and self.collapse != "max" and (self.absolute or self.p > 1)
         return self.aligned and self.operator != "map loss"
 
     @property
@@ -264,17 +259,14 @@ class Variant(NamedTuple):
         p, pairs = self.p, list(range(self.pairs))
         options: tuple[Any, ...] = [], p, "mean", "code", "sum", 1e-12
         loss = torch.empty((), dtype=accumulate_dtype(*s))
-        positions = math.prod(self.size or self.shape[2:])
-        maps = [loss.new_empty(x.shape[0], positions) for x in s]
-        sizes = [*self.size] * self.pairs
+        maps = [loss.new_empty(x.shape[0], math.prod(self.shape[2:])) for x in s]
         winners = [q.to(torch.int32) for q in maps] if self.collapse == "max" else []
-        general = p, self.absolute, sizes, winners
         pair_options = [], "code", self.reduction, self.eps_mode, 1e-12
-        tapped = p, self.collapse, self.absolute, *winners
+        tapped = p, self.collapse, *winners
         calls: dict[str, Callable[[], object]] = {
-            "map": lambda: backend.attention_map(s, p, self.collapse, self.absolute, sizes),
+            "map": lambda: backend.attention_map(s, p, self.collapse),
             "loss": lambda: backend.at_loss(s, t, *options, True, False),
-            "backward": lambda: backend.attention_map_backward(s, maps, loss, pairs, *general),
+            "backward": lambda: backend.attention_map_backward(s, maps, loss, pairs, p, winners),
             "tap": lambda: backend.attention_tap_backward_(t[0], s[0], maps[0], *tapped),
             "value and gradient": lambda: backend.at_value_and_grad(s, t, *options, 1.0, loss),
             "map loss": lambda: backend.map_loss(maps, maps, *pair_options, True, False),
@@ -308,18 +300,6 @@ def variants() -> Iterator[Variant | LogitsVariant]:
                 yield Variant(operator, dtype, layout, collapse="max")
         yield Variant(operator, p=2.5, collapse="max")
         yield Variant(operator, shape=ODD, collapse="max")
-        for p in (1.0, 3.0, 5.0):
-            yield Variant(operator, p=p, absolute=False)
-        for layout in ("planar", "interleaved"):
-            for dtype in (torch.float32, torch.bfloat16):
-                yield Variant(operator, dtype, layout, size=(28, 28))
-            yield Variant(operator, layout=layout, size=(24, 24))
-            yield Variant(operator, layout=layout, size=(24, 24), collapse="max")
-        yield Variant(operator, torch.float64, p=2.5, size=(24, 24))
-        yield Variant(operator, shape=(8, 64, 16, 28, 28), size=(16, 14, 14))
-        yield Variant(operator, p=2.5, shape=(8, 64, 15, 27, 27), size=(7, 13, 13))
-        yield Variant(operator, layout="interleaved", shape=(8, 64, 15, 27, 27), size=(7, 13, 13))
-        yield Variant(operator, layout="interleaved", shape=ODD, size=(5, 5))
     for layout in ("planar", "interleaved"):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             for collapse in ("mean", "max"):
@@ -330,8 +310,6 @@ def variants() -> Iterator[Variant | LogitsVariant]:
     yield Variant("tap", torch.float64, p=2.5)
     yield Variant("tap", p=2.5, collapse="max")
     yield Variant("tap", shape=ODD, collapse="max")
-    for p in (1.0, 3.0, 5.0):
-        yield Variant("tap", p=p, absolute=False)
     for collapse in ("mean", "max"):
         yield Variant("tap", torch.bfloat16, shape=(1, 257, 56, 56), wide=True, collapse=collapse)
     for eps_mode in ("max", "add"):

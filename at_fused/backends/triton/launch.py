@@ -15,7 +15,7 @@ from torch import Tensor
 
 from at_fused.backends.checks import require
 from at_fused.backends.results import accumulate_dtype
-from at_fused.backends.triton.tiles import Feature, Gradient, Pool
+from at_fused.backends.triton.tiles import Feature, Gradient
 
 # A launch compiles the body once per entry; and a kernel's arguments may take 4 KB.
 MAX_ENTRIES = 8
@@ -103,29 +103,14 @@ def blocks_of(layout: Layout, itemsize: int, p: float, halvings: int = 0) -> tup
 constexpr = functools.lru_cache(maxsize=4096, typed=True)(tl.constexpr)  # True is not 1
 
 
-def feature_of(
-    x: Tensor,
-    layout: Layout,
-    maps: Tensor,
-    p: float,
-    halvings: int = 0,
-    pool: Pool | None = None,
-) -> Feature:
+def feature_of(x: Tensor, layout: Layout, maps: Tensor, p: float, halvings: int = 0) -> Feature:
     """The record of a feature."""
     channels, positions = layout.channels, layout.positions
     inner, outer = (positions, channels) if layout.planar else (channels, positions)
-    tiled = layout
-    if pool is not None:
-        # Neighbours in a row are some way apart: an address for each element, however aligned. In a
-        # line of channels they are not, but then a thread has the windows of several positions.
-        align = 16 if layout.planar else layout.align
-        tiled = layout._replace(positions=pool.positions(), align=align)
-        halvings = max(halvings + 1, 2 if layout.planar else 1)
-    block_c, block_n = blocks_of(tiled, x.element_size(), p, halvings)
+    block_c, block_n = blocks_of(layout, x.element_size(), p, halvings)
     return Feature(
         x,
         maps,
-        pool,
         layout.batch // layout.align,
         layout.line // layout.align,
         inner // layout.align,
@@ -149,10 +134,9 @@ def gradient_of(out: Tensor, layout: Layout) -> Gradient:
     )
 
 
-def new_map(x: Tensor, layout: Layout, pool: Pool | None = None) -> Tensor:
+def new_map(x: Tensor, layout: Layout) -> Tensor:
     """Memory for a feature's map."""
-    positions = layout.positions if pool is None else pool.positions()
-    return x.new_empty((x.shape[0], positions), dtype=accumulate_dtype(x))
+    return x.new_empty((x.shape[0], layout.positions), dtype=accumulate_dtype(x))
 
 
 def writable(x: Tensor, layout: Layout, given: Tensor) -> tuple[Tensor, Layout, Tensor, Layout]:

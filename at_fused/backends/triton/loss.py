@@ -77,7 +77,7 @@ def _sweep_sample(pair, b, HIGH: tl.constexpr, LOW: tl.constexpr):
         k = tl.load(coefficients + n, mask=n < positions, other=0.0, cache_modifier=".cg")
         for first in range(0, channels, pair.student.BLOCK_C):
             c = first + tl.arange(0, pair.student.BLOCK_C)
-            store_gradient(pair.student, pair.gradient, k, b, c, n, HIGH, LOW, True)
+            store_gradient(pair.student, pair.gradient, k, b, c, n, HIGH, LOW)
 
 
 @triton.jit
@@ -107,8 +107,8 @@ def _loss_of_pair(
     """The work of the pair's program number ``local``."""
     b = local // pair.pieces
     begin = (local % pair.pieces) * pair.SPAN
-    store_map(pair.student, None, b, begin, pair.SPAN, HIGH, LOW, True, MEAN)
-    store_map(pair.teacher, None, b, begin, pair.SPAN, HIGH, LOW, True, MEAN)
+    store_map(pair.student, b, begin, pair.SPAN, HIGH, LOW, MEAN)
+    store_map(pair.teacher, b, begin, pair.SPAN, HIGH, LOW, MEAN)
     mine = True
     if pair.SPAN:
         mine = is_last(counters + pair.first_sample + b, pair.pieces)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ from at_fused.backends.triton.launch import (
     on_device,
     piece_bytes,
 )
-from at_fused.backends.triton.pooled import load_pooled, places_of, pools_of, windows_of
 from at_fused.backends.triton.powers import power
 from at_fused.backends.triton.tiles import (
     Feature,
@@ -49,20 +47,9 @@ def _rank(x):
 
 @triton.jit
 def store_map(
-    feature,
-    winners,
-    b,
-    begin,
-    SPAN: tl.constexpr,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
-    MEAN: tl.constexpr,
+    feature, b, begin, SPAN: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, MEAN: tl.constexpr
 ):
-    """Writes the raw map of one sample at the positions [begin, begin + SPAN).
-
-    With ``winners`` that is the largest |x|^p, and the channel that has it goes there.
-    """
+    """Writes the raw map of one sample at positions [begin, begin + SPAN), for 0 all of them."""
     ACC: tl.constexpr = feature.map.dtype.element_ty
     channels = channels_of(feature)
     positions = positions_of(feature)
@@ -74,42 +61,55 @@ def store_map(
     for start in range(begin, end, feature.BLOCK_N):
         n = start + tl.arange(0, feature.BLOCK_N)
         inside = n < positions
-        if feature.pool is not None:
-            d, h, w = places_of(feature.pool, n[None, :])
-            at, depth, height, width = windows_of(feature.pool, d, h, w)
         total = tl.zeros([feature.BLOCK_C, feature.BLOCK_N], ACC)
-        if winners is not None:
-            largest = _rank(total)
-            tile = tl.zeros([feature.BLOCK_C, feature.BLOCK_N], tl.int32)
         for first in range(0, channels, feature.BLOCK_C):
             c = first + tl.arange(0, feature.BLOCK_C)
-            mask = (c < channels)[:, None] & inside[None, :]
-            if feature.pool is None:
-                x = tl.load(
-                    data + offsets_of(feature, c[:, None], n[None, :], feature.PLANAR),
-                    mask=mask,
-                    other=0.0,
-                ).to(ACC)
-            else:
-                x = load_pooled(feature, data, c[:, None], at, depth, height, width, mask, ACC)
-            if winners is None:
-                total += power(x, HIGH, LOW, ABSOLUTE)
-            else:
-                # What is past the last channel ranks with zeros, behind channel 0.
-                rank = _rank(x)
-                tile = tl.where(rank > largest, first, tile)
-                largest = tl.maximum(rank, largest)
-        if winners is None:
-            collapsed = tl.sum(total, 0)
-            if MEAN:
-                collapsed = collapsed / channels
-        else:
-            winner = tl.max(largest, 0)
-            c = tile + tl.arange(0, feature.BLOCK_C)[:, None]
-            found = tl.min(tl.where(largest == winner[None, :], c, channels), 0)
-            tl.store(winners + b.to(tl.int64) * positions + n, found, mask=inside)
-            collapsed = power(winner.to(ACC, bitcast=True), HIGH, LOW, True)
+            x = tl.load(
+                data + offsets_of(feature, c[:, None], n[None, :], feature.PLANAR),
+                mask=(c < channels)[:, None] & inside[None, :],
+                other=0.0,
+            )
+            total += power(x.to(ACC), HIGH, LOW)
+        collapsed = tl.sum(total, 0)
+        if MEAN:
+            collapsed = collapsed / channels
         tl.store(out + n, collapsed, mask=inside)
+
+
+@triton.jit
+def _store_max(
+    feature, winners, b, begin, SPAN: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr
+):
+    """As ``store_map``, the largest |x|^p; the channel that has it goes to ``winners``."""
+    ACC: tl.constexpr = feature.map.dtype.element_ty
+    channels = channels_of(feature)
+    positions = positions_of(feature)
+    end = positions
+    if SPAN:
+        end = tl.minimum(begin + SPAN, positions)
+    data = sample_of(feature, b)
+    row = b.to(tl.int64) * positions
+    for start in range(begin, end, feature.BLOCK_N):
+        n = start + tl.arange(0, feature.BLOCK_N)
+        inside = n < positions
+        largest = _rank(tl.zeros([feature.BLOCK_C, feature.BLOCK_N], ACC))
+        tile = tl.zeros([feature.BLOCK_C, feature.BLOCK_N], tl.int32)
+        for first in range(0, channels, feature.BLOCK_C):
+            c = first + tl.arange(0, feature.BLOCK_C)
+            x = tl.load(
+                data + offsets_of(feature, c[:, None], n[None, :], feature.PLANAR),
+                mask=(c < channels)[:, None] & inside[None, :],
+                other=0.0,
+            )
+            # What is past the last channel ranks with zeros, behind channel 0.
+            rank = _rank(x.to(ACC))
+            tile = tl.where(rank > largest, first, tile)
+            largest = tl.maximum(rank, largest)
+        winner = tl.max(largest, 0)
+        c = tile + tl.arange(0, feature.BLOCK_C)[:, None]
+        found = tl.min(tl.where(largest == winner[None, :], c, channels), 0)
+        tl.store(winners + row + n, found, mask=inside)
+        tl.store(feature.map + row + n, power(winner.to(ACC, bitcast=True), HIGH, LOW), mask=inside)
 
 
 class Map(NamedTuple):
@@ -124,55 +124,37 @@ class Map(NamedTuple):
 
 
 @triton.jit
-def _map_of_feature(
-    entry,
-    local,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
-    MEAN: tl.constexpr,
-):
+def _map_of_feature(entry, local, HIGH: tl.constexpr, LOW: tl.constexpr, MEAN: tl.constexpr):
     b = local // entry.pieces
     begin = (local % entry.pieces) * entry.SPAN
-    store_map(entry.feature, entry.winners, b, begin, entry.SPAN, HIGH, LOW, ABSOLUTE, MEAN)
+    if entry.winners is None:
+        store_map(entry.feature, b, begin, entry.SPAN, HIGH, LOW, MEAN)
+    else:
+        _store_max(entry.feature, entry.winners, b, begin, entry.SPAN, HIGH, LOW)
 
 
 @triton.jit
 def map_kernel(
-    entries,
-    COUNT: tl.constexpr,
-    HIGH: tl.constexpr,
-    LOW: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
-    MEAN: tl.constexpr,
+    entries, COUNT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, MEAN: tl.constexpr
 ):
     """The raw maps of a list of features (``Map``)."""
     program = tl.program_id(0)
     for i in tl.static_range(COUNT):
         if (program >= entries[i].first_program) & (program < entries[i].end_program):
-            _map_of_feature(
-                entries[i], program - entries[i].first_program, HIGH, LOW, ABSOLUTE, MEAN
-            )
+            _map_of_feature(entries[i], program - entries[i].first_program, HIGH, LOW, MEAN)
 
 
-def attention_map(
-    features: list[Tensor],
-    p: float,
-    collapse: str,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
-) -> list[Tensor]:
+def attention_map(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
     """Q[b, n] = scale * sum_c |A[b, c, n]|^p, (B, N), for each feature (B, C, *spatial).
 
     With "max" the largest |A|^p, and behind the maps the channel (int32) of each.
     """
-    check_attention_map(features, p, collapse, absolute, sizes)
+    check_attention_map(features, p, collapse)
     if not features:
         return []
     largest = collapse == "max"
     natives = [native(x) for x in features]
-    pools = pools_of(features, sizes)
-    maps = [new_map(x, layout, pool) for (x, layout), pool in zip(natives, pools, strict=True)]
+    maps = [new_map(x, layout) for x, layout in natives]
     winners = [torch.empty_like(q, dtype=torch.int32) for q in maps] if largest else []
     high, low = exponent(p)
     with on_device(features[0]):
@@ -183,7 +165,7 @@ def attention_map(
             for i in range(first, min(first + launch.MAX_ENTRIES, len(features))):
                 x, layout = natives[i]
                 # The channels take as many registers again as their values.
-                feature = feature_of(x, layout, maps[i], p, int(largest), pools[i])
+                feature = feature_of(x, layout, maps[i], p, int(largest))
                 size = x.nbytes // x.shape[0]
                 pieces, span = cut(maps[i].shape[1], size, piece, feature.BLOCK_N.value)
                 end = programs + x.shape[0] * pieces
@@ -205,7 +187,6 @@ def attention_map(
                 COUNT=len(entries),
                 HIGH=high,
                 LOW=low,
-                ABSOLUTE=absolute,
                 MEAN=collapse == "mean",
             )
     return maps + winners

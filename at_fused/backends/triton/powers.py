@@ -43,48 +43,33 @@ def _power(x, HIGH: tl.constexpr, LOW: tl.constexpr):
 
 
 @triton.jit
-def power(x, HIGH: tl.constexpr, LOW: tl.constexpr, ABSOLUTE: tl.constexpr):
-    """|x|^p, p = HIGH + LOW; without ABSOLUTE x^p, p a whole number."""
+def power(x, HIGH: tl.constexpr, LOW: tl.constexpr):
+    """|x|^p, p = HIGH + LOW."""
     if HIGH + LOW == 2.0:
         y = x * x
     elif HIGH + LOW == 1.0:
-        if ABSOLUTE:
-            y = tl.abs(x)
-        else:
-            y = x
+        y = tl.abs(x)
     elif HIGH + LOW == 4.0:
         y = (x * x) * (x * x)
     elif HIGH + LOW == 3.0:
-        if ABSOLUTE:
-            y = x * x * tl.abs(x)
-        else:
-            y = x * x * x
+        y = x * x * tl.abs(x)
     else:
         y = _power(x, HIGH, LOW)
-        if not (ABSOLUTE or HIGH % 2.0 == 0.0):
-            y = tl.where(x < 0, -y, y)
     return y
 
 
 @triton.jit
-def slope(x, HIGH: tl.constexpr, LOW: tl.constexpr, ABSOLUTE: tl.constexpr):
-    """|x|^(p-1) * sign(x); without ABSOLUTE x^(p-1)."""
+def slope(x, HIGH: tl.constexpr, LOW: tl.constexpr):
+    """|x|^(p-1) * sign(x)."""
     if HIGH + LOW == 2.0:
         y = x
     elif HIGH + LOW == 1.0:
-        if ABSOLUTE:
-            y = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
-        else:
-            y = tl.full(x.shape, 1.0, x.dtype)
+        y = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
     elif HIGH + LOW == 4.0:
         y = x * x * x
     elif HIGH + LOW == 3.0:
-        if ABSOLUTE:
-            y = x * tl.abs(x)
-        else:
-            y = x * x
+        y = x * tl.abs(x)
     else:
         y = _power(x, HIGH - 1.0, LOW)
-        if ABSOLUTE or HIGH % 2.0 == 0.0:
-            y = tl.where(x < 0, -y, y)
+        y = tl.where(x < 0, -y, y)
     return y

@@ -23,7 +23,6 @@ from at_fused.backends.triton.launch import (
     step_of,
     writable,
 )
-from at_fused.backends.triton.pooled import pools_of, spread_gradient
 from at_fused.backends.triton.powers import slope
 from at_fused.backends.triton.tiles import (
     Feature,
@@ -64,7 +63,6 @@ def _store_winners(
     n,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
 ):
     """Writes k[n] * |x|^(p-1) * sign(x) for the winners of one tile, of which alone x is read."""
     c = first + tl.arange(0, feature.BLOCK_C)
@@ -76,7 +74,7 @@ def _store_winners(
     x = tl.load(
         sample_of(feature, b) + offsets_of(feature, winner, n, feature.PLANAR), mask=here, other=0.0
     )
-    only = k * slope(x.to(k.dtype), HIGH, LOW, ABSOLUTE)
+    only = k * slope(x.to(k.dtype), HIGH, LOW)
     result = tl.where(c[:, None] == winner[None, :], only[None, :], 0.0)
     tl.store(
         sample_of(gradient, b) + offsets_of(gradient, c[:, None], n[None, :], feature.PLANAR),
@@ -94,7 +92,6 @@ def _sweep_of_feature(
     gradient_step,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
 ):
     tile_n = local % entry.tiles_n
     rest = local // entry.tiles_n
@@ -103,28 +100,12 @@ def _sweep_of_feature(
     n = tile_n * feature.BLOCK_N + tl.arange(0, feature.BLOCK_N)
     if loss_gradient is not None:
         loss_gradient += entry.number * gradient_step
-    if feature.pool is not None:
-        spread_gradient(
-            feature,
-            entry.gradient,
-            entry.winners,
-            loss_gradient,
-            b,
-            first,
-            n,
-            HIGH,
-            LOW,
-            ABSOLUTE,
-        )
+    k = load_coefficients(feature, b, n, n < positions_of(feature), loss_gradient)
+    if entry.winners is None:
+        c = first + tl.arange(0, feature.BLOCK_C)
+        store_gradient(feature, entry.gradient, k, b, c, n, HIGH, LOW)
     else:
-        k = load_coefficients(feature, b, n, n < positions_of(feature), loss_gradient)
-        if entry.winners is None:
-            c = first + tl.arange(0, feature.BLOCK_C)
-            store_gradient(feature, entry.gradient, k, b, c, n, HIGH, LOW, ABSOLUTE)
-        else:
-            _store_winners(
-                feature, entry.gradient, entry.winners, k, b, first, n, HIGH, LOW, ABSOLUTE
-            )
+        _store_winners(feature, entry.gradient, entry.winners, k, b, first, n, HIGH, LOW)
 
 
 @triton.jit
@@ -135,7 +116,6 @@ def sweep_kernel(
     COUNT: tl.constexpr,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
 ):
     """The gradients of a list of features (``Sweep``), a tile to a program."""
     program = tl.program_id(0)
@@ -149,7 +129,6 @@ def sweep_kernel(
                 gradient_step,
                 HIGH,
                 LOW,
-                ABSOLUTE,
             )
 
 
@@ -159,20 +138,15 @@ def attention_map_backward(
     loss_gradient: Tensor | None,
     pairs: list[int],
     p: float,
-    absolute: bool = True,
-    sizes: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout.
 
     With ``channels`` only the named channel of each position has a gradient.
     """
-    check_attention_map_backward(
-        features, coefficients, loss_gradient, pairs, p, absolute, sizes, channels
-    )
+    check_attention_map_backward(features, coefficients, loss_gradient, pairs, p, channels)
     if not features:
         return []
-    pools = pools_of(features, sizes)
     high, low = exponent(p)
     written: list[Tensor] = []
     with on_device(features[0]):
@@ -183,10 +157,7 @@ def attention_map_backward(
                 x, layout, out, out_layout = writable(*native(features[i]), features[i])
                 k = coefficients[i].contiguous()
                 written.append(out)
-                pool = pools[i]
-                # As many tiles as windows that may share an input.
-                meet = (pool.PLANES_MEET, pool.ROWS_MEET, pool.COLUMNS_MEET) if pool else ()
-                feature = feature_of(x, layout, k, p, sum(m.value for m in meet), pool)
+                feature = feature_of(x, layout, k, p)
                 tiles_c = -(-layout.channels // feature.BLOCK_C.value)
                 tiles_n = -(-k.shape[1] // feature.BLOCK_N.value)
                 end = programs + x.shape[0] * tiles_c * tiles_n
@@ -212,6 +183,5 @@ def attention_map_backward(
                 COUNT=len(entries),
                 HIGH=high,
                 LOW=low,
-                ABSOLUTE=absolute,
             )
     return [as_empty_like(x, out) for x, out in zip(features, written, strict=True)]

@@ -51,7 +51,6 @@ def _add_to_winners(
     n,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
 ):
     """Adds k[n] * |x|^(p-1) * sign(x) where a position's winner is; no more is read or written."""
     positions = positions_of(feature)
@@ -62,7 +61,7 @@ def _add_to_winners(
     )
     place = sample_of(gradient, b) + offsets_of(gradient, winner, n, feature.PLANAR)
     before = tl.load(place, mask=here, other=0.0)
-    result = k * slope(x.to(k.dtype), HIGH, LOW, ABSOLUTE) + before.to(k.dtype)
+    result = k * slope(x.to(k.dtype), HIGH, LOW) + before.to(k.dtype)
     tl.store(place, result.to(gradient.data.dtype.element_ty), mask=here)
 
 
@@ -77,7 +76,6 @@ def tap_kernel(
     tiles_n,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
 ):
     """``addend`` (a ``Gradient``) and the map's gradient into ``gradient``, a tile to a program.
 
@@ -92,9 +90,9 @@ def tap_kernel(
     k *= double(factor).to(k.dtype)
     if winners is None:
         c = rest % tiles_c * feature.BLOCK_C + tl.arange(0, feature.BLOCK_C)
-        store_gradient(feature, gradient, k, b, c, n, HIGH, LOW, ABSOLUTE, addend)
+        store_gradient(feature, gradient, k, b, c, n, HIGH, LOW, addend)
     else:
-        _add_to_winners(feature, gradient, winners, k, b, n, HIGH, LOW, ABSOLUTE)
+        _add_to_winners(feature, gradient, winners, k, b, n, HIGH, LOW)
 
 
 def _launch(
@@ -104,7 +102,6 @@ def _launch(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool,
     channels: Tensor | None,
 ) -> None:
     """``given`` and the map's gradient into ``out``; with ``channels`` the two are one tensor."""
@@ -130,7 +127,6 @@ def _launch(
         tiles_n,
         HIGH=high,
         LOW=low,
-        ABSOLUTE=absolute,
     )
 
 
@@ -140,11 +136,10 @@ def attention_tap_backward(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> Tensor:
     """G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A), in the feature's dtype and layout."""
-    check_tap(gradient, feature, map_gradient, p, collapse, absolute, channels)
+    check_tap(gradient, feature, map_gradient, p, collapse, channels)
     with on_device(feature):
         x, layout, out, out_layout = writable(*native(feature), feature)
         given, given_layout = gradient, layout_of(gradient.shape, gradient.stride())
@@ -158,7 +153,6 @@ def attention_tap_backward(
             map_gradient,
             p,
             collapse,
-            absolute,
             channels,
         )
     return as_empty_like(feature, out)
@@ -182,11 +176,10 @@ def attention_tap_backward_(
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    absolute: bool = True,
     channels: Tensor | None = None,
 ) -> None:
     """``attention_tap_backward``, written into ``gradient``."""
-    check_tap(gradient, feature, map_gradient, p, collapse, absolute, channels)
+    check_tap(gradient, feature, map_gradient, p, collapse, channels)
     check_apart(gradient)
     # What may lie where the gradient is written is read from a copy.
     feature, map_gradient = _apart(feature, gradient), _apart(map_gradient, gradient)
@@ -195,6 +188,6 @@ def attention_tap_backward_(
         x, out = native(feature), native(gradient)
         if out[1].planar != x[1].planar:
             x, out = native(x[0].contiguous()), native(out[0].contiguous())
-        _launch(x, out, out, map_gradient, p, collapse, absolute, channels)
+        _launch(x, out, out, map_gradient, p, collapse, channels)
         if out[0] is not gradient:
             gradient.copy_(out[0])

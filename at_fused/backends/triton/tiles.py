@@ -24,28 +24,6 @@ import triton.language as tl
 from at_fused.backends.triton.powers import slope
 
 
-class Pool(NamedTuple):
-    """How a feature is averaged to the size of its map: see ``pooled``."""
-
-    depth: int
-    height: int
-    width: int
-    out_depth: int
-    out_height: int
-    out_width: int
-    window_depth: int  # of the longest window
-    window_height: int
-    window_width: int
-    PLANES_MEET: Any  # windows share inputs
-    ROWS_MEET: Any
-    COLUMNS_MEET: Any
-    WIDE: Any  # products of two sizes need 64 bits
-
-    def positions(self) -> int:
-        """Of the map."""
-        return self.out_depth * self.out_height * self.out_width
-
-
 class Feature(NamedTuple):
     """One feature tensor as (B, C, N), and its map (B, N).
 
@@ -56,7 +34,6 @@ class Feature(NamedTuple):
 
     data: Any
     map: Any
-    pool: Pool | None  # where the map is smaller
     batch: int
     line: int
     inner: int
@@ -90,10 +67,8 @@ def channels_of(feature):
 
 @triton.jit
 def positions_of(feature):
-    """N of a feature's map."""
-    if feature.pool is not None:
-        size = feature.pool.out_depth * feature.pool.out_height * feature.pool.out_width
-    elif feature.PLANAR:
+    """N of a feature."""
+    if feature.PLANAR:
         size = feature.inner * feature.ALIGN
     else:
         size = feature.outer
@@ -138,7 +113,6 @@ def store_gradient(
     n,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
-    ABSOLUTE: tl.constexpr,
     addend=None,
 ):
     """Writes k[n] * |x|^(p-1) * sign(x) for one tile, plus the addend's where there is one."""
@@ -148,7 +122,7 @@ def store_gradient(
         mask=mask,
         other=0.0,
     )
-    result = k[None, :] * slope(x.to(k.dtype), HIGH, LOW, ABSOLUTE)
+    result = k[None, :] * slope(x.to(k.dtype), HIGH, LOW)
     if addend is not None:
         before = tl.load(
             sample_of(addend, b) + offsets_of(addend, c[:, None], n[None, :], feature.PLANAR),

@@ -1,4 +1,4 @@
-"""The Triton back end beyond the plain options: a loss of maps, max, signed powers, pooling."""
+"""The Triton back end beyond the plain options: maps, their maxima, and a loss of maps."""
 
 from __future__ import annotations
 
@@ -119,36 +119,26 @@ def test_map_loss_checks_its_arguments() -> None:
     fails("a loss for each sample needs pairs of one batch", pairs, pairs, reduction="sample")
 
 
-# ---- max, and powers that keep their sign --------------------------------------------------------
+# ---- maps ----------------------------------------------------------------------------------------
 
 
-def assert_matches_eager(
-    xs: list[Tensor],
-    p: float,
-    collapse: str,
-    absolute: bool = True,
-    sizes: tuple[int, ...] = (),
-    loosest: float = 0.0,
-) -> None:
+def assert_matches_eager(xs: list[Tensor], p: float, collapse: str) -> None:
     """Maps, and the gradients of random coefficients, without and with a loss gradient."""
     n = len(xs)
-    options = p, collapse, absolute, sizes
-    found, right = backend.attention_map(xs, *options), eager.attention_map(xs, *options)
-    assert_near(found[:n], right[:n], loosest)
+    found, right = backend.attention_map(xs, p, collapse), eager.attention_map(xs, p, collapse)
+    assert_near(found[:n], right[:n])
     channels = right[n:]
-    if not sizes:  # pooled features may win by rounding
-        assert all(a.equal(b) for a, b in zip(found[n:], channels, strict=True))
+    assert all(a.equal(b) for a, b in zip(found[n:], channels, strict=True))
     coefficients = [torch.randn_like(q) for q in right[:n]]
     pairs = [i % 2 for i in range(n)]
-    gradients = (None, torch.tensor(-0.5), torch.tensor([2.0, 0.25]).double())
-    for gradient in gradients[1:2] if sizes else gradients:
+    for gradient in (None, torch.tensor(-0.5), torch.tensor([2.0, 0.25]).double()):
         g = None if gradient is None else gradient.to(DEVICE)
-        swept = xs, coefficients, g, pairs, p, absolute, sizes, channels
+        swept = xs, coefficients, g, pairs, p, channels
         again = backend.attention_map_backward(*swept)
-        assert_near(again, eager.attention_map_backward(*swept), loosest)
+        assert_near(again, eager.attention_map_backward(*swept))
     if channels:
         for x, q in zip(again, channels, strict=True):
-            assert sizes or (x.flatten(2) != 0).sum(1).le(1).all()
+            assert (x.flatten(2) != 0).sum(1).le(1).all()
             assert q.dtype == torch.int32
 
 
@@ -157,16 +147,6 @@ def assert_matches_eager(
 @pytest.mark.parametrize("p", [1.0, 2.0, *long(3.0, 2.5)])
 def test_max(p: float, dtype: torch.dtype, layout: str) -> None:
     assert_matches_eager([features(2, 75, 7, 5, layout=layout, dtype=dtype)], p, "max")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("p", [1.0, 3.0, 5.0, *long(2.0, 4.0)])
-def test_signed_powers(p: float, dtype: torch.dtype, layout: str) -> None:
-    x = features(2, 20, 5, 7, layout=layout, dtype=dtype)
-    # Sums of both signs: as exact as the largest of their parts.
-    for collapse in ("mean", "sum"):
-        assert_matches_eager([x], p, collapse, absolute=False, loosest=1e-5)
 
 
 def test_lists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,8 +158,8 @@ def test_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         features(2, 8, 16, 16)[:, 1:7, ::2],
         features(1, 1, 2, 2, dtype=torch.float64),
     ]
-    for p, collapse, absolute in ((2.0, "max", True), (1.0, "max", True), (3.0, "sum", False)):
-        assert_matches_eager(xs, p, collapse, absolute)
+    for p, collapse in ((2.0, "max"), (1.0, "max"), (3.0, "sum")):
+        assert_matches_eager(xs, p, collapse)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -198,11 +178,11 @@ def test_ties_and_specials(dtype: torch.dtype, layout: str) -> None:
     q, channel = backend.attention_map([x], 1.0, "max")
     assert channel.tolist() == [[0, 70, 130, 4, 0, 199, 0, 64]]
     torch.testing.assert_close(q, eager.attention_map([x], 1.0, "max")[0], equal_nan=True)
-    swept = [x], [torch.ones_like(q)], None, [0], 2.0, True, [], [channel]
+    swept = [x], [torch.ones_like(q)], None, [0], 2.0, [channel]
     found, right = backend.attention_map_backward(*swept), eager.attention_map_backward(*swept)
     torch.testing.assert_close(found, right, equal_nan=True)
     # What did not win has no gradient, whatever its coefficient.
-    swept = [x], [q * math.nan], None, [0], 2.0, True, [], [channel]
+    swept = [x], [q * math.nan], None, [0], 2.0, [channel]
     (found,) = backend.attention_map_backward(*swept)
     assert (found.isnan().sum(1) == 1).all()
     assert (found != 0).sum() == found.isnan().sum()
@@ -215,101 +195,26 @@ def test_powers_near_the_largest_number_have_one_winner() -> None:
     assert channel.item() == 2
 
 
-def test_signed_slope_of_the_first_power_is_one_everywhere() -> None:
-    x = torch.tensor([0.0, -3.0, math.inf, math.nan], device=DEVICE).view(1, 1, 4)
-    k = torch.ones(1, 4, device=DEVICE)
-    (found,) = backend.attention_map_backward([x], [k], None, [0], 1.0, False)
-    assert found.equal(torch.ones_like(x))
-
-
 def test_maps_check_their_arguments() -> None:
     x, k = features(2, 3, 4), torch.ones(2, 4, device=DEVICE)
     q = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
-    for match, arguments in {
-        "collapse must be 'mean', 'sum' or 'max', got 'min'": (2.0, "min"),
-        "collapse 'max' takes absolute values": (3.0, "max", False),
-        "without absolute, p must be a whole number, got 2.5": (2.5, "sum", False),
+    with pytest.raises(RuntimeError, match="collapse must be 'mean', 'sum' or 'max', got 'min'"):
+        backend.attention_map([x], 2.0, "min")
+    for match, channels in {
+        "a map of channels per feature": [q, q],
+        r"a map of channels must be \(B, N\) of int32": [q.long()],
+        r"a map of channels must be \(B, N\)": [q[:, :3]],
     }.items():
         with pytest.raises(RuntimeError, match=f"at_fused: {match}"):
-            backend.attention_map([x], *arguments)
-    for match, more in {
-        "a map of channels per feature": (2.0, True, [], [q, q]),
-        r"a map of channels must be \(B, N\) of int32": (2.0, True, [], [q.long()]),
-        r"a map of channels must be \(B, N\)": (2.0, True, [], [q[:, :3]]),
-        "without absolute": (2.5, False),
-    }.items():
-        with pytest.raises(RuntimeError, match=f"at_fused: {match}"):
-            backend.attention_map_backward([x], [k], None, [0], *more)
+            backend.attention_map_backward([x], [k], None, [0], 2.0, channels)
+    with pytest.raises(RuntimeError, match="a coefficient map must be"):
+        backend.attention_map_backward([x], [k[:, :3]], None, [0], 2.0)
     # Channels that there are not are nobody's.
     q += torch.tensor([0, 1, 3, -5], device=DEVICE)
-    (found,) = backend.attention_map_backward([x], [k], None, [0], 2.0, True, [], [q])
+    (found,) = backend.attention_map_backward([x], [k], None, [0], 2.0, [q])
     assert (found != 0).sum(1).tolist() == [[1, 1, 0, 0]] * 2
     with pytest.raises(RuntimeError, match="collapse must be 'mean' or 'sum' here"):
         backend.at_loss([x], [x], [], 2.0, "max", "code", "sum", 1e-12, False, False)
-
-
-# ---- pooled features -----------------------------------------------------------------------------
-
-POOLED = {
-    "quarters": ((8, 6), (4, 3)),
-    "overlaps": ((13, 9), (7, 5)),
-    "one dimension overlaps": ((9, 8), (9, 3)),
-    "to one": ((3, 4), (1, 1)),
-    "a row": ((11,), (4,)),
-    "volumes": ((3, 2, 5), (2, 1, 3)),
-}
-
-
-@pytest.mark.parametrize("layout", ["planar", *long("interleaved")])
-@pytest.mark.parametrize("case", POOLED)
-def test_pooled(case: str, layout: str) -> None:
-    given, size = POOLED[case]
-    x = features(2, 5, *given, layout=layout)
-    for p, collapse, absolute in ((2.0, "mean", True), (3.0, "sum", False), (2.0, "max", True)):
-        assert_matches_eager([x], p, collapse, absolute, size, loosest=1e-5)
-
-
-@pytest.mark.parametrize("layout", ["interleaved", *long("planar")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *long(torch.float16, torch.float64)], ids=str)
-def test_pooled_dtypes(dtype: torch.dtype, layout: str) -> None:
-    x = features(1, 5, 13, 9, layout=layout, dtype=dtype)
-    assert_matches_eager([x], 2.5, "mean", True, (7, 5))
-    assert_matches_eager([x], 1.0, "max", True, (7, 5))
-
-
-def pooled_list() -> tuple[list[Tensor], tuple[int, ...]]:
-    xs = [
-        features(2, 40, 9, 7),
-        features(3, 5, 6, layout="interleaved", dtype=torch.float16),
-        features(2, 3, 2, 3, 4).transpose(2, 4)[..., 1:],
-        features(2, 8, 16, 16)[:, 1:7, ::2, ::3],
-        features(1, 9, 4, 4, dtype=torch.float64),  # not pooled
-        features(3, 4, 5, 5)[:1].expand(3, -1, -1, -1),
-    ]
-    return xs, (4, 7, 6, 2, 3, 1, 3, 6, 4, 4, 2, 3)
-
-
-@pytest.mark.parametrize(
-    "options", [(3.0, "mean"), *long((2.0, "max"), (1.0, "sum", False))], ids=str
-)
-def test_lists_of_pooled(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MAX_ENTRIES", 4)
-    xs, sizes = pooled_list()
-    p, collapse, absolute = (*options, True)[:3]
-    assert_matches_eager(xs, p, collapse, absolute, sizes, loosest=1e-5)
-
-
-def test_pooled_nan_stays_in_its_windows() -> None:
-    x = features(1, 5, 13, 9)
-    x[0, 2, 6, 4] = math.nan
-    for collapse in ("mean", "max"):
-        options = 2.0, collapse, True, (7, 5)
-        found, right = backend.attention_map([x], *options), eager.attention_map([x], *options)
-        assert found[0].isnan().equal(right[0].isnan())
-        k = torch.ones_like(found[0])
-        swept = [x], [k], None, [0], 2.0, True, (7, 5), right[1:]
-        (gradient,) = backend.attention_map_backward(*swept)
-        assert gradient.isnan().equal(eager.attention_map_backward(*swept)[0].isnan())
 
 
 def test_samples_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,22 +222,6 @@ def test_samples_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "processors", lambda _: 10**6)
     for collapse in ("mean", "max"):
         assert_matches_eager([features(1, 5, 30, 31)], 2.0, collapse)
-        assert_matches_eager([features(1, 5, 30, 31)], 2.0, collapse, True, (15, 20))
-
-
-@pytest.mark.long
-def test_every_window_of_small_sizes() -> None:
-    both = [(given, size) for given in range(1, 10) for size in range(1, given + 1)]
-    xs = [features(1, 2, given) for given, _ in both]
-    assert_matches_eager(xs, 2.0, "sum", True, tuple(size for _, size in both))
-
-
-def test_windows_of_lines_so_long_that_products_need_64_bits(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(launch, "_TILE", 2**17)  # few programs
-    monkeypatch.setattr(launch, "_ROW_BYTES", 2**17)
-    assert_matches_eager([features(1, 1, 50_000)], 2.0, "sum", True, (43_000,))
 
 
 @pytest.mark.parametrize("order", LAYOUTS)
@@ -342,26 +231,4 @@ def test_offsets_beyond_31_bits(order: str) -> None:
     memory = torch.empty(far + 64, dtype=torch.bfloat16, device=DEVICE)
     x = memory.as_strided((1, 2, 2), (0, far, 1) if order == "planar" else (0, 1, far))
     x.copy_(features(1, 2, 2))
-    for sizes in ((), (1,)):
-        assert_matches_eager([x], 2.0, "max", True, sizes)
-
-
-def test_sizes_are_checked() -> None:
-    x, k = features(2, 3, 4, 5), torch.ones(2, 6, device=DEVICE)
-    deep = features(1, 1, 2, 2, 2, 2)
-    for match, xs, sizes in (
-        ("sizes are too few for the features", [x, x], [2, 3, 2]),
-        ("sizes are too many for the features", [x], [2, 3, 2]),
-        ("sizes must be from 1 to the feature's, 4, got 5", [x], [5, 5]),
-        ("sizes must be from 1 to the feature's, 5, got 0", [x], [4, 0]),
-        ("sizes are for one to three spatial dimensions", [deep], [2, 2, 2, 2]),
-    ):
-        with pytest.raises(RuntimeError, match=f"at_fused: {match}"):
-            backend.attention_map(xs, 2.0, "mean", True, sizes)
-        with pytest.raises(RuntimeError, match=f"at_fused: {match}"):
-            backend.attention_map_backward(
-                xs, [k] * len(xs), None, [0] * len(xs), 2.0, True, sizes, []
-            )
-    with pytest.raises(RuntimeError, match="a coefficient map must be"):
-        backend.attention_map_backward([x], [k], None, [0], 2.0, True, [2, 2], [])
-    backend.attention_map([deep], 2.0, "mean")
+    assert_matches_eager([x], 2.0, "max")
