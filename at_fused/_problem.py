@@ -416,9 +416,7 @@ def _loss_of_maps(problem: Problem, maps: list[Tensor]) -> Tensor:
     return _reduce(problem, loss)
 
 
-def _maps_to_compare(
-    problem: Problem, maps: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+def _maps_to_compare(problem: Problem, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Bring raw maps to the students' sizes and mask them; also return the masks, if any."""
     n = len(problem.students)
     sizes = [x.shape[2:] for x in problem.students]

@@ -213,7 +213,8 @@ def at_value_and_grad(
     with torch.no_grad():
         loss, found = value_and_grad(problem, factor, loss_gradient)
         gradients = [
-            laid_out_as(x, _inputs.given_back(g, x, side)) for g, x in zip(found, given, strict=True)
+            laid_out_as(x, _inputs.given_back(g, x, side))
+            for g, x in zip(found, given, strict=True)
         ]
     if isinstance(student, Tensor):
         return loss, gradients[0]

@@ -140,9 +140,7 @@ class _AttentionMapBackward(torch.autograd.Function):
         ctx.options = pairs, options, loss_gradient is None
         ctx.save_for_backward(*(() if loss_gradient is None else (loss_gradient,)), *tensors)
         operator = operators.attention_map_backward.default
-        return tuple(
-            below_autograd(operator, *_arguments(pairs, options, loss_gradient, tensors))
-        )
+        return tuple(below_autograd(operator, *_arguments(pairs, options, loss_gradient, tensors)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -53,9 +53,7 @@ _FEATURES = (
     " float p, str collapse, str form, str reduction, str eps_mode, float eps"
 )
 define(f"at_loss({_FEATURES}, bool student_grad, bool teacher_grad) -> (Tensor, Tensor[])")
-define(
-    f"at_value_and_grad({_FEATURES}, float scale, Tensor? loss_gradient) -> (Tensor, Tensor[])"
-)
+define(f"at_value_and_grad({_FEATURES}, float scale, Tensor? loss_gradient) -> (Tensor, Tensor[])")
 
 
 # ---- fake kernels --------------------------------------------------------------------------------

@@ -288,7 +288,14 @@ def at_value_and_grad(
     count = len(student)
     options = p, collapse, form, reduction, eps_mode, eps
     loss, maps = at_loss(
-        student, teacher, masks, weights, skip_tokens, *options, student_grad=True, teacher_grad=False
+        student,
+        teacher,
+        masks,
+        weights,
+        skip_tokens,
+        *options,
+        student_grad=True,
+        teacher_grad=False,
     )
     coefficients = [k * scale for k in maps[:count]]
     pairs = list(range(count))

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from at_fused.backends.checks import require
+from at_fused.backends.checks import require, without_first
 from at_fused.backends.results import accumulate_dtype
 from at_fused.backends.triton.tiles import Feature, Gradient
 
@@ -139,13 +140,25 @@ def new_map(x: Tensor, layout: Layout) -> Tensor:
     return x.new_empty((x.shape[0], layout.positions), dtype=accumulate_dtype(x))
 
 
-def writable(x: Tensor, layout: Layout, given: Tensor) -> tuple[Tensor, Layout, Tensor, Layout]:
-    """A feature (its native form), and a tensor of the same layout for its gradient.
+def new_gradients(
+    features: list[Tensor], skip_tokens: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Make the features' gradients; return them, and the parts that kernels are to write.
 
-    That tensor has the strides of ``empty_like(given)`` where these are a native layout.
+    The rest belongs to skipped tokens, and is 0.
     """
-    out = torch.empty_like(given)
-    out_layout = layout_of(out.shape, out.stride())
+    gradients = [torch.empty_like(x) for x in features]
+    for gradient, skip in zip(gradients, skip_tokens, strict=False):
+        gradient[:, :, :skip].zero_()
+    return gradients, without_first(gradients, skip_tokens)
+
+
+def writable(x: Tensor, layout: Layout, target: Tensor) -> tuple[Tensor, Layout, Tensor, Layout]:
+    """Return a feature and a tensor of the same layout for its gradient: the target if it has that.
+
+    What was written goes to the target by ``finish_gradient``.
+    """
+    out, out_layout = target, layout_of(target.shape, target.stride())
     if out_layout is None or out_layout.planar != layout.planar:
         x, layout = native(x.contiguous())
         out = x.new_empty(x.shape)
@@ -154,10 +167,10 @@ def writable(x: Tensor, layout: Layout, given: Tensor) -> tuple[Tensor, Layout, 
     return x, layout, out, out_layout
 
 
-def as_empty_like(given: Tensor, written: Tensor) -> Tensor:
-    """The gradient with the strides of ``empty_like(given)``."""
-    stride = torch.empty_like(given, device="meta").stride()  # which takes no memory
-    return written if written.stride() == stride else torch.empty_like(given).copy_(written)
+def finish_gradient(target: Tensor, written: Tensor) -> None:
+    """Copy a gradient to its target where it was written elsewhere."""
+    if written is not target:
+        target.copy_(written)
 
 
 # ---- cutting -------------------------------------------------------------------------------------
@@ -238,9 +251,11 @@ def options(cuda: bool) -> dict[str, Any]:
     return found
 
 
-def step_of(loss_gradient: Tensor | None) -> int:
-    """The stride from one pair's loss gradient to the next; 0 for all alike."""
-    return 0 if loss_gradient is None or loss_gradient.dim() == 0 else loss_gradient.stride(0)
+def steps_of(loss_gradient: Tensor | None) -> tuple[int, int]:
+    """Return the strides from one pair's and one sample's loss gradient to the next; 0 for none."""
+    strides = () if loss_gradient is None else loss_gradient.stride()
+    pair, sample = (*strides, 0, 0)[:2]
+    return pair, sample
 
 
 _options = options(cuda=torch.version.cuda is not None)

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from at_fused._options import LossOptions
 from at_fused.backends import eager
-from at_fused.backends.checks import check_at_loss
+from at_fused.backends.checks import check_at_loss, without_first
 from at_fused.backends.results import accumulate_dtype
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.finish import add_up, double, finish_sample, is_last
+from at_fused.backends.triton.finish import add_up, double, finish_sample, is_last, mask_map
 from at_fused.backends.triton.launch import (
-    as_empty_like,
     bits_of,
     blocks_of,
     constexpr,
@@ -25,18 +25,20 @@ from at_fused.backends.triton.launch import (
     cut,
     exponent,
     feature_of,
+    finish_gradient,
     gradient_of,
     native,
+    new_gradients,
     new_map,
     on_device,
     piece_bytes,
     power_of_2,
     processors,
-    step_of,
+    steps_of,
     writable,
 )
 from at_fused.backends.triton.maps import store_map
-from at_fused.backends.triton.sweep import attention_map_backward
+from at_fused.backends.triton.sweep import sweep
 from at_fused.backends.triton.tiles import (
     Feature,
     Gradient,

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from at_fused.backends.checks import check_attention_map
+from at_fused.backends.checks import check_attention_map, without_first
 from at_fused.backends.triton import launch
 from at_fused.backends.triton.launch import (
     constexpr,
@@ -144,14 +145,17 @@ def map_kernel(
             _map_of_feature(entries[i], program - entries[i].first_program, HIGH, LOW, MEAN)
 
 
-def attention_map(features: list[Tensor], p: float, collapse: str) -> list[Tensor]:
+def attention_map(
+    features: list[Tensor], p: float, collapse: str, skip_tokens: Sequence[int] = ()
+) -> list[Tensor]:
     """Q[b, n] = scale * sum_c |A[b, c, n]|^p, (B, N), for each feature (B, C, *spatial).
 
     With "max" the largest |A|^p, and behind the maps the channel (int32) of each.
     """
-    check_attention_map(features, p, collapse)
+    check_attention_map(features, p, collapse, skip_tokens)
     if not features:
         return []
+    features = without_first(features, skip_tokens)
     largest = collapse == "max"
     natives = [native(x) for x in features]
     maps = [new_map(x, layout) for x, layout in natives]

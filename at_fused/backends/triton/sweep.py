@@ -11,16 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from at_fused.backends.checks import check_attention_map_backward
+from at_fused.backends.checks import check_attention_map_backward, without_first
 from at_fused.backends.triton import launch
 from at_fused.backends.triton.launch import (
-    as_empty_like,
     exponent,
     feature_of,
+    finish_gradient,
     gradient_of,
     native,
+    new_gradients,
     on_device,
-    step_of,
+    steps_of,
     writable,
 )
 from at_fused.backends.triton.powers import slope
@@ -89,7 +90,8 @@ def _sweep_of_feature(
     entry,
     local,
     loss_gradient,
-    gradient_step,
+    pair_step,
+    sample_step,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
 ):
@@ -99,7 +101,7 @@ def _sweep_of_feature(
     first = (rest % entry.tiles_c) * feature.BLOCK_C
     n = tile_n * feature.BLOCK_N + tl.arange(0, feature.BLOCK_N)
     if loss_gradient is not None:
-        loss_gradient += entry.number * gradient_step
+        loss_gradient += entry.number * pair_step + b * sample_step
     k = load_coefficients(feature, b, n, n < positions_of(feature), loss_gradient)
     if entry.winners is None:
         c = first + tl.arange(0, feature.BLOCK_C)
@@ -112,7 +114,8 @@ def _sweep_of_feature(
 def sweep_kernel(
     entries,
     loss_gradient,
-    gradient_step,
+    pair_step,
+    sample_step,
     COUNT: tl.constexpr,
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
@@ -126,7 +129,8 @@ def sweep_kernel(
                 entries[i],
                 program - entries[i].first_program,
                 loss_gradient,
-                gradient_step,
+                pair_step,
+                sample_step,
                 HIGH,
                 LOW,
             )
@@ -138,50 +142,70 @@ def attention_map_backward(
     loss_gradient: Tensor | None,
     pairs: list[int],
     p: float,
+    skip_tokens: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout.
 
     With ``channels`` only the named channel of each position has a gradient.
     """
-    check_attention_map_backward(features, coefficients, loss_gradient, pairs, p, channels)
+    check_attention_map_backward(
+        features, coefficients, loss_gradient, pairs, p, skip_tokens, channels
+    )
     if not features:
         return []
-    high, low = exponent(p)
-    written: list[Tensor] = []
     with on_device(features[0]):
-        for first in range(0, len(features), launch.MAX_ENTRIES):
-            entries: list[Sweep] = []
-            programs = 0
-            for i in range(first, min(first + launch.MAX_ENTRIES, len(features))):
-                x, layout, out, out_layout = writable(*native(features[i]), features[i])
-                k = coefficients[i].contiguous()
-                written.append(out)
-                feature = feature_of(x, layout, k, p)
-                tiles_c = -(-layout.channels // feature.BLOCK_C.value)
-                tiles_n = -(-k.shape[1] // feature.BLOCK_N.value)
-                end = programs + x.shape[0] * tiles_c * tiles_n
-                entries.append(
-                    Sweep(
-                        feature,
-                        gradient_of(out, out_layout),
-                        channels[i].contiguous() if channels else None,
-                        pairs[i],
-                        programs,
-                        end,
-                        tiles_c,
-                        tiles_n,
-                    )
+        gradients, targets = new_gradients(features, skip_tokens)
+        mapped = without_first(features, skip_tokens)
+        sweep(mapped, coefficients, targets, loss_gradient, pairs, p, channels)
+    return gradients
+
+
+def sweep(
+    features: list[Tensor],
+    coefficients: list[Tensor],
+    targets: list[Tensor],
+    loss_gradient: Tensor | None,
+    pairs: list[int],
+    p: float,
+    channels: Sequence[Tensor] = (),
+) -> None:
+    """Write the gradients of features to targets of their shapes."""
+    high, low = exponent(p)
+    for first in range(0, len(features), launch.MAX_ENTRIES):
+        entries: list[Sweep] = []
+        written: list[tuple[Tensor, Tensor]] = []
+        programs = 0
+        for i in range(first, min(first + launch.MAX_ENTRIES, len(features))):
+            x, layout, out, out_layout = writable(*native(features[i]), targets[i])
+            k = coefficients[i].contiguous()
+            written.append((targets[i], out))
+            feature = feature_of(x, layout, k, p)
+            tiles_c = -(-layout.channels // feature.BLOCK_C.value)
+            tiles_n = -(-k.shape[1] // feature.BLOCK_N.value)
+            end = programs + x.shape[0] * tiles_c * tiles_n
+            entries.append(
+                Sweep(
+                    feature,
+                    gradient_of(out, out_layout),
+                    channels[i].contiguous() if channels else None,
+                    pairs[i],
+                    programs,
+                    end,
+                    tiles_c,
+                    tiles_n,
                 )
-                programs = end
-            launch.start(
-                sweep_kernel,
-                programs,
-                tuple(entries),
-                loss_gradient,
-                step_of(loss_gradient),
-                COUNT=len(entries),
-                HIGH=high,
-                LOW=low,
             )
-    return [as_empty_like(x, out) for x, out in zip(features, written, strict=True)]
+            programs = end
+        launch.start(
+            sweep_kernel,
+            programs,
+            tuple(entries),
+            loss_gradient,
+            *steps_of(loss_gradient),
+            COUNT=len(entries),
+            HIGH=high,
+            LOW=low,
+        )
+        for target, out in written:
+            finish_gradient(target, out)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,11 +15,11 @@ from at_fused.backends.triton import launch
 from at_fused.backends.triton.finish import double
 from at_fused.backends.triton.launch import (
     Layout,
-    as_empty_like,
     bits_of,
     constexpr,
     exponent,
     feature_of,
+    finish_gradient,
     gradient_of,
     layout_of,
     native,
@@ -141,7 +142,8 @@ def attention_tap_backward(
     """G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A), in the feature's dtype and layout."""
     check_tap(gradient, feature, map_gradient, p, collapse, channels)
     with on_device(feature):
-        x, layout, out, out_layout = writable(*native(feature), feature)
+        result = torch.empty_like(feature)
+        x, layout, out, out_layout = writable(*native(feature), result)
         given, given_layout = gradient, layout_of(gradient.shape, gradient.stride())
         # Of a copy only the winners are left to change.
         if channels is not None or given_layout is None or given_layout.planar != layout.planar:
@@ -155,7 +157,8 @@ def attention_tap_backward(
             collapse,
             channels,
         )
-    return as_empty_like(feature, out)
+        finish_gradient(result, out)
+    return result
 
 
 def _bytes(x: Tensor) -> tuple[int, int]:
