@@ -76,30 +76,11 @@ struct LossGradient {
   }
 };
 
-// New tensors with the strides that a caller was promised, and those that are written for them: the
-// same, or plainer ones.
-class Results {
+// New gradients for a list of features, with the strides that a caller was promised, and the tensors
+// that are written for them in a layout that is the feature's own: the same, or plainer ones.
+class Gradients {
  public:
   Tensors written;
-
-  // A tensor that a caller will get, before `finish`.
-  const Tensor& result(size_t i) const { return results_[i]; }
-
-  // All of them.
-  Tensors finish() {
-    for (size_t i = 0; i < written.size(); ++i) {
-      if (written[i].get() != results_[i].get()) torch::stable::copy_(results_[i], written[i]);
-    }
-    return std::move(results_);
-  }
-
- protected:
-  Tensors results_;
-};
-
-// New gradients for a list of features, written in a layout that is the feature's own.
-class Gradients : public Results {
- public:
   std::vector<Feature> features;
   std::vector<Feature> out;
 
@@ -123,6 +104,20 @@ class Gradients : public Results {
       }
     }
   }
+
+  // A tensor that a caller will get, before `finish`.
+  const Tensor& result(size_t i) const { return results_[i]; }
+
+  // All of them.
+  Tensors finish() {
+    for (size_t i = 0; i < written.size(); ++i) {
+      if (written[i].get() != results_[i].get()) torch::stable::copy_(results_[i], written[i]);
+    }
+    return std::move(results_);
+  }
+
+ private:
+  Tensors results_;
 };
 
 }  // namespace at_fused

@@ -5,8 +5,6 @@ compiled library for its own on top of it.
 """
 
 from at_fused._ops.attention import attention_map, attention_map_backward
-from at_fused._ops.distance import distance_loss, distance_loss_backward
-from at_fused._ops.kd import kd_loss, kd_loss_backward
 from at_fused._ops.loss import at_loss, at_value_and_grad, map_loss
 from at_fused._ops.tap import Place, attention_tap, attention_tap_backward, attention_tap_backward_
 from at_fused.backends import load
@@ -20,10 +18,6 @@ __all__ = [
     "attention_tap",
     "attention_tap_backward",
     "attention_tap_backward_",
-    "distance_loss",
-    "distance_loss_backward",
-    "kd_loss",
-    "kd_loss_backward",
     "map_loss",
 ]
 

@@ -28,10 +28,6 @@ OPERATORS = (
     "map_loss",
     "at_loss",
     "at_value_and_grad",
-    "kd_loss",
-    "kd_loss_backward",
-    "distance_loss",
-    "distance_loss_backward",
 )
 
 

@@ -7,11 +7,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# What is kept of a row of logits (fp64): largest logit and sum_k exp((x_k - max) / T), of student
-# and teacher; the logarithm of these sums' quotient; the divergence; and of the cross-entropy
-# sum_k exp(s_k - max) and the loss.
-STATISTICS = 8
-
 
 def accumulate_dtype(*features: Tensor) -> torch.dtype:
     """The dtype of maps, coefficients and losses: fp64 where a feature is, else fp32."""

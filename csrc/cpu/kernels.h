@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "../feature.h"
-#include "../kd.h"
 #include "../loss.h"
 
 namespace at_fused {
@@ -33,22 +32,6 @@ struct GeneralMap {
   double p, scale;
   bool absolute, max;
   Pool pool;
-};
-
-struct KdRow {
-  const void* student;
-  const void* teacher;
-  Dtype student_dtype, teacher_dtype;
-  int64_t K;
-  int64_t label;  // a class, kIgnored or kWrong; kIgnored without labels
-  const KdOptions* options;
-};
-
-// Where the gradients of a row go, null for none, and what stands before them.
-struct KdRowGradient {
-  void* student;
-  void* teacher;
-  double divergence, entropy;  // g alpha T / B, g (1 - alpha) / valid
 };
 
 struct Kernels {
@@ -85,19 +68,6 @@ struct Kernels {
                                  int64_t begin, int64_t end, double p, bool absolute,
                                  double gradient, const void* k, const int32_t* channels,
                                  const Feature& out, bool stream);
-
-  // The statistics of one row.
-  void (*kd_row)(const KdRow& row, double* stats);
-
-  // The gradients of one row, in the dtypes of its logits.
-  void (*kd_row_backward)(const KdRow& row, const double* stats, const KdRowGradient& gradient);
-
-  // sum_i |a_i - b_i|^2
-  double (*squared_distance)(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype, int64_t n);
-
-  // out_i = factor * (a_i - b_i), in a's dtype
-  void (*squared_distance_backward)(const void* a, Dtype a_dtype, const void* b, Dtype b_dtype,
-                                    int64_t n, double factor, void* out);
 };
 
 // Doubles that the general kernels keep in their caller's memory, for one feature at a time:

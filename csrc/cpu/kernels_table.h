@@ -5,9 +5,7 @@
 // bits for any number of threads: a partial vector does the arithmetic of a full one.
 #pragma once
 
-#include "kernels_distance.h"
 #include "kernels_general.h"
-#include "kernels_kd.h"
 #include "kernels_loss.h"
 #include "kernels_map.h"
 
@@ -21,11 +19,7 @@ constexpr Kernels table(const char* name) {
           attention_map_backward,
           general_map,
           general_backward,
-          attention_tap_backward,
-          kd_row_statistics,
-          kd_row_gradients,
-          squared_distance,
-          squared_distance_backward};
+          attention_tap_backward};
 }
 
 }  // namespace

@@ -15,12 +15,6 @@ inline void write_loss(Tensor& loss, bool fp64, const std::vector<double>& value
   }
 }
 
-inline Tensor losses_of(const std::vector<double>& values, bool sum, bool fp64, Device device) {
-  Tensor losses = new_losses(sum, int64_t(values.size()), fp64, device);
-  write_loss(losses, fp64, values);
-  return losses;
-}
-
 // A pair's gradient from above; 1 where there is none.
 inline double value_of(const LossGradient& gradient, int64_t pair) {
   return gradient_of(gradient.of(pair), gradient.fp64);

@@ -24,9 +24,5 @@ void launch_map_loss(const LossParams& params, const Launch& launch);
 void launch_at_loss(const LossParams& params, const Launch& launch);
 void launch_at_value_and_grad(const LossParams& params, const GradientParams& gradient,
                               const Launch& launch);
-void launch_kd_loss(const KdParams& params, const Launch& launch);
-void launch_kd_loss_backward(const KdParams& params, const Launch& launch);
-void launch_distance_loss(const DistanceParams& params, const Launch& launch);
-void launch_distance_loss_backward(const DistanceParams& params, const Launch& launch);
 
 }  // namespace at_fused

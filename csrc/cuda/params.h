@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "../feature.h"
-#include "../kd.h"
 
 namespace at_fused {
 
@@ -19,7 +18,6 @@ constexpr int kLaunchBytes = 4096;  // of structs that every launch may carry
 constexpr int kMaxPairs = 16;       // of one launch; longer lists take several
 constexpr int kMaxFeatures = 30;    // likewise
 constexpr int kMaxPooledSweeps = 26;
-constexpr int kMaxDistances = 24;
 
 // How a block reads a feature. A row is `fold` channels of all positions (planar) or the channels
 // of a position (interleaved).
@@ -175,58 +173,8 @@ struct GradientParams {
   GradientPair pairs[kMaxPairs];
 };
 
-struct KdParams {
-  Logits student, teacher;
-  Logits student_gradient, teacher_gradient;  // data null: none
-  const int64_t* labels;                      // null: none
-  int64_t label_stride;
-  int64_t K;
-  int32_t B;
-  int32_t group;  // threads of a row: a warp or a block
-  bool vector;    // every row of all tensors begins on 16 bytes and has whole vectors
-  KdOptions options;
-  double* stats;
-  double* valid;
-  void* loss;
-  bool loss_fp64;
-  uint32_t* finished;  // blocks; 0 before and after
-  const void* gradient;
-  bool gradient_fp64;
-};
-
-struct DistancePair {
-  const void* a;
-  const void* b;
-  void* out;  // of the gradient
-  int64_t a_stride, b_stride, out_stride;
-  int64_t M;
-  int64_t first_task;
-  double weight;          // of a sample
-  const void* gradient;   // of the pair's loss
-  int32_t row;            // of the squares
-  int32_t piece, pieces;  // elements of a task, and tasks of a sample
-  Dtype a_dtype, b_dtype;
-  bool vector;
-};
-
-struct DistanceParams {
-  int32_t count, B;
-  int32_t first_pair;   // of this launch
-  bool root;            // a sample's distance is a norm; else its square
-  bool add, continues;  // one loss for all pairs; this launch adds to that of others
-  bool loss_fp64, gradient_fp64;
-  double* squares;  // (pairs, B)
-  double* sums;     // of each task
-  double* sum;      // of all pairs so far
-  void* loss;
-  uint32_t* arrived;   // of each pair's samples; 0 before and after
-  uint32_t* finished;  // samples; likewise
-  DistancePair pairs[kMaxDistances];
-};
-
 static_assert(sizeof(MapParams) <= kLaunchBytes && sizeof(SweepParams) <= kLaunchBytes);
 static_assert(sizeof(PooledParams) <= kLaunchBytes && sizeof(PooledSweepParams) <= kLaunchBytes);
 static_assert(sizeof(LossParams) + sizeof(GradientParams) <= kLaunchBytes);
-static_assert(sizeof(KdParams) <= kLaunchBytes && sizeof(DistanceParams) <= kLaunchBytes);
 
 }  // namespace at_fused

@@ -19,7 +19,6 @@ struct Limits {
 constexpr int32_t kControlBytes = 384;   // block.cuh: Control
 constexpr int32_t kScratchBytes = 8192;  // attention_map.cuh: a value per thread and element
 constexpr int32_t kMaximumBytes = 2 * kScratchBytes;  // likewise, with the channel of each
-constexpr int32_t kKdBytes = 768;                     // kd.cuh: KdShared
 constexpr int32_t kSharedBytesWithoutAsking = 48 << 10;
 constexpr int64_t kMaxExtent = int64_t(1) << 30;  // channels, positions: 32-bit loops
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
@@ -104,16 +103,6 @@ inline bool reads_folds(const Feature& x) { return access_of(x, {}, true, x.N).f
 
 inline View view_of(const Feature& x, const Access& access) {
   return {x.data, x.batch, x.line, int32_t(x.C), int32_t(x.N), x.dtype, x.layout, access};
-}
-
-// ---- rows of elements -------------------------------------------------------------------------
-
-// Elements that rows of vectors come in; those of a thread's turn for every dtype.
-constexpr int64_t kTurnElements = 8;
-
-inline bool aligned_rows(const void* data, Dtype dtype, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
-         stride * element_size(dtype) % kVectorBytes == 0;
 }
 
 // ---- pieces -----------------------------------------------------------------------------------

@@ -18,12 +18,6 @@ from at_fused.backends.eager.attention import (
     pair_loss,
     sample_weight,
 )
-from at_fused.backends.eager.distance import (
-    distance_loss,
-    distance_loss_backward,
-    squared_distances,
-)
-from at_fused.backends.eager.kd import kd_loss, kd_loss_backward
 
 __all__ = [
     "at_loss",
@@ -34,17 +28,12 @@ __all__ = [
     "attention_tap_backward_",
     "available",
     "collapse_scale",
-    "distance_loss",
-    "distance_loss_backward",
-    "kd_loss",
-    "kd_loss_backward",
     "loaded",
     "map_loss",
     "normalize",
     "pair_loss",
     "reason",
     "sample_weight",
-    "squared_distances",
 ]
 
 
