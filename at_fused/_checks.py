@@ -60,16 +60,33 @@ def check_tensor(name: str, x: object) -> Tensor:
     return x
 
 
-def check_labels(labels: object, logits: Tensor) -> None:
-    """Refuses what is no class number for each row of (B, K) logits."""
+def savable(x: Tensor) -> Tensor:
+    """The tensor, or a copy of one made under ``inference_mode``, which autograd does not save."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.is_inference():
+        return x
+    return x.clone()
+
+
+def check_labels(labels: object, logits: Tensor, probabilities: bool = False) -> None:
+    """Refuses what is no class number for each row of (B, K, *spatial) logits.
+
+    With ``probabilities`` one for each class and row will do as well.
+    """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor or None, got {kind(labels)}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64 (class numbers), got {labels.dtype}")
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"labels must be (B,), here ({logits.shape[0]},), got shape {tuple(labels.shape)}"
-        )
+    if not (probabilities and labels.is_floating_point() and labels.shape == logits.shape):
+        if labels.dtype != torch.int64:
+            soft = f", or class probabilities of the logits' shape, {tuple(logits.shape)}"
+            raise TypeError(
+                f"labels must be int64 (class numbers){soft if probabilities else ''}, "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        rows = logits.shape[:1] + logits.shape[2:]
+        if labels.shape != rows:
+            raise ValueError(
+                f"labels must be {'(B,)' if logits.dim() == 2 else '(B, *spatial)'}, "
+                f"here {tuple(rows)}, got shape {tuple(labels.shape)}"
+            )
     if labels.device != logits.device:
         raise ValueError(
             f"labels must be on the logits' device, {logits.device}, got {labels.device}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from at_fused import _ops
 from at_fused._checks import (
     check_labels,
     check_number,
@@ -15,7 +16,9 @@ from at_fused._checks import (
     check_tensor,
     kind,
     pair_weights,
+    savable,
 )
+from at_fused.backends.results import accumulate_dtype
 
 # ---- Hinton's loss -------------------------------------------------------------------------------
 
@@ -37,8 +40,10 @@ def check_kd_options(T: float, alpha: float, label_smoothing: float, ignore_inde
 
 def _check_logits(student: object, teacher: object) -> None:
     s, t = check_tensor("student_logits", student), check_tensor("teacher_logits", teacher)
-    if s.dim() != 2:
-        raise ValueError(f"student_logits must be (B, K), got shape {tuple(s.shape)}")
+    if s.dim() < 2:
+        raise ValueError(
+            f"student_logits must be (B, K) or (B, K, *spatial), got shape {tuple(s.shape)}"
+        )
     if s.shape != t.shape:
         raise ValueError(
             "teacher_logits must have the shape of student_logits, "
@@ -48,6 +53,37 @@ def _check_logits(student: object, teacher: object) -> None:
         raise ValueError(
             f"teacher_logits must be on the device of student_logits, {s.device}, got {t.device}"
         )
+
+
+def _divergence(student: Tensor, teacher: Tensor, T: float) -> Tensor:
+    """T^2 KL(softmax(t / T) || softmax(s / T)), the mean over all rows."""
+    T = min(max(T, 1e-15), 1e15)  # T^2 is to be a number of fp32
+    log_p, log_q = (F.log_softmax(x / T, 1) for x in (student, teacher))
+    p, q = log_p.exp(), log_q.exp()
+    d = (log_q - log_p).masked_fill(q == 0, 0.0)
+    # Both sum to 1: p - q adds nothing but takes away what the logarithms' rounding adds to q d,
+    # to first order. F.kl_div, without it, is up to a hundred times as far off.
+    return torch.addcmul(p - q, q, d).sum() * (T * T * student.shape[1] / student.numel())
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float, ignore_index: int
+) -> Tensor:
+    """Torch's, with an error that says which label is no class."""
+    target = savable(labels.to(logits.dtype) if labels.is_floating_point() else labels)
+    try:
+        return F.cross_entropy(
+            logits, target, label_smoothing=label_smoothing, ignore_index=ignore_index
+        )
+    except IndexError:
+        classes = logits.shape[1]
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+        first = tuple(wrong.nonzero()[0].tolist())
+        row = first if len(first) > 1 else first[0]
+        raise RuntimeError(
+            f"labels must be from 0 to {classes - 1} or ignore_index ({ignore_index}), "
+            f"got {int(labels[first])} in row {row}"
+        ) from None
 
 
 def kd_loss(
@@ -68,32 +104,36 @@ def kd_loss(
 
     CE is ``torch.nn.functional.cross_entropy``: without T, the mean over the rows whose label is
     not ``ignore_index``, NaN where there is none. Without labels only the first term is there. A
-    term whose factor (alpha or 1 - alpha) is 0 is left out, whatever its value.
+    term whose factor (alpha or 1 - alpha) is 0 is left out, whatever its value. Logits of images,
+    (B, K, H, W), are B * H * W rows: both terms are means over samples and positions.
 
-    One pass forward and one backward; nothing of the logits' size is allocated but the gradients.
-    fp16 and bf16 are computed in fp32. The divergence is a sum of positive terms, right to about
-    1e-5 also where those of ``F.kl_div`` cancel (equal classes, high T), and exactly 0 for equal
-    logits. Gradients flow to both sides' logits, to any order. A class that the teacher excludes (a
-    logit of -inf) adds nothing where the student excludes it as well.
+    In plain PyTorch, fp16 and bf16 in fp32. The divergence of a batch is right to 1e-5 for T up to
+    20, and finite for logits up to 1e4 and any T; its error grows with T (docs/numerics.md; float64
+    logits move it out of sight). For equal logits it is exactly 0, and so are its gradients.
+    Gradients flow to both sides' logits, to any order. A class that the teacher excludes (a logit
+    of -inf) adds nothing where the student excludes it as well.
 
     Args:
-        student_logits: (B, K), float32, float64, float16 or bfloat16, any strides.
+        student_logits: (B, K), or (B, K, *spatial) for segmentation; float32, float64, float16 or
+            bfloat16, any strides.
         teacher_logits: the same shape; the dtype may differ. Detach it, or make it under
-            ``no_grad``, to train the student alone.
-        labels: (B,) int64, classes from 0 to K - 1 or ``ignore_index``; or None.
+            ``no_grad`` or ``inference_mode``, to train the student alone.
+        labels: (B,) or (B, *spatial) int64, classes from 0 to K - 1 or ``ignore_index``; or class
+            probabilities (mixup, CutMix), floating point, of the shape of the logits; or None.
         T: temperature, a finite number > 0.
         alpha: weight of the first term, from 0 to 1.
         label_smoothing: of the second term, from 0 to less than 1.
-        ignore_index: the label of rows that the second term leaves out.
+        ignore_index: the label of rows that the second term leaves out; not for probabilities.
 
     Returns:
         A scalar: float64 if either side is, else float32 (also under autocast).
 
     Raises:
         TypeError: an argument is not of the kind above.
-        ValueError: shapes or devices that do not match, an empty tensor, an option out of range.
+        ValueError: shapes or devices that do not match, an empty tensor, an option out of range, an
+            ``ignore_index`` of probabilities.
         RuntimeError: a label that is no class, on the CPU. On a GPU, where that would have to wait
-            for the device, the loss and the row's gradient are NaN instead.
+            for the device, it is torch's device-side assertion.
 
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2;
     the weights as in the authors' program of Zagoruyko & Komodakis, ICLR 2017.
@@ -101,17 +141,22 @@ def kd_loss(
     check_kd_options(T, alpha, label_smoothing, ignore_index)
     _check_logits(student_logits, teacher_logits)
     if labels is not None:
-        check_labels(labels, student_logits)
-    loss, _, _ = _ops.kd_loss(
-        student_logits,
-        teacher_logits,
-        labels,
-        float(T),
-        float(alpha),
-        float(label_smoothing),
-        ignore_index,
-    )
-    return loss
+        check_labels(labels, student_logits, probabilities=True)
+        if labels.is_floating_point() and ignore_index != -100:
+            raise ValueError(
+                "ignore_index is for labels that are class numbers, these are probabilities, "
+                f"got {ignore_index}"
+            )
+    dtype = accumulate_dtype(student_logits, teacher_logits)
+    student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
+    loss: Tensor | None = None
+    if alpha > 0:
+        loss = alpha * _divergence(student, teacher, T)
+    if labels is not None and alpha < 1:
+        entropy = (1 - alpha) * _cross_entropy(student, labels, label_smoothing, ignore_index)
+        loss = entropy if loss is None else loss + entropy
+    # Without any term 0, of which the student is still a part.
+    return student[:0].sum() if loss is None else loss
 
 
 class KDLoss(nn.Module):
@@ -192,8 +237,9 @@ def features_loss(
         form="mean"   1/(B M) * sum_b ||S[b] - T[b]||_2^2     the mean over all elements
         form="sum"    1/B     * sum_b ||S[b] - T[b]||_2^2
 
-    Sums are fp64, so that no finite float32 feature overflows. Gradients flow to both sides, to any
-    order.
+    ``torch.nn.functional.mse_loss`` of each pair, fp16 and bf16 in fp32. The loss is inf where the
+    sum of a pair's squares is beyond fp32, from differences of 1e15 on for 1e8 elements; its
+    gradient is not. Gradients flow to both sides, to any order.
 
     Args:
         student: (B, ...), any shape and strides, or a list or tuple of such features;
@@ -217,11 +263,23 @@ def features_loss(
     """
     _check_form(form, reduction)
     students, teachers = check_pairs(("student", "teacher"), student, teacher)
+    losses = []
     factors = pair_weights(weights, len(students)) or [1.0] * len(students)
-    if form == "mean":
-        factors = [f / x[0].numel() for f, x in zip(factors, students, strict=True)]
-    loss, _ = _ops.distance_loss(students, teachers, factors, False, reduction)
-    return loss
+    for s, t, factor in zip(students, teachers, factors, strict=True):
+        count = s.numel() if form == "mean" else s.shape[0]
+        losses.append(squared_error(s, t, "sum") * (factor / count))
+    if len(losses) == 1 and reduction == "sum":
+        return losses[0]
+    dtype = accumulate_dtype(*students, *teachers)
+    each = torch.stack([loss.to(dtype) for loss in losses])
+    return each.sum() if reduction == "sum" else each
+
+
+def squared_error(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
+    """``F.mse_loss`` in at least fp32, "sum" or "none": of "mean" torch has no jvp of the vjp."""
+    dtype = accumulate_dtype(student, teacher)
+    s, t = (savable(x.to(dtype)) for x in (student, teacher))
+    return F.mse_loss(s, t, reduction=reduction)
 
 
 def _check_form(form: str, reduction: str) -> None:
