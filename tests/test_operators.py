@@ -72,7 +72,7 @@ def test_opcheck_attention_map_backward(backend: str, gradient: Tensor | None) -
         torch.randn(2, 3, 4, requires_grad=True),
     ]
     coefficients = [torch.randn(2, 20, requires_grad=True), torch.randn(2, 4, requires_grad=True)]
-    arguments = (features, coefficients, gradient, [1, 0], 2.0, True, [], [])
+    arguments = (features, coefficients, gradient, [1, 0], 2.0, [])
     opcheck(backend, torch.ops.at_fused.attention_map_backward, arguments)
 
 

@@ -49,10 +49,10 @@ int main() {
     const SampleLoss loss{map.get(),  other.get(),  map.get(), nullptr, fp64, fp64, N,
                           Form::code, EpsMode::max, 1e-12,     1.0,     1.0,  1.0};
     const auto run = [&] {
-      if (kernel == "map") kernels.attention_map(feature, 0, 0, N, p, true, 1.0, map.get());
+      if (kernel == "map") kernels.attention_map(feature, 0, 0, N, p, 1.0, map.get());
       if (kernel == "loss") kernels.sample_loss(loss);
       if (kernel == "backward" || kernel == "streaming") {
-        kernels.attention_map_backward(feature, 0, 0, lines(feature), p, true, 1.0, map.get(), out,
+        kernels.attention_map_backward(feature, 0, 0, lines(feature), p, 1.0, map.get(), out,
                                        kernel == "streaming");
       }
     };
