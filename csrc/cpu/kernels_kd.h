@@ -57,7 +57,7 @@ AT_FUSED_INLINE V largest(V a, V b) {
 
 template <int step, class A, int... i>
 AT_FUSED_INLINE Vec<A> rotated(Vec<A> v, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(v, v, ((i + step) % lanes<A>)...);
+  return shuffle<((i + step) % lanes<A>)...>(v, v);
 }
 
 template <class A, int step = lanes<A> / 2>

@@ -87,12 +87,12 @@ struct Windows {
 
 template <class A, int... i>
 AT_FUSED_INLINE Vec<A> add_neighbours(Vec<A> a, Vec<A> b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(a, b, (2 * i)...) + __builtin_shufflevector(a, b, (2 * i + 1)...);
+  return shuffle<(2 * i)...>(a, b) + shuffle<(2 * i + 1)...>(a, b);
 }
 template <class A, int... i>
 AT_FUSED_INLINE void store_twice(A* to, Vec<A> v, std::integer_sequence<int, i...>) {
-  store(to, Vec<A>(__builtin_shufflevector(v, v, (i / 2)...)));
-  store(to + lanes<A>, Vec<A>(__builtin_shufflevector(v, v, ((i + lanes<A>) / 2)...)));
+  store(to, shuffle<(i / 2)...>(v, v));
+  store(to + lanes<A>, shuffle<((i + lanes<A>) / 2)...>(v, v));
 }
 
 // One channel's row of outputs, into `pooled`.
