@@ -10,8 +10,9 @@ import sys
 import torch
 
 import at_fused
-from at_fused import backends
+from at_fused._api import backends
 from at_fused.backends import candidates, cpu, users
+from at_fused.backends.compiled import nothing_compiled
 
 
 def _choice(device: str) -> str:
@@ -36,7 +37,9 @@ def lines() -> list[str]:
         )
         cuda = build.cuda
     except ImportError as error:
-        built, cuda = f"unknown ({error})", "unknown"
+        nothing = nothing_compiled()
+        built = f"nothing compiled: {nothing.reason}" if nothing else f"unknown ({error})"
+        cuda = "none" if nothing else "unknown"
     report = [
         f"at_fused   {at_fused.__version__} ({os.path.dirname(at_fused.__file__)})",
         f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
