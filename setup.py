@@ -66,7 +66,7 @@ def ask(nvcc: str | Path, *arguments: str | Path) -> str:
 def find_cuda() -> Path:
     """The folder of a toolkit that compiles for this torch, which takes no GPU."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=home and f"{home}/bin")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if nvcc is None:
         raise NoCudaError(f"no nvcc in {home}/bin (CUDA_HOME)" if home else "no nvcc on PATH")
     if torch.version.cuda is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -47,6 +49,16 @@ def _folder_of(installed: Distribution) -> Path:
     if origin.get("dir_info", {}).get("editable"):
         return Path(url2pathname(urlparse(origin["url"]).path), "at_fused").resolve()
     return Path(str(installed.locate_file("at_fused"))).resolve()
+
+
+def build_info() -> ModuleType | None:
+    """How this package was built; None where it was not, or that cannot be read."""
+    if not any(_FOLDER.glob("_build_info*")):
+        return None  # an editable package elsewhere would lend its own
+    try:
+        return importlib.import_module("at_fused._build_info")
+    except ImportError:
+        return None
 
 
 class Nothing(NamedTuple):
