@@ -58,7 +58,8 @@ def ask(nvcc: str | Path, *arguments: str | Path) -> str:
         raise NoCudaError(f"{nvcc} does not run: {error.strerror}") from None
     lines = (done.stdout + done.stderr).strip().splitlines()
     if done.returncode:
-        wrong = [line.strip() for line in lines if re.search(r"\b(error|fatal)\b", line)]
+        telling = r"\b(error|fatal|No such file|not found)\b"
+        wrong = [line.strip() for line in lines if re.search(telling, line)]
         raise NoCudaError(f"{nvcc} fails: {[*wrong, *lines[-1:], f'status {done.returncode}'][0]}")
     return "\n".join(lines)
 

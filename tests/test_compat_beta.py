@@ -172,7 +172,7 @@ BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "beta for a distance": (
         (-1.0, "paper", "authors", SHAPES, 5e-324),
         ValueError,
-        r"beta must be at most 3.70076e-17 either way.*got -1.0",
+        r"beta must be at most 1.23358e-17 either way.*got -1.0",
     ),
     "shapes bool": ((1.0, "paper", "paper", [(8, 4, True, 6)]), ValueError, r"shapes\[0\].*True"),
     "no shapes": ((1.0, "paper", "paper", []), ValueError, r"shapes must be a list.*got \[\]"),

@@ -73,10 +73,10 @@ AT_FUSED_INLINE V absolute(V x) {
   return bit_cast<V>(bit_cast<MaskOf<V>>(x) & ~sign);
 }
 
-// The lanes i... of `a` and, behind its own, `b`. gcc before 12 has a builtin of its own for it.
+// The lanes i... of `a` and, behind its own, `b`. gcc before 12 has another builtin for it.
 template <int... i, class V>
 AT_FUSED_INLINE V shuffle(V a, V b) {
-#if __has_builtin(__builtin_shufflevector)
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, i...);
 #else
   return __builtin_shuffle(a, b, MaskOf<V>{i...});
