@@ -1,6 +1,7 @@
 """The extension build; everything else about the package is in pyproject.toml.
 
 AT_FUSED_CUDA=0|1|auto   build the CUDA library: never, or fail; auto (default) where nvcc works.
+                         CUDA_HOME, else CUDA_PATH, names its toolkit; without both nvcc on PATH.
 AT_FUSED_CPP=0|1         0 compiles nothing and needs no compiler: at_fused runs on plain PyTorch.
 """
 
@@ -10,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pybind11
@@ -36,58 +38,93 @@ COMPILE = ["-fvisibility=hidden", "-g0", f"-ffile-prefix-map={ROOT}/="]
 CUDA_ARCHITECTURES = (80, 90, 100)
 
 
-def find_cuda() -> tuple[bool, str]:
-    """(usable, the toolkit's folder or what is wrong): asks nvcc itself, which needs no GPU."""
-    nvcc = shutil.which("nvcc")
+def switch(name: str, default: str, *others: str) -> str:
+    """The value of one of the switches above."""
+    value = os.environ.get(name) or default
+    if value not in (default, *others):
+        raise SystemExit(f"{name} must be {' or '.join((default, *others))}, got {value!r}")
+    return value
+
+
+class NoCudaError(Exception):
+    """Why the CUDA library cannot be built, in one line."""
+
+
+def ask(nvcc: str | Path, *arguments: str | Path) -> str:
+    """What nvcc prints; where it fails, the error has its own line."""
+    try:
+        done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise NoCudaError(f"{nvcc} does not run: {error.strerror}") from None
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    if done.returncode:
+        telling = r"\b(error|fatal|No such file|not found)\b"
+        wrong = [line.strip() for line in lines if re.search(telling, line)]
+        raise NoCudaError(f"{nvcc} fails: {[*wrong, *lines[-1:], f'status {done.returncode}'][0]}")
+    return "\n".join(lines)
+
+
+def find_cuda() -> Path:
+    """The folder of a toolkit that compiles for this torch, which takes no GPU."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if nvcc is None:
-        return False, "no nvcc on PATH"
-    dryrun = subprocess.run(
-        [nvcc, "--dryrun", "probe.cu"], capture_output=True, text=True, check=False
-    )
-    top = re.search(r"^#\$ (?:TOP|_HERE_)=(.+)$", dryrun.stdout + dryrun.stderr, re.M)
-    if top is None:
-        return False, f"{nvcc} --dryrun names no toolkit"
+        raise NoCudaError(f"no nvcc in {home}/bin (CUDA_HOME)" if home else "no nvcc on PATH")
     if torch.version.cuda is None:
-        return False, f"torch {torch.__version__} has no CUDA"
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
-    release = re.search(r"release (\d+)\.", version.stdout)
+        raise NoCudaError(f"torch {torch.__version__} has no CUDA")
+    # On PATH it may be a wrapper, far from its toolkit.
+    top = re.search(r"^#\$ (?:TOP|_HERE_)=(.+)$", ask(nvcc, "--dryrun", "probe.cu"), re.M)
+    if top is None:
+        raise NoCudaError(f"{nvcc} --dryrun names no toolkit")
+    release = re.search(r"release (\d+)\.", ask(nvcc, "--version"))
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         # The driver that this torch needs may not run what that nvcc makes.
         found = release[1] if release else "unknown"
-        return False, f"nvcc is of CUDA {found}, torch of CUDA {torch.version.cuda}"
+        raise NoCudaError(f"nvcc is of CUDA {found}, torch of CUDA {torch.version.cuda}")
     folder = Path(top[1]).resolve()
-    return True, str(folder.parent if folder.name == "bin" else folder)
+    toolkit = folder.parent if folder.name == "bin" else folder
+    with tempfile.TemporaryDirectory() as work:
+        probe = Path(work, "probe.cu")
+        probe.write_text("#include <cuda_fp16.h>\n__global__ void probe() {}\n")
+        # The host compiler is the one that torch's build takes.
+        host = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []
+        options = [*host, *architecture_flags(toolkit)[:1]]
+        ask(toolkit / "bin/nvcc", *options, "-c", probe, "-o", probe.with_suffix(".o"))
+    return toolkit
 
 
-def cuda_choice() -> tuple[str | None, str]:
+def cuda_choice() -> tuple[Path | None, str]:
     """(the toolkit to build with, or None; what to say about it in the build's own record)."""
-    wanted = os.environ.get("AT_FUSED_CUDA", "auto")
-    if wanted not in ("0", "1", "auto"):
-        raise SystemExit(f"AT_FUSED_CUDA must be 0, 1 or auto, got {wanted!r}")
+    wanted = switch("AT_FUSED_CUDA", "auto", "0", "1")
     if wanted == "0":
         return None, "not built: AT_FUSED_CUDA=0"
-    usable, found = find_cuda()
-    if usable:
-        return found, f"built with {found} against torch's CUDA {torch.version.cuda}"
-    if wanted == "1":
-        raise SystemExit(f"AT_FUSED_CUDA=1, but the CUDA library cannot be built: {found}")
-    return None, f"not built: {found}"
+    try:
+        toolkit = find_cuda()
+    except NoCudaError as error:
+        if wanted == "1":
+            raise SystemExit(
+                f"AT_FUSED_CUDA=1, but the CUDA library cannot be built: {error}"
+            ) from None
+        return None, f"not built: {error}"
+    return toolkit, f"built with {toolkit} against torch's CUDA {torch.version.cuda}"
 
 
-def architecture_flags(toolkit: str) -> list[str]:
+def architecture_flags(toolkit: Path) -> list[str]:
     """The -gencode options for nvcc."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []  # torch's build makes them of it
-    nvcc = Path(toolkit) / "bin/nvcc"
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
-    known = [sm for sm in CUDA_ARCHITECTURES if f"sm_{sm}" in listed.stdout.split()]
+    nvcc = toolkit / "bin/nvcc"
+    listed = ask(nvcc, "--list-gpu-code").split()
+    known = [sm for sm in CUDA_ARCHITECTURES if f"sm_{sm}" in listed]
+    if not known:
+        raise NoCudaError(f"{nvcc} compiles for none of sm_{CUDA_ARCHITECTURES}")
     flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in known]
     return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
 
 
-def cuda_extension(toolkit: str) -> CppExtension:
+def cuda_extension(toolkit: Path) -> CppExtension:
     """The CUDA library. The CUDA runtime is linked in: which one torch ships does not matter."""
-    os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = toolkit
+    os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(toolkit)
     sources = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/cuda").glob("*.cpp")]
     cuda = CUDAExtension(
         "at_fused._cuda",
@@ -104,14 +141,13 @@ def cuda_extension(toolkit: str) -> CppExtension:
     return cuda
 
 
-def extensions() -> list:
-    if os.environ.get("AT_FUSED_CPP", "1") == "0" or platform.system() == "Windows":
-        return []
-    toolkit, cuda = cuda_choice()
+def extensions(toolkit: Path | None, cuda: str) -> list:
+    """The libraries, and what is known of their build."""
     defines = {
         "AT_FUSED_VERSION": VERSION,
         "AT_FUSED_TORCH": torch.__version__,
-        "AT_FUSED_CUDA": cuda,
+        # It may hold a compiler's words, and goes through a shell and ninja into C++.
+        "AT_FUSED_CUDA": re.sub(r'[^ -~]|["$\\]', "'", cuda),
     }
     build_info = CppExtension(
         "at_fused._build_info",
@@ -143,6 +179,8 @@ def extensions() -> list:
 
 
 class Build(BuildExtension):
+    about_cuda = ""
+
     def run(self) -> None:
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(shlex.split(compiler)[0]) is None:
@@ -151,10 +189,17 @@ class Build(BuildExtension):
                 "one (CXX names another than c++), or set AT_FUSED_CPP=0 to install at_fused "
                 "without compiled code: it then runs on plain PyTorch, slower."
             )
+        print(f"at_fused: the CUDA library is {self.about_cuda}", flush=True)
         # A library that earlier switches left in the build folder would go into this wheel.
         for library in Path(self.build_lib, "at_fused").glob("*.so"):
             library.unlink()
         super().run()
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+if switch("AT_FUSED_CPP", "1", "0") == "0" or platform.system() == "Windows":
+    if os.environ.get("AT_FUSED_CUDA") == "1":
+        raise SystemExit("AT_FUSED_CUDA=1, but nothing is compiled: AT_FUSED_CPP=0, or Windows")
+    setup()
+else:
+    toolkit, Build.about_cuda = cuda_choice()
+    setup(ext_modules=extensions(toolkit, Build.about_cuda), cmdclass={"build_ext": Build})

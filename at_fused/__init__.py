@@ -51,19 +51,34 @@ __all__ = [
 
 refuse_subinterpreters()
 
+# The modules named above, each imported when it is first asked for.
+_MODULES = ("compat", "info", "integrations", "teacher_cache", "train", "visualize")
+
 if TYPE_CHECKING or "torch" in sys.modules:
     from at_fused._api import *
+
+if TYPE_CHECKING:
+    from at_fused import compat as compat
+    from at_fused import info as info
+    from at_fused import integrations as integrations
+    from at_fused import teacher_cache as teacher_cache
+    from at_fused import train as train
+    from at_fused import visualize as visualize
 else:
-    # Nobody needs torch yet, and it takes a second or two: at-fused-train answers --help without.
+
     def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f"at_fused.{name}")
         if name not in __all__:
             raise AttributeError(f"module 'at_fused' has no attribute {name!r}")
+        # Nobody needed torch so far, and it takes a second or two: at-fused-train answers --help
+        # without.
         api = import_module("at_fused._api")
         globals().update({each: getattr(api, each) for each in __all__ if hasattr(api, each)})
         return globals()[name]
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted({*globals(), *__all__, *_MODULES})
 
 
 class _Package(ModuleType):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from at_fused._checks import check_finite, kind
+from at_fused._checks import check_finite, is_whole, kind
 
 
 class _Formula(NamedTuple):
@@ -93,9 +94,10 @@ def convert_beta(
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: an unknown name, a shape or batch size that cannot be; a missing or needless
-            ``distance``; pairs that need different betas, as maps of different sizes do between
-            "authors" (a mean over N_j) and "paper-squared" (a sum): see :func:`pair_betas`.
+        ValueError: an unknown name, a shape or batch size that cannot be; a result beyond a
+            float's range; a missing or needless ``distance``; pairs that need different betas, as
+            maps of different sizes do between "authors" (a mean over N_j) and "paper-squared" (a
+            sum): see :func:`pair_betas`.
     """
     betas = pair_betas(beta, source, target, shapes, distance)
     if not all(math.isclose(b, betas[0], rel_tol=1e-12) for b in betas):
@@ -137,6 +139,12 @@ def pair_betas(
         factor = old.factor(batch, n, len(positions)) / new.factor(batch, n, len(positions))
         if old.squared != new.squared:
             factor *= 2 * d if old.squared else 1 / (2 * d)
+        most = Fraction(sys.float_info.max) / factor
+        if abs(beta) > most:
+            raise ValueError(
+                f"beta must be at most {float(most):.6g} either way, beyond which {target!r} has "
+                f"no float for it, got {beta!r}"
+            )
         betas.append(float(Fraction(beta) * factor))
     return betas
 
@@ -152,7 +160,7 @@ def _check_shapes(shapes: Sequence[Sequence[int]]) -> tuple[int, list[int]]:
         if not (
             isinstance(shape, (list, tuple))
             and 3 <= len(shape) <= 5
-            and all(isinstance(n, int) and n > 0 for n in shape)
+            and all(is_whole(n) and n > 0 for n in shape)
         ):
             raise ValueError(
                 f"shapes[{i}] must be (B, C, H, W), or have one to three spatial dimensions, all "

@@ -17,6 +17,11 @@ def kind(value: object) -> str:
     return type(value).__name__
 
 
+def is_whole(value: object) -> bool:
+    """Whether this is a whole number: an int, but no bool, which is one to Python."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_number(name: str, value: object) -> None:
     """Raises TypeError for what is no number, ValueError for a whole one that no float holds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

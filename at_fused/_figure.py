@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from at_fused._checks import check_finite, is_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -33,19 +35,27 @@ def check_path(path: str | Path) -> Path:
     return path
 
 
+def check_range(name: str, value: object, low: float, high: float) -> None:
+    """Raises for what is no number from low to high."""
+    check_finite(name, value)
+    if not low <= value <= high:  # type: ignore[operator]
+        raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")
+
+
 def save(fig: Figure, path: str | Path, dpi: int = 120) -> None:
     """Writes a figure as PNG or SVG, by the suffix of ``path``.
 
     Args:
         fig: what :func:`figure` or :func:`at_fused.visualize.compare` gave.
         path: ends in .png or .svg.
-        dpi: pixels per inch of a PNG.
+        dpi: pixels per inch of a PNG, from 10 to 10,000.
 
     Raises:
-        ValueError: another suffix.
+        TypeError, ValueError: another suffix, no such number.
         OSError: the file cannot be written.
     """
     path = check_path(path)
+    check_range("dpi", dpi, 10, 10_000)
     # Without the date, the same picture is the same file.
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
     fig.savefig(path, dpi=dpi, metadata=metadata)
@@ -65,7 +75,12 @@ def _pictures(
         x = x / 255
     for name, value in (("std", std), ("mean", mean)):
         if value is not None:
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                if not hasattr(number, "dtype"):  # as torch's and NumPy's have
+                    check_finite(name, number)
             factor = torch.as_tensor(value, dtype=x.dtype).flatten()
+            if not factor.isfinite().all():
+                raise ValueError(f"{name} must be finite, got {value!r}")
             if len(factor) not in (1, x.shape[1]):
                 raise ValueError(
                     f"{name} must be a number or one per channel, got {value!r} "
@@ -180,7 +195,7 @@ def figure(
         alpha: opacity of the maps, 0 to 1.
         cmap: name of a matplotlib colour map.
         interpolation: "bilinear" between the centres of the cells, or "nearest", which shows them.
-        panel: width of an image in inches.
+        panel: width of an image in inches, from 0.01 to 100.
 
     Returns:
         A matplotlib Figure, unknown to pyplot; :func:`save` writes it.
@@ -194,13 +209,15 @@ def figure(
     need_matplotlib()
     from matplotlib.figure import Figure
 
+    check_range("alpha", alpha, 0, 1)
+    check_range("panel", panel, 0.01, 100)
     pictures = _pictures(images, mean, std)
     batch, height, width = pictures.shape[:3]
     found, maps = _columns(columns, batch)
     rows = _labels("stages", stages, found)
     heads = [_wrap(text, panel) for text in _labels("names", names, ["image"] * batch)]
     titles = [_wrap(title, panel) for title in columns]
-    if isinstance(across, bool) or not isinstance(across, int) or across < 1:
+    if not is_whole(across) or across < 1:
         raise ValueError(f"across must be a whole number >= 1, got {across!r}")
     across = min(across, batch)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from at_fused._checks import DTYPES, check_finite, check_number, check_tensor, kind
+from at_fused._checks import DTYPES, check_finite, check_number, check_tensor, is_whole, kind
 from at_fused._warnings import AtFusedWarning
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -176,7 +176,7 @@ def _both(name: str, value: Any) -> tuple[Any, Any]:
 
 def _check_side(channel_dim: object, skip_tokens: object, map_size: Any) -> Side:
     for name, value in (("channel_dim", channel_dim), ("skip_tokens", skip_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not is_whole(value):
             raise TypeError(f"{name} must be a whole number, got {kind(value)}")
     assert isinstance(channel_dim, int)
     assert isinstance(skip_tokens, int)
@@ -187,7 +187,7 @@ def _check_side(channel_dim: object, skip_tokens: object, map_size: Any) -> Side
     if map_size is not None and not (
         isinstance(map_size, (tuple, list))
         and 1 <= len(map_size) <= 3
-        and all(isinstance(n, int) and n > 0 for n in map_size)
+        and all(is_whole(n) and n > 0 for n in map_size)
     ):
         raise ValueError(f"map_size must be one to three whole numbers > 0, got {map_size!r}")
     return Side(channel_dim, skip_tokens, map_size)
@@ -195,7 +195,8 @@ def _check_side(channel_dim: object, skip_tokens: object, map_size: Any) -> Side
 
 def sides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> tuple[Side, Side]:
     """The student's and the teacher's, from one value for both or a pair of them."""
-    if channel_dim == 1 and skip_tokens == 0 and map_size is None:
+    plain = channel_dim == 1 and skip_tokens == 0 and map_size is None
+    if plain and type(channel_dim) is type(skip_tokens) is int:  # True and 1.0 are 1 as well
         return _PLAIN, _PLAIN
     dims, skips = _both("channel_dim", channel_dim), _both("skip_tokens", skip_tokens)
     nested = isinstance(map_size, (tuple, list)) and not all(isinstance(n, int) for n in map_size)

@@ -5,6 +5,7 @@ Their layout is that of :mod:`at_fused.teacher_cache`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -145,6 +146,8 @@ def create(path: str, header: dict[str, object], layout: Layout, samples: int) -
         for name, (dtype, shape) in _files(layout).items():
             with open(_file(making, name), "xb") as stream:
                 size = samples * math.prod(shape) * dtype.itemsize
+                if size >= 2**63:
+                    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
                 stream.truncate(size)
                 if name == "checksum":
                     _reserve(stream.fileno(), 0, size)

@@ -36,6 +36,8 @@ def check_kd_options(T: float, alpha: float, label_smoothing: float, ignore_inde
         raise ValueError(f"label_smoothing must be >= 0 and < 1, got {label_smoothing!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {kind(ignore_index)}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be an int64, as labels are, got {ignore_index}")
 
 
 def _check_logits(student: object, teacher: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import sys
@@ -10,8 +9,9 @@ import sys
 import torch
 
 import at_fused
-from at_fused import backends
+from at_fused._api import backends
 from at_fused.backends import candidates, cpu, users
+from at_fused.backends.compiled import build_info, nothing_compiled
 
 
 def _choice(device: str) -> str:
@@ -28,21 +28,18 @@ def lines() -> list[str]:
     Returns:
         Its lines.
     """
-    try:
-        build = importlib.import_module("at_fused._build_info")
-        built = (
-            f"{build.compiler} against torch {build.torch}, "
-            f"CPU levels {', '.join(build.cpu_isa_levels)}"
-        )
-        cuda = build.cuda
-    except ImportError as error:
-        built, cuda = f"unknown ({error})", "unknown"
+    build, nothing = build_info(), nothing_compiled()
+    if build:
+        levels = ", ".join(build.cpu_isa_levels)
+        built = f"{build.compiler} against torch {build.torch}, CPU levels {levels}"
+    else:
+        built = f"nothing compiled: {nothing.reason}" if nothing else "unknown"
     report = [
         f"at_fused   {at_fused.__version__} ({os.path.dirname(at_fused.__file__)})",
         f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"torch      {torch.__version__}, {torch.get_num_threads()} threads",
         f"built      {built}",
-        f"CUDA       {cuda}",
+        f"CUDA       {build.cuda if build else 'unknown'}",
         f"CPU level  {cpu.isa() if cpu.available() else 'none in use'}",
         f"CPU tensors run on {_choice('cpu')}",
         f"CUDA tensors run on {_choice('cuda')}",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from at_fused._checks import is_whole
 from at_fused._match import Layout, Stage, stages, written
 from at_fused._models import unwrap
 
@@ -113,8 +114,8 @@ def layouts_of(
     dims = channel_dim if isinstance(channel_dim, (tuple, list)) else (channel_dim,) * 2
     skips = skip_tokens if isinstance(skip_tokens, (tuple, list)) else (skip_tokens,) * 2
     for name, values, allowed in (
-        ("channel_dim", dims, lambda v: v in (1, -1)),
-        ("skip_tokens", skips, lambda v: type(v) is int and v >= 0),
+        ("channel_dim", dims, lambda v: is_whole(v) and v in (1, -1)),
+        ("skip_tokens", skips, lambda v: is_whole(v) and v >= 0),
     ):
         if len(values) != 2 or not all(v is None or allowed(v) for v in values):
             ask = "1 or -1" if name == "channel_dim" else "a whole number >= 0"

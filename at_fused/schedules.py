@@ -10,6 +10,7 @@ value is that of step 0, and from ``steps`` on that of ``steps``.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 Schedule = Callable[[float], float]
@@ -18,6 +19,8 @@ Schedule = Callable[[float], float]
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name} must be in a float's range, got one of {value.bit_length()} bits")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)

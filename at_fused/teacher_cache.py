@@ -209,7 +209,7 @@ class TeacherCache:
 
     Raises:
         TypeError: an argument is not of the kind above.
-        ValueError: ``samples`` < 1, or ``folder`` is a file.
+        ValueError: ``samples`` < 1 or >= 2^63, or ``folder`` is a file.
     """
 
     def __init__(self, folder: str | os.PathLike[str], samples: int) -> None:
@@ -219,6 +219,8 @@ class TeacherCache:
             raise TypeError(f"samples must be an int >= 1, got {kind(samples)}")
         if samples < 1:
             raise ValueError(f"samples must be an int >= 1, got {samples}")
+        if samples >= 2**63:
+            raise ValueError(f"samples must be an int below 2^63, got {samples}")
         self._folder, self._samples = os.path.abspath(folder), samples
         self._open: dict[tuple[str, int], Store] = {}
         try:

@@ -98,7 +98,7 @@ class AttentionTransfer:
                 raise TypeError(f"{name} must be an nn.Module, got {kind(model)}")
         if unwrap(student) is unwrap(teacher):
             raise ValueError("student and teacher must be two networks, got one")
-        self.beta = beta
+        check_finite("beta", beta)
         given: dict[str, Any] = {**options}
         self._resize = _check(given)
         self._given = given
@@ -121,6 +121,7 @@ class AttentionTransfer:
             raise ValueError("layers or example must be given: names, or inputs to find them with")
         count = len(self.pairs)
         self._weights = pair_weights(given.get("weights"), count) or [1.0] * count
+        self.beta = beta
         if cache is not None and not isinstance(cache, TeacherCache):
             raise TypeError(f"cache must be a TeacherCache or None, got {kind(cache)}")
         self.cache = cache
@@ -146,6 +147,8 @@ class AttentionTransfer:
     @beta.setter
     def beta(self, value: float) -> None:
         check_finite("beta", value)
+        for i, weight in enumerate(self._weights):
+            check_finite(f"beta * weights[{i}]", value * weight)
         self._beta = value
 
     def prepare(self, x: Any, index: Tensor | Sequence[int] | None = None, seed: int = 0) -> None:

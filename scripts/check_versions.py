@@ -5,8 +5,8 @@
 
 For each Python on PATH: an sdist of the checkout; of that a wheel by each torch, without CUDA and,
 where nvcc is of torch's CUDA, with it; each wheel under each torch; a build without a compiler; and
-the sdist by pip alone, which fetches the newest torch to build with. Whether a torch is one with
-CUDA is up to pip's settings. Works in a temporary folder and leaves nothing; needs 6 GB for each
+the sdist by pip alone, which fetches the newest torch to build with. For the first Python also a
+wheel by the oldest g++. Whether a torch is one with CUDA is up to pip's settings. Works in a temporary folder and leaves nothing; needs 6 GB for each
 torch with CUDA and 6 more for pip's own build, and 10 minutes for each torch.
 Exit status: 0 all well, 1 something failed.
 """
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+OLDEST = "g++-11"  # that README names
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TOOLS = ("build", "setuptools", "ninja", "pybind11", "numpy", "pytest", "hypothesis")
 TESTS = ("test_contract.py", "test_operators.py")
@@ -52,7 +53,8 @@ from at_fused.info import lines
 print(*lines(), *caught, sep="\\n")
 assert at_fused.__file__.startswith(sys.prefix), at_fused.__file__
 assert table["cpu"].available == ("_cpu" in libraries)
-assert len(caught) == (not libraries), "one warning, and only where there is no library"
+assert not caught, "nobody is warned, who has the libraries or asked for none"
+assert ("installed with AT_FUSED_CPP=0" in "\n".join(lines())) == (not libraries)
 if "_cuda" in libraries and torch.version.cuda:
     assert users()["cuda"] == "cuda", table["cuda"].reason
 
@@ -261,8 +263,10 @@ def without_compiler(env: Environment, source: Path, checked: list[str]) -> None
     try_out(env, pure, source, checked)
 
 
-def check_python(table: Table, python: str, torches: list[str], work: Path) -> None:
-    """All there is to check with one Python."""
+def check_python(
+    table: Table, python: str, torches: list[str], work: Path, oldest: str | None
+) -> None:
+    """All there is to check with one Python, and a build by the oldest compiler."""
     environments = []
     for torch in torches:
         with table.row(python, torch, "") as checked:
@@ -291,6 +295,10 @@ def check_python(table: Table, python: str, torches: list[str], work: Path) -> N
             with table.row(python, env.torch, build.name) as checked:
                 try_out(env, build, source, checked)
 
+    if oldest:
+        with table.row(python, first.torch, f"CPU wheel by {oldest}") as checked:
+            build = make_wheel(first, source, oldest, CPU, AT_FUSED_CUDA="0", CXX=oldest)
+            try_out(first, build, source, checked)
     with table.row(python, first.torch, "without a compiler") as checked:
         without_compiler(first, source, checked)
     with table.row(python, last.torch, "sdist by pip alone") as checked:
@@ -315,11 +323,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     pythons = [python for python in options.python if at_hand(python)]
     missing = [python for python in options.python if python not in pythons]
-    print(f"not at hand: Python {', '.join(missing) or 'none'}")
+    oldest = OLDEST if shutil.which(OLDEST) else None
+    print(f"not at hand: Python {', '.join(missing) or 'none'}{'' if oldest else f'; {OLDEST}'}")
     table = Table()
     for python in pythons:
         with tempfile.TemporaryDirectory(prefix="at_fused-versions-") as work:
-            check_python(table, python, options.torch, Path(work))
+            check_python(table, python, options.torch, Path(work), oldest)
+        oldest = None  # once is enough
     print(f"\n{table}")
     return table.failed or not pythons
 

@@ -87,14 +87,14 @@ LOSS: dict[str, list[Mistake]] = {
     "weights": WEIGHTS,
     "channel_dim": [
         *(Mistake(x, ValueError, "channel_dim must be") for x in (0, 7, -2, (1, 1, -1))),
-        *(Mistake(x, TypeError, "channel_dim must be") for x in (None, 1.5, "1")),
+        *(Mistake(x, TypeError, "channel_dim must be") for x in (None, 1.5, "1", True, 1.0)),
     ],
     "skip_tokens": [
         *(Mistake(x, ValueError, "skip_tokens") for x in (-1, (0, 0, 0))),
-        *(Mistake(x, TypeError, "skip_tokens must be") for x in (None, 1.5, "1")),
+        *(Mistake(x, TypeError, "skip_tokens must be") for x in (None, 1.5, "1", False, 0.0)),
     ],
     "map_size": [
-        Mistake(x, ValueError, "map_size") for x in (0, (0, 2), "ab", (1, 1, 1, 1), [[1]])
+        Mistake(x, ValueError, "map_size") for x in (0, (0, 2), "ab", (1, 1, 1, 1), [[1]], (True,))
     ],
     "mask": [
         *(Mistake(x, TypeError, "mask must be") for x in (1, "ab")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,6 +164,17 @@ BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "target": ((1.0, "paper", None, SHAPES), ValueError, "target must be one of.*got None"),
     "beta": (("1", "paper", "paper", SHAPES), TypeError, "beta must be a number, got str"),
     "beta nan": ((float("nan"), "paper", "paper", SHAPES), ValueError, "beta must be finite"),
+    "beta large": (
+        (1e308, "authors", "aberhu", SHAPES * 2),
+        ValueError,
+        r"beta must be at most 8.98847e\+307 either way.*'aberhu'.*got 1e\+308",
+    ),
+    "beta for a distance": (
+        (-1.0, "paper", "authors", SHAPES, 5e-324),
+        ValueError,
+        r"beta must be at most 1.23358e-17 either way.*got -1.0",
+    ),
+    "shapes bool": ((1.0, "paper", "paper", [(8, 4, True, 6)]), ValueError, r"shapes\[0\].*True"),
     "no shapes": ((1.0, "paper", "paper", []), ValueError, r"shapes must be a list.*got \[\]"),
     "one shape": ((1.0, "paper", "paper", SHAPES[0]), ValueError, r"shapes\[0\] must be .*got 8"),
     "a tensor": ((1.0, "paper", "paper", torch.ones(3)), ValueError, "shapes.*got 'Tensor'"),
@@ -194,6 +206,11 @@ def test_bad_input(case: str) -> None:
     arguments, error, message = BAD[case]
     with pytest.raises(error, match=message):
         compat.convert_beta(*arguments)
+
+
+def test_the_largest_beta_that_has_a_float() -> None:
+    beta = sys.float_info.max / 2
+    assert compat.convert_beta(-beta, "authors", "aberhu", SHAPES * 2) == -sys.float_info.max
 
 
 def test_the_docstring_names_every_formula() -> None:

@@ -201,6 +201,21 @@ def test_rows_are_numbered_where_names_or_sizes_differ() -> None:
         (X, {"m": Q}, {"stages": ["a", "b"]}, r"stages must be a list of 1 texts"),
         (X, {"m": Q}, {"names": "ab"}, r"names must be a list of 2 texts, got 'ab'"),
         (X, {"m": Q}, {"across": 0}, r"across must be a whole number >= 1, got 0"),
+        (X, {"m": Q}, {"across": True}, r"across must be a whole number >= 1, got True"),
+        *(
+            (X, {"m": Q}, {name: value}, f"{name} must be {words}")
+            for name in ("mean", "std", "alpha", "panel")
+            for value, words in (
+                ("1", "a number, got str"),
+                (True, "a number, got bool"),
+                (10**400, "in a float's range"),
+                (float("nan"), "finite, got nan"),
+            )
+        ),
+        (X, {"m": Q}, {"std": [1.0, 1.0, True]}, r"std must be a number, got bool"),
+        (X, {"m": Q}, {"mean": torch.tensor(torch.inf)}, r"mean must be finite"),
+        (X, {"m": Q}, {"alpha": 1.5}, r"alpha must be from 0 to 1, got 1.5"),
+        (X, {"m": Q}, {"panel": 1e308}, r"panel must be from 0.01 to 100, got 1e\+308"),
         (X, {"m": Q}, {"mean": [1, 2]}, r"mean must be a number or one per channel, got \[1, 2\]"),
     ],
 )
@@ -209,6 +224,19 @@ def test_refusals_of_the_picture(
 ) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         visualize.figure(images, columns, **options)
+
+
+def test_refusals_of_the_file(tmp_path: Path) -> None:
+    fig = visualize.figure(X, {"m": Q}, panel=0.5)
+    for dpi, message in (
+        (True, "dpi must be a number, got bool"),
+        (None, "dpi must be a number, got NoneType"),
+        (0, "dpi must be from 10 to 10000, got 0"),
+        (1e308, r"dpi must be from 10 to 10000, got 1e\+308"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            visualize.save(fig, tmp_path / "maps.png", dpi=dpi)
+    assert not any(tmp_path.iterdir())
 
 
 def test_png_and_svg_are_written(tmp_path: Path) -> None:

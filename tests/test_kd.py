@@ -569,6 +569,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "alpha None": ({"alpha": None}, TypeError, "alpha must be a number, got NoneType"),
     "smoothing": ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be >= 0 and < 1"),
     "smoothing below 0": ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be"),
+    "ignore_index wide": ({"ignore_index": 2**63}, ValueError, "ignore_index must be an int64"),
     "ignore_index": ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got float"),
 }
 

@@ -40,6 +40,7 @@ def test_between() -> None:
         (("1", 10), TypeError, "beta must be a number, got str"),
         ((True, 10), TypeError, "beta must be a number, got bool"),
         ((math.nan, 10), ValueError, "beta must be finite, got nan"),
+        ((10**400, 10), ValueError, "beta must be in a float's range, got one of 1329 bits"),
         ((1.0, 0), ValueError, "steps must be > 0, got 0"),
         ((1.0, -5), ValueError, "steps must be > 0, got -5"),
         ((1.0, None), TypeError, "steps must be a number, got NoneType"),
@@ -59,5 +60,7 @@ def test_errors_of_a_step() -> None:
     for schedule in (schedules.constant(1), schedules.linear_decay(1, 2), schedules.cosine(1, 2)):
         with pytest.raises(TypeError, match="step must be a number, got NoneType"):
             schedule(None)
+        with pytest.raises(ValueError, match="step must be in a float's range"):
+            schedule(10**400)
     with pytest.raises(TypeError, match="beta must be a number"):
         schedules.constant(None)

@@ -1157,6 +1157,7 @@ def test_errors_of_the_constructor(tmp_path: Path) -> None:
     for samples, error, message in [
         (0, ValueError, "samples must be an int >= 1, got 0"),
         (-3, ValueError, "samples must be an int >= 1, got -3"),
+        (2**63, ValueError, "samples must be an int below 2.63, got 9223372036854775808"),
         (2.0, TypeError, "samples must be an int >= 1, got float"),
         (True, TypeError, "samples must be an int >= 1, got bool"),
     ]:
@@ -1169,6 +1170,13 @@ def test_errors_of_the_constructor(tmp_path: Path) -> None:
     for folder in ("file", "file/under"):
         with pytest.raises(ValueError, match="folder must be a folder, got a file in"):
             TeacherCache(tmp_path / folder, 1)
+
+
+def test_more_samples_than_a_file_holds(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, 2**62)
+    with pytest.raises(OSError, match="File too large"):
+        cache.fetch(lambda x: ([x], None), torch.ones(2, 3), [0, 1], identity="t")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_stale_cache_is_a_runtime_error() -> None:

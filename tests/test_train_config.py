@@ -122,6 +122,7 @@ def test_every_option_is_a_flag_a_key_and_documented() -> None:
         ("epochs = true", "epochs: got True, allowed is a whole number"),
         ("lr = nan", "lr: got nan, allowed is a number from 0 to 1000"),
         ("lr = true", "lr: got True, allowed is a number"),
+        (f"lr = 1{400 * '0'}", "lr: got 1000"),
         ('augment = "yes"', "augment: got 'yes', allowed is true or false"),
         ('data = "cifar"', "data: got 'cifar', allowed is digits, cifar10, cifar100, folder"),
         ('compare = "at"', "compare: got 'at', allowed is a list of none, at, kd"),
@@ -164,6 +165,8 @@ def test_a_wrong_file_is_one_clear_error(
         (["--labels=-1"], "argument --labels: got '-1', allowed is a whole number from 0"),
         (["--labels=many"], "argument --labels: got 'many', allowed is a whole number"),
         (["--beta=nan"], "argument --beta: got 'nan', allowed is a number from 0 to 1e+09"),
+        ([f"--beta=1{400 * '0'}"], "argument --beta: got '1000"),
+        ([f"--beta=1{5000 * '0'}"], "argument --beta: got '1000"),
         (["--p=0.5"], "argument --p: got '0.5', allowed is a number from 1 to 100"),
         (["--seeds=0"], "argument --seeds: got '0', allowed is a whole number from 1 to 1000"),
         (["--epochs=1.5"], "argument --epochs: got '1.5', allowed is a whole number"),
@@ -270,11 +273,14 @@ def test_large_pages_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("os.execv", lambda *a: begun.append(a))
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    # Whichever way it was started; -m would find a source folder before the package.
+    monkeypatch.setattr("sys.orig_argv", ["python3", "bin/at-fused-train", "--speed=auto"])
     for config in (resolve({"speed": "exact"}), resolve({"speed": "auto", "device": "cuda"})):
         cli._with_large_pages(config)
     assert begun == []
     cli._with_large_pages(resolve({"speed": "auto"}))
-    assert [a[1][:3] for a in begun] == [[sys.executable, "-m", "at_fused.train"]]
+    program = [sys.executable, "bin/at-fused-train", "--speed=auto"]
+    assert begun == [(sys.executable, program)]
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
     cli._with_large_pages(resolve({"speed": "auto"}))
     assert len(begun) == 1

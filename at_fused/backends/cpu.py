@@ -8,14 +8,17 @@ import warnings
 import torch
 
 from at_fused._warnings import AtFusedWarning
-from at_fused.backends.compiled import Compiled
+from at_fused.backends.compiled import Compiled, nothing_compiled
 
 _library = Compiled("_cpu")
 loaded = available = _library.loaded
 
 
 def load() -> None:
-    """Loads the library; where that fails, warns once and leaves the operators to eager."""
+    """Loads the library; where that fails, warns once and leaves the operators to eager.
+
+    A user who asked for none is not warned.
+    """
     _library.load()
     wanted = os.environ.get("AT_FUSED_CPU_ISA")
     if loaded() and wanted and wanted != isa():
@@ -25,10 +28,14 @@ def load() -> None:
             AtFusedWarning,
             stacklevel=2,
         )
-    if not loaded():
+    if loaded():
+        return
+    nothing = nothing_compiled()
+    if not (nothing and nothing.wanted):
+        advice = f": {nothing.reason}" if nothing else ""
         warnings.warn(
-            f"the CPU kernels are not used ({_library.failure}); at_fused runs on plain PyTorch, "
-            "slower",
+            f"the CPU kernels are not used ({_library.failure}{advice}); at_fused runs on plain "
+            "PyTorch, slower",
             AtFusedWarning,
             stacklevel=2,
         )

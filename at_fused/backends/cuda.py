@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 
 import torch
 
 from at_fused._warnings import AtFusedWarning
-from at_fused.backends.compiled import Compiled
+from at_fused.backends.compiled import Compiled, build_info
 
 _library = Compiled("_cuda")
 loaded = _library.loaded
@@ -37,11 +36,7 @@ def available() -> bool:
 def reason() -> str:
     """What the library is, or why it is not used."""
     if not loaded():
-        try:
-            built = str(importlib.import_module("at_fused._build_info").cuda)
-        except ImportError:
-            built = ""
-        return (
-            f"{_library.failure} ({built})" if built.startswith("not built") else _library.failure
-        )
+        build = build_info()
+        why = f" ({build.cuda})" if build and build.cuda.startswith("not built") else ""
+        return f"{_library.failure}{why}"
     return "CUDA kernels" if torch.cuda.is_available() else "CUDA kernels, but no CUDA device"

@@ -203,4 +203,5 @@ def _with_large_pages(config: Config) -> None:
     if sys.platform != "linux":
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{TUNABLE}=1"]))
-    os.execv(sys.executable, [sys.executable, "-m", "at_fused.train", *sys.argv[1:]])
+    # As it was started: -m would look for the package in the working folder first.
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import field
@@ -66,10 +65,8 @@ def allowed(rule: Mapping[str, Any]) -> str:
 
 
 def _number(word: str) -> object:
-    if re.fullmatch(r"[+-]?\d+", word):
-        return int(word)
     try:
-        return float(word)
+        return int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)
     except ValueError:
         return word
 
@@ -92,8 +89,7 @@ def check(rule: Mapping[str, Any], value: Any, said: str | None = None) -> Any:
     if kind == "whole":
         good = type(value) is int and rule["low"] <= value <= rule["high"]
     elif kind == "real":
-        good = type(value) in (int, float) and math.isfinite(value)
-        good = good and rule["low"] <= value <= rule["high"]
+        good = type(value) in (int, float) and rule["low"] <= value <= rule["high"]
         value = float(value) if good else value
     elif kind == "choice":
         good = value in rule["allowed"]

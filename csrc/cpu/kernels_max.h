@@ -91,31 +91,18 @@ AT_FUSED_INLINE Best<A> better(const Best<A>& a, const Best<A>& b) {
 }
 
 // As sum_each (simd.h): of each of `lanes<A>` positions the best of its lanes.
-template <int segment, class A, int... i>
-AT_FUSED_INLINE Best<A> fold_best(const Best<A>& a, const Best<A>& b,
-                                  std::integer_sequence<int, i...>) {
-  constexpr int half = segment / 2, width = lanes<A>;
-  Best<A> low, high;
-  low.value = __builtin_shufflevector(
-      a.value, b.value, (i / segment * segment + i % half + (i % segment < half ? 0 : width))...);
-  low.channel = __builtin_shufflevector(
-      a.channel, b.channel,
-      (i / segment * segment + i % half + (i % segment < half ? 0 : width))...);
-  high.value = __builtin_shufflevector(
-      a.value, b.value,
-      (i / segment * segment + i % half + half + (i % segment < half ? 0 : width))...);
-  high.channel = __builtin_shufflevector(
-      a.channel, b.channel,
-      (i / segment * segment + i % half + half + (i % segment < half ? 0 : width))...);
-  return better(low, high);
-}
-
 template <class A, int count = lanes<A>>
 AT_FUSED_INLINE Best<A> best_each(Best<A> (&v)[lanes<A>]) {
   if constexpr (count > 1) {
+    constexpr std::make_integer_sequence<int, lanes<A>> all;
     for (int i = 0; i < count / 2; ++i) {
-      v[i] =
-          fold_best<count, A>(v[i], v[i + count / 2], std::make_integer_sequence<int, lanes<A>>{});
+      const Best<A>&a = v[i], &b = v[i + count / 2];
+      Best<A> low, high;
+      low.value = halves<count, 0>(a.value, b.value, all);
+      low.channel = halves<count, 0>(a.channel, b.channel, all);
+      high.value = halves<count, count / 2>(a.value, b.value, all);
+      high.channel = halves<count, count / 2>(a.channel, b.channel, all);
+      v[i] = better(low, high);
     }
     return best_each<A, count / 2>(v);
   } else {

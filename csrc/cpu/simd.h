@@ -73,25 +73,34 @@ AT_FUSED_INLINE V absolute(V x) {
   return bit_cast<V>(bit_cast<MaskOf<V>>(x) & ~sign);
 }
 
+// The lanes i... of `a` and, behind its own, `b`. gcc before 12 has another builtin for it.
+template <int... i, class V>
+AT_FUSED_INLINE V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, i...);
+#else
+  return __builtin_shuffle(a, b, MaskOf<V>{i...});
+#endif
+}
+
+// Lane i: of segment i / segment of both, the half that begins at `begin`, a's and then b's.
+template <int segment, int begin, class V, int... i>
+AT_FUSED_INLINE V halves(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int half = segment / 2, width = sizeof...(i);
+  return shuffle<(i / segment * segment + i % half + begin + (i % segment < half ? 0 : width))...>(
+      a, b);
+}
+
 // The sums of the lanes of `lanes<A>` vectors, as one vector: a third of the instructions of one
 // sum after the other. Every sum folds its halves again and again, so its order depends on the
 // vector's width alone.
-template <int segment, class A, int... i>
-AT_FUSED_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, std::integer_sequence<int, i...>) {
-  // Lane i of the result: segment i / segment of both, its first half from a, its second from b.
-  constexpr int half = segment / 2;
-  const auto low = __builtin_shufflevector(
-      a, b, (i / segment * segment + i % half + (i % segment < half ? 0 : lanes<A>))...);
-  const auto high = __builtin_shufflevector(
-      a, b, (i / segment * segment + i % half + half + (i % segment < half ? 0 : lanes<A>))...);
-  return low + high;
-}
-
 template <class A, int count = lanes<A>>
 AT_FUSED_INLINE Vec<A> sum_each(Vec<A> (&v)[lanes<A>]) {
   if constexpr (count > 1) {
+    constexpr std::make_integer_sequence<int, lanes<A>> all;
     for (int i = 0; i < count / 2; ++i) {
-      v[i] = fold<count, A>(v[i], v[i + count / 2], std::make_integer_sequence<int, lanes<A>>{});
+      const Vec<A> a = v[i], b = v[i + count / 2];
+      v[i] = halves<count, 0>(a, b, all) + halves<count, count / 2>(a, b, all);
     }
     return sum_each<A, count / 2>(v);
   } else {
@@ -102,7 +111,7 @@ AT_FUSED_INLINE Vec<A> sum_each(Vec<A> (&v)[lanes<A>]) {
 // The lanes of the lower and the upper half in turns.
 template <class V, int... i>
 AT_FUSED_INLINE V alternate(V v, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(v, v, (i / 2 + i % 2 * int(sizeof...(i) / 2))...);
+  return shuffle<(i / 2 + i % 2 * int(sizeof...(i) / 2))...>(v, v);
 }
 
 AT_FUSED_INLINE Vec<float> alternate(Vec<float> v) {
