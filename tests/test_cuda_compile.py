@@ -11,13 +11,6 @@ from cuda_compile import ARCHITECTURES, Kernel
 pytestmark = pytest.mark.long
 
 SWEEPS = ("attention_map_backward", "at_value_and_grad")
-# What moves 128 bits at a time without an exponent: kernel -> whether it stores so, too.
-DISTANCES = {
-    "kd_loss": False,
-    "kd_loss_backward": True,
-    "distance_loss": False,
-    "distance_loss_backward": True,
-}
 # (exponent, fp64) -> rows that a thread has under way, dtypes
 SQUARE, ANY, WIDE = ("Square", "false"), ("AnyPower", "false"), ("AnyPower", "true")
 SIGNED, SIGNED_WIDE = ("SignedPower", "false"), ("SignedPower", "true")
@@ -37,7 +30,6 @@ INSTANCES: dict[str, list[tuple[str, ...]]] = {
     "pooled_map": [(a, *b) for a in ("false", "true") for b in EITHER],
     "pooled_map_backward": EITHER,
     "map_loss": EITHER,
-    **dict.fromkeys(DISTANCES, EITHER),
 }
 EVERY = [(name, instance) for name, instances in INSTANCES.items() for instance in instances]
 
@@ -69,8 +61,7 @@ def test_resources_and_widths(
     # 256 threads a block: three blocks in 65536 registers; two for fp64, and where samples are kept
     # in shared memory.
     fp64 = instance[-1] == "true"
-    two = fp64 or name in ("at_value_and_grad", "map_loss", "kd_loss_backward")
-    two |= name == "distance_loss_backward"
+    two = fp64 or name in ("at_value_and_grad", "map_loss")
     assert kernel.registers <= (128 if two else 80)
     assert kernel.shared <= 1024  # the rest is asked for at the launch: plan.h
     dtypes = 4 if fp64 else 3
@@ -94,9 +85,3 @@ def test_resources_and_widths(
         assert kernel.stores[128] >= 4 * dtypes
     elif name == "max_map_backward":
         assert kernel.stores[128] >= dtypes * 2
-    elif name in DISTANCES:
-        # Both sides of a pair: 8 elements of fp32 and each 16-bit type, or 4 of fp64 and fp32.
-        vectors = 3 if fp64 else 4
-        assert kernel.loads[128] >= 2 * vectors
-        if DISTANCES[name]:
-            assert kernel.stores[128] >= vectors

@@ -105,7 +105,10 @@ def test_dtypes(student: torch.dtype, teacher: torch.dtype) -> None:
     labels = torch.randint(37, (4,))
     for smoothing in (0.0, 0.2):
         assert_matches(
-            logits(4, 37, dtype=student), logits(4, 37, dtype=teacher), labels, label_smoothing=smoothing
+            logits(4, 37, dtype=student),
+            logits(4, 37, dtype=teacher),
+            labels,
+            label_smoothing=smoothing,
         )
 
 
@@ -539,8 +542,16 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "device": ({"teacher_logits": S.to("meta")}, ValueError, "device of student.*cpu, got meta"),
     "labels": ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be a tensor or None, got list"),
     "label dtype": ({"labels": Y.int()}, TypeError, "labels must be int64.*got torch.int32"),
-    "soft labels": ({"labels": S[:, :5]}, TypeError, r"labels must be int64.*or class prob.*\(4, 6"),
-    "soft labels of rows": ({"labels": Y.float()}, TypeError, "labels must be int64.*torch.float32"),
+    "soft labels": (
+        {"labels": S[:, :5]},
+        TypeError,
+        r"labels must be int64.*or class prob.*\(4, 6",
+    ),
+    "soft labels of rows": (
+        {"labels": Y.float()},
+        TypeError,
+        "labels must be int64.*torch.float32",
+    ),
     "soft labels, ignored": (
         {"labels": S.softmax(1), "ignore_index": 3},
         ValueError,
