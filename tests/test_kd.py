@@ -396,8 +396,8 @@ def test_the_calls_for_other_programs(theirs: Callable[..., Tensor], call: str) 
     known = {"s": s, "t": t, "y": y, "T": 3.0, "alpha": 0.4, "gamma": 0.3}
     known |= {"kd_weight": 0.7, "ce_weight": 0.2, "K": 10}
     names = {"kd_loss": kd_loss, "cross_entropy": F.cross_entropy}
-    ours = eval(call, names | known)  # noqa: S307
-    wanted = [n for n in theirs.__code__.co_varnames[: theirs.__code__.co_argcount]]
+    ours = eval(call, names | known)
+    wanted = theirs.__code__.co_varnames[: theirs.__code__.co_argcount]
     right = theirs(**{n: known[n] for n in wanted})
     torch.testing.assert_close(ours, right)
     torch.testing.assert_close(torch.autograd.grad(ours, s), torch.autograd.grad(right, s))

@@ -13,13 +13,8 @@ namespace at_fused {
 namespace {
 
 constexpr Kernels table(const char* name) {
-  return {name,
-          attention_map,
-          sample_loss,
-          attention_map_backward,
-          general_map,
-          general_backward,
-          attention_tap_backward};
+  return {name,        attention_map,    sample_loss,           attention_map_backward,
+          general_map, general_backward, attention_tap_backward};
 }
 
 }  // namespace
