@@ -71,19 +71,6 @@ def token_loss(s: Tensor, t: Tensor) -> Tensor:
     return (normalized(s[:, 1:].pow(2).mean(2)) - normalized(t[:, 1:].pow(2).mean(2))).pow(2).mean()
 
 
-def popular_kd(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Hinton's loss as people paste it."""
-    soft = F.kl_div(
-        F.log_softmax(student / 4.0, 1), F.softmax(teacher / 4.0, 1), reduction="batchmean"
-    )
-    return 0.9 * 16.0 * soft + 0.1 * F.cross_entropy(student, labels)
-
-
-def gradient_norm(a: Tensor, b: Tensor) -> Tensor:
-    """The distance of two input gradients."""
-    return (a - b).flatten(1).norm(dim=1).mean()
-
-
 # ---- inputs --------------------------------------------------------------------------------------
 
 
@@ -108,8 +95,6 @@ def halved(**sides: int) -> Callable[[str, str, str], list[Any]]:
 
 
 TOKENS = {"ViT-S from B": (64, 197, 384, 768), "ViT-Ti from S": (128, 197, 192, 384)}
-LOGITS = {"128x1000": (128, 1000), "256x100": (256, 100), "64x21841": (64, 21841)}
-IMAGES = {"128x3x32x32": (128, 3, 32, 32), "32x3x224x224": (32, 3, 224, 224)}
 
 
 def tokens(case: str, dtype: str, _: str) -> list[Any]:
@@ -117,19 +102,6 @@ def tokens(case: str, dtype: str, _: str) -> list[Any]:
     batch, count, student, teacher = TOKENS[case]
     s, t = (torch.randn(batch, count, c).to(DTYPES[dtype]) for c in (student, teacher))
     return [s.requires_grad_(), t]
-
-
-def logits(case: str, dtype: str, _: str) -> list[Any]:
-    """Logits of both, and labels."""
-    batch, classes = LOGITS[case]
-    s, t = (torch.randn(batch, classes).mul(3).to(DTYPES[dtype]) for _ in range(2))
-    return [s.requires_grad_(), t, torch.randint(classes, (batch,))]
-
-
-def input_gradients(case: str, dtype: str, _: str) -> list[Any]:
-    """Two gradients of the input."""
-    a, b = (torch.randn(IMAGES[case]).to(DTYPES[dtype]) for _ in range(2))
-    return [a.requires_grad_(), b]
 
 
 PLAIN = ("contiguous",)
@@ -166,21 +138,6 @@ VARIANTS: dict[str, Variant] = {
         tokens,
         tuple(TOKENS),
         PLAIN,
-    ),
-    "kd_loss": Variant(
-        popular_kd,
-        lambda s, t, y: at_fused.kd_loss(s, t, y, T=4.0, alpha=0.9),
-        logits,
-        tuple(LOGITS),
-        PLAIN,
-    ),
-    "gradient norm": Variant(
-        gradient_norm, at_fused.gradient_at_loss, input_gradients, tuple(IMAGES), PLAIN
-    ),
-    "features_loss": Variant(
-        over_pairs(F.mse_loss),
-        at_fused.features_loss,
-        lambda *setting: features(*setting, same=True),
     ),
 }
 

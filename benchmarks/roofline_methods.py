@@ -41,9 +41,7 @@ def tensors(inputs: list[Any]) -> list[Tensor]:
     return [y for x in inputs for y in (x if isinstance(x, list) else [x])]
 
 
-# Whose gradient takes more than the student again: every input; or no more than the winners, which
-# do not count.
-READS_ALL = ("kd_loss", "gradient norm", "features_loss")
+# Whose gradient reads no more than the winners, which do not count.
 READS_WINNERS = ("max",)
 
 
@@ -51,7 +49,7 @@ def floor(name: str, inputs: list[Any]) -> int:
     """Bytes of all inputs, read once; of what the gradient reads again; and of the gradient."""
     everything = sum(x.nbytes for x in tensors(inputs))
     gradients = sum(x.nbytes for x in differentiable(inputs))
-    again = everything if name in READS_ALL else 0 if name in READS_WINNERS else gradients
+    again = 0 if name in READS_WINNERS else gradients
     return everything + again + gradients
 
 

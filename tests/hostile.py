@@ -78,25 +78,9 @@ def right_call(name: str, r: random.Random) -> list[Any]:
         return [*maps, weights, form, reduction, r.choice(("max", "add")), 1e-12, *flags(r)]
     if name == "at_loss":
         return [xs, ys, weights, p, collapse, form, reduction, 1e-12, *flags(r)]
-    if name == "at_value_and_grad":
-        above = r.choice((None, torch.randn(()), torch.randn(n)))
-        return [xs, ys, weights, p, collapse, form, reduction, 1e-12, 2.0, above]
-    if name.startswith("kd_loss"):
-        k = r.randint(1, 20)
-        s, t = torch.randn(b, k), torch.randn(b, k)
-        labels = r.choice((None, torch.randint(k, (b,))))
-        options = [r.choice((1.0, 4.0)), r.choice((0.0, 0.5, 1.0)), r.choice((0.0, 0.1)), -100]
-        if name == "kd_loss":
-            return [s, t, labels, *options]
-        _, stats, valid = torch.ops.at_fused.kd_loss(s, t, labels, *options)
-        return [s, t, labels, stats, valid, torch.randn(()), *options, *flags(r)]
-    ys = [torch.randn(x.shape) for x in xs]
-    if name == "distance_loss":
-        return [xs, ys, weights, r.random() < 0.5, reduction]
-    assert name == "distance_loss_backward"
-    above = torch.randn(()) if reduction == "sum" else torch.randn(n)
-    squares = torch.rand(n, b, dtype=torch.float64)
-    return [xs, ys, squares, above, list(range(n)), weights, r.random() < 0.5, reduction]
+    assert name == "at_value_and_grad"
+    above = r.choice((None, torch.randn(()), torch.randn(n)))
+    return [xs, ys, weights, p, collapse, form, reduction, 1e-12, 2.0, above]
 
 
 def flags(r: random.Random) -> tuple[bool, bool]:
@@ -239,12 +223,8 @@ def results_of(name: str, arguments: list[Any]) -> list[Tensor] | Exception:
         return error
 
 
-def differ(name: str, found: list[Tensor], right: list[Tensor]) -> bool:
+def differ(found: list[Tensor], right: list[Tensor]) -> bool:
     """Whether a result is another than plain PyTorch's; sums of infinities have no one result."""
-    if name == "kd_loss_backward":
-        return False  # PyTorch does not look at the statistics, which may be of other logits here
-    if name == "kd_loss":
-        found[1] = right[1]  # and has statistics of terms that do not count
     if [(x.shape, x.dtype) for x in found] != [(x.shape, x.dtype) for x in right]:
         return True
     for x, y in zip(found, right, strict=True):
@@ -293,7 +273,7 @@ def main(seed: int, count: int, backend: str = "cpu", first: int = 0) -> int:
                 continue
             with at_fused.use_backend("eager"):
                 right = results_of(name, same)
-            if not isinstance(right, Exception) and differ(name, found, right):
+            if not isinstance(right, Exception) and differ(found, right):
                 wrong_results += 1
                 print(f"   WRONG {found}, right {right}", flush=True)
     print(f"{count} calls of {backend}, {raised} raised, {wrong_results} wrong", flush=True)

@@ -368,12 +368,12 @@ def kd_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Logits:
-    exact = s.dtype == t.dtype == torch.float64
-    rounding = 1e-11 if exact else 1e-5
+    wide = torch.float64 in (s.dtype, t.dtype)
+    unit = 2.0 ** (-53 if wide else -24)
     s, t = s.double(), t.double()
     batch, classes = s.shape
     zero, zeros = s.new_zeros(batch), torch.zeros_like(s)
-    kl, pull, push, far, more = zero, zeros, zeros, zeros, zeros
+    kl, pull, push, far, near, more = zero, zeros, zeros, zeros, zeros, zero
     if alpha > 0:
         log_p, log_q = F.log_softmax(s / T, 1), F.log_softmax(t / T, 1)
         p, q = log_p.exp(), log_q.exp()
@@ -381,12 +381,13 @@ def kd_loss(
         kl = (q * d).sum(1)
         scale = alpha * T / batch
         push, pull = scale * (p - q), scale * q * (d - kl[:, None])
-        # The difference of the logits is all that fp64 has of large ones.
-        lost = 4e-16 / rounding * torch.maximum(finite(s), finite(t)) / T
-        far = scale * q * (d.abs() + kl.abs()[:, None] + lost)
-        more = alpha * T * T / batch * lost
+        # Of a class nothing is known beyond the rounding of its logit over T, and of its logarithm.
+        lost = 1 + torch.maximum(finite(s), finite(t)) / T
+        far = scale * q * (d.abs() + kl.abs()[:, None] + lost * (1 + d.abs()))
+        near = scale * (p + q) * lost
+        more = alpha * T * T / batch * (1 + (p - q).abs().sum(1) * lost[:, 0])
         kl = alpha * T * T / batch * kl
-    ce = zero
+    ce, lost_rows = zero, zero
     if labels is not None and alpha < 1:
         counted = labels != ignore_index
         valid = counted.double().sum()
@@ -398,16 +399,21 @@ def kd_loss(
         each = torch.where(target == 0, 0.0, -target * log_p).sum(1)
         ce = torch.where(counted, each, 0.0) * (1 - alpha) / valid
         push = push + torch.where(counted[:, None], log_p.exp() - target, 0.0) * share[:, None]
+        known = (log_p.exp() + target) * (1 + finite(s)) * share[:, None]
+        near = near + torch.where(counted[:, None], known, 0.0)
+        more = more + torch.where(counted, share, 0.0)
+        # Torch's cross-entropy has NaN for one that is ignored, too.
+        lost_rows = torch.where(log_p.isnan().any(1), math.nan, 0.0)
     loss = kl.sum() + ce.sum()
-    error = rounding * (kl.abs() + ce.abs() + more.amax(1)).sum() + 1e-12
+    error = 16 * unit * (kl.abs() + ce.abs() + more).sum() + 1e-30
     # A row without a finite loss may have any gradient.
-    rows = torch.where((kl + ce).isfinite(), 0.0, math.inf)[:, None]
+    rows = torch.where((kl + ce + lost_rows).isfinite(), 0.0, math.inf)[:, None]
 
     def bounded(g: Tensor, more: Tensor) -> Value:
         most = torch.maximum(g.abs(), more).amax(1, keepdim=True)
-        return Value(g, (rounding * most + 1e-12).nan_to_num(0.0).add(rows).expand(g.shape))
+        return Value(g, (16 * unit * most + 1e-30).nan_to_num(0.0).add(rows).expand(g.shape))
 
-    return Logits(Value(loss, error), bounded(push, far), bounded(pull, far))
+    return Logits(Value(loss, error), bounded(push, near), bounded(pull, far))
 
 
 def finite(x: Tensor) -> Tensor:
@@ -423,9 +429,10 @@ def distance_loss(
     reduction: str = "sum",
 ) -> Value:
     """``features_loss`` and ``gradient_at_loss``, differentiable."""
-    losses = []
+    losses, beyond = [], False
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         square = (x - y).flatten(1).pow(2).sum(1)
+        beyond |= bool(square.sum() > torch.finfo(torch.float32).max)
         each = torch.linalg.vector_norm((x - y).flatten(1), dim=1) if form == "paper" else square
         share = x[0].numel() if form in ("mean", "code") else 1
         losses.append(each.mean() / share * (weights[i] if weights else 1.0))
@@ -433,7 +440,8 @@ def distance_loss(
     error = 1e-6 * value.detach().abs()
     if reduction == "sum":
         value, error = value.sum(), error.sum()
-    return Value(value, error)
+    # A sum of squares that fp32 does not hold may be inf, whatever it is divided by.
+    return Value(value, torch.where(value.isfinite(), torch.inf, error) if beyond else error)
 
 
 # ---- comparisons ---------------------------------------------------------------------------------

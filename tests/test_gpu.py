@@ -81,19 +81,6 @@ ON_DEVICE = (
     test_operators.test_a_map_whose_feature_needs_no_gradient,
 )
 ON_DEVICE += (
-    test_kd.test_numbers_of_classes,
-    test_kd.test_many_classes,
-    test_kd.test_options,
-    test_kd.test_all_labels_ignored,
-    test_kd.test_extremes_against_mpmath,
-    test_kd.test_cross_entropy_of_a_sure_student,
-    test_kd.test_masked_classes,
-    test_kd.test_fp16_with_a_loss_scale,
-    test_distance.test_a_list,
-    test_distance.test_nothing_overflows,
-    test_distance.test_features_loss,
-    test_gradient_at.test_gradient_at_loss,
-    test_gradient_at.test_the_norm_at_0_has_gradient_0,
     # Whose gradient it is depends on the engine's threads, which a GPU has of its own.
     test_tap.test_map_and_gradients,
     test_tap.test_any_order,
@@ -123,6 +110,31 @@ globals().update(of_a_back_end(test_map_operators))
 globals().update(of_a_back_end(test_method))
 globals().update(of_a_back_end(test_tap_operators))
 globals().update({test.__name__: test for test in ON_DEVICE})
+
+
+class TestPlainPyTorch:
+    """What has no kernel of ours, on the device."""
+
+    @pytest.fixture(autouse=True)
+    def device(self) -> Iterator[None]:
+        with torch.device(DEVICE):
+            yield
+
+    test_numbers_of_classes = staticmethod(test_kd.test_numbers_of_classes)
+    test_many_classes = staticmethod(test_kd.test_many_classes)
+    test_options = staticmethod(test_kd.test_options)
+    test_images_are_rows = staticmethod(test_kd.test_images_are_rows)
+    test_class_probabilities = staticmethod(test_kd.test_class_probabilities)
+    test_all_labels_ignored = staticmethod(test_kd.test_all_labels_ignored)
+    test_equal_logits_are_exactly_0 = staticmethod(test_kd.test_equal_logits_are_exactly_0)
+    test_errors_against_mpmath = staticmethod(test_kd.test_errors_against_mpmath)
+    test_finite = staticmethod(test_kd.test_finite_for_any_temperature)
+    test_masked_classes = staticmethod(test_kd.test_masked_classes)
+    test_fp16_with_a_loss_scale = staticmethod(test_kd.test_fp16_with_a_loss_scale)
+    test_distances_of_a_list = staticmethod(test_distance.test_a_list)
+    test_the_range_of_distances = staticmethod(test_distance.test_the_range)
+    test_gradient_at_loss = staticmethod(test_gradient_at.test_gradient_at_loss)
+    test_the_norm_at_0 = staticmethod(test_gradient_at.test_the_norm_at_0_has_gradient_0)
 
 
 # ---- inputs and programs -------------------------------------------------------------------------

@@ -105,47 +105,95 @@ def test_a_computed_input_stays_part_of_the_graph() -> None:
 
 
 def reference(a: Tensor, b: Tensor, form: str) -> Tensor:
-    d = (a - b).flatten(1)
+    d = (a - b).reshape(len(a), -1)
     if form == "paper":
         return torch.linalg.vector_norm(d, dim=1).mean()
     return d.square().sum(1).mean() if form == "squared" else d.square().mean()
 
 
-@pytest.mark.parametrize("form", ["paper", "squared", "code"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-def test_gradient_at_loss(backend: str, form: str, dtype: torch.dtype) -> None:
-    a, b = torch.randn(3, 3, 5, 7).to(dtype).requires_grad_(), torch.randn(3, 3, 5, 7).to(dtype)
+FORMS = pytest.mark.parametrize("form", ["paper", "squared", "code"])
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (4,), (2, 70001), (1, 3, 64, 64)], ids=str)
+def test_gradient_at_loss(form: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    a, b = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
     found = at_fused.gradient_at_loss(a, b, form=form)
     wide = a.detach().double().requires_grad_()
     right = reference(wide, b.double(), form)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=0)
+    exact = 1e-11 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(found.double(), right, rtol=exact, atol=0)
     (g,), (r,) = torch.autograd.grad(found, a), torch.autograd.grad(right, wide)
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-6, torch.float16: 1e-3}[dtype]
-    assert (g.double() - r).abs().max() <= tolerance * r.abs().max()
+    assert (g.double() - r).abs().max() <= TOLERANCE[dtype] * r.abs().max()
 
 
-def test_the_norm_at_0_has_gradient_0(backend: str) -> None:
-    a = torch.randn(2, 3, 4, 4).requires_grad_()
+@FORMS
+def test_any_strides(form: str) -> None:
+    a = torch.randn(4, 6, 5, 8)
+    for x in (a.to(memory_format=torch.channels_last), a[::2, 1:4, :, 2:], a.transpose(2, 3)):
+        other = torch.randn(x.shape)
+        right = reference(x.double(), other.double(), form)
+        for pair in ((x, other), (other, x)):
+            found = at_fused.gradient_at_loss(*pair, form=form)
+            torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=0)
+
+
+def test_small_and_large_gradients() -> None:
+    """Of a sure network's samples, and of networks without normalisation."""
+    x = torch.randn(3, 3, 8, 8)
+    for size in (1e-15, 1e-6, 1e6, 1e15):
+        a = (x * size).requires_grad_()
+        loss = at_fused.gradient_at_loss(a, torch.zeros_like(a))
+        right = reference(a.detach().double(), torch.zeros(3, 3, 8, 8).double(), "paper")
+        torch.testing.assert_close(loss.double(), right, rtol=1e-6, atol=0)
+        (g,) = torch.autograd.grad(loss, a)
+        torch.testing.assert_close(torch.linalg.vector_norm(g, dim=(1, 2, 3)), torch.ones(3) / 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2,)], ids=str)
+def test_the_norm_at_0_has_gradient_0(shape: tuple[int, ...]) -> None:
+    a = torch.randn(shape).requires_grad_()
     b = a.detach().clone()
     b[1] += 1
-    loss = at_fused.gradient_at_loss(a, b)
-    (g,) = torch.autograd.grad(loss, a, create_graph=True)
+    weight = torch.ones((), requires_grad=True)
+    loss = weight * at_fused.gradient_at_loss(a, b)
+    g, of_weight = torch.autograd.grad(loss, (a, weight), create_graph=True)
     assert not g[0].any()
-    torch.testing.assert_close(g[1], torch.full_like(g[1], -0.5 / 48**0.5))
-    (h,) = torch.autograd.grad(g.square().sum(), a)
-    assert h.isfinite().all()
+    torch.testing.assert_close(g[1], torch.full_like(g[1], -0.5 / a[0].numel() ** 0.5))
+    second = torch.autograd.grad(g.square().sum() + of_weight, (a, weight))
+    assert all(h.isfinite().all() for h in second)
+    _, tangent = torch.func.jvp(
+        torch.func.grad(lambda x: at_fused.gradient_at_loss(x, b)), (a.detach(),), (b,)
+    )
+    assert not tangent[0].any()
+    assert tangent.isfinite().all()
 
 
-@pytest.mark.parametrize("form", ["paper", "squared", "code"])
+@FORMS
 def test_gradgradcheck(form: str) -> None:
     a, b = (torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
         return at_fused.gradient_at_loss(a, b, form=form)
 
-    assert torch.autograd.gradcheck(loss, (a, b))
-    assert torch.autograd.gradgradcheck(loss, (a, b))
+    assert torch.autograd.gradcheck(loss, (a, b), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(loss, (a, b), check_fwd_over_rev=True)
+    each = torch.func.vmap(loss)(torch.stack([a, b]), torch.stack([b, b]))
+    torch.testing.assert_close(each, torch.stack([loss(a, b), loss(b, b)]))
+
+
+@FORMS
+def test_a_teacher_under_inference_mode(form: str) -> None:
+    a, b = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4)
+    with torch.inference_mode():
+        teacher = b.clone()
+    loss = at_fused.gradient_at_loss(a, teacher, form=form)
+    right = at_fused.gradient_at_loss(a, b, form=form)
+    assert torch.equal(loss, right)
+    assert torch.equal(*torch.autograd.grad(loss, a), *torch.autograd.grad(right, a))
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Softplus])

@@ -105,7 +105,10 @@ def test_dtypes(student: torch.dtype, teacher: torch.dtype) -> None:
     labels = torch.randint(37, (4,))
     for smoothing in (0.0, 0.2):
         assert_matches(
-            logits(4, 37, dtype=student), logits(4, 37, dtype=teacher), labels, label_smoothing=smoothing
+            logits(4, 37, dtype=student),
+            logits(4, 37, dtype=teacher),
+            labels,
+            label_smoothing=smoothing,
         )
 
 
@@ -393,8 +396,8 @@ def test_the_calls_for_other_programs(theirs: Callable[..., Tensor], call: str) 
     known = {"s": s, "t": t, "y": y, "T": 3.0, "alpha": 0.4, "gamma": 0.3}
     known |= {"kd_weight": 0.7, "ce_weight": 0.2, "K": 10}
     names = {"kd_loss": kd_loss, "cross_entropy": F.cross_entropy}
-    ours = eval(call, names | known)  # noqa: S307
-    wanted = [n for n in theirs.__code__.co_varnames[: theirs.__code__.co_argcount]]
+    ours = eval(call, names | known)
+    wanted = theirs.__code__.co_varnames[: theirs.__code__.co_argcount]
     right = theirs(**{n: known[n] for n in wanted})
     torch.testing.assert_close(ours, right)
     torch.testing.assert_close(torch.autograd.grad(ours, s), torch.autograd.grad(right, s))
@@ -539,8 +542,16 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "device": ({"teacher_logits": S.to("meta")}, ValueError, "device of student.*cpu, got meta"),
     "labels": ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be a tensor or None, got list"),
     "label dtype": ({"labels": Y.int()}, TypeError, "labels must be int64.*got torch.int32"),
-    "soft labels": ({"labels": S[:, :5]}, TypeError, r"labels must be int64.*or class prob.*\(4, 6"),
-    "soft labels of rows": ({"labels": Y.float()}, TypeError, "labels must be int64.*torch.float32"),
+    "soft labels": (
+        {"labels": S[:, :5]},
+        TypeError,
+        r"labels must be int64.*or class prob.*\(4, 6",
+    ),
+    "soft labels of rows": (
+        {"labels": Y.float()},
+        TypeError,
+        "labels must be int64.*torch.float32",
+    ),
     "soft labels, ignored": (
         {"labels": S.softmax(1), "ignore_index": 3},
         ValueError,

@@ -55,19 +55,6 @@ def everything(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     return results
 
 
-def distillation(logits: list[Tensor], a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-    """The same of Hinton's loss, and of distances."""
-    student, teacher = (x.detach().requires_grad_() for x in logits)
-    loss = at_fused.kd_loss(student, teacher, torch.arange(len(student)))
-    results = [loss.detach(), *torch.autograd.grad(loss, (student, teacher))]
-    leaves = [x.detach().requires_grad_() for x in (*a, *b)]
-    for reduction in ("sum", "none"):
-        distances = leaves[: len(a)], leaves[len(a) :], [], True, reduction
-        loss, squares = _ops.distance_loss(*distances)
-        results += [loss.detach(), squares, *torch.autograd.grad(loss.sum(), leaves)]
-    return results
-
-
 def assert_same_bits(compute: Callable[[], list[Tensor]], multiprocessors: int) -> None:
     """Threads, warps and blocks in other orders, one block at a time or many."""
     first = None
@@ -92,14 +79,6 @@ def test_same_bits_whatever_the_schedule(multiprocessors: int) -> None:
     students[2] = students[2].detach().to(memory_format=torch.channels_last).requires_grad_()
     teachers = [torch.randn(b, 9, h, w, requires_grad=True) for b, _, h, w in shapes]
     assert_same_bits(lambda: everything(students, teachers), multiprocessors)
-
-
-@pytest.mark.parametrize("multiprocessors", [132, 1])
-def test_same_bits_of_distillation_whatever_the_schedule(multiprocessors: int) -> None:
-    logits = [torch.randn(5, 300), torch.randn(5, 300)]
-    a = [torch.randn(2, n) for n in (9001, 70, 20000)]
-    b = [torch.randn_like(x) for x in a]
-    assert_same_bits(lambda: distillation(logits, a, b), multiprocessors)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

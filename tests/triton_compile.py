@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from at_fused.backends import triton as backend
-from at_fused.backends.results import STATISTICS, accumulate_dtype
+from at_fused.backends.results import accumulate_dtype
 from at_fused.backends.triton import launch
 
 TARGETS = {
@@ -124,7 +124,7 @@ def _sass_bits(match: re.Match[str]) -> int:
     return int(width[1]) if width else 32
 
 
-def _cuda_row(variant: Variant | LogitsVariant, target: str, kernel: Any) -> Row:
+def _cuda_row(variant: Variant, target: str, kernel: Any) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -154,7 +154,7 @@ def _hip_bits(match: re.Match[str]) -> int:
     return {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}.get(name, 16)
 
 
-def _hip_row(variant: Variant | LogitsVariant, target: str, kernel: Any) -> Row:
+def _hip_row(variant: Variant, target: str, kernel: Any) -> Row:
     text = kernel.asm["amdgcn"]
     # Scalar registers spill into lanes of vector registers; private memory is the one that costs.
     number = {
@@ -176,7 +176,7 @@ def _hip_row(variant: Variant | LogitsVariant, target: str, kernel: Any) -> Row:
     )
 
 
-def row(variant: Variant | LogitsVariant, call: Call, target: str) -> Row:
+def row(variant: Variant, call: Call, target: str) -> Row:
     """Compiles a variant for one of ``TARGETS``."""
     kernel = compiled(call, TARGETS[target])
     make = _hip_row if TARGETS[target].backend == "hip" else _cuda_row
@@ -275,7 +275,7 @@ class Variant(NamedTuple):
         return only
 
 
-def variants() -> Iterator[Variant | LogitsVariant]:
+def variants() -> Iterator[Variant]:
     """The kernels that matter: each operator, dtype, layout, and kind of exponent."""
     for operator in OPERATORS:
         shape = SMALL if operator == "value and gradient" else LARGE
@@ -316,54 +316,6 @@ def variants() -> Iterator[Variant | LogitsVariant]:
         for reduction in ("sum", "sample"):
             yield Variant("map loss", reduction=reduction, eps_mode=eps_mode)
     yield Variant("map loss", reduction="none", shape=ODD, pairs=4)
-    for operator in ("kd", "kd backward", "distance", "distance backward"):
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            yield LogitsVariant(operator, dtype)
-        yield LogitsVariant(operator, classes=4001)
-
-
-class LogitsVariant(NamedTuple):
-    """A call for logits (B, K), Hinton's loss or a squared distance."""
-
-    operator: str
-    dtype: torch.dtype = torch.float32
-    classes: int = 4096
-
-    @property
-    def name(self) -> str:
-        """What the table calls it."""
-        return f"{self.operator}, {_SHORT[self.dtype]}, 128x{self.classes}"
-
-    @property
-    def wide_loads(self) -> bool:
-        """Whether every row begins on 16 bytes."""
-        return self.classes % 16 == 0
-
-    @property
-    def wide_stores(self) -> bool:
-        """Whether gradients are written by 128 bits."""
-        return self.wide_loads and self.operator == "distance backward"
-
-    def call(self) -> Call:
-        """The launch."""
-        s, t = (torch.empty(128, self.classes, dtype=self.dtype) for _ in range(2))
-        labels = torch.empty(128, dtype=torch.int64)
-        stats = torch.empty(128, STATISTICS, dtype=torch.float64)
-        loss, valid = torch.empty(()), stats.new_empty(())
-        options = 4.0, 0.9, 0.1, -100
-        saved = stats, valid, loss
-        calls: dict[str, Callable[[], object]] = {
-            "kd": lambda: backend.kd_loss(s, t, labels, *options),
-            "kd backward": lambda: backend.kd_loss_backward(
-                s, t, labels, *saved, *options, True, self.dtype == torch.float32
-            ),
-            "distance": lambda: backend.distance_loss([s], [t], [], True, "sum"),
-            "distance backward": lambda: backend.distance_loss_backward(
-                [s], [t], stats.new_empty(1, 128), loss, [0], [], True, "sum"
-            ),
-        }
-        (only,) = caught(calls[self.operator])
-        return only
 
 
 # ---- the table -----------------------------------------------------------------------------------
