@@ -306,7 +306,8 @@ def attention_tap(
     with a scale of 1/C for ``collapse="mean"``, else 1, and for "max" in the largest channel alone;
     in place where that gradient is nobody else's: no other branch of the graph, hook, view or
     capture holds it. Otherwise, and with ``create_graph``, the result is a new tensor. So the loss
-    costs no feature-sized memory, and a teacher's feature need not outlive its map.
+    costs no feature-sized memory, and a teacher's feature need not outlive its map. With
+    ``absolute=False`` an odd p is plain PyTorch, whose gradients autograd adds up.
 
     Args:
         x: as in :func:`attention_map`.
