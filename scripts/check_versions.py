@@ -6,8 +6,9 @@
 For each Python on PATH: an sdist of the checkout; of that a wheel by each torch, without CUDA and,
 where nvcc is of torch's CUDA, with it; each wheel under each torch; a build without a compiler; and
 the sdist by pip alone, which fetches the newest torch to build with. For the first Python also a
-wheel by the oldest g++. Whether a torch is one with CUDA is up to pip's settings. Works in a temporary folder and leaves nothing; needs 6 GB for each
-torch with CUDA and 6 more for pip's own build, and 10 minutes for each torch.
+wheel by the oldest g++. Whether a torch is one with CUDA is up to pip's settings. Works in a
+temporary folder and leaves nothing; needs 6 GB for each torch with CUDA and 6 more for pip's own
+build, and 10 minutes for each torch.
 Exit status: 0 all well, 1 something failed.
 """
 
