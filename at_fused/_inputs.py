@@ -193,10 +193,16 @@ def _check_side(channel_dim: object, skip_tokens: object, map_size: Any) -> Side
     return Side(channel_dim, skip_tokens, map_size)
 
 
+def plain(channel_dim: object, skip_tokens: object) -> bool:
+    """Return True for the defaults of both sides; True and 1.0 are 1 as well, but no ints."""
+    return (
+        channel_dim == 1 and skip_tokens == 0 and type(channel_dim) is type(skip_tokens) is int
+    )
+
+
 def sides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> tuple[Side, Side]:
     """The student's and the teacher's, from one value for both or a pair of them."""
-    plain = channel_dim == 1 and skip_tokens == 0 and map_size is None
-    if plain and type(channel_dim) is type(skip_tokens) is int:  # True and 1.0 are 1 as well
+    if map_size is None and plain(channel_dim, skip_tokens):
         return _PLAIN, _PLAIN
     dims, skips = _both("channel_dim", channel_dim), _both("skip_tokens", skip_tokens)
     nested = isinstance(map_size, (tuple, list)) and not all(isinstance(n, int) for n in map_size)
