@@ -195,9 +195,7 @@ def _check_side(channel_dim: object, skip_tokens: object, map_size: Any) -> Side
 
 def plain(channel_dim: object, skip_tokens: object) -> bool:
     """Return True for the defaults of both sides; True and 1.0 are 1 as well, but no ints."""
-    return (
-        channel_dim == 1 and skip_tokens == 0 and type(channel_dim) is type(skip_tokens) is int
-    )
+    return channel_dim == 1 and skip_tokens == 0 and type(channel_dim) is type(skip_tokens) is int
 
 
 def sides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> tuple[Side, Side]:

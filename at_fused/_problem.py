@@ -10,7 +10,7 @@ whatever the other options take.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -160,8 +160,8 @@ def prepare_maps(
 
 
 def straight(
-    student: object,
-    teacher: object,
+    student: Any,
+    teacher: Any,
     p: object,
     collapse: object,
     form: object,
@@ -172,7 +172,8 @@ def straight(
     """Return the loss of ordinary pairs, handed to the operator as they are.
 
     On small features most of a call's time is Python's. The operator checks what memory needs; here
-    is what it would take and ``at_loss`` does not. None: ``prepare`` says what is wrong, if anything.
+    is what it would take and ``at_loss`` does not. After None ``prepare`` says what is wrong, if
+    anything.
     """
     single = isinstance(student, Tensor) and isinstance(teacher, Tensor)
     students = [student] if single else student

@@ -129,7 +129,11 @@ def at_loss(
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
     if (
-        weights is resize is map_size is mask is sample_weights is None
+        weights is None
+        and resize is None
+        and map_size is None
+        and mask is None
+        and sample_weights is None
         and isinstance(attend, str)
         and attend == "spatial"
         and _inputs.plain(channel_dim, skip_tokens)
