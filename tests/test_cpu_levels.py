@@ -28,7 +28,7 @@ def test_an_unknown_level_is_said_and_not_used(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("level", [level for level in cpu.isa_levels() if level != cpu.isa()])
 def test_other_levels_keep_the_contract(level: str, tmp_path: Path) -> None:
-    names = "contract", "cpu", "map_operators", "tap_operators", "kd", "distance", "reproducible"
+    names = "contract", "cpu", "map_operators", "tap_operators", "reproducible"
     files = [str(HERE / f"test_{name}.py") for name in names]
     chosen = "(cpu or rounding or threads) and not opcheck"
     options = ["-q", "-p", "no:cacheprovider", "-k", chosen]

@@ -11,13 +11,6 @@ from cuda_compile import ARCHITECTURES, Kernel
 pytestmark = pytest.mark.long
 
 SWEEPS = ("attention_map_backward", "at_value_and_grad")
-# What moves 128 bits at a time without an exponent: kernel -> whether it stores so, too.
-DISTANCES = {
-    "kd_loss": False,
-    "kd_loss_backward": True,
-    "distance_loss": False,
-    "distance_loss_backward": True,
-}
 # (exponent, fp64) -> rows that a thread has under way, dtypes
 SQUARE, ANY, WIDE = ("Square", "false"), ("AnyPower", "false"), ("AnyPower", "true")
 ROWS = {SQUARE: (4, 3), ANY: (2, 3), WIDE: (2, 4)}
@@ -34,7 +27,6 @@ INSTANCES: dict[str, list[tuple[str, ...]]] = {
     "max_map_backward": EITHER,
     "max_tap_backward": EITHER,
     "map_loss": EITHER,
-    **dict.fromkeys(DISTANCES, EITHER),
 }
 EVERY = [(name, instance) for name, instances in INSTANCES.items() for instance in instances]
 
@@ -66,8 +58,7 @@ def test_resources_and_widths(
     # 256 threads a block: three blocks in 65536 registers; two for fp64, and where samples are kept
     # in shared memory.
     fp64 = instance[-1] == "true"
-    two = fp64 or name in ("at_value_and_grad", "map_loss", "kd_loss_backward")
-    two |= name == "distance_loss_backward"
+    two = fp64 or name in ("at_value_and_grad", "map_loss")
     assert kernel.registers <= (128 if two else 80)
     assert kernel.shared <= 1024  # the rest is asked for at the launch: plan.h
     dtypes = 4 if fp64 else 3
@@ -91,9 +82,3 @@ def test_resources_and_widths(
         assert kernel.stores[128] >= 4 * dtypes
     elif name == "max_map_backward":
         assert kernel.stores[128] >= dtypes * 2
-    elif name in DISTANCES:
-        # Both sides of a pair: 8 elements of fp32 and each 16-bit type, or 4 of fp64 and fp32.
-        vectors = 3 if fp64 else 4
-        assert kernel.loads[128] >= 2 * vectors
-        if DISTANCES[name]:
-            assert kernel.stores[128] >= vectors

@@ -43,7 +43,6 @@ def large(layout: torch.memory_format) -> list[Tensor]:
             loss = at_fused.at_loss([s, t], [t, s], reduction="none")
             maps = at_fused.attention_map(s), at_fused.attention_map(t)
             found += [*differentiated(loss, s), *maps]
-            found += differentiated(at_fused.features_loss(s, t), s)
     return found
 
 

@@ -19,7 +19,7 @@ def contract(folder: Path, environment: dict[str, str], backend: str) -> str:
     """Runs the tests of the operators."""
     pytest_executable = shutil.which("pytest", path=str(Path(sys.executable).parent))
     assert pytest_executable, "pytest is installed beside Python"
-    names = "contract", "map_operators", "tap_operators", "value_and_grad", "kd", "distance"
+    names = "contract", "map_operators", "tap_operators", "value_and_grad"
     files = [str(HERE / f"test_{name}.py") for name in names]
     # Derivatives of derivatives add nothing here, and compilers do not run under a sanitizer.
     chosen = f"{backend} and not gradcheck and not second and not compile and not opcheck"

@@ -74,9 +74,6 @@ def test_shared_memory_is_for_reductions_only(rows: list[dict[str, Any]]) -> Non
 
 def test_aligned_features_move_by_128_bits(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        # Logits are taken in blocks too short for 128 bits in each of twice as many threads.
-        if row["operator"].startswith("kd") and row["target"] == "gfx942":
-            continue
         if row["wide_loads"]:
             assert "128" in row["loads"], row
             if row["operator"] == "map":

@@ -57,13 +57,6 @@ def works() -> list[Work]:
         # What follows has a gradient, and no value: torch's sum is another on other threads.
         return [loss.detach(), *torch.autograd.grad(loss + (y * y).sum(), s)]
 
-    def kd(s: Tensor, t: Tensor) -> list[Tensor]:
-        return differentiated(at_fused.kd_loss(s, t, torch.arange(len(s))), s, t)
-
-    def distance(s: Tensor, t: Tensor) -> list[Tensor]:
-        features = at_fused.features_loss(s, t)
-        return differentiated(features + at_fused.gradient_at_loss(s, t), s, t)
-
     # One sample cut into several tasks, several in one, and less than two threads are worth.
     for shape in ((1, 24, 60, 50), (40, 7, 12, 9), (2, 3, 5, 4)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -79,9 +72,6 @@ def works() -> list[Work]:
                 add(loss, s, half, resize="features")
                 add(loss, s, half, resize="maps", p=1.0, absolute=False)
                 add(loss, s, t, attend="channel", reduction="sample")
-                add(distance, s, t.requires_grad_())
-    for k in (10, 3000):
-        add(kd, *(torch.randn(9, k).requires_grad_() for _ in range(2)))
     return found
 
 
