@@ -60,6 +60,13 @@ def check_tensor(name: str, x: object) -> Tensor:
     return x
 
 
+def savable(x: Tensor) -> Tensor:
+    """The tensor, or a copy of one made under ``inference_mode``, which autograd does not save."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.is_inference():
+        return x
+    return x.clone()
+
+
 def check_labels(labels: object, logits: Tensor) -> None:
     """Refuses what is no class number for each row of (B, K) logits."""
     if not isinstance(labels, Tensor):

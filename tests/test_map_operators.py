@@ -430,7 +430,9 @@ def test_channels_that_are_none_have_no_gradient(name: str) -> None:
     channels = torch.tensor([-1, 8, -8, 2**31 - 1]).repeat(2, 4).int()
     for y in (x, x.to(memory_format=torch.channels_last)):
         with use(name):
-            (g,) = _ops.attention_map_backward([y], [torch.ones(2, 16)], None, [0], 2.0, [], [channels])
+            (g,) = _ops.attention_map_backward(
+                [y], [torch.ones(2, 16)], None, [0], 2.0, [], [channels]
+            )
         assert (g == 0).all()
 
 
