@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from at_fused._checks import DTYPES, check_finite, check_number, check_tensor, is_whole, kind
+from at_fused._checks import (
+    DTYPES,
+    check_finite,
+    check_number,
+    check_tensor,
+    is_whole,
+    kind,
+    savable,
+)
 from at_fused._warnings import AtFusedWarning
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -130,7 +138,8 @@ def given_back(gradient: Tensor, x: Tensor, side: Side) -> Tensor:
     if x.dim() != 3:
         return gradient.movedim(1, -1)
     tokens = gradient.flatten(2).transpose(1, 2)
-    return F.pad(tokens, (0, 0, x.shape[1] - tokens.shape[1], 0))
+    missing = x.shape[1] - tokens.shape[1]
+    return F.pad(tokens, (0, 0, missing, 0)) if missing else tokens
 
 
 def _features(name: str, given: Tensor | Sequence[Tensor], side: Side) -> list[Tensor]:
@@ -388,7 +397,7 @@ def _check_factor(name: str, factor: object, x: Tensor) -> Tensor:
         raise TypeError(f"{name} must be floating-point or bool, got {factor.dtype}")
     if factor.device != x.device:
         raise ValueError(f"{name} must be on the features' device, {x.device}, got {factor.device}")
-    return factor
+    return savable(factor)
 
 
 def check_one_batch(students: list[Tensor], rule: str) -> None:
@@ -423,7 +432,7 @@ def check_masks(mask: Tensor | Sequence[Tensor], students: list[Tensor]) -> list
     else:
         masks = list(mask)
     for i, (m, x) in enumerate(zip(masks, students, strict=True)):
-        m = _check_factor("mask", m, x)
+        m = masks[i] = _check_factor("mask", m, x)
         if m.dim() != x.dim() - 1 or m.shape[0] != x.shape[0] or 0 in m.shape:
             raise ValueError(
                 f"mask must be (B, H, W) for pair {i} of (B, C, H, W) = {tuple(x.shape)}, "

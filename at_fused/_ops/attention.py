@@ -32,6 +32,7 @@ from at_fused._ops.library import (
     entry,
     library,
     operators,
+    save,
     tracks,
     transformed,
 )
@@ -139,7 +140,7 @@ class _AttentionMapBackward(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.options = pairs, options, loss_gradient is None
-        ctx.save_for_backward(*(() if loss_gradient is None else (loss_gradient,)), *tensors)
+        save(ctx, *(() if loss_gradient is None else (loss_gradient,)), *tensors)
         operator = operators.attention_map_backward.default
         return tuple(below_autograd(operator, *_arguments(pairs, options, loss_gradient, tensors)))
 

@@ -96,6 +96,14 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return plain.apply(*arguments)
 
 
+def save(ctx: Any, *tensors: Tensor) -> None:
+    """Save tensors for a backward pass: copies of those made under ``inference_mode``.
+
+    torch saves none of these; a teacher's features, maps and masks often are.
+    """
+    ctx.save_for_backward(*(x.clone() if x.is_inference() else x for x in tensors))
+
+
 def tracks(*groups: Sequence[Tensor | None]) -> bool:
     """Return True where autograd follows any of the tensors."""
     if torch.is_grad_enabled():

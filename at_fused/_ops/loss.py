@@ -38,6 +38,7 @@ from at_fused._ops.library import (
     entry,
     library,
     operators,
+    save,
     tracks,
     transformed,
 )
@@ -135,7 +136,7 @@ class _MapLoss(torch.autograd.Function):
         operator = operators.map_loss.default
         loss, found = below_autograd(operator, list(maps[:pairs]), list(maps[pairs:]), *options)
         ctx.pairs, ctx.options = pairs, options
-        ctx.save_for_backward(*maps, *found)
+        save(ctx, *maps, *found)
         return loss
 
     @staticmethod
@@ -197,7 +198,7 @@ class _ATLoss(torch.autograd.Function):
         ctx.call = call
         # A side without a gradient is remembered by its maps alone: its features may die.
         kept = call.kept()
-        ctx.save_for_backward(*tensors[kept.start : kept.stop], *maps, *tensors[2 * call.pairs :])
+        save(ctx, *tensors[kept.start : kept.stop], *maps, *tensors[2 * call.pairs :])
         return loss
 
     @staticmethod
