@@ -76,8 +76,9 @@ struct LossGradient {
   }
 };
 
-// New gradients for a list of features, with the strides that a caller was promised, and the tensors
-// that are written for them in a layout that is the feature's own: the same, or plainer ones.
+// New gradients for a list of features, with the strides that a caller was promised, and the
+// tensors that are written for them in a layout that is the feature's own: the same, or plainer
+// ones.
 class Gradients {
  public:
   Tensors written;
