@@ -46,9 +46,13 @@ READS_WINNERS = ("max",)
 
 
 def floor(name: str, inputs: list[Any]) -> int:
-    """Bytes of all inputs, read once; of what the gradient reads again; and of the gradient."""
-    everything = sum(x.nbytes for x in tensors(inputs))
-    gradients = sum(x.nbytes for x in differentiable(inputs))
+    """Bytes of all inputs, read once; of what the gradient reads again; and of the gradient.
+
+    The class's tokens are not read, and torch's own operator fills their gradient.
+    """
+    first = 1 if name == "tokens" else 0
+    everything = sum(x[:, first:].nbytes for x in tensors(inputs))
+    gradients = sum(x[:, first:].nbytes for x in differentiable(inputs))
     again = 0 if name in READS_WINNERS else gradients
     return everything + again + gradients
 

@@ -203,6 +203,49 @@ def test_gradients_times_that_of_the_loss(
         assert_gradient_matches(g, r, x)
 
 
+STEPS = {
+    "dense": lambda g: g,
+    "transposed": lambda g: g.t().contiguous().t(),
+    "steps": lambda g: torch.stack([g, -g], 2).flatten(1)[:, ::2],
+    "expanded pairs": lambda g: g[:1].expand(2, 3),
+    "expanded samples": lambda g: g[:, :1].expand(2, 3),
+}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_loss_gradient_of_each_sample(
+    backend: str, steps: str, dtype: torch.dtype, layout: str
+) -> None:
+    """Strides of any kind: autograd expands what it is given."""
+    if layout == "tokens":
+        xs = [features(3, 40, 12, layout="interleaved"), features(3, 5, 30).bfloat16()]
+        skips = [2, 0]
+    else:
+        xs = [features(3, 6, 9, 8, layout=layout), features(3, 5, 4, 7, layout=layout).bfloat16()]
+        skips = []
+    above = STEPS[steps](torch.randn(2, 3, dtype=dtype))
+    mapped = [x[:, :, n:] for x, n in zip(xs, skips or [0, 0], strict=True)]
+    ks = [torch.randn(3, math.prod(x.shape[2:])) for x in mapped]
+    for collapse in ("sum", "max"):
+        right = [reference_map(x.double(), 3.0, collapse)[1] for x in mapped]
+        channels = [c.int() for c in right] if collapse == "max" else []
+        found = _ops.attention_map_backward(xs, ks, above, [1, 0], 3.0, skips, channels)
+        for i, (x, k, g) in enumerate(zip(xs, ks, found, strict=True)):
+            leaf = mapped[i].double().requires_grad_()
+            q, _ = reference_map(leaf, 3.0, collapse)
+            upstream = k.double() * above[1 - i].double().unsqueeze(1) / 3
+            (r,) = torch.autograd.grad(q, leaf, upstream)
+            skip = skips[i] if skips else 0
+            assert not (g[:, :, :skip].any() if skip else False)
+            assert g.stride() == torch.empty_like(x).stride()
+            share = 2.0**-7 if x.dtype == torch.bfloat16 else 0.0
+            rest = g[:, :, skip:].double()
+            bound = share * r.abs() + 2e-5 * r.abs().max()
+            assert ((rest - r).abs() <= bound).all()
+
+
 def test_where_features_are_zero(backend: str) -> None:
     x, k = torch.zeros(1, 3, 4, 4), torch.ones(1, 16)
     for p in (1.0, 2.0, 3.0, 2.5):

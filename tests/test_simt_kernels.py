@@ -40,6 +40,14 @@ def everything(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     plain = [x.detach() for x in students]
     maps = _ops.attention_map(plain, 2.0, "mean")
     results = [loss.detach(), *gradients, value, *direct, *maps]
+    masks = [torch.linspace(0, 1, x[:, 0].numel()).view_as(x[:, 0]) for x in plain]
+    options = {"mask": masks, "form": "paper", "eps_mode": "add", "eps": 0.1}
+    masked = at_fused.at_loss(students, teachers, **options)
+    value, direct = at_fused.at_value_and_grad(students, teachers, **options)
+    results += [masked.detach(), *torch.autograd.grad(masked, students + teachers), value, *direct]
+    alike = [plain[0]] * 2, [x.detach() for x in teachers[:1] * 2]
+    value, direct = at_fused.at_value_and_grad(*alike, reduction="sample")
+    results += [value, *direct]
     for collapse in ("max", "sum"):
         found = _ops.attention_map(plain, 3.0, collapse)
         maps, channels = found[: len(plain)], found[len(plain) :]
@@ -212,6 +220,31 @@ def test_a_list_of_maps_takes_one_launch(wide: ctypes.CDLL) -> None:
         rest = found[:6], None, [0] * 6, 2.0, [], found[6:]
         assert launches(lambda r=rest: _ops.attention_map_backward(xs, *r)) == 1
     assert launches(lambda: MAP_LOSS(found[:6], found[:6], *LOSS)) == 1
+
+
+def test_masked_tokens_take_one_launch_each_way(wide: ctypes.CDLL) -> None:
+    """A skipped token is not read, whatever the options."""
+    xs, ys = ([torch.randn(2, 13, c) for c in sizes] for sizes in ((16, 8), (24, 8)))
+    for x in xs:
+        x.requires_grad_()
+    options = {"channel_dim": -1, "skip_tokens": 1, "mask": torch.rand(2, 12) > 0.5}
+    for more in ({}, {"reduction": "sample", "eps_mode": "add", "eps": 0.1}):
+        wide.simt_reset_counters()
+        loss = at_fused.at_loss(xs, ys, **options, **more)
+        total = Counters()
+        wide.simt_counters(ctypes.byref(total))
+        assert total.launches == 1
+        read = sum(x[:, 1:].nbytes for x in (*xs, *ys))
+        assert read <= total.distinct_load_bytes < read + 2048
+        torch.autograd.grad(loss.sum(), xs)
+        found = counters(wide)
+        wide.simt_counters(ctypes.byref(total))
+        assert total.launches == 2
+        assert found.store_bytes == sum(x[:, 1:].nbytes for x in xs)
+        wide.simt_reset_counters()
+        at_fused.at_value_and_grad(xs, ys, **options, **more)
+        wide.simt_counters(ctypes.byref(total))
+        assert total.launches == 1
 
 
 def test_features_that_are_not_aligned_move_in_elements(wide: ctypes.CDLL) -> None:

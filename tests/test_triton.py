@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +203,43 @@ def test_samples_cut_into_pieces(layout: str, monkeypatch: pytest.MonkeyPatch) -
     again = backend.at_value_and_grad(*arguments, 1.0, None)
     assert torch.equal(once[0], again[0])
     assert all(torch.equal(a, b) for a, b in zip(once[1], again[1], strict=True))
+    assert all(not counters.any() for counters in launch._workspaces.values())
+
+
+FACTORS: list[dict[str, Any]] = [
+    {"reduction": "sample"},
+    {"eps_mode": "add", "eps": 0.3},
+    {"masked": True, "form": "paper"},
+    {"masked": True, "reduction": "sample", "eps_mode": "add", "eps": 0.3, "weights": [0.5, -2.0]},
+]
+
+
+@pytest.mark.parametrize("options", FACTORS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "tokens", "cut"])
+def test_factors(layout: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [(3, 20, 5, 7), (3, 6, 4, 3)]
+    given = {name: value for name, value in options.items() if name != "masked"}
+    if layout == "tokens":
+        students = [features(3, 18, c).mT for c in (20, 6)]
+        teachers = [features(3, 17, c).mT for c in (8, 24)]
+        given["skip_tokens"] = [2, 2, 1, 1]
+    else:
+        if layout == "cut":
+            monkeypatch.setattr(launch, "_PIECE_BYTES", 4096)
+            monkeypatch.setattr(launch, "processors", lambda _: 10**6)
+            monkeypatch.setattr(loss, "_WHOLE_BYTES", 4096)
+            sizes = [(3, 8, 11, 13), (3, 6, 4, 3)]
+        kind = layout if layout in LAYOUTS else "planar"
+        students = [features(*size, layout=kind) for size in sizes]
+        teachers = [features(b, c + 5, *size, dtype=torch.bfloat16) for b, c, *size in sizes]
+    if options.get("masked"):
+        positions = [16, 16] if layout == "tokens" else [math.prod(size[2:]) for size in sizes]
+        masks = [torch.rand(n, 3, device=DEVICE).mT for n in positions]
+        masks[0][1] = 0
+        given["masks"] = masks
+    assert_matches_eager(students, teachers, **given)
+    monkeypatch.setattr(launch, "MAX_ENTRIES", 1)
+    assert_matches_eager(students, teachers, **given, upstream=False)
     assert all(not counters.any() for counters in launch._workspaces.values())
 
 
