@@ -322,7 +322,8 @@ def value_and_grad(
     """
     if problem.attend == "spatial":
         return _value_and_grad(problem, scale, loss_gradient)
-    losses, gradients = [], []
+    losses: list[Tensor] = []
+    gradients: list[list[Tensor]] = []
     for part in _spatial(problem._replace(whole=[], skip_tokens=[])):
         loss, found = _value_and_grad(part, scale, loss_gradient)
         if len(losses) == (problem.attend == "both"):
