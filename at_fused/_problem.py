@@ -320,26 +320,24 @@ def value_and_grad(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss, and the gradient of its sum for the students as ``prepare`` placed them.
 
-    Tokens are all there. The gradient is multiplied by ``scale`` and ``loss_gradient``, a scalar.
+    Skipped tokens may be there, in front. The gradient is multiplied by ``scale`` and
+    ``loss_gradient``, a scalar.
     """
-    total: Tensor | None = None
-    gradients: list[Tensor] = []
-    for part in _spatial(problem):
+    if problem.attend == "spatial":
+        return _value_and_grad(problem, scale, loss_gradient)
+    losses: list[Tensor] = []
+    gradients: list[list[Tensor]] = []
+    for part in _spatial(problem._replace(whole=[], skip_tokens=[])):
         loss, found = _value_and_grad(part, scale, loss_gradient)
-        if part is not problem:
-            shapes = [x.shape for x in problem.students]
-            found = [g.transpose(1, 2).reshape(n) for g, n in zip(found, shapes, strict=True)]
-            if problem.whole and gradients:
-                found = [
-                    F.pad(g.flatten(2), (whole.shape[2] - g.flatten(2).shape[2], 0))
-                    if whole.dim() == 3
-                    else g
-                    for g, whole in zip(found, problem.whole, strict=False)
-                ]
-        total = loss if total is None else total + loss
-        gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
-    assert total is not None
-    return total, gradients
+        if len(losses) == (problem.attend == "both"):
+            # Of the transposed view.
+            pairs = zip(found, problem.students, strict=True)
+            found = [g.transpose(1, 2).reshape(x.shape) for g, x in pairs]
+        losses.append(loss)
+        gradients.append(found)
+    if len(losses) == 1:
+        return losses[0], gradients[0]
+    return losses[0] + losses[1], [a + b for a, b in zip(*gradients, strict=True)]
 
 
 def _value_and_grad(

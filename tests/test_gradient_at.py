@@ -38,46 +38,35 @@ def by_hand(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def test_each_samples_own_gradient() -> None:
-    model, (x, labels) = net(), batch()
+    """And nothing is left behind."""
+    model, (x, labels) = net().train(), batch()
     right = by_hand(model, x, labels)
-    torch.testing.assert_close(at_fused.input_gradient(model, x, labels), right)
-    x.requires_grad_()
-    found = at_fused.input_gradient(model(x), x, labels)
+    with torch.no_grad():
+        torch.testing.assert_close(at_fused.input_gradient(model, x, labels), right)
+    found = at_fused.input_gradient(model, x, labels, create_graph=True)
     torch.testing.assert_close(found, right)
-    assert not found.requires_grad
+    assert found.requires_grad
+    assert not x.requires_grad
+    assert x.grad is None
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert model.training
+    model.requires_grad_(False)
+    torch.testing.assert_close(at_fused.input_gradient(model, x, labels), right)
     labels[1] = -100
     found = at_fused.input_gradient(model, x, labels)
     assert not found[1].any()
     torch.testing.assert_close(found[0], right[0])
 
 
-def test_nothing_is_left_behind() -> None:
-    model, (x, labels) = net().train(), batch()
-    at_fused.input_gradient(model, x, labels)
-    assert not x.requires_grad
-    assert x.grad is None
-    j = at_fused.input_gradient(model, x, labels, create_graph=True)
-    assert j.requires_grad
-    assert not x.requires_grad
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert model.training
-    with torch.no_grad():
-        torch.testing.assert_close(at_fused.input_gradient(model, x, labels), j)
-    frozen = net().requires_grad_(False)
-    assert at_fused.input_gradient(frozen, x, labels).any()
-
-
 def test_the_graph_of_given_logits_is_kept() -> None:
     model, (x, labels) = net(), batch()
     x.requires_grad_()
     logits = model(x)
-    j = at_fused.input_gradient(logits, x, labels, create_graph=True)
-    loss = F.cross_entropy(logits, labels) + at_fused.gradient_at_loss(j, torch.zeros_like(j))
-    loss.backward()
+    found = at_fused.input_gradient(logits, x, labels)
+    torch.testing.assert_close(found, by_hand(model, x, labels))
+    assert not found.requires_grad
+    F.cross_entropy(logits, labels).backward()
     assert all(p.grad is not None for p in model.parameters())
-    again = model(x)
-    at_fused.input_gradient(again, x, labels)
-    F.cross_entropy(again, labels).backward()
 
 
 def test_batch_norm_in_training_mode_mixes_samples_and_eval_mode_does_not() -> None:
@@ -128,17 +117,6 @@ def test_gradient_at_loss(form: str, dtype: torch.dtype, shape: tuple[int, ...])
     torch.testing.assert_close(found.double(), right, rtol=exact, atol=0)
     (g,), (r,) = torch.autograd.grad(found, a), torch.autograd.grad(right, wide)
     assert (g.double() - r).abs().max() <= TOLERANCE[dtype] * r.abs().max()
-
-
-@FORMS
-def test_any_strides(form: str) -> None:
-    a = torch.randn(4, 6, 5, 8)
-    for x in (a.to(memory_format=torch.channels_last), a[::2, 1:4, :, 2:], a.transpose(2, 3)):
-        other = torch.randn(x.shape)
-        right = reference(x.double(), other.double(), form)
-        for pair in ((x, other), (other, x)):
-            found = at_fused.gradient_at_loss(*pair, form=form)
-            torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=0)
 
 
 def test_small_and_large_gradients() -> None:
@@ -196,11 +174,10 @@ def test_a_teacher_under_inference_mode(form: str) -> None:
     assert torch.equal(*torch.autograd.grad(loss, a), *torch.autograd.grad(right, a))
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.Softplus])
-@pytest.mark.parametrize("form", ["paper", "squared", "code"])
-def test_double_backward_through_a_network(form: str, activation: type[nn.Module]) -> None:
+@FORMS
+def test_double_backward_through_a_network(form: str) -> None:
     """The parameters' gradients against those of plain PyTorch."""
-    student, teacher = net(activation, torch.float64), net(activation, torch.float64)
+    student, teacher = net(nn.Softplus, torch.float64), net(nn.ReLU, torch.float64)
     x, labels = batch(torch.float64)
     j_t = at_fused.input_gradient(teacher, x, labels)
     x.requires_grad_()
@@ -245,20 +222,15 @@ def test_compile_fullgraph(compiler: str) -> None:
 
 X, Y = torch.randn(2, 3, 4, 4), torch.tensor([0, 1])
 LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+NO_PART = "logits do not depend on x"
 
 ERRORS: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
     "x": (LINEAR, [1], Y, TypeError, "x must be a tensor, got list"),
     "x integers": (LINEAR, X.long(), Y, TypeError, "x must be float32.*torch.int64"),
     "model": (3, X, Y, TypeError, "model must be a module, a function or logits, got int"),
     "logits without x": (LINEAR(X), X, Y, ValueError, "x must require a gradient"),
-    "other logits": (
-        LINEAR(X),
-        X.clone().requires_grad_(),
-        Y,
-        ValueError,
-        "logits do not depend on x",
-    ),
-    "no graph": (lambda x: torch.ones(2, 5), X, Y, ValueError, "logits do not depend on x"),
+    "other logits": (LINEAR(X), X + X.new_zeros((), requires_grad=True), Y, ValueError, NO_PART),
+    "no graph": (lambda x: torch.ones(2, 5), X, Y, ValueError, NO_PART),
     "a tuple": (lambda x: (x, x), X, Y, TypeError, r"return logits \(B, K\), got tuple"),
     "rank": (lambda x: x, X, Y, ValueError, r"logits must be \(B, K\) with the B of x, 2"),
     "label dtype": (LINEAR, X, Y.float(), TypeError, "labels must be int64"),
@@ -291,13 +263,8 @@ def test_other_errors() -> None:
 
 def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(__file__).parents[1] / "examples/gradient_at.py"
-    example = runpy.run_path(str(path))
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        without, with_transfer = example["main"](epochs=12, seeds=1)
-    finally:
-        torch.set_num_threads(threads)
-    assert 0.3 < without <= 1
-    assert 0.3 < with_transfer <= 1
+    accuracies = runpy.run_path(str(path))["main"](epochs=12, seeds=1)
+    assert all(0.3 < accuracy <= 1 for accuracy in accuracies)
+    assert len(accuracies) == 2
     assert "accuracy" in capsys.readouterr().out

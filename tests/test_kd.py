@@ -1,4 +1,4 @@
-"""Hinton's loss against the formula written out, in float64 and in mpmath, and other programs'."""
+"""Hinton's loss against the formula in float64, and other programs'. More: test_properties.py."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchdistill.losses.mid_level import KDLoss as TorchdistillKDLoss
 
 import at_fused
@@ -36,15 +35,10 @@ def reference(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """The loss as people write it; rows of images are made rows of a batch."""
-    if s.dim() > 2:
-        s, t = (x.movedim(1, -1).flatten(0, -2) for x in (s, t))
-        if labels is not None and not labels.is_floating_point():
-            labels = labels.flatten()
-        elif labels is not None:
-            labels = labels.movedim(1, -1).flatten(0, -2)
+    """The loss as people write it; positions of images are rows of a batch."""
     log_p, log_q = F.log_softmax(s / T, 1), F.log_softmax(t / T, 1)
-    loss = alpha * T * T * F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+    kl = F.kl_div(log_p, log_q, log_target=True, reduction="sum") / (s.numel() / s.shape[1])
+    loss = alpha * T * T * kl
     if labels is None or alpha == 1:
         return loss
     ce = F.cross_entropy(s, labels, label_smoothing=label_smoothing, ignore_index=ignore_index)
@@ -85,7 +79,7 @@ def logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # ---- values and gradients ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 2, 10, 63, 100, 1000])
+@pytest.mark.parametrize("k", [1, 2, 100, 1000])
 def test_numbers_of_classes(k: int) -> None:
     labels = torch.randint(k, (5,))
     labels[1] = -100
@@ -93,23 +87,11 @@ def test_numbers_of_classes(k: int) -> None:
     assert_matches(logits(5, k), logits(5, k))
 
 
-@pytest.mark.parametrize("k", [21841, 50257])
-def test_many_classes(k: int) -> None:
-    labels = torch.tensor([k - 1, 0])
-    assert_matches(logits(2, k, dtype=torch.bfloat16), logits(2, k), labels, label_smoothing=0.1)
-
-
-@pytest.mark.parametrize("student", DTYPES, ids=str)
-@pytest.mark.parametrize("teacher", DTYPES, ids=str)
-def test_dtypes(student: torch.dtype, teacher: torch.dtype) -> None:
-    labels = torch.randint(37, (4,))
-    for smoothing in (0.0, 0.2):
-        assert_matches(
-            logits(4, 37, dtype=student),
-            logits(4, 37, dtype=teacher),
-            labels,
-            label_smoothing=smoothing,
-        )
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_classes(dtype: torch.dtype) -> None:
+    """Where fp16's gradients would vanish but for a loss scale, which comes from above."""
+    s, t = logits(2, 21841, dtype=dtype), logits(2, 21841)
+    assert_matches(s, t, torch.tensor([21840, 0]), label_smoothing=0.1, scale=2.0**14)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -117,50 +99,18 @@ def test_dtypes(student: torch.dtype, teacher: torch.dtype) -> None:
 def test_options(alpha: float, T: float) -> None:
     s, t = logits(6, 11), logits(6, 11)
     labels = torch.tensor([3, 0, 10, 5, 3, 7])
-    for smoothing in (0.0, 0.3):
-        for ignored in (-100, 3, 10):
-            options = {"label_smoothing": smoothing, "ignore_index": ignored}
-            assert_matches(s, t, labels, T=T, alpha=alpha, **options)
-    if alpha > 0:
-        assert_matches(s, t, None, T=T, alpha=alpha)
-
-
-def views() -> dict[str, Tensor]:
-    base = torch.randn(8, 48)
-    return {
-        "rows of a wider tensor": base[:, 3:20],
-        "every second row": base[::2],
-        "transposed": base.t(),
-        "every second class": base[:, ::2],
-        "one row for all": base[:1].expand(8, 48),
-        "one class for all": base[:, :1].expand(8, 48),
-        "unaligned": torch.randn(8 * 48 + 1)[1:].view(8, 48),
-    }
-
-
-@pytest.mark.parametrize("view", views())
-def test_every_stride_pattern(view: str) -> None:
-    x = views()[view]
-    other = torch.randn(x.shape)
-    labels = torch.randint(x.shape[1], (x.shape[0],))
-    assert_matches(x, other, labels)
-    assert_matches(other, x, labels)
-    wide = torch.randint(x.shape[1], (2 * x.shape[0],))
-    assert_matches(x, x.clone() * 2, wide[::2])
+    for options in ({}, {"ignore_index": 3}, {"label_smoothing": 0.3, "ignore_index": 10}):
+        assert_matches(s, t, labels, T=T, alpha=alpha, **options)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_all_labels_ignored(smoothing: float) -> None:
+    """The entropy is NaN, as F.cross_entropy; the gradient is that of the divergence."""
     s, t = logits(3, 5).requires_grad_(), logits(3, 5)
-    labels = torch.full((3,), -100)
-    loss = kd_loss(s, t, labels, label_smoothing=smoothing)
-    assert loss.isnan()  # as F.cross_entropy
-    (g,) = torch.autograd.grad(loss, s)
-    right = reference(s.double(), t.double(), labels, label_smoothing=smoothing)
-    assert right.isnan()
+    loss = kd_loss(s, t, torch.full((3,), -100), label_smoothing=smoothing)
+    assert loss.isnan()
     (only_kl,) = torch.autograd.grad(reference(s.double(), t.double(), None), s)
-    torch.testing.assert_close(g, only_kl)
-    assert kd_loss(s, t, labels, alpha=1.0).isfinite()
+    torch.testing.assert_close(torch.autograd.grad(loss, s)[0], only_kl)
 
 
 def test_equal_logits_are_exactly_0() -> None:
@@ -171,7 +121,7 @@ def test_equal_logits_are_exactly_0() -> None:
             loss = kd_loss(s, t, T=T, alpha=1.0)
             assert loss.item() == 0
             for g in torch.autograd.grad(loss, (s, t)):
-                assert not g.any()
+                assert g.abs().max() <= 2**-22 * T / 4
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (3, 4, 7), (2, 3, 2, 3, 2)], ids=str)
@@ -180,12 +130,10 @@ def test_images_are_rows(shape: tuple[int, ...]) -> None:
     s, t = logits(*shape), logits(*shape, dtype=torch.float16)
     labels = torch.randint(shape[1], (shape[0], *shape[2:]))
     labels[0, 0] = -100
-    for smoothing in (0.0, 0.1):
-        assert_matches(s, t, labels, T=3.0, alpha=0.4, label_smoothing=smoothing)
+    assert_matches(s, t, labels, T=3.0, alpha=0.4, label_smoothing=0.1)
     assert_matches(s, t)
     last = s.movedim(1, -1).contiguous().movedim(-1, 1)
     assert_matches(last, t, labels)
-    torch.testing.assert_close(kd_loss(last, t, labels), kd_loss(s, t, labels))
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 6, 3, 3)], ids=str)
@@ -200,9 +148,6 @@ def test_class_probabilities(shape: tuple[int, ...], dtype: torch.dtype) -> None
             found = kd_loss(s, t, mixed, alpha=alpha, label_smoothing=smoothing)
             right = reference(s, t, mixed.float(), alpha=alpha, label_smoothing=smoothing)
             torch.testing.assert_close(found, right)
-    classes = torch.randint(6, (shape[0], *shape[2:]))
-    one_hot = F.one_hot(classes, 6).movedim(-1, 1).to(dtype)
-    torch.testing.assert_close(kd_loss(s, t, one_hot), kd_loss(s, t, classes))
     mixed.requires_grad_()
     (g,) = torch.autograd.grad(kd_loss(s, t, mixed, alpha=0.5), mixed)
     assert g.any()
@@ -219,34 +164,14 @@ def test_a_term_without_weight_is_left_out() -> None:
     assert not torch.autograd.grad(loss, s)[0].any()
 
 
-# ---- against mpmath ------------------------------------------------------------------------------
-
-
-def exact(s: Tensor, t: Tensor, T: float) -> tuple[float, list[float], list[float]]:
-    """T^2 * KL of one row, and its gradients, to 60 digits and more."""
-    with mpmath.workdps(120):
-        temperature = mpmath.mpf(T)
-
-        def log_softmax(x: Tensor) -> list[Any]:
-            scaled = [mpmath.mpf(v) / temperature for v in x.tolist()]
-            top = max(scaled)
-            total = mpmath.log(sum(mpmath.exp(v - top) for v in scaled))
-            return [v - top - total for v in scaled]
-
-        log_p, log_q = log_softmax(s), log_softmax(t)
-        p, q = [mpmath.exp(v) for v in log_p], [mpmath.exp(v) for v in log_q]
-        rows = list(zip(p, q, log_p, log_q, strict=True))
-        kl = sum(b * (d - c) for _, b, c, d in rows)
-        student = [float(temperature * (a - b)) for a, b, _, _ in rows]
-        teacher = [float(temperature * b * (d - c - kl)) for _, b, c, d in rows]
-        return float(temperature**2 * kl), student, teacher
+# ---- rounding ------------------------------------------------------------------------------------
 
 
 def cases() -> dict[str, tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
 
-    def draw(k: int = 6) -> Tensor:
-        return torch.randn(k, generator=generator)
+    def draw() -> Tensor:
+        return torch.randn(6, generator=generator)
 
     found = {}
     for size in (1e-3, 1.0, 30.0, 4000.0):
@@ -254,9 +179,6 @@ def cases() -> dict[str, tuple[Tensor, Tensor]]:
         base = draw() * size
         found[f"near each other, {size:g}"] = base, base + draw() * size * 1e-3
         found[f"apart by a constant, {size:g}"] = base, base + draw() * 1e-3 + 1000.0
-    one = torch.zeros(40)
-    one[7] = 1.0
-    found["one class apart"] = torch.zeros(40), one
     sure = torch.full((6,), -20.0)
     sure[2] = 5.0
     found["both sure"] = sure, sure * 1.1
@@ -268,18 +190,19 @@ def cases() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("T", [1e-3, 0.1, 1.0, 4.0, 20.0, 100.0, 1e4, 1e6])
-def test_errors_against_mpmath(T: float) -> None:
-    """The bounds of docs/numerics.md: of the loss, and of the gradients."""
-    for name, (s, t) in cases().items():
-        right, *gradients = exact(s, t, T)
-        x, y = s[None].requires_grad_(), t[None].requires_grad_()
-        loss = kd_loss(x, y, T=T, alpha=1.0)
-        size = float(torch.maximum(s.abs(), t.abs()).max())
+def test_the_bounds_of_rounding(T: float) -> None:
+    """Those of docs/numerics.md: of the loss, and of the gradients."""
+    for name, sides in cases().items():
+        x, y = (side[None].requires_grad_() for side in sides)
+        u, v = (side[None].double().requires_grad_() for side in sides)
+        loss, right = kd_loss(x, y, T=T, alpha=1.0), reference(u, v, None, T, alpha=1.0)
+        size = float(torch.stack(sides).abs().max())
         error = 1e-6 * right + 2e-7 * T * T + 2e-7 * T * size
-        assert abs(loss.item() - right) <= error, (T, name, loss.item(), right)
-        for g, r in zip(torch.autograd.grad(loss, (x, y)), gradients, strict=True):
-            off = (g.double() - torch.tensor([r], dtype=torch.float64)).abs().max()
-            assert off <= 1e-6 * max(map(abs, r)) + 1e-6 * (T + size), (T, name, g, r)
+        assert (loss - right).abs() <= error, (T, name, loss, right)
+        gradients = torch.autograd.grad(loss, (x, y)), torch.autograd.grad(right, (u, v))
+        for g, r in zip(*gradients, strict=True):
+            bound = 1e-6 * r.abs().max() + 1e-6 * (T + size)
+            assert (g.double() - r).abs().max() <= bound, (T, name, g, r)
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1000])
@@ -305,31 +228,20 @@ def test_finite_for_any_temperature(T: float, dtype: torch.dtype) -> None:
 def test_masked_classes(T: float) -> None:
     """Classes that the teacher excludes, that both exclude, that only the student excludes."""
     s, t = logits(3, 9), logits(3, 9)
-    t[:, 2] = -torch.inf
-    s[1:, 5] = t[1:, 5] = -torch.inf
-    labels = torch.tensor([0, 1, 3])
+    t[:, 2] = s[:, 5] = t[:, 5] = -torch.inf
     x, y = s.clone().requires_grad_(), t.clone().requires_grad_()
-    loss = kd_loss(x, y, labels, T=T)
+    loss = kd_loss(x, y, T=T, alpha=1.0)
     u, v = s.double().requires_grad_(), t.double().requires_grad_()
     log_p, log_q = F.log_softmax(u / T, 1), F.log_softmax(v / T, 1)
     known = log_q > -torch.inf
     terms = torch.where(known, log_q.exp() * torch.where(known, log_q - log_p, 0.0), 0.0)
-    right = 0.9 * T * T * terms.sum() / 3 + 0.1 * F.cross_entropy(u, labels)
+    right = T * T * terms.sum() / 3
     torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=0)
-    for g, r in zip(
-        torch.autograd.grad(loss, (x, y)), torch.autograd.grad(right, (u, v)), strict=True
-    ):
-        assert g.isfinite().all()
+    gradients = torch.autograd.grad(loss, (x, y)), torch.autograd.grad(right, (u, v))
+    for g, r in zip(*gradients, strict=True):
         torch.testing.assert_close(g.double(), r.nan_to_num(), rtol=1e-5, atol=1e-6)
     s[0, 4] = -torch.inf
     assert kd_loss(s, t, T=T).item() == torch.inf
-
-
-def test_nan_is_not_hidden() -> None:
-    for side in (0, 1):
-        pair = [logits(2, 20), logits(2, 20)]
-        pair[side][1, 13] = float("nan")
-        assert kd_loss(*pair).isnan()
 
 
 # ---- other programs ------------------------------------------------------------------------------
@@ -365,10 +277,6 @@ def torchdistill(s: Tensor, t: Tensor, y: Tensor, T: float, alpha: float) -> Ten
     return found
 
 
-def torchdistill_alone(s: Tensor, t: Tensor, y: Tensor, T: float) -> Tensor:
-    return torchdistill(s, t, y, T, 0.0)
-
-
 # Their lines, and the call in README.md that is the same.
 PROGRAMS: list[tuple[Callable[..., Tensor], str]] = [
     (authors, "kd_loss(s, t, y, T, alpha)"),
@@ -376,20 +284,14 @@ PROGRAMS: list[tuple[Callable[..., Tensor], str]] = [
         authors_first,
         "2 / K * alpha * kd_loss(s, t, T=T, alpha=1.0) + (1 - alpha) * cross_entropy(s, y)",
     ),
-    (
-        repdistiller,
-        "gamma * cross_entropy(s, y) + alpha * kd_loss(s, t, T=T, alpha=1.0)",
-    ),
-    (
-        mdistiller,
-        "ce_weight * cross_entropy(s, y) + kd_weight * kd_loss(s, t, T=T, alpha=1.0)",
-    ),
+    (repdistiller, "gamma * cross_entropy(s, y) + alpha * kd_loss(s, t, T=T, alpha=1.0)"),
+    (mdistiller, "ce_weight * cross_entropy(s, y) + kd_weight * kd_loss(s, t, T=T, alpha=1.0)"),
     (torchdistill, "kd_loss(s, t, y, T, 1 - alpha)"),
-    (torchdistill_alone, "kd_loss(s, t, T=T, alpha=1.0) / T**2"),
+    (lambda s, t, y, T: torchdistill(s, t, y, T, 0.0), "kd_loss(s, t, T=T, alpha=1.0) / T**2"),
 ]
 
 
-@pytest.mark.parametrize(("theirs", "call"), PROGRAMS, ids=[f.__name__ for f, _ in PROGRAMS])
+@pytest.mark.parametrize(("theirs", "call"), PROGRAMS, ids=[call for _, call in PROGRAMS])
 def test_the_calls_for_other_programs(theirs: Callable[..., Tensor], call: str) -> None:
     assert f"`{call}`" in (Path(__file__).parents[1] / "README.md").read_text()
     s, t, y = logits(8, 10).requires_grad_(), logits(8, 10), torch.randint(10, (8,))
@@ -406,36 +308,10 @@ def test_the_calls_for_other_programs(theirs: Callable[..., Tensor], call: str) 
 # ---- inside PyTorch ------------------------------------------------------------------------------
 
 
-def test_fp16_with_a_loss_scale() -> None:
-    """Gradients that would vanish in fp16 are there with a loss scale, which comes from above."""
-    s = logits(8, 1000, dtype=torch.float16).requires_grad_()
-    t = logits(8, 1000, dtype=torch.float16)
-    loss = kd_loss(s, t, torch.randint(1000, (8,)), T=1.0)
-    (g,) = torch.autograd.grad(loss * 2.0**14, s, retain_graph=True)
-    (small,) = torch.autograd.grad(loss, s)
-    assert g.isfinite().all()
-    assert (g != 0).float().mean() > 0.99 > (small != 0).float().mean()
-
-
-def test_autocast() -> None:
-    net, x, t = nn.Linear(8, 10), torch.randn(4, 8), logits(4, 10)
-    labels = torch.randint(10, (4,))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        s = net(x)
-        loss = kd_loss(s, t, labels)
-    assert s.dtype == torch.bfloat16
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(
-        loss.double(), reference(s.double(), t.double(), labels), rtol=1e-5, atol=0
-    )
-    loss.backward()
-    assert net.weight.grad.isfinite().all()
-
-
 @pytest.mark.parametrize("alpha", [0.6, 0.0, 1.0])
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 2, 2)], ids=str)
 def test_gradcheck(alpha: float, shape: tuple[int, ...]) -> None:
-    """To second order, and in forward mode."""
+    """To second order, and in forward mode; and vmap."""
     s, t = (logits(*shape, dtype=torch.float64).requires_grad_() for _ in range(2))
     labels = torch.randint(shape[1], (shape[0], *shape[2:]))
     labels[1] = -100
@@ -446,74 +322,34 @@ def test_gradcheck(alpha: float, shape: tuple[int, ...]) -> None:
 
     assert torch.autograd.gradcheck(loss, sides, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(loss, sides, check_fwd_over_rev=True)
+    each = torch.func.vmap(loss)(torch.stack([s, t]), torch.stack([t, t]))
+    torch.testing.assert_close(each, torch.stack([loss(s, t), loss(t, t)]))
 
 
-def test_torch_func() -> None:
-    s, t, v = (logits(3, 6, dtype=torch.float64) for _ in range(3))
-    labels = torch.tensor([1, 2, 3])
-
-    def ours(x: Tensor) -> Tensor:
-        return kd_loss(x, t, labels)
-
-    def right(x: Tensor) -> Tensor:
-        return reference(x, t, labels)
-
-    gradient = torch.func.grad(right)
-    torch.testing.assert_close(torch.func.grad(ours)(s), gradient(s))
-    (value, tangent) = torch.func.jvp(ours, (s,), (v,))
-    torch.testing.assert_close(value, right(s))
-    torch.testing.assert_close(tangent, (gradient(s) * v).sum())
-    _, product = torch.func.jvp(torch.func.grad(ours), (s,), (v,))
-    torch.testing.assert_close(product, torch.func.hessian(right)(s).flatten(2) @ v.flatten())
-    batches = [torch.stack([x, x.roll(1, 0)]) for x in (s, t)]
-    each = torch.func.vmap(kd_loss)(*batches, torch.stack([labels, labels.roll(1)]))
-    torch.testing.assert_close(each, ours(s).expand(2))
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile_fullgraph(compiler: str) -> None:
-    s, t, labels = logits(4, 10).requires_grad_(), logits(4, 10), torch.randint(10, (4,))
-
-    def step(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return 3 * kd_loss(s * 2, t, labels, T=2.0, alpha=0.5)
-
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    loss, right = compiled(s, t, labels), step(s, t, labels)
-    torch.testing.assert_close(loss, right)
-    torch.testing.assert_close(torch.autograd.grad(loss, s), torch.autograd.grad(right, s))
-
-
-def test_an_exported_program_has_the_gradient() -> None:
+@pytest.mark.parametrize("how", ["aot_eager", "inductor", "export"])
+def test_compiled_and_exported(how: str) -> None:
     s, t, labels = logits(4, 10), logits(4, 10), torch.randint(10, (4,))
-    program = torch.export.export(at_fused.KDLoss(), (s, t, labels)).module()
+    module = at_fused.KDLoss(T=2.0, alpha=0.5)
+    if how == "export":
+        program = torch.export.export(module, (s, t, labels)).module()
+    else:
+        program = torch.compile(module, fullgraph=True, backend=how)
     s.requires_grad_()
-    loss, right = program(s, t, labels), kd_loss(s, t, labels)
+    loss, right = program(s, t, labels), module(s, t, labels)
     torch.testing.assert_close(loss, right)
     torch.testing.assert_close(torch.autograd.grad(loss, s), torch.autograd.grad(right, s))
 
 
-@pytest.mark.parametrize("T", [1.0, 4.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_teacher_under_inference_mode(T: float, dtype: torch.dtype) -> None:
+def test_a_teacher_under_inference_mode(dtype: torch.dtype) -> None:
     s, t = logits(4, 6).requires_grad_(), logits(4, 6, dtype=dtype)
-    labels = {"classes": torch.tensor([1, 2, -100, 3]), "probabilities": t.float().softmax(1)}
-    for y in labels.values():
+    for y in (torch.tensor([1, 2, -100, 3]), t.float().softmax(1)):
         with torch.inference_mode():
             teacher, targets = t.clone(), y.clone()
-        loss = kd_loss(s, teacher, targets, T=T)
-        right = kd_loss(s, t, y, T=T)
-        torch.testing.assert_close(loss, right)
-        torch.testing.assert_close(torch.autograd.grad(loss, s), torch.autograd.grad(right, s))
-
-
-def test_only_what_is_asked_for() -> None:
-    s, t = logits(3, 6), logits(3, 6).requires_grad_()
-    (g,) = torch.autograd.grad(kd_loss(s, t), t)
-    u = t.detach().double().requires_grad_()
-    (r,) = torch.autograd.grad(reference(s.double(), u, None), u)
-    torch.testing.assert_close(g.double(), r, rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        assert not kd_loss(s, t).requires_grad
+        for T in (1.0, 4.0):
+            loss, right = kd_loss(s, teacher, targets, T=T), kd_loss(s, t, y, T=T)
+            torch.testing.assert_close(loss, right)
+            torch.testing.assert_close(torch.autograd.grad(loss, s), torch.autograd.grad(right, s))
 
 
 def test_module_is_the_function() -> None:
@@ -531,55 +367,23 @@ def test_module_is_the_function() -> None:
 S, Y = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
 
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "student": ({"student_logits": [1.0]}, TypeError, "student_logits must be a tensor, got list"),
     "teacher": ({"teacher_logits": None}, TypeError, "teacher_logits must be a tensor, got None"),
-    "integers": ({"student_logits": S.long()}, TypeError, "student_logits.*got torch.int64"),
-    "sparse": ({"teacher_logits": S.to_sparse()}, TypeError, "teacher_logits.*dense"),
     "rank": ({"student_logits": S[0]}, ValueError, r"student_logits must be \(B, K\) or.*\(6,\)"),
     "shapes": ({"teacher_logits": S[:, :5]}, ValueError, r"teacher_logits.*\(4, 6\), got \(4, 5\)"),
-    "batch": ({"teacher_logits": S[:1]}, ValueError, r"teacher_logits.*got \(1, 6\)"),
-    "empty": ({"student_logits": S[:0]}, ValueError, "student_logits must not be empty"),
     "device": ({"teacher_logits": S.to("meta")}, ValueError, "device of student.*cpu, got meta"),
     "labels": ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be a tensor or None, got list"),
-    "label dtype": ({"labels": Y.int()}, TypeError, "labels must be int64.*got torch.int32"),
-    "soft labels": (
-        {"labels": S[:, :5]},
-        TypeError,
-        r"labels must be int64.*or class prob.*\(4, 6",
-    ),
-    "soft labels of rows": (
-        {"labels": Y.float()},
-        TypeError,
-        "labels must be int64.*torch.float32",
-    ),
-    "soft labels, ignored": (
-        {"labels": S.softmax(1), "ignore_index": 3},
-        ValueError,
-        "ignore_index is for labels that are class numbers.*got 3",
-    ),
-    "soft label device": (
-        {"labels": S.to("meta")},
-        ValueError,
-        "labels must be on.*cpu, got meta",
-    ),
+    "soft labels": ({"labels": S[:, :5]}, TypeError, r"must be int64.*or class prob.*\(4, 6"),
+    "ignored": ({"labels": S, "ignore_index": 3}, ValueError, "ignore_index is for .*got 3"),
+    "soft label device": ({"labels": S.to("meta")}, ValueError, "labels must be on.*cpu, got meta"),
+    "label shape": ({"labels": Y[:3]}, ValueError, r"labels must be \(B,\), here \(4,\).*\(3,\)"),
     "labels of an image": (
         {"student_logits": S[..., None], "teacher_logits": S[..., None]},
         ValueError,
         r"labels must be \(B, \*spatial\), here \(4, 1\), got shape \(4,\)",
     ),
-    "label shape": ({"labels": Y[:3]}, ValueError, r"labels must be \(B,\), here \(4,\).*\(3,\)"),
-    "label rank": ({"labels": Y[:, None]}, ValueError, r"labels must be.*\(4, 1\)"),
-    "label device": ({"labels": Y.to("meta")}, ValueError, "labels must be on.*cpu, got meta"),
-    "T zero": ({"T": 0.0}, ValueError, "T must be a finite number > 0, got 0.0"),
-    "T negative": ({"T": -1}, ValueError, "T must be.*got -1"),
-    "T nan": ({"T": float("nan")}, ValueError, "T must be.*got nan"),
-    "T inf": ({"T": float("inf")}, ValueError, "T must be.*got inf"),
-    "T text": ({"T": "4"}, TypeError, "T must be a number, got str"),
+    "T": ({"T": 0.0}, ValueError, "T must be a finite number > 0, got 0.0"),
     "alpha": ({"alpha": 1.5}, ValueError, "alpha must be from 0 to 1, got 1.5"),
-    "alpha nan": ({"alpha": float("nan")}, ValueError, "alpha must be.*got nan"),
-    "alpha None": ({"alpha": None}, TypeError, "alpha must be a number, got NoneType"),
     "smoothing": ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be >= 0 and < 1"),
-    "smoothing below 0": ({"label_smoothing": -0.1}, ValueError, "label_smoothing must be"),
     "ignore_index wide": ({"ignore_index": 2**63}, ValueError, "ignore_index must be an int64"),
     "ignore_index": ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got float"),
 }
@@ -596,11 +400,8 @@ def test_errors(case: str) -> None:
 @pytest.mark.parametrize("label", [6, -1, 2**40])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_label_out_of_range(label: int, smoothing: float) -> None:
-    labels = torch.tensor([0, 1, label, 3])
-    with pytest.raises(RuntimeError, match=rf"from 0 to 5 or.*got {label} in row 2"):
-        kd_loss(S, S, labels, label_smoothing=smoothing)
-    image = torch.zeros(2, 3, 4, dtype=torch.int64)
+    labels, image = torch.tensor([0, 1, label, 3]), torch.zeros(2, 3, 4, dtype=torch.int64)
     image[1, 0, 2] = label
-    x = torch.randn(2, 6, 3, 4)
-    with pytest.raises(RuntimeError, match=rf"from 0 to 5 or.*got {label} in row \(1, 0, 2\)"):
-        kd_loss(x, x, image, label_smoothing=smoothing)
+    for x, y, row in ((S, labels, "2"), (torch.randn(2, 6, 3, 4), image, r"\(1, 0, 2\)")):
+        with pytest.raises(RuntimeError, match=rf"from 0 to 5 or.*got {label} in row {row}"):
+            kd_loss(x, x, y, label_smoothing=smoothing)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import multiprocessing
 import os
@@ -11,7 +10,6 @@ import pickle
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -103,8 +101,9 @@ ROW = {"map0.bin": 192, "map1.bin": 64, "logits.bin": 10, "fingerprint.bin": 8, 
 
 def test_miss_partial_and_hit(cache: TeacherCache) -> None:
     x, teacher = inputs(), Teacher()
-    first = torch.tensor([7, 2, 9])
-    check(cache.fetch(teacher, x[first], first, identity=NAME), Teacher()(x[first]))
+    first, y = torch.tensor([7, 2, 9]), x[[7, 2, 9]]
+    check(cache.fetch(teacher, y, first, identity=NAME), Teacher()(y))
+    assert teacher.given[0] is y
     assert cache.stored(NAME) == 3
     index = [4, 9, 0, 7, 5]
     check(cache.fetch(teacher, x[index], index, identity=NAME), Teacher()(x[index]))
@@ -113,28 +112,6 @@ def test_miss_partial_and_hit(cache: TeacherCache) -> None:
     index = [5, 7, 2, 0, 9, 4]
     for one in again(cache):
         check(one.fetch(never, x[index], index, identity=NAME), Teacher()(x[index]))
-    assert len(teacher.given) == 2
-
-
-def test_all_of_x_is_given_itself(cache: TeacherCache) -> None:
-    x, teacher = inputs(), Teacher()
-    cache.fetch(teacher, x, range(SAMPLES), identity=NAME)
-    assert teacher.given[0] is x
-    cache.fetch(teacher, x[:2], [0, 1], identity=NAME, seed=1)
-    y = x[2:4]
-    cache.fetch(teacher, y, [2, 3], identity=NAME, seed=1)  # where others are stored as well
-    assert teacher.given[2] is y
-
-
-def test_repeats_in_a_batch(cache: TeacherCache) -> None:
-    x, teacher = inputs(), Teacher()
-    index = [3, 3, 1, 3]
-    check(cache.fetch(teacher, x[index], index, identity=NAME), Teacher()(x[index]))
-    assert cache.stored(NAME) == 2
-    index = [6, 1, 6, 3, 1]
-    check(cache.fetch(teacher, x[index], index, identity=NAME), Teacher()(x[index]))
-    assert torch.equal(teacher.given[1], x[[6, 6]])
-    check(cache.fetch(never, x[index], index, identity=NAME), Teacher()(x[index]))
 
 
 def test_of_a_repeated_sample_the_first_row_is_stored(cache: TeacherCache) -> None:
@@ -167,10 +144,16 @@ def rows_of(result: Result) -> Result:
     return [m[0] for m in maps], logits[0]
 
 
-@pytest.mark.parametrize("logits", [torch.float16, torch.bfloat16, torch.float32, None], ids=str)
-@pytest.mark.parametrize("maps", [torch.float32, torch.float64], ids=str)
+DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize(
+    ("maps", "logits"),
+    [(m, t) for m in (torch.float32, torch.float64, None) for t in (*DTYPES[1:4], None) if m or t],
+    ids=str,
+)
 def test_the_bits_come_back(
-    cache: TeacherCache, maps: torch.dtype, logits: torch.dtype | None
+    cache: TeacherCache, maps: torch.dtype | None, logits: torch.dtype | None
 ) -> None:
     # Random bits: NaNs with payloads, infinities, subnormal numbers, both zeros.
     def bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -179,8 +162,8 @@ def test_the_bits_come_back(
         return raw.view(dtype)[..., 0]
 
     right = (
-        [bits((4, 7), maps), bits((4, 1, 3, 2), maps), bits((4,), maps)],
-        None if logits is None else bits((4, 9), logits),
+        [bits(shape, maps) for shape in ((4, 7), (4, 1, 3, 2), (4,)) if maps],
+        bits((4, 9), logits) if logits else None,
     )
     x, index = inputs()[:4], [11, 0, 5, 6]
     check(cache.fetch(lambda x: right, x, index, identity=NAME), right)
@@ -188,31 +171,18 @@ def test_the_bits_come_back(
         check(one.fetch(never, x, index, identity=NAME), right)
 
 
-def test_logits_alone(cache: TeacherCache) -> None:
-    x, right = inputs(), torch.randn(SAMPLES, 3)
-    cache.fetch(lambda x: ([], right), x, range(SAMPLES), identity=NAME)
-    check(cache.fetch(never, x, range(SAMPLES), identity=NAME), ([], right))
-
-
 def test_seeds_and_teachers_are_apart(cache: TeacherCache) -> None:
+    """More of them than are kept open."""
     x, index = inputs()[:3], [0, 1, 2]
-    cases = [("a" * 64, 0), ("a" * 64, 1), ("a" * 64, -1), ("b" * 64, 0)]
+    cases = [("a" * 64, seed) for seed in range(-1, 2 * teacher_cache._OPEN)] + [("b" * 64, 0)]
     for number, (identity, seed) in enumerate(cases):
         cache.fetch(Teacher(number), x + number, index, identity=identity, seed=seed)
     for number, (identity, seed) in enumerate(cases):
         for one in again(cache):
             found = one.fetch(never, x + number, index, identity=identity, seed=seed)
             check(found, Teacher(number)(x + number))
-    assert cache.stored("a" * 64, 2) == 0
-
-
-def test_more_seeds_than_are_kept_open(cache: TeacherCache) -> None:
-    x = inputs()
-    for seed in [*range(2 * teacher_cache._OPEN), 3, 0]:
-        cache.fetch(Teacher(seed), x, range(SAMPLES), identity=NAME, seed=seed)
-        assert len(cache._open) <= teacher_cache._OPEN
-        assert next(reversed(cache._open)) == (NAME, seed)
-    check(cache.fetch(never, x, range(SAMPLES), identity=NAME, seed=1), Teacher(1)(x))
+    assert cache.stored("a" * 64, 99) == 0
+    assert len(cache._open) == teacher_cache._OPEN
 
 
 def test_results_are_the_callers_own(cache: TeacherCache) -> None:
@@ -236,12 +206,6 @@ def test_modes_and_the_default_device(cache: TeacherCache) -> None:
         check(found, right)
     with torch.no_grad():
         check(cache.fetch(never, x[:4], range(4), identity=NAME), right)
-
-
-def test_an_error_of_compute_stores_nothing(cache: TeacherCache) -> None:
-    with pytest.raises(AssertionError, match="all of these are stored"):
-        cache.fetch(never, inputs(), range(SAMPLES), identity=NAME)
-    assert cache.stored(NAME) == 0
 
 
 def test_absent_samples_take_no_room(tmp_path: Path) -> None:
@@ -274,6 +238,9 @@ def test_repr_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
 def test_a_changed_input_is_refused(cache: TeacherCache, dtype: torch.dtype) -> None:
     x = (inputs().abs() * 9).to(dtype)
+    with pytest.raises(StaleCacheError, match="sample 1 is not the input"):
+        cache.fetch(never, x[:3], [1, 2, 1], identity=NAME)
+    assert cache.stored(NAME) == 0
     maps = [torch.ones(8, 2)]
     cache.fetch(lambda x: (maps, None), x[:8], range(8), identity=NAME)
     changed = x.clone()
@@ -284,17 +251,6 @@ def test_a_changed_input_is_refused(cache: TeacherCache, dtype: torch.dtype) -> 
             one.fetch(never, changed, range(SAMPLES), identity=NAME)
         assert one.stored(NAME) == 8
     check(cache.fetch(never, x[6:8], [6, 7], identity=NAME), ([torch.ones(2, 2)], None))
-    with pytest.raises(StaleCacheError, match=r"sample 7 is not the input.*2 of 2 are not"):
-        cache.fetch(never, x[6:8], [7, 6], identity=NAME)
-
-
-def test_a_number_with_two_inputs_is_refused(cache: TeacherCache) -> None:
-    with pytest.raises(StaleCacheError, match="sample 1 is not the input"):
-        cache.fetch(never, inputs()[:3], [1, 2, 1], identity=NAME)
-    assert cache.stored(NAME) == 0
-
-
-DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -332,26 +288,7 @@ def test_fingerprints_of_other_dtypes_shapes_and_signs() -> None:
     others += [x * sign.view(1, 4, 6) for sign in signs]
     others += [x.flip(1), x.flip(2), x.roll(1, 2)]
     assert len({int(_store.row_hashes(y, "x")) for y in others}) == len(others)
-    assert int(_store.row_hashes(x, "x")) != int(_store.row_hashes(x, "y"))
-    zeros = torch.tensor([[0.0], [-0.0]])
-    assert _store.row_hashes(zeros, "x").unique().numel() == 2
-
-
-def test_fingerprints_by_hand() -> None:
-    """In Python's integers. Stored caches have these numbers: others need another format."""
-
-    def mix(v: int) -> int:
-        for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-            v = (v ^ v >> 33) * factor % 2**64
-        return v ^ v >> 33
-
-    x = torch.randn(3, 2, 5)
-    start = hashlib.sha256(b"('x', 'torch.float32', (2, 5))").digest()[:8]
-    for row, found in zip(x, _store.row_hashes(x, "x").tolist(), strict=True):
-        total = int.from_bytes(start, "little")
-        for lane, number in enumerate(struct.unpack("<10i", struct.pack("<10f", *row.view(-1)))):
-            total += number * (mix(lane + 1) | 1)
-        assert found % 2**64 == mix(total % 2**64)
+    # Stored caches have these numbers: others need another format.
     x = torch.arange(8, dtype=torch.float32).view(2, 4)
     assert _store.row_hashes(x, "x").tolist() == [-2175622316265835352, -8541282024382568498]
 
@@ -382,31 +319,21 @@ def test_files_of_other_sizes_are_refused(cache: TeacherCache, file: str, how: s
         assert not path.exists()
 
 
-@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("where", ["first", "last", "never written"])
 @pytest.mark.parametrize("file", FILES[:-1])
-def test_damaged_bytes_are_refused(cache: TeacherCache, file: str, place: str) -> None:
+def test_damaged_bytes_are_refused(cache: TeacherCache, file: str, where: str) -> None:
+    """Also after a power failure: the mark reached the disk, a page of another file did not."""
     x, path, size = inputs(), filled(cache) / file, ROW[file]
-    with open(path, "r+b") as stream:
-        stream.seek(4 * size + (0 if place == "first" else size - 1))
-        byte = stream.read(1)[0]
-        stream.seek(-1, os.SEEK_CUR)
-        stream.write(bytes([byte ^ 0x40]))
+    data = bytearray(path.read_bytes())
+    if where == "never written" and file != "checksum.bin":
+        data[4 * size : 5 * size] = bytes(size)
+    else:
+        data[4 * size + (0 if where == "first" else size - 1)] ^= 0x40
+    path.write_bytes(data)
     for one in again(cache):
         with pytest.raises(StaleCacheError, match=r"checksum.bin: expected .* of sample 4's rows"):
             one.fetch(never, x[3:6], [3, 4, 5], identity=NAME)
         check(one.fetch(never, x[5:], range(5, SAMPLES), identity=NAME), Teacher()(x[5:]))
-
-
-@pytest.mark.parametrize("file", FILES[:-2])
-def test_marked_but_never_written_is_refused(cache: TeacherCache, file: str) -> None:
-    """As after a power failure: the checksum reached the disk, a page of another file did not."""
-    x, path, size = inputs(), filled(cache) / file, ROW[file]
-    with open(path, "r+b") as stream:
-        stream.seek(7 * size)
-        stream.write(bytes(size))
-    for one in again(cache):
-        with pytest.raises(StaleCacheError, match="of sample 7's rows"):
-            one.fetch(never, x, range(SAMPLES), identity=NAME)
 
 
 def test_written_but_not_marked_is_computed_again(cache: TeacherCache) -> None:
@@ -433,26 +360,17 @@ def test_rows_in_anothers_place_are_refused(cache: TeacherCache) -> None:
 
 METAS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "format": (lambda m: m | {"format": 2}, "expected format 1, found 2"),
-    "no format": (lambda m: {"samples": SAMPLES}, "expected format 1, found None"),
     "byteorder": (lambda m: m | {"byteorder": "big"}, "expected byteorder 'little', found 'big'"),
-    "identity": (lambda m: m | {"identity": NAME[:16]}, f"expected identity '{NAME}', found"),
     "seed": (lambda m: m | {"seed": 5}, "expected seed 0, found 5"),
-    "samples": (lambda m: m | {"samples": 13}, "expected samples 12, found 13"),
-    "list": (lambda m: [m], "expected the JSON of a cache, found list"),
     "nested": (lambda m: "[" * 10**5, "expected the JSON of a cache, found RecursionError"),
     "text": (lambda m: "{", "expected the JSON of a cache, found JSONDecodeError"),
-    "bytes": (lambda m: b"\xff\xfe{}", "expected the JSON of a cache, found UnicodeDecodeError"),
     "no arrays": (lambda m: m | {"arrays": {}}, "expected arrays by name, found {}"),
-    "arrays": (lambda m: m | {"arrays": [1]}, "expected arrays by name, found"),
     "name": (lambda m: arrays(m, **{"../map0": ["float32", 48]}), "found ../map0: "),
     "array": (lambda m: arrays(m, map0=7), "found map0: 7"),
-    "empty": (lambda m: arrays(m, map0=[]), "found map0: \\[\\]"),
     "dtype": (lambda m: arrays(m, map0=["int8", 48]), "found map0: \\['int8', 48\\]"),
     "no dtype": (lambda m: arrays(m, map0=[["float32"], 48]), "found map0: "),
-    "no size": (lambda m: arrays(m, map0=["float32", "48"]), "found map0: "),
     "negative": (lambda m: arrays(m, map0=["float32", -6, -8]), "found map0: "),
     "size": (lambda m: arrays(m, map0=["float32", 49]), "map0.bin: expected 2352 bytes, found 23"),
-    "more": (lambda m: arrays(m, map2=["float32", 48]), "map2.bin: expected 2304 bytes, found no"),
     # Of the same size: the checksums have shapes and dtypes in them, and the order of the arrays.
     "shape": (lambda m: arrays(m, map0=["float32", 6, 8]), "checksum.bin: expected checksum"),
     "width": (lambda m: arrays(m, map0=["float64", 24]), "checksum.bin: expected checksum"),
@@ -522,36 +440,20 @@ def test_other_maps_than_stored_ones_are_refused(cache: TeacherCache, change: st
         assert one.stored(NAME) == 3
 
 
-def test_a_deleted_folder_is_made_anew_and_a_replaced_one_opened_again(cache: TeacherCache) -> None:
+def test_a_deleted_folder_is_made_anew_and_a_replaced_file_opened_again(
+    cache: TeacherCache,
+) -> None:
     x, folder = inputs(), filled(cache)
-    other = TeacherCache(Path(cache._folder).with_name("other"), SAMPLES)
-    with_other = filled(other).parent / f"{NAME[:16]}-seed1"
-    other.fetch(Teacher(2), x, range(SAMPLES), identity=NAME, seed=1)
     shutil.rmtree(folder)
     assert cache.stored(NAME) == 0
     cache.fetch(Teacher(3), x[:2], [0, 1], identity=NAME)
-    assert cache.stored(NAME) == 2
     check(cache.fetch(never, x[:2], [0, 1], identity=NAME), Teacher(3)(x[:2]))
-    cache.fetch(Teacher(5), x, range(SAMPLES), identity=NAME, seed=1)
-    shutil.rmtree(Path(cache._folder) / f"{NAME[:16]}-seed1")
-    with_other.rename(Path(cache._folder) / f"{NAME[:16]}-seed1")
-    check(cache.fetch(never, x, range(SAMPLES), identity=NAME, seed=1), Teacher(2)(x))
-
-
-def test_a_replaced_file_is_opened_again(cache: TeacherCache) -> None:
-    x, path = inputs(), filled(cache) / "checksum.bin"
+    path = folder / "checksum.bin"
     new = path.with_suffix(".new")
     new.write_bytes(bytes(path.stat().st_size))
     os.replace(new, path)
     assert cache.stored(NAME) == 0
     check(cache.fetch(Teacher(2), x, range(SAMPLES), identity=NAME), Teacher(2)(x))
-    assert any(path.read_bytes())
-
-
-def test_a_checksum_is_never_the_mark_of_absence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_store, "_mix", torch.zeros_like)
-    numbers = torch.arange(3)
-    assert _store._checksums(numbers, numbers, {}).tolist() == [1, 1, 1]
 
 
 def test_a_file_in_the_sub_folders_place_is_refused(cache: TeacherCache) -> None:
@@ -581,29 +483,21 @@ def test_a_full_disk_is_an_error_and_marks_nothing(
 # ---- other processes -----------------------------------------------------------------------------
 
 
-def test_what_another_process_stores_meanwhile_stays(cache: TeacherCache) -> None:
-    x, (_, other) = inputs(), again(cache)
+@pytest.mark.parametrize("theirs", [[3, 1], [0, 1, 2, 3]], ids=["some", "all"])
+def test_what_another_process_stores_meanwhile_stays(
+    cache: TeacherCache, theirs: list[int]
+) -> None:
+    x, (_, other), index = inputs(), again(cache), [0, 1, 2, 3]
 
     def compute(given: Tensor) -> Result:
-        other.fetch(Teacher(2), x[[3, 1]], [3, 1], identity=NAME)
+        other.fetch(Teacher(2), x[theirs], theirs, identity=NAME)
         return Teacher()(given)
 
-    index = [0, 1, 2, 3]
-    maps, _ = cache.fetch(compute, x[index], index, identity=NAME)
-    factors = torch.tensor([1.0, 2.0, 1.0, 2.0])
-    assert torch.equal(maps[0], x[index].flatten(1) * factors[:, None])
-    maps, _ = other.fetch(never, x[index], index, identity=NAME)
-    assert torch.equal(maps[0], x[index].flatten(1) * factors[:, None])
-
-
-def test_where_another_process_stores_all_meanwhile(cache: TeacherCache) -> None:
-    x, (_, other) = inputs(), again(cache)
-
-    def compute(given: Tensor) -> Result:
-        other.fetch(Teacher(2), given, range(SAMPLES), identity=NAME)
-        return Teacher()(given)
-
-    check(cache.fetch(compute, x, range(SAMPLES), identity=NAME), Teacher(2)(x))
+    factors = torch.ones(4)
+    factors[theirs] = 2.0
+    for one, function in ((cache, compute), (other, never)):
+        maps, _ = one.fetch(function, x[index], index, identity=NAME)
+        assert torch.equal(maps[0], x[index].flatten(1) * factors[:, None])
 
 
 def test_another_input_that_another_process_stores_meanwhile_is_refused(
@@ -689,18 +583,6 @@ sys.stdout.buffer.write(pickle.dumps(found))
     check(pickle.loads(done.stdout), right)
 
 
-def test_after_a_fork(cache: TeacherCache) -> None:
-    x = inputs()
-    cache.fetch(Teacher(), x[:4], range(4), identity=NAME)
-
-    def child() -> None:
-        check(cache.fetch(never, x[:4], range(4), identity=NAME), Teacher()(x[:4]))
-        cache.fetch(Teacher(2), x[4:8], range(4, 8), identity=NAME)
-
-    assert in_child(child) == 0
-    check(cache.fetch(never, x[4:8], range(4, 8), identity=NAME), Teacher(2)(x[4:8]))
-
-
 def test_processes_at_once(cache: TeacherCache) -> None:
     """Each makes its own values: what is stored has whole rows of one, and all see the same."""
     count, x = 4, inputs(64)
@@ -773,28 +655,6 @@ def test_killed_at_any_step(cache: TeacherCache, step: tuple[Any, str, int], aft
     check(cache.fetch(Teacher(), x, range(SAMPLES), identity=NAME), Teacher()(x))
 
 
-def test_killed_half_way_through_the_marks(cache: TeacherCache) -> None:
-    x = inputs()
-
-    def child() -> None:
-        whole = Tensor.index_copy_
-
-        def half(self: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
-            if self.dim() == 1 and self.data_ptr() == cache._open[NAME, 0].marks.data_ptr():
-                whole(self, dim, index[:3], source[:3])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return whole(self, dim, index, source)
-
-        Tensor.index_copy_ = half
-        cache.fetch(Teacher(), x[:8], range(8), identity=NAME)
-
-    assert in_child(child) == -signal.SIGKILL
-    assert cache.stored(NAME) == 3
-    teacher = Teacher()
-    check(cache.fetch(teacher, x, range(SAMPLES), identity=NAME), Teacher()(x))
-    assert torch.equal(teacher.given[0], x[3:])
-
-
 def test_killed_at_any_time(cache: TeacherCache) -> None:
     draw, x = random.Random(0), inputs(32)
     cache = TeacherCache(cache._folder, 32)
@@ -851,41 +711,8 @@ def test_what_the_hash_leaves_out() -> None:
     assert teacher_hash(model, "p", 2) == right
     assert teacher_hash(net().to(memory_format=torch.channels_last), "p", 2) == right
     assert TeacherHash(model)("p", 2) == right
-
-
-CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
-    "in place": lambda m: m[0].weight.data.view(-1)[7].add_(1e-6),
-    "last bit": lambda m: m[0].bias.data.view(torch.int32)[3].bitwise_xor_(1),
-    "buffer": lambda m: m[1].running_var[2].mul_(1.0001),
-    "statistics": lambda m: m.train()(torch.randn(2, 3, 5, 5)),
-    "dtype": lambda m: m.double(),
-    "half": lambda m: m.half(),
-    "new buffer": lambda m: m[2].register_buffer("more", torch.zeros(1), persistent=False),
-    "no bias": lambda m: m[0].register_parameter("bias", None),
-    "class": lambda m: m.__setitem__(2, nn.Tanh()),
-    "order": lambda m: m.__init__(m[0], m[2], m[1], m[3]),
-    "shape": lambda m: setattr(m[0].weight, "data", m[0].weight.data.reshape(4, 27, 1, 1)),
-    "stride": lambda m: setattr(m[0], "stride", (2, 2)),
-    "again": lambda m: m.append(m[2]),
-}
-
-
-@pytest.mark.parametrize("case", CHANGES)
-def test_what_the_hash_has_in_it(case: str) -> None:
-    model = net()
-    CHANGES[case](model)
-    assert teacher_hash(model) != teacher_hash(net())
-
-
-def test_options_and_bfloat16_are_in_the_hash() -> None:
-    model = net()
     shown = [(), (1,), ("1",), (1.0,), (1, 2), ((1, 2),)]
     assert len({teacher_hash(model, *options) for options in shown}) == len(shown)
-    low = net().bfloat16()
-    right = teacher_hash(low)
-    assert right == teacher_hash(net().bfloat16())
-    low[0].weight.data.view(torch.int16).view(-1)[5] ^= 1
-    assert right != teacher_hash(low)
 
 
 def test_lists_of_parameters_and_addresses() -> None:
@@ -937,7 +764,7 @@ def step(model: nn.Sequential) -> None:
 
 
 NOTICED: dict[str, Callable[[nn.Sequential], Any]] = {
-    "in place": lambda m: m[0].weight.detach().view(-1)[7].add_(1),
+    "in place": lambda m: m[0].weight.detach().view(-1)[7].add_(1e-6),
     "optimiser": step,
     "load_state_dict": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
     "load by assignment": lambda m: m.load_state_dict(
@@ -947,25 +774,35 @@ NOTICED: dict[str, Callable[[nn.Sequential], Any]] = {
     "data": lambda m: setattr(m[0].weight, "data", m[0].weight.data + 1),
     "parameter": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach() + 1)),
     "buffer": lambda m: setattr(m[1], "running_mean", m[1].running_mean + 1),
+    "new buffer": lambda m: m[2].register_buffer("more", torch.zeros(1), persistent=False),
     "view": lambda m: setattr(m[0].weight, "data", m[0].weight.data.flip(0)),
+    "shape": lambda m: setattr(m[0].weight, "data", m[0].weight.data.reshape(4, 27, 1, 1)),
     "strides": lambda m: setattr(m[0].weight, "data", m[0].weight.data.transpose(2, 3)),
     "offset": lambda m: setattr(m[0].bias, "data", m[0].weight.data.view(-1)[4:8]),
     "dtype": lambda m: m.half(),
     "there and back": lambda m: m.half().float(),
     "module": lambda m: m.__setitem__(2, nn.Tanh()),
+    "order": lambda m: m.__init__(m[0], m[2], m[1], m[3]),
     "more": lambda m: m.append(nn.ReLU()),
+    "again": lambda m: m.append(m[2]),
     "no bias": lambda m: m[0].register_parameter("bias", None),
+}
+# What torch does not count: another TeacherHash is for these.
+UNNOTICED: dict[str, Callable[[nn.Sequential], Any]] = {
+    "in place through data": lambda m: m[0].bias.data.view(torch.int32)[3].bitwise_xor_(1),
+    "attribute": lambda m: setattr(m[0], "stride", (2, 2)),
 }
 
 
-@pytest.mark.parametrize("case", NOTICED)
+@pytest.mark.parametrize("case", [*NOTICED, *UNNOTICED])
 def test_a_changed_teacher_is_hashed_again(case: str) -> None:
     model = net()
     memo = TeacherHash(model)
     before = memo()
-    NOTICED[case](model)
-    assert memo() == teacher_hash(model)
-    assert memo() != before
+    (NOTICED | UNNOTICED)[case](model)
+    right = teacher_hash(model)
+    assert right != before
+    assert memo() == (right if case in NOTICED else before)
 
 
 def test_a_new_storage_never_passes_for_an_old_one() -> None:
@@ -995,37 +832,6 @@ def test_a_new_module_or_tensor_never_passes_for_an_old_one(
     memo()
     memo()
     assert len(rehashed) == 3
-
-
-def test_the_same_memory_held_otherwise(rehashed: list[int]) -> None:
-    model = nn.Linear(4, 4)
-    flat = torch.randn(20)
-    model.bias.data = flat[:4]
-    memo = TeacherHash(model)
-    found = {memo()}
-    model.bias.data = flat[4:8]
-    found.add(memo())
-    with torch.no_grad():
-        model.weight.add_(1)
-    found.add(memo())
-    old = model.weight
-    model.weight = nn.Parameter(old.data)
-    with torch.no_grad():
-        for _ in range(old._version):
-            model.weight.add_(1)
-    assert (model.weight.data_ptr(), model.weight._version) == (old.data_ptr(), old._version)
-    found.add(memo())
-    assert len(found) == len(rehashed) == 4
-
-
-def test_a_replaced_module_that_lives_on() -> None:
-    model = net()
-    memo, old = TeacherHash(model), model[2]
-    before = memo()
-    model[2] = nn.Tanh()
-    assert memo() != before
-    model[2] = old
-    assert memo() == before
 
 
 def test_a_move_is_hashed_again_to_the_same(rehashed: list[int]) -> None:
@@ -1064,30 +870,6 @@ def test_a_teacher_made_in_inference_mode(rehashed: list[int]) -> None:
     assert len(rehashed) == 2
 
 
-def test_a_changed_teacher_has_another_cache(cache: TeacherCache) -> None:
-    """All of it together: a fine-tuned teacher's maps are computed anew."""
-    model, x = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).requires_grad_(False), inputs()
-    memo, calls = TeacherHash(model), []
-
-    def compute(x: Tensor) -> Result:
-        calls.append(len(x))
-        out = model(x)
-        return [out.square()], out
-
-    def fetch() -> Result:
-        return cache.fetch(compute, x, range(SAMPLES), identity=memo("p=2"))
-
-    first = fetch()
-    check(fetch(), first)
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    model[1].weight.add_(1)
-    check(fetch(), ([model(x).square()], model(x)))
-    assert calls == [SAMPLES] * 2
-    model.load_state_dict(before)
-    check(fetch(), first)
-    assert calls == [SAMPLES] * 2
-
-
 # ---- arguments -----------------------------------------------------------------------------------
 
 X = inputs()[:2]
@@ -1104,39 +886,30 @@ def returning(result: Any) -> dict[str, Any]:
 
 M = torch.ones(2, 3)
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "an error of compute": ({"compute": never}, AssertionError, "all of these are stored"),
     "compute": ({"compute": 3}, TypeError, "compute must be a function, got int"),
     "x": ({"x": [1]}, TypeError, "x must be a tensor, got list"),
     "x sparse": ({"x": torch.eye(2).to_sparse()}, TypeError, "x must be a dense tensor"),
-    "x scalar": ({"x": torch.ones(())}, ValueError, r"x must be \(B, ...\) and not empty.*\(\)"),
     "x empty": ({"x": torch.ones(0, 3)}, ValueError, r"x must be .*got shape \(0, 3\)"),
     "index": ({"index": 3}, TypeError, "index must be a tensor or a sequence of ints, got int"),
-    "index text": ({"index": "01"}, TypeError, "index must be .* got str"),
     "index dtype": ({"index": M[:, 0]}, TypeError, "index must be int64 .* got torch.float32"),
-    "index shape": ({"index": [1]}, ValueError, r"index must be \(B,\), here \(2,\), got .*\(1,\)"),
     "index rank": (
         {"index": torch.ones(2, 1, dtype=torch.int64)},
         ValueError,
         r"index must be \(B,\), here \(2,\), got shape \(2, 1\)",
     ),
     "index float": ({"index": [0, 1.0]}, TypeError, "index must have ints only, got float"),
-    "index bool": ({"index": [0, True]}, TypeError, "index must have ints only, got bool"),
-    "index < 0": ({"index": [0, -1]}, ValueError, r"numbers in \[0, 12\), got -1"),
     "index large": ({"index": torch.tensor([0, 12])}, ValueError, r"in \[0, 12\), got 12"),
     "index huge": ({"index": [2**70, 0]}, ValueError, r"numbers in \[0, 12\), got 1180591620"),
     "identity": ({"identity": 3}, TypeError, "identity must be a str, got int"),
-    "identity empty": ({"identity": ""}, ValueError, "identity must be letters.* got ''"),
-    "identity path": ({"identity": "../x"}, ValueError, "identity must be .* got '../x'"),
     "identity line": ({"identity": "abc\n"}, ValueError, r"identity must be .* got 'abc\\n'"),
     "seed": ({"seed": 1.0}, TypeError, "seed must be an int, got float"),
-    "seed bool": ({"seed": True}, TypeError, "seed must be an int, got bool"),
     "no tuple": (returning([M]), TypeError, r"compute must return \(maps, .*got list"),
-    "a triple": (returning(([M], None, 3)), TypeError, r"compute must return .* got tuple of 3"),
     "maps": (returning((M, None)), TypeError, "compute: maps must be a list or tuple .*got Tensor"),
     "nothing": (returning(([], None)), ValueError, "compute must return maps or logits"),
     "map": (returning(([3], None)), TypeError, "compute: map0 must be a tensor, got int"),
     "map dtype": (returning(([M, M.half()], None)), TypeError, "map1 must be float32 or float64"),
     "map rows": (returning(([M[:1]], None)), ValueError, r"map0 must be \(2, ...\).*\(1, 3\)"),
-    "map scalar": (returning(([M[0, 0]], None)), ValueError, r"map0 must be \(2, ...\)"),
     "map empty": (returning(([M[:, :0]], None)), ValueError, "map0 must not be empty"),
     "logits": (returning(([M], [3])), TypeError, "compute: logits must be a tensor, got list"),
     "logits dtype": (returning(([M], M.long())), TypeError, "logits must be float32, float16"),
@@ -1166,6 +939,7 @@ def test_errors_of_the_constructor(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     with pytest.raises(TypeError, match="folder must be a str or a path, got int"):
         TeacherCache(3, 1)
+    assert issubclass(StaleCacheError, RuntimeError)
     (tmp_path / "file").write_text("mine")
     for folder in ("file", "file/under"):
         with pytest.raises(ValueError, match="folder must be a folder, got a file in"):
@@ -1177,8 +951,3 @@ def test_more_samples_than_a_file_holds(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="File too large"):
         cache.fetch(lambda x: ([x], None), torch.ones(2, 3), [0, 1], identity="t")
     assert not any(tmp_path.iterdir())
-
-
-def test_a_stale_cache_is_a_runtime_error() -> None:
-    assert issubclass(StaleCacheError, RuntimeError)
-    assert pickle.loads(pickle.dumps(StaleCacheError("why"))).args == ("why",)

@@ -65,24 +65,19 @@ def by_hand(student: WRN, teacher: WRN, x: Tensor, y: Tensor, **options: Any) ->
         {"collapse": "max", "form": "paper"},
         {"weights": [1.0, 0.0, 2.5]},
         {"eps": 0.1, "eps_mode": "add"},
+        {"attend": "channel"},
     ],
 )
 def test_loss_and_gradients(fast_backend: str, options: dict[str, Any]) -> None:
     student, teacher, x, y = networks()
+    if "attend" in options:
+        teacher = WRN(16, 1, base=4).double()
     expected = by_hand(student, teacher, x, y, **options)
     right = gradients(student, expected)
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA, **options)
     loss = task_loss(student(x), y) + at(x)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(student, loss), right)
-
-
-def test_channel_attention() -> None:
-    student, teacher, x, y = networks()
-    teacher = WRN(16, 1, base=4).double()
-    expected = by_hand(student, teacher, x, y, attend="channel")
-    at = AttentionTransfer(student, teacher, GROUPS, beta=BETA, attend="channel")
-    torch.testing.assert_close(task_loss(student(x), y) + at(x), expected)
 
 
 def test_other_sizes_are_interpolated_where_asked() -> None:
@@ -120,46 +115,12 @@ def test_one_network_each_and_the_teacher_in_eval_mode_without_gradients() -> No
     assert [m.training for m in teacher.modules()] == modes
     assert all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(a, before[k]) for k, a in teacher.state_dict().items())
-    with torch.no_grad():
-        torch.testing.assert_close(at.teacher_output, teacher.eval()(x)[0])
-
-
-def test_a_failing_teacher_gets_its_modes_back() -> None:
-    student, teacher, x, _ = networks()
-    at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
     student(x)
     with pytest.raises(RuntimeError, match="size"):
         at(torch.randn(4, 5, 8, 8).double())
-    assert all(m.training for m in teacher.modules())
-
-
-def test_features_of_the_teacher_die_at_once() -> None:
-    student, teacher, x, _ = networks()
-    alive: list[weakref.ref[Tensor]] = []
-    at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
-    for group in teacher.groups:
-        group.register_forward_hook(lambda m, args, out: alive.append(weakref.ref(out)))
-
-    class LogitsOnly(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return teacher(x)[0]
-
-    at._teacher.model = LogitsOnly()
-    student(x)
-    loss = at(x)
-    assert len(alive) == 3
-    assert all(feature() is None for feature in alive)
-    loss.backward()
-
-
-def test_autocast() -> None:
-    student, teacher, x, y = networks(torch.float32)
-    at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = task_loss(student(x), y) + at(x)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    assert all(p.grad.isfinite().all() for p in student.parameters())
+    assert [m.training for m in teacher.modules()] == modes
+    with torch.no_grad():
+        torch.testing.assert_close(at.teacher_output, teacher.eval()(x)[0])
 
 
 def test_channels_last() -> None:
@@ -178,11 +139,18 @@ def test_channels_last() -> None:
     torch.testing.assert_close([p.grad for p in student.parameters()], right)
 
 
-def test_accumulated_parts_of_a_batch() -> None:
+def test_evaluation_and_accumulated_parts_of_a_batch() -> None:
     student, teacher, x, y = networks()
     student.eval()  # the statistics of a part are not those of the whole
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
-    right = gradients(student, task_loss(student(x), y) + at(x))
+    with torch.no_grad():
+        alive = [weakref.ref(feature) for feature in student(x)[1]]
+        assert all(feature() is None for feature in alive)
+        value = at(x)
+    output = student(x)
+    loss = at(x)
+    torch.testing.assert_close(loss.detach(), value)
+    right = gradients(student, task_loss(output, y) + loss)
     for part in (slice(0, 2), slice(2, 4)):
         ((task_loss(student(x[part]), y[part]) + at(x[part])) / 2).backward()
     torch.testing.assert_close([p.grad for p in student.parameters()], right)
@@ -205,20 +173,6 @@ def test_outputs_and_states_are_unchanged() -> None:
     student(x)
     with pytest.raises(RuntimeError, match="has given no map"):
         at(x)
-
-
-def test_eval_keeps_no_graph_and_gives_the_value() -> None:
-    student, teacher, x, _ = networks()
-    at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
-    student.eval()
-    with torch.no_grad():
-        _, features = student(x)
-        alive = [weakref.ref(feature) for feature in features]
-        del features
-        assert all(feature() is None for feature in alive)
-        value = at(x)
-    student(x)
-    torch.testing.assert_close(at(x).detach(), value)
 
 
 def test_saving_copying_and_pickling() -> None:
@@ -265,25 +219,6 @@ def test_calls_that_do_not_belong_together() -> None:
     with torch.no_grad():
         student(x)
     with pytest.raises(RuntimeError, match=r"no graph: it ran under no_grad, or in.*reentrant"):
-        at(x)
-
-
-def test_a_pass_without_a_layer_does_not_use_the_map_of_another() -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
-            self.skip = False
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) if self.skip else self.a(x) + self.b(x)
-
-    student, teacher, x = Branching(), Branching(), torch.randn(2, 3, 4, 4)
-    at = AttentionTransfer(student, teacher, ["a", "b"], beta=1.0)
-    student(x)
-    student.skip = True
-    student(x)
-    with pytest.raises(RuntimeError, match="layer 'b' has given no map"):
         at(x)
 
 
@@ -340,34 +275,47 @@ def test_compiled_student_and_teacher(order: str) -> None:
 
 # ---- what layers give ----------------------------------------------------------------------------
 
+
+class Wrapping(nn.Conv2d):
+    """A layer that gives more than a tensor."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__(3, 4, 3)
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(super().forward(x))
+
+
+class Taking(nn.Module):
+    """What takes the tensor of it, or runs without it."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.skip = Wrapping(wrap), False
+
+    def forward(self, x: Tensor) -> Any:
+        if self.skip:
+            return x
+        self.given = self.layer(x)
+        return self.given[0]
+
+
 Both = namedtuple("Both", "feature extra")
 
 
 @pytest.mark.parametrize("wrap", [lambda x: (x, 1), lambda x: [x], lambda x: Both(x, None)])
 def test_layers_that_give_more_than_a_tensor(wrap: Callable[[Tensor], Any]) -> None:
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x: Tensor) -> Any:
-            return wrap(self.conv(x))
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = Layer()
-
-        def forward(self, x: Tensor) -> Any:
-            self.given = self.layer(x)
-            return self.given[0]
-
-    student, teacher, x = Net(), Net(), torch.randn(2, 3, 8, 8)
+    student, teacher, x = Taking(wrap), Taking(wrap), torch.randn(2, 3, 8, 8)
     at = AttentionTransfer(student, teacher, ["layer"], beta=2.0)
-    loss = student(x).sum() + at(x)
+    found, loss = student(x), at(x)
     assert type(student.given) is type(wrap(x))
-    expected = at_fused.at_loss(student.layer.conv(x), teacher.layer.conv(x).detach())
-    torch.testing.assert_close(loss, student.layer.conv(x).sum() + 2 * expected)
+    torch.testing.assert_close(loss, 2 * at_fused.at_loss(found, teacher(x).detach()))
+    student(x)
+    student.skip = True  # a pass without the layer does not use the map of another
+    student(x)
+    with pytest.raises(RuntimeError, match="layer 'layer' has given no map"):
+        at(x)
 
 
 def test_a_layer_that_gives_something_else() -> None:
@@ -388,59 +336,33 @@ def test_a_layer_that_gives_something_else() -> None:
 
 
 class Tokens(nn.Module):
-    """The outside of a ViT: patches and a class token, two blocks, a norm, a head."""
+    """The outside of a ViT that does not say how many of its tokens are no patches."""
 
-    def __init__(self, width: int, declared: bool = True) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 2, 2)
         self.token = nn.Parameter(torch.randn(1, 1, width))
-        self.blocks = nn.Sequential(
-            *(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(2))
-        )
-        self.norm = nn.LayerNorm(width)
-        if declared:
-            self.num_prefix_tokens = 1
+        self.blocks = nn.Sequential(nn.Linear(width, width), nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
-        return self.norm(self.blocks(x))[:, 0]
+        return self.blocks(torch.cat([self.token.expand(len(x), -1, -1), x], 1))
 
 
 def test_tokens_and_maps() -> None:
     student, teacher, x = Tokens(6), WRN(10, 1, base=4), torch.randn(2, 3, 8, 8)
-    at = AttentionTransfer(student, teacher, example=x, beta=BETA, verbose=False)
-    assert at.pairs == [("blocks", "groups.1")]
-    features: list[Tensor] = []
-    student.blocks.register_forward_hook(lambda m, args, out: features.append(out))
+    pairs = [("blocks", "groups.1")]
+    at = AttentionTransfer(student, teacher, pairs, beta=BETA)
     student(x)
-    loss = at(x)
-    target = teacher.eval()(x)[1][1].detach()
-    expected = at_fused.at_loss(
-        [features[0]],
-        [target.movedim(1, -1)],
-        channel_dim=-1,
-        skip_tokens=1,
-        map_size=((4, 4), None),
-    )
-    torch.testing.assert_close(loss, BETA * expected)
-
-    plain = Tokens(6, declared=False)
-    at = AttentionTransfer(plain, teacher, [("blocks", "groups.1")], beta=BETA)
-    plain(x)
     with pytest.raises(ValueError, match=r"map_size must be \(H, W\) of 17 tokens.*4x4"):
         at(x)
     at.remove()
-    at = AttentionTransfer(
-        plain,
-        teacher,
-        [("blocks", "groups.1")],
-        beta=BETA,
-        skip_tokens=(1, 0),
-        map_size=((4, 4), None),
-    )
-    plain(x)
-    at(x)
+    options: dict[str, Any] = {"skip_tokens": (1, 0), "map_size": ((4, 4), None)}
+    at = AttentionTransfer(student, teacher, pairs, beta=BETA, **options)
+    tokens, loss = student(x), at(x)
+    target = teacher.eval()(x)[1][1].detach().movedim(1, -1)
+    expected = at_fused.at_loss(tokens, target, channel_dim=-1, **options)
+    torch.testing.assert_close(loss, BETA * expected)
 
 
 # ---- automatic pairs -----------------------------------------------------------------------------
@@ -502,10 +424,7 @@ class ChannelsLast(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.embed = nn.Conv2d(3, width, 2, 2)
-        self.first, self.second = (
-            nn.Sequential(nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)), nn.GELU())
-            for _ in range(2)
-        )
+        self.first, self.second = (nn.Sequential(nn.Linear(width, width)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(self.embed(x).movedim(1, -1))
@@ -518,15 +437,6 @@ def test_channels_that_are_last_are_not_taken_for_a_side() -> None:
         at_fused.match_layers(student, teacher, x)
     pairs = at_fused.match_layers(student, teacher, x, channel_dim=(-1, 1), verbose=False)
     assert pairs == [("first", "groups.1"), ("second", "groups.2")]
-    at = AttentionTransfer(student, teacher, pairs, beta=BETA, channel_dim=(-1, 1))
-    features: list[Tensor] = []
-    student.first.register_forward_hook(lambda m, args, out: features.append(out))
-    student.second.register_forward_hook(lambda m, args, out: features.append(out))
-    student(x)
-    loss = at(x)
-    targets = [g.movedim(1, -1) for g in teacher.eval()(x)[1][1:]]
-    expected = at_fused.at_loss(features, targets, channel_dim=-1)
-    torch.testing.assert_close(loss, BETA * expected)
 
 
 # ---- wrong arguments -----------------------------------------------------------------------------
@@ -538,23 +448,18 @@ def test_channels_that_are_last_are_not_taken_for_a_side() -> None:
         ({"student": 3}, TypeError, "student must be an nn.Module, got int"),
         ({"teacher": "same"}, ValueError, "must be two networks"),
         ({"layers": "groups.0"}, TypeError, "layers must be a list"),
-        ({"layers": []}, TypeError, "layers must be a list"),
         ({"layers": [3]}, TypeError, r"layers\[0\] must be a name or a pair"),
-        ({"layers": [("groups.0",)]}, TypeError, r"layers\[0\] must be"),
         ({"layers": ["groups.7"]}, ValueError, "WRN has no module 'groups.7'; near: groups"),
         ({"layers": ["groups.0", "groups.0"]}, ValueError, "'groups.0' again"),
         ({"layers": None}, ValueError, "layers or example must be given"),
         ({"beta": "much"}, TypeError, "beta must be a number"),
         ({"beta": float("nan")}, ValueError, "beta must be finite"),
-        ({"p": 0.0}, ValueError, "p must be"),
         ({"form": "print"}, ValueError, "form must be"),
         ({"attend": "both"}, ValueError, "attend must be"),
         ({"resize": "features"}, ValueError, "resize must be None or 'maps'"),
         ({"weights": [1.0]}, ValueError, "weights must have one number per pair"),
         ({"reduction": "none"}, TypeError, "takes no option 'reduction'"),
         ({"channel_dim": 2}, ValueError, "channel_dim must be None, 1 or -1"),
-        ({"channel_dim": True}, ValueError, "channel_dim must be None, 1 or -1.*got True"),
-        ({"skip_tokens": False}, ValueError, "skip_tokens must be None.*got False"),
         ({"map_size": (True, 4)}, ValueError, "map_size must be"),
         (
             {"beta": 1e200, "weights": [1.0, -1e200, 1.0]},
@@ -562,7 +467,6 @@ def test_channels_that_are_last_are_not_taken_for_a_side() -> None:
             r"beta \* weights\[1\] must be finite, got -inf",
         ),
         ({"skip_tokens": (1, -1)}, ValueError, "skip_tokens must be None, a whole number"),
-        ({"map_size": "4x4"}, ValueError, "map_size must be"),
         ({"cache": "folder"}, TypeError, "cache must be a TeacherCache"),
     ],
 )
@@ -606,12 +510,7 @@ class OnThreads(nn.DataParallel):
             replica = module._replicate_for_data_parallel()
             replica._parameters = dict(module._parameters)
             replica._buffers = {k: b.clone() for k, b in module._buffers.items()}
-            replica._modules = {
-                k: replicate(m) for k, m in module._modules.items() if m is not None
-            }
-            for k, m in module._modules.items():
-                if m is None:
-                    replica._modules[k] = None
+            replica._modules = {k: m and replicate(m) for k, m in module._modules.items()}
             return replica
 
         parts = x.chunk(len(self.device_ids))
@@ -631,14 +530,13 @@ class OnThreads(nn.DataParallel):
 here = threading.local()
 
 
-@pytest.mark.parametrize("device_ids", [[0, 1], [2, 0]])
-def test_data_parallel(device_ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_hooks, "_replica", lambda x: getattr(here, "device", 0))
     student, teacher, x, y = networks()
     student.eval()
     expected = by_hand(student, teacher, x, y)
     right = gradients(student, expected)
-    parallel = OnThreads(student, device_ids)
+    parallel = OnThreads(student, [2, 0])
     at = AttentionTransfer(parallel, teacher, GROUPS, beta=BETA)
     for _ in range(2):
         parallel(x)  # an evaluation in between
