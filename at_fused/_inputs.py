@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from at_fused._checks import DTYPES, check_finite, check_number, check_tensor, is_whole, kind
+from at_fused._checks import (
+    DTYPES,
+    check_finite,
+    check_number,
+    check_tensor,
+    is_whole,
+    kind,
+    savable,
+)
 from at_fused._warnings import AtFusedWarning
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -130,7 +138,8 @@ def given_back(gradient: Tensor, x: Tensor, side: Side) -> Tensor:
     if x.dim() != 3:
         return gradient.movedim(1, -1)
     tokens = gradient.flatten(2).transpose(1, 2)
-    return F.pad(tokens, (0, 0, x.shape[1] - tokens.shape[1], 0))
+    missing = x.shape[1] - tokens.shape[1]
+    return F.pad(tokens, (0, 0, missing, 0)) if missing else tokens
 
 
 def _features(name: str, given: Tensor | Sequence[Tensor], side: Side) -> list[Tensor]:
@@ -193,10 +202,14 @@ def _check_side(channel_dim: object, skip_tokens: object, map_size: Any) -> Side
     return Side(channel_dim, skip_tokens, map_size)
 
 
+def plain(channel_dim: object, skip_tokens: object) -> bool:
+    """Return True for the defaults of both sides; True and 1.0 are 1 as well, but no ints."""
+    return channel_dim == 1 and skip_tokens == 0 and type(channel_dim) is type(skip_tokens) is int
+
+
 def sides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> tuple[Side, Side]:
     """The student's and the teacher's, from one value for both or a pair of them."""
-    plain = channel_dim == 1 and skip_tokens == 0 and map_size is None
-    if plain and type(channel_dim) is type(skip_tokens) is int:  # True and 1.0 are 1 as well
+    if map_size is None and plain(channel_dim, skip_tokens):
         return _PLAIN, _PLAIN
     dims, skips = _both("channel_dim", channel_dim), _both("skip_tokens", skip_tokens)
     nested = isinstance(map_size, (tuple, list)) and not all(isinstance(n, int) for n in map_size)
@@ -384,7 +397,7 @@ def _check_factor(name: str, factor: object, x: Tensor) -> Tensor:
         raise TypeError(f"{name} must be floating-point or bool, got {factor.dtype}")
     if factor.device != x.device:
         raise ValueError(f"{name} must be on the features' device, {x.device}, got {factor.device}")
-    return factor
+    return savable(factor)
 
 
 def check_one_batch(students: list[Tensor], rule: str) -> None:
@@ -419,7 +432,7 @@ def check_masks(mask: Tensor | Sequence[Tensor], students: list[Tensor]) -> list
     else:
         masks = list(mask)
     for i, (m, x) in enumerate(zip(masks, students, strict=True)):
-        m = _check_factor("mask", m, x)
+        m = masks[i] = _check_factor("mask", m, x)
         if m.dim() != x.dim() - 1 or m.shape[0] != x.shape[0] or 0 in m.shape:
             raise ValueError(
                 f"mask must be (B, H, W) for pair {i} of (B, C, H, W) = {tuple(x.shape)}, "

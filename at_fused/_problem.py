@@ -10,7 +10,7 @@ whatever the other options take.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -160,8 +160,8 @@ def prepare_maps(
 
 
 def straight(
-    student: object,
-    teacher: object,
+    student: Any,
+    teacher: Any,
     p: object,
     collapse: object,
     form: object,
@@ -172,7 +172,8 @@ def straight(
     """Return the loss of ordinary pairs, handed to the operator as they are.
 
     On small features most of a call's time is Python's. The operator checks what memory needs; here
-    is what it would take and ``at_loss`` does not. None: ``prepare`` says what is wrong, if anything.
+    is what it would take and ``at_loss`` does not. After None ``prepare`` says what is wrong, if
+    anything.
     """
     single = isinstance(student, Tensor) and isinstance(teacher, Tensor)
     students = [student] if single else student
@@ -316,26 +317,24 @@ def value_and_grad(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss, and the gradient of its sum for the students as ``prepare`` placed them.
 
-    Tokens are all there. The gradient is multiplied by ``scale`` and ``loss_gradient``, a scalar.
+    Skipped tokens may be there, in front. The gradient is multiplied by ``scale`` and
+    ``loss_gradient``, a scalar.
     """
-    total: Tensor | None = None
-    gradients: list[Tensor] = []
-    for part in _spatial(problem):
+    if problem.attend == "spatial":
+        return _value_and_grad(problem, scale, loss_gradient)
+    losses: list[Tensor] = []
+    gradients: list[list[Tensor]] = []
+    for part in _spatial(problem._replace(whole=[], skip_tokens=[])):
         loss, found = _value_and_grad(part, scale, loss_gradient)
-        if part is not problem:
-            shapes = [x.shape for x in problem.students]
-            found = [g.transpose(1, 2).reshape(n) for g, n in zip(found, shapes, strict=True)]
-            if problem.whole and gradients:
-                found = [
-                    F.pad(g.flatten(2), (whole.shape[2] - g.flatten(2).shape[2], 0))
-                    if whole.dim() == 3
-                    else g
-                    for g, whole in zip(found, problem.whole, strict=False)
-                ]
-        total = loss if total is None else total + loss
-        gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
-    assert total is not None
-    return total, gradients
+        if len(losses) == (problem.attend == "both"):
+            # Of the transposed view.
+            pairs = zip(found, problem.students, strict=True)
+            found = [g.transpose(1, 2).reshape(x.shape) for g, x in pairs]
+        losses.append(loss)
+        gradients.append(found)
+    if len(losses) == 1:
+        return losses[0], gradients[0]
+    return losses[0] + losses[1], [a + b for a, b in zip(*gradients, strict=True)]
 
 
 def _value_and_grad(

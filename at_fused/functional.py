@@ -129,14 +129,14 @@ def at_loss(
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
     if (
-        resize is None
+        weights is None
+        and resize is None
+        and map_size is None
         and mask is None
         and sample_weights is None
-        and weights is None
+        and isinstance(attend, str)
         and attend == "spatial"
-        and channel_dim == 1
-        and skip_tokens == 0
-        and map_size is None
+        and _inputs.plain(channel_dim, skip_tokens)
         and absolute is True
     ):
         loss = straight(student, teacher, p, collapse, form, reduction, eps_mode, eps)

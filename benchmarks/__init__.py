@@ -1,15 +1,13 @@
 """The benchmarks of a checkout: ``python -m benchmarks.report`` runs them and writes the report.
 
-    cases, methods, steps    the programs that are compared, and their inputs
-    timing                   how long a program takes
-    measure                  what is timed, as rows
+    cases                    the settings, and the programs that are compared on them
+    measure, steps           what is measured, and how; steps of whole networks
     results                  the rows of a device, as JSON
-    tables, charts, pages    what is made of them
-    report                   measures, and puts the results of all devices together
-    roofline*                bytes that the CUDA kernels move, counted without a GPU
+    tables, charts, report   what is made of them
+    roofline                 bytes that the CUDA kernels move, counted without a GPU
     train_step               the authors' recipe and at-fused-train's, step by step
 
-The test_*.py time the same for pytest-benchmark.
+test_benchmarks.py times the same for pytest-benchmark.
 """
 
 import os

@@ -1,9 +1,10 @@
-"""The canonical cases and the programs that are compared on them."""
+"""The cases, and the programs that are compared on them: popular lines, and at_fused's options."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,18 @@ CASES: dict[str, tuple[int, list[tuple[int, int, int]]]] = {
         [(64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7)],
     ),
     "c: one pair 256x56x56": (32, [(256, 256, 56)]),
+    "ViT-S from B, three blocks": (32, [(384, 768, 14)] * 3),
+    "ViT-Ti from S, three blocks": (32, [(192, 384, 14)] * 3),
 }
+CANONICAL, TRANSFORMERS = tuple(CASES)[:3], tuple(CASES)[3:]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PASSES = ("forward", "forward+backward", "value and gradient")
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+LAYOUTS = tuple(FORMATS)
+TOKENS = ("tokens",)  # (B, 1 + H*W, C), the first that of the class
+
+
+# ---- the popular lines ---------------------------------------------------------------------------
 
 
 def popular_at(x: Tensor) -> Tensor:
@@ -36,8 +45,122 @@ def popular_at_loss(x: Tensor, y: Tensor) -> Tensor:
 
 
 def popular_losses(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-    """The loss of all stages, as their training loops add it up."""
+    """The loss of all stages, as training loops add it up."""
     return sum(popular_at_loss(s, t) for s, t in zip(students, teachers, strict=True))
+
+
+def energy(x: Tensor) -> Tensor:
+    """The raw map."""
+    return x.pow(2).mean(1)
+
+
+def token_energy(x: Tensor) -> Tensor:
+    """The raw map of tokens, without that of the class."""
+    return x[:, 1:].pow(2).mean(2)
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """The squared differences of two raw maps, once normalised."""
+    return (F.normalize(a.flatten(1)) - F.normalize(b.flatten(1))).pow(2)
+
+
+def added_eps(q: Tensor) -> Tensor:
+    """A map over its norm + 1e-6."""
+    q = q.flatten(1)
+    return q / (q.norm(dim=1, keepdim=True) + 1e-6)
+
+
+def interpolated_loss(s: Tensor, t: Tensor) -> Tensor:
+    """The teacher's map, interpolated to the student's size."""
+    a, b = (x.pow(2).mean(1, keepdim=True) for x in (s, t))
+    return distance(a, F.interpolate(b, size=a.shape[2:], mode="bilinear")).mean()
+
+
+def pooled_loss(s: Tensor, t: Tensor) -> Tensor:
+    """The larger features, pooled."""
+    if s.shape[2] > t.shape[2]:
+        s = F.adaptive_avg_pool2d(s, t.shape[2:])
+    elif s.shape[2] < t.shape[2]:
+        t = F.adaptive_avg_pool2d(t, s.shape[2:])
+    return distance(energy(s), energy(t)).mean()
+
+
+# ---- the rest of the method ----------------------------------------------------------------------
+
+
+class Variant(NamedTuple):
+    """A setting of the method: the popular lines of a pair, and at_loss's options for the same."""
+
+    eager: Callable[..., Tensor]
+    options: dict[str, Any]
+    extra: str = ""  # "mask", of each stage, or "sample_weights": what both take beside features
+    halved: tuple[int, int] = (1, 1)  # divides H and W of the student and of the teacher
+    same_channels: bool = False
+    cases: tuple[str, ...] = CANONICAL
+    layouts: tuple[str, ...] = LAYOUTS
+
+    def popular(
+        self,
+        students: list[Tensor],
+        teachers: list[Tensor],
+        mask: list[Tensor] | None = None,
+        sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """The popular lines over all stages; by sample, if they give a loss for each."""
+        sides = [students, teachers] + [mask] * (mask is not None)
+        more = [sample_weights] * (sample_weights is not None)
+        return sum(self.eager(*stage, *more) for stage in zip(*sides, strict=True))
+
+    def ours(self) -> Callable[..., Tensor]:
+        """The same by at_fused."""
+        return partial(at_fused.at_loss, **self.options)
+
+
+def max_loss(s: Tensor, t: Tensor) -> Tensor:
+    """F_max^2."""
+    return distance(*(x.pow(2).max(1).values for x in (s, t))).mean()
+
+
+def token_loss(s: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Tokens, of which a mask may leave some out."""
+    a, b = token_energy(s), token_energy(t)
+    if mask is not None:
+        a, b = a * mask.flatten(1), b * mask.flatten(1)
+    return distance(a, b).mean()
+
+
+def channel_loss(s: Tensor, t: Tensor) -> Tensor:
+    """One weight for each channel."""
+    return distance(s.pow(2).mean((2, 3)), t.pow(2).mean((2, 3))).mean()
+
+
+AT_LOSS = Variant(popular_at_loss, {})
+_TOKENS = {"channel_dim": -1, "skip_tokens": 1, "map_size": (14, 14)}
+VARIANTS = {
+    "tokens": Variant(token_loss, _TOKENS, cases=TRANSFORMERS, layouts=TOKENS),
+    "tokens, mask": Variant(token_loss, _TOKENS, "mask", cases=TRANSFORMERS, layouts=TOKENS),
+    "resize maps": Variant(interpolated_loss, {"resize": "maps"}, halved=(1, 2)),
+    "mask": Variant(
+        lambda s, t, mask: distance(energy(s) * mask, energy(t) * mask).mean(), {}, "mask"
+    ),
+    "sample weights": Variant(
+        lambda s, t, w: (distance(energy(s), energy(t)).mean(1) * w).mean(), {}, "sample_weights"
+    ),
+    "loss of each sample": Variant(
+        lambda s, t: distance(energy(s), energy(t)).mean(1), {"reduction": "sample"}
+    ),
+    "eps added": Variant(
+        lambda s, t: (added_eps(energy(s)) - added_eps(energy(t))).pow(2).mean(),
+        {"eps": 1e-6, "eps_mode": "add"},
+    ),
+    "max": Variant(max_loss, {"collapse": "max"}),
+    "channel": Variant(channel_loss, {"attend": "channel"}, same_channels=True),
+    "resize features, student larger": Variant(pooled_loss, {"resize": "features"}, halved=(1, 2)),
+    "resize features, teacher larger": Variant(pooled_loss, {"resize": "features"}, halved=(2, 1)),
+}
+
+
+# ---- inputs --------------------------------------------------------------------------------------
 
 
 class Inputs(NamedTuple):
@@ -45,14 +168,21 @@ class Inputs(NamedTuple):
 
     students: list[Tensor]
     teachers: list[Tensor]
+    extra: dict[str, Any]  # what else the losses take, by name
 
     @classmethod
     def make(
-        cls, case: str, dtype: str, layout: str, device: str = "cpu", share: int = 1
+        cls,
+        case: str,
+        dtype: str,
+        layout: str,
+        device: str = "cpu",
+        share: int = 1,
+        variant: Variant = AT_LOSS,
     ) -> Inputs:
         """Those of a case; ``share`` divides the batch."""
         batch, stages = CASES[case]
-        return cls.random(batch // share, stages, dtype, layout, device)
+        return cls.random(batch // share, stages, dtype, layout, device, variant)
 
     @classmethod
     def random(
@@ -62,36 +192,55 @@ class Inputs(NamedTuple):
         dtype: str = "fp32",
         layout: str = "NCHW",
         device: str = "cpu",
+        variant: Variant = AT_LOSS,
     ) -> Inputs:
         """Those of stages (channels of the student, of the teacher, H = W)."""
-        kind = {"dtype": DTYPES[dtype], "memory_format": LAYOUTS[layout]}
 
         def feature(channels: int, side: int) -> Tensor:
-            return torch.randn(batch, channels, side, side, device=device).to(**kind)
+            if layout in TOKENS:
+                return torch.randn(batch, 1 + side * side, channels).to(DTYPES[dtype])
+            x = torch.randn(batch, channels, side, side)
+            return x.to(DTYPES[dtype], memory_format=FORMATS[layout])
 
-        students = [feature(c, h) for c, _, h in stages]
-        teachers = [feature(c, h) for _, c, h in stages]
-        return cls([x.requires_grad_() for x in students], teachers)
+        of_student, of_teacher = variant.halved
+        with torch.device(device):
+            students = [feature(c, h // of_student) for c, _, h in stages]
+            teachers = [
+                feature(c if variant.same_channels else d, h // of_teacher) for c, d, h in stages
+            ]
+            extra: dict[str, Any] = {}
+            if variant.extra == "mask":
+                extra["mask"] = [torch.rand(batch, h, h) < 0.7 for *_, h in stages]
+            elif variant.extra:
+                extra[variant.extra] = torch.rand(batch)
+        return cls([x.requires_grad_() for x in students], teachers, extra)
 
-    def floors(self) -> dict[str, tuple[int, int]]:
-        """Bytes that each pass has to read and to write, at the least.
+    def features(self) -> list[Tensor]:
+        """All of them."""
+        return self.students + self.teachers
+
+    def floors(self) -> dict[str, int]:
+        """Bytes that each pass has to read and write, at the least.
 
         Forward reads the features and writes the two maps that are kept; backward reads the
         students and their maps and writes the gradients.
         """
-        s, t = (sum(x.nbytes for x in side) for side in self)
+        s, t = (sum(x.nbytes for x in side) for side in (self.students, self.teachers))
         maps = sum(4 * x[:, 0].numel() for x in self.students)
+        forward, backward = s + t + 2 * maps, s + maps + s
         return {
-            "forward": (s + t, 2 * maps),
-            "backward": (s + maps, s),
-            "value and gradient": (s + t, s),
+            "read": s + t,
+            "forward": forward,
+            "backward": backward,
+            "forward+backward": forward + backward,
+            "value and gradient": s + t + s,
         }
 
     def read_all(self) -> Callable[[], None]:
         """One pass over all bytes and next to no arithmetic: the floor of the forward pass."""
         flat = [
             x.detach().permute(0, 2, 3, 1) if not x.is_contiguous() else x.detach()
-            for x in (*self.students, *self.teachers)
+            for x in self.features()
         ]
         words = [x.reshape(-1).view(torch.int32) for x in flat]
 
@@ -101,33 +250,31 @@ class Inputs(NamedTuple):
 
         return read
 
-    def step(
-        self, loss: Callable[[list[Tensor], list[Tensor]], Tensor], backward: bool
-    ) -> Callable[[], object]:
+    def step(self, loss: Callable[..., Tensor], backward: bool = True) -> Callable[[], object]:
         """The forward pass, or forward and backward, with ``loss``."""
-        if not backward:
-            return lambda: loss(self.students, self.teachers)
-        return lambda: torch.autograd.grad(loss(self.students, self.teachers), self.students)
+
+        def forward() -> Tensor:
+            return loss(self.students, self.teachers, **self.extra)
+
+        def both() -> object:
+            found = forward()
+            return torch.autograd.grad(found.sum() if found.dim() else found, self.students)
+
+        return both if backward else forward
 
     def value_and_gradient(self) -> Callable[[], object]:
         """Both in one call of at_fused, from the same features."""
         return lambda: at_fused.at_value_and_grad(self.students, self.teachers)
 
 
-def rivals() -> dict[str, Callable[[list[Tensor], list[Tensor]], Tensor]]:
+def rivals(variant: Variant = AT_LOSS) -> dict[str, Callable[..., Tensor]]:
     """What is compared with at_fused; torch.compile anew each time, for the exact shapes."""
     torch._dynamo.reset()
-    return {
-        "eager": popular_losses,
-        "compile": torch.compile(popular_losses, dynamic=False),
-    }
-
-
-ours = at_fused.at_loss
+    return {"eager": variant.popular, "compile": torch.compile(variant.popular, dynamic=False)}
 
 
 def backends(device: str) -> list[str]:
-    """What runs ``ours`` there."""
+    """What runs at_fused there."""
     names = ("cpu",) if device == "cpu" else ("cuda", "triton")
     return [name for name in names if at_fused.backends()[name].available]
 

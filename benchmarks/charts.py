@@ -6,16 +6,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from benchmarks.cases import CASES, PASSES, Inputs
-from benchmarks.results import COMPARED, Result, rows_of
-from benchmarks.roofline_model import BANDWIDTH, DEVICE, Count, Model
-from benchmarks.timing import Row
+from benchmarks.cases import CANONICAL, PASSES, Inputs
+from benchmarks.measure import Row
+from benchmarks.results import COMPARED, Result
+from benchmarks.roofline import BANDWIDTH, DEVICE, Count, Model
 
 # Of Okabe & Ito, told apart by colour-blind readers too; a program has the same in all pictures.
 COLOURS = {"at_fused": "#0072b2", "compile": "#e69f00", "eager": "#9a9a9a", "floor": "#000000"}
@@ -36,7 +35,16 @@ def save(figure: Figure, path: Path, source: Any) -> None:
     figure.savefig(path, dpi=DPI, metadata={"Description": digest(source)})
 
 
-def plain(ax: Axes, grid: str = "both") -> None:
+def panel(width: float, height: float, title: str, grid: str = "both") -> tuple[Figure, Axes]:
+    """A figure with one plot."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    ax = figure.subplots()
+    ax.set_title(title)
+    plain(ax, grid)
+    return figure, ax
+
+
+def plain(ax: Axes, grid: str) -> None:
     """The look of all of them."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis=grid, color="0.92", lw=0.8)
@@ -44,14 +52,11 @@ def plain(ax: Axes, grid: str = "both") -> None:
     ax.tick_params(which="both", length=0)
 
 
-def label_of(program: str, backend: str) -> str:
-    """Ours with its back end on a GPU, where there may be two."""
-    return f"at_fused ({backend})" if program == "at_fused" and backend != "cpu" else NAMES[program]
-
-
-def backends_of(rows: Sequence[Row]) -> list[str]:
-    """In the order of the rows."""
-    return list(dict.fromkeys(row["backend"] for row in rows))
+def programs_of(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """Program, back end, label: ours on each back end of a GPU, the others once."""
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    ours = [("at_fused", n, "at_fused" if n == "cpu" else f"at_fused ({n})") for n in names]
+    return ours + [(program, names[0], NAMES[program]) for program in COMPARED[1:]]
 
 
 # ---- the pictures of a device --------------------------------------------------------------------
@@ -59,28 +64,37 @@ def backends_of(rows: Sequence[Row]) -> list[str]:
 
 def cases(result: Result) -> Figure:
     """Every case's time over one read of its bytes, and what the bytes that have to move take."""
-    rows = rows_of(result, "cases")
-    names = backends_of(rows)
+    rows = result["parts"]["cases"]
     settings = list(dict.fromkeys((r["case"], r["dtype"], r["layout"]) for r in rows))
     figure = Figure(figsize=(9, 1.6 + 0.3 * len(settings)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
+    hollow: dict[str, Any] = {"mfc": "white", "mew": 1.6}
+    drawn = programs_of(rows)
+    first = drawn[0][1]
     for row in rows:
         ax = panels[int(row["pass"] != "forward")]
         y = settings.index((row["case"], row["dtype"], row["layout"]))
-        ratios = {name: ms / row["ms"]["floor"] for name, ms in row["ms"].items()}
-        marker = "oD"[names.index(row["backend"])]
         one_pass = row["pass"] == "value and gradient"
         floor = row["bytes"]["at_fused"] / row["bytes"]["floor"]
-        ends = {"ls": ":" if one_pass else "-", "lw": 1.6, "color": COLOURS["floor"]}
-        ax.vlines(floor, y - 0.5, y + 0.5, **ends)
-        style: dict[str, Any] = {"color": COLOURS["at_fused"], "ms": 6.5, "zorder": 3}
-        if one_pass:
-            style |= {"mfc": "white", "mew": 1.6}
-        else:
-            ax.hlines(y, floor, ratios["eager"], color="0.85", lw=1, zorder=0)
-            for program in ("eager", "compile"):
-                ax.plot(ratios[program], y, "o", color=COLOURS[program], ms=6.5)
-        ax.plot(ratios["at_fused"], y, marker, **style)
+        end = ":" if one_pass else "-"
+        ax.vlines(floor, y - 0.5, y + 0.5, color=COLOURS["floor"], ls=end, lw=1.6)
+        if not one_pass:
+            ax.hlines(
+                y, floor, row["ms"]["eager"] / row["ms"]["floor"], color="0.85", lw=1, zorder=0
+            )
+        for program in ["at_fused"] if one_pass else reversed(COMPARED):
+            x = row["ms"][program] / row["ms"]["floor"]
+            marker = "D" if program == "at_fused" and row["backend"] != first else "o"
+            style = hollow if one_pass else {}
+            ax.plot(
+                x,
+                y,
+                marker,
+                color=COLOURS[program],
+                ms=6.5,
+                zorder=2 + (program == "at_fused"),
+                **style,
+            )
     for ax, title in zip(panels, ("forward", "forward and backward"), strict=True):
         plain(ax, "x")
         ax.set(xscale="log", xlabel="time, in reads of the same bytes", title=title)
@@ -88,36 +102,33 @@ def cases(result: Result) -> Figure:
         ticks = [n for n in (0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100) if low <= n <= high]
         ax.set_xticks(ticks, map(str, ticks))
         ax.minorticks_off()
-    panels[0].set_yticks(range(len(settings)), [" ".join(setting) for setting in settings])
-    panels[0].set_ylim(len(settings) - 0.5, -0.5)
-
-    def dot(label: str, program: str, marker: str = "o", **style: Any) -> Line2D:
-        colour = COLOURS[program]
-        return Line2D([], [], color=colour, marker=marker, ls="", ms=6.5, label=label, **style)
-
-    handles = [dot(label_of("at_fused", n), "at_fused", "oD"[i]) for i, n in enumerate(names)]
-    handles += [dot("value and gradient", "at_fused", mfc="white", mew=1.6)]
-    handles += [dot(NAMES[program], program) for program in ("compile", "eager")]
-    floor_line = Line2D([], [], color=COLOURS["floor"], lw=1.6, label="floor")
+    ax = panels[0]
+    ax.set_yticks(range(len(settings)), [" ".join(setting) for setting in settings])
+    ax.set_ylim(len(settings) - 0.5, -0.5)
+    # The legend's, which nobody sees elsewhere.
+    dots = [(program, label, "o" if on == first else "D", {}) for program, on, label in drawn]
+    dots.insert(len(drawn) - 2, ("at_fused", "value and gradient", "o", hollow))
+    handles = [
+        ax.plot([], [], marker, color=COLOURS[program], ms=6.5, label=label, **style)[0]
+        for program, label, marker, style in dots
+    ]
+    handles += ax.plot([], [], color=COLOURS["floor"], lw=1.6, label="floor")
     close = {"columnspacing": 1.2, "handletextpad": 0.3, "frameon": False}
-    handles.append(floor_line)
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), **close)
     return figure
 
 
 def sizes(result: Result) -> Figure:
     """Time against size, log-log, with one read of the bytes."""
-    rows = rows_of(result, "sizes")
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
-    ax = figure.subplots()
-    for place, backend in enumerate(backends_of(rows)):
+    rows = result["parts"]["sizes"]
+    figure, ax = panel(8, 4.4, "Forward and backward of one pair, fp32 NCHW")
+    drawn = programs_of(rows)
+    for program, backend, label in drawn:
         mine = [row for row in rows if row["backend"] == backend]
-        size = [row["bytes"] for row in mine]
-        for program in COMPARED if place == 0 else ("at_fused",):
-            ms = [row["ms"][program] for row in mine]
-            style = {"color": COLOURS[program], "ms": 5, "lw": 2}
-            style |= {"label": label_of(program, backend), "zorder": 2 + (program == "at_fused")}
-            ax.plot(size, ms, "oD"[place] + "-", **style)
+        points = [row["bytes"] for row in mine], [row["ms"][program] for row in mine]
+        marker = "o-" if backend == drawn[0][1] else "D-"
+        order = 2 + (program == "at_fused")
+        ax.plot(*points, marker, color=COLOURS[program], ms=5, lw=2, label=label, zorder=order)
     floor = {row["bytes"]: row["ms"]["floor"] for row in rows}
     ax.plot(*zip(*floor.items(), strict=True), "--", color=COLOURS["floor"], label="one read")
     if result["cache"]:
@@ -126,9 +137,7 @@ def sizes(result: Result) -> Figure:
             "last-level cache ", (result["cache"], 0.02), xycoords=("data", "axes fraction"),
             ha="right", color="0.4", fontsize=9,
         )  # fmt: skip
-    plain(ax)
     ax.set(xscale="log", yscale="log", xlabel="bytes of both features", ylabel="time")
-    ax.set_title("Forward and backward of one pair, fp32 NCHW")
     for axis, names in ((ax.xaxis, BYTES), (ax.yaxis, TIMES)):
         low, high = axis.get_view_interval()
         shown = [tick for tick in names if low <= tick <= high]
@@ -140,29 +149,23 @@ def sizes(result: Result) -> Figure:
 
 def memory(result: Result) -> Figure:
     """Memory against batch, with the gradient's own."""
-    rows = rows_of(result, "memory")
-    names = backends_of(rows)
-    batches = list(dict.fromkeys(row["batch"] for row in rows))
-    bars = [("at_fused", name) for name in names]
-    bars += [(program, names[0]) for program in COMPARED[1:]]
-    width = 0.8 / len(bars)
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    ax = figure.subplots()
-    for place, (program, backend) in enumerate(bars):
-        mine = [row for row in rows if row["backend"] == backend]
-        x = [batches.index(row["batch"]) + (place + 0.5) * width - 0.4 for row in mine]
-        height = [row["bytes"][program] / 1e6 for row in mine]
-        second = {"alpha": 0.6} if program == "at_fused" and place else {}
-        label = label_of(program, backend)
-        ax.bar(x, height, 0.9 * width, color=COLOURS[program], label=label, **second)
-    for place, batch in enumerate(batches):
-        own = next(row["gradient"] for row in rows if row["batch"] == batch) / 1e6
-        label = "" if place else "the gradient itself"
-        ax.hlines(own, place - 0.45, place + 0.45, color=COLOURS["floor"], lw=1.6, label=label)
-    plain(ax, "y")
-    ax.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
+    rows = result["parts"]["memory"]
+    title = "Forward and backward of case b, fp32 NCHW: memory beside the features"
+    figure, ax = panel(8, 4.2, title, "y")
+    own = {row["batch"]: row["gradient"] / 1e6 for row in rows}
+    drawn = programs_of(rows)
+    width = 0.8 / len(drawn)
+    for place, (program, backend, label) in enumerate(drawn):
+        height = [row["bytes"][program] / 1e6 for row in rows if row["backend"] == backend]
+        x = [group + (place + 0.5) * width - 0.4 for group in range(len(own))]
+        faint = 1 if backend == drawn[0][1] else 0.6
+        ax.bar(x, height, 0.9 * width, color=COLOURS[program], label=label, alpha=faint)
+    for group, height in enumerate(own.values()):
+        label = "" if group else "the gradient itself"
+        line = {"color": COLOURS["floor"], "lw": 1.6, "label": label}
+        ax.hlines(height, group - 0.45, group + 0.45, **line)
+    ax.set_xticks(range(len(own)), [f"batch {batch}" for batch in own])
     ax.set(ylabel="MB allocated at the most")
-    ax.set_title("Forward and backward of case b, fp32 NCHW: memory beside the features")
     floor, *others = ax.get_legend_handles_labels()[0]
     ax.legend(handles=[*others, floor], frameon=False)
     return figure
@@ -171,25 +174,20 @@ def memory(result: Result) -> Figure:
 # ---- the roofline --------------------------------------------------------------------------------
 
 
-class Point(NamedTuple):
-    """A program's pass of a case: useful operations, the bytes that they took, and the seconds."""
-
-    program: str
-    direction: str
-    case: str
-    operations: int
-    bytes: int
-    seconds: float
-
-
 def operations(case: str, direction: str) -> int:
     """A square and an addition for each element, a product for each of the gradient's."""
     inputs = Inputs.make(case, "fp32", "NCHW", device="meta")
-    students, teachers = (sum(x.numel() for x in side) for side in inputs)
+    students, teachers = (
+        sum(x.numel() for x in side) for side in (inputs.students, inputs.teachers)
+    )
     return 2 * (students + teachers) + (direction != "forward") * students
 
 
-def points(model: Model, measured: Sequence[Row]) -> list[Point]:
+# Of a program's pass of a case: operations for each byte, operations a second.
+Points = dict[tuple[str, str, str], tuple[float, float]]
+
+
+def points(model: Model, measured: Sequence[Row]) -> Points:
     """All passes, fp32 NCHW; the seconds are the model's where none were measured."""
     kind = ("fp32", "NCHW")
     ms = {
@@ -197,11 +195,11 @@ def points(model: Model, measured: Sequence[Row]) -> list[Point]:
         for row in measured
         if (row["dtype"], row["layout"]) == kind
     }
-    found = []
-    for case in CASES:
-        of = {r.direction: r for r in model.rows if (r.case, r.dtype, r.layout) == (case[0], *kind)}
+    counted = {(r.case, r.direction): r for r in model.rows if (r.dtype, r.layout) == kind}
+    found: Points = {}
+    for case in CANONICAL:
         for direction in PASSES:
-            rows = [of[name] for name in direction.split("+")]
+            rows = [counted[case[0], name] for name in direction.split("+")]
             counts = {"at_fused": [row.at_fused() for row in rows]}
             if direction != "value and gradient":  # the others have no such pass
                 counts |= {"compile": [row.compiled for row in rows]}
@@ -212,47 +210,40 @@ def points(model: Model, measured: Sequence[Row]) -> list[Point]:
                 if ms:
                     seconds = ms[case[0], direction][program] / 1e3
                 work = operations(case, direction)
-                found.append(Point(program, direction, case[0], work, count.bytes, seconds))
+                found[program, direction, case[0]] = work / count.bytes, work / seconds
     return found
 
 
 def roofline(model: Model, result: Result | None = None) -> Figure:
     """Operations a second over operations a byte: modelled, or with a GPU's times."""
-    rows = rows_of(result, "cases") if result else []
+    rows = result["parts"]["cases"] if result else []
     rows = [row for row in rows if row["backend"] == rows[0]["backend"]]
     bandwidth, where = BANDWIDTH, f"a model of an {DEVICE}, not measured"
     if result:
         bandwidth = 1e3 * rows[0]["bytes"]["copy"] / rows[0]["ms"]["copy"]
         where = f"measured on {result['device']}, {rows[0]['backend']}"
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    ax = figure.subplots()
-    for order, point in enumerate(reversed(points(model, rows)), 1):  # ours on top
-        x, y = point.operations / point.bytes, point.operations / point.seconds / 1e9
-        hollow = point.direction == "value and gradient"
-        colour = COLOURS[point.program]
-        ax.plot(
-            x, y, MARKERS[point.direction], color=colour, ms=12, mew=1.6, zorder=order,
-            mfc="white" if hollow else colour, mec=colour if hollow else "white",
-        )  # fmt: skip
-        ax.annotate(
-            point.case, (x, y), ha="center", va="center_baseline", fontsize=9, zorder=order,
-            color=colour if hollow else "white",
-        )  # fmt: skip
-    plain(ax)
-    ax.set(ylabel="useful operations a second, billions", title=f"Roofline, fp32 NCHW: {where}")
-    ax.set(xlabel="useful operations for each byte moved", xlim=(0, None), ylim=(0, None))
-    ends = ax.get_xlim()
-    ax.plot(ends, [bandwidth * x / 1e9 for x in ends], color=COLOURS["floor"], lw=1.6, zorder=0)
-    ax.set_xlim(ends)
+    figure, ax = panel(8, 5, f"Roofline, fp32 NCHW: {where}")
+    drawn = list(points(model, rows).items())
+    for order, ((program, direction, case), (x, rate)) in enumerate(reversed(drawn), 1):
+        hollow, colour = direction == "value and gradient", COLOURS[program]
+        inside, edge = ("white", colour) if hollow else (colour, "white")
+        style = {"mfc": inside, "mec": edge, "mew": 1.6, "ms": 12, "zorder": order}
+        ax.plot(x, rate / 1e9, MARKERS[direction], **style)
+        middle = {"ha": "center", "va": "center_baseline", "fontsize": 9, "zorder": order}
+        ax.annotate(case, (x, rate / 1e9), color=edge, **middle)
+    ax.set(ylabel="useful operations a second, billions", ylim=(0, None), xlim=(0, None))
+    ax.set(xlabel="useful operations for each byte moved")
+    end = ax.get_xlim()[1]
+    roof = {"color": COLOURS["floor"], "lw": 1.6, "label": f"memory, {bandwidth / 1e12:.2f} TB/s"}
+    (line,) = ax.plot([0, end], [0, bandwidth * end / 1e9], zorder=0, **roof)
+    ax.set_xlim(0, end)
     handles = [
-        Line2D([], [], color=COLOURS[name], marker="o", ls="", ms=7.5, label=label)
+        ax.plot([], [], "o", color=COLOURS[name], ms=7.5, label=label)[0]
         for name, label in NAMES.items()
     ]
     handles += [
-        Line2D([], [], color="0.3", marker=marker, ls="", ms=7.5, mfc="white", label=name)
+        ax.plot([], [], marker, color="0.3", ms=7.5, mfc="white", label=name)[0]
         for name, marker in MARKERS.items()
     ]
-    roof = f"memory, {bandwidth / 1e12:.2f} TB/s"
-    handles += [Line2D([], [], color=COLOURS["floor"], lw=1.6, label=roof)]
-    ax.legend(handles=handles, frameon=False, loc="upper left")
+    ax.legend(handles=[*handles, line], frameon=False, loc="upper left")
     return figure

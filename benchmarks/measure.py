@@ -1,215 +1,263 @@
-"""What is timed, as rows.
+"""What is measured: PARTS, each with its settings, by one function, ``Comparison.rows``.
 
-A row says what the programs worked on, which back end ran at_fused, and the median milliseconds of
-all programs, which took turns in the same rounds: "at_fused" and its likes, "eager" (the popular
-lines), "compile" (torch.compile of them), "floor" (one read of the same bytes), on a GPU "copy".
+A row says what the programs worked on, which back end ran at_fused, and the median milliseconds (or
+bytes) of all programs, which took turns in the same rounds: "at_fused" and its likes, "eager" (the
+popular lines), "compile" (torch.compile of them), "floor" (one read of the same bytes), on a GPU
+"copy".
 """
 
 from __future__ import annotations
 
+import itertools
+import random
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 
 import at_fused
 from at_fused import _ops
+from at_fused.train.memory import peak
 from benchmarks import steps as training
 from benchmarks.cases import (
-    CASES,
+    AT_LOSS,
+    CANONICAL,
     DTYPES,
     LAYOUTS,
     PASSES,
+    VARIANTS,
     Inputs,
+    Variant,
     backends,
-    ours,
     popular_losses,
     rivals,
 )
-from benchmarks.methods import VARIANTS, differentiable
-from benchmarks.timing import COPY_BYTES, Comparison, CpuTimer, Program, Row, medians, timer
 
-KINDS = [(dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
-METHODS = [
-    (name, case, dtype, layout)
-    for name, variant in VARIANTS.items()
-    for case in variant.cases
-    for dtype in DTYPES
-    for layout in variant.layouts
-]
-# Batch and channels of a pair with maps of 28x28, from 6 kB to 206 MB.
-SIZES = [(1, 1), (4, 1), (4, 4), (32, 2), (32, 8), (32, 32), (32, 128), (32, 512), (32, 1024)]
-MEMORY_CASE, MEMORY_SHARES = list(CASES)[1], (8, 4, 2, 1)
-OWN_ROUNDS = 12
-*TWO_PASSES, ONE_PASS = PASSES
+Program = Callable[[], object]
+Row = dict[str, Any]
+
+COPY_BYTES = 256 << 20  # several times any second-level cache
+HOST_CYCLES = 2_000_000  # about a millisecond of a GPU's clock
 
 
-# ---- at_loss -------------------------------------------------------------------------------------
+# ---- how -----------------------------------------------------------------------------------------
 
 
-def at_loss(device: str, case: str, dtype: str, layout: str) -> dict[str, Comparison]:
-    """The passes of a case; ``at_value_and_grad`` takes part in forward and backward, its rival."""
+class Clock:
+    """Milliseconds of a run, by the host's clock."""
+
+    unit, least, most = "ms", 8, 200
+
+    def take(self, program: Program) -> float:
+        """One run of a program."""
+        begin = time.perf_counter()
+        result = program()
+        end = time.perf_counter()
+        # Not timed: with its memory the allocator gives back what other programs left.
+        del result
+        return 1e3 * (end - begin)
+
+    def floors(self) -> dict[str, Program]:
+        """What else is timed beside the programs."""
+        return {}
+
+
+class Events(Clock):
+    """Milliseconds between two events of a GPU whose second-level cache holds other data.
+
+    The device is kept busy while the host queues the program, so that the host's time for up to a
+    millisecond's worth of launches does not count.
+    """
+
+    least = 20
+
+    def __init__(self) -> None:
+        self._source = torch.zeros(COPY_BYTES // 4, device="cuda", dtype=torch.int32)
+        self._target = torch.empty_like(self._source)
+
+    def take(self, program: Program) -> float:
+        """One run of a program."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        self._source.max()  # by reading: nothing is left to be written back
+        torch.cuda._sleep(HOST_CYCLES)
+        begin.record()
+        program()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def floors(self) -> dict[str, Program]:
+        """A copy of COPY_BYTES, which reads and writes them: the device's bandwidth."""
+        return {"copy": lambda: self._target.copy_(self._source)}
+
+
+class Allocations(Clock):
+    """Bytes that a run holds at the most, beyond what was there before."""
+
+    unit, least, most = "bytes", 1, 1
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = torch.device(device)
+
+    def take(self, program: Program) -> int:
+        """The most of a run."""
+        # Twice: the profiler knows the sizes of what it has seen allocated. Only so do the
+        # gradients that the first run leaves count as freed in the second, every time.
+        for _ in range(2):
+            with peak(self._device) as found:
+                program()
+        return found.bytes
+
+
+@cache
+def clock(device: str) -> Clock:
+    """The one for a device type."""
+    return Events() if device == "cuda" else Clock()
+
+
+class Comparison(NamedTuple):
+    """Programs that take turns: ``ours`` under each of some contexts, ``others`` once a round."""
+
+    what: Row
+    others: dict[str, Program]
+    ours: dict[str, Program]
+    meter: Clock
+    under: dict[Any, Callable[[], AbstractContextManager[object]]]
+    seconds: float = 1.0  # of measuring, about
+    name: str = "backend"  # what the contexts are
+
+    def rows(self) -> list[Row]:
+        """A row for each context, with the medians of some rounds.
+
+        Every round runs all programs in random order: whatever else the machine does falls on all
+        alike, and so does what the one before left in the caches.
+        """
+        programs = {(name, None): run for name, run in self.others.items()}
+        programs |= {(name, None): run for name, run in self.meter.floors().items()}
+        programs |= {(name, key): run for key in self.under for name, run in self.ours.items()}
+
+        def once(name: str, key: Any) -> float:
+            with self.under[key]() if key else at_fused.use_backend("auto"):
+                return self.meter.take(programs[name, key])
+
+        for each in programs:
+            once(*each)  # compiles, and fills the allocator
+        begin = time.perf_counter()
+        found = {each: [once(*each)] for each in programs}
+        round_of = time.perf_counter() - begin
+        rounds = max(self.meter.least, min(self.meter.most, int(self.seconds / round_of)))
+        order, shuffle = list(programs), random.Random(0).shuffle
+        for _ in range(rounds - 1):
+            shuffle(order)
+            for each in order:
+                found[each].append(once(*each))
+        medians = {each: round(statistics.median(values), 6) for each, values in found.items()}
+        return [
+            {
+                **self.what,
+                self.name: key,
+                "rounds": rounds,
+                self.meter.unit: {
+                    name: value for (name, of), value in medians.items() if of in (None, key)
+                },
+            }
+            for key in self.under
+        ]
+
+
+def on(device: str) -> dict[str, Callable[[], AbstractContextManager[object]]]:
+    """The back ends there."""
+    return {name: partial(at_fused.use_backend, name) for name in backends(device)}
+
+
+# ---- what ----------------------------------------------------------------------------------------
+
+
+def at_loss(device: str, case: str, dtype: str, layout: str, direction: str) -> Comparison:
+    """A pass of a canonical case; value and gradient against forward and backward of the others."""
     torch.manual_seed(0)
     inputs = Inputs.make(case, dtype, layout, device)
-    losses = rivals()
-    least = {name: read + written for name, (read, written) in inputs.floors().items()}
-    read = sum(x.nbytes for side in inputs for x in side)
-    found = {}
-    for direction in TWO_PASSES:
-        backward = direction == "forward+backward"
-        fused = {"at_fused": inputs.step(ours, backward)}
-        bytes_ = {"floor": read, "at_fused": least["forward"] + backward * least["backward"]}
-        bytes_ |= {"copy": 2 * COPY_BYTES} if device == "cuda" else {}
-        if backward:
-            fused[ONE_PASS] = inputs.value_and_gradient()
-            bytes_[ONE_PASS] = least[ONE_PASS]
-        found[direction] = Comparison(
-            device,
-            timer(device),
-            2.5,
-            {"case": case[0], "dtype": dtype, "layout": layout, "pass": direction, "bytes": bytes_},
-            {name: inputs.step(loss, backward) for name, loss in losses.items()}
-            | {"floor": inputs.read_all()},
-            fused,
-        )
-    return found
-
-
-def passes_of(rows: list[Row]) -> list[Row]:
-    """``at_loss``'s rows, value and gradient in rows of its own, as another pass of at_fused."""
-    found = []
-    for row in rows:
-        figures = {key: dict(row[key]) for key in ("bytes", "ms")}
-        one_pass = {key: values.pop(ONE_PASS, None) for key, values in figures.items()}
-        found.append(row | figures)
-        if one_pass["ms"]:
-            figures = {key: figures[key] | {"at_fused": one_pass[key]} for key in figures}
-            found.append(row | figures | {"pass": ONE_PASS})
-    return found
-
-
-def cases(device: str) -> Iterator[Row]:
-    """The canonical cases."""
-    for case in CASES:
-        for kind in KINDS:
-            for comparison in at_loss(device, case, *kind).values():
-                yield from passes_of(comparison.rows())
+    floors, backward = inputs.floors(), direction != PASSES[0]
+    bytes_ = {"floor": floors["read"], "at_fused": floors[direction]}
+    bytes_ |= {"copy": 2 * COPY_BYTES} if device == "cuda" else {}
+    what = {"case": case[0], "dtype": dtype, "layout": layout, "pass": direction, "bytes": bytes_}
+    others = {name: inputs.step(loss, backward) for name, loss in rivals().items()}
+    others["floor"] = inputs.read_all()
+    one_pass = direction == PASSES[2]
+    ours = inputs.value_and_gradient() if one_pass else inputs.step(at_fused.at_loss, backward)
+    return Comparison(what, others, {"at_fused": ours}, clock(device), on(device), 2.0)
 
 
 def forward_and_backward(
-    device: str, inputs: Inputs
-) -> tuple[dict[str, Program], dict[str, Program]]:
-    """Of the others, and ours."""
-    others = {name: inputs.step(loss, True) for name, loss in rivals().items()}
-    return others, {"at_fused": inputs.step(ours, True)}
+    device: str, what: Row, inputs: Inputs, meter: Clock, *floor: str, variant: Variant = AT_LOSS
+) -> Comparison:
+    """Forward and backward of all programs."""
+    others = {name: inputs.step(loss) for name, loss in rivals(variant).items()}
+    others |= {name: inputs.read_all() for name in floor}
+    ours = {"at_fused": inputs.step(variant.ours())}
+    return Comparison(what, others, ours, meter, on(device))
 
 
-def sizes(device: str) -> Iterator[Row]:
-    """Forward and backward of one pair, from next to nothing to more than any cache holds."""
-    for batch, channels in SIZES:
-        inputs = Inputs.random(batch, [(channels, channels, 28)], device=device)
-        others, fused = forward_and_backward(device, inputs)
-        others["floor"] = inputs.read_all()
-        read = sum(x.nbytes for side in inputs for x in side)
-        what = {"shape": [batch, channels, 28, 28], "bytes": read}
-        yield from Comparison(device, timer(device), 1.0, what, others, fused).rows()
+def size(device: str, batch: int, channels: int) -> Comparison:
+    """One pair of 28x28."""
+    inputs = Inputs.random(batch, [(channels, channels, 28)], device=device)
+    what = {"shape": [batch, channels, 28, 28], "bytes": inputs.floors()["read"]}
+    return forward_and_backward(device, what, inputs, clock(device), "floor")
 
 
-def memory(device: str) -> Iterator[Row]:
-    """The most that forward and backward allocate, at several batches."""
-    for share in MEMORY_SHARES:
-        inputs = Inputs.make(MEMORY_CASE, "fp32", "NCHW", device, share)
-        others, fused = forward_and_backward(device, inputs)
-        for backend in backends(device):
-            found = {}
-            with at_fused.use_backend(backend):
-                for name, program in (others | fused).items():
-                    program()  # what compiling allocates is not the program's
-                    found[name] = training.peak_bytes(program, device)
-            yield {
-                "case": MEMORY_CASE[0],
-                "batch": len(inputs.students[0]),
-                "backend": backend,
-                "gradient": sum(x.nbytes for x in inputs.students),
-                "bytes": found,
-            }
-
-
-def threads(device: str) -> Iterator[Row]:
-    """From one thread to all of the CPU's."""
-    most = torch.get_num_threads()
-    counts = sorted({*(2**k for k in range(most.bit_length())), most})
-
-    class On:
-        """As many threads, awake."""
-
-        def __init__(self, key: tuple[str, int]) -> None:
-            self.count = key[1]
-
-        def __enter__(self) -> None:
-            torch.set_num_threads(self.count)
-            torch.ones(1 << 20).sum()
-
-        def __exit__(self, *error: object) -> None:
-            torch.set_num_threads(most)
-
-    for case in CASES:
-        inputs = Inputs.make(case, "fp32", "NCHW")
-        programs = {
-            "floor": inputs.read_all(),
-            "forward": inputs.step(ours, False),
-            "forward+backward": inputs.step(ours, True),
-        }
-        timed = {(name, n): program for n in counts for name, program in programs.items()}
-        ms, rounds = medians(timed, timer(device), 2.0, On)
-        for count in counts:
-            yield {
-                "case": case[0],
-                "threads": count,
-                "backend": "cpu",
-                "rounds": rounds,
-                "ms": {name: ms[name, count] for name in programs},
-            }
-
-
-def calls(device: str) -> Iterator[Row]:
-    """What a call costs: forward and backward of three pairs of 4x8x4x4, by the host's clock."""
-    inputs = Inputs.random(4, [(8, 8, 4)] * 3, device=device)
-    wait = timer(device).blocking
-    programs = {"eager": popular_losses, "at_fused": ours}
-    eager, fused = ({name: wait(inputs.step(programs[name], True))} for name in programs)
-    what = {"pairs": 3, "shape": [4, 8, 4, 4]}
-    yield from Comparison(device, CpuTimer(), 2.0, what, eager, fused).rows()
-
-
-# ---- the rest of the method ----------------------------------------------------------------------
+def memory(device: str, share: int) -> Comparison:
+    """The most that forward and backward of case b allocate, at a share of its batch."""
+    inputs = Inputs.make(CANONICAL[1], "fp32", "NCHW", device, share)
+    gradient = sum(x.nbytes for x in inputs.students)
+    what = {"case": "b", "batch": len(inputs.students[0]), "gradient": gradient}
+    return forward_and_backward(device, what, inputs, Allocations(device))
 
 
 def method(device: str, name: str, case: str, dtype: str, layout: str) -> Comparison:
-    """Forward and backward of a variant."""
+    """A variant of the method."""
     torch.manual_seed(0)
-    torch._dynamo.reset()
     variant = VARIANTS[name]
-    with torch.device(device):
-        inputs = variant.make(case, dtype, layout)
-    wanted = differentiable(inputs)
-
-    def step(loss: Callable[..., torch.Tensor]) -> Program:
-        return lambda: torch.autograd.grad(loss(*inputs), wanted)
-
-    compiled = torch.compile(variant.eager, dynamic=False)
+    inputs = Inputs.make(case, dtype, layout, device, variant=variant)
     what = {"variant": name, "case": case, "dtype": dtype, "layout": layout}
-    others = {"eager": step(variant.eager), "compile": step(compiled)}
-    return Comparison(device, timer(device), 1.0, what, others, {"at_fused": step(variant.ours)})
+    return forward_and_backward(device, what, inputs, clock(device), variant=variant)
 
 
-def methods(device: str) -> Iterator[Row]:
-    """Every variant."""
-    for setting in METHODS:
-        yield from method(device, *setting).rows()
+def threads(device: str, case: str) -> Comparison:
+    """From one thread to all of the CPU's."""
+    most = torch.get_num_threads()
+
+    @contextmanager
+    def awake(count: int) -> Iterator[None]:
+        torch.set_num_threads(count)
+        torch.ones(1 << 20).sum()
+        yield
+        torch.set_num_threads(most)
+
+    inputs = Inputs.make(case, "fp32", "NCHW")
+    programs = {name: inputs.step(at_fused.at_loss, name != PASSES[0]) for name in PASSES[:2]}
+    programs["floor"] = inputs.read_all()
+    counts = sorted({*(2**k for k in range(most.bit_length())), most})
+    under = {count: partial(awake, count) for count in counts}
+    what = {"case": case[0], "backend": "cpu"}
+    return Comparison(what, {}, programs, clock(device), under, 2.0, "threads")
 
 
-# ---- whole steps ---------------------------------------------------------------------------------
+def call(device: str, pairs: int, direction: str) -> Comparison:
+    """What a call costs: tiny features, by the host's clock."""
+    inputs = Inputs.random(4, [(8, 8, 4)] * pairs, device=device)
+
+    def waited(loss: Callable[..., torch.Tensor]) -> Program:
+        run = inputs.step(loss, direction != PASSES[0])
+        return run if device == "cpu" else lambda: (run(), torch.cuda.synchronize())
+
+    what = {"pairs": pairs, "shape": [4, 8, 4, 4], "pass": direction}
+    others, ours = {"eager": waited(popular_losses)}, {"at_fused": waited(at_fused.at_loss)}
+    return Comparison(what, others, ours, Clock(), on(device))
 
 
 def step(device: str, name: str) -> Comparison:
@@ -222,26 +270,20 @@ def step(device: str, name: str) -> Comparison:
     with torch.device(device):
         networks = training.NETWORKS[name]()
     programs = training.programs(networks)
-    what: Row = {
-        "networks": name,
-        "bytes": {key: training.peak_bytes(run, device) for key, run in programs.items()},
-    }
-    features = Inputs(*training.features_of(networks))
-    losses = {"eager": popular_losses, "drop-in": ours}
-    alone = {key: features.step(loss, True) for key, loss in losses.items()}
-    what["own"], _ = medians(alone, timer(device), 2.0)
+    held = Allocations(device)
+    what: Row = {"networks": name, "bytes": {key: held.take(run) for key, run in programs.items()}}
+    features = Inputs(*training.features_of(networks), {})
+    losses = {"eager": popular_losses, "drop-in": at_fused.at_loss}
+    alone = {key: features.step(loss) for key, loss in losses.items()}
+    automatic = {"auto": partial(at_fused.use_backend, "auto")}
+    (own,) = Comparison({}, alone, {}, clock(device), automatic, 2.0).rows()
+    what["own"] = {key: own["ms"][key] for key in losses}
     if device == "cpu":
-        own = training.own_seconds(networks, OWN_ROUNDS)
-        what["own"]["tap"] = statistics.median(seconds for _, seconds in own) * 1e3
-        what["share"] = statistics.median(seconds / whole for whole, seconds in own)
+        found = training.own_seconds(networks, OWN_ROUNDS)
+        what["own"]["tap"] = statistics.median(seconds for _, seconds in found) * 1e3
+        what["share"] = statistics.median(seconds / whole for whole, seconds in found)
     fused = {key: programs.pop(key) for key in ("drop-in", "tap", "prepared")}
-    return Comparison(device, timer(device), 20.0, what, programs, fused)
-
-
-def steps(device: str) -> Iterator[Row]:
-    """Both pairs of networks."""
-    for name in training.NETWORKS:
-        yield from step(device, name).rows()
+    return Comparison(what, programs, fused, clock(device), on(device), 20.0)
 
 
 def tap(device: str, case: str, dtype: str, layout: str) -> Comparison:
@@ -271,25 +313,39 @@ def tap(device: str, case: str, dtype: str, layout: str) -> Comparison:
         ]
 
     what = {"case": case[0], "dtype": dtype, "layout": layout}
-    fused = {"tap": in_place, "drop-in": lambda: added(drop_in)}
-    return Comparison(device, timer(device), 1.5, what, {"eager": lambda: added(eager)}, fused)
+    fused = {"tap": in_place, "drop-in": partial(added, drop_in)}
+    others = {"eager": partial(added, eager)}
+    return Comparison(what, others, fused, clock(device), on(device))
 
 
-def taps(device: str) -> Iterator[Row]:
-    """The backward of taps, of the canonical cases."""
-    for case in CASES:
-        for kind in KINDS:
-            yield from tap(device, case, *kind).rows()
-
-
-PARTS: dict[str, Callable[[str], Iterator[Row]]] = {
-    "cases": cases,
-    "sizes": sizes,
-    "memory": memory,
-    "threads": threads,
-    "calls": calls,
-    "methods": methods,
-    "steps": steps,
-    "taps": taps,
+KINDS = list(itertools.product(CANONICAL, DTYPES, LAYOUTS))
+OWN_ROUNDS = 12
+# Name -> what is compared, and its settings.
+PARTS: dict[str, tuple[Callable[..., Comparison], Sequence[Sequence[Any]]]] = {
+    "cases": (at_loss, [(*kind, direction) for kind in KINDS for direction in PASSES]),
+    # Batch and channels: from 6 kB to 206 MB.
+    "sizes": (
+        size,
+        [(1, 1), (4, 1), (4, 4), *((32, c) for c in (2, 8, 32, 128, 512, 1024))],
+    ),
+    "memory": (memory, [(8,), (4,), (2,), (1,)]),
+    "threads": (threads, [(case,) for case in CANONICAL]),
+    "calls": (call, list(itertools.product((1, 3), PASSES[:2]))),
+    "methods": (
+        method,
+        [
+            (name, *kind)
+            for name, variant in VARIANTS.items()
+            for kind in itertools.product(variant.cases, DTYPES, variant.layouts)
+        ],
+    ),
+    "steps": (step, [(name,) for name in training.NETWORKS]),
+    "taps": (tap, KINDS),
 }
 ON_CPU_ONLY = ("threads",)
+
+
+def measure(device: str, part: str) -> list[Row]:
+    """All rows of a part."""
+    compare, settings = PARTS[part]
+    return [row for setting in settings for row in compare(device, *setting).rows()]

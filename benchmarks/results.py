@@ -16,14 +16,13 @@ import torch
 
 import at_fused
 from benchmarks import ROOT
-from benchmarks.cases import CASES, DTYPES, LAYOUTS, PASSES, backends
-from benchmarks.timing import Row
+from benchmarks.cases import CANONICAL, DTYPES, LAYOUTS, PASSES, backends
 
 Result = dict[str, Any]
 
 SCHEMA = 1
 FOLDER = ROOT / "benchmarks/results"
-MODEL = "roofline"  # roofline_model.py's file there, which is no device's
+MODEL = "roofline"  # roofline.py's file there, which is no device's
 
 # What a result must hold; a tuple is numbers under at least these names.
 HEAD = {
@@ -45,7 +44,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "sizes": {"shape": list, "bytes": int, "ms": (*COMPARED, "floor")},
     "memory": {"case": str, "batch": int, "gradient": int, "bytes": COMPARED},
     "threads": {"case": str, "threads": int, "ms": ("floor", "forward", "forward+backward")},
-    "calls": {"pairs": int, "shape": list, "ms": ("at_fused", "eager")},
+    "calls": {"pairs": int, "shape": list, "pass": str, "ms": ("at_fused", "eager")},
     "methods": SETTING | {"variant": str, "ms": COMPARED},
     "steps": {
         "networks": str,
@@ -57,7 +56,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-class ResultError(Exception):
+class ResultError(ValueError):
     """A file that is no result, or not one that goes with the rest."""
 
 
@@ -161,61 +160,47 @@ def write(path: Path, found: dict[str, Any]) -> None:
     path.write_text(head[: -len("\n}")] + f',\n "parts": {{\n{parts}\n }}\n}}\n')
 
 
-def _fault(found: Any, kinds: dict[str, Any]) -> str:
-    """The first entry that is missing or of another kind, or nothing."""
+def check_entries(found: Any, kinds: dict[str, Any], where: str) -> None:
+    """Refuses an object with an entry that is missing or of another kind."""
     for key, kind in kinds.items():
         value = found.get(key) if isinstance(found, dict) else None
-        if isinstance(kind, tuple):
-            numbers = value if isinstance(value, dict) else {}
-            fits = numbers.keys() >= set(kind) and all(
-                type(number) in (int, float) and math.isfinite(number) and number > 0
-                for number in numbers.values()
+        if isinstance(kind, type):
+            fits, words = type(value) is kind, kind.__name__
+        else:
+            words = f"numbers above 0 for {', '.join(kind)}"
+            fits = isinstance(value, dict) and value.keys() >= set(kind)
+            fits = fits and all(
+                type(number) in (int, float) and 0 < number < math.inf for number in value.values()
             )
-            if not fits:
-                return f"{key!r} has to hold a number above 0 for {', '.join(kind)}"
-        elif type(value) is not kind:
-            return f"{key!r} is missing or not {kind.__name__}"
-    return ""
+        if not fits:
+            raise ResultError(f"{where}{key!r} must be there, and {words}")
 
 
-def _faults_of(found: Any) -> str:
-    """The first thing that is wrong, or nothing."""
-    if not isinstance(found, dict):
-        return "not an object"
-    if found.get("schema") != SCHEMA:
-        return f"schema {found.get('schema')!r}, this program knows {SCHEMA}: measure again"
-    if fault := _fault(found, HEAD):
-        return fault
+def check(found: Any) -> None:
+    """Refuses what is no result."""
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise ResultError(f"'schema' must be {SCHEMA}, else measure again")
+    check_entries(found, HEAD, "")
     for part, rows in found["parts"].items():
-        if part not in PARTS:
-            return f"unknown part {part!r}"
-        if not isinstance(rows, list) or not rows:
-            return f"part {part!r} has no rows"
+        if part not in PARTS or not isinstance(rows, list) or not rows:
+            raise ResultError(f"part {part!r} must be of {', '.join(PARTS)}, and a list of rows")
         for number, row in enumerate(rows):
-            if fault := _fault(row, PARTS[part] | {"backend": str}):
-                return f"part {part!r}, row {number}: {fault}"
+            check_entries(row, PARTS[part] | {"backend": str}, f"part {part!r}, row {number}: ")
     keys = ("case", "dtype", "layout", "pass", "backend")
     there = {tuple(row[key] for key in keys) for row in found["parts"].get("cases", [])}
-    names = [name[0] for name in CASES]
+    names = [name[0] for name in CANONICAL]
     for setting in itertools.product(names, DTYPES, LAYOUTS, PASSES, found["backends"]):
         if there and setting not in there:
-            return f"part 'cases' has no row of {', '.join(setting)}"
-    return ""
-
-
-def read_json(path: Path) -> Any:
-    """What a file holds; ResultError names one that is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{path}: not readable as JSON: {error}") from error
+            raise ResultError(f"part 'cases' has no row of {', '.join(setting)}")
 
 
 def load(path: Path) -> Result:
     """A result that has been saved."""
-    found = read_json(path)
-    if fault := _faults_of(found):
-        raise ResultError(f"{path}: not a result: {fault}")
+    try:
+        found = json.loads(path.read_text())
+        check(found)
+    except (OSError, ValueError) as error:
+        raise ResultError(f"{path}: not a result: {error}") from error
     return found
 
 
@@ -237,8 +222,3 @@ def resume(new: Result, folder: Path) -> Result:
                 f"{path}: {key} was {old[key]!r} and is {new[key]!r}: measure all parts again"
             )
     return new | {"parts": old["parts"]}
-
-
-def rows_of(result: Result, part: str) -> list[Row]:
-    """A part's rows; none if it was not measured."""
-    return result["parts"].get(part, [])

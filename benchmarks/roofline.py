@@ -5,11 +5,10 @@
 No GPU is needed. The kernels run in the tests' harness (tests/simt), whose instrumented loads and
 stores count bytes and launches. The eager lines are counted operator by operator (inputs read,
 outputs written, views free), torch.compile by the kernels of inductor's scheduler. Times are bytes
-over bandwidth plus launches: a model, not a measurement. The rest of the method is counted in
-roofline_methods.py. Writes results/roofline.json and .md.
+over bandwidth plus launches: a model, not a measurement. Writes results/roofline.json and .md.
 
-``--quick`` counts a quarter of each batch on a quarter of an H100's multiprocessors, which cuts
-every sample as the whole device would, and takes the counts times four.
+The rest of the method, and all with ``--quick``, is counted on a quarter of each batch and of an
+H100's multiprocessors, which cuts every sample as the whole device would, times four.
 """
 
 from __future__ import annotations
@@ -17,63 +16,133 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
+import json
 import math
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from at_fused import _ops
-from benchmarks import ROOT, roofline_model
-from benchmarks.cases import CASES, DTYPES, LAYOUTS, Inputs, popular_losses
-from benchmarks.roofline_model import L2_BYTES, Count, Row
+from benchmarks import ROOT
+from benchmarks.cases import (
+    AT_LOSS,
+    CANONICAL,
+    CASES,
+    DTYPES,
+    LAYOUTS,
+    TOKENS,
+    VARIANTS,
+    Inputs,
+    Variant,
+)
+from benchmarks.results import FOLDER, MODEL, ResultError, write
+from benchmarks.tables import markdown
 
 sys.path.append(str(ROOT / "tests"))
 from plan_library import H100, INTERLEAVED, PLANAR, dense, plan
 from simt_backend import Counters, simt
 
+# An H100 SXM; the launch overhead is an assumption (a queue that is kept full).
+DEVICE, BANDWIDTH, L2_BYTES, LAUNCH_SECONDS = "H100", 3.35e12, 50e6, 2e-6
+FILE = FOLDER / f"{MODEL}.json"
+
 PASSES = ("forward", "backward", "value and gradient")
-QUICK_SHARE = 4  # divides the batches and the multiprocessors
-SETTINGS = list(itertools.product(CASES, DTYPES, LAYOUTS))
+SHARE = 4  # divides the batches and the multiprocessors
+SETTINGS = list(itertools.product(CANONICAL, DTYPES, LAYOUTS))
 QUICK = [s for s in SETTINGS if (s[0][0], s[1]) in (("a", "fp32"), ("b", "bf16"))]
+# The smallest case of each. Features are pooled by torch's own operator, whose bytes do not count.
+METHODS = [
+    (name, variant.cases[0], "fp32", layout)
+    for name, variant in VARIANTS.items()
+    if not name.startswith("resize features")
+    for layout in variant.layouts
+]
+
+
+class Count(NamedTuple):
+    """Bytes and kernels."""
+
+    bytes: int
+    launches: int
+
+    def __add__(self, other: Count) -> Count:  # type: ignore[override]
+        return Count(self.bytes + other.bytes, self.launches + other.launches)
+
+    def model_us(self) -> float:
+        """The modelled time."""
+        return 1e6 * (self.bytes / BANDWIDTH + self.launches * LAUNCH_SECONDS)
+
+
+class Row(NamedTuple):
+    """A pass of a case, or a variant's forward and backward, which "direction" then names."""
+
+    case: str
+    dtype: str
+    layout: str
+    direction: str
+    floor: int
+    counted: Count  # distinct bytes per launch
+    threads: int  # bytes over all accesses of all threads
+    again: int  # bytes of students that are read a second time
+    served: int  # of these, by the second-level cache
+    eager: Count
+    compiled: Count
+
+    @property
+    def ratio(self) -> float:
+        """Distinct bytes to the floor."""
+        return self.counted.bytes / self.floor
+
+    def at_fused(self) -> Count:
+        """What goes through the device's memory: second reads that the cache misses as well."""
+        return self.counted + Count(self.again - self.served, 0)
+
+
+class Model(NamedTuple):
+    """All that is counted: the canonical cases, and the rest of the method."""
+
+    rows: list[Row]
+    methods: list[Row]
 
 
 # ---- at_fused: run in the harness ----------------------------------------------------------------
 
 
-def count_kernels(inputs: Inputs, share: int) -> dict[str, Counters]:
-    """The counters of each pass, on 1/share of the device."""
+def counted(harness: ctypes.CDLL, run: Callable[[], Any]) -> tuple[Any, Counters]:
+    """What a program returns, and its counters."""
+    harness.simt_reset_counters()
+    result, counters = run(), Counters()
+    if harness.simt_last_error():
+        raise RuntimeError(harness.simt_last_error().decode())
+    harness.simt_counters(ctypes.byref(counters))
+    return result, counters
+
+
+def count_passes(inputs: Inputs, share: int) -> dict[str, Counters]:
+    """The counters of each pass of at_loss, on 1/share of the device."""
     students, teachers = [x.detach() for x in inputs.students], inputs.teachers
     pairs = list(range(len(students)))
-    options = [], 2.0, "mean", "code", "sum", 1e-12
-    found: dict[str, Counters] = {}
-
-    def counted(direction: str, run: Callable[[], Any]) -> Any:
-        harness.simt_reset_counters()
-        result = run()
-        if harness.simt_last_error():
-            raise RuntimeError(harness.simt_last_error().decode())
-        found[direction] = Counters()
-        harness.simt_counters(ctypes.byref(found[direction]))
-        return result
-
+    options = [], [], [], 2.0, "mean", "code", "sum", "max", 1e-12
+    at_loss = torch.ops.at_fused.at_loss.default
     with simt(multiprocessors=H100.multiprocessors // share) as harness:
-        _, maps = counted(
-            "forward", lambda: _ops.at_loss(students, teachers, *options, True, False)
+        (_, maps), forward = counted(
+            harness, lambda: at_loss(students, teachers, *options, True, False)
         )
         k, one = maps[: len(pairs)], torch.ones(())
-        counted(
-            "backward", lambda: _ops.attention_map_backward(students, k, one, pairs, options[1])
+        _, backward = counted(
+            harness, lambda: _ops.attention_map_backward(students, k, one, pairs, 2.0)
         )
-        counted(
-            "value and gradient",
-            lambda: _ops.at_value_and_grad(students, teachers, *options, 1.0, None),
+        _, both = counted(
+            harness, lambda: _ops.at_value_and_grad(students, teachers, *options, 1.0, None)
         )
-    return found
+    return dict(zip(PASSES, (forward, backward, both), strict=True))
 
 
 def second_reads(case: str, dtype: str, layout: str) -> tuple[int, int]:
@@ -123,16 +192,16 @@ class Operators(TorchDispatchMode):
         return out
 
 
-def count_eager(inputs: Inputs) -> dict[str, Count]:
+def count_eager(inputs: Inputs, variant: Variant) -> dict[str, Count]:
     """The popular lines' operators, forward and backward, on tensors without data."""
     with Operators() as forward:
-        loss = popular_losses(inputs.students, inputs.teachers)
+        loss = inputs.step(variant.popular, backward=False)()
     with Operators() as backward:
-        torch.autograd.grad(loss, inputs.students)
+        torch.autograd.grad(loss.sum() if loss.dim() else loss, inputs.students)
     return {"forward": forward.count, "backward": backward.count}
 
 
-def count_compiled(inputs: Inputs) -> dict[str, Count]:
+def count_compiled(inputs: Inputs, variant: Variant) -> dict[str, Count]:
     """The kernels into which inductor's scheduler fuses the popular lines, and their bytes.
 
     With its Triton back end, as on a GPU, but scheduled for the CPU: a GPU splits large reductions,
@@ -161,26 +230,25 @@ def count_compiled(inputs: Inputs) -> dict[str, Count]:
 
         return count
 
-    pairs = len(inputs.students)
     compiled = aot_function(
-        lambda *x: popular_losses(list(x[:pairs]), list(x[pairs:])),
+        variant.popular,
         counter("forward"),
         counter("backward"),
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
     with config.patch(cpu_backend="triton"):
-        torch.autograd.grad(compiled(*inputs.students, *inputs.teachers), inputs.students)
+        inputs.step(compiled)()
     return found
 
 
-def count_others(case: str, dtype: str, layout: str) -> tuple[dict[str, Count], dict[str, Count]]:
-    """Eager and compiled; value and gradient is forward and backward one after the other."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    eager = count_eager(Inputs.make(case, dtype, layout, device="meta"))
+def count_others(
+    case: str, dtype: str, layout: str, variant: Variant = AT_LOSS
+) -> tuple[dict[str, Count], dict[str, Count]]:
+    """Eager and compiled; both passes one after the other are those of value and gradient."""
+    eager = count_eager(Inputs.make(case, dtype, layout, "meta", variant=variant), variant)
     with FakeTensorMode():
-        compiled = count_compiled(Inputs.make(case, dtype, layout))
+        compiled = count_compiled(Inputs.make(case, dtype, layout, variant=variant), variant)
     for count in (eager, compiled):
         count["value and gradient"] = count["forward"] + count["backward"]
     return eager, compiled
@@ -189,55 +257,168 @@ def count_others(case: str, dtype: str, layout: str) -> tuple[dict[str, Count], 
 # ---- rows ----------------------------------------------------------------------------------------
 
 
+def moved(c: Counters, share: int) -> tuple[Count, int]:
+    """Distinct bytes and launches, and the bytes of all accesses, of the whole device."""
+    distinct = share * (c.distinct_load_bytes + c.distinct_store_bytes)
+    accesses = share * (c.load_bytes + c.store_bytes + c.atomic_bytes)
+    return Count(distinct, c.launches), accesses
+
+
 def rows_of(case: str, dtype: str, layout: str, share: int = 1) -> list[Row]:
     """The three passes of a case; at_fused is counted on 1/share of it."""
-    inputs = Inputs.make(case, dtype, layout, share=share)
-    eager, compiled = count_others(case, dtype, layout)
+    setting = case, dtype, layout
+    inputs = Inputs.make(*setting, share=share)
+    eager, compiled = count_others(*setting)
     rows = []
-    for direction, c in count_kernels(inputs, share).items():
-        read, written = (share * n for n in inputs.floors()[direction])
-        again, served = (
-            second_reads(case, dtype, layout) if direction == "value and gradient" else (0, 0)
-        )
+    for direction, counters in count_passes(inputs, share).items():
+        floor = share * inputs.floors()[direction]
+        twice = second_reads(*setting) if direction == "value and gradient" else (0, 0)
+        others = eager[direction], compiled[direction]
         rows.append(
-            Row(
-                case[0],
-                dtype,
-                layout,
-                direction,
-                read + written,
-                Count(share * (c.distinct_load_bytes + c.distinct_store_bytes), c.launches),
-                share * (c.load_bytes + c.store_bytes + c.atomic_bytes),
-                share * c.distinct_load_bytes - read,
-                again,
-                served,
-                again == 0,
-                eager[direction],
-                compiled[direction],
-            )
+            Row(case[0], dtype, layout, direction, floor, *moved(counters, share), *twice, *others)
         )
     return rows
 
 
-def count(quick: bool = False) -> list[Row]:
-    """All rows, or those of --quick."""
-    settings, share = (QUICK, QUICK_SHARE) if quick else (SETTINGS, 1)
+def method_row(name: str, case: str, dtype: str, layout: str) -> Row:
+    """Forward and backward of a variant, on a share of the batch and of the device.
+
+    What torch's own operators do to the maps between two of ours is not counted: a C-th of the
+    bytes.
+    """
+    variant = VARIANTS[name]
+    inputs = Inputs.make(case, dtype, layout, share=SHARE, variant=variant)
+    with simt(multiprocessors=H100.multiprocessors // SHARE) as harness:
+        _, counters = counted(harness, inputs.step(variant.ours()))
+    both = [each["value and gradient"] for each in count_others(case, dtype, layout, variant)]
+    floor = SHARE * method_floor(name, layout, inputs)
+    return Row(case, dtype, layout, name, floor, *moved(counters, SHARE), 0, 0, *both)
+
+
+def method_floor(name: str, layout: str, inputs: Inputs) -> int:
+    """Bytes of all inputs, read once; of what the gradient reads again; and of the gradient.
+
+    Skipped tokens need not be read. The gradient of a maximum reads the winners, which do not
+    count.
+    """
+    students, teachers = (
+        sum((x[:, 1:] if layout in TOKENS else x).nbytes for x in side)
+        for side in (inputs.students, inputs.teachers)
+    )
+    extra = sum(x.nbytes for x in tree_leaves(inputs.extra))
+    again = 0 if name == "max" else students
+    return students + teachers + extra + again + sum(x.nbytes for x in inputs.students)
+
+
+def count(settings: Sequence[tuple[str, str, str]], share: int = 1) -> list[Row]:
+    """The rows of some cases."""
     return [row for setting in settings for row in rows_of(*setting, share=share)]
 
 
+# ---- the files -----------------------------------------------------------------------------------
+
+
+def save(model: Model) -> None:
+    """Writes the counts and their table."""
+    parts = {name: [row._asdict() for row in rows] for name, rows in model._asdict().items()}
+    write(FILE, {"device": DEVICE, "parts": parts})
+    FILE.with_suffix(".md").write_text(text(model))
+
+
+def load(path: Path = FILE) -> Model:
+    """The counts that were saved."""
+
+    def row_of(fields: dict[str, Any]) -> Row:
+        counts = {key: Count(*value) for key, value in fields.items() if isinstance(value, list)}
+        return Row(**fields | counts)
+
+    try:
+        parts = json.loads(path.read_text())["parts"]
+        return Model(*([row_of(fields) for fields in parts[name]] for name in Model._fields))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ResultError(f"{path}: not the counts of roofline.py: {error!r}") from error
+
+
+NOTES = f"""\
+- *floor*: forward reads S and T and writes the two maps that are kept; backward reads S and k and
+  writes dS; value and gradient reads S and T and writes dS.
+- *distinct*: each byte once per launch, read or written: what has to cross the device's memory at
+  least once. *all accesses*: summed over every thread, so a coefficient that 32 lanes read counts
+  32 times: what goes through the first-level caches. More than 1 % above the floor are maps of
+  samples that several blocks share: the last block reads back, out of the L2 cache, what the others
+  have just written. In value and gradient, whose floor has no maps, the writing counts as well.
+- *S again*: students too large to stay on chip, read a second time by value and gradient. In
+  brackets, as a model, the share that an L2 cache of {L2_BYTES / 1e6:.0f} MB should still have: all
+  of a pair's where what is read and written in between fits it, else none. What it does not have
+  is added to the bytes of the model.
+- *eager*: operators of the popular lines, each one launch that reads its inputs and writes its
+  outputs. *compile*: what inductor's scheduler makes of them, from its Triton back end for the CPU;
+  a GPU splits large reductions, which is a few launches more. For value and gradient, both are
+  their forward and backward.
+- *us (model, not measured)*: bytes / {BANDWIDTH / 1e12} TB/s + launches x
+  {1e6 * LAUNCH_SECONDS:.0f} us (an assumption). As if every kernel's bytes came from memory, which
+  is unfair to those who find them in the L2 cache, and as if every kernel reached the full
+  bandwidth.
+"""
+
+
+def how(share: int) -> str:
+    """What part of the device was counted."""
+    if share == 1:
+        return "Full batches."
+    return f"A share of 1/{share} of each batch on 1/{share} of the multiprocessors, times {share}."
+
+
+def table(rows: Sequence[Row], first: str = "pass") -> str:
+    """The rows as Markdown."""
+    lines = []
+    for r in rows:
+        again = f"{r.again / 1e6:.2f} ({r.served / r.again:.0%} L2)" if r.again else ""
+        cells = [f"{r.floor / 1e6:.2f}", f"{r.counted.bytes / 1e6:.2f}", f"{r.ratio:.4f}x"]
+        cells += [f"{r.threads / 1e6:.2f}", again, str(r.counted.launches)]
+        for other in (r.eager, r.compiled):
+            cells += [f"{other.bytes / 1e6:.2f}", str(other.launches)]
+        cells += [f"{c.model_us():.1f}" for c in (r.at_fused(), r.eager, r.compiled)]
+        lines.append(("cpu", r.case, r.dtype, r.layout, r.direction, *cells))
+    heads = f"case | dtype | layout | {first} | floor, MB | distinct, MB | to floor"
+    heads += " | all accesses, MB | S again, MB | launches | eager, MB | launches | compile, MB"
+    heads += " | launches | us (model, not measured) | eager | compile"
+    return "\n".join(markdown(heads, 4, lines))
+
+
+def text(model: Model, share: int = 1) -> str:
+    """Everything, as roofline.md has it."""
+    return f"""\
+# Roofline: bytes counted, times a model, not measured
+
+`python -m benchmarks.roofline`: the CUDA kernels in the harness, as on an H100. {how(share)}
+MB of 10^6 bytes; cases as in cases.py.
+
+{table(model.rows)}
+
+{NOTES}
+## The rest of the method
+
+Forward and backward. {how(SHARE)}
+The floor reads every input once, what the gradient needs a second time, and writes the
+gradient. What torch does to maps (interpolation, a sum) is not counted for at_fused.
+
+{table(model.methods, "variant")}
+"""
+
+
 def main() -> None:
+    """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--quick", action="store_true", help="a quarter of cases a (fp32) and b (bf16)"
+        "--quick", action="store_true", help="a quarter of cases a (fp32) and b (bf16); no files"
     )
     if parser.parse_args().quick:
-        sys.stdout.write(roofline_model.table(count(quick=True), QUICK_SHARE))
+        sys.stdout.write(text(Model(count(QUICK, SHARE), []), SHARE))
         return
-    from benchmarks import roofline_methods
-
-    model = roofline_model.Model(count(), list(roofline_methods.rows()), roofline_methods.SHARE)
-    roofline_model.save(model)
-    sys.stdout.write(roofline_model.text(model))
+    model = Model(count(SETTINGS), [method_row(*setting) for setting in METHODS])
+    save(model)
+    sys.stdout.write(text(model))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import at_fused
 from at_fused import AttentionTransfer
 from at_fused._hooks import _Hook
 from at_fused._ops import loss, tap
-from at_fused.train.memory import peak
 from at_fused.train.wrn import WRN
 from benchmarks.cases import popular_losses
 
@@ -111,25 +110,20 @@ def alone(networks: Networks) -> Program:
     return lambda: backward(networks, F.cross_entropy(logits_of(student(x)), y))
 
 
-def tapped(networks: Networks, prepared: bool = False) -> tuple[Program, AttentionTransfer]:
-    """A step with AttentionTransfer, which hooks the networks until it is removed."""
-    student, teacher, x, y, layers = networks
-    at = AttentionTransfer(student, teacher, layers, beta=BETA)
-
-    def step() -> None:
-        if prepared:
-            at.prepare(x)
-        backward(networks, F.cross_entropy(logits_of(student(x)), y) + at(x))
-
-    return step, at
+def tapped(networks: Networks, at: AttentionTransfer, prepared: bool = False) -> None:
+    """A step with AttentionTransfer, whose hooks are there."""
+    student, _, x, y, _ = networks
+    if prepared:
+        at.prepare(x)
+    backward(networks, F.cross_entropy(logits_of(student(x)), y) + at(x))
 
 
 def hooked(networks: Networks, prepared: bool = False) -> Program:
     """The same, with hooks that are there for the one step."""
 
     def step() -> None:
-        run, at = tapped(networks, prepared)
-        run()
+        at = AttentionTransfer(networks.student, networks.teacher, networks.layers, beta=BETA)
+        tapped(networks, at, prepared)
         at.remove()
 
     return step
@@ -147,17 +141,7 @@ def programs(networks: Networks) -> dict[str, Program]:
     }
 
 
-# ---- what a step holds, and what of its time is attention transfer -------------------------------
-
-
-def peak_bytes(program: Program, device: str = "cpu") -> int:
-    """The most that a program holds beyond what was there before."""
-    # Twice: the profiler knows the sizes of what it has seen allocated. Only so do the gradients
-    # that the first run leaves count as freed in the second, every time.
-    for _ in range(2):
-        with peak(torch.device(device)) as found:
-            program()
-    return found.bytes
+# ---- what of a step's time is attention transfer -------------------------------------------------
 
 
 class Stopwatch:
@@ -185,8 +169,8 @@ def own_seconds(networks: Networks, rounds: int) -> list[tuple[float, float]]:
 
     By the clock around each part, so that it needs no difference of two long times.
     """
-    step, at = tapped(networks)
-    step()
+    at = AttentionTransfer(networks.student, networks.teacher, networks.layers, beta=BETA)
+    tapped(networks, at)
     watch = Stopwatch()
     found = []
     with (
@@ -200,7 +184,7 @@ def own_seconds(networks: Networks, rounds: int) -> list[tuple[float, float]]:
         for _ in range(rounds):
             watch.seconds = 0.0
             begin = time.perf_counter()
-            step()
+            tapped(networks, at)
             found.append((time.perf_counter() - begin, watch.seconds))
     at.remove()
     return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
-from benchmarks.timing import Row
+from benchmarks.measure import Row
 
 RIVALS = ("eager", "compile")
 STEPS = {
@@ -17,47 +18,24 @@ STEPS = {
     "prepared": "with `at.prepare(x)`",
 }
 
-# Cells of a row, and the back end that it is of.
-Line = tuple[str, Sequence[str]]
+# The back end that a line is of, then its cells.
+Line = tuple[str, ...]
 
 
-def markdown(head: Sequence[str], text: int, lines: Iterable[Line]) -> list[str]:
+def markdown(heads: str, text: int, lines: Iterable[Line]) -> list[str]:
     """A table with ``text`` columns of text, then numbers; on a GPU with the back ends' names."""
-    lines = list(lines)
-    gpu = any(backend != "cpu" for backend, _ in lines)
-    named = ["back end"] if gpu else []
-
-    def joined(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    ruler = "|---" * (text + len(named)) + "|--:" * (len(head) - text) + "|"
-    return [joined([*head[:text], *named, *head[text:]]), ruler] + [
-        joined([*cells[:text], *([backend] if gpu else []), *cells[text:]])
-        for backend, cells in lines
-    ]
+    lines, columns = list(lines), heads.split(" | ")
+    if any(backend != "cpu" for backend, *_ in lines):
+        columns.insert(text, "back end")
+        lines = [(on, *cells[:text], on, *cells[text:]) for on, *cells in lines]
+        text += 1
+    ruler = "|---" * text + "|--:" * (len(columns) - text) + "|"
+    rows = [columns, *(cells for _, *cells in lines)]
+    first, *others = (f"| {' | '.join(cells)} |" for cells in rows)
+    return [first, ruler, *others]
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """The mean of ratios."""
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
-def times(ms: float) -> str:
-    """Milliseconds, to the microsecond below one."""
-    return f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
-
-
-def to(row: Row, rival: str, program: str = "at_fused") -> str:
-    """How many times as long a rival takes."""
-    return f"{row['ms'][rival] / row['ms'][program]:.1f}x"
-
-
-def megabytes(count: float) -> str:
-    """Of 10^6 bytes."""
-    return f"{count / 1e6:.1f}" if count >= 1e6 else f"{count / 1e6:.2g}"
-
-
-def same(rows: Sequence[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
+def same(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
     """The rows by what they have in common."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -65,190 +43,174 @@ def same(rows: Sequence[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
     return found
 
 
-# ---- at_loss -------------------------------------------------------------------------------------
+# ---- cells ---------------------------------------------------------------------------------------
 
 
-def of_copy(row: Row) -> str:
-    """The rate at which the bytes went that have to, to that of a plain copy."""
-    rates = {key: row["bytes"][key] / row["ms"][key] for key in ("at_fused", "copy")}
-    return f"{rates['at_fused'] / rates['copy']:.0%}"
+def times(row: Row, *programs: str) -> list[str]:
+    """Milliseconds, to the microsecond below one."""
+    found = [row["ms"][name] for name in programs]
+    return [f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}" for ms in found]
+
+
+def to(row: Row, rivals: Sequence[str] = RIVALS, program: str = "at_fused") -> list[str]:
+    """How many times as long the rivals take."""
+    return [f"{row['ms'][rival] / row['ms'][program]:.1f}x" for rival in rivals]
+
+
+def megabytes(count: float) -> str:
+    """Of 10^6 bytes."""
+    return f"{count / 1e6:.1f}" if count >= 1e6 else f"{count / 1e6:.2g}"
+
+
+def shape(row: Row) -> str:
+    """As 4x8x4x4."""
+    return "x".join(map(str, row["shape"]))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The mean of ratios."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+Reduce = Callable[[Sequence[float]], float]
+
+
+def over(
+    rows: Sequence[Row],
+    *reductions: Reduce,
+    rivals: Sequence[str] = RIVALS,
+    program: str = "at_fused",
+) -> list[str]:
+    """Of each rival's ratios in all rows: the geometric mean, the least."""
+    ratios = [[row["ms"][rival] / row["ms"][program] for row in rows] for rival in rivals]
+    return [f"{reduce(values):.1f}x" for values in ratios for reduce in reductions]
+
+
+# ---- the parts -----------------------------------------------------------------------------------
+
+
+def means(rows: Sequence[Row], key: str, title: str) -> list[str]:
+    """Geometric means of the ratios of rows with something in common, and the least of them."""
+    return markdown(
+        f"{title} | settings | to eager | least | to compile | least",
+        1,
+        [
+            (backend, name, str(len(found)), *over(found, geometric_mean, min))
+            for (name, backend), found in same(rows, key, "backend").items()
+        ],
+    )
 
 
 def cases(rows: Sequence[Row]) -> list[str]:
-    """The canonical cases: milliseconds, and the others' over ours."""
+    """The canonical cases: milliseconds, and the others' over ours; on a GPU the share of a copy.
+
+    That is the rate at which the bytes went that have to, to that of a plain copy.
+    """
     gpu = any("copy" in row["ms"] for row in rows)
-    names = same(rows, "pass")
-    columns = ["to eager", "to compile", *(["of copy"] if gpu else [])]
+    directions = [name for (name,) in same(rows, "pass")]
     lines = []
-    for (*setting, backend), passes in same(rows, "case", "dtype", "layout", "backend").items():
-        cells = [*setting, times(passes[0]["ms"]["floor"])]
-        by_pass = {row["pass"]: row for row in passes}
-        for (name,) in names:
+    for (*setting, backend), found in same(rows, "case", "dtype", "layout", "backend").items():
+        cells = [backend, *setting, *times(found[0], "floor")]
+        by_pass = {row["pass"]: row for row in found}
+        for name in directions:
             row = by_pass.get(name)
-            if row:
-                cells += [times(row["ms"]["at_fused"]), *(to(row, rival) for rival in RIVALS)]
-                cells += [of_copy(row)] if gpu else []
-            else:  # pytest was told to leave it out
-                cells += [""] * (1 + len(columns))
-        lines.append((backend, cells))
-    heads = [each for (name,) in names for each in (name, *columns)]
-    return markdown(["case", "dtype", "layout", "one read", *heads], 3, lines)
+            if not row:  # pytest was told to leave it out
+                cells += [""] * (3 + gpu)
+                continue
+            cells += [*times(row, "at_fused"), *to(row)]
+            if gpu:
+                ours, copy = (row["bytes"][key] / row["ms"][key] for key in ("at_fused", "copy"))
+                cells.append(f"{ours / copy:.0%}")
+        lines.append(tuple(cells))
+    each = "".join(f" | {name} | to eager | to compile{' | of copy' * gpu}" for name in directions)
+    return markdown(f"case | dtype | layout | one read{each}", 3, lines)
 
 
-def ratios(rows: Sequence[Row]) -> dict[str, list[float]]:
-    """Rival -> its times over ours."""
-    return {rival: [r["ms"][rival] / r["ms"]["at_fused"] for r in rows] for rival in RIVALS}
-
-
-def mean_and_least(rows: Sequence[Row]) -> list[str]:
-    """Cells: the geometric mean of a rival's ratios and the least of them, of each rival."""
-    return [
-        f"{of(values):.1f}x" for values in ratios(rows).values() for of in (geometric_mean, min)
-    ]
-
-
-def means(rows: Sequence[Row]) -> list[str]:
-    """Geometric means of the ratios of all cases, and the least of them."""
-    return markdown(
-        ["geometric means", "to eager", "least", "to compile", "least"],
-        1,
-        (
-            (backend, [name, *mean_and_least(found)])
-            for (name, backend), found in same(rows, "pass", "backend").items()
-        ),
-    )
+def all_cases(rows: Sequence[Row]) -> list[str]:
+    """The cases and their means."""
+    return [*cases(rows), "", *means(rows, "pass", "geometric means")]
 
 
 def summary(results: dict[str, Sequence[Row]]) -> list[str]:
     """Geometric means of the ratios of the cases, a row for each back end of each device."""
-    passes = dict.fromkeys(row["pass"] for rows in results.values() for row in rows)
-    heads = [f"{name}: to {rival}" for name in passes for rival in RIVALS]
+    directions = dict.fromkeys(row["pass"] for rows in results.values() for row in rows)
+    heads = [f"{name}: to {rival}" for name in directions for rival in RIVALS]
     lines = []
     for device, rows in results.items():
         for (backend,), found in same(rows, "backend").items():
             by_pass = same(found, "pass")
-            means = [ratios(by_pass[name,]) for name in passes]
-            cells = [f"{geometric_mean(v):.1f}x" for each in means for v in each.values()]
-            lines.append(("cpu", [device, backend, *cells]))
-    return markdown(["device", "back end", *heads], 2, lines)
-
-
-def all_cases(rows: Sequence[Row]) -> list[str]:
-    """Both."""
-    return [*cases(rows), "", *means(rows)]
+            cells = [cell for name in directions for cell in over(by_pass[name,], geometric_mean)]
+            lines.append(("cpu", device, backend, *cells))
+    return markdown(" | ".join(["device", "back end", *heads]), 2, lines)
 
 
 def sizes(rows: Sequence[Row]) -> list[str]:
     """Milliseconds of each size."""
+    shown = ("floor", "at_fused", *RIVALS)
     return markdown(
-        ["features", "MB", "one read", "at_fused", "eager", "compile", "to eager", "to compile"],
+        "features | MB | one read | at_fused | eager | compile | to eager | to compile",
         1,
-        (
-            (
-                row["backend"],
-                [
-                    "x".join(map(str, row["shape"])),
-                    megabytes(row["bytes"]),
-                    *(times(row["ms"][key]) for key in ("floor", "at_fused", *RIVALS)),
-                    *(to(row, rival) for rival in RIVALS),
-                ],
-            )
-            for row in rows
-        ),
+        [(r["backend"], shape(r), megabytes(r["bytes"]), *times(r, *shown), *to(r)) for r in rows],
     )
 
 
 def memory(rows: Sequence[Row]) -> list[str]:
     """Megabytes at each batch, and over those of the gradient."""
 
-    def cell(row: Row, program: str) -> str:
-        size = row["bytes"][program]
-        return f"{megabytes(size)} ({size / row['gradient']:.2f}x)"
+    def cells(row: Row) -> Iterable[str]:
+        for program in ("at_fused", *RIVALS):
+            size = row["bytes"][program]
+            yield f"{megabytes(size)} ({size / row['gradient']:.2f}x)"
 
     return markdown(
-        ["batch", "the gradient, MB", "at_fused", "eager", "compile"],
+        "batch | the gradient, MB | at_fused | eager | compile",
         0,
-        (
-            (
-                row["backend"],
-                [str(row["batch"]), megabytes(row["gradient"])]
-                + [cell(row, program) for program in ("at_fused", *RIVALS)],
-            )
-            for row in rows
-        ),
+        [(r["backend"], str(r["batch"]), megabytes(r["gradient"]), *cells(r)) for r in rows],
     )
 
 
 def threads(rows: Sequence[Row]) -> list[str]:
     """Milliseconds, and how many times as fast as one thread."""
-    columns = {"floor": "one read", "forward": "forward", "forward+backward": "forward+backward"}
+    names = ("floor", "forward", "forward+backward")
     lines = []
     for found in same(rows, "case").values():
         for row in found:
-            cells = [row["case"], str(row["threads"])]
-            for key in columns:
-                gain = found[0]["ms"][key] / row["ms"][key]
-                cells += [times(row["ms"][key]), f"{gain:.2f}x"]
-            lines.append((row["backend"], cells))
-    heads = [each for name in columns.values() for each in (name, "to one thread")]
-    return markdown(["case", "threads", *heads], 1, lines)
+            gains = [f"{found[0]['ms'][name] / row['ms'][name]:.2f}x" for name in names]
+            pairs = zip(times(row, *names), gains, strict=True)
+            cells = [cell for pair in pairs for cell in pair]
+            lines.append((row["backend"], row["case"], str(row["threads"]), *cells))
+    heads = "".join(f" | {name} | to one thread" for name in ("one read", *names[1:]))
+    return markdown(f"case | threads{heads}", 1, lines)
 
 
 def calls(rows: Sequence[Row]) -> list[str]:
     """Microseconds of tiny calls."""
-    return markdown(
-        ["pairs", "at_fused, us", "eager, us", "to eager"],
-        1,
-        (
-            (
-                row["backend"],
-                [
-                    f"{row['pairs']} of {'x'.join(map(str, row['shape']))}",
-                    *(f"{1e3 * row['ms'][key]:.1f}" for key in ("at_fused", "eager")),
-                    to(row, "eager"),
-                ],
-            )
-            for row in rows
-        ),
-    )
-
-
-# ---- the rest of the method ----------------------------------------------------------------------
-
-
-def variants(rows: Sequence[Row]) -> list[str]:
-    """Each variant: the geometric means of its ratios, and the least of them."""
     lines = []
-    for (name, backend), found in same(rows, "variant", "backend").items():
-        lines.append((backend, [name, str(len(found)), *mean_and_least(found)]))
-    head = ["variant", "settings", "to eager", "least", "to compile", "least"]
-    return markdown(head, 1, lines)
-
-
-def method_settings(rows: Sequence[Row]) -> list[str]:
-    """Each setting of each variant."""
-    keys = ("variant", "case", "dtype", "layout")
-    return markdown(
-        [*keys, "ms", "to eager", "to compile"],
-        len(keys),
-        (
-            (
-                row["backend"],
-                [row[key] for key in keys]
-                + [times(row["ms"]["at_fused"]), *(to(row, rival) for rival in RIVALS)],
-            )
-            for row in rows
-        ),
-    )
+    for r in rows:
+        us = [f"{1e3 * r['ms'][key]:.1f}" for key in ("at_fused", "eager")]
+        lines.append(
+            (r["backend"], f"{r['pairs']} of {shape(r)}", r["pass"], *us, *to(r, ["eager"]))
+        )
+    return markdown("pairs | pass | at_fused, us | eager, us | to eager", 2, lines)
 
 
 def methods(rows: Sequence[Row]) -> list[str]:
-    """Both."""
-    every = ["<details><summary>Every setting</summary>", "", *method_settings(rows), ""]
-    return [*variants(rows), "", *every, "</details>"]
-
-
-# ---- whole steps ---------------------------------------------------------------------------------
+    """Each variant's means, then every setting: ours, and what the others take over it."""
+    kinds = list(same(rows, "dtype", "layout"))
+    lines = []
+    for (*setting, backend), found in same(rows, "variant", "case", "backend").items():
+        by_kind = {(row["dtype"], row["layout"]): row for row in found}
+        cells = [
+            " / ".join([*times(by_kind[kind], "at_fused"), *to(by_kind[kind])])
+            if kind in by_kind
+            else ""
+            for kind in kinds
+        ]
+        lines.append((backend, *setting, *cells))
+    heads = " | ".join(["variant", "case", *map(" ".join, kinds)])
+    fold = ["<details><summary>Every setting: ms / to eager / to compile</summary>", ""]
+    every = markdown(heads, 2, lines)
+    return [*means(rows, "variant", "variant"), "", *fold, *every, "", "</details>"]
 
 
 def steps(rows: Sequence[Row]) -> list[str]:
@@ -257,54 +219,80 @@ def steps(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         for step, title in STEPS.items():
             own, size = row["own"].get(step), row["bytes"]
-            cells = [row["networks"], title, f"{row['ms'][step]:.0f}", "", ""]
+            of_it = ["", ""]
             if own:
                 share = row["share"] if step == "tap" else own / row["ms"]["without"]
-                cells[-2:] = [times(own), f"{share:.2%}"]
-            cells += [megabytes(size[step])]
-            cells += [f"{size[step] / size[base] - 1:+.1%}" for base in ("alone", "without")]
-            lines.append((row["backend"], cells))
-    heads = ["networks", "step", "ms", "AT's own ms", "share"]
-    return markdown([*heads, "peak MB", "to no teacher", "to no AT"], 2, lines)
+                of_it = [*times({"ms": row["own"]}, step), f"{share:.2%}"]
+            more = [f"{size[step] / size[base] - 1:+.1%}" for base in ("alone", "without")]
+            cells = (f"{row['ms'][step]:.0f}", *of_it, megabytes(size[step]), *more)
+            lines.append((row["backend"], row["networks"], title, *cells))
+    heads = "networks | step | ms | AT's own ms | share | peak MB | to no teacher | to no AT"
+    return markdown(heads, 2, lines)
 
 
 def taps(rows: Sequence[Row]) -> list[str]:
     """The backward of taps, to the drop-in's gradient and its addition, and to eager's."""
-    heads = ("drop-in", "eager")
+    rivals = ("drop-in", "eager")
     lines = [
-        (
-            row["backend"],
-            [row["case"], row["dtype"], row["layout"], times(row["ms"]["tap"])]
-            + [to(row, rival, "tap") for rival in heads],
-        )
-        for row in rows
+        (r["backend"], r["case"], r["dtype"], r["layout"], *times(r, "tap"), *to(r, rivals, "tap"))
+        for r in rows
     ]
     for (backend,), found in same(rows, "backend").items():
-        ratios = [[row["ms"][rival] / row["ms"]["tap"] for row in found] for rival in heads]
-        for name, of in (("geometric mean", geometric_mean), ("least", min)):
-            cells = [name, "", "", "", *(f"{of(values):.1f}x" for values in ratios)]
-            lines.append((backend, cells))
-    return markdown(["case", "dtype", "layout", "tap ms", "to drop-in", "to eager"], 3, lines)
+        for name, reduce in (("geometric mean", geometric_mean), ("least", min)):
+            cells = over(found, reduce, rivals=rivals, program="tap")
+            lines.append((backend, name, "", "", "", *cells))
+    return markdown("case | dtype | layout | tap ms | to drop-in | to eager", 3, lines)
 
 
-TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
-    "cases": all_cases,
-    "sizes": sizes,
-    "memory": memory,
-    "threads": threads,
-    "calls": calls,
-    "methods": methods,
-    "steps": steps,
-    "taps": taps,
-}
+class Part(NamedTuple):
+    """How a part of the report is shown."""
 
-TITLES = {
-    "cases": "at_loss: the canonical cases",
-    "sizes": "Time against size",
-    "memory": "Memory against batch",
-    "threads": "From one thread to all",
-    "calls": "Tiny calls",
-    "methods": "The rest of the method",
-    "steps": "Training steps",
-    "taps": "The backward of taps",
+    title: str
+    table: Callable[[Sequence[Row]], list[str]]
+    note: str
+
+
+PARTS = {
+    "cases": Part(
+        "at_loss: the canonical cases",
+        all_cases,
+        "In the picture the floor is what has to move (forward reads both features, backward "
+        "reads the student's and writes its gradient; the maps between them), at the rate of one "
+        "read; dotted, that of value and gradient, which reads the student's once. "
+        "*Value and gradient* is `at_value_and_grad`, against the others' forward and backward.",
+    ),
+    "sizes": Part("Time against size", sizes, "Forward and backward of one pair, fp32 NCHW."),
+    "memory": Part(
+        "Memory against batch",
+        memory,
+        "The most that forward and backward of case b allocate, fp32 NCHW, and over the "
+        "gradient's own bytes.",
+    ),
+    "threads": Part(
+        "From one thread to all",
+        threads,
+        "fp32 NCHW; one read shows what the memory gains from more threads.",
+    ),
+    "calls": Part("Tiny calls", calls, "Tiny features: what a call costs."),
+    "methods": Part(
+        "The rest of the method",
+        methods,
+        "Forward and backward; over fp32 and bf16, and cases a, b and c in NCHW and "
+        "channels_last, or the variant's own cases. *Least* is the slowest setting.",
+    ),
+    "steps": Part(
+        "Training steps",
+        steps,
+        "Forward and backward of whole networks, without the optimizer, fp32 NCHW: WRN-16-2 "
+        "to WRN-16-1, batch 128, 32x32; ResNet-34 to ResNet-18, batch 16, 224x224. *AT's own* is "
+        "the time of all that is attention transfer's: for `AttentionTransfer` by the clock within "
+        "the step, on the CPU; for the popular lines and `at_loss` that of their calls alone. "
+        "*Peak* is the most that a step allocates.",
+    ),
+    "taps": Part(
+        "The backward of taps",
+        taps,
+        "The map's gradient added into the one that comes from the next layer, in place, "
+        "against a gradient of its own that autograd adds.",
+    ),
 }

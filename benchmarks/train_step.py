@@ -27,29 +27,45 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from at_fused.train.cli import TUNABLE
-from benchmarks import ROOT
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
 
-BATCH, STEPS, WARM_UP = 128, 12, 3
+from at_fused.train import loop
+from at_fused.train.cli import TUNABLE
+from at_fused.train.config import resolve
+from at_fused.train.data import Data
+from at_fused.train.data.samples import InMemory
+from at_fused.train.experiment import Experiment
+from at_fused.train.networks import build
+from at_fused.train.stop import Signals
+from at_fused.train.wrn import WRN
+from benchmarks import ROOT
+from benchmarks.cases import popular_losses
+from benchmarks.tables import markdown
+
+BATCH, STEPS, WARM_UP, TURNS, WORKERS = 128, 12, 3, 12, 4
 IMAGES = 12_800
 CACHED_IMAGES = 1_280
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 BETA = 1e3
-# Name -> what it is, and at-fused-train's options for it.
-PROGRAMS: dict[str, tuple[str, dict[str, Any] | None]] = {
-    "authors": ("the authors' recipe", None),
-    "authors-no-data": ("the same, its images at hand", None),
-    "exact": ("--speed exact", {"speed": "exact"}),
-    "fp32": ("--speed fp32", {"speed": "fp32"}),
-    "auto": ("--speed auto", {"speed": "auto"}),
-    "cached": ("--speed auto --cache 1", {"speed": "auto", "cache": 1}),
+SEEDS, EPOCHS = 5, 10
+# What it is -> at-fused-train's options for it; the recipe has none.
+RECIPE, AT_HAND = "the authors' recipe", "the same, its images at hand"
+PROGRAMS: dict[str, dict[str, Any]] = {
+    RECIPE: {},
+    AT_HAND: {},
+    "`--speed exact`": {"speed": "exact"},
+    "`--speed fp32`": {"speed": "fp32"},
+    "`--speed auto`": {"speed": "auto"},
+    "`--speed auto --cache 1`": {"speed": "auto", "cache": 1},
 }
+PRESET = {"preset": "cifar-wrn-16-1-from-16-2", "compare": ("at",)}
 
 
-def pixels(images: int) -> Any:
+def pixels(images: int) -> Tensor:
     """Random images (N, 32, 32, 3) uint8."""
-    import torch
-
     g = torch.Generator().manual_seed(0)
     return torch.randint(256, (images, 32, 32, 3), generator=g).to(torch.uint8)
 
@@ -57,48 +73,45 @@ def pixels(images: int) -> Any:
 # ---- the authors' recipe -------------------------------------------------------------------------
 
 
-def authors_batches(images: Any, labels: Any, read: bool, workers: int) -> Iterator[Any]:
-    """Batches (x, y) for ever, read as the authors' program reads them, or one that is at hand."""
-    import torch
-    from torch.utils.data import DataLoader, Dataset
+class Pictures(Dataset[Any]):
+    """Random images, as the authors' program reads and changes them."""
 
-    if not read:
-        x = torch.randn(BATCH, 3, 32, 32)
-        while True:
-            yield x, labels[:BATCH]
-    from PIL import Image
-    from torchvision import transforms as t
+    def __init__(self) -> None:
+        from torchvision import transforms as t
 
-    # In the order of the authors' program.
-    augment = t.Compose(
-        [
-            t.Pad(4, padding_mode="reflect"),
-            t.RandomHorizontalFlip(),
-            t.RandomCrop(32),
-            t.ToTensor(),
-            t.Normalize(MEAN, STD),
-        ]
-    )
-    array = images.numpy()
+        self.array, self.labels = pixels(IMAGES).numpy(), torch.randint(10, (IMAGES,))
+        normalize = t.Normalize(MEAN, STD)
+        pad, crop = t.Pad(4, padding_mode="reflect"), t.RandomCrop(32)
+        self.augment = t.Compose([pad, t.RandomHorizontalFlip(), crop, t.ToTensor(), normalize])
 
-    class Pictures(Dataset[Any]):
-        def __len__(self) -> int:
-            return len(array)
+    def __len__(self) -> int:
+        """As many as are read in an epoch."""
+        return IMAGES
 
-        def __getitem__(self, index: int) -> Any:
-            return augment(Image.fromarray(array[index])), int(labels[index])
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image and its label."""
+        from PIL import Image
 
+        return self.augment(Image.fromarray(self.array[index])), int(self.labels[index])
+
+
+def read() -> Iterator[Any]:
+    """Batches (x, y) for ever."""
     while True:
-        yield from DataLoader(Pictures(), BATCH, shuffle=True, num_workers=workers, drop_last=True)
+        yield from DataLoader(Pictures(), BATCH, shuffle=True, num_workers=WORKERS, drop_last=True)
 
 
-def recipe_step(student: Any, teacher: Any, optimizer: Any, x: Any, y: Any) -> None:
+def at_hand() -> Iterator[Any]:
+    """The same batch for ever."""
+    batch = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
+    while True:
+        yield batch
+
+
+def recipe_step(
+    student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
+) -> None:
     """A step as the authors' program takes it, with the popular lines."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from benchmarks.cases import popular_losses
-
     logits, features = student(x)
     with torch.no_grad():
         _, wanted = teacher(x)
@@ -108,22 +121,15 @@ def recipe_step(student: Any, teacher: Any, optimizer: Any, x: Any, y: Any) -> N
     optimizer.step()
 
 
-def recipe_optimizer(student: Any) -> Any:
+def recipe_optimizer(student: nn.Module) -> torch.optim.Optimizer:
     """SGD as the authors' program has it."""
-    import torch
-
     return torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
 
 
-def authors(read: bool, workers: int) -> Callable[[], None]:
+def recipe(batches: Iterator[Any]) -> Callable[[], None]:
     """A step of the recipe, with its images."""
-    import torch
-
-    from at_fused.train.wrn import WRN
-
     student, teacher = WRN(16, 1), WRN(16, 2).eval().requires_grad_(False)
     optimizer = recipe_optimizer(student)
-    batches = authors_batches(pixels(IMAGES), torch.randint(10, (IMAGES,)), read, workers)
     return lambda: recipe_step(student, teacher, optimizer, *next(batches))
 
 
@@ -132,16 +138,7 @@ def authors(read: bool, workers: int) -> Callable[[], None]:
 
 def ours(options: dict[str, Any], folder: str) -> Callable[[], None]:
     """A step of at-fused-train."""
-    import torch
-
-    from at_fused.train.config import resolve
-    from at_fused.train.data import Data
-    from at_fused.train.data.samples import InMemory
-    from at_fused.train.experiment import Experiment
-    from at_fused.train.loop import Watch
-    from at_fused.train.stop import Signals
-
-    config = resolve({"preset": "cifar-wrn-16-1-from-16-2", "compare": ("at",)}, options)
+    config = resolve(PRESET, options)
     images = CACHED_IMAGES if config.cache else IMAGES
     labels, last = torch.randint(10, (images,)), config.speed != "exact"
     samples = InMemory(pixels(images), labels, MEAN, STD, 4, True, channels_last=last)
@@ -150,8 +147,7 @@ def ours(options: dict[str, Any], folder: str) -> Callable[[], None]:
     experiment = Experiment(config, Path(folder), data=data)
     *_, (job, plan) = experiment.jobs()
     experiment.teacher.eval().requires_grad_(False)
-    watch = Watch(lambda: None, lambda *_: None, Signals())
-    trainer = experiment.trainer(job, plan, watch)
+    trainer = experiment.trainer(job, plan, loop.Watch(lambda: None, lambda *_: None, Signals()))
     trainer.student.train()
     batches = chain.from_iterable(trainer.batches(epoch) for epoch in count())
 
@@ -166,11 +162,11 @@ def ours(options: dict[str, Any], folder: str) -> Callable[[], None]:
 # ---- in turns ------------------------------------------------------------------------------------
 
 
-def work(name: str, workers: int) -> None:
+def work(name: str) -> None:
     """A program that runs some steps for each line it reads, and writes their time."""
-    options = PROGRAMS[name][1]
     with tempfile.TemporaryDirectory() as folder:
-        step = ours(options, folder) if options else authors(name == "authors", workers)
+        options = PROGRAMS[name]
+        step = ours(options, folder) if options else recipe(read() if name == RECIPE else at_hand())
         for line in sys.stdin:
             begin = time.perf_counter()
             for _ in range(int(line)):
@@ -181,18 +177,15 @@ def work(name: str, workers: int) -> None:
 class Program:
     """A process that works in turns with others."""
 
-    def __init__(self, name: str, workers: int) -> None:
+    def __init__(self, name: str) -> None:
         environment = dict(os.environ)
-        if (PROGRAMS[name][1] or {"speed": "exact"})["speed"] != "exact":
+        if PROGRAMS[name].get("speed", "exact") != "exact":
             environment["GLIBC_TUNABLES"] = f"{TUNABLE}=1"  # as the program itself does
-        command = [sys.executable, "-m", "benchmarks.train_step", "--work", name]
-        command += ["--workers", str(workers)]
-        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "benchmarks.train_step", "--work", name],
             cwd=ROOT,
-            stdin=pipe,
-            stdout=pipe,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             text=True,
             env=environment,
             start_new_session=True,
@@ -214,14 +207,13 @@ class Program:
         return seconds
 
 
-def compare(names: list[str], rounds: int, workers: int) -> None:
+def compare(turns: int) -> None:
     """Prints images per second of all programs, and their ratios to the recipe."""
-    programs = {name: Program(name, workers) for name in names}
+    programs = {name: Program(name) for name in PROGRAMS}
     for program in programs.values():
         program.run(WARM_UP)
-    order = list(programs)
-    shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
+    order, shuffle = list(programs), random.Random(0).shuffle
+    for _ in range(turns):
         shuffle(order)
         for name in order:
             programs[name].run(1)  # what the others have left in the caches
@@ -229,82 +221,68 @@ def compare(names: list[str], rounds: int, workers: int) -> None:
     for program in programs.values():
         os.killpg(program.process.pid, signal.SIGKILL)
     median = {name: statistics.median(p.seconds) for name, p in programs.items()}
-    recipes = [name for name in names if name.startswith("authors")]
-    heads = ["program", "ms a step", "images/s", *(f"to {PROGRAMS[name][0]}" for name in recipes)]
-    print("| " + " | ".join(heads) + " |\n|---" + "|--:" * (len(heads) - 1) + "|")
+    lines = []
     for name, seconds in median.items():
-        ratios = [f"{median[recipe] / seconds:.2f}x" for recipe in recipes]
-        cells = [f"{1e3 * seconds:.1f}", f"{BATCH / seconds:.0f}", *ratios]
-        print(f"| {PROGRAMS[name][0]} | " + " | ".join(cells) + " |")
+        ratios = [f"{median[other] / seconds:.2f}x" for other in (RECIPE, AT_HAND)]
+        lines.append(("cpu", name, f"{1e3 * seconds:.0f}", f"{BATCH / seconds:.0f}", *ratios))
+    heads = "program | ms a step | images/s | to the recipe | to the same, its images at hand"
+    print(*markdown(heads, 1, lines), sep="\n")
 
 
 # ---- what the students reach ---------------------------------------------------------------------
 
 
-def accuracy(seeds: int, epochs: int) -> None:
+def accuracy() -> None:
     """Prints the accuracies of students of digits, by each program, from one teacher."""
-    import torch
-
-    from at_fused.train import loop
-    from at_fused.train.config import resolve
-    from at_fused.train.experiment import Experiment
-    from at_fused.train.networks import build
-
-    base = {"preset": "cifar-wrn-16-1-from-16-2", "data": "digits", "image_size": 32}
-    base |= {"epochs": epochs, "compare": ("at",), "seeds": seeds, "evaluate_every": epochs}
+    base = PRESET | {"data": "digits", "image_size": 32, "epochs": EPOCHS, "seeds": SEEDS}
+    base |= {"evaluate_every": EPOCHS}
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        teacher = {"teacher_from": f"{folder}/teacher/teacher.pt"}
-        for name in ("teacher", "fp32", "auto"):
-            options = base | {"speed": "exact" if name == "teacher" else name}
-            options |= {"seeds": 1} if name == "teacher" else teacher
+
+        def run(name: str, **options: Any) -> list[float]:
             out = Path(folder, name)
             out.mkdir()
-            curves = Experiment(resolve(options), out).run().students["at"]
-            if name != "teacher":
-                found[f"--speed {name}"] = [curve.last("accuracy") for curve in curves]
+            curves = Experiment(resolve(base | options), out).run().students["at"]
+            return [curve.last("accuracy") for curve in curves]
+
+        run("teacher", speed="exact", seeds=1)
+        teacher = {"teacher_from": f"{folder}/teacher/teacher.pt"}
+        for name in ("fp32", "auto"):
+            found[f"`--speed {name}`"] = run(name, speed=name, **teacher)
         config = resolve(base | teacher | {"speed": "exact"})
         experiment = Experiment(config, Path(folder, "recipe"))
-        reached = found.setdefault("the authors' recipe", [])
+        reached = found[RECIPE] = []
         for job, plan in experiment.jobs():
             torch.manual_seed(job.seed)
             student = build(config.student, 10, 1)
             optimizer = recipe_optimizer(student)
             student.train()
             experiment.teacher.eval()
-            for epoch in range(epochs):
+            for epoch in range(EPOCHS):
                 optimizer.param_groups[0]["lr"] = plan.lr(epoch * plan.per_epoch)
                 for x, y, _ in job.train.batches(plan.batches(epoch), plan.augmentation(epoch)):
                     recipe_step(student, experiment.teacher, optimizer, x, y)
             reached.append(loop.accuracy(student, job.evaluate, torch.device("cpu"))[0])
-    print("| program | accuracy, % | std | each |\n|---|--:|--:|---|")
-    for name, values in found.items():
-        each = ", ".join(f"{v:.1f}" for v in values)
-        std = statistics.stdev(values)
-        print(f"| {name} | {statistics.mean(values):.2f} | {std:.2f} | {each} |")
+    lines = [
+        ("cpu", name, f"{statistics.mean(v):.2f}", f"{statistics.stdev(v):.2f}", str(v))
+        for name, v in found.items()
+    ]
+    print(*markdown("program | accuracy, % | std | each", 1, lines), sep="\n")
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12, help="turns of each program (12)")
-    parser.add_argument(
-        "--workers", type=int, default=4, help="the recipe's processes that read images (4)"
-    )
-    parser.add_argument(
-        "--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS), help="which (all)"
-    )
+    parser.add_argument("--turns", type=int, default=TURNS, help=f"of each program ({TURNS})")
     parser.add_argument("--accuracy", action="store_true", help="compare what students reach")
-    parser.add_argument("--seeds", type=int, default=5, help="students of each program (5)")
-    parser.add_argument("--epochs", type=int, default=10, help="of each student (10)")
     parser.add_argument("--work", choices=PROGRAMS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
-        work(given.work, given.workers)
+        work(given.work)
     elif given.accuracy:
-        accuracy(given.seeds, given.epochs)
+        accuracy()
     else:
-        compare(given.programs, given.rounds, given.workers)
+        compare(given.turns)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 
 import torch
 from conftest import use
+from reference import loss_arguments
 from torch import Tensor
 
 from at_fused import _ops
@@ -66,14 +67,33 @@ def run(shape: tuple[int, ...], dtype: torch.dtype, last: bool, at_end: bool) ->
         calls += 4
     _, channels = _ops.attention_map([x], 3.0, "max")
     winners = place(channels)
-    _ops.attention_map_backward([x], [k], None, [0], 3.0, [winners])
+    _ops.attention_map_backward([x], [k], None, [0], 3.0, [], [winners])
     _ops.attention_tap_backward_(gradient, x, k, 2.0, "max", winners)
     calls += 3
-    for options in (("mean", "code"), ("sum", "paper")):
-        _ops.at_loss([x], [y], [], 2.0, *options, "sum", 1e-12, True, True)
-        _ops.at_value_and_grad([x], [y], [], 2.0, *options, "sum", 1e-12, 1.0, None)
-    _ops.map_loss([k], [k], [], "paper", "sum", "add", 1e-6, True, True)
-    return calls + 6
+    operators = torch.ops.at_fused
+    mask = place(torch.rand(b, n, dtype=wide))
+    above = place(torch.rand(1, b, dtype=wide))
+    for options in (
+        {},
+        {"collapse": "sum", "form": "paper", "masks": [mask], "eps_mode": "add"},
+        {"masks": [mask], "reduction": "sample"},
+    ):
+        arguments = loss_arguments([x], [y], **options)
+        operators.at_loss(*arguments, True, True)
+        _ops.at_value_and_grad(*arguments, 1.0, None)
+        _ops.at_value_and_grad(*arguments, 1.0, above)
+        calls += 3
+    if x.dim() == 3 and n > 2:
+        skipped = [2, 2]
+        _ops.attention_map([x, y], 2.0, "mean", skipped)
+        few = place(torch.rand(b, n - 2, dtype=wide))
+        _ops.attention_map_backward([x], [few], above, [0], 2.0, skipped[:1])
+        operators.at_loss(*loss_arguments([x], [y], skip_tokens=skipped), True, True)
+        arguments = loss_arguments([x], [y], skip_tokens=skipped, masks=[few])
+        _ops.at_value_and_grad(*arguments, 1.0, None)
+        calls += 4
+    operators.map_loss([k], [k], [], "paper", "sum", "add", 1e-6, True, True)
+    return calls + 1
 
 
 def main() -> None:

@@ -45,12 +45,13 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def map_for(x: Tensor) -> Tensor:
-    return torch.randn(x.shape[0], math.prod(x.shape[2:]), dtype=wide(x))
+def map_for(x: Tensor, skip: int = 0) -> Tensor:
+    return torch.randn(x.shape[0], math.prod(x.shape[2:]) - skip, dtype=wide(x))
 
 
-def channels_for(x: Tensor) -> Tensor:
-    return torch.randint(x.shape[1], (x.shape[0], math.prod(x.shape[2:])), dtype=torch.int32)
+def channels_for(x: Tensor, skip: int = 0) -> Tensor:
+    n = math.prod(x.shape[2:]) - skip
+    return torch.randint(x.shape[1], (x.shape[0], n), dtype=torch.int32)
 
 
 def right_call(name: str, r: random.Random) -> list[Any]:
@@ -60,13 +61,16 @@ def right_call(name: str, r: random.Random) -> list[Any]:
     xs, ys = ([feature(r, b, size) for size in sizes] for _ in range(2))
     weights = r.choice(([], [1.0] * n, [-0.5] * n))
     p, collapse = r.choice((1.0, 2.0, 2.5, 4.0)), r.choice(("mean", "sum"))
-    form, reduction = r.choice(("code", "paper")), r.choice(("sum", "none"))
+    form, reduction = r.choice(("code", "paper")), r.choice(("sum", "none", "sample"))
+    above = r.choice((None, torch.randn(()), torch.randn(n), torch.randn(n, b)))
+    skips = [r.randint(0, x.shape[2] - 1) if x.dim() == 3 else 0 for x in xs]
+    skips = skips if r.random() < 0.5 else []
+    each = list(zip(xs, skips or [0] * n, strict=True))
     if name == "attention_map":
-        return [xs, p, r.choice((collapse, "max"))]
+        return [xs, p, r.choice((collapse, "max")), skips]
     if name == "attention_map_backward":
-        channels = [channels_for(x) for x in xs] if r.random() < 0.5 else []
-        gradient = r.choice((None, torch.randn(()), torch.randn(n)))
-        return [xs, [map_for(x) for x in xs], gradient, list(range(n)), p, channels]
+        channels = [channels_for(*x) for x in each] if r.random() < 0.5 else []
+        return [xs, [map_for(*x) for x in each], above, list(range(n)), p, skips, channels]
     if name.startswith("attention_tap_backward"):
         x, maximum = xs[0], r.random() < 0.3
         collapse = "max" if maximum else collapse
@@ -74,13 +78,17 @@ def right_call(name: str, r: random.Random) -> list[Any]:
         return [torch.randn_like(x), x, map_for(x), p, collapse, channels]
     if name == "map_loss":
         maps = [map_for(x) for x in xs], [map_for(x) for x in xs]
-        reduction = r.choice((reduction, "sample"))
         return [*maps, weights, form, reduction, r.choice(("max", "add")), 1e-12, *flags(r)]
+    masks = [
+        torch.rand(map_for(*x).shape, dtype=torch.promote_types(wide(x[0]), wide(y)))
+        for x, y in zip(each, ys, strict=True)
+    ]
+    shared = [xs, ys, r.choice(([], masks)), weights, skips * 2]
+    shared += [p, collapse, form, reduction, r.choice(("max", "add")), 1e-12]
     if name == "at_loss":
-        return [xs, ys, weights, p, collapse, form, reduction, 1e-12, *flags(r)]
+        return [*shared, *flags(r)]
     assert name == "at_value_and_grad"
-    above = r.choice((None, torch.randn(()), torch.randn(n)))
-    return [xs, ys, weights, p, collapse, form, reduction, 1e-12, 2.0, above]
+    return [*shared, 2.0, above]
 
 
 def flags(r: random.Random) -> tuple[bool, bool]:

@@ -83,6 +83,25 @@ def least_distance(
     return float(torch.cat(distances).min())
 
 
+def loss_arguments(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    masks: Sequence[Tensor] = (),
+    weights: Sequence[float] = (),
+    skip_tokens: Sequence[int] = (),
+    p: float = 2.0,
+    collapse: str = "mean",
+    form: str = "code",
+    reduction: str = "sum",
+    eps_mode: str = "max",
+    eps: float = 1e-12,
+) -> tuple[Any, ...]:
+    """The arguments that the operators at_loss and at_value_and_grad have in common."""
+    lists = [list(each) for each in (student, teacher, masks, weights, skip_tokens)]
+    return *lists, p, collapse, form, reduction, eps_mode, eps
+
+
 # Largest error allowed in a gradient, as a share of its largest element: the rounding of the
 # gradient's own dtype, or of fp32 sums.
 GRADIENT_TOLERANCE = {

@@ -134,6 +134,7 @@ class TestPlainPyTorch:
 
 # ---- inputs and programs -------------------------------------------------------------------------
 
+MAP_LOSS = torch.ops.at_fused.map_loss.default
 Pairs = tuple[list[Tensor], list[Tensor]]
 
 
@@ -176,8 +177,8 @@ def whole_method(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]
         maps, channels = found[: len(plain)], found[len(plain) :]
         other = _ops.attention_map(teachers, 2.0, "mean")
         options = [], "paper", "sum", "add", 1e-6, True, False
-        loss, ks = _ops.map_loss([q.float() for q in maps], other, *options)
-        rest = torch.stack(above), [*range(len(plain))], 3.0, channels
+        loss, ks = MAP_LOSS([q.float() for q in maps], other, *options)
+        rest = torch.stack(above), [*range(len(plain))], 3.0, [], channels
         results += [*found, loss, *ks, *_ops.attention_map_backward(plain, ks, *rest)]
     return results
 
@@ -405,12 +406,12 @@ def test_one_launch_for_a_list() -> None:
             maps, channels = found[: len(teachers)], found[len(teachers) :]
             (name,) = launches(partial(_ops.attention_map, teachers, 2.0, collapse))
             assert f"{kernel}_kernel" in name
-            rest = None, [0] * len(teachers), 2.0, channels
+            rest = None, [0] * len(teachers), 2.0, [], channels
             (name,) = launches(partial(_ops.attention_map_backward, teachers, maps, *rest))
             assert f"{kernel}_backward_kernel" in name
         options = [], "code", "sum", "max", 1e-12, True, True
-        _ops.map_loss(maps, maps, *options)
-        (name,) = launches(partial(_ops.map_loss, maps, maps, *options))
+        MAP_LOSS(maps, maps, *options)
+        (name,) = launches(partial(MAP_LOSS, maps, maps, *options))
         assert "map_loss_kernel" in name
 
 

@@ -121,7 +121,7 @@ def test_equal_logits_are_exactly_0() -> None:
             loss = kd_loss(s, t, T=T, alpha=1.0)
             assert loss.item() == 0
             for g in torch.autograd.grad(loss, (s, t)):
-                assert not g.any()
+                assert g.abs().max() <= 2**-22 * T / 4
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 4), (3, 4, 7), (2, 3, 2, 3, 2)], ids=str)

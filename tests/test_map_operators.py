@@ -17,6 +17,7 @@ from torch import Tensor
 
 from at_fused import _ops
 
+MAP_LOSS = torch.ops.at_fused.map_loss.default
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # Of each collapse.
 EXPONENTS: dict[str, tuple[float, ...]] = {
@@ -193,13 +194,56 @@ def test_gradients_times_that_of_the_loss(
     right = [reference_map(x, p, collapse) for x in doubles]
     ks = [torch.randn_like(q).to(x.dtype) for x, (q, _) in zip(xs, right, strict=True)]
     channels = [c.int() for _, c in right] if collapse == "max" else []
-    found = _ops.attention_map_backward(xs, ks, gradient, [1, 0], p, channels)
+    found = _ops.attention_map_backward(xs, ks, gradient, [1, 0], p, [], channels)
     for i, (x, k, g) in enumerate(zip(xs, ks, found, strict=True)):
         above = 1.0 if gradient is None else gradient.expand(2)[1 - i].double()
         scale = xs[i].shape[1] if collapse == "mean" else 1  # k is what stands before the slope
         upstream = k.double() * above * scale / p
         (r,) = torch.autograd.grad(right[i][0], doubles[i], upstream)
         assert_gradient_matches(g, r, x)
+
+
+STEPS = {
+    "dense": lambda g: g,
+    "transposed": lambda g: g.t().contiguous().t(),
+    "steps": lambda g: torch.stack([g, -g], 2).flatten(1)[:, ::2],
+    "expanded pairs": lambda g: g[:1].expand(2, 3),
+    "expanded samples": lambda g: g[:, :1].expand(2, 3),
+}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_loss_gradient_of_each_sample(
+    backend: str, steps: str, dtype: torch.dtype, layout: str
+) -> None:
+    """Strides of any kind: autograd expands what it is given."""
+    if layout == "tokens":
+        xs = [features(3, 40, 12, layout="interleaved"), features(3, 5, 30).bfloat16()]
+        skips = [2, 0]
+    else:
+        xs = [features(3, 6, 9, 8, layout=layout), features(3, 5, 4, 7, layout=layout).bfloat16()]
+        skips = []
+    above = STEPS[steps](torch.randn(2, 3, dtype=dtype))
+    mapped = [x[:, :, n:] for x, n in zip(xs, skips or [0, 0], strict=True)]
+    ks = [torch.randn(3, math.prod(x.shape[2:])) for x in mapped]
+    for collapse in ("sum", "max"):
+        right = [reference_map(x.double(), 3.0, collapse)[1] for x in mapped]
+        channels = [c.int() for c in right] if collapse == "max" else []
+        found = _ops.attention_map_backward(xs, ks, above, [1, 0], 3.0, skips, channels)
+        for i, (x, k, g) in enumerate(zip(xs, ks, found, strict=True)):
+            leaf = mapped[i].double().requires_grad_()
+            q, _ = reference_map(leaf, 3.0, collapse)
+            upstream = k.double() * above[1 - i].double().unsqueeze(1) / 3
+            (r,) = torch.autograd.grad(q, leaf, upstream)
+            skip = skips[i] if skips else 0
+            assert not (g[:, :, :skip].any() if skip else False)
+            assert g.stride() == torch.empty_like(x).stride()
+            share = 2.0**-7 if x.dtype == torch.bfloat16 else 0.0
+            rest = g[:, :, skip:].double()
+            bound = share * r.abs() + 2e-5 * r.abs().max()
+            assert ((rest - r).abs() <= bound).all()
 
 
 def test_where_features_are_zero(backend: str) -> None:
@@ -214,7 +258,7 @@ def test_channels_that_did_not_win_have_none_of_a_nan(backend: str, layout: str)
     x = features(2, 6, 4, 4, layout=layout)
     q, channels = _ops.attention_map([x], 2.0, "max")
     k = torch.full_like(q, math.nan)
-    (g,) = _ops.attention_map_backward([x], [k], None, [0], 2.0, [channels])
+    (g,) = _ops.attention_map_backward([x], [k], None, [0], 2.0, [], [channels])
     assert torch.isnan(g).sum() == q.numel()
     assert (g[~torch.isnan(g)] == 0).all()
 
@@ -267,7 +311,10 @@ def assert_map_loss_matches(
     leaves = [q.detach().requires_grad_() for q in (*students, *teachers)]
     doubles = [q.detach().double().requires_grad_() for q in leaves]
     n = len(students)
-    loss, maps = _ops.map_loss(leaves[:n], leaves[n:], weights, *options, True, True)
+    loss = _ops.map_loss(leaves[:n], leaves[n:], weights, *options)
+    given = [q.detach() for q in leaves]
+    same, maps = MAP_LOSS(given[:n], given[n:], weights, *options, True, True)
+    assert torch.equal(same, loss)
     expected = reference_map_loss(doubles[:n], doubles[n:], weights, *options)
     fp64 = any(q.dtype == torch.float64 for q in leaves)
     assert loss.dtype == (torch.float64 if fp64 else torch.float32)
@@ -326,7 +373,7 @@ def test_zero_and_equal_maps(backend: str, form: str, eps_mode: str) -> None:
     s[1] = t[1] = 0
     s[2] = t[2]
     t[3] *= 1e-6  # below eps
-    loss, (ks, kt) = _ops.map_loss([s], [t], [], form, "sample", eps_mode, eps, True, True)
+    loss, (ks, kt) = MAP_LOSS([s], [t], [], form, "sample", eps_mode, eps, True, True)
     assert torch.isfinite(ks).all()
     assert torch.isfinite(kt).all()
     assert (loss[0, 1:3] == 0).all()
@@ -350,7 +397,7 @@ def test_nan_and_infinite_maps(backend: str) -> None:
         for eps_mode in ("max", "add"):
             s, t = raw_maps((3, 6), (3, 6))
             s[1, 2] = value
-            loss, (k,) = _ops.map_loss([s], [t], [], "code", "sample", eps_mode, 1e-6, True, False)
+            loss, (k,) = MAP_LOSS([s], [t], [], "code", "sample", eps_mode, 1e-6, True, False)
             assert torch.isnan(loss[0]).tolist() == [False, True, False]
             assert torch.isnan(k[1]).any()
             assert torch.isfinite(k[::2]).all()
@@ -359,10 +406,10 @@ def test_nan_and_infinite_maps(backend: str) -> None:
 def test_map_loss_gradients_only_where_asked_for(backend: str) -> None:
     s, t = raw_maps((3, 6), (2, 4)), raw_maps((3, 6), (2, 4))
     options = [], "code", "sum", "max", 1e-12
-    both = _ops.map_loss(s, t, *options, True, True)[1]
-    assert _ops.map_loss(s, t, *options, False, False)[1] == []
+    both = MAP_LOSS(s, t, *options, True, True)[1]
+    assert MAP_LOSS(s, t, *options, False, False)[1] == []
     for i, flags in enumerate(((True, False), (False, True))):
-        found = _ops.map_loss(s, t, *options, *flags)[1]
+        found = MAP_LOSS(s, t, *options, *flags)[1]
         assert all(torch.equal(a, b) for a, b in zip(found, both[2 * i :], strict=False))
         assert len(found) == 2
 
@@ -378,7 +425,7 @@ def test_opcheck_maps(backend: str, collapse: str) -> None:
     opcheck(backend, operators.attention_map, (xs, p, collapse))
     maps = _ops.attention_map([x.detach() for x in xs], p, collapse)
     ks = [q.requires_grad_() for q in maps[:2]]
-    arguments = (xs, ks, torch.tensor(2.0), [1, 0], p, maps[2:])
+    arguments = (xs, ks, torch.tensor(2.0), [1, 0], p, [], maps[2:])
     opcheck(backend, operators.attention_map_backward, arguments)
 
 
@@ -417,7 +464,7 @@ def test_direct_calls_of_gradients_are_checked(
 ) -> None:
     x = torch.randn(2, 3, 4, 4)
     with use(name), pytest.raises(RuntimeError, match=message):
-        _ops.attention_map_backward([x], [k], None, [0], 2.0, channels)
+        _ops.attention_map_backward([x], [k], None, [0], 2.0, [], channels)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -426,7 +473,9 @@ def test_channels_that_are_none_have_no_gradient(name: str) -> None:
     channels = torch.tensor([-1, 8, -8, 2**31 - 1]).repeat(2, 4).int()
     for y in (x, x.to(memory_format=torch.channels_last)):
         with use(name):
-            (g,) = _ops.attention_map_backward([y], [torch.ones(2, 16)], None, [0], 2.0, [channels])
+            (g,) = _ops.attention_map_backward(
+                [y], [torch.ones(2, 16)], None, [0], 2.0, [], [channels]
+            )
         assert (g == 0).all()
 
 
@@ -470,4 +519,4 @@ def test_direct_calls_of_map_loss_are_checked(
         "teacher_grad": False,
     }
     with use(name), pytest.raises(RuntimeError, match=message):
-        _ops.map_loss(*(arguments | change).values())
+        MAP_LOSS(*(arguments | change).values())

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import at_fused
 from at_fused import _problem
@@ -25,6 +26,17 @@ TOLERANCE = {
 def feature(*shape: int, layout: str = "planar", dtype: torch.dtype = torch.float64) -> Tensor:
     x = torch.randn(*shape, dtype=torch.float64).to(dtype)
     return x if layout == "planar" else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+GENERAL: dict[str, dict[str, Any]] = {
+    "max": {"collapse": "max"},
+    "maps": {"resize": "maps", "form": "paper"},
+    "features": {"resize": "features", "p": 3.0},
+    "signed": {"absolute": False, "p": 3.0},
+    "signed features": {"absolute": False, "p": 3.0, "resize": "features"},
+    "added": {"eps_mode": "add", "eps": 0.1, "resize": "maps"},
+    "sample": {"reduction": "sample", "resize": "features", "collapse": "max"},
+}
 
 
 # ---- the formulas --------------------------------------------------------------------------------
@@ -402,17 +414,308 @@ def test_weights_of_samples(backend: str, attend: str, reduction: str) -> None:
     torch.testing.assert_close(found, right[reduction], rtol=1e-11, atol=0)
 
 
-# ---- derivatives, other callers ------------------------------------------------------------------
+# ---- all of it in one operator -------------------------------------------------------------------
 
-GENERAL: dict[str, dict[str, Any]] = {
-    "max": {"collapse": "max"},
-    "maps": {"resize": "maps", "form": "paper"},
-    "features": {"resize": "features", "p": 3.0},
-    "signed": {"absolute": False, "p": 3.0},
-    "signed features": {"absolute": False, "p": 3.0, "resize": "features"},
-    "added": {"eps_mode": "add", "eps": 0.1, "resize": "maps"},
-    "sample": {"reduction": "sample", "resize": "features", "collapse": "max"},
+# Two pairs: sizes of their maps, channels of both sides.
+PAIRS = [((5, 7), 20, 9), ((4, 3), 6, 17)]
+PLACES = ("planar", "interleaved", "tokens")
+SKIPS = 2, 1  # tokens of students and teachers
+FACTORS: dict[str, dict[str, Any]] = {
+    "sample": {"reduction": "sample"},
+    "weights of samples": {"reduction": "none", "sample_weights": True},
+    "added": {"eps_mode": "add", "eps": 0.3},
+    "mask": {"mask": "bool"},
+    "float masks, sample": {"mask": "float", "reduction": "sample", "eps_mode": "add", "eps": 0.3},
+    "all": {
+        "mask": "bool",
+        "sample_weights": True,
+        "weights": [0.5, -2.0],
+        "collapse": "sum",
+        "p": 3.0,
+    },
+    "mask, none": {"mask": "float", "reduction": "none", "p": 1.0},
 }
+
+
+def placed_pairs(place: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Students and teachers as at_loss takes them: of four dimensions, or tokens."""
+    sides: tuple[list[Tensor], list[Tensor]] = [], []
+    for (h, w), *channels in PAIRS:
+        for side, c, skip in zip(sides, channels, SKIPS, strict=True):
+            if place == "tokens":
+                side.append(feature(3, skip + h * w, c, dtype=dtype))
+            else:
+                side.append(feature(3, c, h, w, layout=place, dtype=dtype))
+    return sides
+
+
+def masks_of_pairs(kind: str, place: str) -> list[Tensor]:
+    """One of each pair; of the second sample nothing is left."""
+    masks = [torch.rand(3, *size) for size, *_ in PAIRS]
+    masks = [mask > 0.3 if kind == "bool" else mask for mask in masks]
+    for mask in masks:
+        mask[1] = 0
+    return [mask.flatten(1) for mask in masks] if place == "tokens" else masks
+
+
+def expected_losses(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    *,
+    mask: list[Tensor] | None = None,
+    weights: list[float] | None = None,
+    sample_weights: Tensor | None = None,
+    reduction: str = "sum",
+    **options: Any,
+) -> Tensor:
+    """The formula for a list of features of four dimensions, or of tokens with SKIPS."""
+    each = []
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        if s.dim() == 3:
+            s, t = (x[:, n:].transpose(1, 2) for x, n in zip((s, t), SKIPS, strict=True))
+        loss = spatial_loss(s, t, mask=mask[i] if mask else None, **options)
+        loss = loss * weights[i] if weights else loss
+        loss = loss if sample_weights is None else loss * sample_weights.double()
+        each.append(loss if reduction == "sample" else loss.mean())
+    return torch.stack(each).sum() if reduction == "sum" else torch.stack(each)
+
+
+def assert_lists_match(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    sides: tuple[bool, bool] = (True, True),
+    **options: Any,
+) -> None:
+    """The loss, its gradients, and at_value_and_grad, against the formula."""
+    given = dict(options)
+    if students[0].dim() == 3:
+        given |= {"channel_dim": -1, "skip_tokens": SKIPS}
+    leaves = [
+        [x.detach().requires_grad_(wanted) for x in side]
+        for side, wanted in zip((students, teachers), sides, strict=True)
+    ]
+    doubles = [[x.detach().double().requires_grad_(x.requires_grad) for x in y] for y in leaves]
+    loss, right = at_fused.at_loss(*leaves, **given), expected_losses(*doubles, **options)
+    exact = all(x.dtype == torch.float64 for side in leaves for x in side)
+    close = {"rtol": 1e-11 if exact else 2e-5, "atol": 1e-12}
+    torch.testing.assert_close(loss.double(), right, **close)
+    # Times something that fp16's gradients are not lost without.
+    above = torch.linspace(1, 2, loss.numel(), dtype=torch.float64).view_as(right) * 256
+
+    def compare(kept: list[tuple[Tensor, int]], gradients: Any, expected: Any) -> None:
+        for (x, skip), g, r in zip(kept, gradients, expected, strict=True):
+            assert g.dtype == x.dtype
+            assert g.stride() == torch.empty_like(x).stride()
+            if x.dim() == 3:
+                assert not g[:, :skip].any()
+            error = (g.double() - r).abs().max()
+            bound = TOLERANCE[g.dtype] * r.abs().max() + 1e-12
+            bound += 2**-24 if g.dtype == torch.float16 else 0
+            assert error <= bound, f"error {error:.3g}, allowed {bound:.3g}"
+
+    wanted = [(x, n) for side, n in zip(leaves, SKIPS, strict=True) for x in side]
+    wanted = [(x, n) for x, n in wanted if x.requires_grad]
+    of_doubles = [x for side in doubles for x in side if x.requires_grad]
+    found = torch.autograd.grad(loss, [x for x, _ in wanted], above.to(loss.dtype))
+    compare(wanted, found, torch.autograd.grad(right, of_doubles, above, retain_graph=True))
+    if sides[0]:
+        value, found = at_fused.at_value_and_grad(*leaves, scale=256.0, **given)
+        torch.testing.assert_close(value.double(), right.detach(), **close)
+        of_sum = torch.autograd.grad(right.sum() * 256, doubles[0])
+        compare(wanted[: len(students)], found, of_sum)
+
+
+def made(factors: str, place: str) -> dict[str, Any]:
+    """Options of FACTORS, with tensors."""
+    options = dict(FACTORS[factors])
+    if "mask" in options:
+        options["mask"] = masks_of_pairs(options["mask"], place)
+    if "sample_weights" in options:
+        options["sample_weights"] = torch.tensor([1.0, 0.0, 0.25])
+    return options
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_factors(backend: str, dtype: torch.dtype, place: str, factors: str) -> None:
+    pairs = placed_pairs(place, dtype)
+    for form in ("code", "paper"):
+        assert_lists_match(*pairs, form=form, **made(factors, place))
+
+
+@pytest.mark.parametrize("sides", [(True, False), (False, True)], ids=["student", "teacher"])
+@pytest.mark.parametrize("place", PLACES)
+def test_factors_with_a_gradient_of_one_side(
+    backend: str, place: str, sides: tuple[bool, bool]
+) -> None:
+    for factors in ("added", "float masks, sample", "all"):
+        assert_lists_match(*placed_pairs(place, torch.float32), sides, **made(factors, place))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_masks_of_samples_that_are_cut(backend: str, place: str) -> None:
+    """Samples that several tasks, blocks or programs share, beside whole ones."""
+    size, skips = (64, 80), SKIPS if place == "tokens" else (0, 0)
+    students, teachers = placed_pairs(place, torch.float32)
+    for side, c, skip in ((students, 24, skips[0]), (teachers, 40, skips[1])):
+        if place == "tokens":
+            side[1] = feature(1, skip + 64 * 80, c, dtype=torch.float32)
+        else:
+            side[1] = feature(1, c, *size, layout=place, dtype=torch.float32)
+    masks = masks_of_pairs("float", place)
+    masks[1] = torch.rand(1, *size)
+    masks[1][:, :7] = 0
+    masks[1] = masks[1].flatten(1) if place == "tokens" else masks[1]
+    assert_lists_match(students, teachers, mask=masks, reduction="none", form="paper")
+
+
+def test_tokens_of_one_side_and_without_a_list(backend: str) -> None:
+    """Numbers of skipped tokens that differ, or are of one side alone."""
+    s, t = feature(3, 14, 5, dtype=torch.float32), feature(3, 12, 8, dtype=torch.float32)
+    s.requires_grad_()
+    mask = torch.rand(3, 3, 4) > 0.3
+    loss = at_fused.at_loss(
+        s, t, channel_dim=-1, skip_tokens=(2, 0), map_size=(3, 4), mask=mask, form="paper"
+    )
+    sd = s.detach().double().requires_grad_()
+    square = [x.transpose(1, 2).unflatten(2, (3, 4)) for x in (sd[:, 2:], t.double())]
+    right = spatial_loss(*square, mask=mask, form="paper").mean()
+    torch.testing.assert_close(loss.double(), right, rtol=2e-5, atol=0)
+    (g,), (r,) = torch.autograd.grad(loss, s), torch.autograd.grad(right, sd)
+    assert not g[:, :2].any()
+    assert (g - r).abs().max() <= 2e-5 * r.abs().max()
+
+
+def _has_memory(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.is_meta
+
+
+class Recorded(TorchDispatchMode):
+    """The operators that the dispatcher runs, and the elements that each of them makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        new = [x for x in (found if isinstance(found, tuple) else (found,)) if _has_memory(x)]
+        made = 0 if function.is_view else sum(x.numel() for x in new)
+        self.calls.append((str(function), made))
+        return found
+
+    def ours(self) -> list[str]:
+        return [name.split(".")[1] for name, _ in self.calls if name.startswith("at_fused")]
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("place", PLACES)
+def test_one_operator_each_way(backend: str, place: str, factors: str) -> None:
+    students, teachers = placed_pairs(place, torch.float32)
+    students = [x.requires_grad_() for x in students]
+    options = made(factors, place)
+    if place == "tokens":
+        options |= {"channel_dim": -1, "skip_tokens": SKIPS}
+    largest = max(size[0] * size[1] * 3 for size, *_ in PAIRS)
+    with Recorded() as forward:
+        loss = at_fused.at_loss(students, teachers, **options).sum()
+    with Recorded() as backward:
+        torch.autograd.grad(loss, students)
+    with Recorded() as both:
+        at_fused.at_value_and_grad(students, teachers, **options)
+    assert forward.ours() == ["at_loss"]
+    assert backward.ours() == ["attention_map_backward"]
+    assert both.ours() == ["at_value_and_grad"]
+    # Nothing else makes more than a map.
+    for name, made_elements in forward.calls + backward.calls + both.calls:
+        assert name.startswith("at_fused") or made_elements <= largest, name
+
+
+# ---- teachers under inference_mode ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, *({**g} for g in GENERAL.values())], ids=str)
+def test_teachers_under_inference_mode(backend: str, options: dict[str, Any]) -> None:
+    s = feature(2, 5, 4, 4).requires_grad_()
+    with torch.inference_mode():
+        t = feature(2, 5, *((3, 5) if "resize" in options else (4, 4)))
+        mask, weights = torch.rand(2, 6, 6), torch.rand(2)
+        tokens = feature(2, 17, 3)
+    plain = t.clone()
+    for more in ({}, {"mask": mask}, {"sample_weights": weights}):
+        same = {name: x.clone() for name, x in more.items()}
+        loss = at_fused.at_loss(s, t, **options, **more).sum()
+        right = at_fused.at_loss(s, plain, **options, **same).sum()
+        assert torch.equal(loss, right)
+        assert torch.equal(*torch.autograd.grad(loss, s), *torch.autograd.grad(right, s))
+        value, _ = at_fused.at_value_and_grad(s, t, **options, **more)
+        torch.testing.assert_close(value.sum(), right.detach())
+    if "resize" not in options and "absolute" not in options:
+        attended = at_fused.at_loss(s, t, attend="both", **options)
+        torch.testing.assert_close(attended, at_fused.at_loss(s, plain, attend="both", **options))
+        # A list of which one student is nobody's to train.
+        loss = at_fused.at_loss([s, t], [t, t], **options).sum()
+        right = at_fused.at_loss([s, plain], [plain, plain], **options).sum()
+        assert torch.equal(*torch.autograd.grad(loss, s), *torch.autograd.grad(right, s))
+    x = feature(2, 17, 4).requires_grad_()
+    sides = {"channel_dim": -1, "skip_tokens": 1}
+    found, right = (at_fused.at_loss(x, y, **sides) for y in (tokens, tokens.clone()))
+    assert torch.equal(*torch.autograd.grad(found, x), *torch.autograd.grad(right, x))
+
+
+def test_maps_under_inference_mode(backend: str) -> None:
+    s = feature(2, 5, 4, 4).requires_grad_()
+    for size in ((4, 4), (3, 5)):
+        with torch.inference_mode():
+            t = feature(2, 5, *size)
+            q = at_fused.attention_tap(t)[1]
+            mask = torch.rand(2, 4, 4)
+        for options in ({}, {"form": "paper", "reduction": "none"}, {"mask": mask}):
+            options = {**options, "resize": "maps"}
+            loss = at_fused.map_loss(at_fused.attention_tap(s)[1], q, **options).sum()
+            if "mask" in options:
+                options["mask"] = mask.clone()
+            right = at_fused.at_loss(s, t.clone(), **options).sum()
+            torch.testing.assert_close(loss, right, rtol=1e-12, atol=0)
+            (g,) = torch.autograd.grad(loss, s, create_graph=True)
+            torch.testing.assert_close(g, *torch.autograd.grad(right, s), rtol=1e-9, atol=1e-15)
+            # Twice: the graph of the gradient reads what was saved.
+            assert torch.autograd.grad(g.square().sum(), s)[0].any()
+
+
+# ---- maps that are interpolated ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "other"),
+    [
+        ((371,), (15,)),
+        ((15,), (371,)),
+        ((371, 3), (15, 5)),
+        ((3, 15), (4, 371)),
+        ((90, 71), (31, 7)),
+    ],
+    ids=str,
+)
+def test_gradients_through_wide_maps(
+    fast_backend: str, size: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    """In fp32 a position's weights would be off by the rounding of its number, to 2e-5."""
+    s = feature(2, 3, *size, dtype=torch.float32).requires_grad_()
+    t = feature(2, 4, *other, dtype=torch.float32).requires_grad_()
+    loss = at_fused.at_loss(s, t, resize="maps")
+    doubles = [x.detach().double().requires_grad_() for x in (s, t)]
+    right = spatial_loss(*doubles, resize="maps").mean()
+    for g, r in zip(
+        torch.autograd.grad(loss, (s, t)), torch.autograd.grad(right, doubles), strict=True
+    ):
+        assert (g - r).abs().max() < 2e-6 * r.abs().max()
+
+
+# ---- derivatives, other callers ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", GENERAL)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import EVERY, opcheck, use
-from reference import popular_at_loss, reference_loss
+from reference import loss_arguments, popular_at_loss, reference_loss
 from torch import Tensor, nn
 
 import at_fused
@@ -23,7 +23,7 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
     return s, torch.randn(b, c + 1, *spatial, dtype=dtype)
 
 
-def loss_arguments(
+def at_loss_arguments(
     student_grad: bool, teacher_grad: bool, form: str, reduction: str, p: float
 ) -> tuple[Any, ...]:
     students = [
@@ -35,18 +35,8 @@ def loss_arguments(
         x.requires_grad_(student_grad)
     for x in teachers:
         x.requires_grad_(teacher_grad)
-    return (
-        students,
-        teachers,
-        [1.0, 0.5],
-        p,
-        "mean",
-        form,
-        reduction,
-        1e-12,
-        student_grad,
-        teacher_grad,
-    )
+    options = {"weights": [1.0, 0.5], "p": p, "form": form, "reduction": reduction}
+    return *loss_arguments(students, teachers, **options), student_grad, teacher_grad
 
 
 @pytest.mark.parametrize("student_grad", [True, False])
@@ -55,7 +45,7 @@ def loss_arguments(
 def test_opcheck_at_loss(
     backend: str, student_grad: bool, teacher_grad: bool, form: str, reduction: str, p: float
 ) -> None:
-    arguments = loss_arguments(student_grad, teacher_grad, form, reduction, p)
+    arguments = at_loss_arguments(student_grad, teacher_grad, form, reduction, p)
     opcheck(backend, torch.ops.at_fused.at_loss, arguments)
 
 
@@ -72,7 +62,7 @@ def test_opcheck_attention_map_backward(backend: str, gradient: Tensor | None) -
         torch.randn(2, 3, 4, requires_grad=True),
     ]
     coefficients = [torch.randn(2, 20, requires_grad=True), torch.randn(2, 4, requires_grad=True)]
-    arguments = (features, coefficients, gradient, [1, 0], 2.0, [])
+    arguments = (features, coefficients, gradient, [1, 0], 2.0, [], [])
     opcheck(backend, torch.ops.at_fused.attention_map_backward, arguments)
 
 
@@ -219,14 +209,12 @@ def test_torch_func(backend: str) -> None:
     torch.testing.assert_close(
         nested, grad(lambda x: grad(lines)(x).square().sum())(s), rtol=1e-4, atol=1e-9
     )
-    with pytest.raises(RuntimeError, match="at_fused::at_loss"):
-        torch.func.vmap(ours)(s.expand(2, *s.shape))
 
 
 def test_a_map_whose_feature_needs_no_gradient(backend: str) -> None:
     x, y = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
     maps = _ops.attention_map([x, y], 2.0, "mean")
-    assert torch.autograd.grad(maps[1].sum(), x, allow_unused=True, retain_graph=True) == (None,)
+    assert not maps[1].requires_grad
     (g,) = torch.autograd.grad(maps[0].sum() + maps[1].sum(), x)
     torch.testing.assert_close(g, 2 * x.detach() / 3)
 
@@ -238,18 +226,25 @@ def test_meta_tensors() -> None:
     assert at_fused.attention_map(s).shape == (2, 4, 5)
 
 
-def test_gradients_without_the_flags_are_refused() -> None:
-    s, t = pair(2, 3, 4, 4)
-    loss, maps = _ops.at_loss([s], [t], [], 2.0, "mean", "code", "sum", 1e-12, False, False)
-    assert maps == []
-    with pytest.raises(RuntimeError, match="student_grad"):
-        loss.backward()
+TOKENS = [torch.randn(2, 3, 5)]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"student": []}, "as many teachers"),
+        ({"masks": [torch.ones(2, 16)] * 2}, "a mask per pair"),
+        ({"masks": [torch.ones(2, 15)]}, r"a mask must be \(B, N\)"),
+        ({"masks": [torch.ones(1, 16)]}, r"a mask must be \(B, N\)"),
+        ({"masks": [torch.ones(2, 16).double()]}, "a mask must be .* float32 otherwise"),
+        ({"masks": [torch.ones(2, 16).bool()]}, "a mask must be .* float32 otherwise"),
+        ({"skip_tokens": [1, 1]}, r"leave a token of a feature \(B, C, N\), got 1"),
+        ({"skip_tokens": [0]}, "one number per feature"),
+        ({"student": TOKENS, "teacher": TOKENS, "skip_tokens": [5, 5]}, "leave a token.*got 5"),
+        ({"student": TOKENS, "teacher": TOKENS, "skip_tokens": [0, -1]}, "leave a token.*got -1"),
+        ({"student": TOKENS, "teacher": TOKENS, "skip_tokens": [0, 1]}, "same B and positions"),
+        ({"eps_mode": "min"}, "eps_mode must be"),
+        ({"collapse": "max"}, "'mean' or 'sum' here"),
         ({"student": [torch.randn(2, 3)]}, r"\(B, C, \*spatial\)"),
         ({"student": [torch.randn(0, 3, 4, 4)]}, "empty"),
         ({"student": [torch.randint(5, (2, 3, 4, 4))]}, "float16, bfloat16, float32 or float64"),
@@ -268,20 +263,14 @@ def test_gradients_without_the_flags_are_refused() -> None:
 def test_direct_calls_of_an_operator_are_checked(
     name: str, change: dict[str, Any], message: str
 ) -> None:
-    arguments: dict[str, Any] = {
-        "student": [torch.randn(2, 3, 4, 4)],
-        "teacher": [torch.randn(2, 3, 4, 4)],
-        "weights": [],
-        "p": 2.0,
-        "collapse": "mean",
-        "form": "code",
-        "reduction": "sum",
-        "eps": 1e-12,
-        "student_grad": False,
-        "teacher_grad": False,
-    }
-    with use(name), pytest.raises(RuntimeError, match=message):
-        _ops.at_loss(*(arguments | change).values())
+    pair = {"student": [torch.randn(2, 3, 4, 4)], "teacher": [torch.randn(2, 3, 4, 4)]}
+    arguments = loss_arguments(**(pair | change))
+    operators = torch.ops.at_fused
+    with use(name):
+        with pytest.raises(RuntimeError, match=message):
+            operators.at_loss(*arguments, False, False)
+        with pytest.raises(RuntimeError, match=message):
+            operators.at_value_and_grad(*arguments, 1.0, None)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +282,9 @@ def test_direct_calls_of_an_operator_are_checked(
         (torch.randn(2, 16), [1], torch.randn(1)),
         (torch.randn(2, 16), [-1], torch.randn(3)),
         (torch.randn(2, 16), [0, 1], None),
-        (torch.randn(2, 16), [0], torch.randn(2, 2)),
+        (torch.randn(2, 16), [0], torch.randn(2, 3)),
+        (torch.randn(2, 16), [2], torch.randn(2, 2)),
+        (torch.randn(2, 16), [0], torch.randn(2, 2, 1)),
         (torch.randn(2, 16), [0], torch.ones((), dtype=torch.int64)),
     ],
 )

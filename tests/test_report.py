@@ -19,26 +19,14 @@ from PIL import Image
 from at_fused.backends import users
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import (
-    ROOT,
-    charts,
-    measure,
-    methods,
-    pages,
-    report,
-    results,
-    roofline_model,
-    steps,
-    tables,
-    timing,
-)
-from benchmarks.cases import CASES, DEVICES
+from benchmarks import ROOT, charts, measure, report, results, roofline, steps, tables
+from benchmarks.cases import AT_LOSS, CASES, DEVICES, TRANSFORMERS, VARIANTS, Inputs, Variant
+from benchmarks.measure import Clock, Comparison
 from benchmarks.results import FOLDER, Result
-from benchmarks.timing import CpuTimer
 
 FOUND = results.load_all(FOLDER)
-MODEL = roofline_model.load()
-SHOWN = [name for _, _, name, _ in pages.MARKED.findall(report.README.read_text())]
+MODEL = roofline.load()
+SHOWN = [name for _, _, name, _ in report.MARKED.findall(report.README.read_text())]
 
 
 def cpu() -> Result:
@@ -66,7 +54,7 @@ def gpu() -> Result:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Results of one device, and a README; the program's own for the test."""
-    shutil.copy(roofline_model.FILE, tmp_path)
+    shutil.copy(roofline.FILE, tmp_path)
     results.write(results.path_of(cpu(), tmp_path), cpu())
     name = results.slug(cpu()["device"])
     readme = f"before\n<!-- from benchmarks/results/{name}.json -->\nold\n<!-- end -->\nafter\n"
@@ -81,19 +69,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_report_is_made_of_the_results() -> None:
     drawn = report.pictures(FOUND, MODEL)
-    assert (FOLDER / "report.md").read_text() == pages.report(FOUND, MODEL, drawn)
+    assert (FOLDER / "report.md").read_text() == report.text(FOUND, MODEL, drawn)
 
 
 def test_the_readme_is_made_of_the_results() -> None:
     text = report.README.read_text()
-    assert pages.in_readme(text, FOUND, MODEL) == text
+    assert report.in_readme(text, FOUND, MODEL) == text
     assert len(SHOWN) == 3 == text.count("<!-- end -->")
     (picture,) = {f"benchmarks/results/{name}-cases.png" for name in SHOWN if name in FOUND}
     assert f"({picture})" in text
 
 
 def test_the_counts_are_those_of_their_table() -> None:
-    assert roofline_model.FILE.with_suffix(".md").read_text() == roofline_model.text(MODEL)
+    assert roofline.FILE.with_suffix(".md").read_text() == roofline.text(MODEL)
 
 
 def test_the_pictures_were_drawn_from_the_results() -> None:
@@ -152,7 +140,7 @@ def test_ratios_are_the_others_over_ours() -> None:
     ms += [{"floor": 1, "at_fused": 1, "compile": 3, "eager": 9}]
     text = tables.all_cases([row | {"ms": ms[0]}, row | {"case": "b", "ms": ms[1]}])
     assert "| a | fp32 | NCHW | 1.00 | 2.00 | 4.0x | 1.5x |" in text
-    assert "| forward | 6.0x | 4.0x | 2.1x | 1.5x |" in text
+    assert "| forward | 2 | 6.0x | 4.0x | 2.1x | 1.5x |" in text
 
 
 @pytest.mark.parametrize(
@@ -234,18 +222,32 @@ def test_results_that_are_missing(folder: Path) -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rounds of small inputs, and nothing compiled: what is timed is not at stake."""
-    monkeypatch.setattr(CpuTimer, "least_rounds", 1)
-    monkeypatch.setattr(CpuTimer, "most_rounds", 1)
+    monkeypatch.setattr(Clock, "least", 1)
+    monkeypatch.setattr(Clock, "most", 1)
     for case in CASES:
-        monkeypatch.setitem(CASES, case, (8, [(4, 6, 8), (2, 2, 4)]))
-    monkeypatch.setattr(measure, "SIZES", [(1, 1), (4, 2)])
-    first = {setting[0]: setting for setting in reversed(measure.METHODS)}
-    monkeypatch.setattr(measure, "METHODS", list(first.values()))
-    monkeypatch.setattr(methods, "TOKENS", dict.fromkeys(methods.TOKENS, (2, 5, 4, 6)))
+        stages = [(2, 3, 14)] if case in TRANSFORMERS else [(4, 6, 8), (2, 2, 4)]
+        monkeypatch.setitem(CASES, case, (8, stages))
+    first = {setting[0]: setting for setting in reversed(measure.PARTS["methods"][1])}
+    small = {"sizes": [(1, 1), (4, 2)], "methods": list(first.values()), "steps": [("wrn",)]}
+    for part, settings in small.items():
+        monkeypatch.setitem(measure.PARTS, part, (measure.PARTS[part][0], settings))
     monkeypatch.setattr(measure, "OWN_ROUNDS", 1)
     monkeypatch.setattr(steps, "NETWORKS", {"wrn": lambda: steps.wrn(batch=2)})
     monkeypatch.setattr(report, "NETWORKS", steps.NETWORKS)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("variant", [AT_LOSS, *VARIANTS.values()], ids=["at_loss", *VARIANTS])
+def test_the_popular_lines_compute_what_at_fused_does(variant: Variant) -> None:
+    for case in variant.cases:
+        for layout in variant.layouts:
+            inputs = Inputs.make(case, "fp32", layout, variant=variant)
+            both = variant.popular, variant.ours()
+            values = [inputs.step(loss, backward=False)().sum() for loss in both]
+            gradients = [inputs.step(loss)() for loss in both]
+            torch.testing.assert_close(*values, rtol=1e-5, atol=0)
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.long
@@ -260,7 +262,7 @@ def test_the_program_measures_all_parts(folder: Path, capsys: pytest.CaptureFixt
         there = set(measure.PARTS) - set(measure.ON_CPU_ONLY if result["kind"] == "cuda" else ())
         assert result["parts"].keys() == there
     text = (folder / "report.md").read_text()
-    assert all(title in text for title in tables.TITLES.values())
+    assert all(part.title in text for part in tables.PARTS.values())
     assert "calls, 0 s" in capsys.readouterr().out
 
 
@@ -280,10 +282,10 @@ def test_parts_are_measured_beside_those_of_the_same(
 
 
 def test_each_back_end_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "backends", lambda device: ["cpu", "eager"])
+    monkeypatch.setattr(measure, "backends", lambda device: ["cpu", "eager"])
     ran = []
     programs = [{name: lambda: ran.append(users()["cpu"])} for name in ("eager", "at_fused")]
-    found = timing.Comparison("cpu", CpuTimer(), 0, {"shape": [1]}, *programs).rows()
+    found = Comparison({"shape": [1]}, *programs, Clock(), measure.on("cpu"), 0).rows()
     assert [row["backend"] for row in found] == ["cpu", "eager"]
     assert all(row["shape"] == [1] and row["ms"].keys() == {"eager", "at_fused"} for row in found)
     assert found[0]["ms"]["eager"] == found[1]["ms"]["eager"]
@@ -293,8 +295,7 @@ def test_each_back_end_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_is_the_gradient_and_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(measure, "MEMORY_SHARES", (8,))
-    (found,) = measure.memory("cpu")
+    (found,) = measure.memory("cpu", 8).rows()
     assert found["gradient"] < found["bytes"]["at_fused"] < 1.1 * found["gradient"]
     assert found["bytes"]["eager"] > 2 * found["gradient"]
 

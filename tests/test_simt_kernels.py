@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import loss_arguments
 from simt_backend import SHARED_PER_BLOCK, Counters, simt
 from torch import Tensor
 
@@ -39,18 +40,26 @@ def everything(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     plain = [x.detach() for x in students]
     maps = _ops.attention_map(plain, 2.0, "mean")
     results = [loss.detach(), *gradients, value, *direct, *maps]
+    masks = [torch.linspace(0, 1, x[:, 0].numel()).view_as(x[:, 0]) for x in plain]
+    options = {"mask": masks, "form": "paper", "eps_mode": "add", "eps": 0.1}
+    masked = at_fused.at_loss(students, teachers, **options)
+    value, direct = at_fused.at_value_and_grad(students, teachers, **options)
+    results += [masked.detach(), *torch.autograd.grad(masked, students + teachers), value, *direct]
+    alike = [plain[0]] * 2, [x.detach() for x in teachers[:1] * 2]
+    value, direct = at_fused.at_value_and_grad(*alike, reduction="sample")
+    results += [value, *direct]
     for collapse in ("max", "sum"):
         found = _ops.attention_map(plain, 3.0, collapse)
         maps, channels = found[: len(plain)], found[len(plain) :]
         above, pairs = torch.arange(1.0, 1.0 + len(plain)), [*range(len(plain))]
-        gradients = _ops.attention_map_backward(plain, maps, above, pairs, 3.0, channels)
+        gradients = _ops.attention_map_backward(plain, maps, above, pairs, 3.0, [], channels)
         results += [*found, *gradients]
         for i, x in enumerate(plain):
             g, won = torch.ones_like(x), channels[i] if channels else None
             results += [_ops.attention_tap_backward(g, x, maps[i], 3.0, collapse, won)]
             _ops.attention_tap_backward_(g, x, maps[i], 3.0, collapse, won)
             results += [g]
-        value, found = _ops.map_loss(maps, maps[:1] + [q + 1 for q in maps[1:]], *LOSS)
+        value, found = MAP_LOSS(maps, maps[:1] + [q + 1 for q in maps[1:]], *LOSS)
         results += [value, *found]
     return results
 
@@ -69,6 +78,7 @@ def assert_same_bits(compute: Callable[[], list[Tensor]], multiprocessors: int) 
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True)), seed
 
 
+MAP_LOSS = torch.ops.at_fused.map_loss.default
 LOSS: tuple[Any, ...] = [], "paper", "sum", "add", 1e-6, True, True
 
 
@@ -110,8 +120,8 @@ def test_features_move_in_128_bits(
 ) -> None:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(size).to(dtype, memory_format=layout)
-    everywhere = [[x], [x.clone()], [], 2.0, "mean", "code", "sum", 1e-12]
-    loss, maps = _ops.at_loss(*everywhere, True, False)
+    everywhere = loss_arguments([x], [x.clone()])
+    loss, maps = torch.ops.at_fused.at_loss(*everywhere, True, False)
     forward = counters(wide)
     assert forward.launches == 1
     assert 16 * forward.loads[4] == 2 * x.nbytes
@@ -140,7 +150,7 @@ def test_maxima_move_in_128_bits(
     forward = counters(wide)
     assert forward.launches == 1
     assert 16 * forward.loads[4] == forward.load_bytes == x.nbytes
-    _ops.attention_map_backward([x], [q], None, [0], 3.0, [channels])
+    _ops.attention_map_backward([x], [q], None, [0], 3.0, [], [channels])
     backward = counters(wide)
     assert backward.launches == 1
     assert 16 * backward.stores[4] == backward.store_bytes == x.nbytes
@@ -207,9 +217,34 @@ def test_a_list_of_maps_takes_one_launch(wide: ctypes.CDLL) -> None:
     for collapse in ("mean", "max"):
         found = _ops.attention_map(xs, 2.0, collapse)
         assert launches(lambda c=collapse: _ops.attention_map(xs, 2.0, c)) == 1
-        rest = found[:6], None, [0] * 6, 2.0, found[6:]
+        rest = found[:6], None, [0] * 6, 2.0, [], found[6:]
         assert launches(lambda r=rest: _ops.attention_map_backward(xs, *r)) == 1
-    assert launches(lambda: _ops.map_loss(found[:6], found[:6], *LOSS)) == 1
+    assert launches(lambda: MAP_LOSS(found[:6], found[:6], *LOSS)) == 1
+
+
+def test_masked_tokens_take_one_launch_each_way(wide: ctypes.CDLL) -> None:
+    """A skipped token is not read, whatever the options."""
+    xs, ys = ([torch.randn(2, 13, c) for c in sizes] for sizes in ((16, 8), (24, 8)))
+    for x in xs:
+        x.requires_grad_()
+    options = {"channel_dim": -1, "skip_tokens": 1, "mask": torch.rand(2, 12) > 0.5}
+    for more in ({}, {"reduction": "sample", "eps_mode": "add", "eps": 0.1}):
+        wide.simt_reset_counters()
+        loss = at_fused.at_loss(xs, ys, **options, **more)
+        total = Counters()
+        wide.simt_counters(ctypes.byref(total))
+        assert total.launches == 1
+        read = sum(x[:, 1:].nbytes for x in (*xs, *ys))
+        assert read <= total.distinct_load_bytes < read + 2048
+        torch.autograd.grad(loss.sum(), xs)
+        found = counters(wide)
+        wide.simt_counters(ctypes.byref(total))
+        assert total.launches == 2
+        assert found.store_bytes == sum(x[:, 1:].nbytes for x in xs)
+        wide.simt_reset_counters()
+        at_fused.at_value_and_grad(xs, ys, **options, **more)
+        wide.simt_counters(ctypes.byref(total))
+        assert total.launches == 1
 
 
 def test_features_that_are_not_aligned_move_in_elements(wide: ctypes.CDLL) -> None:
@@ -259,7 +294,7 @@ def test_no_feature_sized_temporary_of_maxima(wide: ctypes.CDLL) -> None:
     (q, channels), forward = allocated(lambda: _ops.attention_map([x], 2.0, "max"))
     assert 0 < forward < x.nbytes / 16
     for won in ([], [channels]):
-        call = partial(_ops.attention_map_backward, [x], [q], None, [0], 2.0, won)
+        call = partial(_ops.attention_map_backward, [x], [q], None, [0], 2.0, [], won)
         assert x.nbytes <= allocated(call)[1] < x.nbytes * 1.02
 
 
@@ -290,7 +325,7 @@ def test_elements_beyond_2_to_the_31(wide: ctypes.CDLL, stride_of: str) -> None:
         value, direct = at_fused.at_value_and_grad(student, teacher)
         (q, channels) = _ops.attention_map([student.detach()], 2.0, "max")
         swept = [
-            _ops.attention_map_backward([student.detach()], [q], None, [0], 3.0, won)[0]
+            _ops.attention_map_backward([student.detach()], [q], None, [0], 3.0, [], won)[0]
             for won in ([], [channels])
         ]
         results.append((loss.detach(), gradient, value, direct, q, channels, *swept))

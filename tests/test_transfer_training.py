@@ -22,7 +22,7 @@ from at_fused.train import parallel
 from at_fused.train.wrn import WRN
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks.steps import peak_bytes
+from benchmarks.measure import Allocations
 
 BETA = 100.0
 GROUPS = ["groups.0", "groups.1", "groups.2"]
@@ -110,7 +110,7 @@ def test_curves_agree_to_rounding() -> None:
 
 
 def test_memory_of_a_step_is_that_of_a_step_without() -> None:
-    check_memory("cpu", peak_bytes)
+    check_memory("cpu", Allocations().take)
 
 
 def check_memory(device: str, peak_bytes: Callable[[Callable[[], object]], int]) -> None:

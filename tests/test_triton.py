@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import loss_arguments
 from torch import Tensor
 
 from at_fused.backends import eager
@@ -58,23 +59,39 @@ def assert_matches_eager(
     students: list[Tensor],
     teachers: list[Tensor],
     *,
+    masks: Sequence[Tensor] = (),
     weights: Sequence[float] = (),
+    skip_tokens: Sequence[int] = (),
     p: float = 2.0,
     collapse: str = "mean",
     form: str = "code",
     reduction: str = "sum",
+    eps_mode: str = "max",
     eps: float = 1e-12,
     scale: float = 1.0,
     upstream: bool = True,
 ) -> None:
     """All four functions; ``upstream`` gives the backward pass a loss gradient."""
-    options: tuple[Any, ...] = list(weights), p, collapse, form, reduction, eps
+    arguments = loss_arguments(
+        students,
+        teachers,
+        masks=masks,
+        weights=weights,
+        skip_tokens=skip_tokens,
+        p=p,
+        collapse=collapse,
+        form=form,
+        reduction=reduction,
+        eps_mode=eps_mode,
+        eps=eps,
+    )
     both = students + teachers
     pairs = [*range(len(students)), *range(len(teachers))]
-    assert_near(backend.attention_map(both, p, collapse), eager.attention_map(both, p, collapse))
+    mapped = both, p, collapse, skip_tokens
+    assert_near(backend.attention_map(*mapped), eager.attention_map(*mapped))
 
-    found, maps = backend.at_loss(students, teachers, *options, True, True)
-    right_loss, right_maps = eager.at_loss(students, teachers, *options, True, True)
+    found, maps = backend.at_loss(*arguments, True, True)
+    right_loss, right_maps = eager.at_loss(*arguments, True, True)
     # fp32 maps make an fp64 loss of a list of mixed dtypes no better.
     exact = all(x.dtype == torch.float64 for x in both)
     loosest = 0.0 if exact else 3e-6
@@ -83,13 +100,19 @@ def assert_matches_eager(
     gradient = torch.full_like(right_loss, 0.5 * scale).cumsum(0) if upstream else None
     if upstream and reduction == "sum":
         gradient = gradient[()]
-    right = eager.attention_map_backward(both, right_maps, gradient, pairs, p)
-    assert_near(backend.attention_map_backward(both, maps, gradient, pairs, p), right, loosest)
+    rest = gradient, pairs, p, skip_tokens
+    right = eager.attention_map_backward(both, right_maps, *rest)
+    assert_near(backend.attention_map_backward(both, maps, *rest), right, loosest)
 
-    again, gradients = backend.at_value_and_grad(students, teachers, *options, 2.0, gradient)
+    # A side without a gradient has its masked raw maps.
+    for grads in ((True, False), (False, True)):
+        _, maps = backend.at_loss(*arguments, *grads)
+        assert_near(maps, eager.at_loss(*arguments, *grads)[1], loosest)
+
+    again, gradients = backend.at_value_and_grad(*arguments, 2.0, gradient)
     assert_near([again], [right_loss], loosest)
     doubled = [2 * k for k in right_maps]
-    right = eager.attention_map_backward(both, doubled, gradient, pairs, p)
+    right = eager.attention_map_backward(both, doubled, *rest)
     assert_near(gradients, right[: len(students)], loosest)
 
 
@@ -116,9 +139,7 @@ def test_sizes(size: tuple[int, ...], layout: str) -> None:
     if h * w > 1:
         assert_matches_eager([s], [t])
         return
-    loss, gradients = backend.at_value_and_grad(
-        [s], [t], [], 2.0, "mean", "code", "sum", 1e-12, 1.0, None
-    )
+    loss, gradients = backend.at_value_and_grad(*loss_arguments([s], [t]), 1.0, None)
     assert loss.item() == 0
     assert gradients[0].abs().max() < 1e-6
 
@@ -177,11 +198,48 @@ def test_samples_cut_into_pieces(layout: str, monkeypatch: pytest.MonkeyPatch) -
     s = [features(2, 24, 29, 31, layout=layout), features(3, 4, 3, 5)]
     t = [features(2, 40, 29, 31), features(3, 4, 3, 5)]
     assert_matches_eager(s, t)
-    options: tuple[Any, ...] = [], 2.0, "mean", "code", "none", 1e-12
-    once = backend.at_value_and_grad(s, t, *options, 1.0, None)
-    again = backend.at_value_and_grad(s, t, *options, 1.0, None)
+    arguments = loss_arguments(s, t, reduction="none")
+    once = backend.at_value_and_grad(*arguments, 1.0, None)
+    again = backend.at_value_and_grad(*arguments, 1.0, None)
     assert torch.equal(once[0], again[0])
     assert all(torch.equal(a, b) for a, b in zip(once[1], again[1], strict=True))
+    assert all(not counters.any() for counters in launch._workspaces.values())
+
+
+FACTORS: list[dict[str, Any]] = [
+    {"reduction": "sample"},
+    {"eps_mode": "add", "eps": 0.3},
+    {"masked": True, "form": "paper"},
+    {"masked": True, "reduction": "sample", "eps_mode": "add", "eps": 0.3, "weights": [0.5, -2.0]},
+]
+
+
+@pytest.mark.parametrize("options", FACTORS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "tokens", "cut"])
+def test_factors(layout: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [(3, 20, 5, 7), (3, 6, 4, 3)]
+    given = {name: value for name, value in options.items() if name != "masked"}
+    if layout == "tokens":
+        students = [features(3, 18, c).mT for c in (20, 6)]
+        teachers = [features(3, 17, c).mT for c in (8, 24)]
+        given["skip_tokens"] = [2, 2, 1, 1]
+    else:
+        if layout == "cut":
+            monkeypatch.setattr(launch, "_PIECE_BYTES", 4096)
+            monkeypatch.setattr(launch, "processors", lambda _: 10**6)
+            monkeypatch.setattr(loss, "_WHOLE_BYTES", 4096)
+            sizes = [(3, 8, 11, 13), (3, 6, 4, 3)]
+        kind = layout if layout in LAYOUTS else "planar"
+        students = [features(*size, layout=kind) for size in sizes]
+        teachers = [features(b, c + 5, *size, dtype=torch.bfloat16) for b, c, *size in sizes]
+    if options.get("masked"):
+        positions = [16, 16] if layout == "tokens" else [math.prod(size[2:]) for size in sizes]
+        masks = [torch.rand(n, 3, device=DEVICE).mT for n in positions]
+        masks[0][1] = 0
+        given["masks"] = masks
+    assert_matches_eager(students, teachers, **given)
+    monkeypatch.setattr(launch, "MAX_ENTRIES", 1)
+    assert_matches_eager(students, teachers, **given, upstream=False)
     assert all(not counters.any() for counters in launch._workspaces.values())
 
 
@@ -220,9 +278,8 @@ def test_zero_infinity_and_nan(dtype: torch.dtype, p: float) -> None:
     s, t = features(2, 5, 3, 6, dtype=dtype), features(2, 5, 3, 6, dtype=dtype)
     for value in (math.inf, math.nan):
         s[1, 2, 1, 3] = value
-        loss, gradients = backend.at_value_and_grad(
-            [s], [t], [], p, "mean", "paper", "sum", 1e-12, 1.0, None
-        )
+        arguments = loss_arguments([s], [t], p=p, form="paper")
+        loss, gradients = backend.at_value_and_grad(*arguments, 1.0, None)
         assert loss.isnan()
         assert gradients[0][1].isnan().any()
         assert gradients[0][0].isfinite().all()
@@ -236,9 +293,8 @@ def test_extreme_maps(form: str) -> None:
     for eps in (1e-12, 0.5):
         assert_matches_eager([s], [t], form=form, eps=eps)
     assert_matches_eager([s * 1e12], [t * 1e15], form=form, scale=1e12)
-    loss, gradients = backend.at_value_and_grad(
-        [s], [s], [], 2.0, "mean", form, "sum", 1e-12, 1.0, None
-    )
+    arguments = loss_arguments([s], [s], form=form)
+    loss, gradients = backend.at_value_and_grad(*arguments, 1.0, None)
     assert loss.item() == 0
     assert not gradients[0].any()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import loss_arguments
 from test_triton import DEVICE, DTYPES, LAYOUTS, assert_near, features
 from torch import Tensor
 
@@ -133,7 +134,7 @@ def assert_matches_eager(xs: list[Tensor], p: float, collapse: str) -> None:
     pairs = [i % 2 for i in range(n)]
     for gradient in (None, torch.tensor(-0.5), torch.tensor([2.0, 0.25]).double()):
         g = None if gradient is None else gradient.to(DEVICE)
-        swept = xs, coefficients, g, pairs, p, channels
+        swept = xs, coefficients, g, pairs, p, [], channels
         again = backend.attention_map_backward(*swept)
         assert_near(again, eager.attention_map_backward(*swept))
     if channels:
@@ -178,11 +179,11 @@ def test_ties_and_specials(dtype: torch.dtype, layout: str) -> None:
     q, channel = backend.attention_map([x], 1.0, "max")
     assert channel.tolist() == [[0, 70, 130, 4, 0, 199, 0, 64]]
     torch.testing.assert_close(q, eager.attention_map([x], 1.0, "max")[0], equal_nan=True)
-    swept = [x], [torch.ones_like(q)], None, [0], 2.0, [channel]
+    swept = [x], [torch.ones_like(q)], None, [0], 2.0, [], [channel]
     found, right = backend.attention_map_backward(*swept), eager.attention_map_backward(*swept)
     torch.testing.assert_close(found, right, equal_nan=True)
     # What did not win has no gradient, whatever its coefficient.
-    swept = [x], [q * math.nan], None, [0], 2.0, [channel]
+    swept = [x], [q * math.nan], None, [0], 2.0, [], [channel]
     (found,) = backend.attention_map_backward(*swept)
     assert (found.isnan().sum(1) == 1).all()
     assert (found != 0).sum() == found.isnan().sum()
@@ -206,15 +207,15 @@ def test_maps_check_their_arguments() -> None:
         r"a map of channels must be \(B, N\)": [q[:, :3]],
     }.items():
         with pytest.raises(RuntimeError, match=f"at_fused: {match}"):
-            backend.attention_map_backward([x], [k], None, [0], 2.0, channels)
+            backend.attention_map_backward([x], [k], None, [0], 2.0, [], channels)
     with pytest.raises(RuntimeError, match="a coefficient map must be"):
         backend.attention_map_backward([x], [k[:, :3]], None, [0], 2.0)
     # Channels that there are not are nobody's.
     q += torch.tensor([0, 1, 3, -5], device=DEVICE)
-    (found,) = backend.attention_map_backward([x], [k], None, [0], 2.0, [q])
+    (found,) = backend.attention_map_backward([x], [k], None, [0], 2.0, [], [q])
     assert (found != 0).sum(1).tolist() == [[1, 1, 0, 0]] * 2
     with pytest.raises(RuntimeError, match="collapse must be 'mean' or 'sum' here"):
-        backend.at_loss([x], [x], [], 2.0, "max", "code", "sum", 1e-12, False, False)
+        backend.at_loss(*loss_arguments([x], [x], collapse="max"), False, False)
 
 
 def test_samples_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import opcheck
+from reference import loss_arguments
 from torch import Tensor
 
 import at_fused
@@ -121,7 +122,7 @@ def test_compile_fullgraph(compiler: str) -> None:
 def test_opcheck(backend: str, gradient: Tensor | None) -> None:
     (s0, t0), (s1, t1) = pair(2, 3, 4, 4), pair(2, 5, 2, 2)
     s1 = s1.to(memory_format=torch.channels_last)
-    arguments = [s0, s1], [t0, t1], [], 2.0, "mean", "code", "none", 1e-12, 1.5, gradient
+    arguments = *loss_arguments([s0, s1], [t0, t1], reduction="none"), 1.5, gradient
     opcheck(backend, torch.ops.at_fused.at_value_and_grad, arguments)
     _, gradients = torch.ops.at_fused.at_value_and_grad(*arguments)
     factors = (gradient if gradient is not None else torch.ones(())).expand(2) * 1.5
@@ -155,10 +156,7 @@ def test_other_arguments_are_checked_as_the_losses() -> None:
     with pytest.raises(TypeError, match="both be tensors or both be sequences"):
         at_fused.at_value_and_grad([s], t)
     with pytest.raises(RuntimeError, match="as many teachers"):
-        torch.ops.at_fused.at_value_and_grad(
-            [s], [], [], 2.0, "mean", "code", "sum", 1e-12, 1.0, None
-        )
-    with pytest.raises(RuntimeError, match="scalar or a vector"):
-        torch.ops.at_fused.at_value_and_grad(
-            [s], [t], [], 2.0, "mean", "code", "sum", 1e-12, 1.0, torch.ones(1, 1)
-        )
+        torch.ops.at_fused.at_value_and_grad(*loss_arguments([s], []), 1.0, None)
+    for above, message in ((torch.ones(1, 1), "batch size"), (torch.ones(1, 2, 1), "a scalar, ")):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.at_fused.at_value_and_grad(*loss_arguments([s], [t]), 1.0, above)

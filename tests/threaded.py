@@ -72,6 +72,12 @@ def works() -> list[Work]:
                 add(loss, s, half, resize="features")
                 add(loss, s, half, resize="maps", p=1.0, absolute=False)
                 add(loss, s, t, attend="channel", reduction="sample")
+                mask, tokens = (t[:, 0] > 0), {"channel_dim": -1, "skip_tokens": 2}
+                add(loss, s, t, mask=mask, eps_mode="add", eps=1e-3, form="paper")
+                add(value_and_grad, s, t, mask=mask, reduction="sample")
+                flat = s.detach().flatten(2).mT.requires_grad_(), t.flatten(2).mT
+                add(loss, *flat, **tokens)
+                add(value_and_grad, *flat, **tokens)
     return found
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from reference import loss_arguments
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -187,6 +188,7 @@ def row(variant: Variant, call: Call, target: str) -> Row:
 
 OPERATORS = ("map", "loss", "backward", "value and gradient")  # of the plain options
 LARGE, SMALL, ODD = (32, 256, 56, 56), (128, 64, 8, 8), (64, 511, 7, 7)
+TOKENS = (32, 192, 197)
 _SHORT = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -202,12 +204,13 @@ class Variant(NamedTuple):
     dtype: torch.dtype = torch.float32
     layout: str = "planar"
     p: float = 2.0
-    shape: tuple[int, ...] = LARGE
+    shape: tuple[int, ...] = LARGE  # of three, tokens (B, C, N), of which one is skipped
     pairs: int = 1
     wide: bool = False  # offsets within a sample beyond 31 bits
     collapse: str = "mean"
     reduction: str = "sum"
     eps_mode: str = "max"
+    masked: bool = False
 
     @property
     def name(self) -> str:
@@ -219,7 +222,10 @@ class Variant(NamedTuple):
         if self.operator == "map loss":
             kind = f"{self.reduction}, {self.eps_mode}"
             size = f"{self.shape[0]}x{math.prod(self.shape[2:])}"
+        elif (self.reduction, self.eps_mode) != ("sum", "max"):
+            kind += f", {self.reduction}, {self.eps_mode}"
         more = ", max" if self.collapse == "max" else ""
+        more += ", mask" * self.masked
         return f"{self.operator}, {kind}{more}, {times}{size}{wide}"
 
     @property
@@ -243,7 +249,7 @@ class Variant(NamedTuple):
 
     def feature(self) -> Tensor:
         """Memory that nobody reads."""
-        b, c, h, *more = self.shape
+        b, c, h, *more = self.shape  # h are the tokens of three
         w = math.prod(more)
         if self.wide:
             far = torch.empty(2**31 + h * w * c, dtype=self.dtype)
@@ -257,18 +263,30 @@ class Variant(NamedTuple):
         """The launch."""
         s, t = ([self.feature() for _ in range(self.pairs)] for _ in range(2))
         p, pairs = self.p, list(range(self.pairs))
-        options: tuple[Any, ...] = [], p, "mean", "code", "sum", 1e-12
+        skip = int(len(self.shape) == 3)
         loss = torch.empty((), dtype=accumulate_dtype(*s))
-        maps = [loss.new_empty(x.shape[0], math.prod(self.shape[2:])) for x in s]
+        maps = [loss.new_empty(x.shape[0], math.prod(self.shape[2:]) - skip) for x in s]
+        above = loss.new_empty(len(s), len(s[0])) if self.reduction == "sample" else loss
+        arguments = loss_arguments(
+            s,
+            t,
+            masks=maps if self.masked else (),
+            skip_tokens=[skip] * (2 * self.pairs * skip),
+            p=p,
+            reduction=self.reduction,
+            eps_mode=self.eps_mode,
+        )
         winners = [q.to(torch.int32) for q in maps] if self.collapse == "max" else []
         pair_options = [], "code", self.reduction, self.eps_mode, 1e-12
         tapped = p, self.collapse, *winners
         calls: dict[str, Callable[[], object]] = {
             "map": lambda: backend.attention_map(s, p, self.collapse),
-            "loss": lambda: backend.at_loss(s, t, *options, True, False),
-            "backward": lambda: backend.attention_map_backward(s, maps, loss, pairs, p, winners),
+            "loss": lambda: backend.at_loss(*arguments, True, False),
+            "backward": lambda: backend.attention_map_backward(
+                s, maps, above, pairs, p, arguments[4][: self.pairs], winners
+            ),
             "tap": lambda: backend.attention_tap_backward_(t[0], s[0], maps[0], *tapped),
-            "value and gradient": lambda: backend.at_value_and_grad(s, t, *options, 1.0, loss),
+            "value and gradient": lambda: backend.at_value_and_grad(*arguments, 1.0, above),
             "map loss": lambda: backend.map_loss(maps, maps, *pair_options, True, False),
         }
         (only,) = caught(calls[self.operator])
@@ -316,6 +334,20 @@ def variants() -> Iterator[Variant]:
         for reduction in ("sum", "sample"):
             yield Variant("map loss", reduction=reduction, eps_mode=eps_mode)
     yield Variant("map loss", reduction="none", shape=ODD, pairs=4)
+    for operator in ("loss", "value and gradient"):
+        for masked, reduction, eps_mode in (
+            (True, "sum", "max"),
+            (False, "sum", "add"),
+            (False, "sample", "max"),
+            (True, "sample", "add"),
+        ):
+            options = {"masked": masked, "reduction": reduction, "eps_mode": eps_mode}
+            yield Variant(operator, torch.bfloat16, shape=SMALL, **options)
+        yield Variant(operator, torch.float64, p=2.5, shape=SMALL, **options)
+    for operator in OPERATORS:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield Variant(operator, dtype, "interleaved", shape=TOKENS)
+    yield Variant("backward", torch.bfloat16, reduction="sample")
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -29,8 +29,10 @@ from at_fused._ops.library import (
     check_one_device,
     define,
     differentiate,
+    entry,
     library,
     operators,
+    save,
     tracks,
     transformed,
 )
@@ -138,7 +140,7 @@ class _AttentionMapBackward(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.options = pairs, options, loss_gradient is None
-        ctx.save_for_backward(*(() if loss_gradient is None else (loss_gradient,)), *tensors)
+        save(ctx, *(() if loss_gradient is None else (loss_gradient,)), *tensors)
         operator = operators.attention_map_backward.default
         return tuple(below_autograd(operator, *_arguments(pairs, options, loss_gradient, tensors)))
 
@@ -202,22 +204,5 @@ def _attention_map_backward_autograd(
     return below_autograd(operators.attention_map_backward.default, *arguments)
 
 
-library.impl("attention_map", _attention_map_autograd, "Autograd")
-library.impl("attention_map_backward", _attention_map_backward_autograd, "Autograd")
-
-
-# ---- calls ---------------------------------------------------------------------------------------
-
-
-def attention_map(*arguments: Any) -> list[Tensor]:
-    """``torch.ops.at_fused.attention_map``."""
-    if torch.compiler.is_compiling():
-        return operators.attention_map.default(*arguments)
-    return _attention_map_autograd(*arguments)
-
-
-def attention_map_backward(*arguments: Any) -> list[Tensor]:
-    """``torch.ops.at_fused.attention_map_backward``."""
-    if torch.compiler.is_compiling():
-        return operators.attention_map_backward.default(*arguments)
-    return _attention_map_backward_autograd(*arguments)
+attention_map = entry("attention_map", _attention_map_autograd)
+attention_map_backward = entry("attention_map_backward", _attention_map_backward_autograd)

@@ -8,7 +8,7 @@ themselves; elsewhere the functions are called directly, which saves a way throu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,20 @@ def define(schema: str) -> None:
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema[: schema.index("(")]
     library.impl(name, getattr(eager, name), "CompositeExplicitAutograd")
+
+
+def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register an operator's autograd; return what calls the operator.
+
+    A graph that is being compiled or exported holds the operator itself.
+    """
+    library.impl(name, function, "Autograd")
+    operator = getattr(operators, name).default
+
+    def call(*arguments: Any) -> Any:
+        return (operator if torch.compiler.is_compiling() else function)(*arguments)
+
+    return call
 
 
 def check_one_device(*groups: Sequence[Tensor | None]) -> None:
@@ -80,6 +94,14 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """
     plain: Any = super(torch.autograd.Function, function)
     return plain.apply(*arguments)
+
+
+def save(ctx: Any, *tensors: Tensor) -> None:
+    """Save tensors for a backward pass: copies of those made under ``inference_mode``.
+
+    torch saves none of these; a teacher's features, maps and masks often are.
+    """
+    ctx.save_for_backward(*(x.clone() if x.is_inference() else x for x in tensors))
 
 
 def tracks(*groups: Sequence[Tensor | None]) -> bool:

@@ -35,8 +35,10 @@ from at_fused._ops.library import (
     below_autograd,
     check_one_device,
     define,
+    entry,
     library,
     operators,
+    save,
     tracks,
     transformed,
 )
@@ -134,7 +136,7 @@ class _MapLoss(torch.autograd.Function):
         operator = operators.map_loss.default
         loss, found = below_autograd(operator, list(maps[:pairs]), list(maps[pairs:]), *options)
         ctx.pairs, ctx.options = pairs, options
-        ctx.save_for_backward(*maps, *found)
+        save(ctx, *maps, *found)
         return loss
 
     @staticmethod
@@ -155,11 +157,11 @@ class _MapLoss(torch.autograd.Function):
 
 
 class Call(NamedTuple):
-    """A call of ``at_loss``, but for its tensors: students, teachers, and masks if there are any."""
+    """A call of ``at_loss`` without its tensors: students, teachers, and perhaps masks."""
 
     pairs: int
-    weights: Sequence[float]
-    skip_tokens: Sequence[int]
+    weights: list[float]
+    skip_tokens: list[int]
     options: LossOptions
     student_grad: bool
     teacher_grad: bool
@@ -196,7 +198,7 @@ class _ATLoss(torch.autograd.Function):
         ctx.call = call
         # A side without a gradient is remembered by its maps alone: its features may die.
         kept = call.kept()
-        ctx.save_for_backward(*tensors[kept.start : kept.stop], *maps, *tensors[2 * call.pairs :])
+        save(ctx, *tensors[kept.start : kept.stop], *maps, *tensors[2 * call.pairs :])
         return loss
 
     @staticmethod
@@ -247,7 +249,7 @@ def _coefficients(
 def _map_loss_autograd(
     student: list[Tensor],
     teacher: list[Tensor],
-    weights: Sequence[float],
+    weights: list[float],
     form: str,
     reduction: str,
     eps_mode: str,
@@ -269,8 +271,8 @@ def _at_loss_autograd(
     student: list[Tensor],
     teacher: list[Tensor],
     masks: list[Tensor],
-    weights: Sequence[float],
-    skip_tokens: Sequence[int],
+    weights: list[float],
+    skip_tokens: list[int],
     p: float,
     collapse: str,
     form: str,
@@ -307,37 +309,21 @@ def _at_value_and_grad_autograd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     return below_autograd(operators.at_value_and_grad.default, *arguments)
 
 
-library.impl("map_loss", _map_loss_autograd, "Autograd")
-library.impl("at_loss", _at_loss_autograd, "Autograd")
-library.impl("at_value_and_grad", _at_value_and_grad_autograd, "Autograd")
-
-
-# ---- calls ---------------------------------------------------------------------------------------
+_map_loss = entry("map_loss", _map_loss_autograd)
+_at_loss = entry("at_loss", _at_loss_autograd)
+at_value_and_grad = entry("at_value_and_grad", _at_value_and_grad_autograd)
 
 
 def map_loss(*arguments: Any) -> Tensor:
     """Return the loss of ``torch.ops.at_fused.map_loss``; autograd asks for what gradients need."""
-    if torch.compiler.is_compiling():
-        return operators.map_loss.default(*arguments, False, False)[0]
-    return _map_loss_autograd(*arguments, False, False)[0]
+    return _map_loss(*arguments, False, False)[0]
 
 
 def map_value_and_grad(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     """Return the loss of ``torch.ops.at_fused.map_loss`` and dL/dQ of the students' maps."""
-    if torch.compiler.is_compiling():
-        return operators.map_loss.default(*arguments, True, False)
-    return _map_loss_autograd(*arguments, True, False)
+    return _map_loss(*arguments, True, False)
 
 
 def at_loss(*arguments: Any) -> Tensor:
     """Return the loss of ``torch.ops.at_fused.at_loss``; autograd asks for what gradients need."""
-    if torch.compiler.is_compiling():
-        return operators.at_loss.default(*arguments, False, False)[0]
-    return _at_loss_autograd(*arguments, False, False)[0]
-
-
-def at_value_and_grad(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    """``torch.ops.at_fused.at_value_and_grad``."""
-    if torch.compiler.is_compiling():
-        return operators.at_value_and_grad.default(*arguments)
-    return _at_value_and_grad_autograd(*arguments)
+    return _at_loss(*arguments, False, False)[0]

@@ -22,6 +22,7 @@ from at_fused._ops.library import (
     below_autograd,
     check_one_device,
     define,
+    entry,
     library,
     operators,
     tracks,
@@ -109,8 +110,8 @@ def _backward_inplace_autograd(gradient: Tensor, *arguments: Any) -> None:
         torch.autograd.graph.increment_version(gradient)
 
 
-library.impl("attention_tap_backward", _backward_autograd, "Autograd")
-library.impl("attention_tap_backward_", _backward_inplace_autograd, "Autograd")
+attention_tap_backward = entry("attention_tap_backward", _backward_autograd)
+attention_tap_backward_ = entry("attention_tap_backward_", _backward_inplace_autograd)
 
 
 # ---- the tap -------------------------------------------------------------------------------------
@@ -193,21 +194,6 @@ class _Tap(torch.autograd.Function):
         else:
             found = attention_tap_backward(place.view(gradient, skip=False), *rest)
         return place.restore(found, x.shape), None, None, None
-
-
-# ---- calls ---------------------------------------------------------------------------------------
-
-
-def attention_tap_backward(gradient: Tensor, *arguments: Any) -> Tensor:
-    """``torch.ops.at_fused.attention_tap_backward``."""
-    if torch.compiler.is_compiling():
-        return operators.attention_tap_backward.default(gradient, *arguments)
-    return _backward_autograd(gradient, *arguments)
-
-
-def attention_tap_backward_(gradient: Tensor, *arguments: Any) -> None:
-    """``torch.ops.at_fused.attention_tap_backward_``."""
-    _backward_inplace_autograd(gradient, *arguments)
 
 
 def attention_tap(x: Tensor, p: float, collapse: str, place: Place) -> tuple[Tensor, Tensor]:

@@ -210,8 +210,8 @@ def check_at_loss(
     loss_gradient: Tensor | None = None,
 ) -> None:
     """The pairs of a loss, their masks, and its options."""
-    p, collapse, *rest = options
-    _check_pairs(student, teacher, weights, *rest)
+    p, collapse, form, reduction, eps_mode, eps = options
+    _check_pairs(student, teacher, weights, form, reduction, eps_mode, eps)
     features = [*student, *teacher]
     check_attention_map(features, p, collapse, skip_tokens)
     require(collapse != "max", "collapse must be 'mean' or 'sum' here")

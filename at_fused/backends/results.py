@@ -13,8 +13,9 @@ def accumulate_dtype(*features: Tensor) -> torch.dtype:
 
 def laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
     """The gradient of x with the strides of ``torch.empty_like(x)``."""
-    out = torch.empty_like(x)
-    return gradient if gradient.stride() == out.stride() else out.copy_(gradient)
+    if gradient.stride() == torch.empty_like(x, device="meta").stride():
+        return gradient
+    return torch.empty_like(x).copy_(gradient)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
