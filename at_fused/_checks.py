@@ -56,8 +56,9 @@ def check_tensor(name: str, x: object) -> Tensor:
     """Refuses what is no dense floating-point tensor with elements."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {kind(x)}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if x.layout is not torch.strided or x.is_nested:
+        found = "a nested one" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {found}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if 0 in x.shape:

@@ -83,6 +83,7 @@ def is_feature(x: object) -> bool:
         isinstance(x, Tensor)
         and x.dtype in DTYPES
         and x.layout is torch.strided
+        and not x.is_nested
         and 3 <= x.dim() <= 5
         and 0 not in x.shape
     )

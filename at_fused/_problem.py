@@ -183,6 +183,7 @@ def straight(
         or type(teachers) not in _LISTS
         or type(p) not in _NUMBERS
         or type(eps) not in _NUMBERS
+        or type(collapse) is not str
         or collapse == "max"
         or torch.compiler.is_compiling()
     ):
@@ -300,9 +301,11 @@ def _pool(x: Tensor, size: list[int]) -> Tensor:
 
 
 def _pool_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """Compute the gradient of ``_pool`` for x, of which only the shape is read."""
+    """Compute the gradient of ``_pool`` for x, of which only shape, strides and dtype are read."""
     if gradient.shape == x.shape:
         return gradient
+    if gradient.dtype != x.dtype:  # 16 bits, pooled in fp32
+        x = torch.empty_like(x, dtype=gradient.dtype)
     aten = torch.ops.aten
     if x.dim() == 3:
         row = aten._adaptive_avg_pool2d_backward(gradient.unsqueeze(2), x.unsqueeze(2))

@@ -135,6 +135,7 @@ def at_loss(
         and mask is None
         and sample_weights is None
         and isinstance(attend, str)
+        and type(attend) is str
         and attend == "spatial"
         and _inputs.plain(channel_dim, skip_tokens)
         and absolute is True

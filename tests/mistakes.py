@@ -81,7 +81,7 @@ LOSS: dict[str, list[Mistake]] = {
     "form": choice("form", None),
     "reduction": choice("reduction", None),
     "resize": choice("resize"),
-    "attend": choice("attend", None),
+    "attend": choice("attend", None, np.ones(2)),
     "eps_mode": choice("eps_mode", None),
     "absolute": [Mistake(x, TypeError, "absolute must be") for x in (1, None, "yes")],
     "weights": WEIGHTS,

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import at_fused
-from at_fused import _inputs, _ops, _problem
+from at_fused import _inputs, _ops, _options, _problem
 from at_fused.backends import override
 
 ROOT = Path(__file__).parents[1]
@@ -264,7 +264,7 @@ def defaults(function: Any) -> dict[str, Any]:
         at_fused.map_loss,
         at_fused.at,
         _problem.prepare,
-        _problem.Options,
+        _options.LossOptions,
         _inputs.check_options,
         _inputs.Side,
         _ops.Place,

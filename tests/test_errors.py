@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import mistakes
 import pytest
 import torch
 
@@ -230,3 +232,117 @@ def test_use_backend() -> None:
         at_fused.use_backend("gpu")
     with pytest.raises(ValueError, match="got None"):
         at_fused.use_backend(None)
+
+
+# ---- the quick way of ordinary calls -------------------------------------------------------------
+#
+# Plain arguments go straight to the operator, and to the thorough checks where it refuses them.
+# channel_dim=(1, 1) says what 1 does, and goes to the checks at once.
+
+WRONG_OPTIONS = [
+    (name, mistake)
+    for name in ("p", "eps", "collapse", "form", "reduction", "eps_mode")
+    for mistake in mistakes.LOSS[name]
+]
+OTHERS: dict[str, tuple[Any, Any]] = {
+    "1x48 against 6x8": (torch.randn(2, 3, 1, 48), torch.randn(2, 3, 6, 8)),
+    "48 against 6x8": (torch.randn(2, 3, 48), torch.randn(2, 3, 6, 8)),
+    "6x8 against 8x6": (torch.randn(2, 3, 6, 8), torch.randn(2, 3, 8, 6)),
+    "batch of 1": (X, Y[:1]),
+    "batch of 1 in the second pair": ([X, X[:1]], [Y, Y]),
+    "unequal lists": ([X, X, X], [Y, Y]),
+    "empty lists": ([], []),
+    "a set": ({X}, {Y}),
+    "a generator": ((x for x in [X]), (y for y in [Y])),
+    "a dict": ({"a": X}, {"a": Y}),
+    "an array": (X.numpy(), Y.numpy()),
+    "arrays": ([X.numpy()], [Y.numpy()]),
+    "an array and a tensor": ([X, X.numpy()], [Y, Y]),
+    "nested": ([[X]], [[Y]]),
+    "a tensor for a list": (X, [Y]),
+    "a stack for a list": (torch.stack([X, X]), [Y, Y]),
+    "meta": (X.to("meta"), Y),
+    "meta in a list": ([X, X.to("meta")], [Y, Y]),
+    "sparse": (X.to_sparse(), Y),
+    "both sparse": (X.to_sparse(), Y.to_sparse()),
+    "rank 6": (X[..., None, None], Y[..., None, None]),
+    "rank 2": (X.flatten(1), Y.flatten(1)),
+    "complex": (X + 0j, Y + 0j),
+    "integers": (X.long(), Y.long()),
+    "nested tensors": (torch.nested.nested_tensor([X[0], X[1]]), Y),
+    "None": (None, None),
+}
+
+
+def raised(student: Any, teacher: Any, **options: Any) -> tuple[type[Exception], str]:
+    with pytest.raises((TypeError, ValueError)) as error:
+        at_fused.at_loss(student, teacher, **options)
+    return error.type, str(error.value)
+
+
+def assert_same_error(student: Any, teacher: Any, **options: Any) -> tuple[type[Exception], str]:
+    quick = raised(student, teacher, **options)
+    assert quick == raised(student, teacher, channel_dim=(1, 1), **options)
+    return quick
+
+
+@pytest.mark.parametrize(("name", "mistake"), WRONG_OPTIONS, ids=str)
+def test_a_wrong_option_the_quick_way(backend: str, name: str, mistake: mistakes.Mistake) -> None:
+    error, message = assert_same_error(X, Y, **{name: mistake.of(2.0)})
+    assert issubclass(error, mistake.error)
+    assert re.search(mistake.message, message)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    "mistake", mistakes.FEATURE + mistakes.LISTED_FEATURE + mistakes.RANKED_FEATURE, ids=str
+)
+def test_a_wrong_feature_the_quick_way(
+    fast_backend: str, mistake: mistakes.Mistake, side: int
+) -> None:
+    pair = [X, Y]
+    pair[side] = mistake.of(pair[side])
+    listed = [[X, pair[0]], [Y, pair[1]]]
+    error, message = assert_same_error(*listed)
+    assert issubclass(error, mistake.error)
+    named = mistake.message.format(name=rf"{('student', 'teacher')[side]}\[1\]", i=1)
+    assert re.search(named, message)
+    if isinstance(pair[side], torch.Tensor):
+        assert_same_error(*pair)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_wrong_features_the_quick_way(case: str) -> None:
+    student, teacher = OTHERS[case]
+    assert_same_error(student, teacher)
+
+
+def test_both_ways_give_the_same(backend: str) -> None:
+    s = torch.nn.Parameter(X.clone())
+    for student, teacher, options in (
+        (s, Y, {}),
+        ((s, s), [Y, Y], {"reduction": "none", "p": 3}),
+        ([s], (Y.double(),), {"form": "paper", "eps": 1}),
+        ([s, s[:, :, ::2]], [Y, Y[:, :, ::2]], {"reduction": "sample", "eps_mode": "add"}),
+        (s, Y, {"collapse": "max"}),
+    ):
+        losses = [
+            at_fused.at_loss(student, teacher, **options, **more)
+            for more in ({}, {"channel_dim": (1, 1)})
+        ]
+        assert torch.equal(*losses)
+        assert torch.equal(*(torch.autograd.grad(loss.sum(), s)[0] for loss in losses))
+
+
+@pytest.mark.parametrize("more", [{}, {"channel_dim": (1, 1)}], ids=str)
+def test_a_single_position_warns_once_either_way(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(at_fused._inputs, "_single_position_warned", False)
+    s, t = X[:, :, :1, :1], Y[:, :, :1, :1]
+    with pytest.warns(at_fused.AtFusedWarning, match="pair 1 has maps of a single position") as w:
+        loss = at_fused.at_loss([X, s], [Y, t], reduction="none", **more)
+    assert len(w) == 1
+    assert w[0].filename == __file__
+    assert loss[1] == 0
+    at_fused.at_loss(s, t, **more)  # a second warning would be an error here

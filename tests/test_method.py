@@ -731,14 +731,22 @@ def test_first_and_second_derivatives(fast_backend: str, options: str) -> None:
     assert torch.autograd.gradgradcheck(loss, (s, t), fast_mode=True)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", GENERAL)
-def test_value_and_grad(backend: str, options: str) -> None:
-    s, t = feature(2, 3, 4, 4), feature(2, 5, 4, 4)
-    value, gradient = at_fused.at_value_and_grad(s, t, scale=3.0, **GENERAL[options])
+def test_value_and_grad(backend: str, options: str, dtype: torch.dtype, layout: str) -> None:
+    sizes = ((6, 3), (4, 5)) if "resize" in GENERAL[options] else ((4, 5), (4, 5))
+    s = feature(2, 3, *sizes[0], layout=layout, dtype=dtype)
+    t = feature(2, 5, *sizes[1], dtype=dtype)
+    value, gradient = at_fused.at_value_and_grad(s, t, scale=256.0, **GENERAL[options])
     x = s.requires_grad_()
     loss = at_fused.at_loss(x, t, **GENERAL[options])
     torch.testing.assert_close(value, loss.detach())
-    torch.testing.assert_close(gradient, 3 * torch.autograd.grad(loss.sum(), x)[0])
+    (right,) = torch.autograd.grad(256 * loss.sum(), x)
+    assert gradient.dtype == dtype
+    assert gradient.stride() == torch.empty_like(x).stride()
+    error = (gradient.double() - right.double()).abs().max()
+    assert error <= TOLERANCE[dtype] * right.double().abs().max() + 2**-24
     assert not gradient.requires_grad
 
 

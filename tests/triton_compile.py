@@ -264,6 +264,7 @@ class Variant(NamedTuple):
         s, t = ([self.feature() for _ in range(self.pairs)] for _ in range(2))
         p, pairs = self.p, list(range(self.pairs))
         skip = int(len(self.shape) == 3)
+        skips = [skip] * (self.pairs * skip)
         loss = torch.empty((), dtype=accumulate_dtype(*s))
         maps = [loss.new_empty(x.shape[0], math.prod(self.shape[2:]) - skip) for x in s]
         above = loss.new_empty(len(s), len(s[0])) if self.reduction == "sample" else loss
@@ -271,7 +272,7 @@ class Variant(NamedTuple):
             s,
             t,
             masks=maps if self.masked else (),
-            skip_tokens=[skip] * (2 * self.pairs * skip),
+            skip_tokens=skips * 2,
             p=p,
             reduction=self.reduction,
             eps_mode=self.eps_mode,
@@ -280,10 +281,10 @@ class Variant(NamedTuple):
         pair_options = [], "code", self.reduction, self.eps_mode, 1e-12
         tapped = p, self.collapse, *winners
         calls: dict[str, Callable[[], object]] = {
-            "map": lambda: backend.attention_map(s, p, self.collapse),
+            "map": lambda: backend.attention_map(s, p, self.collapse, skips),
             "loss": lambda: backend.at_loss(*arguments, True, False),
             "backward": lambda: backend.attention_map_backward(
-                s, maps, above, pairs, p, arguments[4][: self.pairs], winners
+                s, maps, above, pairs, p, skips, winners
             ),
             "tap": lambda: backend.attention_tap_backward_(t[0], s[0], maps[0], *tapped),
             "value and gradient": lambda: backend.at_value_and_grad(*arguments, 1.0, above),
