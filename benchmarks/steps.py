@@ -136,24 +136,18 @@ def programs(networks: Networks) -> dict[str, Program]:
 # ---- what of a step's time is attention transfer -------------------------------------------------
 
 
-class Stopwatch:
-    """Seconds within some functions."""
+def timed(spent: list[float], owner: Any, name: str, sign: int = 1) -> Any:
+    """Appends the seconds of a function's calls while the result, a context, is open."""
+    function = getattr(owner, name)
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        begin = time.perf_counter()
+        result = function(*arguments, **keywords)
+        spent.append(sign * (time.perf_counter() - begin))
+        return result
 
-    def around(self, owner: Any, name: str, sign: int = 1) -> Any:
-        """Counts a function's time while the result, a context, is open."""
-        function = getattr(owner, name)
-
-        def run(*arguments: Any, **keywords: Any) -> Any:
-            begin = time.perf_counter()
-            result = function(*arguments, **keywords)
-            self.seconds += sign * (time.perf_counter() - begin)
-            return result
-
-        static = isinstance(owner.__dict__[name], staticmethod)
-        return mock.patch.object(owner, name, staticmethod(run) if static else run)
+    static = isinstance(owner.__dict__[name], staticmethod)
+    return mock.patch.object(owner, name, staticmethod(run) if static else run)
 
 
 def own_seconds(networks: Networks, rounds: int) -> list[tuple[float, float]]:
@@ -163,20 +157,20 @@ def own_seconds(networks: Networks, rounds: int) -> list[tuple[float, float]]:
     """
     at = networks.attention_transfer()
     networks.step(lambda: at(networks.x))
-    watch = Stopwatch()
+    spent: list[float] = []
     found = []
     with (
-        watch.around(_Hook, "__call__"),
-        watch.around(AttentionTransfer, "__call__"),
-        watch.around(AttentionTransfer, "_run_teacher", -1),
-        watch.around(loss._MapLoss, "backward"),
+        timed(spent, _Hook, "__call__"),
+        timed(spent, AttentionTransfer, "__call__"),
+        timed(spent, AttentionTransfer, "_run_teacher", -1),
+        timed(spent, loss._MapLoss, "backward"),
         # Not the tap's own backward: it counts references, and another frame would hold some.
-        watch.around(tap, "attention_tap_backward_"),
+        timed(spent, tap, "attention_tap_backward_"),
     ):
         for _ in range(rounds):
-            watch.seconds = 0.0
+            spent.clear()
             begin = time.perf_counter()
             networks.step(lambda: at(networks.x))
-            found.append((time.perf_counter() - begin, watch.seconds))
+            found.append((time.perf_counter() - begin, sum(spent)))
     at.remove()
     return found
