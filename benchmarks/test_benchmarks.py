@@ -29,7 +29,7 @@ def test_time(benchmark: BenchmarkFixture, device: str, part: str, setting: tupl
     comparison = PARTS[part][0](device, *setting)
     rows = comparison.rows()
     ROWS.setdefault((device, part), []).extend(rows)
-    benchmark.group = f"{part}: {', '.join(map(str, setting))}"
+    benchmark.group = part
     benchmark.extra_info["rows"] = rows
     run = comparison.ours["tap" if "tap" in comparison.ours else "at_fused"]
     benchmark.pedantic(lambda: (run(), device == "cpu" or torch.cuda.synchronize()), rounds=8)
