@@ -18,7 +18,6 @@ from test_package import run
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from at_fused.train import main
 from at_fused.train.config import resolve
 from at_fused.train.data import Samples, open_data
 from at_fused.train.data.digits import make_split
@@ -518,26 +517,6 @@ def test_without_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # ---- the program on them
-
-
-@needs_torchvision
-def test_a_cifar_preset_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Shortened, and with small networks: as its report says."""
-    write_cifar(tmp_path, "cifar10", monkeypatch)
-    small = {"student": "wrn-10-1-b4", "teacher": "wrn-16-1-b4", "batch_size": 8, "threads": 1}
-    config = resolve(
-        {"preset": "cifar-wrn-16-1-from-16-2", "root": str(tmp_path), "epochs": 2, "seeds": 1}
-        | {"compile": False, **small}
-    )
-    assert main.run(config, tmp_path / "run") == 0
-    output = capsys.readouterr().out
-    assert "shortened, 2 of 200 epochs, 1 of 5 seeds: no figures of the preset" in output
-    table = [line.split("  ") for line in output.splitlines() if "   8.77 " in line]
-    assert len(table) == 1
-    assert "6.31" in output
-    assert "all labels" in output
 
 
 @needs_torchvision
