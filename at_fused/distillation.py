@@ -115,9 +115,9 @@ def kd_loss(
 
     In plain PyTorch, fp16 and bf16 in fp32. The divergence of a batch is right to 1e-5 for T up to
     20, and finite for logits up to 1e4 and any T; its error grows with T (docs/numerics.md; float64
-    logits move it out of sight). For equal logits it is exactly 0, and so are its gradients but
-    for their rounding. Gradients flow to both sides' logits, to any order. A class that the teacher excludes (a logit
-    of -inf) adds nothing where the student excludes it as well.
+    logits move it out of sight). For equal logits it is exactly 0, its gradients but for their
+    rounding. Gradients flow to both sides' logits, to any order. A class that the teacher excludes
+    (a logit of -inf) adds nothing where the student excludes it as well.
 
     Args:
         student_logits: (B, K), or (B, K, *spatial) for segmentation; float32, float64, float16 or

@@ -15,6 +15,7 @@ Exit status: 0 all well, 1 something failed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shlex
@@ -25,8 +26,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,52 +36,39 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TOOLS = ("build", "setuptools", "ninja", "pybind11", "numpy", "pytest", "hypothesis")
 TESTS = ("test_contract.py", "test_operators.py")
 
-# Against the popular lines in float64.
+# Who has the libraries or asked for none is not warned, and has the popular lines' numbers.
 SMOKE = """
-import sys, time, warnings
+import sys, warnings
 import torch
 import torch.nn.functional as F
 
-libraries = sys.argv[1:]
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    start = time.perf_counter()
-    import at_fused
-    table = at_fused.backends()
-    milliseconds = (time.perf_counter() - start) * 1e3
+warnings.simplefilter("error")
+import at_fused
 from at_fused.backends import users
 from at_fused.info import lines
-print(*lines(), *caught, sep="\\n")
+libraries, table = sys.argv[1:], at_fused.backends()
+print(*lines(), sep="\\n")
 assert at_fused.__file__.startswith(sys.prefix), at_fused.__file__
 assert table["cpu"].available == ("_cpu" in libraries)
-assert not caught, "nobody is warned, who has the libraries or asked for none"
-assert ("installed with AT_FUSED_CPP=0" in "\n".join(lines())) == (not libraries)
+assert ("installed with AT_FUSED_CPP=0" in "\\n".join(lines())) == (not libraries)
 if "_cuda" in libraries and torch.version.cuda:
     assert users()["cuda"] == "cuda", table["cuda"].reason
 
-def at(x):
-    return F.normalize(x.pow(2).mean(1).flatten(1))
+def loss(s, t):
+    a, b = (F.normalize(x.double().pow(2).mean(1).flatten(1)) for x in (s, t))
+    return (a - b).pow(2).mean()
 
 torch.manual_seed(0)
 s, t = torch.randn(4, 8, 7, 7, requires_grad=True), torch.randn(4, 16, 7, 7)
-wide = s.detach().double().requires_grad_()
-right = (at(wide) - at(t.double())).pow(2).mean()
-right.backward()
+right = [loss(s, t).float(), *torch.autograd.grad(loss(s, t), s)]
 for name in ["cpu", "eager"] if libraries else ["eager"]:
-    s.grad = None
     with at_fused.use_backend(name):
-        loss = at_fused.at_loss(s, t)
-        loss.backward()
-    torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=0)
-    torch.testing.assert_close(s.grad.double(), wide.grad, rtol=1e-4, atol=1e-9)
-print(f"import {milliseconds:.0f} ms")
+        found = at_fused.at_loss(s, t)
+        both = [found, *torch.autograd.grad(found, s)]
+        torch.testing.assert_close(both, right, rtol=1e-4, atol=1e-9)
 """
 
-METADATA = """
-import sys
-from packaging.metadata import Metadata
-Metadata.from_email(sys.argv[1], validate=True)
-"""
+METADATA = "import packaging.metadata as m, sys; m.Metadata.from_email(sys.argv[1], validate=True)"
 
 
 class CheckError(Exception):
@@ -89,52 +76,33 @@ class CheckError(Exception):
 
 
 def check(holds: bool, message: str) -> None:
-    """An assertion that a row of the table survives."""
+    """An assertion that the other checks survive."""
     if not holds:
         raise CheckError(message)
 
 
 def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
     """What a command prints; it has to succeed."""
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env=env,
-    )
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=cwd, env=env, check=False, **out)
     check(done.returncode == 0, f"$ {shlex.join(map(str, command))}\n{done.stdout}")
     return done.stdout
 
 
-class Table:
-    """What was checked, a row at a time."""
+FAILED: list[str] = []
 
-    def __init__(self) -> None:
-        self.rows = [("python", "torch", "build", "checked", "s", "")]
-        self.failed = False
 
-    @contextmanager
-    def row(self, python: str, torch: str, build: str) -> Iterator[list[str]]:
-        """Gives the list of what was checked. Prints why a check failed, and goes on."""
-        checked: list[str] = []
-        state, start = "ok", time.monotonic()
-        print(f"== Python {python}, torch {torch}, {build}", flush=True)
-        try:
-            yield checked
-        except CheckError as error:
-            print(error)
-            state, self.failed = "failed", True
-        words, seconds = ", ".join(checked), f"{time.monotonic() - start:.0f}"
-        print(f"{state} ({seconds} s): {words}", flush=True)
-        self.rows.append((python, torch, build, words, seconds, state))
-
-    def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
-        lines = [map(str.ljust, row, widths) for row in self.rows]
-        return "\n".join("  ".join(line).rstrip() for line in lines)
+def attempt(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a check returns. Prints why it failed, and goes on with None."""
+    start, found, state = time.monotonic(), None, "ok"
+    try:
+        found = function(*arguments, **options)
+    except CheckError as error:
+        print(error)
+        state = "FAILED"
+        FAILED.append(what)
+    print(f"{state}: {what}, {time.monotonic() - start:.0f} s", flush=True)
+    return found
 
 
 class Environment:
@@ -228,28 +196,24 @@ def make_wheel(
     return Build(folder.name, path, libraries)
 
 
-def try_out(env: Environment, build: Build, source: Path, checked: list[str]) -> None:
+def try_out(env: Environment, build: Build, source: Path) -> None:
     """Installs it in the clean environment, runs a smoke check and tests, and uninstalls it."""
-    before, start = env.files(), time.monotonic()
+    before = env.files()
     env.pip("install", build.path)
-    checked.append(f"pip install {time.monotonic() - start:.0f} s")
     try:
-        smoke = env.call("-c", SMOKE, *build.libraries)
-        checked.append(smoke.splitlines()[-1])
+        env.call("-c", SMOKE, *build.libraries)
         if build.libraries:
             tests = [source / "tests" / name for name in TESTS]
             # What CUDA's kernels do in the harness, no version of torch has a part in.
             selection = ("-q", "-p", "no:cacheprovider", "-k", "not simt")
-            report = env.call("-m", "pytest", *selection, *tests, tools=True)
-            checked.append(report.splitlines()[-1].split(",")[0])
+            env.call("-m", "pytest", *selection, *tests, tools=True)
     finally:
         env.pip("uninstall", "-y", "at_fused")
     wrong = sorted(env.files() ^ before)
     check(not wrong, f"not uninstalled, or more than that: {wrong}")
-    checked.append("uninstalled")
 
 
-def without_compiler(env: Environment, source: Path, checked: list[str]) -> None:
+def without_compiler(env: Environment, source: Path) -> None:
     """A refusal in words, and the way out that it names."""
     alone = {"PATH": f"{env.folder}/bin:{env.tools}/bin", "CXX": "c++"}
     try:
@@ -259,51 +223,31 @@ def without_compiler(env: Environment, source: Path, checked: list[str]) -> None
     else:
         raise CheckError("was built without a compiler")
     check("no C++ compiler" in log and "AT_FUSED_CPP=0" in log and "Traceback" not in log, log)
-    checked.append("refused in words")
-    pure = make_wheel(env, source, "pure", frozenset(), AT_FUSED_CPP="0", **alone)
-    try_out(env, pure, source, checked)
+    try_out(env, make_wheel(env, source, "pure", frozenset(), AT_FUSED_CPP="0", **alone), source)
 
 
-def check_python(
-    table: Table, python: str, torches: list[str], work: Path, oldest: str | None
-) -> None:
+def check_python(python: str, torches: list[str], work: Path, oldest: str | None) -> None:
     """All there is to check with one Python, and a build by the oldest compiler."""
-    environments = []
-    for torch in torches:
-        with table.row(python, torch, "") as checked:
-            environments.append(Environment(work, python, torch))
-            checked.append(f"torch installed, CUDA {environments[-1].cuda or 'none'}")
-    if not environments:
-        return
+    environments = [Environment(work, python, torch) for torch in torches]
     first, last = environments[0], environments[-1]
-
-    with table.row(python, first.torch, "sdist") as checked:
-        sdist, source = make_sdist(first)
-        checked.append(f"{sdist.stat().st_size >> 10} KB, the checkout's files")
-    if table.rows[-1][-1] == "failed":
-        return
-
+    sdist, source = make_sdist(first)
     builds = []
     for env in environments:
         kinds = {"CUDA": CUDA, "CPU": CPU} if env.has_nvcc() else {"CPU": CPU}
         for label, libraries in kinds.items():
-            with table.row(python, env.torch, f"{label} wheel of the sdist") as checked:
-                switch = "1" if libraries == CUDA else "0"
-                builds.append(make_wheel(env, source, label, libraries, AT_FUSED_CUDA=switch))
-                checked.append(f"{builds[-1].path.stat().st_size >> 10} KB, its files")
-    for env in environments:
-        for build in builds:
-            with table.row(python, env.torch, build.name) as checked:
-                try_out(env, build, source, checked)
-
+            switch = {"AT_FUSED_CUDA": "1" if libraries == CUDA else "0"}
+            what = f"Python {python}: {label} wheel by {env.torch}"
+            builds.append(attempt(what, make_wheel, env, source, label, libraries, **switch))
     if oldest:
-        with table.row(python, first.torch, f"CPU wheel by {oldest}") as checked:
-            build = make_wheel(first, source, oldest, CPU, AT_FUSED_CUDA="0", CXX=oldest)
-            try_out(first, build, source, checked)
-    with table.row(python, first.torch, "without a compiler") as checked:
-        without_compiler(first, source, checked)
-    with table.row(python, last.torch, "sdist by pip alone") as checked:
-        try_out(last, Build("sdist", sdist, CPU), source, checked)
+        switch = {"AT_FUSED_CUDA": "0", "CXX": oldest}
+        what = f"Python {python}: CPU wheel by {oldest}"
+        builds.append(attempt(what, make_wheel, first, source, oldest, CPU, **switch))
+    for env, build in itertools.product(environments, filter(None, builds)):
+        what = f"Python {python}: {build.name} under {env.torch}"
+        attempt(what, try_out, env, build, source)
+    attempt(f"Python {python}: without a compiler", without_compiler, first, source)
+    alone = Build("sdist", sdist, CPU)
+    attempt(f"Python {python}: sdist by pip alone", try_out, last, alone, source)
 
 
 def at_hand(python: str) -> bool:
@@ -315,7 +259,7 @@ def at_hand(python: str) -> bool:
 
 
 def main() -> int:
-    """Prints the table last."""
+    """Prints a line for each check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", nargs="+", default=PYTHONS, help="default: all on PATH")
     parser.add_argument("--torch", nargs="+", default=["2.10", "newest"], help="2.10 newest")
@@ -326,13 +270,14 @@ def main() -> int:
     missing = [python for python in options.python if python not in pythons]
     oldest = OLDEST if shutil.which(OLDEST) else None
     print(f"not at hand: Python {', '.join(missing) or 'none'}{'' if oldest else f'; {OLDEST}'}")
-    table = Table()
     for python in pythons:
-        with tempfile.TemporaryDirectory(prefix="at_fused-versions-") as work:
-            check_python(table, python, options.torch, Path(work), oldest)
+        folder = tempfile.TemporaryDirectory(prefix="at_fused-versions-")
+        with folder as work:
+            what = f"Python {python}, all of it"
+            attempt(what, check_python, python, options.torch, Path(work), oldest)
         oldest = None  # once is enough
-    print(f"\n{table}")
-    return table.failed or not pythons
+    print("failed:", *FAILED or ["none"], sep="\n")
+    return bool(FAILED or not pythons)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,11 @@ refuse() {
 }
 
 command -v "$PYTHON" >/dev/null || refuse "no $PYTHON on PATH (set PYTHON)"
-"$PYTHON" -c 'import torch' 2>/dev/null || refuse "$PYTHON has no torch: install 2.10 or later"
-"$PYTHON" -c '
-import sys, torch
-sys.exit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))' ||
-  refuse "torch is older than 2.10"
-"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
-  refuse "torch sees no GPU (torch.cuda.is_available() is False): nothing to check here"
 command -v nvcc >/dev/null || refuse "no nvcc on PATH: the CUDA library cannot be built"
+"$PYTHON" - 2>/dev/null <<'CHECK' || refuse "$PYTHON has no torch of 2.10 or later that sees a GPU"
+import torch
+assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10) and torch.cuda.is_available()
+CHECK
 
 device=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name())')
 name=$(printf '%s' "$device" | tr -c 'A-Za-z0-9-' '_')
@@ -33,33 +30,20 @@ work=$(mktemp -d) || refuse "no temporary folder"
 trap 'rm -rf "$work"' EXIT
 failed=()
 
-# Appends a command's output to the report, under a title; the last 200 lines, if it is long.
-section() {
-  local title=$1 status lines
+# Runs a command and appends its last 200 lines to the report, under a title.
+step() {
+  local title=$1 status
   shift
   echo "== $title"
   "$@" >"$work/log" 2>&1
   status=$?
   tail -n 3 "$work/log"
-  lines=$(wc -l <"$work/log")
   {
-    printf '\n## %s\n\nExit status %s' "$title" "$status"
-    if ((lines > 200)); then printf ', the last 200 of %s lines' "$lines"; fi
-    printf '\n\n```\n$ %s\n' "$*"
+    printf '\n## %s\n\nExit status %s.\n\n```\n$ %s\n' "$title" "$status" "$*"
     tail -n 200 "$work/log"
     printf '```\n'
   } >>"$report"
-  return "$status"
-}
-
-# A section that has to succeed.
-step() {
-  section "$@" || failed+=("$1")
-}
-
-skip() {
-  echo "== $1: skipped, $2"
-  printf '\n## %s\n\nSkipped: %s.\n' "$1" "$2" >>"$report"
+  ((status == 0)) || failed+=("$title")
 }
 
 # What compute-sanitizer watches: every operator, whole samples and shared ones.
@@ -87,8 +71,7 @@ mkdir -p "$(dirname "$report")"
 printf '# at_fused on %s, %s\n' "$device" "$(date -u +'%Y-%m-%d %H:%M UTC')" >"$report"
 printf '\nCommit %s.\n' "$(git describe --always --dirty 2>/dev/null || echo unknown)" >>"$report"
 
-section "nvidia-smi" nvidia-smi
-section "nvcc" nvcc --version
+step "Machine" bash -c "nvidia-smi; nvcc --version"
 
 # Without build isolation the build's own tools have to be there.
 step "Build tools" "$PYTHON" -m pip install "setuptools>=77" ninja "pybind11>=2.12"
@@ -107,28 +90,16 @@ step "Training" "$PYTHON" -m at_fused.train --preset digits-quick --device cuda 
   --out "$work/run"
 step "Benchmarks" "$PYTHON" -m benchmarks.report
 
-sanitizer=$(command -v compute-sanitizer)
-if [[ -z $sanitizer && -x /usr/local/cuda/bin/compute-sanitizer ]]; then
-  sanitizer=/usr/local/cuda/bin/compute-sanitizer
-fi
-for tool in memcheck racecheck synccheck; do
-  if [[ -z $sanitizer ]]; then
-    skip "compute-sanitizer, $tool" "not found"
-  else
-    # Without the caching allocator, whose large blocks would hide accesses past a tensor's end.
-    step "compute-sanitizer, $tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-      "$sanitizer" --tool "$tool" --error-exitcode 1 "$PYTHON" "$work/driver.py"
-  fi
+sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) ||
+  printf '\nNo compute-sanitizer was found.\n' | tee -a "$report"
+for tool in ${sanitizer:+memcheck racecheck synccheck}; do
+  # Without the caching allocator, whose large blocks would hide accesses past a tensor's end.
+  step "compute-sanitizer, $tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    "$sanitizer" --tool "$tool" --error-exitcode 1 "$PYTHON" "$work/driver.py"
 done
 
-{
-  printf '\n## Result\n\n'
-  if ((${#failed[@]})); then
-    printf 'Failed: %s.\n' "$(printf '%s; ' "${failed[@]}" | sed 's/; $//')"
-  else
-    printf 'Every step succeeded.\n'
-  fi
-} >>"$report"
-tail -n 1 "$report"
+result="Every step succeeded."
+((${#failed[@]})) && result="Failed:$(printf ' %s;' "${failed[@]}")"
+printf '\n## Result\n\n%s\n' "$result" | tee -a "$report"
 echo "report: $report; the benchmarks: the device's .json beside it"
 ((${#failed[@]} == 0))

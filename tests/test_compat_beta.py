@@ -94,6 +94,8 @@ def test_numbers_by_hand() -> None:
     assert convert(0.1, "paper-mean", "at_loss-paper", shapes) == 0.05
     assert convert(-1000, "authors", "mdistiller", shapes) == -1000
     assert convert(0, "paper", "at_loss-paper", shapes) == 0
+    largest = sys.float_info.max
+    assert convert(-largest / 2, "authors", "aberhu", shapes[:2]) == -largest
     # The paper's rule of 1e3 / (N B) for each layer, without the half.
     assert compat.pair_betas(500, "authors", "paper-squared", shapes) == [
         1e3 / (n * 128) for n in (1024, 256, 64)
@@ -144,26 +146,12 @@ def test_a_distance_for_each_pair() -> None:
         compat.convert_beta(1e3, "authors", "at_loss-paper", shapes, distances)
 
 
-def test_nearer_samples_are_pulled_less_by_the_square() -> None:
-    s, t = features(2, [(5, 5)])
-    distances = at_fused.at_loss(s, t, form="paper", reduction="sample")[0].tolist()
-    shapes = [x.shape for x in s]
-    beta = compat.convert_beta(1e3, "authors", "at_loss-paper", shapes, sum(distances) / 2)
-    (square,) = torch.autograd.grad(1e3 * at_fused.at_loss(s, t), s)
-    (norm,) = torch.autograd.grad(beta * at_fused.at_loss(s, t, form="paper"), s)
-    for i, distance in enumerate(distances):
-        factor = distance / (sum(distances) / 2)
-        torch.testing.assert_close(square[i], factor * norm[i], rtol=1e-9, atol=1e-12)
-
-
 # ---- errors --------------------------------------------------------------------------------------
 
 SHAPES = [(8, 4, 6, 6)]
 BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "source": ((1.0, "author", "paper", SHAPES), ValueError, "source must be one of authors, .*"),
     "target": ((1.0, "paper", None, SHAPES), ValueError, "target must be one of.*got None"),
-    "beta": (("1", "paper", "paper", SHAPES), TypeError, "beta must be a number, got str"),
-    "beta nan": ((float("nan"), "paper", "paper", SHAPES), ValueError, "beta must be finite"),
     "beta large": (
         (1e308, "authors", "aberhu", SHAPES * 2),
         ValueError,
@@ -175,11 +163,8 @@ BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
         r"beta must be at most 1.23358e-17 either way.*got -1.0",
     ),
     "shapes bool": ((1.0, "paper", "paper", [(8, 4, True, 6)]), ValueError, r"shapes\[0\].*True"),
-    "no shapes": ((1.0, "paper", "paper", []), ValueError, r"shapes must be a list.*got \[\]"),
-    "one shape": ((1.0, "paper", "paper", SHAPES[0]), ValueError, r"shapes\[0\] must be .*got 8"),
     "a tensor": ((1.0, "paper", "paper", torch.ones(3)), ValueError, "shapes.*got 'Tensor'"),
     "no batch": ((1.0, "paper", "paper", [(6, 6)]), ValueError, r"shapes\[0\].*got \(6, 6\)"),
-    "zero": ((1.0, "paper", "paper", [(8, 4, 0, 6)]), ValueError, r"shapes\[0\].*> 0"),
     "batches": (
         (1.0, "paper", "paper", [(8, 4, 6, 6), (4, 4, 6, 6)]),
         ValueError,
@@ -190,9 +175,7 @@ BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
         ValueError,
         "distance must not be given between 'authors' and 'aberhu'.*exact, got 0.5",
     ),
-    "no distance": ((1.0, "authors", "paper", SHAPES, 0.0), ValueError, "distance must be > 0"),
     "too far": ((1.0, "authors", "paper", SHAPES, 2.1), ValueError, "at most 2, got 2.1"),
-    "distance text": ((1.0, "authors", "paper", SHAPES, "1"), TypeError, "distance must be a num"),
     "distances": (
         (1.0, "authors", "paper", SHAPES, [0.5, 0.5]),
         ValueError,
@@ -206,11 +189,6 @@ def test_bad_input(case: str) -> None:
     arguments, error, message = BAD[case]
     with pytest.raises(error, match=message):
         compat.convert_beta(*arguments)
-
-
-def test_the_largest_beta_that_has_a_float() -> None:
-    beta = sys.float_info.max / 2
-    assert compat.convert_beta(-beta, "authors", "aberhu", SHAPES * 2) == -sys.float_info.max
 
 
 def test_the_docstring_names_every_formula() -> None:

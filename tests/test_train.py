@@ -49,28 +49,33 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def lines(quick: tuple[Path, str]) -> list[dict[str, Any]]:
-    """metrics.jsonl, read."""
-    return [json.loads(line) for line in (quick[0] / "metrics.jsonl").read_text().splitlines()]
+    return read(quick[0])
 
 
 def last(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return [line for line in lines if line["run"] == name][-1]
 
 
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["model"]
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_run_writes_its_files(quick: tuple[Path, str]) -> None:
     out, _ = quick
     students = {f"student_{m}-seed{s}.pt" for m in METHODS for s in range(2)}
-    assert {p.name for p in out.iterdir() if p.is_file()} == {*FILES, "teacher.pt", *students}
-    assert {p.name for p in out.iterdir() if p.is_dir()} == {"tensorboard"}
-    for name in ("curves.png", "attention.png"):
-        assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert {p.name for p in out.iterdir()} == {*FILES, "teacher.pt", "tensorboard", *students}
     facts = json.loads((out / "run.json").read_text())
     assert facts["torch"] == torch.__version__
     assert facts["layers"] == [[f"groups.{i}"] * 2 for i in range(3)]
     assert resolve(from_toml((out / "config.toml").read_text())).preset == "digits-quick"
-    report = (out / "report.md").read_text()
     for name in ("curves.png", "attention.png"):
-        assert f"]({name})" in report
+        assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert f"]({name})" in (out / "report.md").read_text()
 
 
 def test_checkpoints_give_the_reported_accuracy(
@@ -113,6 +118,9 @@ def test_the_table_says_what_the_metrics_say(
         m: np.array([last(lines, f"{m}-seed{s}")["accuracy"] for s in range(2)]) for m in METHODS
     }
     titles = {"none": "student alone", "at": "AT", "kd": "KD", "at+kd": r"AT \+ KD"}
+    # d = 2, 1, 0, 5: mean 2, std 2.1602; t(0.975, 3) = 3.1824.
+    mean, half = paired_difference(np.array([3.0, 5, 4, 8]), np.array([1.0, 4, 4, 3]))
+    assert (mean, half) == pytest.approx((2.0, 3.1824 * 2.1602 / 2), rel=1e-4)
     assert "shortened, 100 of 140 epochs: no figures of the preset digits-quick" in quick[1]
     for method, title in titles.items():
         row = re.search(rf"^{title}  +(.*)$", quick[1], re.MULTILINE)
@@ -139,14 +147,6 @@ def test_tensorboard_has_the_curves(quick: tuple[Path, str], lines: list[dict[st
 
 
 # ---- the parts of a report
-
-
-def test_paired_difference_is_the_textbook_interval() -> None:
-    a, b = np.array([3.0, 5.0, 4.0, 8.0]), np.array([1.0, 4.0, 4.0, 3.0])
-    # d = 2, 1, 0, 5: mean 2, std 2.1602; t(0.975, 3) = 3.1824.
-    mean, half = paired_difference(a, b)
-    assert mean == pytest.approx(2.0)
-    assert half == pytest.approx(3.1824 * 2.1602 / 2, rel=1e-4)
 
 
 def test_a_presets_table_has_the_published_error_beside_the_obtained() -> None:
@@ -188,21 +188,17 @@ def test_peak_memory_is_what_a_step_holds(capfd: pytest.CaptureFixture[str]) -> 
 def test_a_given_teacher_is_not_trained(tmp_path: Path) -> None:
     """Neither this program's file nor a plain state_dict."""
     run(small(compare=["at"]), tmp_path / "first")
-    first = torch.load(tmp_path / "first/teacher.pt", weights_only=True)["model"]
-    torch.save(first, tmp_path / "plain.pt")
+    torch.save(weights(tmp_path / "first/teacher.pt"), tmp_path / "plain.pt")
     for name in ("first/teacher.pt", "plain.pt"):
         out = tmp_path / f"run-{name.replace('/', '-')}"
         result = run(small(compare=["at"], teacher_from=str(tmp_path / name)), out)
-        again = torch.load(out / "teacher.pt", weights_only=True)["model"]
-        assert all(torch.equal(x, again[k]) for k, x in first.items())
         assert "teacher" not in (out / "metrics.jsonl").read_text()
         assert result.teacher is not None
         # And a student of it is the first run's.
-        a, b = (
-            torch.load(o / "student_at-seed0.pt", weights_only=True)["model"]
-            for o in (tmp_path / "first", out)
-        )
-        assert all(torch.equal(x, b[k]) for k, x in a.items())
+        for file in ("teacher.pt", "student_at-seed0.pt"):
+            again = weights(out / file)
+            first = weights(tmp_path / "first" / file)
+            assert all(torch.equal(x, again[k]) for k, x in first.items())
 
 
 def test_no_teacher_is_trained_for_methods_without_one(tmp_path: Path) -> None:
@@ -227,17 +223,6 @@ def test_a_cached_run_learns_and_asks_its_teacher_less(
     assert (tmp_path / "cache/seed0").is_dir()
 
 
-def test_fraction_and_evaluation_on_val(tmp_path: Path) -> None:
-    experiment = Experiment(
-        small(compare=["none"], labels=0, fraction=0.1, evaluate="val"), tmp_path
-    )
-    assert 95 <= len(experiment.data.train) <= 105
-    assert len(experiment.data.evaluate) == 300
-    ((job, plan),) = experiment.jobs()
-    assert plan.per_epoch == 2
-    assert len(job.train) == len(experiment.data.train)
-
-
 # ---- faster ways to run a step
 
 
@@ -249,10 +234,7 @@ def test_a_faster_way_trains_alike(chosen: str, tmp_path: Path) -> None:
     run(small(**changes), tmp_path / "exact")
     teacher = {"teacher_from": str(tmp_path / "exact/teacher.pt")}
     run(small(**changes, **teacher, speed=chosen, compile=False), tmp_path / chosen)
-    exact, other = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("exact", chosen)
-    )
+    exact, other = read(tmp_path / "exact"), read(tmp_path / chosen)
     tolerance = {"fp32": 2e-3, "bf16": 0.05, "fp16": 0.02}[chosen]
     firsts = [p for p in exact if p["epoch"] == 1 and p["run"] != "teacher"]
     assert len(firsts) == 3
@@ -284,10 +266,7 @@ def test_where_torch_compile_fails_the_run_goes_on_without(
         for name in ("teacher", "none-seed0", "at-seed0")
     ]
     run(small(compare=["none", "at"], speed="fp32", compile=False), tmp_path / "plain")
-    a, b = (
-        torch.load(tmp_path / n / "student_at-seed0.pt", weights_only=True)["model"]
-        for n in ("compiled", "plain")
-    )
+    a, b = (weights(tmp_path / n / "student_at-seed0.pt") for n in ("compiled", "plain"))
     assert all(torch.equal(x, b[k]) for k, x in a.items())
 
 
@@ -301,10 +280,7 @@ def test_compiled_steps_train_alike(tmp_path: Path) -> None:
     teacher = {"teacher_from": str(tmp_path / "exact/teacher.pt"), "speed": "fp32"}
     run(small(**changes, **teacher), tmp_path / "compiled", log=said.append)
     assert said == []
-    exact, other = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("exact", "compiled")
-    )
+    exact, other = read(tmp_path / "exact"), read(tmp_path / "compiled")
     for a, b in zip(exact[-2:], other[-2:], strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-2)
         assert b["transfer"] == pytest.approx(a["transfer"], rel=2e-2)

@@ -15,7 +15,6 @@ import pytest
 from at_fused.train import cli
 from at_fused.train.cli import build_parser, main, settings
 from at_fused.train.config import (
-    METHODS,
     OPTIONS,
     Config,
     beta_of,
@@ -26,7 +25,6 @@ from at_fused.train.config import (
 )
 from at_fused.train.presets import PRESETS
 from at_fused.train.report import shortened
-from at_fused.train.rules import ConfigError
 
 
 def flags(*words: str) -> Config:
@@ -47,28 +45,14 @@ def test_a_resolved_preset_is_its_own_file(name: str) -> None:
 def test_the_papers_recipe_is_to_the_letter() -> None:
     config = resolve({"preset": "cifar-wrn-16-1-from-16-2"})
     own = for_method(config, "at")
-    assert (own.epochs, own.batch_size, own.lr, own.momentum, own.nesterov) == (
-        200,
-        128,
-        0.1,
-        0.9,
-        False,
-    )
-    assert (own.weight_decay, own.lr_schedule, own.lr_factor) == (5e-4, "step", 0.2)
+    recipe: dict[str, Any] = {"epochs": 200, "batch_size": 128, "lr": 0.1, "momentum": 0.9}
+    recipe |= {"nesterov": False, "weight_decay": 5e-4, "lr_schedule": "step", "lr_factor": 0.2}
+    recipe |= {"form": "code", "p": 2.0, "collapse": "mean", "beta_schedule": "constant"}
+    recipe |= {"alpha": 0.9, "T": 4.0, "labels": 0}
+    recipe |= {"teacher_epochs": 200, "teacher_lr": 0.1, "teacher_weight_decay": 5e-4}
+    assert {name: getattr(own, name) for name in recipe} == recipe
     assert [round(drop * own.epochs, 6) for drop in own.lr_drops] == [60, 120, 160]
-    assert (own.form, own.p, own.collapse, beta_of(own, "at"), own.beta_schedule) == (
-        "code",
-        2.0,
-        "mean",
-        1e3,
-        "constant",
-    )
-    assert (own.alpha, own.T, own.labels) == (0.9, 4.0, 0)
-    assert (config.teacher_epochs, config.teacher_lr, config.teacher_weight_decay) == (
-        200,
-        0.1,
-        5e-4,
-    )
+    assert beta_of(own, "at") == 1e3
     assert for_method(config, "at+kd").beta_schedule == "linear"
     assert PRESETS[config.preset].published["at"] == (7.93,)
 
@@ -111,22 +95,31 @@ def test_every_option_is_a_flag_a_key_and_documented() -> None:
 # ---- errors --------------------------------------------------------------------------------------
 
 
+def refused(
+    words: list[str], message: str, out: Path, capsys: pytest.CaptureFixture[str], status: int = 2
+) -> None:
+    """The program ends with a last line that has the message, and no run is begun."""
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--out", str(out / "run")])
+    assert stop.value.code == status
+    errors = capsys.readouterr().err
+    assert message in errors.strip().splitlines()[-1]
+    assert "Traceback" not in errors
+    assert not (out / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("epoch = 3", "no option is called 'epoch'; did you mean epochs?"),
-        ("betta = 3.0", "no option is called 'betta'; did you mean beta?"),
         ("qwertyuiop = 3", "no option is called 'qwertyuiop'"),
         ('epochs = "3"', "epochs: got '3', allowed is a whole number from 1 to 1000000"),
-        ("epochs = 3.0", "epochs: got 3.0, allowed is a whole number"),
         ("epochs = true", "epochs: got True, allowed is a whole number"),
         ("lr = nan", "lr: got nan, allowed is a number from 0 to 1000"),
-        ("lr = true", "lr: got True, allowed is a number"),
         (f"lr = 1{400 * '0'}", "lr: got 1000"),
         ('augment = "yes"', "augment: got 'yes', allowed is true or false"),
         ('data = "cifar"', "data: got 'cifar', allowed is digits, cifar10, cifar100, folder"),
         ('compare = "at"', "compare: got 'at', allowed is a list of none, at, kd"),
-        ("compare = []", "compare: got (), allowed is a list"),
         ('compare = ["at", "at"]', "compare: got ('at', 'at'), allowed is a list"),
         ('compare = ["att"]', "did you mean at?"),
         ("lr_drops = [0.5, 2]", "lr_drops: got 2, allowed is a number from 0 to 1"),
@@ -134,7 +127,6 @@ def test_every_option_is_a_flag_a_key_and_documented() -> None:
         ('preset = "cifar"', "preset: got 'cifar', allowed is digits, digits-quick, cifar-wrn"),
         ("[method.ate]\nlr = 1", "'ate' is no method; there are none, at, kd"),
         ("[method.at]\nseeds = 1", "'seeds' is no option of a method; there are beta,"),
-        ("[method.at]\nlr = -1", "at.lr: got -1, allowed is a number from 0 to 1000"),
         ("method = 3", "method must have a table for each method"),
         ("epochs = ", "not TOML"),
         (
@@ -152,24 +144,15 @@ def test_a_wrong_file_is_one_clear_error(
     # The preset's own tables have a beta for AT, by which the form could be told.
     base = "" if "preset" in content else 'preset = "cifar-wrn-16-1-from-16-2"\n'
     file.write_text(base + content)
-    with pytest.raises(SystemExit) as stop:
-        main(["--config", str(file), "--out", str(tmp_path / "run")])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (tmp_path / "run").exists()
+    refused(["--config", str(file)], message, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--labels=-1"], "argument --labels: got '-1', allowed is a whole number from 0"),
-        (["--labels=many"], "argument --labels: got 'many', allowed is a whole number"),
         (["--beta=nan"], "argument --beta: got 'nan', allowed is a number from 0 to 1e+09"),
-        ([f"--beta=1{400 * '0'}"], "argument --beta: got '1000"),
         ([f"--beta=1{5000 * '0'}"], "argument --beta: got '1000"),
-        (["--p=0.5"], "argument --p: got '0.5', allowed is a number from 1 to 100"),
-        (["--seeds=0"], "argument --seeds: got '0', allowed is a whole number from 1 to 1000"),
-        (["--epochs=1.5"], "argument --epochs: got '1.5', allowed is a whole number"),
         (["--device=tpu"], "argument --device: got 'tpu', allowed is cpu, cuda or cuda:N"),
         (["--speed=fast"], "argument --speed: got 'fast', allowed is auto, exact, fp32, bf16"),
         (["--lables=9"], "unrecognized arguments: --lables=9; did you mean --labels?"),
@@ -185,11 +168,7 @@ def test_a_wrong_file_is_one_clear_error(
 def test_a_wrong_flag_is_one_clear_error(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([*words, "--out", str(tmp_path / "run")])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (tmp_path / "run").exists()
+    refused(words, message, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
@@ -216,13 +195,7 @@ def test_what_only_the_data_and_the_networks_show_is_said_before_training(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main([*words, "--seeds=1", "--out", "run"])
-    assert stop.value.code == 1
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert errors[-1].startswith(f"at-fused-train: {message}")
-    assert "Traceback" not in "\n".join(errors)
-    assert not Path("run").exists()
+    refused([*words, "--seeds=1"], f"at-fused-train: {message}", tmp_path, capsys, status=1)
 
 
 def test_an_existing_run_is_not_overwritten(
@@ -284,10 +257,3 @@ def test_large_pages_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
     cli._with_large_pages(resolve({"speed": "auto"}))
     assert len(begun) == 1
-
-
-def test_methods_have_a_weight_each() -> None:
-    config = resolve({"preset": "cifar-wrn-16-1-from-16-2"})
-    assert {m: beta_of(for_method(config, m), m) for m in METHODS if "at" in m or m == "f-actt"}
-    with pytest.raises(ConfigError, match="beta: must be given"):
-        resolve({"preset": "cifar-wrn-16-1-from-16-2", "form": "paper"})

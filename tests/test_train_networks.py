@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,16 +31,6 @@ def test_wrn_has_the_published_size(depth: int, width: int, millions: float) -> 
     assert count_parameters(WRN(depth, width)) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
-def test_wrn_10_1_counted_by_hand() -> None:
-    stem = 3 * 16 * 9
-    # A block: BN in, conv, BN out, conv, and a 1x1 projection where the shape changes.
-    g0 = 2 * 16 + 16 * 16 * 9 + 2 * 16 + 16 * 16 * 9
-    g1 = 2 * 16 + 16 * 32 * 9 + 2 * 32 + 32 * 32 * 9 + 16 * 32
-    g2 = 2 * 32 + 32 * 64 * 9 + 2 * 64 + 64 * 64 * 9 + 32 * 64
-    head = 2 * 64 + 64 * 10 + 10
-    assert count_parameters(WRN(10, 1)) == stem + g0 + g1 + g2 + head
-
-
 @pytest.mark.parametrize(
     ("depth", "width", "base", "size"), [(10, 1, 8, 16), (16, 2, 16, 16), (22, 3, 4, 32)]
 )
@@ -48,16 +39,8 @@ def test_wrn_shapes(depth: int, width: int, base: int, size: int) -> None:
     logits, features = model(torch.randn(2, 1, size, size))
     c = base * width
     assert logits.shape == (2, 7)
-    assert [tuple(g.shape) for g in features] == [
-        (2, c, size, size),
-        (2, 2 * c, size // 2, size // 2),
-        (2, 4 * c, size // 4, size // 4),
-    ]
-
-
-def test_features_are_signed_and_feed_the_logits() -> None:
-    torch.manual_seed(0)
-    logits, features = WRN(10, 1)(torch.randn(4, 3, 16, 16))
+    sides = [(k * c, size // k, size // k) for k in (1, 2, 4)]
+    assert [tuple(g.shape[1:]) for g in features] == sides
     assert all(g.min() < 0 < g.max() for g in features)
     grads = torch.autograd.grad(logits.sum(), features)
     assert all(g.abs().max() > 0 for g in grads)
@@ -76,7 +59,6 @@ def test_wrn_refuses_a_depth_that_is_not_6n_plus_4(depth: int) -> None:
     ("name", "size", "millions"),
     [
         ("resnet-18", 64, 11.69),
-        ("resnet-34", 64, 21.80),
         ("resnet-50", 64, 25.56),
         ("resnet-18-cifar", 32, 11.68),
         ("mobilenet_v3_small", 64, 2.54),
@@ -101,17 +83,15 @@ def test_a_small_resnet_keeps_small_images() -> None:
 
 
 @needs_torchvision
-def test_unknown_networks_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"student: got 'resnet-19', allowed is wrn-DEPTH"):
-        build("resnet-19", 10, 3, "student")
-    with pytest.raises(ConfigError, match="did you mean mobilenet_v2"):
-        build("mobilenet_v7", 10, 3)
-    with pytest.raises(ConfigError, match="takes images of 3 channels, these have 1"):
-        build("resnet-18", 10, 1)
-
-
-def test_without_torchvision_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
+def test_unknown_networks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, channels, message in (
+        ("resnet-19", 3, r"student: got 'resnet-19', allowed is wrn-DEPTH"),
+        ("mobilenet_v7", 3, "did you mean mobilenet_v2"),
+        ("resnet-18", 1, "takes images of 3 channels, these have 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(name, 10, channels, "student")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ConfigError, match=r"needs torchvision.*at_fused\[train\]"):
         build("resnet-18", 10, 3)
 
