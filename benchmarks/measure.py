@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -138,7 +138,7 @@ class Comparison(NamedTuple):
         programs |= {(name, key): run for key in self.under for name, run in self.ours.items()}
 
         def once(name: str, key: Any) -> float:
-            with self.under[key]() if key else at_fused.use_backend("auto"):
+            with self.under[key]() if key else nullcontext():
                 return self.meter.take(programs[name, key])
 
         for each in programs:
@@ -167,8 +167,10 @@ class Comparison(NamedTuple):
 
 
 def on(device: str) -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """The back ends there."""
-    return {name: partial(at_fused.use_backend, name) for name in backends(device)}
+    """The back ends there, of which a single one needs no choice, which would cool the caches."""
+    names = backends(device)
+    several = len(names) > 1
+    return {name: partial(at_fused.use_backend, name) if several else nullcontext for name in names}
 
 
 # ---- what ----------------------------------------------------------------------------------------
@@ -272,8 +274,7 @@ def step(device: str, name: str) -> Comparison:
     features = Inputs(*training.features_of(networks), {})
     losses = {"eager": popular_losses, "drop-in": at_fused.at_loss}
     alone = {key: features.step(loss) for key, loss in losses.items()}
-    automatic = {"auto": partial(at_fused.use_backend, "auto")}
-    (own,) = Comparison({}, alone, {}, clock(device), automatic, 2.0).rows()
+    (own,) = Comparison({}, alone, {}, clock(device), {"auto": nullcontext}, 2.0).rows()
     what["own"] = {key: own["ms"][key] for key in losses}
     if device == "cpu":
         found = training.own_seconds(networks, OWN_ROUNDS)
