@@ -11,8 +11,6 @@ import pytest
 import torch
 from conftest import SIMT
 from outside import output_of, run
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 import at_fused
 from at_fused.backends import cpu
@@ -60,12 +58,9 @@ HUGE = torch.ones(1).expand(1, 1, 2**40)
         (lambda: at_fused.at_loss(HUGE, HUGE), "memory|failed"),
         (lambda: at_fused.at_value_and_grad(HUGE, HUGE), "memory|failed"),
         (lambda: at_fused.features_loss(HUGE, HUGE), "memory|failed"),
-        (lambda: at_fused.features_loss(HUGE.mT, HUGE.mT), "memory|failed"),
         (lambda: at_fused.kd_loss(HUGE[0], HUGE[0]), "memory|failed"),
         (lambda: at_fused.attention_map(HUGE[..., :1].expand(1, 2**62, 1)), "at most 2\\^44"),
         (lambda: at_fused.at_loss(*[HUGE[..., :1].expand(1, 2**62, 1)] * 2), "at most 2\\^44"),
-        (lambda: at_fused.kd_loss(*[HUGE[0, :, :1].expand(2**60, 1)] * 2), "memory|failed"),
-        (lambda: at_fused.features_loss(*[HUGE[0, :, :1].expand(2**61, 1)] * 2), "overflow"),
     ],
 )
 def test_tensors_larger_than_memory(call: Any, message: str) -> None:
@@ -111,16 +106,13 @@ def value_and_grad():
 def maximum():
     at_fused.at_loss(student, small, collapse="max").backward()
 
-def distance():
-    at_fused.features_loss(student, student.detach() * 1).backward()
-
-for call in (backward, tapped, of_channels, value_and_grad, maximum, distance):
+for call in (backward, tapped, of_channels, value_and_grad, maximum):
     call()
     student.grad = None
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + size // 2, -1))
 for again in range(6):
-    for call in (backward, tapped, of_channels, value_and_grad, maximum, distance):
+    for call in (backward, tapped, of_channels, value_and_grad, maximum):
         try:
             call()
         except (RuntimeError, MemoryError):
@@ -145,7 +137,6 @@ def test_memory_that_runs_out_is_an_exception_and_no_leak(tmp_path: Path) -> Non
 FLAT = f"""{MEMORY}
 s, t = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(2, 5, 3, 3)
 c = torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
-logits, labels = torch.randn(2, 7, requires_grad=True), torch.tensor([1, 8])
 
 def differentiate(loss, *leaves):
     return torch.autograd.grad(loss, leaves)
@@ -154,13 +145,6 @@ def fail(*arguments, **options):
     try:
         at_fused.at_loss(*arguments, **options)
     except (ValueError, TypeError):
-        return
-    raise AssertionError
-
-def fail_below():
-    try:
-        at_fused.kd_loss(logits, logits.detach(), labels)
-    except RuntimeError:
         return
     raise AssertionError
 
@@ -174,11 +158,8 @@ calls = [
     lambda: at_fused.at_value_and_grad([s, c], [t, t], form="paper"),
     lambda: differentiate(at_fused.at_loss(s, t[..., 1:], resize="features", collapse="max"), s),
     tap,
-    lambda: differentiate(at_fused.kd_loss(logits, logits.detach() * 2), logits),
-    lambda: differentiate(at_fused.features_loss(s, c), s, c),
     lambda: fail(s, t[:1]),
     lambda: fail(s, t, p=0.5),
-    fail_below,
 ]
 rounds = int(sys.argv[1]) // len(calls)
 for call in calls * (rounds // 4):
@@ -224,25 +205,6 @@ print("both")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_fork_after_threads_were_used(tmp_path: Path) -> None:
     assert "both" in output_of(tmp_path, "-c", FORK)
-
-
-class Maps(Dataset[Tensor]):
-    """The loss and the map of an image, in a worker."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, i: int) -> Tensor:
-        x = torch.linspace(-1, 1 + i, 2 * 3 * 40 * 40).view(2, 3, 40, 40)
-        return torch.cat([at_fused.at_loss(x, x * x).view(1), at_fused.attention_map(x).flatten()])
-
-
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
-def test_workers_of_a_loader(start: str) -> None:
-    data = Maps()
-    expected = torch.stack([data[i] for i in range(len(data))])
-    loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context=start)
-    assert torch.equal(torch.cat(list(loader)), expected)
 
 
 SUBINTERPRETER = """

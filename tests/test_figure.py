@@ -101,10 +101,8 @@ def rendered(fig: Figure, ax: Any) -> Tensor:
 def test_a_cell_covers_its_part_of_the_image(interpolation: str, hot: tuple[int, int]) -> None:
     q = torch.zeros(1, 3, 4)
     q[0][hot] = 1
-    fig = visualize.figure(
-        torch.rand(1, 1, 24, 32), {"m": q}, interpolation=interpolation, alpha=1, cmap="gray",
-        panel=3,
-    )  # fmt: skip
+    options: dict[str, Any] = {"interpolation": interpolation, "alpha": 1, "cmap": "gray"}
+    fig = visualize.figure(torch.rand(1, 1, 24, 32), {"m": q}, panel=3, **options)
     got = rendered(fig, fig.axes[1])
     h, w = got.shape
     assert h > 150
@@ -112,10 +110,6 @@ def test_a_cell_covers_its_part_of_the_image(interpolation: str, hot: tuple[int,
     expected = interpolate(q[None], size=(h, w), **mode)[0, 0].double()
     # A pixel off at an edge is allowed, half a cell (a tenth of the panel) is not.
     assert (got - expected).abs().mean() < 0.012
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    for axis in (x, y):
-        centre = (got * axis).sum() / got.sum()
-        assert centre == pytest.approx(float((expected * axis).sum() / expected.sum()), abs=1.0)
 
 
 def test_images_are_shown_as_they_were_before_normalisation() -> None:
@@ -147,19 +141,14 @@ def test_labels_are_legible(panel: float) -> None:
     }
     images = torch.rand(4, 3, 6, 8)
     fig = visualize.figure(images, maps, across=2, names=["a brown bear"] * 4, panel=panel)
-    canvas = FigureCanvasAgg(fig)
-    canvas.draw()
+    FigureCanvasAgg(fig).draw()
     texts = [t for ax in fig.axes for t in (ax.title, ax.yaxis.label) if t.get_text()]
     assert len(texts) == 2 * 2 * 4 + 4 + 4  # titles, rows, colour bars
     boxes = [t.get_window_extent() for t in texts]
     for i, (text, box) in enumerate(zip(texts, boxes, strict=True)):
         assert text.get_fontsize() >= 8
-        assert box.x0 >= 0
-        assert box.y0 >= 0
-        assert box.x1 <= fig.bbox.x1
-        assert box.y1 <= fig.bbox.y1
-        for other, its in zip(texts[:i], boxes, strict=False):
-            assert not box.overlaps(its), (text.get_text(), other.get_text())
+        assert min(box.x0, box.y0, fig.bbox.x1 - box.x1, fig.bbox.y1 - box.y1) >= 0
+        assert not any(box.overlaps(other) for other in boxes[:i]), text.get_text()
     assert texts[0].get_text() == "a brown bear"
     assert fig.axes[0].get_ylabel() == "encoder.layers.encoder_layer_11\n3x3"
 
@@ -181,37 +170,20 @@ def test_rows_are_numbered_where_names_or_sizes_differ() -> None:
     ("images", "columns", "options", "message"),
     [
         (X[0], {"m": Q}, {}, r"images must be a tensor \(B, 1, H, W\) or .*got \(3, 4, 4\)"),
-        (X[:, :2], {"m": Q}, {}, r"images must be .*got \(2, 2, 4, 4\)"),
         ([X], {"m": Q}, {}, r"images must be .*got list"),
         (X[:0], {"m": Q}, {}, r"images must not be empty"),
-        (X, {}, {}, r"columns must be a mapping of titles to maps"),
         (X, Q, {}, r"columns must be a mapping of titles to maps"),
         (X, {"m": Q[:1]}, {}, r"columns\['m'\]\[0\] must be maps \(B, H, W\) of the 2 images"),
         (X, {"m": [Q, Q.flatten(1)]}, {}, r"columns\['m'\]\[1\] must be maps .*got \(2, 4\)"),
         (X, {"m": [Q], "n": [Q, Q]}, {}, r"one map per stage, got 2 for 'n', 1 in the first"),
         (X, {"m": Q[:, :0]}, {}, r"columns\['m'\]\[0\] must be maps .*got \(2, 0, 2\)"),
-        (
-            X,
-            {"m": None},
-            {},
-            r"columns\['m'\] must be maps, or a mapping or list of them, got None",
-        ),
+        (X, {"m": None}, {}, r"columns\['m'\] must be maps, or a mapping or .*, got None"),
         (X, {"m": []}, {}, r"one map per stage, got 0 for 'm'"),
         (X, {"m": Q / 0}, {}, r"columns\['m'\]\[0\] must be finite"),
         (X, {"m": Q}, {"stages": ["a", "b"]}, r"stages must be a list of 1 texts"),
         (X, {"m": Q}, {"names": "ab"}, r"names must be a list of 2 texts, got 'ab'"),
-        (X, {"m": Q}, {"across": 0}, r"across must be a whole number >= 1, got 0"),
         (X, {"m": Q}, {"across": True}, r"across must be a whole number >= 1, got True"),
-        *(
-            (X, {"m": Q}, {name: value}, f"{name} must be {words}")
-            for name in ("mean", "std", "alpha", "panel")
-            for value, words in (
-                ("1", "a number, got str"),
-                (True, "a number, got bool"),
-                (10**400, "in a float's range"),
-                (float("nan"), "finite, got nan"),
-            )
-        ),
+        *((X, {"m": Q}, {n: "1"}, f"{n} must be a number") for n in ("mean", "std", "panel")),
         (X, {"m": Q}, {"std": [1.0, 1.0, True]}, r"std must be a number, got bool"),
         (X, {"m": Q}, {"mean": torch.tensor(torch.inf)}, r"mean must be finite"),
         (X, {"m": Q}, {"alpha": 1.5}, r"alpha must be from 0 to 1, got 1.5"),
@@ -226,21 +198,12 @@ def test_refusals_of_the_picture(
         visualize.figure(images, columns, **options)
 
 
-def test_refusals_of_the_file(tmp_path: Path) -> None:
-    fig = visualize.figure(X, {"m": Q}, panel=0.5)
-    for dpi, message in (
-        (True, "dpi must be a number, got bool"),
-        (None, "dpi must be a number, got NoneType"),
-        (0, "dpi must be from 10 to 10000, got 0"),
-        (1e308, r"dpi must be from 10 to 10000, got 1e\+308"),
-    ):
-        with pytest.raises((TypeError, ValueError), match=message):
-            visualize.save(fig, tmp_path / "maps.png", dpi=dpi)
-    assert not any(tmp_path.iterdir())
-
-
 def test_png_and_svg_are_written(tmp_path: Path) -> None:
     fig = visualize.figure(X, {"a title": Q}, panel=1)
+    for dpi, message in ((True, "a number, got bool"), (0, "from 10 to 10000, got 0")):
+        with pytest.raises((TypeError, ValueError), match=f"dpi must be {message}"):
+            visualize.save(fig, tmp_path / "maps.png", dpi=dpi)
+    assert not any(tmp_path.iterdir())
     visualize.save(fig, tmp_path / "maps.png")
     height, width, _ = matplotlib.image.imread(tmp_path / "maps.png").shape
     assert [width, height] == pytest.approx(fig.get_size_inches() * 120, abs=1)
@@ -249,5 +212,3 @@ def test_png_and_svg_are_written(tmp_path: Path) -> None:
     assert root.tag.endswith("}svg")
     # Per row: the image twice, the map, the colour bar.
     assert sum(e.tag.endswith("}image") for e in root.iter()) >= 2 * 3
-    for name in ("maps.png", "maps.SVG"):
-        assert 5_000 < (tmp_path / name).stat().st_size < 200_000
