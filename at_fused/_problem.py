@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from at_fused import _inputs, _ops
-from at_fused._checks import pair_weights
+from at_fused._checks import pair_weights, savable
 from at_fused._inputs import MapSizes, Sides
 from at_fused._maps import attention_maps, keeps_sign, signed_gradients
 from at_fused._options import LossOptions
@@ -174,7 +174,7 @@ def straight(operator: Any, student: Any, teacher: Any, options: LossOptions, *m
         or type(teachers) not in _LISTS
         or type(options.p) not in _NUMBERS
         or type(options.eps) not in _NUMBERS
-        or type(options.collapse) is not str
+        or any(type(option) is not str for option in options[1:5])
         or options.collapse == "max"
         or torch.compiler.is_compiling()
     ):
@@ -419,7 +419,7 @@ def _maps_to_compare(problem: Problem, maps: list[Tensor]) -> tuple[list[Tensor]
         _resized_mask(mask, size, q.dtype)
         for mask, size, q in zip(problem.masks * 2, sizes * 2, maps, strict=True)
     ]
-    return [q * mask for q, mask in zip(maps, masks, strict=True)], masks
+    return [savable(q) * mask for q, mask in zip(maps, masks, strict=True)], masks
 
 
 def _interpolate(maps: Tensor, size: Sequence[int], target: Sequence[int]) -> Tensor:

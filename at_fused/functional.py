@@ -214,6 +214,8 @@ def at_value_and_grad(
             chosen = LossOptions(**options)  # type: ignore[misc]  # as just seen
             found = straight(_ops.at_value_and_grad, student, teacher, chosen, scale, None)
     if found is None:
+        for name in options.keys() - ATOptions.__annotations__.keys():
+            raise TypeError(f"at_value_and_grad takes no option {name!r}")
         problem = prepare(student, teacher, mask=mask, sample_weights=sample_weights, **options)
         features = problem.students + problem.teachers
         factor, loss_gradient = _inputs.gradient_scale(

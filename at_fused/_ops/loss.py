@@ -234,7 +234,7 @@ def _coefficients(
     raw = [*maps]
     found = attention_map([*features], options.p, options.collapse, call.skip_of(kept))
     for i, q in zip(kept, found, strict=True):
-        raw[i] = q * masks[i % call.pairs] if masks else q
+        raw[i] = q * masks[i % call.pairs].to(q.dtype) if masks else q
     students, teachers = raw[: call.pairs], raw[call.pairs :]
     _, coefficients = eager.map_loss(
         students, teachers, call.weights, *options[2:], call.student_grad, call.teacher_grad
@@ -242,7 +242,7 @@ def _coefficients(
     result = [*maps]
     for i, x, k in zip(kept, features, coefficients, strict=True):
         k = k * (options.p * eager.collapse_scale(x, options.collapse))
-        result[i] = k * masks[i % call.pairs] if masks else k
+        result[i] = k * masks[i % call.pairs].to(k.dtype) if masks else k
     return result
 
 
