@@ -159,17 +159,8 @@ def prepare_maps(
     )
 
 
-def straight(
-    student: Any,
-    teacher: Any,
-    p: object,
-    collapse: object,
-    form: object,
-    reduction: object,
-    eps_mode: object,
-    eps: object,
-) -> Tensor | None:
-    """Return the loss of ordinary pairs, handed to the operator as they are.
+def straight(operator: Any, student: Any, teacher: Any, options: LossOptions, *more: Any) -> Any:
+    """Return what an operator makes of ordinary pairs, handed to it as they are.
 
     On small features most of a call's time is Python's. The operator checks what memory needs; here
     is what it would take and ``at_loss`` does not. After None ``prepare`` says what is wrong, if
@@ -181,10 +172,10 @@ def straight(
     if (
         type(students) not in _LISTS
         or type(teachers) not in _LISTS
-        or type(p) not in _NUMBERS
-        or type(eps) not in _NUMBERS
-        or type(collapse) is not str
-        or collapse == "max"
+        or type(options.p) not in _NUMBERS
+        or type(options.eps) not in _NUMBERS
+        or type(options.collapse) is not str
+        or options.collapse == "max"
         or torch.compiler.is_compiling()
     ):
         return None
@@ -195,9 +186,7 @@ def straight(
                 return None
             if s.layout is not torch.strided or t.layout is not torch.strided:
                 return None
-        return _ops.at_loss(
-            students, teachers, [], [], [], p, collapse, form, reduction, eps_mode, eps
-        )
+        return operator(students, teachers, [], [], [], *options, *more)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from at_fused import _inputs, _maps, _ops
+from at_fused._checks import check_finite
 from at_fused._inputs import MapSize, MapSizes, Sides
+from at_fused._options import LossOptions
 from at_fused._problem import (
     prepare,
     prepare_maps,
@@ -23,6 +25,8 @@ from at_fused.backends.results import accumulate_dtype, laid_out_as
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+_LOSS_OPTIONS = set(LossOptions._fields)
 
 Features = TypeVar("Features", Tensor, Sequence[Tensor])
 
@@ -140,7 +144,8 @@ def at_loss(
         and _inputs.plain(channel_dim, skip_tokens)
         and absolute is True
     ):
-        loss = straight(student, teacher, p, collapse, form, reduction, eps_mode, eps)
+        options = LossOptions(p, collapse, form, reduction, eps_mode, eps)
+        loss = straight(_ops.at_loss, student, teacher, options)
         if loss is not None:
             return loss
     return solve(
@@ -202,24 +207,28 @@ def at_value_and_grad(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1; the gradient in closed form.
     """
-    problem = prepare(student, teacher, mask=mask, sample_weights=sample_weights, **options)
-    features = problem.students + problem.teachers
-    factor, loss_gradient = _inputs.gradient_scale(
-        scale, features[0].device, accumulate_dtype(*features)
-    )
-    side = _inputs.sides(
-        options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size")
-    )[0]
-    given = [student] if isinstance(student, Tensor) else student
-    with torch.no_grad():
-        loss, found = value_and_grad(problem, factor, loss_gradient)
-        gradients = [
-            laid_out_as(x, _inputs.given_back(g, x, side))
-            for g, x in zip(found, given, strict=True)
-        ]
-    if isinstance(student, Tensor):
-        return loss, gradients[0]
-    return loss, gradients
+    found = None
+    if not isinstance(scale, Tensor):
+        check_finite("scale", scale)
+        if mask is None and sample_weights is None and options.keys() <= _LOSS_OPTIONS:
+            chosen = LossOptions(**options)  # type: ignore[misc]  # as just seen
+            found = straight(_ops.at_value_and_grad, student, teacher, chosen, scale, None)
+    if found is None:
+        problem = prepare(student, teacher, mask=mask, sample_weights=sample_weights, **options)
+        features = problem.students + problem.teachers
+        factor, loss_gradient = _inputs.gradient_scale(
+            scale, features[0].device, accumulate_dtype(*features)
+        )
+        side = _inputs.sides(
+            options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size")
+        )[0]
+        given = [student] if isinstance(student, Tensor) else student
+        with torch.no_grad():
+            loss, placed = value_and_grad(problem, factor, loss_gradient)
+            pairs = zip(placed, given, strict=True)
+            found = loss, [laid_out_as(x, _inputs.given_back(g, x, side)) for g, x in pairs]
+    loss, gradients = found
+    return loss, gradients[0] if isinstance(student, Tensor) else gradients
 
 
 def _options_of_one(

@@ -54,11 +54,6 @@ def energy(x: Tensor) -> Tensor:
     return x.pow(2).mean(1)
 
 
-def token_energy(x: Tensor) -> Tensor:
-    """The raw map of tokens, without that of the class."""
-    return x[:, 1:].pow(2).mean(2)
-
-
 def distance(a: Tensor, b: Tensor) -> Tensor:
     """The squared differences of two raw maps, once normalised."""
     return (F.normalize(a.flatten(1)) - F.normalize(b.flatten(1))).pow(2)
@@ -116,22 +111,12 @@ class Variant(NamedTuple):
         return partial(at_fused.at_loss, **self.options)
 
 
-def max_loss(s: Tensor, t: Tensor) -> Tensor:
-    """F_max^2."""
-    return distance(*(x.pow(2).max(1).values for x in (s, t))).mean()
-
-
 def token_loss(s: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Tokens, of which a mask may leave some out."""
-    a, b = token_energy(s), token_energy(t)
+    """Tokens without that of the class, of which a mask may leave out more."""
+    a, b = (x[:, 1:].pow(2).mean(2) for x in (s, t))
     if mask is not None:
         a, b = a * mask.flatten(1), b * mask.flatten(1)
     return distance(a, b).mean()
-
-
-def channel_loss(s: Tensor, t: Tensor) -> Tensor:
-    """One weight for each channel."""
-    return distance(s.pow(2).mean((2, 3)), t.pow(2).mean((2, 3))).mean()
 
 
 AT_LOSS = Variant(popular_at_loss, {})
@@ -153,8 +138,15 @@ VARIANTS = {
         lambda s, t: (added_eps(energy(s)) - added_eps(energy(t))).pow(2).mean(),
         {"eps": 1e-6, "eps_mode": "add"},
     ),
-    "max": Variant(max_loss, {"collapse": "max"}),
-    "channel": Variant(channel_loss, {"attend": "channel"}, same_channels=True),
+    "max": Variant(
+        lambda s, t: distance(s.pow(2).max(1).values, t.pow(2).max(1).values).mean(),
+        {"collapse": "max"},
+    ),
+    "channel": Variant(
+        lambda s, t: distance(s.pow(2).mean((2, 3)), t.pow(2).mean((2, 3))).mean(),
+        {"attend": "channel"},
+        same_channels=True,
+    ),
     "resize features, student larger": Variant(pooled_loss, {"resize": "features"}, halved=(1, 2)),
     "resize features, teacher larger": Variant(pooled_loss, {"resize": "features"}, halved=(2, 1)),
 }
@@ -173,28 +165,16 @@ class Inputs(NamedTuple):
     @classmethod
     def make(
         cls,
-        case: str,
-        dtype: str,
-        layout: str,
+        case: str | tuple[int, list[tuple[int, int, int]]],
+        dtype: str = "fp32",
+        layout: str = "NCHW",
         device: str = "cpu",
         share: int = 1,
         variant: Variant = AT_LOSS,
     ) -> Inputs:
-        """Those of a case; ``share`` divides the batch."""
-        batch, stages = CASES[case]
-        return cls.random(batch // share, stages, dtype, layout, device, variant)
-
-    @classmethod
-    def random(
-        cls,
-        batch: int,
-        stages: list[tuple[int, int, int]],
-        dtype: str = "fp32",
-        layout: str = "NCHW",
-        device: str = "cpu",
-        variant: Variant = AT_LOSS,
-    ) -> Inputs:
-        """Those of stages (channels of the student, of the teacher, H = W)."""
+        """Those of a case, by its name or as CASES has it; ``share`` divides the batch."""
+        batch, stages = CASES[case] if isinstance(case, str) else case
+        batch //= share
 
         def feature(channels: int, side: int) -> Tensor:
             if layout in TOKENS:
@@ -214,10 +194,6 @@ class Inputs(NamedTuple):
             elif variant.extra:
                 extra[variant.extra] = torch.rand(batch)
         return cls([x.requires_grad_() for x in students], teachers, extra)
-
-    def features(self) -> list[Tensor]:
-        """All of them."""
-        return self.students + self.teachers
 
     def floors(self) -> dict[str, int]:
         """Bytes that each pass has to read and write, at the least.
@@ -240,7 +216,7 @@ class Inputs(NamedTuple):
         """One pass over all bytes and next to no arithmetic: the floor of the forward pass."""
         flat = [
             x.detach().permute(0, 2, 3, 1) if not x.is_contiguous() else x.detach()
-            for x in self.features()
+            for x in self.students + self.teachers
         ]
         words = [x.reshape(-1).view(torch.int32) for x in flat]
 
@@ -261,10 +237,6 @@ class Inputs(NamedTuple):
             return torch.autograd.grad(found.sum() if found.dim() else found, self.students)
 
         return both if backward else forward
-
-    def value_and_gradient(self) -> Callable[[], object]:
-        """Both in one call of at_fused, from the same features."""
-        return lambda: at_fused.at_value_and_grad(self.students, self.teachers)
 
 
 def rivals(variant: Variant = AT_LOSS) -> dict[str, Callable[..., Tensor]]:

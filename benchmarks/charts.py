@@ -10,18 +10,17 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
-from benchmarks.cases import CANONICAL, PASSES, Inputs
+from benchmarks.cases import CANONICAL, CASES, PASSES
 from benchmarks.measure import Row
-from benchmarks.results import COMPARED, Result
+from benchmarks.results import Result
 from benchmarks.roofline import BANDWIDTH, DEVICE, Count, Model
 
 # Of Okabe & Ito, told apart by colour-blind readers too; a program has the same in all pictures.
 COLOURS = {"at_fused": "#0072b2", "compile": "#e69f00", "eager": "#9a9a9a", "floor": "#000000"}
 NAMES = {"at_fused": "at_fused", "compile": "torch.compile", "eager": "eager PyTorch"}
 MARKERS = {"forward": "o", "forward+backward": "s", "value and gradient": "^"}
-BYTES = {1e3: "1 kB", 1e4: "10 kB", 1e5: "100 kB", 1e6: "1 MB", 1e7: "10 MB", 1e8: "100 MB"}
-TIMES = {1e-2: "10 us", 1e-1: "100 us", 1: "1 ms", 10: "10 ms", 100: "100 ms", 1000: "1 s"}
 DPI = 110
 
 
@@ -56,7 +55,7 @@ def programs_of(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     """Program, back end, label: ours on each back end of a GPU, the others once."""
     names = list(dict.fromkeys(row["backend"] for row in rows))
     ours = [("at_fused", n, "at_fused" if n == "cpu" else f"at_fused ({n})") for n in names]
-    return ours + [(program, names[0], NAMES[program]) for program in COMPARED[1:]]
+    return ours + [(rival, names[0], NAMES[rival]) for rival in ("compile", "eager")]
 
 
 # ---- the pictures of a device --------------------------------------------------------------------
@@ -68,53 +67,40 @@ def cases(result: Result) -> Figure:
     settings = list(dict.fromkeys((r["case"], r["dtype"], r["layout"]) for r in rows))
     figure = Figure(figsize=(9, 1.6 + 0.3 * len(settings)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
-    hollow: dict[str, Any] = {"mfc": "white", "mew": 1.6}
+    for ax, title in zip(panels, ("forward", "forward and backward"), strict=True):
+        plain(ax, "x")
+        ax.set(xscale="log", xlabel="time, in reads of the same bytes", title=title)
     drawn = programs_of(rows)
-    first = drawn[0][1]
+    labels: dict[Any, str] = {"floor": "floor", "value and gradient": "value and gradient"}
+    labels |= {(program, backend): label for program, backend, label in drawn}
     for row in rows:
         ax = panels[int(row["pass"] != "forward")]
         y = settings.index((row["case"], row["dtype"], row["layout"]))
         one_pass = row["pass"] == "value and gradient"
         floor = row["bytes"]["at_fused"] / row["bytes"]["floor"]
-        end = ":" if one_pass else "-"
-        ax.vlines(floor, y - 0.5, y + 0.5, color=COLOURS["floor"], ls=end, lw=1.6)
-        if not one_pass:
-            ax.hlines(
-                y, floor, row["ms"]["eager"] / row["ms"]["floor"], color="0.85", lw=1, zorder=0
-            )
-        for program in ["at_fused"] if one_pass else reversed(COMPARED):
-            x = row["ms"][program] / row["ms"]["floor"]
-            marker = "D" if program == "at_fused" and row["backend"] != first else "o"
-            style = hollow if one_pass else {}
-            ax.plot(
-                x,
-                y,
-                marker,
-                color=COLOURS[program],
-                ms=6.5,
-                zorder=2 + (program == "at_fused"),
-                **style,
-            )
-    for ax, title in zip(panels, ("forward", "forward and backward"), strict=True):
-        plain(ax, "x")
-        ax.set(xscale="log", xlabel="time, in reads of the same bytes", title=title)
+        line = {"color": COLOURS["floor"], "ls": ":" if one_pass else "-", "lw": 1.6}
+        ax.vlines(floor, y - 0.5, y + 0.5, label=labels.pop("floor", "_"), **line)
+        times = {name: row["ms"][name] / row["ms"]["floor"] for name in NAMES}
+        style: dict[str, Any] = {"ms": 6.5, "zorder": 3}
+        if one_pass:
+            times = {"at_fused": times["at_fused"]}
+            style |= {"mfc": "white", "mew": 1.6}
+        else:
+            ax.hlines(y, floor, times["eager"], color="0.85", lw=1, zorder=0)
+        for program, x in reversed(times.items()):
+            on = row["backend"]
+            marker = "D" if program == "at_fused" and on != drawn[0][1] else "o"
+            label = labels.pop(row["pass"] if one_pass else (program, on), "_")
+            ax.plot(x, y, marker, color=COLOURS[program], label=label, **style)
+    for ax in panels:
         low, high = ax.get_xlim()
         ticks = [n for n in (0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100) if low <= n <= high]
         ax.set_xticks(ticks, map(str, ticks))
         ax.minorticks_off()
-    ax = panels[0]
-    ax.set_yticks(range(len(settings)), [" ".join(setting) for setting in settings])
-    ax.set_ylim(len(settings) - 0.5, -0.5)
-    # The legend's, which nobody sees elsewhere.
-    dots = [(program, label, "o" if on == first else "D", {}) for program, on, label in drawn]
-    dots.insert(len(drawn) - 2, ("at_fused", "value and gradient", "o", hollow))
-    handles = [
-        ax.plot([], [], marker, color=COLOURS[program], ms=6.5, label=label, **style)[0]
-        for program, label, marker, style in dots
-    ]
-    handles += ax.plot([], [], color=COLOURS["floor"], lw=1.6, label="floor")
+    panels[0].set_yticks(range(len(settings)), [" ".join(setting) for setting in settings])
+    panels[0].set_ylim(len(settings) - 0.5, -0.5)
     close = {"columnspacing": 1.2, "handletextpad": 0.3, "frameon": False}
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), **close)
+    figure.legend(loc="outside upper center", ncols=9, **close)
     return figure
 
 
@@ -125,11 +111,11 @@ def sizes(result: Result) -> Figure:
     drawn = programs_of(rows)
     for program, backend, label in drawn:
         mine = [row for row in rows if row["backend"] == backend]
-        points = [row["bytes"] for row in mine], [row["ms"][program] for row in mine]
+        points = [row["bytes"] for row in mine], [row["ms"][program] / 1e3 for row in mine]
         marker = "o-" if backend == drawn[0][1] else "D-"
         order = 2 + (program == "at_fused")
         ax.plot(*points, marker, color=COLOURS[program], ms=5, lw=2, label=label, zorder=order)
-    floor = {row["bytes"]: row["ms"]["floor"] for row in rows}
+    floor = {row["bytes"]: row["ms"]["floor"] / 1e3 for row in rows}
     ax.plot(*zip(*floor.items(), strict=True), "--", color=COLOURS["floor"], label="one read")
     if result["cache"]:
         ax.axvline(result["cache"], color="0.6", ls=":", lw=1.2)
@@ -138,10 +124,8 @@ def sizes(result: Result) -> Figure:
             ha="right", color="0.4", fontsize=9,
         )  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="bytes of both features", ylabel="time")
-    for axis, names in ((ax.xaxis, BYTES), (ax.yaxis, TIMES)):
-        low, high = axis.get_view_interval()
-        shown = [tick for tick in names if low <= tick <= high]
-        axis.set_ticks(shown, [names[tick] for tick in shown])
+    ax.xaxis.set_major_formatter(EngFormatter("B"))
+    ax.yaxis.set_major_formatter(EngFormatter("s"))
     ax.minorticks_off()
     ax.legend(frameon=False)
     return figure
@@ -176,10 +160,8 @@ def memory(result: Result) -> Figure:
 
 def operations(case: str, direction: str) -> int:
     """A square and an addition for each element, a product for each of the gradient's."""
-    inputs = Inputs.make(case, "fp32", "NCHW", device="meta")
-    students, teachers = (
-        sum(x.numel() for x in side) for side in (inputs.students, inputs.teachers)
-    )
+    batch, stages = CASES[case]
+    students, teachers = (sum(batch * s[side] * s[2] ** 2 for s in stages) for side in (0, 1))
     return 2 * (students + teachers) + (direction != "forward") * students
 
 

@@ -13,9 +13,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -42,6 +42,7 @@ Row = dict[str, Any]
 
 COPY_BYTES = 256 << 20  # several times any second-level cache
 HOST_CYCLES = 2_000_000  # about a millisecond of a GPU's clock
+TWO_PASSES = PASSES[:2]  # that the others have
 
 
 # ---- how -----------------------------------------------------------------------------------------
@@ -51,6 +52,7 @@ class Clock:
     """Milliseconds of a run, by the host's clock."""
 
     unit, least, most = "ms", 8, 200
+    floors: ClassVar[dict[str, Program]] = {}  # what else is timed beside the programs
 
     def take(self, program: Program) -> float:
         """One run of a program."""
@@ -60,10 +62,6 @@ class Clock:
         # Not timed: with its memory the allocator gives back what other programs left.
         del result
         return 1e3 * (end - begin)
-
-    def floors(self) -> dict[str, Program]:
-        """What else is timed beside the programs."""
-        return {}
 
 
 class Events(Clock):
@@ -77,7 +75,9 @@ class Events(Clock):
 
     def __init__(self) -> None:
         self._source = torch.zeros(COPY_BYTES // 4, device="cuda", dtype=torch.int32)
-        self._target = torch.empty_like(self._source)
+        target = torch.empty_like(self._source)
+        # Reads and writes them: the device's bandwidth.
+        self.floors = {"copy": lambda: target.copy_(self._source)}
 
     def take(self, program: Program) -> float:
         """One run of a program."""
@@ -90,10 +90,6 @@ class Events(Clock):
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
-
-    def floors(self) -> dict[str, Program]:
-        """A copy of COPY_BYTES, which reads and writes them: the device's bandwidth."""
-        return {"copy": lambda: self._target.copy_(self._source)}
 
 
 class Allocations(Clock):
@@ -137,12 +133,12 @@ class Comparison(NamedTuple):
         Every round runs all programs in random order: whatever else the machine does falls on all
         alike, and so does what the one before left in the caches.
         """
-        programs = {(name, None): run for name, run in self.others.items()}
-        programs |= {(name, None): run for name, run in self.meter.floors().items()}
+        others = self.others | self.meter.floors
+        programs = {(name, None): run for name, run in others.items()}
         programs |= {(name, key): run for key in self.under for name, run in self.ours.items()}
 
         def once(name: str, key: Any) -> float:
-            with self.under[key]() if key else at_fused.use_backend("auto"):
+            with self.under[key]() if key else nullcontext():
                 return self.meter.take(programs[name, key])
 
         for each in programs:
@@ -171,8 +167,10 @@ class Comparison(NamedTuple):
 
 
 def on(device: str) -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """The back ends there."""
-    return {name: partial(at_fused.use_backend, name) for name in backends(device)}
+    """The back ends there, of which a single one needs no choice, which would cool the caches."""
+    names = backends(device)
+    several = len(names) > 1
+    return {name: partial(at_fused.use_backend, name) if several else nullcontext for name in names}
 
 
 # ---- what ----------------------------------------------------------------------------------------
@@ -188,8 +186,9 @@ def at_loss(device: str, case: str, dtype: str, layout: str, direction: str) -> 
     what = {"case": case[0], "dtype": dtype, "layout": layout, "pass": direction, "bytes": bytes_}
     others = {name: inputs.step(loss, backward) for name, loss in rivals().items()}
     others["floor"] = inputs.read_all()
-    one_pass = direction == PASSES[2]
-    ours = inputs.value_and_gradient() if one_pass else inputs.step(at_fused.at_loss, backward)
+    ours: Program = partial(at_fused.at_value_and_grad, inputs.students, inputs.teachers)
+    if direction in TWO_PASSES:
+        ours = inputs.step(at_fused.at_loss, backward)
     return Comparison(what, others, {"at_fused": ours}, clock(device), on(device), 2.0)
 
 
@@ -205,14 +204,14 @@ def forward_and_backward(
 
 def size(device: str, batch: int, channels: int) -> Comparison:
     """One pair of 28x28."""
-    inputs = Inputs.random(batch, [(channels, channels, 28)], device=device)
+    inputs = Inputs.make((batch, [(channels, channels, 28)]), device=device)
     what = {"shape": [batch, channels, 28, 28], "bytes": inputs.floors()["read"]}
     return forward_and_backward(device, what, inputs, clock(device), "floor")
 
 
 def memory(device: str, share: int) -> Comparison:
     """The most that forward and backward of case b allocate, at a share of its batch."""
-    inputs = Inputs.make(CANONICAL[1], "fp32", "NCHW", device, share)
+    inputs = Inputs.make(CANONICAL[1], device=device, share=share)
     gradient = sum(x.nbytes for x in inputs.students)
     what = {"case": "b", "batch": len(inputs.students[0]), "gradient": gradient}
     return forward_and_backward(device, what, inputs, Allocations(device))
@@ -238,8 +237,8 @@ def threads(device: str, case: str) -> Comparison:
         yield
         torch.set_num_threads(most)
 
-    inputs = Inputs.make(case, "fp32", "NCHW")
-    programs = {name: inputs.step(at_fused.at_loss, name != PASSES[0]) for name in PASSES[:2]}
+    inputs = Inputs.make(case)
+    programs = {name: inputs.step(at_fused.at_loss, name != PASSES[0]) for name in TWO_PASSES}
     programs["floor"] = inputs.read_all()
     counts = sorted({*(2**k for k in range(most.bit_length())), most})
     under = {count: partial(awake, count) for count in counts}
@@ -249,7 +248,7 @@ def threads(device: str, case: str) -> Comparison:
 
 def call(device: str, pairs: int, direction: str) -> Comparison:
     """What a call costs: tiny features, by the host's clock."""
-    inputs = Inputs.random(4, [(8, 8, 4)] * pairs, device=device)
+    inputs = Inputs.make((4, [(8, 8, 4)] * pairs), device=device)
 
     def waited(loss: Callable[..., torch.Tensor]) -> Program:
         run = inputs.step(loss, direction != PASSES[0])
@@ -275,8 +274,7 @@ def step(device: str, name: str) -> Comparison:
     features = Inputs(*training.features_of(networks), {})
     losses = {"eager": popular_losses, "drop-in": at_fused.at_loss}
     alone = {key: features.step(loss) for key, loss in losses.items()}
-    automatic = {"auto": partial(at_fused.use_backend, "auto")}
-    (own,) = Comparison({}, alone, {}, clock(device), automatic, 2.0).rows()
+    (own,) = Comparison({}, alone, {}, clock(device), {"auto": nullcontext}, 2.0).rows()
     what["own"] = {key: own["ms"][key] for key in losses}
     if device == "cpu":
         found = training.own_seconds(networks, OWN_ROUNDS)
@@ -330,7 +328,7 @@ PARTS: dict[str, tuple[Callable[..., Comparison], Sequence[Sequence[Any]]]] = {
     ),
     "memory": (memory, [(8,), (4,), (2,), (1,)]),
     "threads": (threads, [(case,) for case in CANONICAL]),
-    "calls": (call, list(itertools.product((1, 3), PASSES[:2]))),
+    "calls": (call, list(itertools.product((1, 3), TWO_PASSES))),
     "methods": (
         method,
         [

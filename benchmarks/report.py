@@ -47,17 +47,9 @@ without. Milliseconds where nothing else is said, MB of 10^6 bytes. The cases, o
 are one call:
 
 {chr(10).join(f"- {case}, batch {CASES[case][0]}" for case in CANONICAL)}
-
-Geometric means of their ratios:
 """
 
 # ---- measuring -----------------------------------------------------------------------------------
-
-
-def check(parts: Sequence[str]) -> None:
-    """Says at once, not after ten minutes, what a part needs."""
-    if "steps" in parts and "resnet" in NETWORKS and find_spec("torchvision") is None:
-        raise ResultError("the steps are of torchvision's networks: pip install '.[train]'")
 
 
 def measured(device: str, parts: Sequence[str], folder: Path) -> None:
@@ -124,7 +116,9 @@ def model_sentence(model: Model) -> str:
 def text(found: dict[str, Result], model: Model, pictured: Container[str]) -> str:
     """report.md, with the pictures that there are."""
     cases = {f"[{r['device']}](#{n})": r["parts"].get("cases", []) for n, r in found.items()}
-    lines = [INTRODUCTION, *tables.summary(cases), ""]
+    lines = [INTRODUCTION]
+    if len(found) > 1:
+        lines += ["Geometric means of their ratios:", "", *tables.summary(cases), ""]
     for name, result in found.items():
         lines += device_section(name, result, pictured)
     lines += [
@@ -182,7 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         if not given.merge:
-            check(given.only)
+            # Said at once, not after ten minutes.
+            if {"steps", "resnet"} <= {*given.only, *NETWORKS} and not find_spec("torchvision"):
+                raise ResultError("the steps are of torchvision's networks: pip install '.[train]'")
             for device in DEVICES:
                 measured(device, given.only, FOLDER)
         merge(FOLDER, README)

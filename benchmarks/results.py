@@ -9,14 +9,16 @@ import math
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import at_fused
-from benchmarks import ROOT
+from benchmarks import ROOT, tables
 from benchmarks.cases import CANONICAL, DTYPES, LAYOUTS, PASSES, backends
+from benchmarks.measure import Row
 
 Result = dict[str, Any]
 
@@ -24,7 +26,7 @@ SCHEMA = 1
 FOLDER = ROOT / "benchmarks/results"
 MODEL = "roofline"  # roofline.py's file there, which is no device's
 
-# What a result must hold; a tuple is numbers under at least these names.
+# What a result must hold beside the rows.
 HEAD = {
     "device": str,
     "kind": str,
@@ -36,23 +38,6 @@ HEAD = {
     "versions": dict,
     "backends": dict,
     "parts": dict,
-}
-COMPARED = ("at_fused", "compile", "eager")
-SETTING = {"case": str, "dtype": str, "layout": str}
-PARTS: dict[str, dict[str, Any]] = {
-    "cases": SETTING | {"pass": str, "bytes": ("at_fused", "floor"), "ms": (*COMPARED, "floor")},
-    "sizes": {"shape": list, "bytes": int, "ms": (*COMPARED, "floor")},
-    "memory": {"case": str, "batch": int, "gradient": int, "bytes": COMPARED},
-    "threads": {"case": str, "threads": int, "ms": ("floor", "forward", "forward+backward")},
-    "calls": {"pairs": int, "shape": list, "pass": str, "ms": ("at_fused", "eager")},
-    "methods": SETTING | {"variant": str, "ms": COMPARED},
-    "steps": {
-        "networks": str,
-        "own": ("eager", "drop-in"),
-        "bytes": ("alone", "without", "tap"),
-        "ms": ("alone", "without", "tap"),
-    },
-    "taps": SETTING | {"ms": ("tap", "drop-in", "eager")},
 }
 
 
@@ -160,32 +145,30 @@ def write(path: Path, found: dict[str, Any]) -> None:
     path.write_text(head[: -len("\n}")] + f',\n "parts": {{\n{parts}\n }}\n}}\n')
 
 
-def check_entries(found: Any, kinds: dict[str, Any], where: str) -> None:
-    """Refuses an object with an entry that is missing or of another kind."""
-    for key, kind in kinds.items():
-        value = found.get(key) if isinstance(found, dict) else None
-        if isinstance(kind, type):
-            fits, words = type(value) is kind, kind.__name__
-        else:
-            words = f"numbers above 0 for {', '.join(kind)}"
-            fits = isinstance(value, dict) and value.keys() >= set(kind)
-            fits = fits and all(
-                type(number) in (int, float) and 0 < number < math.inf for number in value.values()
-            )
-        if not fits:
-            raise ResultError(f"{where}{key!r} must be there, and {words}")
+def measured(row: Row) -> Iterator[Any]:
+    """All times and sizes of a row."""
+    for unit in ("ms", "own", "bytes", "gradient"):
+        found = row.get(unit, {})
+        yield from found.values() if isinstance(found, dict) else [found]
 
 
 def check(found: Any) -> None:
-    """Refuses what is no result."""
+    """Refuses what is no result: what its tables cannot be made of."""
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise ResultError(f"'schema' must be {SCHEMA}, else measure again")
-    check_entries(found, HEAD, "")
+    for key, kind in HEAD.items():
+        if type(found.get(key)) is not kind:
+            raise ResultError(f"{key!r} must be there, and {kind.__name__}")
     for part, rows in found["parts"].items():
-        if part not in PARTS or not isinstance(rows, list) or not rows:
-            raise ResultError(f"part {part!r} must be of {', '.join(PARTS)}, and a list of rows")
-        for number, row in enumerate(rows):
-            check_entries(row, PARTS[part] | {"backend": str}, f"part {part!r}, row {number}: ")
+        if part not in tables.PARTS or not isinstance(rows, list) or not rows:
+            raise ResultError(f"{part!r} must be one of {', '.join(tables.PARTS)}, a list of rows")
+        try:
+            for number in (n for row in rows for n in measured(row)):
+                if type(number) not in (int, float) or not 0 < number < math.inf:
+                    raise ResultError(f"part {part!r}: a time or size of {number!r}")
+            tables.PARTS[part].table(rows)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ResultError(f"part {part!r}: a row without what is shown: {error!r}") from error
     keys = ("case", "dtype", "layout", "pass", "backend")
     there = {tuple(row[key] for key in keys) for row in found["parts"].get("cases", [])}
     names = [name[0] for name in CANONICAL]

@@ -1,14 +1,14 @@
 """What the CUDA kernels move, counted, against the least that has to move; and a model of the time.
 
-    python -m benchmarks.roofline [--quick]
+    python -m benchmarks.roofline
 
 No GPU is needed. The kernels run in the tests' harness (tests/simt), whose instrumented loads and
 stores count bytes and launches. The eager lines are counted operator by operator (inputs read,
 outputs written, views free), torch.compile by the kernels of inductor's scheduler. Times are bytes
 over bandwidth plus launches: a model, not a measurement. Writes results/roofline.json and .md.
 
-The rest of the method, and all with ``--quick``, is counted on a quarter of each batch and of an
-H100's multiprocessors, which cuts every sample as the whole device would, times four.
+The rest of the method is counted on a quarter of each batch and of an H100's multiprocessors, which
+cuts every sample as the whole device would, times four.
 """
 
 from __future__ import annotations
@@ -56,13 +56,11 @@ FILE = FOLDER / f"{MODEL}.json"
 PASSES = ("forward", "backward", "value and gradient")
 SHARE = 4  # divides the batches and the multiprocessors
 SETTINGS = list(itertools.product(CANONICAL, DTYPES, LAYOUTS))
-QUICK = [s for s in SETTINGS if (s[0][0], s[1]) in (("a", "fp32"), ("b", "bf16"))]
-# The smallest case of each. Features are pooled by torch's own operator, whose bytes do not count.
+# The first case of each. Features are pooled by torch's own operator, whose bytes do not count.
 METHODS = [
-    (name, variant.cases[0], "fp32", layout)
+    (name, variant.cases[0], "fp32", variant.layouts[0])
     for name, variant in VARIANTS.items()
     if not name.startswith("resize features")
-    for layout in variant.layouts
 ]
 
 
@@ -310,11 +308,6 @@ def method_floor(name: str, layout: str, inputs: Inputs) -> int:
     return students + teachers + extra + again + sum(x.nbytes for x in inputs.students)
 
 
-def count(settings: Sequence[tuple[str, str, str]], share: int = 1) -> list[Row]:
-    """The rows of some cases."""
-    return [row for setting in settings for row in rows_of(*setting, share=share)]
-
-
 # ---- the files -----------------------------------------------------------------------------------
 
 
@@ -342,31 +335,19 @@ def load(path: Path = FILE) -> Model:
 NOTES = f"""\
 - *floor*: forward reads S and T and writes the two maps that are kept; backward reads S and k and
   writes dS; value and gradient reads S and T and writes dS.
-- *distinct*: each byte once per launch, read or written: what has to cross the device's memory at
-  least once. *all accesses*: summed over every thread, so a coefficient that 32 lanes read counts
-  32 times: what goes through the first-level caches. More than 1 % above the floor are maps of
-  samples that several blocks share: the last block reads back, out of the L2 cache, what the others
-  have just written. In value and gradient, whose floor has no maps, the writing counts as well.
-- *S again*: students too large to stay on chip, read a second time by value and gradient. In
-  brackets, as a model, the share that an L2 cache of {L2_BYTES / 1e6:.0f} MB should still have: all
-  of a pair's where what is read and written in between fits it, else none. What it does not have
-  is added to the bytes of the model.
+- *distinct*: each byte once per launch, read or written; *all accesses*: summed over every thread,
+  which is what goes through the first-level caches. More than 1 % above the floor are maps of
+  samples that several blocks share: the last block reads back what the others have just written.
+- *S again*: students too large to stay on chip, read a second time. In brackets, as a model, the
+  share that an L2 cache of {L2_BYTES / 1e6:.0f} MB should still have: all of a pair's where what is
+  read and written in between fits it, else none. The model adds what it does not have.
 - *eager*: operators of the popular lines, each one launch that reads its inputs and writes its
   outputs. *compile*: what inductor's scheduler makes of them, from its Triton back end for the CPU;
-  a GPU splits large reductions, which is a few launches more. For value and gradient, both are
-  their forward and backward.
+  a GPU splits large reductions, which is a few launches more.
 - *us (model, not measured)*: bytes / {BANDWIDTH / 1e12} TB/s + launches x
-  {1e6 * LAUNCH_SECONDS:.0f} us (an assumption). As if every kernel's bytes came from memory, which
-  is unfair to those who find them in the L2 cache, and as if every kernel reached the full
-  bandwidth.
+  {1e6 * LAUNCH_SECONDS:.0f} us (an assumption), as if every kernel's bytes came from memory, at the
+  full bandwidth.
 """
-
-
-def how(share: int) -> str:
-    """What part of the device was counted."""
-    if share == 1:
-        return "Full batches."
-    return f"A share of 1/{share} of each batch on 1/{share} of the multiprocessors, times {share}."
 
 
 def table(rows: Sequence[Row], first: str = "pass") -> str:
@@ -386,12 +367,12 @@ def table(rows: Sequence[Row], first: str = "pass") -> str:
     return "\n".join(markdown(heads, 4, lines))
 
 
-def text(model: Model, share: int = 1) -> str:
+def text(model: Model) -> str:
     """Everything, as roofline.md has it."""
     return f"""\
 # Roofline: bytes counted, times a model, not measured
 
-`python -m benchmarks.roofline`: the CUDA kernels in the harness, as on an H100. {how(share)}
+`python -m benchmarks.roofline`: the CUDA kernels in the harness, as on an H100. Full batches.
 MB of 10^6 bytes; cases as in cases.py.
 
 {table(model.rows)}
@@ -399,9 +380,9 @@ MB of 10^6 bytes; cases as in cases.py.
 {NOTES}
 ## The rest of the method
 
-Forward and backward. {how(SHARE)}
-The floor reads every input once, what the gradient needs a second time, and writes the
-gradient. What torch does to maps (interpolation, a sum) is not counted for at_fused.
+Forward and backward, {SHARE} times what a share of 1/{SHARE} of each batch takes on as many of the
+multiprocessors. The floor reads every input once, what the gradient needs a second time, and writes
+the gradient. What torch does to maps (interpolation, a sum) is not counted for at_fused.
 
 {table(model.methods, "variant")}
 """
@@ -409,14 +390,9 @@ gradient. What torch does to maps (interpolation, a sum) is not counted for at_f
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a quarter of cases a (fp32) and b (bf16); no files"
-    )
-    if parser.parse_args().quick:
-        sys.stdout.write(text(Model(count(QUICK, SHARE), []), SHARE))
-        return
-    model = Model(count(SETTINGS), [method_row(*setting) for setting in METHODS])
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    rows = [row for setting in SETTINGS for row in rows_of(*setting)]
+    model = Model(rows, [method_row(*setting) for setting in METHODS])
     save(model)
     sys.stdout.write(text(model))
 

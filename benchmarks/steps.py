@@ -32,6 +32,11 @@ Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
 Program = Callable[[], object]
 
 
+def logits_of(output: Any) -> Tensor:
+    """The first of what a network returns, the rest of which is not kept."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class Networks(NamedTuple):
     """A student, its teacher, a batch, and the layers that are compared."""
 
@@ -41,12 +46,24 @@ class Networks(NamedTuple):
     y: Tensor
     layers: list[str]
 
+    def attention_transfer(self) -> AttentionTransfer:
+        """Hooks in both networks, until it is removed."""
+        return AttentionTransfer(self.student, self.teacher, self.layers, beta=BETA)
+
+    def step(self, transfer: Callable[[], Tensor | float] | None = None) -> None:
+        """Forward and backward; the optimizer is the same for all."""
+        total = F.cross_entropy(logits_of(self.student(self.x)), self.y)
+        if transfer:
+            total = total + transfer()
+        self.student.zero_grad(set_to_none=True)
+        total.backward()
+
 
 def wrn(batch: int = 128) -> Networks:
     """WRN-16-2 -> WRN-16-1 on CIFAR's sizes."""
     layers = [f"groups.{i}" for i in range(3)]
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-    return Networks(WRN(16, 1), WRN(16, 2), x, y, layers)
+    return Networks(WRN(16, 1), WRN(16, 2).eval(), x, y, layers)
 
 
 def resnet(batch: int = 16) -> Networks:
@@ -55,21 +72,10 @@ def resnet(batch: int = 16) -> Networks:
 
     layers = [f"layer{i}" for i in range(1, 5)]
     x, y = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
-    return Networks(resnet18(), resnet34(), x, y, layers)
+    return Networks(resnet18(), resnet34().eval(), x, y, layers)
 
 
 NETWORKS = {"wrn": wrn, "resnet": resnet}
-
-
-def logits_of(output: Any) -> Tensor:
-    """The first of what a network returns."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def backward(networks: Networks, total: Tensor) -> None:
-    """The rest of a step; the optimizer is the same for all."""
-    networks.student.zero_grad(set_to_none=True)
-    total.backward()
 
 
 @contextmanager
@@ -87,81 +93,61 @@ def kept_features(model: nn.Module, layers: list[str]) -> Iterator[list[Tensor]]
             handle.remove()
 
 
-def step_with(networks: Networks, of_features: Loss | None) -> Program:
-    """A step whose loss is of features, or that has none but the task's."""
-    student, teacher, x, y, layers = networks
-
-    def step() -> None:
-        names = layers if of_features else []
-        with kept_features(student, names) as features, kept_features(teacher, names) as targets:
-            total = F.cross_entropy(logits_of(student(x)), y)
-            with torch.no_grad():
-                teacher.eval()(x)
-            if of_features:
-                total = total + BETA * of_features(features, targets)
-        backward(networks, total)
-
-    return step
-
-
-def alone(networks: Networks) -> Program:
-    """A step of the student, without a teacher."""
-    student, _, x, y, _ = networks
-    return lambda: backward(networks, F.cross_entropy(logits_of(student(x)), y))
-
-
-def tapped(networks: Networks, at: AttentionTransfer, prepared: bool = False) -> None:
-    """A step with AttentionTransfer, whose hooks are there."""
-    student, _, x, y, _ = networks
-    if prepared:
-        at.prepare(x)
-    backward(networks, F.cross_entropy(logits_of(student(x)), y) + at(x))
-
-
-def hooked(networks: Networks, prepared: bool = False) -> Program:
-    """The same, with hooks that are there for the one step."""
-
-    def step() -> None:
-        at = AttentionTransfer(networks.student, networks.teacher, networks.layers, beta=BETA)
-        tapped(networks, at, prepared)
-        at.remove()
-
-    return step
+@torch.no_grad()
+def features_of(networks: Networks) -> tuple[list[Tensor], list[Tensor]]:
+    """What the layers give, as leaves of their own; the student's want gradients."""
+    student, teacher, x, _, layers = networks
+    with kept_features(student, layers) as features, kept_features(teacher, layers) as targets:
+        student(x)
+        teacher(x)
+    return [x.requires_grad_() for x in features], targets
 
 
 def programs(networks: Networks) -> dict[str, Program]:
-    """Steps to compare, on the same networks."""
+    """Steps to compare, on the same networks; hooks are there for the one step."""
+    student, teacher, x, _, layers = networks
+
+    def without() -> float:
+        with torch.no_grad():
+            teacher(x)
+        return 0.0
+
+    def of_features(loss: Loss) -> None:
+        with kept_features(student, layers) as features, kept_features(teacher, layers) as targets:
+            networks.step(lambda: without() + BETA * loss(features, targets))
+
+    def hooked(prepared: bool = False) -> None:
+        at = networks.attention_transfer()
+        if prepared:
+            at.prepare(x)
+        networks.step(lambda: at(x))
+        at.remove()
+
     return {
-        "alone": alone(networks),
-        "without": step_with(networks, None),
-        "eager": step_with(networks, popular_losses),
-        "drop-in": step_with(networks, at_fused.at_loss),
-        "tap": hooked(networks),
-        "prepared": hooked(networks, prepared=True),
+        "alone": networks.step,
+        "without": lambda: networks.step(without),
+        "eager": lambda: of_features(popular_losses),
+        "drop-in": lambda: of_features(at_fused.at_loss),
+        "tap": hooked,
+        "prepared": lambda: hooked(prepared=True),
     }
 
 
 # ---- what of a step's time is attention transfer -------------------------------------------------
 
 
-class Stopwatch:
-    """Seconds within some functions."""
+def timed(spent: list[float], owner: Any, name: str, sign: int = 1) -> Any:
+    """Appends the seconds of a function's calls while the result, a context, is open."""
+    function = getattr(owner, name)
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        begin = time.perf_counter()
+        result = function(*arguments, **keywords)
+        spent.append(sign * (time.perf_counter() - begin))
+        return result
 
-    def around(self, owner: Any, name: str, sign: int = 1) -> Any:
-        """Counts a function's time while the result, a context, is open."""
-        function = getattr(owner, name)
-
-        def run(*arguments: Any, **keywords: Any) -> Any:
-            begin = time.perf_counter()
-            result = function(*arguments, **keywords)
-            self.seconds += sign * (time.perf_counter() - begin)
-            return result
-
-        static = isinstance(owner.__dict__[name], staticmethod)
-        return mock.patch.object(owner, name, staticmethod(run) if static else run)
+    static = isinstance(owner.__dict__[name], staticmethod)
+    return mock.patch.object(owner, name, staticmethod(run) if static else run)
 
 
 def own_seconds(networks: Networks, rounds: int) -> list[tuple[float, float]]:
@@ -169,35 +155,22 @@ def own_seconds(networks: Networks, rounds: int) -> list[tuple[float, float]]:
 
     By the clock around each part, so that it needs no difference of two long times.
     """
-    at = AttentionTransfer(networks.student, networks.teacher, networks.layers, beta=BETA)
-    tapped(networks, at)
-    watch = Stopwatch()
+    at = networks.attention_transfer()
+    networks.step(lambda: at(networks.x))
+    spent: list[float] = []
     found = []
     with (
-        watch.around(_Hook, "__call__"),
-        watch.around(AttentionTransfer, "__call__"),
-        watch.around(AttentionTransfer, "_run_teacher", -1),
-        watch.around(loss._MapLoss, "backward"),
+        timed(spent, _Hook, "__call__"),
+        timed(spent, AttentionTransfer, "__call__"),
+        timed(spent, AttentionTransfer, "_run_teacher", -1),
+        timed(spent, loss._MapLoss, "backward"),
         # Not the tap's own backward: it counts references, and another frame would hold some.
-        watch.around(tap, "attention_tap_backward_"),
+        timed(spent, tap, "attention_tap_backward_"),
     ):
         for _ in range(rounds):
-            watch.seconds = 0.0
+            spent.clear()
             begin = time.perf_counter()
-            tapped(networks, at)
-            found.append((time.perf_counter() - begin, watch.seconds))
+            networks.step(lambda: at(networks.x))
+            found.append((time.perf_counter() - begin, sum(spent)))
     at.remove()
     return found
-
-
-def features_of(networks: Networks) -> tuple[list[Tensor], list[Tensor]]:
-    """What the layers give, as leaves of their own; the student's want gradients."""
-    student, teacher, x, _, layers = networks
-    with (
-        torch.no_grad(),
-        kept_features(student, layers) as features,
-        kept_features(teacher, layers) as targets,
-    ):
-        student(x)
-        teacher(x)
-    return [x.requires_grad_() for x in features], targets

@@ -194,23 +194,23 @@ def calls(rows: Sequence[Row]) -> list[str]:
     return markdown("pairs | pass | at_fused, us | eager, us | to eager", 2, lines)
 
 
-def methods(rows: Sequence[Row]) -> list[str]:
-    """Each variant's means, then every setting: ours, and what the others take over it."""
+def by_kind(rows: Sequence[Row], keys: Sequence[str], cell: Callable[[Row], str]) -> list[str]:
+    """A line for each setting, with a cell for each dtype and layout."""
     kinds = list(same(rows, "dtype", "layout"))
     lines = []
-    for (*setting, backend), found in same(rows, "variant", "case", "backend").items():
-        by_kind = {(row["dtype"], row["layout"]): row for row in found}
-        cells = [
-            " / ".join([*times(by_kind[kind], "at_fused"), *to(by_kind[kind])])
-            if kind in by_kind
-            else ""
-            for kind in kinds
-        ]
-        lines.append((backend, *setting, *cells))
-    heads = " | ".join(["variant", "case", *map(" ".join, kinds)])
+    for (*setting, backend), found in same(rows, *keys, "backend").items():
+        cells = {(row["dtype"], row["layout"]): cell(row) for row in found}
+        lines.append((backend, *setting, *(cells.get(kind, "") for kind in kinds)))
+    return markdown(" | ".join([*keys, *map(" ".join, kinds)]), len(keys), lines)
+
+
+def methods(rows: Sequence[Row]) -> list[str]:
+    """Each variant's means, then every setting: ours, and what the others take over it."""
     fold = ["<details><summary>Every setting: ms / to eager / to compile</summary>", ""]
-    every = markdown(heads, 2, lines)
-    return [*means(rows, "variant", "variant"), "", *fold, *every, "", "</details>"]
+    cells = by_kind(
+        rows, ["variant", "case"], lambda r: " / ".join([*times(r, "at_fused"), *to(r)])
+    )
+    return [*means(rows, "variant", "variant"), "", *fold, *cells, "", "</details>"]
 
 
 def steps(rows: Sequence[Row]) -> list[str]:
@@ -233,15 +233,12 @@ def steps(rows: Sequence[Row]) -> list[str]:
 def taps(rows: Sequence[Row]) -> list[str]:
     """The backward of taps, to the drop-in's gradient and its addition, and to eager's."""
     rivals = ("drop-in", "eager")
+    cells = by_kind(rows, ["case"], lambda r: " / ".join([*times(r, "tap"), *to(r, rivals, "tap")]))
     lines = [
-        (r["backend"], r["case"], r["dtype"], r["layout"], *times(r, "tap"), *to(r, rivals, "tap"))
-        for r in rows
+        (backend, *over(found, geometric_mean, min, rivals=rivals, program="tap"))
+        for (backend,), found in same(rows, "backend").items()
     ]
-    for (backend,), found in same(rows, "backend").items():
-        for name, reduce in (("geometric mean", geometric_mean), ("least", min)):
-            cells = over(found, reduce, rivals=rivals, program="tap")
-            lines.append((backend, name, "", "", "", *cells))
-    return markdown("case | dtype | layout | tap ms | to drop-in | to eager", 3, lines)
+    return [*cells, "", *markdown("to drop-in | least | to eager | least", 0, lines)]
 
 
 class Part(NamedTuple):
@@ -293,6 +290,7 @@ PARTS = {
         "The backward of taps",
         taps,
         "The map's gradient added into the one that comes from the next layer, in place, "
-        "against a gradient of its own that autograd adds.",
+        "against a gradient of its own that autograd adds: ms / to drop-in / to eager, and the "
+        "geometric means of the ratios.",
     ),
 }

@@ -5,15 +5,16 @@ The closing tables are made of interleaved rounds; pytest-benchmark then times a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import results, tables
 from benchmarks.cases import DEVICES
-from benchmarks.conftest import ROWS
-from benchmarks.measure import PARTS
+from benchmarks.measure import PARTS, Row
 
 TIMED = ("cases", "sizes", "calls", "methods", "steps", "taps")
 SETTINGS = [
@@ -24,11 +25,28 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture(scope="session")
+def found(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], list[Row]]]:
+    """(device, part) -> the rows that the tests have found, shown at the end as in the report."""
+    every: dict[tuple[str, str], list[Row]] = {}
+    yield every
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        for (device, part), rows in every.items():
+            print(f"\n{tables.PARTS[part].title}: {results.describe(results.begin(device))}\n")
+            print(*tables.PARTS[part].table(rows), sep="\n")
+
+
 @pytest.mark.parametrize(("device", "part", "setting"), SETTINGS)
-def test_time(benchmark: BenchmarkFixture, device: str, part: str, setting: tuple[Any]) -> None:
+def test_time(
+    benchmark: BenchmarkFixture,
+    found: dict[tuple[str, str], list[Row]],
+    device: str,
+    part: str,
+    setting: tuple[Any],
+) -> None:
     comparison = PARTS[part][0](device, *setting)
     rows = comparison.rows()
-    ROWS.setdefault((device, part), []).extend(rows)
+    found.setdefault((device, part), []).extend(rows)
     benchmark.group = part
     benchmark.extra_info["rows"] = rows
     run = comparison.ours["tap" if "tap" in comparison.ours else "at_fused"]

@@ -1,14 +1,11 @@
 """A training step of the authors' recipe and of at-fused-train's, side by side, with their data.
 
     python -m benchmarks.train_step
-    python -m benchmarks.train_step --accuracy
 
 WRN-16-2 -> WRN-16-1, batch 128, images of CIFAR's size. The recipe is eager PyTorch in fp32 and
 NCHW, with the popular four lines, and reads its images as its program does: one by one, through
 torchvision's transforms in worker processes. Each program is a process of its own, as they differ
 in what they leave in memory; they run in turns, a few steps each, in random order.
-
---accuracy trains both on digits of 32x32 and compares what the students reach.
 """
 
 from __future__ import annotations
@@ -28,17 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from at_fused.train import loop
 from at_fused.train.cli import TUNABLE
 from at_fused.train.config import resolve
 from at_fused.train.data import Data
 from at_fused.train.data.samples import InMemory
 from at_fused.train.experiment import Experiment
-from at_fused.train.networks import build
+from at_fused.train.loop import Watch
 from at_fused.train.stop import Signals
 from at_fused.train.wrn import WRN
 from benchmarks import ROOT
@@ -50,7 +46,6 @@ IMAGES = 12_800
 CACHED_IMAGES = 1_280
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 BETA = 1e3
-SEEDS, EPOCHS = 5, 10
 # What it is -> at-fused-train's options for it; the recipe has none.
 RECIPE, AT_HAND = "the authors' recipe", "the same, its images at hand"
 PROGRAMS: dict[str, dict[str, Any]] = {
@@ -61,7 +56,6 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "`--speed auto`": {"speed": "auto"},
     "`--speed auto --cache 1`": {"speed": "auto", "cache": 1},
 }
-PRESET = {"preset": "cifar-wrn-16-1-from-16-2", "compare": ("at",)}
 
 
 def pixels(images: int) -> Tensor:
@@ -108,29 +102,22 @@ def at_hand() -> Iterator[Any]:
         yield batch
 
 
-def recipe_step(
-    student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
-) -> None:
-    """A step as the authors' program takes it, with the popular lines."""
-    logits, features = student(x)
-    with torch.no_grad():
-        _, wanted = teacher(x)
-    loss = cross_entropy(logits, y) + BETA * popular_losses(features, wanted)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def recipe_optimizer(student: nn.Module) -> torch.optim.Optimizer:
-    """SGD as the authors' program has it."""
-    return torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-
-
 def recipe(batches: Iterator[Any]) -> Callable[[], None]:
-    """A step of the recipe, with its images."""
+    """A step as the authors' program takes it, with the popular lines."""
     student, teacher = WRN(16, 1), WRN(16, 2).eval().requires_grad_(False)
-    optimizer = recipe_optimizer(student)
-    return lambda: recipe_step(student, teacher, optimizer, *next(batches))
+    optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+
+    def step() -> None:
+        x, y = next(batches)
+        logits, features = student(x)
+        with torch.no_grad():
+            _, wanted = teacher(x)
+        loss = cross_entropy(logits, y) + BETA * popular_losses(features, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -138,7 +125,7 @@ def recipe(batches: Iterator[Any]) -> Callable[[], None]:
 
 def ours(options: dict[str, Any], folder: str) -> Callable[[], None]:
     """A step of at-fused-train."""
-    config = resolve(PRESET, options)
+    config = resolve({"preset": "cifar-wrn-16-1-from-16-2", "compare": ("at",)}, options)
     images = CACHED_IMAGES if config.cache else IMAGES
     labels, last = torch.randint(10, (images,)), config.speed != "exact"
     samples = InMemory(pixels(images), labels, MEAN, STD, 4, True, channels_last=last)
@@ -147,7 +134,7 @@ def ours(options: dict[str, Any], folder: str) -> Callable[[], None]:
     experiment = Experiment(config, Path(folder), data=data)
     *_, (job, plan) = experiment.jobs()
     experiment.teacher.eval().requires_grad_(False)
-    trainer = experiment.trainer(job, plan, loop.Watch(lambda: None, lambda *_: None, Signals()))
+    trainer = experiment.trainer(job, plan, Watch(lambda: None, lambda *_: None, Signals()))
     trainer.student.train()
     batches = chain.from_iterable(trainer.batches(epoch) for epoch in count())
 
@@ -229,58 +216,14 @@ def compare(turns: int) -> None:
     print(*markdown(heads, 1, lines), sep="\n")
 
 
-# ---- what the students reach ---------------------------------------------------------------------
-
-
-def accuracy() -> None:
-    """Prints the accuracies of students of digits, by each program, from one teacher."""
-    base = PRESET | {"data": "digits", "image_size": 32, "epochs": EPOCHS, "seeds": SEEDS}
-    base |= {"evaluate_every": EPOCHS}
-    found: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-
-        def run(name: str, **options: Any) -> list[float]:
-            out = Path(folder, name)
-            out.mkdir()
-            curves = Experiment(resolve(base | options), out).run().students["at"]
-            return [curve.last("accuracy") for curve in curves]
-
-        run("teacher", speed="exact", seeds=1)
-        teacher = {"teacher_from": f"{folder}/teacher/teacher.pt"}
-        for name in ("fp32", "auto"):
-            found[f"`--speed {name}`"] = run(name, speed=name, **teacher)
-        config = resolve(base | teacher | {"speed": "exact"})
-        experiment = Experiment(config, Path(folder, "recipe"))
-        reached = found[RECIPE] = []
-        for job, plan in experiment.jobs():
-            torch.manual_seed(job.seed)
-            student = build(config.student, 10, 1)
-            optimizer = recipe_optimizer(student)
-            student.train()
-            experiment.teacher.eval()
-            for epoch in range(EPOCHS):
-                optimizer.param_groups[0]["lr"] = plan.lr(epoch * plan.per_epoch)
-                for x, y, _ in job.train.batches(plan.batches(epoch), plan.augmentation(epoch)):
-                    recipe_step(student, experiment.teacher, optimizer, x, y)
-            reached.append(loop.accuracy(student, job.evaluate, torch.device("cpu"))[0])
-    lines = [
-        ("cpu", name, f"{statistics.mean(v):.2f}", f"{statistics.stdev(v):.2f}", str(v))
-        for name, v in found.items()
-    ]
-    print(*markdown("program | accuracy, % | std | each", 1, lines), sep="\n")
-
-
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=TURNS, help=f"of each program ({TURNS})")
-    parser.add_argument("--accuracy", action="store_true", help="compare what students reach")
     parser.add_argument("--work", choices=PROGRAMS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:
         work(given.work)
-    elif given.accuracy:
-        accuracy()
     else:
         compare(given.turns)
 

@@ -26,8 +26,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,11 +68,7 @@ for name in ["cpu", "eager"] if libraries else ["eager"]:
         torch.testing.assert_close(both, right, rtol=1e-4, atol=1e-9)
 """
 
-METADATA = """
-import sys
-from packaging.metadata import Metadata
-Metadata.from_email(sys.argv[1], validate=True)
-"""
+METADATA = "import packaging.metadata as m, sys; m.Metadata.from_email(sys.argv[1], validate=True)"
 
 
 class CheckError(Exception):
@@ -81,7 +76,7 @@ class CheckError(Exception):
 
 
 def check(holds: bool, message: str) -> None:
-    """An assertion that a row of the table survives."""
+    """An assertion that the other checks survive."""
     if not holds:
         raise CheckError(message)
 
@@ -97,21 +92,17 @@ def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | Non
 FAILED: list[str] = []
 
 
-@contextmanager
-def row(*what: str) -> Iterator[list[str]]:
-    """Gives the list of what was checked, and prints it. Prints why a check failed, and goes on."""
-    checked: list[str] = []
-    state, start = "ok", time.monotonic()
+def attempt(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a check returns. Prints why it failed, and goes on with None."""
+    start, found, state = time.monotonic(), None, "ok"
     try:
-        yield checked
+        found = function(*arguments, **options)
     except CheckError as error:
         print(error)
         state = "FAILED"
-        FAILED.append(" ".join(what))
-    print(
-        f"{state}: {' '.join(what)}: {', '.join(checked)}, {time.monotonic() - start:.0f} s",
-        flush=True,
-    )
+        FAILED.append(what)
+    print(f"{state}: {what}, {time.monotonic() - start:.0f} s", flush=True)
+    return found
 
 
 class Environment:
@@ -205,28 +196,24 @@ def make_wheel(
     return Build(folder.name, path, libraries)
 
 
-def try_out(env: Environment, build: Build, source: Path, checked: list[str]) -> None:
+def try_out(env: Environment, build: Build, source: Path) -> None:
     """Installs it in the clean environment, runs a smoke check and tests, and uninstalls it."""
     before = env.files()
     env.pip("install", build.path)
-    checked.append("installed")
     try:
         env.call("-c", SMOKE, *build.libraries)
-        checked.append("right")
         if build.libraries:
             tests = [source / "tests" / name for name in TESTS]
             # What CUDA's kernels do in the harness, no version of torch has a part in.
             selection = ("-q", "-p", "no:cacheprovider", "-k", "not simt")
-            report = env.call("-m", "pytest", *selection, *tests, tools=True)
-            checked.append(report.splitlines()[-1].split(",")[0])
+            env.call("-m", "pytest", *selection, *tests, tools=True)
     finally:
         env.pip("uninstall", "-y", "at_fused")
     wrong = sorted(env.files() ^ before)
     check(not wrong, f"not uninstalled, or more than that: {wrong}")
-    checked.append("uninstalled")
 
 
-def without_compiler(env: Environment, source: Path, checked: list[str]) -> None:
+def without_compiler(env: Environment, source: Path) -> None:
     """A refusal in words, and the way out that it names."""
     alone = {"PATH": f"{env.folder}/bin:{env.tools}/bin", "CXX": "c++"}
     try:
@@ -236,37 +223,31 @@ def without_compiler(env: Environment, source: Path, checked: list[str]) -> None
     else:
         raise CheckError("was built without a compiler")
     check("no C++ compiler" in log and "AT_FUSED_CPP=0" in log and "Traceback" not in log, log)
-    checked.append("refused in words")
-    pure = make_wheel(env, source, "pure", frozenset(), AT_FUSED_CPP="0", **alone)
-    try_out(env, pure, source, checked)
+    try_out(env, make_wheel(env, source, "pure", frozenset(), AT_FUSED_CPP="0", **alone), source)
 
 
 def check_python(python: str, torches: list[str], work: Path, oldest: str | None) -> None:
     """All there is to check with one Python, and a build by the oldest compiler."""
     environments = [Environment(work, python, torch) for torch in torches]
     first, last = environments[0], environments[-1]
-    python = f"Python {python}, torch"
     sdist, source = make_sdist(first)
     builds = []
     for env in environments:
         kinds = {"CUDA": CUDA, "CPU": CPU} if env.has_nvcc() else {"CPU": CPU}
         for label, libraries in kinds.items():
-            with row(python, env.torch, f"{label} wheel of the sdist") as checked:
-                switch = "1" if libraries == CUDA else "0"
-                builds.append(make_wheel(env, source, label, libraries, AT_FUSED_CUDA=switch))
-                checked.append(f"{builds[-1].path.stat().st_size >> 10} KB, its files")
-    for env, build in itertools.product(environments, builds):
-        with row(python, env.torch, build.name) as checked:
-            try_out(env, build, source, checked)
-
+            switch = {"AT_FUSED_CUDA": "1" if libraries == CUDA else "0"}
+            what = f"Python {python}: {label} wheel by {env.torch}"
+            builds.append(attempt(what, make_wheel, env, source, label, libraries, **switch))
     if oldest:
-        with row(python, first.torch, f"CPU wheel by {oldest}") as checked:
-            build = make_wheel(first, source, oldest, CPU, AT_FUSED_CUDA="0", CXX=oldest)
-            try_out(first, build, source, checked)
-    with row(python, first.torch, "without a compiler") as checked:
-        without_compiler(first, source, checked)
-    with row(python, last.torch, "sdist by pip alone") as checked:
-        try_out(last, Build("sdist", sdist, CPU), source, checked)
+        switch = {"AT_FUSED_CUDA": "0", "CXX": oldest}
+        what = f"Python {python}: CPU wheel by {oldest}"
+        builds.append(attempt(what, make_wheel, first, source, oldest, CPU, **switch))
+    for env, build in itertools.product(environments, filter(None, builds)):
+        what = f"Python {python}: {build.name} under {env.torch}"
+        attempt(what, try_out, env, build, source)
+    attempt(f"Python {python}: without a compiler", without_compiler, first, source)
+    alone = Build("sdist", sdist, CPU)
+    attempt(f"Python {python}: sdist by pip alone", try_out, last, alone, source)
 
 
 def at_hand(python: str) -> bool:
@@ -291,8 +272,9 @@ def main() -> int:
     print(f"not at hand: Python {', '.join(missing) or 'none'}{'' if oldest else f'; {OLDEST}'}")
     for python in pythons:
         folder = tempfile.TemporaryDirectory(prefix="at_fused-versions-")
-        with folder as work, row("Python", python):
-            check_python(python, options.torch, Path(work), oldest)
+        with folder as work:
+            what = f"Python {python}, all of it"
+            attempt(what, check_python, python, options.torch, Path(work), oldest)
         oldest = None  # once is enough
     print("failed:", *FAILED or ["none"], sep="\n")
     return bool(FAILED or not pythons)

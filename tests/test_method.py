@@ -642,7 +642,8 @@ def test_teachers_under_inference_mode(backend: str, options: dict[str, Any]) ->
     s = feature(2, 5, 4, 4).requires_grad_()
     with torch.inference_mode():
         t = feature(2, 5, *((3, 5) if "resize" in options else (4, 4)))
-        mask, weights = torch.rand(2, 6, 6), torch.rand(2)
+        # Of the maps' dtype and size: used as they are.
+        mask, weights = torch.rand(2, 4, 4).double(), torch.rand(2).double()
         tokens = feature(2, 17, 3)
     plain = t.clone()
     for more in ({}, {"mask": mask}, {"sample_weights": weights}):
@@ -672,7 +673,7 @@ def test_maps_under_inference_mode(backend: str) -> None:
         with torch.inference_mode():
             t = feature(2, 5, *size)
             q = at_fused.attention_tap(t)[1]
-            mask = torch.rand(2, 4, 4)
+            mask = torch.rand(2, 4, 4).double()
         for options in ({}, {"form": "paper", "reduction": "none"}, {"mask": mask}):
             options = {**options, "resize": "maps"}
             loss = at_fused.map_loss(at_fused.attention_tap(s)[1], q, **options).sum()

@@ -305,7 +305,8 @@ def _at_loss_autograd(
 
 def _at_value_and_grad_autograd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     if transformed():
-        return eager.at_value_and_grad(*arguments)
+        with torch.no_grad():
+            return eager.at_value_and_grad(*arguments)
     return below_autograd(operators.at_value_and_grad.default, *arguments)
 
 

@@ -96,6 +96,7 @@ AT_FUSED_INLINE Vec<A> add_position(const T* x, int64_t C, P p) {
     c = vectors * width;
   } else {
     for (; c + 4 * width <= C; c += 4 * width) {
+      prefetch_ahead<4 * width>(x + c);
       add_both(0, x + c);
       add_both(2, x + c + 2 * width);
     }

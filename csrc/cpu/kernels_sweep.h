@@ -55,6 +55,11 @@ AT_FUSED_INLINE void sweep_line(const T* x, T* out, int64_t n, bool stream, K k,
   int64_t i = 0;
   const auto full = [&]() AT_FUSED_LAMBDA { return add.full(i, f(load(x + i), k.full(i))); };
   const auto both = [&]() AT_FUSED_LAMBDA {
+    // Elements of 16 bits take as long to convert as memory takes to answer, and short rows are
+    // mostly those of samples that a cache has.
+    if constexpr (sizeof(T) > 2) {
+      if (n >= 256) prefetch_ahead<2 * width>(x + i);
+    }
     const Both<Vec<A>> features = load_both(x + i);
     return Both<Vec<A>>{add.full(i, f(features.low, k.full(i))),
                         add.full(i + width, f(features.high, k.full(i + width)))};

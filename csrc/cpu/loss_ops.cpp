@@ -49,14 +49,14 @@ std::vector<Task> cut_pairs(std::vector<Pair>& pairs, int64_t total) {
 
 // The maps of a task's samples, student's and teacher's.
 void map_samples(const Pair& pair, const Task& task, int64_t b0, int64_t b1, double p) {
-  // All of the student's samples, then all of the teacher's: two long runs through memory.
-  for (int64_t b = b0; b < b1; ++b) {
-    kernels().attention_map(pair.student, b, task.begin, task.end, p, pair.student_scale,
-                            pair.student_maps.of(b));
-  }
+  // Two long runs through memory, the student's last: the backward pass reads it again.
   for (int64_t b = b0; b < b1; ++b) {
     kernels().attention_map(pair.teacher, b, task.begin, task.end, p, pair.teacher_scale,
                             pair.teacher_maps.of(b));
+  }
+  for (int64_t b = b0; b < b1; ++b) {
+    kernels().attention_map(pair.student, b, task.begin, task.end, p, pair.student_scale,
+                            pair.student_maps.of(b));
   }
 }
 
