@@ -447,13 +447,9 @@ def test_a_device_that_is_not_the_current_one(gpu: str) -> None:
 
 
 def test_memory_of_a_step_with_attention_transfer(gpu: str) -> None:
-    def peak_bytes(step: Callable[[], object]) -> int:
+    def second(step: Callable[[], object]) -> int:
         step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
+        return peak(step)
 
-    peak = peak_bytes if GPU else test_transfer_training.peak_bytes
-    test_transfer_training.check_memory(DEVICE, peak)
+    take = second if GPU else test_transfer_training.Allocations().take
+    test_transfer_training.check_memory(DEVICE, take)

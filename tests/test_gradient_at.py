@@ -106,29 +106,20 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11, torch.float16: 1e-3, tor
 
 @FORMS
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (4,), (2, 70001), (1, 3, 64, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (4,), (2, 70001)], ids=str)
 def test_gradient_at_loss(form: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    a, b = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
-    found = at_fused.gradient_at_loss(a, b, form=form)
-    wide = a.detach().double().requires_grad_()
-    right = reference(wide, b.double(), form)
-    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    exact = 1e-11 if dtype == torch.float64 else 1e-6
-    torch.testing.assert_close(found.double(), right, rtol=exact, atol=0)
-    (g,), (r,) = torch.autograd.grad(found, a), torch.autograd.grad(right, wide)
-    assert (g.double() - r).abs().max() <= TOLERANCE[dtype] * r.abs().max()
-
-
-def test_small_and_large_gradients() -> None:
-    """Of a sure network's samples, and of networks without normalisation."""
-    x = torch.randn(3, 3, 8, 8)
-    for size in (1e-15, 1e-6, 1e6, 1e15):
-        a = (x * size).requires_grad_()
-        loss = at_fused.gradient_at_loss(a, torch.zeros_like(a))
-        right = reference(a.detach().double(), torch.zeros(3, 3, 8, 8).double(), "paper")
-        torch.testing.assert_close(loss.double(), right, rtol=1e-6, atol=0)
-        (g,) = torch.autograd.grad(loss, a)
-        torch.testing.assert_close(torch.linalg.vector_norm(g, dim=(1, 2, 3)), torch.ones(3) / 3)
+    """Also of a sure network's samples, and of networks without normalisation."""
+    for size in (1.0, 1e-15, 1e15) if form == "paper" and dtype.itemsize > 2 else (1.0,):
+        a = (size * torch.randn(shape)).to(dtype).requires_grad_()
+        b = (size * torch.randn(shape)).to(dtype)
+        found = at_fused.gradient_at_loss(a, b, form=form)
+        wide = a.detach().double().requires_grad_()
+        right = reference(wide, b.double(), form)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        exact = 1e-11 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(found.double(), right, rtol=exact, atol=0)
+        (g,), (r,) = torch.autograd.grad(found, a), torch.autograd.grad(right, wide)
+        assert (g.double() - r).abs().max() <= TOLERANCE[dtype] * r.abs().max()
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2,)], ids=str)
@@ -254,10 +245,7 @@ def test_other_errors() -> None:
         at_fused.gradient_at_loss([X], [X])
     with pytest.raises(TypeError, match="model must be a module or a function, got Tensor"):
         at_fused.flip_symmetry_loss(X, X, Y)
-    with (
-        torch.inference_mode(),
-        pytest.raises(RuntimeError, match="inference mode has no gradients"),
-    ):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference mode has no grad"):
         at_fused.input_gradient(LINEAR, X, Y)
 
 

@@ -235,62 +235,42 @@ def test_repr_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 # ---- inputs --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
-def test_a_changed_input_is_refused(cache: TeacherCache, dtype: torch.dtype) -> None:
-    x = (inputs().abs() * 9).to(dtype)
-    with pytest.raises(StaleCacheError, match="sample 1 is not the input"):
-        cache.fetch(never, x[:3], [1, 2, 1], identity=NAME)
-    assert cache.stored(NAME) == 0
-    maps = [torch.ones(8, 2)]
-    cache.fetch(lambda x: (maps, None), x[:8], range(8), identity=NAME)
-    changed = x.clone()
-    changed[5, 2, 3, 3] += 1
-    for one in again(cache):
-        message = "sample 5 is not the input that the cache was made from .1 of 8.*random.*seed="
-        with pytest.raises(StaleCacheError, match=message):
-            one.fetch(never, changed, range(SAMPLES), identity=NAME)
-        assert one.stored(NAME) == 8
-    check(cache.fetch(never, x[6:8], [6, 7], identity=NAME), ([torch.ones(2, 2)], None))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fingerprints(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_byte_is_another_input_and_other_strides_are_not(
+    cache: TeacherCache, dtype: torch.dtype
+) -> None:
     raw = torch.randint(0, 256, (3, 5, 2, 2 * dtype.itemsize), dtype=torch.uint8)
     x = raw.view(dtype)
-    found = _store.row_hashes(x, "x")
-    assert found.dtype == torch.int64
-    assert found.unique().numel() == 3
-    # Each byte counts, and a row only for itself.
-    seen = set()
+    with pytest.raises(StaleCacheError, match="sample 7 is not the input"):
+        cache.fetch(never, x, [2, 7, 7], identity=NAME)
+    right = [torch.ones(3, 2)], None
+    cache.fetch(lambda x: right, x, [6, 2, 9], identity=NAME)
     for place in range(raw[0].numel()):
         changed = raw.clone()
         changed[1].view(-1)[place] ^= 1 << place % 8
-        other = _store.row_hashes(changed.view(dtype), "x")
-        assert (other != found).tolist() == [False, True, False]
-        seen.add(int(other[1]))
-    assert len(seen) == raw[0].numel()
-    # Any strides, and any batch.
+        message = "sample 2 is not the input that the cache was made from .1 of 3.*random.*seed="
+        with pytest.raises(StaleCacheError, match=message):
+            cache.fetch(never, changed.view(dtype), [6, 2, 9], identity=NAME)
+    assert cache.stored(NAME) == 3
     last = torch.stack([x, x], 3)[..., 0, :].contiguous(memory_format=torch.channels_last)
     odd = torch.stack([x, x], 4)[..., 1]
-    for same in (x.contiguous(), last, odd, x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)):
-        assert torch.equal(_store.row_hashes(same, "x"), found)
-    assert torch.equal(_store.row_hashes(x[1:2], "x"), found[1:2])
+    for same in (last, odd, x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)):
+        for one in again(cache):
+            check(one.fetch(never, same, [6, 2, 9], identity=NAME), right)
+
+
+def test_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored caches have these numbers: others need another format."""
+    x = torch.arange(8, dtype=torch.float32).view(2, 4)
+    right = [-2175622316265835352, -8541282024382568498]
+    assert _store.row_hashes(x, "x").tolist() == right
     monkeypatch.setattr(_store, "_CHUNK", 1)
-    assert torch.equal(_store.row_hashes(x, "x"), found)
-    column = x[:1, 0, 0, 0]
-    assert torch.equal(_store.row_hashes(column, "x"), _store.row_hashes(column.clone(), "x"))
-
-
-def test_fingerprints_of_other_dtypes_shapes_and_signs() -> None:
+    assert _store.row_hashes(x, "x").tolist() == right
     x = torch.randn(1, 4, 6)
     others = [x, x.view(1, 6, 4), x.view(1, 24), x.view(torch.int32), x.view(torch.uint8)]
     signs = [1.0 - 2.0 * torch.tensor([n >> k & 1 for k in range(24)]) for n in range(1, 300)]
     others += [x * sign.view(1, 4, 6) for sign in signs]
-    others += [x.flip(1), x.flip(2), x.roll(1, 2)]
     assert len({int(_store.row_hashes(y, "x")) for y in others}) == len(others)
-    # Stored caches have these numbers: others need another format.
-    x = torch.arange(8, dtype=torch.float32).view(2, 4)
-    assert _store.row_hashes(x, "x").tolist() == [-2175622316265835352, -8541282024382568498]
 
 
 # ---- damage --------------------------------------------------------------------------------------
@@ -360,27 +340,18 @@ def test_rows_in_anothers_place_are_refused(cache: TeacherCache) -> None:
 
 METAS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "format": (lambda m: m | {"format": 2}, "expected format 1, found 2"),
-    "byteorder": (lambda m: m | {"byteorder": "big"}, "expected byteorder 'little', found 'big'"),
     "seed": (lambda m: m | {"seed": 5}, "expected seed 0, found 5"),
-    "nested": (lambda m: "[" * 10**5, "expected the JSON of a cache, found RecursionError"),
     "text": (lambda m: "{", "expected the JSON of a cache, found JSONDecodeError"),
     "no arrays": (lambda m: m | {"arrays": {}}, "expected arrays by name, found {}"),
     "name": (lambda m: arrays(m, **{"../map0": ["float32", 48]}), "found ../map0: "),
     "array": (lambda m: arrays(m, map0=7), "found map0: 7"),
     "dtype": (lambda m: arrays(m, map0=["int8", 48]), "found map0: \\['int8', 48\\]"),
-    "no dtype": (lambda m: arrays(m, map0=[["float32"], 48]), "found map0: "),
-    "negative": (lambda m: arrays(m, map0=["float32", -6, -8]), "found map0: "),
     "size": (lambda m: arrays(m, map0=["float32", 49]), "map0.bin: expected 2352 bytes, found 23"),
     # Of the same size: the checksums have shapes and dtypes in them, and the order of the arrays.
     "shape": (lambda m: arrays(m, map0=["float32", 6, 8]), "checksum.bin: expected checksum"),
     "width": (lambda m: arrays(m, map0=["float64", 24]), "checksum.bin: expected checksum"),
-    "kind": (lambda m: arrays(m, logits=["bfloat16", 5]), "checksum.bin: expected checksum"),
     "order": (
         lambda m: m | {"arrays": dict(reversed(m["arrays"].items()))},
-        "checksum.bin: expected checksum",
-    ),
-    "fewer": (
-        lambda m: m | {"arrays": {"map0": ["float32", 48]}},
         "checksum.bin: expected checksum",
     ),
 }
@@ -546,14 +517,6 @@ def test_who_comes_while_one_writes_waits(cache: TeacherCache, other: str) -> No
     check(cache.fetch(never, x[4:8], range(4, 8), identity=NAME), Teacher(2)(x[4:8]))
 
 
-def test_the_second_to_make_a_sub_folder_takes_the_firsts(cache: TeacherCache) -> None:
-    x, folder = inputs(), filled(cache)
-    layout = {"map0": ["float32", 3]}
-    _store.create(str(folder), cache._header(NAME, 0), layout, SAMPLES)
-    assert os.listdir(folder.parent) == [folder.name]
-    check(cache.fetch(never, x, range(SAMPLES), identity=NAME), Teacher()(x))
-
-
 def test_pickled_to_a_fresh_process(cache: TeacherCache) -> None:
     """Also: a teacher's hash is the same there, whatever Python's own hashes are seeded with."""
     torch.manual_seed(0)
@@ -653,43 +616,6 @@ def test_killed_at_any_step(cache: TeacherCache, step: tuple[Any, str, int], aft
     # The last index_copy_ is that of the marks.
     assert cache.stored(NAME) == (8 if step == STEPS[-1] and after else 0)
     check(cache.fetch(Teacher(), x, range(SAMPLES), identity=NAME), Teacher()(x))
-
-
-def test_killed_at_any_time(cache: TeacherCache) -> None:
-    draw, x = random.Random(0), inputs(32)
-    cache = TeacherCache(cache._folder, 32)
-
-    def wide(x: Tensor) -> Result:
-        rows = x.flatten(1).repeat(1, 40)
-        return [rows, rows.double()], rows[:, :5]
-
-    right, seed = wide(x), FORK.RawValue("i", 0)
-
-    def child() -> None:
-        torch.set_num_threads(1)  # a fork has no others
-        while True:
-            for start in range(0, 32, 8):
-                batch = list(range(start, start + 8))
-                cache.fetch(wide, x[batch], batch, identity=NAME, seed=seed.value)
-            seed.value += 1
-
-    checked = 0
-    for _ in range(8):
-        begun = seed.value
-        process = FORK.Process(target=child)
-        process.start()
-        while seed.value < begun + 2:  # it is at work
-            assert process.is_alive()
-            time.sleep(0.001)
-        time.sleep(draw.random() * 0.01)
-        process.kill()
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-        for one in range(begun, seed.value + 1):
-            check(cache.fetch(wide, x, range(32), identity=NAME, seed=one), right)
-            checked += 1
-        seed.value += 1
-    assert checked >= 24
 
 
 # ---- the teacher's hash --------------------------------------------------------------------------
@@ -890,28 +816,20 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "compute": ({"compute": 3}, TypeError, "compute must be a function, got int"),
     "x": ({"x": [1]}, TypeError, "x must be a tensor, got list"),
     "x sparse": ({"x": torch.eye(2).to_sparse()}, TypeError, "x must be a dense tensor"),
-    "x empty": ({"x": torch.ones(0, 3)}, ValueError, r"x must be .*got shape \(0, 3\)"),
-    "index": ({"index": 3}, TypeError, "index must be a tensor or a sequence of ints, got int"),
     "index dtype": ({"index": M[:, 0]}, TypeError, "index must be int64 .* got torch.float32"),
     "index rank": (
         {"index": torch.ones(2, 1, dtype=torch.int64)},
         ValueError,
         r"index must be \(B,\), here \(2,\), got shape \(2, 1\)",
     ),
-    "index float": ({"index": [0, 1.0]}, TypeError, "index must have ints only, got float"),
     "index large": ({"index": torch.tensor([0, 12])}, ValueError, r"in \[0, 12\), got 12"),
-    "index huge": ({"index": [2**70, 0]}, ValueError, r"numbers in \[0, 12\), got 1180591620"),
     "identity": ({"identity": 3}, TypeError, "identity must be a str, got int"),
-    "identity line": ({"identity": "abc\n"}, ValueError, r"identity must be .* got 'abc\\n'"),
     "seed": ({"seed": 1.0}, TypeError, "seed must be an int, got float"),
     "no tuple": (returning([M]), TypeError, r"compute must return \(maps, .*got list"),
     "maps": (returning((M, None)), TypeError, "compute: maps must be a list or tuple .*got Tensor"),
     "nothing": (returning(([], None)), ValueError, "compute must return maps or logits"),
-    "map": (returning(([3], None)), TypeError, "compute: map0 must be a tensor, got int"),
     "map dtype": (returning(([M, M.half()], None)), TypeError, "map1 must be float32 or float64"),
     "map rows": (returning(([M[:1]], None)), ValueError, r"map0 must be \(2, ...\).*\(1, 3\)"),
-    "map empty": (returning(([M[:, :0]], None)), ValueError, "map0 must not be empty"),
-    "logits": (returning(([M], [3])), TypeError, "compute: logits must be a tensor, got list"),
     "logits dtype": (returning(([M], M.long())), TypeError, "logits must be float32, float16"),
     "logits rank": (returning(([M], M[:, 0])), ValueError, r"logits must be \(2, K\)"),
 }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_train_data import needs_torchvision
 from torch import Tensor, nn
-from train_runs import small
 
 from at_fused.train import speed
 from at_fused.train.config import resolve
@@ -116,18 +116,18 @@ def norms(model: nn.Module) -> int:
     return sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
+def agree(found: nn.Module, wanted: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), wanted(x), rtol=1e-3, atol=1e-3)
+
+
 def test_folding_a_wrn_changes_rounding_alone() -> None:
     x = torch.randn(8, 3, 16, 16)
     model = warmed(WRN(16, 2), x)
-    layers = [f"groups.{i}" for i in range(3)]
-    lean, count = folded(model, layers)
+    lean, count = folded(model, [f"groups.{i}" for i in range(3)])
     # The second norm of each block follows a convolution; the first, and the last, a sum.
     assert (norms(model), norms(lean), count) == (13, 7, 6)
-    with torch.no_grad():
-        (wanted, features), (found, others) = model(x), lean(x)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    for a, b in zip(features, others, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+    agree(lean, model, x)
 
 
 @needs_torchvision
@@ -136,8 +136,7 @@ def test_folding_a_resnet_leaves_no_norm() -> None:
     model = warmed(build("resnet-18", 10, 3), x)
     lean, count = folded(model, ["layer1", "layer4"])
     assert (norms(lean), count) == (0, 20)
-    with torch.no_grad():
-        torch.testing.assert_close(lean(x), model(x), rtol=1e-3, atol=1e-3)
+    agree(lean, model, x)
 
 
 def test_a_layer_that_is_looked_at_keeps_its_output() -> None:
@@ -191,22 +190,23 @@ def test_what_cannot_be_folded_is_left() -> None:
 
 
 def test_speed_says_how_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(method: str = "at", processes: int = 1, **options: Any) -> Way:
+        return way(resolve(options), CPU, method, processes)
+
     monkeypatch.setattr(speed, "bf16_is_fast", lambda device: True)
-    auto = way(resolve({"speed": "auto"}), CPU, "at", 1)
+    auto = of(speed="auto")
     assert auto == Way(torch.bfloat16, True, True, True, True)
     assert str(auto) == "bfloat16, channels_last, compile, folded BatchNorm, fused SGD"
     monkeypatch.setattr(speed, "bf16_is_fast", lambda device: False)
-    assert way(resolve({"speed": "auto"}), CPU, "at", 1).dtype is None
-    assert way(resolve({"speed": "fp32"}), CPU, "at", 1).dtype is None
-    assert way(resolve({"speed": "bf16"}), CPU, "at", 1).dtype is torch.bfloat16
-    assert way(resolve({"speed": "fp16"}), CPU, "at", 1).dtype is torch.float16
-    assert way(resolve({"speed": "exact"}), CPU, "at", 1) == Way()
+    dtypes = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    assert {name: of(speed=name).dtype for name in dtypes} == dtypes
+    assert of(speed="exact") == Way()
     # Double backward: neither a graph nor 8 bits.
-    second = way(resolve({"speed": "bf16"}), CPU, "gradient-at", 1)
+    second = of("gradient-at", speed="bf16")
     assert (second.dtype, second.compile, second.channels_last) == (None, False, True)
-    assert not way(resolve({"speed": "fp32", "compile": False}), CPU, "at", 1).compile
-    assert not way(resolve({"speed": "fp32"}), CPU, "at", 2).compile
-    assert way(resolve({"speed": "fp32", "sync_norm": False}), CPU, "at", 2).compile
+    assert not of(speed="fp32", compile=False).compile
+    assert not of(processes=2, speed="fp32").compile
+    assert of(processes=2, speed="fp32", sync_norm=False).compile
 
 
 def test_this_machine_knows_whether_it_has_bf16() -> None:
@@ -214,4 +214,3 @@ def test_this_machine_knows_whether_it_has_bf16() -> None:
     if flags.is_file():
         words = flags.read_text().split()
         assert speed.bf16_is_fast(CPU) == ("avx512_bf16" in words or "amx_tile" in words)
-    assert small().speed == "exact"

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from reference import popular_at_loss
 from sklearn.datasets import load_digits
+from test_train_parallel import together
 from torch import Tensor, nn
 
 import at_fused
 from at_fused import AttentionTransfer
-from at_fused.train import parallel
 from at_fused.train.wrn import WRN
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -151,23 +148,11 @@ def check_memory(device: str, peak_bytes: Callable[[Callable[[], object]], int])
 # ---- two processes -------------------------------------------------------------------------------
 
 
-def train_in_a_process(rank: int, port: int, path: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        gradients, losses = train_steps(lambda net: nn.parallel.DistributedDataParallel(net), rank)
-        torch.save((gradients, losses), f"{path}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def train_steps(wrap: Callable[[nn.Module], Any], rank: int | None) -> tuple[Any, Tensor]:
+def train_steps(wrap: Callable[[nn.Module], Any], part: slice) -> tuple[Any, Tensor]:
     """Two steps on the whole batch, or on a process's half of it; gradients of the second."""
     student, teacher = (net.double() for net in networks(4))
     student.eval()  # BatchNorm's statistics of a half are not those of the whole
     x, y = torch.randn(8, 1, 8, 8).double(), torch.arange(8)
-    part = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
     model = wrap(student)
     at = AttentionTransfer(model, teacher, GROUPS, beta=BETA)
     optimizer = torch.optim.SGD(student.parameters(), 0.01)
@@ -181,11 +166,13 @@ def train_steps(wrap: Callable[[nn.Module], Any], rank: int | None) -> tuple[Any
     return [p.grad for p in student.parameters()], torch.stack(losses)
 
 
-@pytest.mark.long
 def test_beta_means_the_same_in_two_processes(tmp_path: Path) -> None:
-    port = parallel.free_port()
-    torch.multiprocessing.spawn(train_in_a_process, (port, str(tmp_path)), nprocs=2)
-    gradients, losses = train_steps(lambda net: net, None)
+    def member(rank: int) -> None:
+        half = train_steps(nn.parallel.DistributedDataParallel, slice(4 * rank, 4 * rank + 4))
+        torch.save(half, tmp_path / f"{rank}.pt")
+
+    assert together(2, member) == [0, 0]
+    gradients, losses = train_steps(lambda net: net, slice(8))
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for found, _ in halves:
         torch.testing.assert_close(found, gradients)
