@@ -405,3 +405,9 @@ def test_a_label_out_of_range(label: int, smoothing: float) -> None:
     for x, y, row in ((S, labels, "2"), (torch.randn(2, 6, 3, 4), image, r"\(1, 0, 2\)")):
         with pytest.raises(RuntimeError, match=rf"from 0 to 5 or.*got {label} in row {row}"):
             kd_loss(x, x, y, label_smoothing=smoothing)
+
+
+def test_vmap_over_teachers_alone() -> None:
+    s, teachers = torch.randn(4, 5), torch.randn(3, 4, 5)
+    found = torch.func.vmap(lambda t: at_fused.kd_loss(s, t))(teachers)
+    torch.testing.assert_close(found, torch.stack([at_fused.kd_loss(s, t) for t in teachers]))

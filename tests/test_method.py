@@ -798,3 +798,30 @@ def test_module_takes_what_belongs_to_a_batch_in_its_call() -> None:
     for name in ("mask", "power"):
         with pytest.raises(TypeError, match=f"takes no option '{name}'"):
             at_fused.ATLoss(**{name: 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_second_derivative_with_a_mask_and_a_wider_teacher(
+    backend: str, dtype: torch.dtype
+) -> None:
+    s, t = feature(2, 3, 4, 4, dtype=dtype), feature(2, 5, 4, 4)
+    for mask in (torch.rand(2, 4, 4), torch.rand(2, 4, 4) > 0.3):
+        found = []
+        for x in (s.clone().requires_grad_(), s.double().requires_grad_()):
+            loss = at_fused.at_loss(x, t, mask=mask)
+            (g,) = torch.autograd.grad(loss, x, create_graph=True)
+            found.append(torch.autograd.grad((g.double() * t[:, :3]).sum(), x)[0].double())
+        assert (found[0] - found[1]).abs().max() < TOLERANCE[dtype] * found[1].abs().max()
+
+
+def test_a_masks_gradient_beside_a_map_of_inference_mode(backend: str) -> None:
+    s, t, mask = feature(2, 3, 4, 4), feature(2, 5, 4, 4), feature(2, 4, 4).abs()
+    with torch.inference_mode():
+        q = at_fused.attention_map(t)
+    gradients = []
+    for other in (q, q.clone()):
+        m = mask.clone().requires_grad_()
+        loss = at_fused.map_loss(at_fused.attention_map(s), other, mask=m)
+        gradients += torch.autograd.grad(loss, m)
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().max() > 0

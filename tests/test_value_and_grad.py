@@ -160,3 +160,25 @@ def test_other_arguments_are_checked_as_the_losses() -> None:
     for above, message in ((torch.ones(1, 1), "batch size"), (torch.ones(1, 2, 1), "a scalar, ")):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.at_fused.at_value_and_grad(*loss_arguments([s], [t]), 1.0, above)
+
+
+def test_vmap_over_students() -> None:
+    s, t = torch.randn(3, 2, 3, 4, 4), torch.randn(2, 5, 4, 4)
+    found = torch.func.vmap(lambda x: at_fused.at_value_and_grad(x, t))(s)
+    for i, (loss, gradient) in enumerate(zip(*found, strict=True)):
+        torch.testing.assert_close((loss, gradient), at_fused.at_value_and_grad(s[i], t))
+
+
+def test_an_unknown_option_is_named() -> None:
+    s = torch.randn(2, 3, 4, 4)
+    with pytest.raises(TypeError, match="at_value_and_grad takes no option 'power'"):
+        at_fused.at_value_and_grad(s, s, power=2)
+
+
+@pytest.mark.parametrize("name", ["form", "reduction", "eps_mode", "collapse"])
+def test_bytes_are_no_option(name: str) -> None:
+    s = torch.randn(2, 3, 4, 4)
+    value = {"form": b"code", "reduction": b"sum", "eps_mode": b"max", "collapse": b"mean"}[name]
+    for function in (at_fused.at_loss, at_fused.at_value_and_grad):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            function(s, s, **{name: value})
