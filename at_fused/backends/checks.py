@@ -26,6 +26,7 @@ def require(condition: bool, message: str) -> None:
 
 def _check_tensors(tensors: Sequence[Tensor], what: str) -> None:
     for x in tensors:
+        require(x.layout is torch.strided, f"{what} must be dense tensors")
         require(x.dtype in DTYPES, f"{what} must be float16, bfloat16, float32 or float64")
         require(x.device == tensors[0].device, f"all {what} must be on the same device")
 

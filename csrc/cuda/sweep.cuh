@@ -210,7 +210,7 @@ __device__ __forceinline__ void sweep_task(const SweepParams& params, F f) {
       params.features[member_of(params.features, params.count, blockIdx.x)];
   sweep_samples(feature, blockIdx.x - feature.first_task, [&](int b, Span span, const char* k) {
     f(feature, b, span, k,
-      factor_of(feature.loss_gradient, params.loss_gradient_fp64, b * params.sample_step));
+      factor_of(feature.loss_gradient, params.loss_gradient_fp64, here(b) * params.sample_step));
   });
 }
 
