@@ -231,7 +231,12 @@ def one(
     """A feature alone, as (B, C, *spatial), and where its channels were."""
     if not is_feature(x):
         refuse_feature("x", x)
-    side, _ = sides(channel_dim, skip_tokens, map_size)
+    side, other = sides(channel_dim, skip_tokens, map_size)
+    if side != other or isinstance(channel_dim, (tuple, list)):
+        raise ValueError(
+            "channel_dim, skip_tokens and map_size must be one value each for one feature, got "
+            f"{channel_dim!r}, {skip_tokens!r} and {map_size!r}"
+        )
     return place("x", cast(Tensor, x), side), side
 
 
@@ -291,10 +296,14 @@ def pairs(
 
 def _maps(name: str, given: object) -> list[Tensor]:
     """Maps (B, *spatial) as features of one channel."""
-    if isinstance(given, (list, tuple)):
-        if not given:
-            raise ValueError(f"{name} must not be an empty {kind(given)}")
-        return [q for i, each in enumerate(given) for q in _maps(f"{name}[{i}]", each)]
+    if not isinstance(given, (list, tuple)):
+        return [_map(name, given)]
+    if not given:
+        raise ValueError(f"{name} must not be an empty {kind(given)}")
+    return [_map(f"{name}[{i}]", each) for i, each in enumerate(given)]
+
+
+def _map(name: str, given: object) -> Tensor:
     q = check_tensor(name, given)
     if q.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, as attention maps are, got {q.dtype}")
@@ -303,7 +312,7 @@ def _maps(name: str, given: object) -> list[Tensor]:
             f"{name} must be a map (B, H, W), or have one to three spatial dimensions, "
             f"got shape {tuple(q.shape)}"
         )
-    return [q.unsqueeze(1)]
+    return q.unsqueeze(1)
 
 
 def map_pairs(

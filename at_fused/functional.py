@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from at_fused import _inputs, _maps, _ops
-from at_fused._checks import check_finite
+from at_fused._checks import check_finite, kind
 from at_fused._inputs import MapSize, MapSizes, Sides
 from at_fused._options import LossOptions
 from at_fused._problem import (
@@ -234,13 +234,21 @@ def at_value_and_grad(
 
 
 def _options_of_one(
-    p: float, collapse: str, attend: str, absolute: bool, eps: float, eps_mode: str
+    p: float,
+    collapse: str,
+    normalize: object,
+    attend: str,
+    absolute: bool,
+    eps: float,
+    eps_mode: str,
 ) -> None:
     _inputs.check_options(
         p=p, eps=eps, absolute=absolute, collapse=collapse, attend=attend, eps_mode=eps_mode
     )
     if attend == "both":
         raise ValueError("attend must be 'spatial' or 'channel' for one map, got 'both'")
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be True or False, got {kind(normalize)}")
 
 
 def attention_map(
@@ -281,7 +289,7 @@ def attention_map(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
     """
-    _options_of_one(p, collapse, attend, absolute, eps, eps_mode)
+    _options_of_one(p, collapse, normalize, attend, absolute, eps, eps_mode)
     feature, _ = _inputs.one(x, channel_dim, skip_tokens, map_size)
     if attend == "channel":
         feature = _inputs.channels_as_positions(feature)
@@ -336,7 +344,7 @@ def attention_tap(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
     """
-    _options_of_one(p, collapse, attend, absolute, eps, eps_mode)
+    _options_of_one(p, collapse, normalize, attend, absolute, eps, eps_mode)
     feature, side = _inputs.one(x, channel_dim, skip_tokens, map_size)
     place = _ops.Place(
         side.channel_dim,

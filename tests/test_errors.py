@@ -346,3 +346,31 @@ def test_a_single_position_warns_once_either_way(
     assert w[0].filename == __file__
     assert loss[1] == 0
     at_fused.at_loss(s, t, **more)  # a second warning would be an error here
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"channel_dim": (1, -1)},
+        {"channel_dim": -1, "skip_tokens": (1, 2)},
+        {"channel_dim": -1, "map_size": ((2, 2), None)},
+    ],
+    ids=str,
+)
+def test_one_feature_takes_one_value_of_each_option(options: dict[str, Any]) -> None:
+    for function in (at_fused.attention_map, at_fused.attention_tap):
+        with pytest.raises(ValueError, match="must be one value each"):
+            function(torch.randn(2, 4, 4), **options)
+
+
+@pytest.mark.parametrize("normalize", ["no", 1, None])
+def test_normalize_is_no_truth_value(normalize: Any) -> None:
+    for function in (at_fused.attention_map, at_fused.attention_tap):
+        with pytest.raises(TypeError, match="normalize must be True or False"):
+            function(torch.randn(2, 3, 4, 4), normalize=normalize)
+
+
+def test_lists_of_lists_of_maps_are_refused() -> None:
+    q = torch.rand(2, 4, 4)
+    with pytest.raises(TypeError, match=r"student\[0\] must be a tensor, got list"):
+        at_fused.map_loss([[q, q]], [q, q])
