@@ -18,7 +18,7 @@ def kind(value: object) -> str:
 
 
 def is_whole(value: object) -> bool:
-    """Whether this is a whole number: an int, but no bool, which is one to Python."""
+    """Return True for an int, but not for a bool, which is one to Python."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -17,7 +17,7 @@ from at_fused._ops import Place
 
 
 class MapOptions(NamedTuple):
-    """How maps are made."""
+    """The options that make maps."""
 
     p: float
     collapse: str

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from at_fused import _ops
 from at_fused._ops import Place
+from at_fused.backends import eager
 from at_fused.backends.checks import without_first
 from at_fused.backends.results import accumulate_dtype
 
 
 def keeps_sign(p: float, absolute: bool) -> bool:
-    """Whether A^p is not |A|^p."""
+    """Return True where A^p is not |A|^p."""
     return not absolute and p % 2 == 1
 
 
@@ -39,10 +40,7 @@ def signed_gradients(
     """
     gradients = []
     for i, x in enumerate(without_first(features, skip_tokens)):
-        k = coefficients[i]
-        if loss_gradient is not None:
-            g = loss_gradient if loss_gradient.dim() == 0 else loss_gradient[i]
-            k = k * (g.unsqueeze(1) if g.dim() == 1 else g)
+        k = eager.times_loss_gradient(coefficients[i], loss_gradient, i)
         slope = x.flatten(2).to(k.dtype) ** (p - 1)
         gradient = (k.unsqueeze(1) * slope).to(x.dtype).view(x.shape)
         skip = skip_tokens[i] if skip_tokens else 0

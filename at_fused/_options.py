@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class LossOptions(NamedTuple):
-    """How maps are made, normalised and compared; the defaults of ``at_loss``."""
+    """The options that make, normalise and compare maps; the defaults of ``at_loss``."""
 
     p: float = 2.0
     collapse: str = "mean"

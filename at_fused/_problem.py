@@ -318,8 +318,7 @@ def value_and_grad(
     gradients: list[list[Tensor]] = []
     for part in _spatial(problem._replace(whole=[], skip_tokens=[])):
         loss, found = _value_and_grad(part, scale, loss_gradient)
-        if len(losses) == (problem.attend == "both"):
-            # Of the transposed view.
+        if part.students is not problem.students:  # the transposed views of channel attention
             pairs = zip(found, problem.students, strict=True)
             found = [g.transpose(1, 2).reshape(x.shape) for g, x in pairs]
         losses.append(loss)

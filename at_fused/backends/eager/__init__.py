@@ -17,6 +17,7 @@ from at_fused.backends.eager.attention import (
     normalize,
     pair_loss,
     sample_weight,
+    times_loss_gradient,
     wide,
     without_first,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "pair_loss",
     "reason",
     "sample_weight",
+    "times_loss_gradient",
     "wide",
     "without_first",
 ]

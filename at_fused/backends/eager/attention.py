@@ -85,15 +85,21 @@ def attention_map_backward(
     gradients = []
     mapped = without_first(features, skip_tokens)
     for i, (x, k) in enumerate(zip(mapped, coefficients, strict=True)):
-        if loss_gradient is not None:
-            g = loss_gradient if loss_gradient.dim() == 0 else loss_gradient[pairs[i]]
-            k = k * (g.unsqueeze(1) if g.dim() == 1 else g)
+        k = times_loss_gradient(k, loss_gradient, pairs[i])
         channel = channels[i] if channels else None
         gradient = _sweep(x.to(k.dtype), k, p, channel).to(x.dtype)
         if skip_tokens and skip_tokens[i]:
             gradient = F.pad(gradient, (skip_tokens[i], 0))
         gradients.append(laid_out_as(features[i], gradient))
     return gradients
+
+
+def times_loss_gradient(k: Tensor, loss_gradient: Tensor | None, pair: int) -> Tensor:
+    """Multiply a pair's coefficients by the gradient of its loss, as ``_ops`` describes it."""
+    if loss_gradient is None:
+        return k
+    g = loss_gradient if loss_gradient.dim() == 0 else loss_gradient[pair]
+    return k * (g.unsqueeze(1) if g.dim() == 1 else g)
 
 
 def _sweep(x: Tensor, k: Tensor, p: float, channels: Tensor | None) -> Tensor:

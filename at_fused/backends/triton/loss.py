@@ -154,7 +154,7 @@ def _loss_of_pair(
             ADD,
         )
         if pair.mask is not None:
-            # What is kept of a side without a gradient is the map that was normalised.
+            # A side without a gradient keeps the map that was normalised.
             if not STUDENT_GRAD:
                 mask_map(s_map, factors, positions, pair.BLOCK)
             if not TEACHER_GRAD:
