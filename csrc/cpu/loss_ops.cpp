@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensors> at_value_and_grad(Tensors student, Tensors teacher, 
     advise_huge_pages(gradients.written[i].mutable_data_ptr(), bytes);
     student_total += bytes;
   }
-  const bool stream = student_total > last_level_cache_bytes();
+  const bool stream = writes_past_caches(student_total);
   const auto sweep = [&](const Task& task, int64_t b, int64_t begin, int64_t end) {
     kernels().attention_map_backward(
         gradients.features[task.index], b, begin, end, p, scale * value_of(gradient, task.index, b),

@@ -84,7 +84,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
     advise_huge_pages(gradients.written[i].mutable_data_ptr(), features[i].B * bytes);
     cut(tasks, int64_t(i), features[i].B, lines(features[i]), bytes, task_bytes(total), 1);
   }
-  const bool stream = total > last_level_cache_bytes();
+  const bool stream = writes_past_caches(total);
   run(tasks, total, [&](const Task& task) {
     const int64_t i = task.index;
     for (int64_t b = task.b0; b < task.b1; ++b) {

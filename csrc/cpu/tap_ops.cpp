@@ -17,7 +17,7 @@ void sweep_tap(const Tap& tap) {
   std::vector<Task> tasks;
   cut(tasks, 0, feature.B, lines(feature), bytes, task_bytes(total), 1);
   // In place a line is in the cache when it is written.
-  const bool stream = !in_place && !tap.maximum && total > last_level_cache_bytes();
+  const bool stream = !in_place && !tap.maximum && writes_past_caches(total);
   run(tasks, total, [&](const Task& task) {
     for (int64_t b = task.b0; b < task.b1; ++b) {
       kernels().attention_tap_backward(

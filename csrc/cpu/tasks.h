@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <fstream>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 
 namespace at_fused {
@@ -23,7 +23,8 @@ struct Task {
 };
 
 constexpr int64_t kSerialBytes = 1 << 16;  // below this a second thread costs more than it brings
-constexpr int64_t kPositionStep = 256;     // a cut through a row keeps runs of at least this length
+constexpr int64_t kUsualCacheBytes = 32 << 20;
+constexpr int64_t kPositionStep = 256;  // a cut through a row keeps runs of at least this length
 
 // Bytes of a task: several tasks per thread, so that unequal ones even out, but none so large that
 // a thread waits long for the last, nor so small that handing it out costs more than it brings.
@@ -79,13 +80,23 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
+// The cache that cores share. sysconf adds up those of a socket on some processors.
 inline int64_t last_level_cache_bytes() {
-  static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 8 << 20);
+  static const int64_t bytes = [] {
+    int64_t kib = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kib;
+    return kib > 0 ? kib << 10 : kUsualCacheBytes;
+  }();
   return bytes;
 }
 #else
 inline void advise_huge_pages(void*, int64_t) {}
-inline int64_t last_level_cache_bytes() { return 32 << 20; }
+inline int64_t last_level_cache_bytes() { return kUsualCacheBytes; }
 #endif
+
+// Whether a gradient of so many bytes is written past the caches. One that fits beside its features
+// and a third tensor (the teacher's, or the gradient from above) is left there for the next
+// operator; of a larger one each line would be read before it is written.
+inline bool writes_past_caches(int64_t bytes) { return 3 * bytes > last_level_cache_bytes(); }
 
 }  // namespace at_fused
