@@ -242,6 +242,12 @@ def test_compiled(backend_of_dynamo: str) -> None:
             return torch.func.jvp(f, (x,), (v,))[1]
 
         assert_close(torch.compile(whole, backend=backend_of_dynamo)(x, v), right)
+    xs = torch.stack([x, v])
+    for name in ("plain", "map", "map_loss", "tap", "value", "gradient"):
+        torch._dynamo.reset()
+        options = {"backend": backend_of_dynamo, "fullgraph": True}
+        compiled = torch.compile(torch.func.vmap(FUNCTIONS[name]), **options)
+        torch.testing.assert_close(compiled(xs), torch.stack([FUNCTIONS[name](x) for x in xs]))
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -270,6 +276,8 @@ def test_the_operators_themselves(name: str) -> None:
     with use(name):
         for f in called.values():
             assert_close(torch.func.jvp(f, (x,), (v,))[1], differences(f, x, v))
+            xs = torch.stack([x, v])
+            torch.testing.assert_close(torch.func.vmap(f)(xs), torch.stack([f(x), f(v)]))
     # Written in place, a gradient has no rule: it says so.
     with use(name), forward_ad.dual_level(), pytest.raises(RuntimeError, match="no derivative"):
         ops.attention_tap_backward_(forward_ad.make_dual(x, v), x, k, 3.0, "mean")

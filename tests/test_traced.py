@@ -109,6 +109,24 @@ def test_gradients_of_what_was_traced_without(name: str, tracer: str) -> None:
         assert not program(s, t).requires_grad
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_gradients_of_a_gradient_that_was_traced_without(name: str) -> None:
+    """The trace holds the backward, whose maps have a derivative as well."""
+
+    def gradient(s: Tensor, t: Tensor) -> Tensor:
+        leaf = s * 1 if s.requires_grad else (s * 1).requires_grad_()
+        return torch.autograd.grad(PROGRAMS[name](leaf, t), leaf, create_graph=s.requires_grad)[0]
+
+    s, t = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
+    program = make_fx(gradient)(s, t)
+    torch.testing.assert_close(program(s, t), gradient(s, t))
+    s.requires_grad_()
+    found, right = program(s, t), gradient(s, t)
+    torch.testing.assert_close(found, right)
+    found, right = (torch.autograd.grad(g.square().sum(), s)[0] for g in (found, right))
+    torch.testing.assert_close(found, right)
+
+
 # ---- at_value_and_grad ---------------------------------------------------------------------------
 
 TOKENS = {"channel_dim": -1, "skip_tokens": 1}

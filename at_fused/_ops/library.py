@@ -28,12 +28,16 @@ def define(schema: str) -> None:
     library.impl(name, getattr(eager, name), "CompositeExplicitAutograd")
 
 
-def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def entry(
+    name: str, function: Callable[..., Any], of_graphs: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """Register an operator's autograd; return what calls the operator.
 
-    A graph that is being compiled or exported holds the operator itself.
+    A graph that is being compiled or exported holds the operator itself; ``of_graphs`` is its
+    autograd then, where that is another one.
     """
-    library.impl(name, function, "Autograd")
+    library.impl(name, of_graphs or function, "Autograd")
+    library.impl(name, function, "FuncTorchBatched")  # of a vmap in such a graph
     operator = getattr(operators, name).default
 
     def call(*arguments: Any) -> Any:

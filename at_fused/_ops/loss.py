@@ -14,7 +14,7 @@ teachers' if ``teacher_grad``.
 pair, or nothing; ``skip_tokens`` as in ``attention_map``, the students' numbers before the
 teachers'. ``maps`` is empty without ``student_grad`` and ``teacher_grad``; otherwise it holds one
 (B, N) map per feature, students first: the coefficient map k of a side whose gradient is asked for,
-the raw map, masked, of the other. Where autograd follows a side, its graph has the maps instead.
+the raw map, masked, of the other. Where autograd follows a side, its graph has the maps it needs.
 
 ``at_value_and_grad`` returns ``(loss, gradients)``: those of the students, times ``scale`` and
 ``loss_gradient`` (a scalar, (pairs,) or (pairs, B)). Neither is part of a graph.
@@ -22,7 +22,7 @@ the raw map, masked, of the other. Where autograd follows a side, its graph has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -310,8 +310,18 @@ def _at_value_and_grad_autograd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     return below_autograd(operators.at_value_and_grad.default, *arguments)
 
 
-_map_loss = entry("map_loss", _map_loss_autograd)
-_at_loss = entry("at_loss", _at_loss_autograd)
+def _of_graphs(function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a loss's autograd for graphs: the maps of a traced backward have a gradient too."""
+
+    def call(*arguments: Any) -> Any:
+        asked = any(arguments[-2:]) and tracks(*arguments[:2])
+        return (plain if asked else function)(*arguments)
+
+    return call
+
+
+_map_loss = entry("map_loss", _map_loss_autograd, _of_graphs(_map_loss_autograd, eager.map_loss))
+_at_loss = entry("at_loss", _at_loss_autograd, _of_graphs(_at_loss_autograd, eager.at_loss))
 at_value_and_grad = entry("at_value_and_grad", _at_value_and_grad_autograd)
 
 
