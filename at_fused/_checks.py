@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,21 @@ def check_finite(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 
-def pair_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """One number for each pair; none at all for ones."""
+def check_choice(name: str, value: object, allowed: Sequence[str | None]) -> None:
+    """Raises the ValueError that names the option, what was given, and what is allowed."""
+    # An array would be compared element by element.
+    if not isinstance(value, (str, type(None))) or value not in allowed:
+        *most, last = map(repr, allowed)
+        raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")
+
+
+def pair_weights(weights: Sequence[float] | None, count: int | None) -> list[float]:
+    """One number for each pair; none at all for ones. Of None pairs the number is not known yet."""
     if weights is None:
         return []
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights must be a list or tuple of numbers, got {kind(weights)}")
-    if len(weights) != count:
+    if count is not None and len(weights) != count:
         raise ValueError(
             f"weights must have one number per pair, got {len(weights)} for {count} pairs"
         )
@@ -52,13 +61,19 @@ def pair_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return [float(weight) for weight in weights]
 
 
-def check_tensor(name: str, x: object) -> Tensor:
-    """Refuses what is no dense floating-point tensor with elements."""
+def check_dense(name: str, x: object) -> Tensor:
+    """Refuses what is no dense tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {kind(x)}")
     if x.layout is not torch.strided or x.is_nested:
         found = "a nested one" if x.is_nested else f"layout {x.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {found}")
+    return x
+
+
+def check_tensor(name: str, x: object) -> Tensor:
+    """Refuses what is no dense floating-point tensor with elements."""
+    x = check_dense(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
     if 0 in x.shape:
@@ -78,9 +93,8 @@ def check_labels(labels: object, logits: Tensor, probabilities: bool = False) ->
 
     With ``probabilities`` one for each class and row will do as well.
     """
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor or None, got {kind(labels)}")
-    if not (probabilities and labels.is_floating_point() and labels.shape == logits.shape):
+    labels = check_dense("labels", labels)
+    if not (probabilities and labels.dtype in DTYPES and labels.shape == logits.shape):
         if labels.dtype != torch.int64:
             soft = f", or class probabilities of the logits' shape, {tuple(logits.shape)}"
             raise TypeError(
@@ -99,6 +113,17 @@ def check_labels(labels: object, logits: Tensor, probabilities: bool = False) ->
         )
 
 
+def named(name: str, given: object) -> dict[str, Any]:
+    """Return what an argument holds, a tensor or a sequence of some, by its names in messages."""
+    if not isinstance(given, (Tensor, list, tuple)):
+        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {kind(given)}")
+    if not isinstance(given, Tensor) and not given:
+        raise ValueError(f"{name} must not be an empty {kind(given)}")
+    if isinstance(given, Tensor):
+        return {name: given}
+    return {f"{name}[{i}]": x for i, x in enumerate(given)}
+
+
 def check_pairs(
     names: tuple[str, str],
     first: Tensor | Sequence[Tensor],
@@ -113,18 +138,11 @@ def check_pairs(
         )
     lists = []
     for name, given in zip(names, (first, second), strict=True):
-        if not isinstance(given, (Tensor, list, tuple)):
-            raise TypeError(
-                f"{name} must be a tensor or a list or tuple of tensors, got {kind(given)}"
-            )
-        if not isinstance(given, Tensor) and not given:
-            raise ValueError(f"{name} must not be an empty {kind(given)}")
-        several = [given] if isinstance(given, Tensor) else list(given)
-        for i, x in enumerate(several):
-            own = name if isinstance(given, Tensor) else f"{name}[{i}]"
+        several = named(name, given)
+        for own, x in several.items():
             if check_tensor(own, x).dim() < rank:
                 raise ValueError(f"{own} must have a batch dimension, got shape {tuple(x.shape)}")
-        lists.append(several)
+        lists.append(list(several.values()))
     if len(lists[0]) != len(lists[1]):
         raise ValueError(
             f"{names[0]} and {names[1]} must have the same number of tensors, "

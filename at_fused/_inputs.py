@@ -13,11 +13,15 @@ from torch import Tensor
 
 from at_fused._checks import (
     DTYPES,
+    check_choice,
+    check_dense,
     check_finite,
     check_number,
     check_tensor,
     is_whole,
     kind,
+    named,
+    pair_weights,
     savable,
 )
 from at_fused._warnings import AtFusedWarning
@@ -44,11 +48,7 @@ def check_options(
 ) -> None:
     """Raises the ValueError or TypeError that names the option, what was given, what is allowed."""
     for name, value in choices.items():
-        allowed = _CHOICES[name]
-        # An array would be compared element by element.
-        if not isinstance(value, (str, type(None))) or value not in allowed:
-            *most, last = map(repr, allowed)
-            raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")
+        check_choice(name, value, _CHOICES[name])
     check_number("p", p)
     if not 1 <= p < math.inf:
         raise ValueError(f"p must be a finite number >= 1, got {p!r}")
@@ -72,6 +72,7 @@ def check_kept(owner: str, options: Mapping[str, Any], allowed: Collection[str])
     known = ("p", "eps", "absolute", *_CHOICES)
     check_options(**{name: options[name] for name in known if name in options})
     sides(options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size"))
+    pair_weights(options.get("weights"), None)
 
 
 # ---- features ------------------------------------------------------------------------------------
@@ -144,18 +145,14 @@ def given_back(gradient: Tensor, x: Tensor, side: Side) -> Tensor:
 
 
 def _features(name: str, given: Tensor | Sequence[Tensor], side: Side) -> list[Tensor]:
-    if isinstance(given, Tensor):
-        if not is_feature(given):
-            refuse_feature(name, given)
-        return [place(name, given, side)]
-    if not isinstance(given, (list, tuple)):
-        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {kind(given)}")
-    if not given:
-        raise ValueError(f"{name} must not be an empty {kind(given)}")
-    for i, x in enumerate(given):
+    several = named(name, given)
+    for own, x in several.items():
         if not is_feature(x):
-            refuse_feature(f"{name}[{i}]", x)
-    return [place(f"{name}[{i}]", x, side) for i, x in enumerate(given)]
+            refuse_feature(own, x)
+    tokens = [any(x.dim() == 3 for x in several.values())]
+    for option, value in (("skip_tokens", side.skip_tokens), ("map_size", side.map_size)):
+        check_for_tokens(option, value, [value], tokens, f"{name} has not")
+    return [place(own, x, side) for own, x in several.items()]
 
 
 def whole_tokens(
@@ -194,12 +191,14 @@ def _check_side(channel_dim: object, skip_tokens: object, map_size: Any) -> Side
         raise ValueError(f"channel_dim must be 1 or -1, got {channel_dim}")
     if skip_tokens < 0:
         raise ValueError(f"skip_tokens must be >= 0, got {skip_tokens}")
-    if map_size is not None and not (
-        isinstance(map_size, (tuple, list))
-        and 1 <= len(map_size) <= 3
-        and all(is_whole(n) and n > 0 for n in map_size)
-    ):
-        raise ValueError(f"map_size must be one to three whole numbers > 0, got {map_size!r}")
+    if map_size is not None:
+        several = map_size if isinstance(map_size, (tuple, list)) else ()
+        wrong = [n for n in several if not (is_whole(n) and n > 0)]
+        if wrong or not 1 <= len(several) <= 3:
+            found = f", in which {wrong[0]!r} is none" if wrong else ""
+            raise ValueError(
+                f"map_size must be one to three whole numbers > 0, got {map_size!r}{found}"
+            )
     return Side(channel_dim, skip_tokens, map_size)
 
 
@@ -213,23 +212,38 @@ def sides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> tuple[Side, Side
     if map_size is None and plain(channel_dim, skip_tokens):
         return _PLAIN, _PLAIN
     dims, skips = _both("channel_dim", channel_dim), _both("skip_tokens", skip_tokens)
-    nested = isinstance(map_size, (tuple, list)) and not all(isinstance(n, int) for n in map_size)
-    maps = _both("map_size", map_size) if nested else (map_size, map_size)
+    maps = both_maps(map_size)
     found = [_check_side(*options) for options in zip(dims, skips, maps, strict=True)]
-    tokens = [side.channel_dim != 1 for side in found]
-    if not any(tokens) and (map_size is not None or any(skips)):
+    last = [side.channel_dim != 1 for side in found]
+    for name, value, each in (("skip_tokens", skip_tokens, skips), ("map_size", map_size, maps)):
+        check_for_tokens(name, value, each, last, f"take channel_dim=-1 (here {channel_dim!r})")
+    return found[0] if last[0] else _PLAIN, found[1] if last[1] else _PLAIN
+
+
+def both_maps(map_size: Any) -> tuple[Any, Any]:
+    """A map size for both sides, or one for each, of which either may be None."""
+    sized = isinstance(map_size, (tuple, list))
+    if sized and any(n is None or isinstance(n, (tuple, list)) for n in map_size):
+        return _both("map_size", map_size)
+    return map_size, map_size
+
+
+def check_for_tokens(
+    name: str, value: Any, each: Sequence[Any], tokens: Sequence[bool], rule: str
+) -> None:
+    """Raises where an option of tokens is for a side without any; one for both may be for one."""
+    lost = [bool(own) and not has for own, has in zip(each, tokens, strict=True)]
+    if all(lost) or (any(lost) and each[0] is not value):
         raise ValueError(
-            "skip_tokens and map_size are for token features (B, N, C), which take "
-            f"channel_dim=-1, got channel_dim={channel_dim!r}"
+            f"{name} is for token features (B, N, C), which {rule}, got {name}={value!r}"
         )
-    return found[0], found[1]
 
 
 def one(
     x: object, channel_dim: int, skip_tokens: int, map_size: MapSize | None
 ) -> tuple[Tensor, Side]:
     """A feature alone, as (B, C, *spatial), and where its channels were."""
-    if not is_feature(x):
+    if not is_feature(x):  # nor a list
         refuse_feature("x", x)
     side, other = sides(channel_dim, skip_tokens, map_size)
     if side != other or isinstance(channel_dim, (tuple, list)):
@@ -237,7 +251,7 @@ def one(
             "channel_dim, skip_tokens and map_size must be one value each for one feature, got "
             f"{channel_dim!r}, {skip_tokens!r} and {map_size!r}"
         )
-    return place("x", cast(Tensor, x), side), side
+    return _features("x", cast(Tensor, x), side)[0], side
 
 
 # ---- pairs ---------------------------------------------------------------------------------------
@@ -296,11 +310,7 @@ def pairs(
 
 def _maps(name: str, given: object) -> list[Tensor]:
     """Maps (B, *spatial) as features of one channel."""
-    if not isinstance(given, (list, tuple)):
-        return [_map(name, given)]
-    if not given:
-        raise ValueError(f"{name} must not be an empty {kind(given)}")
-    return [_map(f"{name}[{i}]", each) for i, each in enumerate(given)]
+    return [_map(own, each) for own, each in named(name, given).items()]
 
 
 def _map(name: str, given: object) -> Tensor:
@@ -389,8 +399,11 @@ def gradient_scale(
     """A scale as a number, and as what the device has to read."""
     if not isinstance(scale, Tensor):
         check_finite("scale", scale)
+        if not -torch.finfo(dtype).max <= scale <= torch.finfo(dtype).max:
+            raise ValueError(f"scale must be finite in {dtype}, the gradient's, got {scale!r}")
         return float(scale), None
-    if scale.numel() != 1 or not scale.is_floating_point():
+    check_dense("scale", scale)
+    if scale.numel() != 1 or scale.dtype not in DTYPES:
         raise ValueError(
             "scale must be a number or a floating-point tensor of one element, got "
             f"{scale.dtype} of shape {tuple(scale.shape)}"
@@ -401,10 +414,11 @@ def gradient_scale(
 
 
 def _check_factor(name: str, factor: object, x: Tensor) -> Tensor:
-    if not isinstance(factor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {kind(factor)}")
-    if not (factor.is_floating_point() or factor.dtype == torch.bool):
-        raise TypeError(f"{name} must be floating-point or bool, got {factor.dtype}")
+    factor = check_dense(name, factor)
+    if factor.dtype not in (*DTYPES, torch.bool):
+        raise TypeError(
+            f"{name} must be float32, float16, bfloat16, float64 or bool, got {factor.dtype}"
+        )
     if factor.device != x.device:
         raise ValueError(f"{name} must be on the features' device, {x.device}, got {factor.device}")
     return savable(factor)

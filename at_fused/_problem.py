@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from at_fused import _inputs, _ops
-from at_fused._checks import pair_weights, savable
+from at_fused._checks import check_choice, pair_weights, savable
 from at_fused._inputs import MapSizes, Sides
 from at_fused._maps import attention_maps, keeps_sign, signed_gradients
 from at_fused._options import LossOptions
@@ -139,8 +139,7 @@ def prepare_maps(
 ) -> Problem:
     """Checks the arguments of ``map_loss``; the maps become features of one channel."""
     _inputs.check_options(eps=eps, form=form, reduction=reduction, eps_mode=eps_mode)
-    if resize not in (None, "maps"):
-        raise ValueError(f"resize must be None or 'maps' for a loss of maps, got {resize!r}")
+    check_choice("resize", resize, (None, "maps"))
     students, teachers = _inputs.map_pairs(student, teacher)
     if reduction == "sample":
         _inputs.check_one_batch(students, _SAMPLES)
@@ -376,7 +375,7 @@ def _through_maps(
     )
     students, skips = features[:n], problem.skip_tokens[:n]
     coefficients = [
-        k * (scale * p * eager.collapse_scale(x, collapse))
+        k * scale * (p * eager.collapse_scale(x, collapse))
         for x, k in zip(students, slopes, strict=True)
     ]
     if masks:

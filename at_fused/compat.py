@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from at_fused import _inputs
 from at_fused._beta import convert_beta, pair_betas, per_pair
-from at_fused._checks import check_finite, kind
+from at_fused._checks import check_choice, check_finite, kind
 from at_fused.functional import at_loss
 
 __all__ = [
@@ -197,8 +197,7 @@ def torchdistill_at_loss(
 
     Source: torchdistill/losses/mid_level.py of yoshitomo-matsubara/torchdistill.
     """
-    if mode not in ("code", "paper"):
-        raise ValueError(f"mode must be 'code' or 'paper', got {mode!r}")
+    check_choice("mode", mode, ("code", "paper"))
     if mode == "code":
         return at_loss(student, teacher, weights=weights)
     _inputs.check_one_batch(_inputs.pairs(student, teacher)[0], _ONE_BATCH)
@@ -301,8 +300,7 @@ def paper_at_loss(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1, equation (2), and section 4.1.
     """
-    if batch not in ("sum", "mean"):
-        raise ValueError(f"batch must be 'sum' or 'mean', got {batch!r}")
+    check_choice("batch", batch, ("sum", "mean"))
     if not isinstance(squared, bool):
         raise TypeError(f"squared must be True or False, got {kind(squared)}")
     students, teachers = _inputs.pairs(student, teacher)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from at_fused._checks import (
+    check_choice,
     check_labels,
     check_number,
     check_pairs,
     check_tensor,
     kind,
+    named,
     pair_weights,
     savable,
 )
@@ -72,15 +75,13 @@ def _divergence(student: Tensor, teacher: Tensor, T: float, alpha: float) -> Ten
     return (q * d - excess).sum() * (-alpha * T * T / rows)
 
 
-def _cross_entropy(
-    logits: Tensor, labels: Tensor, label_smoothing: float, ignore_index: int
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, **options: Any
 ) -> Tensor:
     """Torch's, with an error that says which label is no class."""
     target = savable(labels.to(logits.dtype) if labels.is_floating_point() else labels)
     try:
-        return F.cross_entropy(
-            logits, target, label_smoothing=label_smoothing, ignore_index=ignore_index
-        )
+        return F.cross_entropy(logits, target, ignore_index=ignore_index, **options)
     except IndexError:
         classes = logits.shape[1]
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
@@ -137,7 +138,7 @@ def kd_loss(
     Raises:
         TypeError: an argument is not of the kind above.
         ValueError: shapes or devices that do not match, an empty tensor, an option out of range, an
-            ``ignore_index`` of probabilities.
+            ``ignore_index`` of probabilities, an option of labels without labels.
         RuntimeError: a label that is no class, on the CPU. On a GPU, where that would have to wait
             for the device, it is torch's device-side assertion.
 
@@ -153,13 +154,19 @@ def kd_loss(
                 "ignore_index is for labels that are class numbers, these are probabilities, "
                 f"got {ignore_index}"
             )
+    elif label_smoothing or ignore_index != -100:
+        raise ValueError(
+            "label_smoothing and ignore_index are for labels, of which there are none, "
+            f"got {label_smoothing} and {ignore_index}"
+        )
     dtype = accumulate_dtype(student_logits, teacher_logits)
     student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
     loss: Tensor | None = None
     if alpha > 0:
         loss = _divergence(student, teacher, T, alpha)
     if labels is not None and alpha < 1:
-        entropy = (1 - alpha) * _cross_entropy(student, labels, label_smoothing, ignore_index)
+        options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
+        entropy = (1 - alpha) * cross_entropy(student, labels, **options)
         loss = entropy if loss is None else loss + entropy
     # Without any term 0, of which the student is still a part.
     return student[:0].sum() if loss is None else loss
@@ -289,10 +296,8 @@ def squared_error(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
 
 
 def _check_form(form: str, reduction: str) -> None:
-    if form not in ("mean", "sum"):
-        raise ValueError(f"form must be 'mean' or 'sum', got {form!r}")
-    if reduction not in ("sum", "none"):
-        raise ValueError(f"reduction must be 'sum' or 'none', got {reduction!r}")
+    check_choice("form", form, ("mean", "sum"))
+    check_choice("reduction", reduction, ("sum", "none"))
 
 
 class FeaturesLoss(nn.Module):
@@ -342,6 +347,7 @@ class FeaturesLoss(nn.Module):
         self.weights = None if weights is None else pair_weights(weights, len(students))
         self.form = form
         self.reduction = reduction
+        self._channels = students
         self.projections = nn.ModuleList(
             nn.Identity() if s == t else nn.Conv2d(s, t, 1, bias=False)
             for s, t in zip(students, teachers, strict=True)
@@ -354,7 +360,8 @@ class FeaturesLoss(nn.Module):
 
         Args:
             student: (B, C, H, W) with the C of ``student_channels``, or as many of them; of the
-                convolutions' dtype, float32, or as autocast has it.
+                convolutions' dtype, float32, or as autocast has it. Where C is the same on both
+                sides also (B, C, ...).
             teacher: (B, C, H, W) with the C of ``teacher_channels``; as in
                 :func:`at_fused.features_loss`.
 
@@ -363,15 +370,21 @@ class FeaturesLoss(nn.Module):
 
         Raises:
             TypeError, ValueError: as :func:`at_fused.features_loss`, and for another number of
-                features than of channels.
+                features than of channels, or another C.
         """
-        students = [student] if isinstance(student, Tensor) else list(student)
+        students = named("student", student)
         if len(students) != len(self.projections):
             raise ValueError(
                 f"student must have {len(self.projections)} features, as channels were given, "
                 f"got {len(students)}"
             )
-        projected = [f(x) for f, x in zip(self.projections, students, strict=True)]
+        projected = []
+        rows = zip(students.items(), self._channels, self.projections, strict=True)
+        for (name, x), c, projection in rows:
+            same = isinstance(projection, nn.Identity)
+            if check_tensor(name, x).shape[1:2] != (c,) or not (same or x.dim() == 4):
+                raise ValueError(f"{name} must be (B, {c}, H, W), got shape {tuple(x.shape)}")
+            projected.append(projection(x))
         return features_loss(
             projected[0] if isinstance(student, Tensor) else projected,
             teacher,

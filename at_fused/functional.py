@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from at_fused import _inputs, _maps, _ops
-from at_fused._checks import check_finite, kind
+from at_fused._checks import kind
 from at_fused._inputs import MapSize, MapSizes, Sides
 from at_fused._options import LossOptions
 from at_fused._problem import (
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _LOSS_OPTIONS = set(LossOptions._fields)
+_FP32_MAX = torch.finfo(torch.float32).max
 
 Features = TypeVar("Features", Tensor, Sequence[Tensor])
 
@@ -128,7 +129,7 @@ def at_loss(
         TypeError: an argument is not of the kind above (not a tensor, an integer, complex or
             sparse one, a number that is none).
         ValueError: shapes, batch sizes, map sizes, devices or lengths that do not match, an empty
-            tensor or list, an option out of its range.
+            tensor or list, an option out of its range or of tokens for a side without any.
 
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
@@ -194,8 +195,9 @@ def at_value_and_grad(
 
     Args:
         student, teacher, mask, sample_weights, options: as in :func:`at_loss`.
-        scale: factor of the gradient, not of the loss: beta, a loss scale. A finite number, or a
-            tensor of one element on the features' device, which is not waited for.
+        scale: factor of the gradient, not of the loss: beta, a loss scale. A number in the range of
+            float32 (of float64 for such features), or a tensor of one element on the features'
+            device, which is not waited for: beyond that range it is inf.
 
     Returns:
         The loss, as :func:`at_loss` gives it (with ``reduction="none"`` the gradient is that of the
@@ -208,11 +210,10 @@ def at_value_and_grad(
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1; the gradient in closed form.
     """
     found = None
-    if not isinstance(scale, Tensor):
-        check_finite("scale", scale)
-        if mask is None and sample_weights is None and options.keys() <= _LOSS_OPTIONS:
-            chosen = LossOptions(**options)  # type: ignore[misc]  # as just seen
-            found = straight(_ops.at_value_and_grad, student, teacher, chosen, scale, None)
+    plain = type(scale) in (float, int) and abs(scale) <= _FP32_MAX  # type: ignore[operator]
+    if plain and mask is None and sample_weights is None and options.keys() <= _LOSS_OPTIONS:
+        chosen = LossOptions(**options)  # type: ignore[misc]  # as just seen
+        found = straight(_ops.at_value_and_grad, student, teacher, chosen, scale, None)
     if found is None:
         for name in options.keys() - ATOptions.__annotations__.keys():
             raise TypeError(f"at_value_and_grad takes no option {name!r}")
@@ -249,6 +250,10 @@ def _options_of_one(
         raise ValueError("attend must be 'spatial' or 'channel' for one map, got 'both'")
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True or False, got {kind(normalize)}")
+    if not normalize and (eps, eps_mode) != (1e-12, "max"):
+        raise ValueError(
+            f"eps and eps_mode are for normalize=True, got {eps!r} and {eps_mode!r} without it"
+        )
 
 
 def attention_map(
@@ -275,7 +280,7 @@ def attention_map(
     Args:
         x: (B, C, H, W), (B, C, L) or (B, C, D, H, W); or (B, H, W, C) or tokens (B, N, C) with
             ``channel_dim=-1``.
-        normalize: whether to divide by the norm.
+        normalize: whether to divide by the norm, which alone eps and eps_mode are for.
         p, collapse, channel_dim, skip_tokens, map_size, absolute, eps, eps_mode: as in
             :func:`at_loss`; one value each.
         attend: "spatial" or "channel".
@@ -346,11 +351,7 @@ def attention_tap(
     """
     _options_of_one(p, collapse, normalize, attend, absolute, eps, eps_mode)
     feature, side = _inputs.one(x, channel_dim, skip_tokens, map_size)
-    place = _ops.Place(
-        side.channel_dim,
-        side.skip_tokens if x.dim() == 3 else 0,
-        attend == "channel",
-    )
+    place = _ops.Place(side.channel_dim, side.skip_tokens, attend == "channel")
     y, raw = _maps.attention_tap(x, float(p), collapse, absolute, place)
     if normalize:
         raw = eager.normalize(raw, float(eps), eps_mode)[0].to(raw.dtype)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from at_fused._checks import check_labels, check_pairs, check_tensor, kind
-from at_fused.distillation import squared_error
-
-_FORMS = ("paper", "squared", "code")
+from at_fused._checks import check_choice, check_labels, check_pairs, check_tensor, kind, savable
+from at_fused.distillation import cross_entropy, squared_error
 
 
 def input_gradient(
@@ -62,7 +59,7 @@ def input_gradient(
     Raises:
         TypeError: an argument is not of the kind above, or the model returns something else.
         ValueError: shapes or devices that do not match; logits that do not depend on x.
-        RuntimeError: called under ``torch.inference_mode``.
+        RuntimeError: called under ``torch.inference_mode``; a label that is no class, on the CPU.
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.2.
     """
@@ -79,7 +76,8 @@ def input_gradient(
         raise TypeError(f"model must be a module, a function or logits, got {kind(model)}")
     with torch.enable_grad():
         # Where x is itself computed, a J with a graph depends on what it was computed from.
-        given = x.view_as(x) if x.requires_grad and create_graph else x.detach().requires_grad_()
+        computed = x.requires_grad and create_graph
+        given = x.view_as(x) if computed else savable(x).detach().requires_grad_()
         logits = model(given)
     if not isinstance(logits, Tensor):
         raise TypeError(f"model must return logits (B, K), got {kind(logits)}")
@@ -98,7 +96,7 @@ def _gradient(
     if not logits.requires_grad:
         raise ValueError(f"{name}: the logits do not depend on x by a graph")
     with torch.enable_grad():
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        loss = cross_entropy(logits, savable(labels), reduction="sum")
         (found,) = torch.autograd.grad(
             loss, x, create_graph=create_graph, retain_graph=keep, allow_unused=True
         )
@@ -134,8 +132,7 @@ def gradient_at_loss(student: Tensor, teacher: Tensor, *, form: str = "paper") -
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.2.
     """
-    if form not in _FORMS:
-        raise ValueError(f"form must be 'paper', 'squared' or 'code', got {form!r}")
+    check_choice("form", form, ("paper", "squared", "code"))
     check_pairs(("student", "teacher"), student, teacher, rank=1)
     if not isinstance(student, Tensor):
         raise TypeError(f"student must be a tensor, got {kind(student)}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from at_fused._checks import is_whole
+from at_fused._inputs import check_for_tokens
 from at_fused._match import Layout, Stage, stages, written
 from at_fused._models import unwrap
 
@@ -123,6 +124,8 @@ def layouts_of(
                 f"{name} must be None, {ask}, or a pair of these (student's, teacher's), "
                 f"got {channel_dim if name == 'channel_dim' else skip_tokens!r}"
             )
+    last, rule = [dim != 1 for dim in dims], f"take channel_dim=-1 (here {channel_dim!r})"
+    check_for_tokens("skip_tokens", skip_tokens, skips, last, rule)
     layouts = []
     for model, dim, skip in zip((student, teacher), dims, skips, strict=True):
         network = unwrap(model)

@@ -53,14 +53,14 @@ class AttentionTransfer:
             names. Each gives a tensor, or a tuple that begins with one. None: those that
             :func:`match_layers` finds with ``example``. A layer that runs several times in a pass
             counts with its last. What follows a tapped layer must not change its output in place.
-        example: what both networks take, such as two images.
+        example: what both networks take, such as two images; in place of ``layers``.
         beta: a finite number, which may be set anew at any time; 1e3 is the paper's for the form
             "code".
         channel_dim: 1 or -1; None: -1 for features of three dimensions (tokens), else 1. This and
             the next two may be a pair (student's, teacher's).
         skip_tokens: how many tokens in front are left out; None: those that the network declares
             (``num_prefix_tokens`` in timm), 1 where it has a ``class_token``, else 0.
-        map_size: (H, W) of tokens whose partner has H and W; None: they make a square.
+        map_size: (H, W) of tokens; None: a square, where the partner has H and W.
         cache: a :class:`at_fused.TeacherCache`, from which the teacher's maps then come.
         verbose: whether automatic pairs are printed.
         options: p, collapse, form, weights, resize (None or "maps"), attend ("spatial" or
@@ -104,11 +104,19 @@ class AttentionTransfer:
         self._given = given
         chosen = LossOptions(**{n: given[n] for n in given if n in LossOptions._fields})
         self._options = chosen._replace(p=float(chosen.p), eps=float(chosen.eps))
-        self._map_sizes = _inputs.sides(-1, 0, map_size)
+        if map_size is not None and given.get("attend") == "channel":
+            raise ValueError("map_size is for attend='spatial', got attend='channel'")
+        self._map_sizes = [side.map_size for side in _inputs.sides(-1, 0, map_size)]
         layouts = layouts_of(student, teacher, channel_dim, skip_tokens)
+        skips = skip_tokens if isinstance(skip_tokens, (tuple, list)) else (skip_tokens,) * 2
+        sizes = _inputs.both_maps(map_size)
+        of_tokens = ("skip_tokens", skip_tokens, skips), ("map_size", map_size, sizes)
+        self._of_tokens = [option for option in of_tokens if any(option[2])]
+        if (layers is None) == (example is None):
+            raise ValueError("layers or example must be given, not both: names, or inputs")
         if layers is not None:
             self.pairs = named_pairs(layers)
-        elif example is not None:
+        else:
             self.pairs = match_layers(
                 student,
                 teacher,
@@ -117,8 +125,6 @@ class AttentionTransfer:
                 skip_tokens=skip_tokens,
                 verbose=verbose,
             )
-        else:
-            raise ValueError("layers or example must be given: names, or inputs to find them with")
         count = len(self.pairs)
         self._weights = pair_weights(given.get("weights"), count) or [1.0] * count
         self.beta = beta
@@ -163,7 +169,7 @@ class AttentionTransfer:
         Raises:
             TypeError, ValueError: as ``at(x)``.
         """
-        self._prepared = (x, *self._teacher_maps(x, index, seed))
+        self._prepared = (x, index, seed), *self._teacher_maps(x, index, seed)
 
     def __call__(
         self, x: Any, index: Tensor | Sequence[int] | None = None, seed: int = 0
@@ -181,8 +187,8 @@ class AttentionTransfer:
         Raises:
             RuntimeError: the student has not run since the last call, or without a graph.
             TypeError: with a cache, ``x`` is no tensor.
-            ValueError: the maps of a pair have another batch or size, or ``x`` is not what
-                ``prepare`` was given.
+            ValueError: the maps of a pair have another batch or size, or the arguments are not what
+                ``prepare`` was given; an option of tokens without tokens, or of a cache without it.
         """
         prepared, self._prepared = self._prepared, None
         try:
@@ -195,11 +201,19 @@ class AttentionTransfer:
         self._check_graph(students)
         if prepared is None:
             teachers, self.teacher_output = self._teacher_maps(x, index, seed)
-        elif prepared[0] is x:
-            _, teachers, self.teacher_output = prepared
         else:
-            raise ValueError("x must be what at.prepare was called with, got another object")
-        if not all(s.shape == t.shape for s, t in zip(students, teachers, strict=True)):
+            before, teachers, self.teacher_output = prepared
+            again = (index is None and seed == 0) or (index is before[1] and seed == before[2])
+            if x is not before[0] or not again:
+                name = "x" if again else "index and seed, if given,"
+                raise ValueError(f"{name} must be what at.prepare was called with, got another")
+        for name, value, each in self._of_tokens:
+            tokens = [any(q.dim() == 2 for q in side) for side in (students, teachers)]
+            _inputs.check_for_tokens(
+                name, value, each, tokens, "none of its network's layers gives"
+            )
+        unlike = any(s.shape != t.shape for s, t in zip(students, teachers, strict=True))
+        if unlike or any(self._map_sizes):
             pairs = [self._alike(*each) for each in zip(students, teachers, strict=True)]
             students, teachers = ([pair[side] for pair in pairs] for side in (0, 1))
         return solve_maps(self._problem(students, teachers))
@@ -237,8 +251,8 @@ class AttentionTransfer:
 
     def _teacher_maps(self, x: Any, index: Any, seed: int) -> tuple[list[Tensor], Any]:
         if self.cache is None:
-            if index is not None:
-                raise ValueError("index is for an AttentionTransfer with a cache, which has none")
+            if index is not None or seed != 0:
+                raise ValueError(f"index and seed are for a cache, got {index!r:.80} and {seed!r}")
             return self._run_teacher(x)
         if index is None:
             raise ValueError(
@@ -260,19 +274,18 @@ class AttentionTransfer:
 
     def _alike(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """Both maps with as many dimensions: tokens become the map that they fill."""
-        if student.dim() == teacher.dim() or self._of_maps.attend == "channel":
-            return student, teacher
+        rank = max(student.dim(), teacher.dim(), *(1 + len(size or ()) for size in self._map_sizes))
         maps = []
-        for q, other, side in zip(
+        for q, other, given in zip(
             (student, teacher), (teacher, student), self._map_sizes, strict=True
         ):
-            if q.dim() < other.dim():
+            if q.dim() < rank:
                 n = math.isqrt(q.shape[1])
-                size = side.map_size or (n, n)
-                if math.prod(size) != q.shape[1] or len(size) != other.dim() - 1:
+                size = given or (n, n)
+                if math.prod(size) != q.shape[1] or len(size) != rank - 1:
                     raise ValueError(
                         f"map_size must be (H, W) of {q.shape[1]} tokens, whose partner's map is "
-                        f"{written(tuple(other.shape[1:]))}, got {side.map_size}"
+                        f"{written(tuple(other.shape[1:]))}, got {given}"
                     )
                 q = q.unflatten(1, tuple(size))
             maps.append(q)

@@ -273,8 +273,9 @@ def losses(draw: st.DrawFn, of_maps: bool = False) -> Call:
 def maps(draw: st.DrawFn) -> Call:
     """``attention_map``."""
     options: dict[str, Any] = draw(map_options())
-    options |= {name: draw(common[name]) for name in ("eps", "eps_mode")}
     options["normalize"] = draw(st.booleans())
+    if options["normalize"]:
+        options |= {name: draw(common[name]) for name in ("eps", "eps_mode")}
     options["attend"] = draw(st.sampled_from(["spatial", "spatial", "channel"]))
     spatial = draw(sizes(draw(st.integers(1, 3))))
     b, c = draw(st.integers(1, 5)), draw(st.integers(1, 40))

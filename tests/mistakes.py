@@ -73,6 +73,16 @@ WEIGHTS = [
     *(Mistake(lambda w, x=x: [*w[1:], x], ValueError, "weights.*must be") for x in NO_WEIGHTS),
 ]
 
+# Of a factor: more than a tensor of its shape is asked for.
+ONES = torch.ones(1)
+FACTORS = [
+    1,
+    "ab",
+    ONES.to_sparse(),
+    torch.nested.nested_tensor([ONES]),
+    ONES.to(torch.float8_e5m2),
+]
+
 # Of an option of at_loss.
 LOSS: dict[str, list[Mistake]] = {
     "p": number("p", 0.0, 0.99, -2.0),
@@ -97,11 +107,11 @@ LOSS: dict[str, list[Mistake]] = {
         Mistake(x, ValueError, "map_size") for x in (0, (0, 2), "ab", (1, 1, 1, 1), [[1]], (True,))
     ],
     "mask": [
-        *(Mistake(x, TypeError, "mask must be") for x in (1, "ab")),
+        *(Mistake(x, TypeError, "mask must be") for x in FACTORS),
         *(Mistake(x, ValueError, "mask") for x in ([], torch.ones(1), torch.ones(99, 1, 1))),
     ],
     "sample_weights": [
-        *(Mistake(x, TypeError, "sample_weights must be") for x in (1.0, torch.ones(1).long())),
+        *(Mistake(x, TypeError, "sample_weights must be") for x in (*FACTORS, ONES.long())),
         *(Mistake(torch.ones(n), ValueError, "sample_weights must be") for n in ((99,), (1, 1))),
     ],
 }
@@ -125,7 +135,7 @@ LOGITS: dict[str, list[Mistake]] = {
     "label_smoothing": number("label_smoothing", -0.1, 1.0),
     "ignore_index": [Mistake(x, TypeError, "ignore_index") for x in (None, 1.0, True, "1")],
     "labels": [
-        *(Mistake(x, TypeError, "labels must be") for x in (1, "a", torch.ones(1))),
+        *(Mistake(x, TypeError, "labels must be") for x in (*FACTORS, ONES)),
         *(
             Mistake(torch.zeros(n, dtype=torch.int64), ValueError, "labels must be")
             for n in ((99,), (1, 1), ())

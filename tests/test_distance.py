@@ -192,3 +192,13 @@ def test_errors_of_the_module(channels: Any, error: type[Exception], message: st
         at_fused.FeaturesLoss(*channels)
     with pytest.raises(ValueError, match=r"student must have 1 features.*got 2"):
         at_fused.FeaturesLoss([3], [3])([X[..., None]] * 2, [X[..., None]] * 2)
+    # Features without a batch, or of other channels than the module's.
+    for c, t, student in ((2, 5, X), (3, 5, X), (2, 2, X), (4, 5, X[..., None])):
+        with pytest.raises(
+            ValueError, match=rf"student must be \(B, {c}, H, W\), got shape \(2, 3"
+        ):
+            at_fused.FeaturesLoss(c, t)(student, X)
+    with pytest.raises(TypeError, match=r"student\[0\] must be a tensor, got NoneType"):
+        at_fused.FeaturesLoss([3], [3])([None], [X])
+    with pytest.raises(ValueError, match="form must be 'mean' or 'sum'"):
+        at_fused.FeaturesLoss(3, 3, form=torch.ones(2))

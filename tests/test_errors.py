@@ -154,7 +154,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         Y,
         {"mask": torch.ones(2, 4, 4, dtype=torch.int64)},
         TypeError,
-        "mask must be floating-point or bool, got torch.int64",
+        "mask must be float32, float16, bfloat16, float64 or bool, got torch.int64",
     ),
     "mask shape": (X, Y, {"mask": torch.ones(2, 1, 4, 4)}, ValueError, r"mask must be \(B, H, W\)"),
     "mask batch": (X, Y, {"mask": torch.ones(1, 4, 4)}, ValueError, r"mask must be.*\(1, 4, 4\)"),
@@ -225,13 +225,16 @@ def test_module_checks_its_options_when_made() -> None:
         at_fused.ATLoss(form="letter")
     with pytest.raises(TypeError, match="p must be a number"):
         at_fused.ATLoss(p=None)
+    with pytest.raises(TypeError, match="weights must be a list or tuple"):
+        at_fused.ATLoss(weights="ab")
+    with pytest.raises(ValueError, match=r"weights\[1\] must be finite, got nan"):
+        at_fused.ATLoss(weights=[1.0, float("nan")])
 
 
 def test_use_backend() -> None:
-    with pytest.raises(ValueError, match=r"name must be one of 'auto', .*'eager', got 'gpu'"):
-        at_fused.use_backend("gpu")
-    with pytest.raises(ValueError, match="got None"):
-        at_fused.use_backend(None)
+    for wrong, got in (("gpu", "'gpu'"), (None, "None"), (["eager"], r"\['eager'\]")):
+        with pytest.raises(ValueError, match=rf"name must be 'auto', .* or 'eager', got {got}"):
+            at_fused.use_backend(wrong)
 
 
 # ---- the quick way of ordinary calls -------------------------------------------------------------
@@ -363,11 +366,30 @@ def test_one_feature_takes_one_value_of_each_option(options: dict[str, Any]) -> 
             function(torch.randn(2, 4, 4), **options)
 
 
+@pytest.mark.parametrize(
+    ("channel_dim", "option", "message"),
+    [
+        (-1, {"map_size": [3, 3.0]}, r"must be one to three.*got \[3, 3.0\], in which 3.0 is none"),
+        (-1, {"map_size": ((2, 2), 4)}, "must be one to three whole numbers > 0, got 4"),
+        ((1, -1), {"skip_tokens": (1, 0)}, r"=-1 \(here \(1, -1\)\), got skip_tokens=\(1, 0\)"),
+        ((-1, 1), {"map_size": (None, (4, 4))}, r"got map_size=\(None, \(4, 4\)\)"),
+        (-1, {"skip_tokens": 1}, r"features \(B, N, C\), which student has not, got skip_tokens=1"),
+        (-1, {"map_size": (2, 2)}, r"which student has not, got map_size=\(2, 2\)"),
+    ],
+    ids=str,
+)
+def test_options_of_tokens(channel_dim: Any, option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"{min(option)} .*{message}"):
+        at_fused.at_loss([X, X], [Y[:, 0], Y], channel_dim=channel_dim, **option)
+
+
 @pytest.mark.parametrize("normalize", ["no", 1, None])
 def test_normalize_is_no_truth_value(normalize: Any) -> None:
     for function in (at_fused.attention_map, at_fused.attention_tap):
         with pytest.raises(TypeError, match="normalize must be True or False"):
             function(torch.randn(2, 3, 4, 4), normalize=normalize)
+        with pytest.raises(ValueError, match="eps and eps_mode are for normalize=True"):
+            function(torch.randn(2, 3, 4, 4), eps=0.1)
 
 
 def test_lists_of_lists_of_maps_are_refused() -> None:

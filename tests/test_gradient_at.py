@@ -165,6 +165,19 @@ def test_a_teacher_under_inference_mode(form: str) -> None:
     assert torch.equal(*torch.autograd.grad(loss, a), *torch.autograd.grad(right, a))
 
 
+def test_images_and_labels_of_inference_mode() -> None:
+    model, (x, labels) = net(), batch()
+    right = at_fused.input_gradient(model, x, labels)
+    with torch.inference_mode():
+        images, classes = x.clone(), labels.clone()
+    for create_graph in (False, True):
+        found = at_fused.input_gradient(model, images, classes, create_graph=create_graph)
+        torch.testing.assert_close(found, right)
+    found.sum().backward()
+    leaf = x.requires_grad_()
+    torch.testing.assert_close(at_fused.input_gradient(model(leaf), leaf, classes), right)
+
+
 @FORMS
 def test_double_backward_through_a_network(form: str) -> None:
     """The parameters' gradients against those of plain PyTorch."""
@@ -225,6 +238,7 @@ ERRORS: dict[str, tuple[Any, Any, Any, type[Exception], str]] = {
     "a tuple": (lambda x: (x, x), X, Y, TypeError, r"return logits \(B, K\), got tuple"),
     "rank": (lambda x: x, X, Y, ValueError, r"logits must be \(B, K\) with the B of x, 2"),
     "label dtype": (LINEAR, X, Y.float(), TypeError, "labels must be int64"),
+    "no class": (LINEAR, X, Y + 4, RuntimeError, "labels must be from 0 to 4.*got 5 in row 1"),
     "label shape": (LINEAR, X, Y[:1], ValueError, r"labels must be \(B,\), here \(2,\)"),
 }
 

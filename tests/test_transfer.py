@@ -347,6 +347,24 @@ def test_tokens_and_maps() -> None:
     target = teacher.eval()(x)[1][1].detach().movedim(1, -1)
     expected = at_fused.at_loss(tokens, target, channel_dim=-1, **options)
     torch.testing.assert_close(loss, BETA * expected)
+    at.remove()
+    # Tokens of both sides are maps to be interpolated, not a line of tokens.
+    other = Tokens(5)
+    other.patches = nn.Conv2d(3, 5, 4, 4)
+    options = {"map_size": ((4, 4), (2, 2)), "resize": "maps"}
+    at = AttentionTransfer(student, other, ["blocks"], beta=BETA, skip_tokens=1, **options)
+    tokens, target = student(x), other(x).detach()
+    expected = at_fused.at_loss(tokens, target, channel_dim=-1, skip_tokens=1, **options)
+    torch.testing.assert_close(at(x), BETA * expected)
+
+
+@pytest.mark.parametrize("option", [{"skip_tokens": 1}, {"map_size": (4, 4)}], ids=str)
+def test_options_of_tokens_where_there_are_none(option: dict[str, Any]) -> None:
+    student, teacher, x, _ = networks()
+    at = AttentionTransfer(student, teacher, GROUPS, beta=1.0, **option)
+    student(x)
+    with pytest.raises(ValueError, match=f"{min(option)} is for token features"):
+        at(x)
 
 
 # ---- automatic pairs -----------------------------------------------------------------------------
@@ -451,6 +469,9 @@ def test_channels_that_are_last_are_not_taken_for_a_side() -> None:
             r"beta \* weights\[1\] must be finite, got -inf",
         ),
         ({"skip_tokens": (1, -1)}, ValueError, "skip_tokens must be None, a whole number"),
+        ({"skip_tokens": 1, "channel_dim": 1}, ValueError, "skip_tokens is for token features"),
+        ({"map_size": (4, 4), "attend": "channel"}, ValueError, "map_size is for attend='spatial'"),
+        ({"example": torch.ones(1)}, ValueError, "layers or example must be given"),
         ({"cache": "folder"}, TypeError, "cache must be a TeacherCache"),
     ],
 )
@@ -570,8 +591,9 @@ def test_the_teacher_runs_once_for_each_sample(tmp_path: Path) -> None:
     at.remove()
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
     student(x)
-    with pytest.raises(ValueError, match="index is for an AttentionTransfer with a cache"):
-        at(x, [7, 2, 9, 0])
+    for wrong in ({"index": [7, 2, 9, 0]}, {"seed": 1}):
+        with pytest.raises(ValueError, match="index and seed are for a cache, got"):
+            student(x), at(x, **wrong)
 
 
 # ---- the teacher first ---------------------------------------------------------------------------
@@ -593,6 +615,10 @@ def test_prepared() -> None:
     student(x)
     with pytest.raises(ValueError, match=r"x must be what at\.prepare was called with"):
         at(x.clone())
+    at.prepare(x)
+    student(x)
+    with pytest.raises(ValueError, match="index and seed, if given, must be"):
+        at(x, seed=1)
     student(x)
     assert torch.equal(at(x), expected)  # what was prepared is gone
-    assert len(count) == 5
+    assert len(count) == 6

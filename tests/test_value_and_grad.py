@@ -137,6 +137,14 @@ def test_opcheck(backend: str, gradient: Tensor | None) -> None:
         ("2", TypeError, "scale must be a number, got str"),
         (True, TypeError, "scale must be a number, got bool"),
         (float("inf"), ValueError, "scale must be finite, got inf"),
+        (-1e39, ValueError, "scale must be finite in torch.float32, the gradient's, got -1e"),
+        (10**39, ValueError, "scale must be finite in torch.float32, the gradient's, got 1000"),
+        (torch.ones(1).to_sparse(), TypeError, "scale must be a dense tensor"),
+        (
+            torch.ones(1).to(torch.float8_e5m2),
+            ValueError,
+            "tensor of one element, got torch.float8",
+        ),
         (torch.ones(2), ValueError, "tensor of one element, got torch.float32 of shape"),
         (torch.ones((), dtype=torch.int64), ValueError, "floating-point tensor"),
         (torch.ones((), device="meta"), ValueError, "scale must be on the features' device, cpu"),
@@ -147,6 +155,12 @@ def test_a_scale_that_is_none(scale: Any, error: type[Exception], message: str) 
     s, t = pair(2, 3, 4, 4)
     with pytest.raises(error, match=message):
         at_fused.at_value_and_grad(s, t, scale=scale)
+
+
+def test_a_scale_beyond_fp32_for_float64() -> None:
+    s, t = pair(2, 3, 4, 4, dtype=torch.float64)
+    _, gradient = at_fused.at_value_and_grad(s, t, scale=1e39)
+    torch.testing.assert_close(gradient, by_autograd(s, t)[1] * 1e39, rtol=1e-9, atol=0)
 
 
 def test_other_arguments_are_checked_as_the_losses() -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from at_fused._checks import check_choice
 from at_fused.backends import cpu, cuda, eager, triton
 
 # What a back end provides: a kernel for each of the operators in _ops, under its name.
@@ -148,9 +149,7 @@ class use_backend:  # noqa: N801 - used like torch.no_grad
 
     def __init__(self, name: str) -> None:
         table = backends()
-        if name != "auto" and name not in table:
-            allowed = ", ".join(repr(n) for n in ("auto", *table))
-            raise ValueError(f"use_backend: name must be one of {allowed}, got {name!r}")
+        check_choice("use_backend: name", name, ("auto", *table))
         if name != "auto" and not table[name].available:
             raise RuntimeError(f"use_backend: {name!r} cannot be used: {table[name].reason}")
         self._previous = _forced

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torchdistill.losses.registry import register_mid_level_loss
 
-from at_fused._checks import check_finite
+from at_fused._checks import check_choice, check_finite
 from at_fused._inputs import check_kept
 from at_fused.functional import ATOptions, at_loss
 
@@ -99,8 +99,7 @@ class FusedATLoss(nn.Module):
         self, at_pairs: Mapping[str, Mapping[str, Any]], mode: str = "code", **options: Any
     ) -> None:
         super().__init__()
-        if mode not in ("code", "paper"):
-            raise ValueError(f"mode must be 'code' or 'paper', got {mode!r}")
+        check_choice("mode", mode, ("code", "paper"))
         for name in options:
             if name in _ELSEWHERE:
                 raise TypeError(f"FusedATLoss takes no option {name!r}: {_ELSEWHERE[name]}")
