@@ -34,7 +34,7 @@ class Counters(ctypes.Structure):
         ("loads", ctypes.c_uint64 * 5),
         ("stores", ctypes.c_uint64 * 5),
         *((n, ctypes.c_uint64) for n in ("distinct_load_bytes", "distinct_store_bytes")),
-        *((n, ctypes.c_uint64) for n in ("max_dynamic_shared", "shared_accesses", "sync_points")),
+        ("max_dynamic_shared", ctypes.c_uint64),
     )
 
 

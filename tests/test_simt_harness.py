@@ -1,7 +1,8 @@
 """Tests of tests/simt, which runs CUDA kernels on the CPU: it must report every planted bug.
 
-Kernels are compiled as C++ against tests/simt/include. With MODE_A every load and store comes to
-tests/simt/callbacks.cpp; libtsan is not linked. MODE_B has AddressSanitizer look instead.
+Kernels are compiled as C++ against tests/simt/include (simt/build.py). With "callbacks" every load
+and store comes to tests/simt/callbacks.cpp; libtsan is not linked. With "sanitizers"
+AddressSanitizer looks instead.
 """
 
 import ctypes
@@ -10,52 +11,35 @@ import platform
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from native import built
+from simt_backend import Counters, build
 
-SIMT = Path(__file__).parent / "simt"
-RUNTIME = SIMT / "all.cpp"
-COMMON = ["-std=c++20", "-g", "-fPIC", "-fvisibility=hidden", "-DAT_FUSED_SIMT"]
-# Without the first two g++ would load a vector in parts, or twice where once does.
-MODE_A = [
-    *("-O1", "-fno-tree-sra", "-fno-tree-fre", "-fsanitize=thread"),
-    *("--param", "tsan-instrument-func-entry-exit=0", "--param", "tsan-distinguish-volatile=1"),
-]
-MODE_B = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-
+SELFTEST = build.SIMT / "selftest"
 RIGHT = [
-    *("block_reduction", "grid_reduction", "tickets", "tickets_plain_flag"),
-    *(
-        "tickets_volatile_flag",
-        "named_barrier",
-        "copy16",
-        "static_shared",
-        "votes",
-        "halves",
-        "grid_fenced",
-        "flag_fenced",
-    ),
+    "block_reduction",
+    "grid_reduction",
+    "tickets",
+    "copy16",
+    "halves",
+    "grid_fenced",
+    "flag_fenced",
 ]
 WRONG = {
     "missing_barrier": "race on shared memory",
     "missing_second_barrier": "race on shared memory",
     "race_in_warp": "race on shared memory",
-    "half_synced_warp": "race on shared memory",
-    "static_race": "race on shared memory",
     "off_by_one": "out of bounds of shared memory",
     "uninitialised": "uninitialised shared memory",
-    "static_uninitialised": "uninitialised shared memory",
     "mask_lacks_caller": "warp mask",
     "mask_lacks_source": "warp mask",
     "mask_of_ended": "warp mask",
     "mask_of_missing": "warp mask",
-    "different_masks": "warp mask",
     "shuffle_against_barrier": "warp mask",
     "divergent_barriers": "divergent barriers",
-    "barrier_not_reached": "barrier not reached by all",
     "misaligned": "misaligned access",
     "misaligned_members": "misaligned access",
     "global_race": "race on global memory",
@@ -77,56 +61,32 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Counters(ctypes.Structure):
-    _fields_ = [
-        ("launches", ctypes.c_uint64),
-        ("load_bytes", ctypes.c_uint64),
-        ("store_bytes", ctypes.c_uint64),
-        ("atomic_bytes", ctypes.c_uint64),
-        ("atomics", ctypes.c_uint64),
-        ("loads", ctypes.c_uint64 * 5),
-        ("stores", ctypes.c_uint64 * 5),
-        ("distinct_load_bytes", ctypes.c_uint64),
-        ("distinct_store_bytes", ctypes.c_uint64),
-        ("max_dynamic_shared", ctypes.c_uint64),
-        ("shared_accesses", ctypes.c_uint64),
-        ("sync_points", ctypes.c_uint64),
-    ]
-
-
-def compile_cpp(source, target, *flags):
-    subprocess.run(["g++", *flags, "-x", "c++", "-c", source, "-o", target], check=True)
-    return target
+def program(name, runtime, kernels, link):
+    """The runtime and the cases, compiled with these options, and perhaps main.cpp."""
+    files = [build.SIMT / "all.cpp", SELFTEST / "right.cu", SELFTEST / "wrong.cu"]
+    files += [SELFTEST / "main.cpp"] * ("-shared" not in link)
+    common = [*build.COMMON, "-Wall", f"-I{build.SIMT / 'include'}", "-x", "c++"]
+    jobs = [(f, [*common, *(kernels if f.suffix == ".cu" else runtime)]) for f in files]
+    headers = [f for f in build.SIMT.rglob("*.[hc]*") if f.is_file()]
+    return built(f"selftest_{name}", jobs, [*link, "-ldl"], headers)
 
 
 @pytest.fixture(scope="session")
-def simt(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("simt")
-    objects = [compile_cpp(RUNTIME, folder / "runtime.o", *COMMON, "-O2")]
-    for name in ("right", "wrong"):
-        source = SIMT / "selftest" / f"{name}.cu"
-        include = f"-I{SIMT / 'include'}"
-        objects.append(
-            compile_cpp(source, folder / f"{name}.o", *COMMON, *MODE_A, "-Wall", include)
-        )
-    library = folder / "libsimt_selftest.so"
-    subprocess.run(["g++", "-shared", "-Wl,-z,defs", *objects, "-ldl", "-o", library], check=True)
-    lib = ctypes.CDLL(library)
+def simt():
+    lib = ctypes.CDLL(program("callbacks", ["-O2"], build.WATCHED, ["-shared", "-Wl,-z,defs"]))
     lib.simt_seed.argtypes = [ctypes.c_uint64]
-    lib.simt_last_error.restype = lib.simt_kernels.restype = ctypes.c_char_p
+    lib.simt_last_error.restype = ctypes.c_char_p
     return lib
 
 
 @pytest.fixture(scope="session")
-def with_asan(tmp_path_factory):
-    program = tmp_path_factory.mktemp("simt_asan") / "selftest"
-    sources = [RUNTIME, *(SIMT / "selftest" / f for f in ("right.cu", "wrong.cu", "main.cpp"))]
-    flags = [*COMMON, *MODE_B, f"-I{SIMT / 'include'}", "-rdynamic"]
-    subprocess.run(["g++", *flags, "-x", "c++", *sources, "-ldl", "-o", program], check=True)
+def with_asan():
+    link = ["-fsanitize=address,undefined", "-rdynamic"]
+    made = program("sanitizers", build.SANITIZED, build.SANITIZED, link)
 
     def run(*cases):
         environment = {**os.environ, "ASAN_OPTIONS": "", "LD_PRELOAD": ""}
-        return subprocess.run([program, *cases], capture_output=True, text=True, env=environment)
+        return subprocess.run([made, *cases], capture_output=True, text=True, env=environment)
 
     return run
 
@@ -191,8 +151,6 @@ def test_counters(simt):
     assert list(last.loads) == list(last.stores) == [0, 0, 0, 0, 1000]
     assert last.distinct_load_bytes == last.distinct_store_bytes == last.store_bytes == 16000
     assert c.max_dynamic_shared == 1024
-    assert last.shared_accesses == 2000
-    assert simt.simt_kernels() == b"copy16\ncopy16\n"
 
 
 def test_counters_of_atomics(simt):

@@ -16,11 +16,10 @@ inline bool in_fiber() {
   return stacks.has(reinterpret_cast<uintptr_t>(__builtin_frame_address(0)));
 }
 
-enum class Space { kIgnored, kShared, kStatic, kGlobal };
+enum class Space { kIgnored, kShared, kGlobal };
 
 Space classify(uintptr_t a) {
   if (rt->shared_region.has(a)) return Space::kShared;
-  if (rt->static_region.has(a)) return Space::kStatic;
   if (rt->module.has(a) || rt->params_region.has(a)) return Space::kIgnored;
   return Space::kGlobal;
 }
@@ -52,7 +51,6 @@ Page& count_global(uintptr_t a, size_t size, Access access) {
 
 void shared_access(uintptr_t a, size_t size, Access access, Thread& t) {
   Block& b = *t.block;
-  ++rt->last.shared_accesses;
   uintptr_t offset = a - reinterpret_cast<uintptr_t>(b.shared);
   if (offset >= rt->shape.dynamic_shared || size > rt->shape.dynamic_shared - offset)
     fail("out of bounds of shared memory", "%zu bytes at offset %td of %zu", size,
@@ -62,9 +60,7 @@ void shared_access(uintptr_t a, size_t size, Access access, Thread& t) {
 
 }  // namespace
 
-bool is_shared(uintptr_t a) {
-  return classify(a) == Space::kShared || classify(a) == Space::kStatic;
-}
+bool is_shared(uintptr_t a) { return classify(a) == Space::kShared; }
 
 void track(uintptr_t a, size_t size, Access access) {
   Thread& t = *rt->current;
@@ -75,20 +71,10 @@ void track(uintptr_t a, size_t size, Access access) {
       check_aligned(a, size);
       shared_access(a, size, access, t);
       return;
-    case Space::kStatic:
-      check_aligned(a, size);
-      ++rt->last.shared_accesses;
-      t.block->shadow.access(
-          &t.block->static_cells[(a - (rt->static_region.begin & ~uintptr_t{3})) / 4], a, size,
-          access, t);
-      return;
     case Space::kGlobal:
       check_aligned(a, size);
       rt->global.access(&count_global(a, size, access).cells[a % Page::kBytes / 4], a, size, access,
                         t);
-      // A flag may be a plain store: what it passes on is settled now.
-      if (access == Access::kWrite && t.fence && size >= 4 && size <= 8)
-        rt->channels[a] = {nullptr, t.fence};
   }
 }
 
@@ -116,17 +102,6 @@ void touch_range(void* p, size_t size, Access access, void* pc) {
     size -= piece;
   }
   access_pc = nullptr;
-}
-
-void touch_volatile(void* p, size_t size, void* pc) {
-  auto a = reinterpret_cast<uintptr_t>(p);
-  if (stacks.has(a) || !in_fiber()) return;
-  if (classify(a) != Space::kGlobal) {
-    touch(p, size, Access::kRead, pc);
-    return;
-  }
-  check_aligned(a, size);
-  poll(p, size, rt->current->site);
 }
 
 }  // namespace simt

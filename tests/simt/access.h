@@ -11,7 +11,6 @@ namespace simt {
 void touch(void* p, size_t size, Access access, void* pc);
 // Of unknown alignment: counted in the largest aligned pieces.
 void touch_range(void* p, size_t size, Access access, void* pc);
-void touch_volatile(void* p, size_t size, void* pc);
 
 }  // namespace simt
 #pragma GCC visibility pop

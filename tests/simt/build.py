@@ -28,7 +28,6 @@ WATCHED = [
     "-fno-tree-fre",
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
-    "--param=tsan-distinguish-volatile=1",
 ]
 # Checks of addresses are calls, which are compiled in a third of the time.
 SANITIZED = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

@@ -71,21 +71,4 @@ void Fence::into(Clock& clock) const {
   for (const Point& p : points) clock.add(p);
 }
 
-void Channel::release(const FenceRef& fence) {
-  auto next = std::make_shared<Clock>();
-  if (ClockRef old = acquire()) *next = *old;
-  fence->into(*next);
-  released = std::move(next);
-}
-
-ClockRef Channel::acquire() {
-  if (stored) {
-    auto next = std::make_shared<Clock>();
-    stored->into(*next);
-    released = std::move(next);
-    stored = nullptr;
-  }
-  return released;
-}
-
 }  // namespace simt

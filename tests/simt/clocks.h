@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <unordered_map>
 #include <vector>
 
 #pragma GCC visibility push(hidden)
@@ -39,16 +38,6 @@ struct Fence {
   void into(Clock& clock) const;
 };
 using FenceRef = std::shared_ptr<const Fence>;
-
-// What an address passes on to those who read it by an atomic or a poll.
-struct Channel {
-  ClockRef released;
-  FenceRef stored;  // by a plain store after a fence; takes the place of released
-
-  void release(const FenceRef& fence);
-  ClockRef acquire();
-};
-using Channels = std::unordered_map<uintptr_t, Channel>;
 
 }  // namespace simt
 #pragma GCC visibility pop

@@ -49,15 +49,6 @@ void leave_to(Thread& from, Thread* to, bool last) {
 
 }  // namespace
 
-void load_static(Block* b) {
-  if (rt->loaded != b) {
-    auto* place = reinterpret_cast<char*>(rt->static_region.begin);
-    if (rt->loaded) std::memcpy(rt->loaded->static_image.data(), place, rt->static_region.size);
-    std::memcpy(place, b->static_image.data(), rt->static_region.size);
-    rt->loaded = b;
-  }
-}
-
 void set_ready(Warp& w, uint32_t lanes) {
   if (!w.ready) {
     w.active = static_cast<uint32_t>(rt->active.size());
@@ -92,11 +83,10 @@ void thread_exit() {
   unready(t);
   rt->idle = 0;
   --b.live;
-  for (uint32_t m = t.warp->in_op; m; m &= m - 1) {
-    Thread& o = t.warp->threads[std::countr_zero(m)];
-    if (o.mask >> t.lane & 1)
-      fail("warp mask", "this thread ended while lane %u waits for it at %s, mask 0x%08x", o.lane,
-           describe(o.site).c_str(), o.mask);
+  if (t.warp->in_op) {
+    const Thread& o = t.warp->threads[std::countr_zero(t.warp->in_op)];
+    fail("warp mask", "this thread ended while lane %u waits for it at %s", o.lane,
+         describe(o.site).c_str());
   }
   complete_barrier(b);
   if (b.live == 0) {
@@ -158,8 +148,7 @@ void fail(const char* kind, const char* format, ...) {
 
 void note_stuck(bool polling) {
   static const char* const kDoes[] = {"runs or polls", "waits at __syncthreads",
-                                      "waits at a named barrier", "waits in a warp operation",
-                                      "has ended"};
+                                      "waits in a shuffle", "has ended"};
   // A thread that was woken but has not run yet still has its wait.
   auto wait = [](const Thread& t) { return t.warp->ready >> t.lane & 1 ? Wait::kNone : t.wait; };
   const Thread* waiting = nullptr;
@@ -179,9 +168,7 @@ void note_stuck(bool polling) {
   }
   const Thread* other = nullptr;
   for (const Thread& t : waiting->block->threads) {
-    if (waiting->wait == Wait::kWarp && (t.warp != waiting->warp || !(waiting->mask >> t.lane & 1)))
-      continue;
-    if (t.wait != waiting->wait) other = &t;
+    if (t.warp == waiting->warp && t.wait != waiting->wait) other = &t;
   }
   std::string text = std::string("it ") + kDoes[static_cast<int>(wait(*waiting))] + " at " +
                      describe(waiting->site).c_str();
@@ -190,7 +177,7 @@ void note_stuck(bool polling) {
         std::string(" while ") + describe_thread(other->id).c_str() + " " +
         kDoes[static_cast<int>(other->wait)] +
         (other->wait == Wait::kExited ? "" : std::string(" at ") + describe(other->site).c_str());
-  report(waiting, waiting->wait == Wait::kWarp ? "warp mask" : "barrier not reached by all", text);
+  report(waiting, "warp mask", text);
 }
 
 }  // namespace simt

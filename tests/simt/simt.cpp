@@ -29,9 +29,6 @@ namespace {
 constexpr size_t kSharedSlot = 512 << 10, kSharedGap = 128 << 10;
 constexpr size_t kDefaultDynamicShared = 48 << 10;
 
-// Makes the C library set up this module's thread-local memory, where __shared__ lies.
-thread_local char tls_anchor;
-
 void* reserve(size_t bytes) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -58,21 +55,15 @@ bool grow(Region& region, size_t bytes) {
 int find_module(dl_phdr_info* info, size_t, void*) {
   auto here = reinterpret_cast<uintptr_t>(&rt);
   uintptr_t low = ~uintptr_t{0}, high = 0;
-  Region tls;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const auto& h = info->dlpi_phdr[i];
+    if (h.p_type != PT_LOAD) continue;
     uintptr_t begin = info->dlpi_addr + h.p_vaddr;
-    if (h.p_type == PT_LOAD) {
-      low = std::min<uintptr_t>(low, begin);
-      high = std::max<uintptr_t>(high, begin + h.p_memsz);
-    } else if (h.p_type == PT_TLS) {
-      tls = {reinterpret_cast<uintptr_t>(info->dlpi_tls_data), h.p_memsz};
-    }
+    low = std::min<uintptr_t>(low, begin);
+    high = std::max<uintptr_t>(high, begin + h.p_memsz);
   }
   if (here < low || here >= high) return 0;
   rt->module = {low, high - low};
-  // With nothing but the anchor no kernel has static shared memory.
-  rt->static_region = tls.begin && tls.size > 16 ? tls : Region{};
   return 1;
 }
 
@@ -89,12 +80,7 @@ void start(Block& b, uint32_t index) {
   b.live = rt->threads;
   b.interval = 1;
   b.arrived = 0;
-  for (NamedBarrier& n : b.named) {
-    n.arrived = 0;
-    n.waiting.clear();
-  }
   b.known = nullptr;
-  b.channels.clear();
   b.shadow.reset();
   size_t bytes = rt->shape.dynamic_shared;
 #if SIMT_ASAN
@@ -106,11 +92,8 @@ void start(Block& b, uint32_t index) {
 #else
   b.shared = reinterpret_cast<char*>(rt->shared_region.begin + b.slot * kSharedSlot + kSharedGap);
   b.shared_cells.assign((bytes + 3) / 4, Cell{});
-  b.static_cells.assign(rt->static_region.size / 4 + 2, Cell{});
 #endif
   if (bytes) std::memset(b.shared, 0xff, bytes);
-  b.static_image.assign(rt->static_region.size, '\xff');
-  if (rt->loaded == &b) rt->loaded = nullptr;
   b.threads.resize(rt->threads);
   b.warps.resize((rt->threads + 31) / 32);
   for (uint32_t i = 0; i < b.warps.size(); ++i) {
@@ -147,9 +130,6 @@ int check_shape(const void* kernel, const LaunchShape& s) {
   if (blocks > 1u << 21) return cudaErrorInvalidConfiguration;  // the harness's own limit
   if (s.dynamic_shared > static_cast<size_t>(max_dynamic_shared(kernel)))
     return cudaErrorInvalidValue;
-  uint64_t resident = static_cast<uint64_t>(occupancy(static_cast<int>(threads), s.dynamic_shared) *
-                                            device_attribute(cudaDevAttrMultiProcessorCount));
-  if (s.cooperative && blocks > resident) return cudaErrorCooperativeLaunchTooLarge;
   return cudaSuccess;
 }
 
@@ -164,7 +144,6 @@ void name_launch(const void* kernel) {
     std::free(plain);
   }
   if (rt->label.empty()) rt->label = "(unnamed)";
-  rt->kernels += rt->label + "\n";
 }
 
 void run_grid(uint32_t blocks) {
@@ -209,7 +188,6 @@ void resume(Thread& t) {
   rt->current = &t;
   threadIdx = t.index;
   blockIdx = t.block->coordinates;
-  if (rt->static_region.size) load_static(t.block);
 }
 
 int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), void* params,
@@ -221,13 +199,10 @@ int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), vo
   rt->shape = shape;
   rt->threads = shape.block[0] * shape.block[1] * shape.block[2];
   uint32_t blocks = shape.grid[0] * shape.grid[1] * shape.grid[2];
-  uint32_t resident =
-      shape.cooperative ? blocks : std::min(blocks, static_cast<uint32_t>(rt->resident));
+  uint32_t resident = std::min(blocks, static_cast<uint32_t>(rt->resident));
   if (!grow(stacks, resident * rt->threads * kStackBytes) ||
       !grow(rt->shared_region, resident * kSharedSlot))
     return rt->last_error = cudaErrorMemoryAllocation;
-  tls_anchor = 1;
-  asm volatile("" ::"r"(&tls_anchor));
   dl_iterate_phdr(find_module, nullptr);
   rt->body = body;
   rt->params = params;
@@ -242,7 +217,6 @@ int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), vo
   rt->idle = rt->polls = 0;
   rt->active.clear();
   rt->finished.clear();
-  rt->loaded = nullptr;
   while (rt->slots.size() < resident) rt->slots.push_back(new Block);
   while (rt->slots.size() > resident) {
     delete rt->slots.back();
@@ -251,13 +225,10 @@ int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), vo
   for (uint32_t i = 0; i < resident; ++i) rt->slots[i]->slot = i;
   gridDim = {shape.grid[0], shape.grid[1], shape.grid[2]};
   blockDim = {shape.block[0], shape.block[1], shape.block[2]};
-  auto* place = reinterpret_cast<char*>(rt->static_region.begin);
-  std::vector<char> host_tls(place, place + rt->static_region.size);
 
   run_grid(blocks);
 
   rt->current = nullptr;
-  std::copy(host_tls.begin(), host_tls.end(), place);
   rt->pages.count_distinct(rt->last.distinct_load_bytes, rt->last.distinct_store_bytes);
   rt->pages.reset();
   rt->global.reset();
@@ -275,32 +246,16 @@ int device_attribute(int attr) {
   auto& set = runtime().attributes;
   if (auto at = set.find(attr); at != set.end()) return at->second;
   switch (attr) {
-    case cudaDevAttrMaxThreadsPerBlock:
-      return kMaxThreads;
     case cudaDevAttrMaxSharedMemoryPerBlock:
       return kDefaultDynamicShared;
-    case cudaDevAttrWarpSize:
-      return 32;
     case cudaDevAttrMultiProcessorCount:
       return 132;
-    case cudaDevAttrL2CacheSize:
-      return 50 << 20;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      return 2048;
     case cudaDevAttrComputeCapabilityMajor:
       return 9;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       return 233472;
-    case cudaDevAttrMaxRegistersPerMultiprocessor:
-      return 65536;
-    case cudaDevAttrCooperativeLaunch:
-      return 1;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       return 232448;
-    case cudaDevAttrMaxBlocksPerMultiprocessor:
-      return 32;
-    case cudaDevAttrReservedSharedMemoryPerBlock:
-      return 1024;
     default:
       return 0;
   }
@@ -320,22 +275,9 @@ int max_dynamic_shared(const void* kernel) {
   return at == rt->max_shared.end() ? limit : std::max(limit, at->second);
 }
 
-int occupancy(int threads, size_t dynamic_shared) {
-  if (threads <= 0 || threads > kMaxThreads) return 0;
-  int warps = (threads + 31) / 32;
-  int blocks = std::min(device_attribute(cudaDevAttrMaxBlocksPerMultiprocessor),
-                        device_attribute(cudaDevAttrMaxThreadsPerMultiProcessor) / (warps * 32));
-  size_t each = dynamic_shared +
-                static_cast<size_t>(device_attribute(cudaDevAttrReservedSharedMemoryPerBlock));
-  auto total = static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor));
-  return std::min(blocks, static_cast<int>(total / each));
-}
-
-int take_last_error(bool clear) {
+int take_last_error() {
   std::lock_guard lock(runtime().mutex);
-  int error = rt->last_error;
-  if (clear) rt->last_error = 0;
-  return error;
+  return std::exchange(rt->last_error, 0);
 }
 
 }  // namespace simt
@@ -355,10 +297,8 @@ void simt_options(int resident_blocks, int shuffle_blocks) {
 void simt_reset_counters() {
   runtime().total = {};
   rt->last = {};
-  rt->kernels.clear();
 }
 
 void simt_counters(simt_counters_t* out) { *out = runtime().total; }
 void simt_last_counters(simt_counters_t* out) { *out = runtime().last; }
-const char* simt_kernels() { return runtime().kernels.c_str(); }
 const char* simt_last_error() { return runtime().error.c_str(); }

@@ -1,6 +1,7 @@
 // Runs CUDA kernels on the CPU, every thread a fiber, and reports misuse. This is what the stand-in
-// headers in include/ and the tests call. How to build with it:
-// tests/test_simt_harness.py.
+// headers in include/ and the tests call. It has what the package's kernels use of CUDA, and no
+// more: whole warps, dynamic shared memory, flags that are written by atomics. How to build with
+// it: build.py.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +11,8 @@
 extern "C" {
 
 // Bytes are summed over every thread's accesses of global memory, so a value that a whole warp
-// reads counts 32 times; the distinct_ members count each byte once per launch. Counted in mode A
-// only, except launches and max_dynamic_shared.
+// reads counts 32 times; the distinct_ members count each byte once per launch. Counted with
+// callbacks only, except launches and max_dynamic_shared.
 struct simt_counters_t {
   uint64_t launches;
   uint64_t load_bytes;
@@ -23,8 +24,6 @@ struct simt_counters_t {
   uint64_t distinct_load_bytes;
   uint64_t distinct_store_bytes;  // atomics included
   uint64_t max_dynamic_shared;
-  uint64_t shared_accesses;
-  uint64_t sync_points;
 };
 
 #define SIMT_API __attribute__((visibility("default")))
@@ -36,8 +35,6 @@ SIMT_API void simt_reset_counters();
 // Totals since the reset, and the last launch alone.
 SIMT_API void simt_counters(simt_counters_t* out);
 SIMT_API void simt_last_counters(simt_counters_t* out);
-// Names of the kernels launched since the reset, one a line, where known.
-SIMT_API const char* simt_kernels();
 // Text of the last report, "" if the last launch was clean.
 SIMT_API const char* simt_last_error();
 }
@@ -47,30 +44,22 @@ namespace simt {
 
 using Site = std::source_location;
 
-enum class BarrierKind { kPlain, kOr, kAnd, kCount };
-enum class WarpKind { kSync, kShfl, kUp, kDown, kXor, kBallot, kAny, kAll, kAdd, kMin, kMax };
-
 struct LaunchShape {
   unsigned grid[3];
   unsigned block[3];
   size_t dynamic_shared;
-  bool cooperative;
 };
 
 // Device side; all of these may switch to another fiber.
-int block_barrier(BarrierKind kind, int predicate, Site site);
-void named_barrier_sync(int id, int count, Site site = Site::current());
-void named_barrier_arrive(int id, int count, Site site = Site::current());
-uint64_t warp_op(WarpKind kind, unsigned mask, uint64_t value, int arg, int width, Site site);
-void fence(bool device_scope);
-// Before a load that may meet other threads' stores (__ldcv, volatile).
+void block_barrier(Site site);
+uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site);
+void fence();
+// Before a load that may meet other threads' stores (__ldcv).
 void poll(const void* address, size_t size, Site site);
 // Around a read-modify-write.
 void atomic_begin(const void* address, size_t size, Site site);
 void atomic_end(const void* address, bool changed);
 void nanosleep(Site site);
-[[noreturn]] void trap(Site site);
-unsigned active_mask();
 char* dynamic_shared();
 
 // Host side.
@@ -81,8 +70,7 @@ int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), vo
 int set_max_dynamic_shared(const void* kernel, int bytes);
 int max_dynamic_shared(const void* kernel);
 int device_attribute(int attr);
-int occupancy(int threads, size_t dynamic_shared);
-int take_last_error(bool clear);
+int take_last_error();
 
 }  // namespace simt
 #pragma GCC visibility pop

@@ -21,7 +21,7 @@ inline constexpr size_t kStackBytes = SIMT_ASAN ? 256 << 10 : 64 << 10;
 inline constexpr uint64_t kCanary = 0x5ca1ab1e0ddba11d;  // at each stack's end
 inline constexpr bool kTrack = !SIMT_ASAN;
 
-enum class Wait : uint8_t { kNone, kBarrier, kNamed, kWarp, kExited };
+enum class Wait : uint8_t { kNone, kBarrier, kWarp, kExited };
 
 struct Warp;
 struct Block;
@@ -37,21 +37,16 @@ struct Thread {
   Site site;  // of the last synchronisation
   uintptr_t polled;
 
-  WarpKind op;
-  unsigned mask;
-  int arg, width;
+  uint32_t from;  // the lane that its shuffle reads
 
-  // Order within the warp: lane j's accesses up to known_clock(j) lie before this thread's.
-  bool partial;
-  uint32_t lanes[32];
-  uint32_t last_interval;                              // of its last tracked access
-  std::shared_ptr<const std::vector<uint32_t>> named;  // likewise of all the block's threads
-  ClockRef known;                                      // beyond the block's
-  ClockRef pending, pending_block;                     // becomes known at a fence
-  FenceRef fence, fence_block;
+  uint32_t last_interval;  // of its last tracked access
+  ClockRef known;          // beyond the block's
+  ClockRef pending;        // becomes known at a fence
+  FenceRef fence;
 
   uint32_t& clock();
   uint32_t clock() const;
+  // Order within the warp: lane j's accesses up to this lie before this thread's.
   uint32_t known_clock(uint32_t j) const;
 };
 
@@ -59,28 +54,17 @@ struct Thread {
 struct Warp {
   Thread* threads;
   uint32_t all, exited, ready, at_barrier, in_op;
-  uint32_t active;  // place in Runtime::active
-  bool more_known;  // some lane has named or known
-  bool partial;     // some lane is
-  bool mixed;       // those in_op do not all have this mask and kind
-  WarpKind op;
-  unsigned mask;
-  uint32_t clock[32], base[32];  // base: all lanes' known clock, unless the thread's is partial
+  uint32_t active;           // place in Runtime::active
+  bool more_known;           // some lane has known
+  uint32_t clock[32], base;  // base: what each lane knows of the others' clocks
   uint64_t value[32], result[32];
 };
 
 inline uint32_t& Thread::clock() { return warp->clock[lane]; }
 inline uint32_t Thread::clock() const { return warp->clock[lane]; }
 inline uint32_t Thread::known_clock(uint32_t j) const {
-  return j == lane ? warp->clock[j] : partial ? lanes[j] : warp->base[lane];
+  return j == lane ? warp->clock[j] : warp->base;
 }
-
-struct NamedBarrier {
-  int count, arrived;
-  std::vector<Thread*> waiting;
-  std::vector<uint32_t> clocks;
-  ClockRef known;
-};
 
 struct Block {
   uint32_t index;
@@ -90,17 +74,12 @@ struct Block {
   std::vector<Warp> warps;
 
   uint32_t arrived;
-  BarrierKind kind;
-  int any, all, count, result;
   Thread* first;  // to arrive
-  NamedBarrier named[16];
 
   ClockRef known;
   char* shared = nullptr;
-  std::vector<Cell> shared_cells, static_cells;
+  std::vector<Cell> shared_cells;
   Shadow shadow{Shadow::Kind::kShared};
-  std::vector<char> static_image;
-  Channels channels;
 
   ~Block() {
     if (SIMT_ASAN) std::free(shared);
@@ -120,7 +99,7 @@ struct Runtime {
   bool shuffle = false;
   std::unordered_map<int, int> attributes;
   std::unordered_map<const void*, int> max_shared;
-  std::string next_label, label, kernels, error;
+  std::string next_label, label, error;
   int last_error = 0;
   simt_counters_t total{}, last{};
 
@@ -129,18 +108,17 @@ struct Runtime {
   uint32_t threads = 0;
   void (*body)(void*) = nullptr;
   void* params = nullptr;
-  Region params_region, shared_region, static_region, module;
+  Region params_region, shared_region, module;
   std::vector<Block*> slots;
   std::vector<Warp*> active;
   std::vector<Block*> finished;
   Thread* current = nullptr;
-  Block* loaded = nullptr;  // whose static shared memory is in place
   Context main;
   bool failed = false;
   uint64_t idle = 0, polls = 0;
   Shadow global{Shadow::Kind::kGlobal};
   Pages pages;
-  Channels channels;
+  std::unordered_map<uintptr_t, ClockRef> channels;
 };
 
 Runtime& runtime();
@@ -173,8 +151,7 @@ extern void* access_pc;
 
 void set_ready(Warp& w, uint32_t lanes);
 Thread* pick_first();
-void resume(Thread& t);  // before a switch to it
-void load_static(Block* b);
+void resume(Thread& t);         // before a switch to it
 void block_current(Wait wait);  // returns when woken
 void yield_current();
 void thread_exit();
@@ -183,9 +160,6 @@ void note_stuck(bool polling);
 
 // Order.
 bool is_before(const Point& p, const Thread& t);
-void join_warp(Warp& w, unsigned mask);
-void join_block(Block& b);
-void acquire_release(Thread& t, uintptr_t address, bool shared, bool release);
 void track(uintptr_t address, size_t size, Access access);
 void count_poll(uintptr_t address, size_t size);
 bool is_shared(uintptr_t address);

@@ -3,18 +3,9 @@
 
 #include <bit>
 
-#include "simt_vector_types.h"
-
 struct alignas(2) __half {
   unsigned short __x;
 };
-struct alignas(4) __half2 {
-  __half x, y;
-  __half2() = default;
-  constexpr __half2(__half a, __half b) : x(a), y(b) {}
-};
-typedef __half half;
-typedef __half2 half2;
 
 inline __half __ushort_as_half(unsigned short bits) { return __half{bits}; }
 inline unsigned short __half_as_ushort(__half v) { return v.__x; }
@@ -45,13 +36,3 @@ inline __half __float2half_rn(float f) {
   }
   return __half{static_cast<unsigned short>(sign | out)};
 }
-
-inline __half __float2half(float f) { return __float2half_rn(f); }
-inline float __low2float(__half2 v) { return __half2float(v.x); }
-inline float __high2float(__half2 v) { return __half2float(v.y); }
-inline __half2 __halves2half2(__half a, __half b) { return __half2(a, b); }
-inline float2 __half22float2(__half2 v) { return make_float2(__low2float(v), __high2float(v)); }
-inline __half2 __floats2half2_rn(float a, float b) {
-  return __half2(__float2half_rn(a), __float2half_rn(b));
-}
-inline __half2 __float22half2_rn(float2 v) { return __floats2half2_rn(v.x, v.y); }

@@ -51,9 +51,6 @@ __global__ void grid_reduction(const float* in, float* partial, unsigned* counte
 }
 
 // Blocks take tasks in order; task 2i+1 waits for the results of task 2i.
-enum class Flag { kAtomic, kPlain, kVolatile };
-
-template <Flag flag>
 __global__ void tickets(unsigned* next, int* flags, const float* in, float* data, float* out,
                         int tasks) {
   auto* task = shared<int>();
@@ -70,19 +67,11 @@ __global__ void tickets(unsigned* next, int* flags, const float* in, float* data
       __syncthreads();
       if (threadIdx.x == 0) {
         __threadfence();
-        if constexpr (flag == Flag::kPlain)
-          __stcg(&flags[pair], 1);
-        else if constexpr (flag == Flag::kVolatile)
-          *const_cast<volatile int*>(&flags[pair]) = 1;
-        else
-          atomicExch(&flags[pair], 1);
+        atomicExch(&flags[pair], 1);
       }
     } else {
       if (threadIdx.x == 0) {
-        if constexpr (flag == Flag::kVolatile)
-          while (*const_cast<volatile int*>(&flags[pair]) == 0) __nanosleep(50);
-        else
-          while (__ldcv(&flags[pair]) == 0) __nanosleep(50);
+        while (__ldcv(&flags[pair]) == 0) __nanosleep(50);
         __threadfence();
       }
       __syncthreads();
@@ -92,53 +81,13 @@ __global__ void tickets(unsigned* next, int* flags, const float* in, float* data
   }
 }
 
-// Warps 0 and 1 hand over to each other by a barrier of their own, as do 2 and 3.
-__global__ void pairs_of_warps(int* out) {
-  auto* s = shared<int>();
-  unsigned t = threadIdx.x, pair = t / 64;
-  s[t] = static_cast<int>(t);
-  simt::named_barrier_sync(static_cast<int>(pair) + 1, 64);
-  int v = s[pair * 64 + (t + 32) % 64];
-  simt::named_barrier_sync(static_cast<int>(pair) + 1, 64);
-  s[t] = v + 1;
-  __syncwarp();
-  out[t] = s[t ^ 1];
-}
-
 __global__ void copy16(const uint4* in, uint4* out, int n) {
   auto* s = shared<uint4>();
   for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < static_cast<unsigned>(n);
        i += gridDim.x * blockDim.x) {
     s[threadIdx.x] = __ldg(in + i);
-    __stcs(out + i, s[threadIdx.x]);
+    out[i] = s[threadIdx.x];
   }
-}
-
-__global__ void static_shared(int* out) {
-  __shared__ int tile[128];
-  __shared__ short small[128];
-  int t = static_cast<int>(threadIdx.x);
-  tile[t] = t + static_cast<int>(blockIdx.x) * 1000;
-  small[t] = static_cast<short>(t);
-  __syncthreads();
-  out[blockIdx.x * 128 + threadIdx.x] = tile[127 - t] + small[t ^ 1];
-}
-
-__global__ void votes(unsigned* out) {
-  unsigned lane = threadIdx.x % 32;
-  unsigned odd = __ballot_sync(kAll, lane & 1);
-  unsigned half = lane < 16 ? 0x0000ffffu : 0xffff0000u;
-  unsigned v = __shfl_sync(half, lane, static_cast<int>(lane & 16) + 3);
-  long long wide = __shfl_down_sync(kAll, static_cast<long long>(lane) << 40, 1, 8);
-  double up = __shfl_up_sync(kAll, static_cast<double>(lane), 2);
-  int count = __syncthreads_count(threadIdx.x < 40);
-  int any = __syncthreads_or(threadIdx.x == 5), all = __syncthreads_and(threadIdx.x != 5);
-  bool good = odd == 0xaaaaaaaau && v == (lane & 16) + 3 &&
-              wide == static_cast<long long>(lane % 8 == 7 ? lane : lane + 1) << 40 &&
-              up == (lane < 2 ? lane : lane - 2) && count == 40 && any && !all &&
-              __any_sync(kAll, lane == 31) && !__all_sync(kAll, lane == 31) &&
-              __reduce_add_sync(kAll, 1) == 32 && __reduce_min_sync(kAll, 3 - int(lane)) == -28;
-  out[threadIdx.x] = good;
 }
 
 // Two lanes' halves of a word are no race.
@@ -183,55 +132,26 @@ CASE(right_grid_reduction) {
   return 0;
 }
 
-template <Flag flag>
-int run_tickets() {
+CASE(right_tickets) {
   int tasks = 20;
   auto in = ramp(10 * 64);
   std::vector<float> data(10 * 64), out(10 * 64);
   std::vector<int> flags(10);
   unsigned next = 0;
-  if (int error = run("tickets", 6, 64, 16, tickets<flag>, &next, flags.data(), in.data(),
-                      data.data(), out.data(), tasks))
+  if (int error = run("tickets", 6, 64, 16, tickets, &next, flags.data(), in.data(), data.data(),
+                      out.data(), tasks))
     return error;
   for (size_t i = 0; i < in.size(); ++i)
     if (out[i] != 2 * in[i]) return -1;
   return 0;
 }
-CASE(right_tickets) { return run_tickets<Flag::kAtomic>(); }
-CASE(right_tickets_plain_flag) { return run_tickets<Flag::kPlain>(); }
-
-CASE(right_tickets_volatile_flag) { return run_tickets<Flag::kVolatile>(); }
-
-CASE(right_named_barrier) {
-  std::vector<int> out(128);
-  if (int error = run("pairs_of_warps", 1, 128, 512, pairs_of_warps, out.data())) return error;
-  for (int t = 0; t < 128; ++t)
-    if (out[t] != ((t ^ 1) / 64 * 64 + ((t ^ 1) + 32) % 64) + 1) return -1;
-  return 0;
-}
 
 CASE(right_copy16) {
   std::vector<uint4> in(1000), out(1000);
-  for (unsigned i = 0; i < 1000; ++i) in[i] = make_uint4(i, i + 1, i + 2, i + 3);
+  for (unsigned i = 0; i < 1000; ++i) in[i] = uint4(i, i + 1, i + 2, i + 3);
   if (int error = run("copy16", 3, 64, 64 * 16, copy16, in.data(), out.data(), 1000)) return error;
   for (unsigned i = 0; i < 1000; ++i)
     if (out[i].x != i || out[i].w != i + 3) return -1;
-  return 0;
-}
-
-CASE(right_static_shared) {
-  std::vector<int> out(6 * 128);
-  if (int error = run("static_shared", 6, 128, 0, static_shared, out.data())) return error;
-  for (int i = 0; i < 6 * 128; ++i)
-    if (out[i] != 127 - i % 128 + i / 128 * 1000 + (i % 128 ^ 1)) return -1;
-  return 0;
-}
-
-CASE(right_votes) {
-  std::vector<unsigned> out(64);
-  if (int error = run("votes", 1, 64, 0, votes, out.data())) return error;
-  for (unsigned good : out)
-    if (!good) return -1;
   return 0;
 }
 
@@ -256,23 +176,24 @@ CASE(blocks_in_order) {
 
 // Errors of a launch, as CUDA gives them.
 CASE(launch_errors) {
-  unsigned out[1024];
-  if (run("votes", 0, 64, 0, votes, out) != cudaErrorInvalidConfiguration) return 1;
-  if (run("votes", 1, 0, 0, votes, out) != cudaErrorInvalidConfiguration) return 2;
-  if (run("votes", 1, 1025, 0, votes, out) != cudaErrorInvalidConfiguration) return 3;
+  int out[1], next = 0;
+  auto start = [&](unsigned grid, unsigned block, size_t shared_bytes) {
+    return run("in_order", grid, block, shared_bytes, in_order, out, &next);
+  };
+  if (start(0, 64, 0) != cudaErrorInvalidConfiguration) return 1;
+  if (start(1, 0, 0) != cudaErrorInvalidConfiguration) return 2;
+  if (start(1, 1025, 0) != cudaErrorInvalidConfiguration) return 3;
   if (cudaGetLastError() != cudaErrorInvalidConfiguration) return 4;
   if (cudaGetLastError() != cudaSuccess) return 5;
   size_t large = 100 << 10;
-  if (run("votes", 1, 64, large, votes, out) != cudaErrorInvalidValue) return 6;
+  if (start(1, 64, large) != cudaErrorInvalidValue) return 6;
   auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  if (cudaFuncSetAttribute(votes, attribute, 1 << 20) != cudaErrorInvalidValue) return 7;
-  if (cudaFuncSetAttribute(votes, attribute, 100 << 10) != cudaSuccess) return 8;
-  if (run("votes", 1, 64, large, votes, out) != cudaSuccess) return 9;
-  if (run("votes", 1, 64, large + 1, votes, out) != cudaErrorInvalidValue) return 10;
-  cudaFuncSetAttribute(votes, attribute, 0);
-  int blocks = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, votes, 256, large);
-  return blocks == 2 ? 0 : 11;
+  if (cudaFuncSetAttribute(in_order, attribute, 1 << 20) != cudaErrorInvalidValue) return 7;
+  if (cudaFuncSetAttribute(in_order, attribute, 100 << 10) != cudaSuccess) return 8;
+  if (start(1, 64, large) != cudaSuccess) return 9;
+  if (start(1, 64, large + 1) != cudaErrorInvalidValue) return 10;
+  cudaFuncSetAttribute(in_order, attribute, 0);
+  return 0;
 }
 
 extern "C" __attribute__((visibility("default"))) void from_half(int kind, const uint16_t* in,

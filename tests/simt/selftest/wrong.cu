@@ -43,32 +43,17 @@ __global__ void race_in_warp(float* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = s[threadIdx.x ^ 1];
 }
 
-__global__ void half_synced_warp(float* out) {
-  auto* s = shared<float>();
-  unsigned lane = threadIdx.x;
-  s[lane] = 1;
-  __syncwarp();
-  s[lane] = 2;
-  __syncwarp(lane < 16 ? 0x0000ffffu : 0xffff0000u);
-  out[lane] = s[lane ^ 16];
-}
-
 __global__ void mask_lacks_caller(int* out) {
   out[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, static_cast<int>(threadIdx.x), 1);
 }
 
 __global__ void mask_lacks_source(int* out) {
-  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, 1, 16);
+  out[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, 1, 16);
 }
 
 __global__ void mask_of_ended(int* out) {
   if (threadIdx.x >= 16) return;
   out[threadIdx.x] = __shfl_xor_sync(kAll, 1, 1);
-}
-
-__global__ void different_masks(int* out) {
-  unsigned mask = threadIdx.x < 8 ? kAll : 0xffffff01u;
-  out[threadIdx.x] = __shfl_xor_sync(mask, 1, 1);
 }
 
 __global__ void shuffle_against_barrier(int* out) {
@@ -84,21 +69,6 @@ __global__ void off_by_one(float* out, int n) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = s[threadIdx.x + 1];
 }
 
-__global__ void static_uninitialised(float* out) {
-  __shared__ float s[64];
-  if (threadIdx.x != 5) s[threadIdx.x] = 1;
-  __syncthreads();
-  out[blockIdx.x * blockDim.x + threadIdx.x] = s[threadIdx.x ^ 1];
-}
-
-__global__ void static_race(float* out) {
-  __shared__ float s[64];
-  s[threadIdx.x] = 1;
-  __syncthreads();
-  s[threadIdx.x] = 2;
-  out[blockIdx.x * blockDim.x + threadIdx.x] = s[threadIdx.x ^ 1];
-}
-
 __global__ void divergent_barriers(int* out) {
   if (threadIdx.x < 32) {
     __syncthreads();
@@ -109,19 +79,12 @@ __global__ void divergent_barriers(int* out) {
   }
 }
 
-__global__ void barrier_not_reached() {
-  if (threadIdx.x < 32)
-    simt::named_barrier_sync(1, 64);
-  else
-    __syncthreads();
+__global__ void misaligned(const int* in, uint4* out) {
+  out[threadIdx.x] = *reinterpret_cast<const uint4*>(in + threadIdx.x);
 }
 
-__global__ void misaligned(const float* in, float4* out) {
-  out[threadIdx.x] = *reinterpret_cast<const float4*>(in + threadIdx.x);
-}
-
-__global__ void misaligned_members(const float* in, float* out) {
-  float4 v = *reinterpret_cast<const float4*>(in + threadIdx.x);
+__global__ void misaligned_members(const int* in, unsigned* out) {
+  uint4 v = *reinterpret_cast<const uint4*>(in + threadIdx.x);
   out[threadIdx.x] = v.x + v.y * v.z + v.w;
 }
 
@@ -186,7 +149,7 @@ __global__ void hand_over(Bug bug, int* flag, float* data, float* out) {
 }
 
 __global__ void spin_lock(int* lock) {
-  while (atomicCAS(lock, 0, 1) != 0) {
+  while (atomicExch(lock, 1) != 0) {
   }
 }
 
@@ -212,24 +175,22 @@ int over_flag(Bug bug) {
 CASE(wrong_missing_barrier) { return run("m", 2, 64, 256, missing_barrier, FLOATS); }
 CASE(wrong_missing_second_barrier) { return run("m", 2, 64, 256, missing_second_barrier, FLOATS); }
 CASE(wrong_race_in_warp) { return run("m", 2, 64, 256, race_in_warp, FLOATS); }
-CASE(wrong_half_synced_warp) { return run("m", 1, 32, 128, half_synced_warp, FLOATS); }
 CASE(wrong_mask_lacks_caller) { return run("m", 1, 32, 0, mask_lacks_caller, INTS); }
-CASE(wrong_mask_lacks_source) { return run("m", 1, 32, 0, mask_lacks_source, INTS); }
+CASE(wrong_mask_lacks_source) { return run("m", 1, 16, 0, mask_lacks_source, INTS); }
 CASE(wrong_mask_of_ended) { return run("m", 1, 32, 0, mask_of_ended, INTS); }
 CASE(wrong_mask_of_missing) { return run("m", 1, 16, 0, mask_of_ended, INTS); }
-CASE(wrong_different_masks) { return run("m", 1, 32, 0, different_masks, INTS); }
 CASE(wrong_shuffle_against_barrier) { return run("m", 1, 32, 0, shuffle_against_barrier, INTS); }
 CASE(wrong_off_by_one) { return run("m", 2, 64, 256, off_by_one, FLOATS, 64); }
 CASE(wrong_uninitialised) { return run("m", 2, 64, 512, off_by_one, FLOATS, 64); }
-CASE(wrong_static_uninitialised) { return run("m", 6, 64, 0, static_uninitialised, FLOATS); }
-CASE(wrong_static_race) { return run("m", 6, 64, 0, static_race, FLOATS); }
 CASE(wrong_divergent_barriers) { return run("m", 1, 64, 0, divergent_barriers, INTS); }
-CASE(wrong_barrier_not_reached) { return run("m", 1, 64, 0, barrier_not_reached); }
 CASE(wrong_misaligned) {
-  std::vector<float4> out(32);
-  return run("m", 1, 32, 0, misaligned, FLOATS, out.data());
+  std::vector<uint4> out(32);
+  return run("m", 1, 32, 0, misaligned, INTS, out.data());
 }
-CASE(wrong_misaligned_members) { return run("m", 1, 32, 0, misaligned_members, FLOATS, FLOATS); }
+CASE(wrong_misaligned_members) {
+  std::vector<unsigned> out(32);
+  return run("m", 1, 32, 0, misaligned_members, INTS, out.data());
+}
 CASE(wrong_global_race) { return run("m", 1, 64, 0, global_race, INTS); }
 CASE(wrong_read_then_written) { return run("m", 1, 64, 0, read_then_written, INTS, INTS); }
 CASE(wrong_neighbour_block) { return run("m", 2, 1, 0, neighbour_block, INTS, INTS); }
