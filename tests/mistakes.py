@@ -54,12 +54,14 @@ NO_WEIGHTS = (math.nan, math.inf, 10**400)
 
 
 def number(name: str, *wrong: float) -> list[Mistake]:
-    found = [Mistake(x, TypeError, f"{name} must be a number") for x in NO_NUMBERS]
-    return found + [Mistake(x, ValueError, name) for x in (*wrong, *NO_WEIGHTS)]
+    found = [Mistake(x, TypeError, f"{name} must be a number, got") for x in NO_NUMBERS]
+    return found + [Mistake(x, ValueError, f"{name} must be .*got") for x in (*wrong, *NO_WEIGHTS)]
 
 
 def choice(name: str, *wrong: Any) -> list[Mistake]:
-    return [Mistake(x, ValueError, f"{name} must be") for x in ("", "MEAN", 1, ["mean"], *wrong)]
+    of_bytes = b"code", b"sum", b"max", b"mean"  # as long as the option's own
+    wrong = "", "MEAN", 1, ["mean"], *of_bytes, *wrong
+    return [Mistake(x, ValueError, f"{name} must be .*got") for x in wrong]
 
 
 WEIGHTS = [

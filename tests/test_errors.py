@@ -19,16 +19,9 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "a number": (3, [Y], {}, TypeError, "student must be a tensor or a list.*got int"),
     "None": (None, None, {}, TypeError, "student must be.*NoneType"),
     "a string": ("ab", [Y, Y], {}, TypeError, "student must be.*str"),
-    "None in the list": ([X, None], [Y, Y], {}, TypeError, r"student\[1\] must be a tensor.*None"),
     "teacher not a tensor": (X, "t", {}, TypeError, "both be tensors"),
     "an array": (X.numpy(), [Y], {}, TypeError, "student must be.*ndarray"),
-    "integers": (X.long(), Y, {}, TypeError, "student must be float32.*got torch.int64"),
-    "booleans": (X > 0, Y, {}, TypeError, "student must be float32.*got torch.bool"),
-    "complex": (X, Y + 0j, {}, TypeError, "teacher must be float32.*got torch.complex64"),
     "float8": (X.to(torch.float8_e5m2), Y, {}, TypeError, "student must be.*float8_e5m2"),
-    "sparse": (X.to_sparse(), Y, {}, TypeError, "student must be a dense tensor.*sparse_coo"),
-    "rank 2": (X[0, 0], Y, {}, ValueError, r"student must be \(B, C, H, W\).*\(4, 4\)"),
-    "rank 6": (X, Y[..., None, None], {}, ValueError, r"teacher must be.*\(2, 5, 4, 4, 1, 1\)"),
     "batch": (X, Y[:1], {}, ValueError, "same batch size, got 2 and 1"),
     "batch of 1 is not broadcast": (X[:1], Y, {}, ValueError, "same batch size, got 1 and 2"),
     "height": (X, Y[:, :, :3], {}, ValueError, "same map size.*4x4 and 3x4.*resize="),
@@ -45,16 +38,9 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "list lengths": ([X, X], [Y], {}, ValueError, "same number of features, got 2 and 1"),
     "empty list": ([], [], {}, ValueError, "student must not be an empty list"),
     "a tensor and a list": (X, [Y], {}, TypeError, "Tensor and list"),
-    "empty batch": (X[:0], Y[:0], {}, ValueError, r"student must not be empty.*\(0, 3, 4, 4\)"),
     "no channels": (X, Y[:, :0], {}, ValueError, "teacher must not be empty"),
-    "no positions": (X[..., :0], Y[..., :0], {}, ValueError, "student must not be empty"),
     "devices": (X, Y.to("meta"), {}, ValueError, "teacher of pair 0 is on meta.*student on cpu"),
     "p too small": (X, Y, {"p": 0.99}, ValueError, "p must be a finite number >= 1, got 0.99"),
-    "p nan": (X, Y, {"p": float("nan")}, ValueError, "p must be.*got nan"),
-    "p inf": (X, Y, {"p": float("inf")}, ValueError, "p must be.*got inf"),
-    "p text": (X, Y, {"p": "2"}, TypeError, "p must be a number, got str"),
-    "p bool": (X, Y, {"p": True}, TypeError, "p must be a number, got bool"),
-    "p tensor": (X, Y, {"p": torch.tensor(2.0)}, TypeError, "p must be a number, got Tensor"),
     "collapse": (X, Y, {"collapse": "avg"}, ValueError, "collapse must be.*got 'avg'"),
     "form": (X, Y, {"form": 2}, ValueError, "form must be 'code' or 'paper', got 2"),
     "reduction": (
@@ -65,16 +51,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         "reduction must be 'sum', 'none' or 'sample'",
     ),
     "eps zero": (X, Y, {"eps": 0.0}, ValueError, "eps must be a finite number > 0, got 0.0"),
-    "eps negative": (X, Y, {"eps": -1e-12}, ValueError, "eps must be"),
-    "eps nan": (X, Y, {"eps": float("nan")}, ValueError, "eps must be.*got nan"),
-    "eps None": (X, Y, {"eps": None}, TypeError, "eps must be a number, got NoneType"),
     "channel_dim": (X, Y, {"channel_dim": 2}, ValueError, "channel_dim must be 1 or -1, got 2"),
-    "channel_dim bool": (X, Y, {"channel_dim": True}, TypeError, "channel_dim.*got bool"),
-    "skip_tokens bool": (X, Y, {"skip_tokens": False}, TypeError, "skip_tokens.*got bool"),
-    "weights length": (X, Y, {"weights": [1, 2]}, ValueError, "weights.*got 2 for 1 pairs"),
-    "weights number": (X, Y, {"weights": 1.0}, TypeError, "weights must be a list.*got float"),
-    "weights text": (X, Y, {"weights": ["a"]}, TypeError, r"weights\[0\] must be.*got str"),
-    "weights nan": (X, Y, {"weights": [float("nan")]}, ValueError, r"weights\[0\] must be finite"),
     "resize": (
         X,
         Y,
@@ -88,7 +65,6 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "channels of both": (X, Y, {"attend": "both"}, ValueError, "pair 0.*channels.*3 and 5"),
     "sizes of both": (X, X[:, :, 1:], {"attend": "both"}, ValueError, "4x4 and 3x4"),
     "eps_mode": (X, Y, {"eps_mode": "clamp"}, ValueError, "eps_mode must be 'max' or 'add'"),
-    "absolute": (X, Y, {"absolute": 1}, TypeError, "absolute must be True or False, got int"),
     "p without absolute": (X, Y, {"absolute": False, "p": 2.5}, ValueError, "whole number.*2.5"),
     "max without absolute": (
         X,
@@ -133,22 +109,6 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"map_size must have.*has tokens behind skip_tokens, 4, got \(3, 2\)",
     ),
-    "map_size zero": (
-        X[:, 0],
-        Y[:, 0],
-        {"channel_dim": -1, "map_size": (0, 2)},
-        ValueError,
-        "map_size must be one to three whole numbers > 0",
-    ),
-    "map_size bool": (
-        X[:, 0],
-        Y[:, 0],
-        {"channel_dim": -1, "map_size": (True, 4)},
-        ValueError,
-        r"map_size must be one to three whole numbers > 0, got \(True, 4\)",
-    ),
-    "three sides": (X, Y, {"channel_dim": (1, 1, -1)}, ValueError, "channel_dim must be one value"),
-    "mask kind": (X, Y, {"mask": [[1]]}, TypeError, "mask must be a tensor, got list"),
     "mask integers": (
         X,
         Y,
@@ -173,7 +133,6 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         ValueError,
         "mask is for attend='spatial', got attend='channel'",
     ),
-    "sample_weights kind": (X, Y, {"sample_weights": [1.0, 1.0]}, TypeError, "must be a tensor"),
     "sample_weights shape": (
         X,
         Y,
@@ -188,15 +147,46 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         ValueError,
         "one batch size, got 2 and, in pair 1, 1",
     ),
-    "weights tensor": (X, Y, {"weights": torch.ones(1)}, TypeError, "weights must be.*Tensor"),
 }
+
+
+# Plain arguments go straight to the operator, and to the thorough checks where it refuses them.
+# channel_dim=(1, 1) says what 1 does, and goes to the checks at once.
+QUICK = ("p", "eps", "collapse", "form", "reduction", "eps_mode")
+WRONG_OPTIONS = [(name, mistake) for name, several in mistakes.LOSS.items() for mistake in several]
+
+
+def raised(student: Any, teacher: Any, **options: Any) -> tuple[type[Exception], str]:
+    """The one error of both functions."""
+    found = set()
+    for function in (at_fused.at_loss, at_fused.at_value_and_grad):
+        with pytest.raises((TypeError, ValueError)) as error:
+            function(student, teacher, **options)
+        found.add((error.type, str(error.value)))
+    (one,) = found
+    return one
+
+
+def assert_same_error(student: Any, teacher: Any, **options: Any) -> tuple[type[Exception], str]:
+    quick = raised(student, teacher, **options)
+    assert quick == raised(student, teacher, channel_dim=(1, 1), **options)
+    return quick
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_at_loss(case: str) -> None:
     student, teacher, options, error, message = CASES[case]
-    with pytest.raises(error, match=message):
-        at_fused.at_loss(student, teacher, **options)
+    found = (raised if options else assert_same_error)(student, teacher, **options)
+    assert issubclass(found[0], error)
+    assert re.search(message, found[1])
+
+
+@pytest.mark.parametrize(("name", "mistake"), WRONG_OPTIONS, ids=str)
+def test_a_wrong_option(name: str, mistake: mistakes.Mistake) -> None:
+    check = assert_same_error if name in QUICK else raised
+    error, message = check(X, Y, **{name: mistake.of([1.0] if name == "weights" else 2.0)})
+    assert issubclass(error, mistake.error)
+    assert re.search(mistake.message, message)
 
 
 def test_unknown_option() -> None:
@@ -206,18 +196,36 @@ def test_unknown_option() -> None:
         at_fused.at_loss(X, Y, 2)
 
 
-@pytest.mark.parametrize("function", [at_fused.at, at_fused.attention_map])
-def test_maps(function: Any) -> None:
-    with pytest.raises(TypeError, match="x must be a tensor, got list"):
-        function([X])
-    with pytest.raises(ValueError, match=r"x must be \(B, C, H, W\).*\(4,\)"):
-        function(X[0, 0, 0])
-    with pytest.raises(ValueError, match="collapse must be"):
-        function(X, collapse="max of all")
-    with pytest.raises(ValueError, match="channel_dim must be 1 or -1, got 2"):
-        function(X, channel_dim=2)
-    with pytest.raises(ValueError, match="p must be"):
-        function(X, p=0)
+TOKENS = X[:, 0]
+OF_ONE_FEATURE: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    ([X], {}, TypeError, "x must be a tensor, got list"),
+    (X[0, 0, 0], {}, ValueError, r"x must be \(B, C, H, W\).*\(4,\)"),
+    (X.int(), {}, TypeError, "x must be float32.*got torch.int32"),
+    (X, {"collapse": "max of all"}, ValueError, "collapse must be"),
+    (X, {"channel_dim": 2}, ValueError, "channel_dim must be 1 or -1, got 2"),
+    (X, {"p": 0}, ValueError, "p must be"),
+    (X, {"eps": 0.0}, ValueError, "eps must be"),
+    (X, {"attend": "both"}, ValueError, "attend must be"),
+    (X, {"skip_tokens": 1}, ValueError, "skip_tokens is for token features"),
+    (TOKENS, {"channel_dim": (1, -1)}, ValueError, "must be one value each"),
+    (TOKENS, {"channel_dim": -1, "skip_tokens": (1, 2)}, ValueError, "must be one value each"),
+    (TOKENS, {"channel_dim": -1, "map_size": ((2, 2), None)}, ValueError, "must be one value each"),
+    (X, {"normalize": "no"}, TypeError, "normalize must be True or False"),
+    (X, {"normalize": 1}, TypeError, "normalize must be True or False"),
+    (X, {"normalize": None}, TypeError, "normalize must be True or False"),
+    (X, {"normalize": False, "eps": 0.1}, ValueError, "eps and eps_mode are for normalize=True"),
+]
+
+
+@pytest.mark.parametrize("function", [at_fused.at, at_fused.attention_map, at_fused.attention_tap])
+@pytest.mark.parametrize(("x", "options", "error", "message"), OF_ONE_FEATURE)
+def test_maps(
+    function: Any, x: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    if function is at_fused.at and not options.keys() <= {"collapse", "channel_dim", "p", "eps"}:
+        error, message = TypeError, "unexpected keyword argument"
+    with pytest.raises(error, match=message):
+        function(x, **options)
 
 
 def test_module_checks_its_options_when_made() -> None:
@@ -238,62 +246,22 @@ def test_use_backend() -> None:
 
 
 # ---- the quick way of ordinary calls -------------------------------------------------------------
-#
-# Plain arguments go straight to the operator, and to the thorough checks where it refuses them.
-# channel_dim=(1, 1) says what 1 does, and goes to the checks at once.
 
-WRONG_OPTIONS = [
-    (name, mistake)
-    for name in ("p", "eps", "collapse", "form", "reduction", "eps_mode")
-    for mistake in mistakes.LOSS[name]
-]
 OTHERS: dict[str, tuple[Any, Any]] = {
     "1x48 against 6x8": (torch.randn(2, 3, 1, 48), torch.randn(2, 3, 6, 8)),
-    "48 against 6x8": (torch.randn(2, 3, 48), torch.randn(2, 3, 6, 8)),
     "6x8 against 8x6": (torch.randn(2, 3, 6, 8), torch.randn(2, 3, 8, 6)),
-    "batch of 1": (X, Y[:1]),
     "batch of 1 in the second pair": ([X, X[:1]], [Y, Y]),
-    "unequal lists": ([X, X, X], [Y, Y]),
-    "empty lists": ([], []),
     "a set": ({X}, {Y}),
     "a generator": ((x for x in [X]), (y for y in [Y])),
     "a dict": ({"a": X}, {"a": Y}),
-    "an array": (X.numpy(), Y.numpy()),
     "arrays": ([X.numpy()], [Y.numpy()]),
     "an array and a tensor": ([X, X.numpy()], [Y, Y]),
     "nested": ([[X]], [[Y]]),
-    "a tensor for a list": (X, [Y]),
     "a stack for a list": (torch.stack([X, X]), [Y, Y]),
-    "meta": (X.to("meta"), Y),
     "meta in a list": ([X, X.to("meta")], [Y, Y]),
-    "sparse": (X.to_sparse(), Y),
     "both sparse": (X.to_sparse(), Y.to_sparse()),
-    "rank 6": (X[..., None, None], Y[..., None, None]),
-    "rank 2": (X.flatten(1), Y.flatten(1)),
-    "complex": (X + 0j, Y + 0j),
-    "integers": (X.long(), Y.long()),
     "nested tensors": (torch.nested.nested_tensor([X[0], X[1]]), Y),
-    "None": (None, None),
 }
-
-
-def raised(student: Any, teacher: Any, **options: Any) -> tuple[type[Exception], str]:
-    with pytest.raises((TypeError, ValueError)) as error:
-        at_fused.at_loss(student, teacher, **options)
-    return error.type, str(error.value)
-
-
-def assert_same_error(student: Any, teacher: Any, **options: Any) -> tuple[type[Exception], str]:
-    quick = raised(student, teacher, **options)
-    assert quick == raised(student, teacher, channel_dim=(1, 1), **options)
-    return quick
-
-
-@pytest.mark.parametrize(("name", "mistake"), WRONG_OPTIONS, ids=str)
-def test_a_wrong_option_the_quick_way(backend: str, name: str, mistake: mistakes.Mistake) -> None:
-    error, message = assert_same_error(X, Y, **{name: mistake.of(2.0)})
-    assert issubclass(error, mistake.error)
-    assert re.search(mistake.message, message)
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -352,21 +320,6 @@ def test_a_single_position_warns_once_either_way(
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"channel_dim": (1, -1)},
-        {"channel_dim": -1, "skip_tokens": (1, 2)},
-        {"channel_dim": -1, "map_size": ((2, 2), None)},
-    ],
-    ids=str,
-)
-def test_one_feature_takes_one_value_of_each_option(options: dict[str, Any]) -> None:
-    for function in (at_fused.attention_map, at_fused.attention_tap):
-        with pytest.raises(ValueError, match="must be one value each"):
-            function(torch.randn(2, 4, 4), **options)
-
-
-@pytest.mark.parametrize(
     ("channel_dim", "option", "message"),
     [
         (-1, {"map_size": [3, 3.0]}, r"must be one to three.*got \[3, 3.0\], in which 3.0 is none"),
@@ -381,15 +334,6 @@ def test_one_feature_takes_one_value_of_each_option(options: dict[str, Any]) -> 
 def test_options_of_tokens(channel_dim: Any, option: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"{min(option)} .*{message}"):
         at_fused.at_loss([X, X], [Y[:, 0], Y], channel_dim=channel_dim, **option)
-
-
-@pytest.mark.parametrize("normalize", ["no", 1, None])
-def test_normalize_is_no_truth_value(normalize: Any) -> None:
-    for function in (at_fused.attention_map, at_fused.attention_tap):
-        with pytest.raises(TypeError, match="normalize must be True or False"):
-            function(torch.randn(2, 3, 4, 4), normalize=normalize)
-        with pytest.raises(ValueError, match="eps and eps_mode are for normalize=True"):
-            function(torch.randn(2, 3, 4, 4), eps=0.1)
 
 
 def test_lists_of_lists_of_maps_are_refused() -> None:
