@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import EVERY, slow, use
-from test_method import expected_loss, feature
+from reference import expected_loss
+from test_method import feature
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import test_contract
 import test_distance
+import test_forward_mode
 import test_gradient_at
 import test_kd
 import test_map_operators
@@ -71,14 +72,12 @@ def fast_backend(backend: str) -> str:
 
 ON_DEVICE = (
     test_operators.test_opcheck_at_loss,
-    test_operators.test_opcheck_attention_map,
-    test_operators.test_gradients_have_the_layout_of_their_feature,
     test_operators.test_no_grad_and_inference_mode,
     test_operators.test_gradients_accumulate_and_graphs_are_reusable,
     test_operators.test_a_feature_changed_before_backward_is_an_error,
-    test_operators.test_the_teachers_features_are_not_kept_alive,
-    test_operators.test_torch_func,
+    test_operators.test_elements_beyond_2_to_the_31,
     test_operators.test_a_map_whose_feature_needs_no_gradient,
+    test_forward_mode.test_the_formula_itself,
 )
 ON_DEVICE += (
     # Whose gradient it is depends on the engine's threads, which a GPU has of its own.
@@ -413,21 +412,6 @@ def test_one_launch_for_a_list() -> None:
         MAP_LOSS(maps, maps, *options)
         (name,) = launches(partial(MAP_LOSS, maps, maps, *options))
         assert "map_loss_kernel" in name
-
-
-@needs_gpu
-@pytest.mark.parametrize("dimension", [0, 1])
-def test_strides_beyond_32_bits(backend: str, dimension: int) -> None:
-    far = 2**31 + 64
-    needed = 2 * (far + 4096) + (1 << 30)
-    if torch.cuda.mem_get_info()[0] < needed:
-        pytest.skip(f"less than {needed >> 30} GB of free memory")
-    shape = [1, 1, 9, 8]
-    shape[dimension], stride = 2, [256, 72, 8, 1]
-    stride[dimension] = far
-    x = torch.empty(far + 4096, dtype=torch.float16).as_strided(shape, stride)
-    x.copy_(torch.randn(shape))
-    assert_matches_reference([x], [features(shape[0], 3, 9, 8)], scale=2.0**8)
 
 
 @needs_gpu

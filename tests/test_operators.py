@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 from conftest import EVERY, opcheck, use
-from reference import loss_arguments, popular_at_loss, reference_loss
+from reference import loss_arguments, reference_loss
 from torch import Tensor, nn
 
 import at_fused
@@ -47,23 +49,6 @@ def test_opcheck_at_loss(
 ) -> None:
     arguments = at_loss_arguments(student_grad, teacher_grad, form, reduction, p)
     opcheck(backend, torch.ops.at_fused.at_loss, arguments)
-
-
-@pytest.mark.parametrize("p", [2.0, 1.5])
-def test_opcheck_attention_map(backend: str, p: float) -> None:
-    features = [torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4).half()]
-    opcheck(backend, torch.ops.at_fused.attention_map, (features, p, "sum"))
-
-
-@pytest.mark.parametrize("gradient", [None, torch.tensor(2.0), torch.tensor([2.0, 3.0])], ids=str)
-def test_opcheck_attention_map_backward(backend: str, gradient: Tensor | None) -> None:
-    features = [
-        torch.randn(2, 3, 4, 5, requires_grad=True),
-        torch.randn(2, 3, 4, requires_grad=True),
-    ]
-    coefficients = [torch.randn(2, 20, requires_grad=True), torch.randn(2, 4, requires_grad=True)]
-    arguments = (features, coefficients, gradient, [1, 0], 2.0, [], [])
-    opcheck(backend, torch.ops.at_fused.attention_map_backward, arguments)
 
 
 def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -105,14 +90,6 @@ def test_compile_channels_last() -> None:
     (g,) = gradients(compiled(s, t), s)
     torch.testing.assert_close(g, *gradients(at_fused.at_loss(s, t), s))
     assert g.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_gradients_have_the_layout_of_their_feature(backend: str) -> None:
-    x = torch.randn(2, 6, 4, 5)
-    for s in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
-        s = s.detach().requires_grad_()
-        (g,) = gradients(at_fused.at_loss(s, torch.randn_like(s)), s)
-        assert g.stride() == s.stride()
 
 
 def test_export_and_dynamic_batch(tmp_path: Any) -> None:
@@ -180,35 +157,83 @@ def test_a_feature_changed_before_backward_is_an_error(backend: str) -> None:
         loss.backward()
 
 
-def test_the_teachers_features_are_not_kept_alive(backend: str) -> None:
-    import weakref
-
-    s, t = pair(2, 3, 4, 4)
-    alive = weakref.ref(t)
-    loss = at_fused.at_loss(s, t)
-    del t
-    assert alive() is None
-    loss.backward()
+# ---- memory --------------------------------------------------------------------------------------
 
 
-def test_torch_func(backend: str) -> None:
-    s, y = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+@pytest.fixture(params=["cpu", "simt-wide"])
+def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of a GPU test_gpu.py sees it."""
+    with use(request.param):
+        yield
 
-    def ours(x: Tensor) -> Tensor:
-        return at_fused.at_loss(x, y)
 
-    def lines(x: Tensor) -> Tensor:
-        return popular_at_loss(x, y)
+def allocated(call: Any) -> tuple[Any, int]:
+    """What a call returns, and the bytes that it allocates."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = call()
+    memory = [event.self_cpu_memory_usage for event in profile.events()]
+    return result, sum(m for m in memory if m > 0)
 
-    grad = torch.func.grad
-    torch.testing.assert_close(grad(ours)(s), grad(lines)(s), rtol=1e-5, atol=1e-8)
-    value, gradient = torch.func.grad_and_value(ours)(s)[::-1]
-    torch.testing.assert_close(value, lines(s), rtol=1e-5, atol=0)
-    torch.testing.assert_close(gradient, grad(lines)(s), rtol=1e-5, atol=1e-8)
-    nested = grad(lambda x: grad(ours)(x).square().sum())(s)
-    torch.testing.assert_close(
-        nested, grad(lambda x: grad(lines)(x).square().sum())(s), rtol=1e-4, atol=1e-9
-    )
+
+def test_no_feature_sized_temporary(compiled: None) -> None:
+    s, t = torch.randn(2, 64, 24, 24, requires_grad=True), torch.randn(2, 64, 24, 24)
+
+    at_fused.at_loss(s, t)  # counters are allocated once
+    size = s.nbytes
+    loss, forward = allocated(lambda: at_fused.at_loss(s, t))
+    assert 0 < forward < size / 16
+    _, backward = allocated(loss.backward)
+    assert size <= backward < size * 1.02
+    _, both = allocated(lambda: at_fused.at_value_and_grad(s, t))
+    assert size <= both < size * 1.05
+
+
+def test_no_feature_sized_temporary_of_maxima(compiled: None) -> None:
+    x = torch.randn(2, 64, 24, 24)
+    (q, channels), forward = allocated(lambda: _ops.attention_map([x], 2.0, "max"))
+    assert 0 < forward < x.nbytes / 16
+    for won in ([], [channels]):
+        call = partial(_ops.attention_map_backward, [x], [q], None, [0], 2.0, [], won)
+        assert x.nbytes <= allocated(call)[1] < x.nbytes * 1.02
+
+
+@pytest.mark.parametrize("collapse", ["mean", "max"])
+def test_a_tap_in_place_allocates_nothing(compiled: None, collapse: str) -> None:
+    x, g = torch.randn(2, 64, 24, 24), torch.randn(2, 64, 24, 24)
+    q, *channels = _ops.attention_map([x], 2.0, collapse)
+    rest = g, x, q, 2.0, collapse, *channels
+    assert allocated(lambda: _ops.attention_tap_backward(*rest))[1] == x.nbytes
+    assert allocated(lambda: _ops.attention_tap_backward_(*rest))[1] == 0
+
+
+@pytest.mark.parametrize("place", ["samples", "lines", "interleaved samples", "interleaved lines"])
+@pytest.mark.parametrize("collapse", ["mean", "max"])
+def test_elements_beyond_2_to_the_31(backend: str, collapse: str, place: str) -> None:
+    """Memory that nobody touches costs nothing: a tensor may lie far apart."""
+    far = 2**31 + 64
+    shape, strides = {
+        "samples": ((2, 2, 16), (far, 16, 1)),
+        "lines": ((2, 2, 16), (16, far, 1)),
+        "interleaved samples": ((2, 3, 16), (far, 1, 3)),
+        "interleaved lines": ((1, 2, 2), (0, 1, far)),
+    }[place]
+    if torch.get_default_device().type == "cuda" and torch.cuda.mem_get_info()[0] < 10 << 30:
+        pytest.skip("less than 10 GB of free memory")
+    near, teacher = [torch.randn(shape).bfloat16() for _ in range(2)], torch.randn(shape)
+    g, x = (torch.empty(far + 64, dtype=y.dtype).as_strided(shape, strides) for y in near)
+    g.copy_(near[0])
+    x.copy_(near[1])
+    results = []
+    for gradient, y in ((g, x), near):
+        q, *channels = _ops.attention_map([y], 2.0, collapse)
+        (swept,) = _ops.attention_map_backward([y], [q], None, [0], 3.0, [], channels)
+        rest = y, q, 2.0, collapse, *channels
+        added = _ops.attention_tap_backward(gradient, *rest)
+        _ops.attention_tap_backward_(gradient, *rest)
+        loss, direct = _ops.at_value_and_grad(*loss_arguments([y], [teacher]), 1.0, None)
+        results.append((q, *channels, swept, added, gradient, loss, *direct))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_map_whose_feature_needs_no_gradient(backend: str) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_method import feature, normalized, raw_map
+from reference import normalized, raw_map
+from test_method import feature
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -542,32 +543,3 @@ def test_exports(strict: bool) -> None:
         for net in (exported, model)
     )
     torch.testing.assert_close(found, right)
-
-
-def test_functional_gradients() -> None:
-    x = torch.randn(SHAPE, dtype=torch.float64)
-
-    def f(x: Tensor) -> Tensor:
-        y, q = at_fused.attention_tap(x)
-        return (y * y).sum() + q.sum()
-
-    torch.testing.assert_close(torch.func.grad(f)(x), 2 * x + 2 * x / SHAPE[1])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"x": [1]}, "x must be a tensor, got list"),
-        ({"x": torch.zeros(2, 3)}, "x must be"),
-        ({"x": torch.zeros(SHAPE, dtype=torch.int32)}, "x must be float"),
-        ({"p": 0.5}, "p must be"),
-        ({"collapse": "median"}, "collapse must be"),
-        ({"attend": "both"}, "attend must be"),
-        ({"skip_tokens": 1}, "skip_tokens is for token features"),
-        ({"eps": 0.0}, "eps must be"),
-    ],
-)
-def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
-    x = options.pop("x", torch.zeros(SHAPE))
-    with pytest.raises((TypeError, ValueError), match=message):
-        at_fused.attention_tap(x, **options)
