@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from at_fused.train.config import Config, resolve
 from at_fused.train.experiment import Experiment, Result
@@ -32,6 +41,42 @@ def run(config: Config, out: Path, **watch: Any) -> Result:
     return Experiment(config, out, **watch).run()
 
 
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, dict[str, Tensor]]:
+    """All networks that a run has saved, by file."""
+    return {p.name: torch.load(p, weights_only=True)["model"] for p in sorted(out.glob("*.pt"))}
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two runs have saved the same networks, bit for bit."""
+    one, two = weights(a), weights(b)
+    return one.keys() == two.keys() and all(
+        torch.equal(x, two[file][name]) for file, model in one.items() for name, x in model.items()
+    )
+
+
+def training(out: Path, *words: str) -> subprocess.Popen[str]:
+    """The program in a process, once its first student has come to another point of its curve."""
+    file = out / "metrics.jsonl"
+    before = len(metrics(out)) if file.is_file() else 1
+    process = subprocess.Popen(
+        [sys.executable, "-m", "at_fused.train", *words],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while not file.is_file() or len(file.read_text().splitlines()) <= before:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
 def in_child(function: Any) -> int:
     """A forked process that runs a function and ends; its number.
 
@@ -46,3 +91,24 @@ def in_child(function: Any) -> int:
         finally:
             os._exit(status)
     return child
+
+
+def ended(child: int) -> int:
+    """Waits for it; its exit status, or minus the number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die_before(at: int, *places: tuple[Any, str]) -> None:
+    """Has this process killed before the call of this number of any of these functions."""
+    calls = itertools.count()
+
+    def dying(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return call
+
+    for owner, name in places:
+        setattr(owner, name, dying(getattr(owner, name)))
