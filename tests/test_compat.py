@@ -1,17 +1,50 @@
-"""The losses of published programs: each against its formula, as that program computes it."""
+"""The losses of published programs: each against its formula, as that program computes it.
+
+And convert_beta: the losses of two programs have one gradient, or it says why they cannot.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import at_fused
 from at_fused import compat
 
-Pairs = tuple[list[Tensor], list[Tensor]]
+Side = list[Tensor]
+Pairs = tuple[Side, Side]
+Loss = Callable[[Side, Side, float], Tensor]
+
+
+def aberhu_trainer(s: Side, t: Side, beta: float) -> Tensor:
+    losses = [compat.aberhu_at_loss(a, b) for a, b in zip(s, t, strict=True)]
+    return sum(losses) / len(losses) * beta
+
+
+# As convert_beta names them: sums of squares, and of norms.
+SQUARED: dict[str, Loss] = {
+    "authors": lambda s, t, beta: beta * compat.authors_at_loss(s, t),
+    "repdistiller": lambda s, t, beta: beta * sum(compat.RepDistillerAttention()(s, t)),
+    "mdistiller": lambda s, t, beta: compat.mdistiller_at_loss(s, t, feat_weight=beta),
+    "torchdistill-code": lambda s, t, beta: beta * compat.torchdistill_at_loss(s, t),
+    "at_loss-code": lambda s, t, beta: beta * at_fused.at_loss(s, t),
+    "aberhu": aberhu_trainer,
+    "tensorflow-zoo": compat.tensorflow_zoo_at_loss,
+    "paper-squared": lambda s, t, beta: compat.paper_at_loss(s, t, beta, squared=True),
+}
+NORM: dict[str, Loss] = {
+    "torchdistill-paper": lambda s, t, beta: beta * compat.torchdistill_at_loss(s, t, "paper"),
+    "at_loss-paper": lambda s, t, beta: beta * at_fused.at_loss(s, t, form="paper"),
+    "paper": lambda s, t, beta: compat.paper_at_loss(s, t, beta),
+    "paper-mean": lambda s, t, beta: compat.paper_at_loss(s, t, beta, batch="mean"),
+}
+PROGRAMS = SQUARED | NORM
 
 # (B, C of the student, C of the teacher, H, W) of each pair
 EQUAL = {
@@ -22,23 +55,28 @@ EQUAL = {
 }
 
 
-def pairs_of(sizes: Sequence[tuple[int, ...]]) -> Pairs:
-    students = [torch.randn(b, c, h, w, dtype=torch.float64) for b, c, _, h, w in sizes]
-    teachers = [torch.randn(b, c, h, w, dtype=torch.float64) for b, _, c, h, w in sizes]
+def pairs_of(sizes: Sequence[tuple[int, ...]], scale: float = 1.0) -> Pairs:
+    students = [scale * torch.randn(b, c, h, w, dtype=torch.float64) for b, c, _, h, w in sizes]
+    teachers = [scale * torch.randn(b, c, h, w, dtype=torch.float64) for b, _, c, h, w in sizes]
     for x in students + teachers:
         x.requires_grad_()
     return students, teachers
 
 
-def assert_same(found: Tensor, right: Tensor, pairs: Pairs) -> None:
-    """Value and both gradients, to rounding."""
+def assert_same_gradients(found: Tensor, right: Tensor, pairs: Pairs, rtol: float) -> None:
     leaves = [*pairs[0], *pairs[1]]
-    assert found.shape == right.shape == ()
-    torch.testing.assert_close(found, right, rtol=1e-12, atol=0)
     ours = torch.autograd.grad(found, leaves, retain_graph=True)
     theirs = torch.autograd.grad(right, leaves, retain_graph=True)
     for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).abs().max() <= 1e-12 * b.abs().max() + 1e-18
+        assert (a - b).abs().max() <= rtol * b.abs().max() + 1e-18
+        assert b.abs().max() > 0
+
+
+def assert_same(found: Tensor, right: Tensor, pairs: Pairs, rtol: float = 1e-12) -> None:
+    """Value and both gradients, to rounding."""
+    assert found.shape == right.shape == ()
+    torch.testing.assert_close(found, right, rtol=rtol, atol=0)
+    assert_same_gradients(found, right, pairs, rtol)
 
 
 def powers(x: Tensor, p: float) -> Tensor:
@@ -210,38 +248,22 @@ def random(*shape: int) -> Tensor:
 
 
 X, Y = random(2, 3, 8, 8), random(2, 5, 8, 8)
-PAIR_LOSSES: dict[str, Callable[..., object]] = {
-    "authors": compat.authors_at_loss,
-    "RepDistiller": lambda s, t: compat.RepDistillerAttention()([s], [t]),
-    "mdistiller": compat.mdistiller_at_loss,
-    "torchdistill, code": compat.torchdistill_at_loss,
-    "torchdistill, paper": lambda s, t: compat.torchdistill_at_loss(s, t, "paper"),
-    "AberHu": compat.aberhu_at_loss,
-    "TensorFlow": compat.tensorflow_zoo_at_loss,
-    "paper": lambda s, t: compat.paper_at_loss(s, t, 0.1),
-}
-LIST_LOSSES = {
-    **{name: PAIR_LOSSES[name] for name in PAIR_LOSSES if name not in ("RepDistiller", "AberHu")},
-    "RepDistiller": compat.RepDistillerAttention(),
-}
 
 
-@pytest.mark.parametrize("name", PAIR_LOSSES)
-def test_nothing_is_broadcast_or_stretched(name: str) -> None:
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_nothing_is_broadcast_stretched_or_cut_short(name: str) -> None:
+    loss = PROGRAMS[name]
     with pytest.raises(ValueError, match="same batch size, got 1 and 2"):
-        PAIR_LOSSES[name](X[:1], Y)
+        loss([X[:1]], [Y], 1.0)
     other = random(2, 3, 4, 16)  # as many positions are not the same positions
-    if name == "paper":  # which interpolates
-        assert torch.isfinite(PAIR_LOSSES[name](other, Y))
+    if name.startswith("paper"):  # which interpolates
+        assert torch.isfinite(loss([other], [Y], 1.0))
     else:
         with pytest.raises(ValueError, match="4x16 and 8x8"):
-            PAIR_LOSSES[name](other, Y)
-
-
-@pytest.mark.parametrize("name", LIST_LOSSES)
-def test_no_list_is_cut_short(name: str) -> None:
-    with pytest.raises(ValueError, match="same number of features, got 2 and 1"):
-        LIST_LOSSES[name]([X, X], [Y])
+            loss([other], [Y], 1.0)
+    if name != "aberhu":  # of one pair
+        with pytest.raises(ValueError, match="same number of features, got 2 and 1"):
+            loss([X, X], [Y], 1.0)
 
 
 def test_pooling_where_the_original_stops_or_stretches(fast_backend: str) -> None:
@@ -260,6 +282,117 @@ def test_pooling_where_the_original_stops_or_stretches(fast_backend: str) -> Non
         ):
             compat.RepDistillerAttention()([random(*shape)], [X])
 
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_no_formula_breaks_a_compiled_graph(dynamic: bool) -> None:
+    s, t = pairs_of([(3, 4, 7, 8, 8), (3, 8, 5, 8, 8)])
+
+    def every(s: list[Tensor], t: list[Tensor]) -> Tensor:
+        pooled = compat.RepDistillerAttention(3)(s, [t[0], t[1][..., :4, :4]])
+        others = ("authors", "torchdistill-paper", "aberhu", "tensorflow-zoo", "paper")
+        return sum(pooled) + sum(PROGRAMS[name](s, t, 0.5) for name in others)
+
+    compiled = torch.compile(every, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    found, right = compiled(s, t), every(s, t)
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(torch.autograd.grad(found, s + t), torch.autograd.grad(right, s + t))
+
+
+# ---- convert_beta --------------------------------------------------------------------------------
+
+# What its epsilon shrinks AberHu's maps by: 1e-6 of a norm of 1e4 here.
+TOLERANCE = 1e-9
+
+
+def large(batch: int, *sizes: tuple[int, int]) -> Pairs:
+    """Features next to which no epsilon counts."""
+    return pairs_of([(batch, 3, 5, *size) for size in sizes], scale=40.0)
+
+
+@pytest.mark.parametrize("source", PROGRAMS)
+def test_exact_conversions(source: str) -> None:
+    alike = SQUARED if source in SQUARED else NORM
+    # Of the squared ones only a sum over positions tells sizes apart.
+    for sizes in ([(6, 6)], [(4, 7), (4, 7)], [(8, 8), (3, 5), (2, 2)]):
+        s, t = large(3, *sizes)
+        shapes = [x.shape for x in s]
+        for target in alike:
+            single = len(set(sizes)) == 1 or "paper-squared" not in (source, target)
+            if not single and source != target:
+                with pytest.raises(ValueError, match=r"no single beta.*pair_betas"):
+                    compat.convert_beta(1e3, source, target, shapes)
+                continue
+            beta = compat.convert_beta(1e3, source, target, shapes)
+            assert beta > 0
+            assert_same(alike[target](s, t, beta), alike[source](s, t, 1e3), (s, t), TOLERANCE)
+            back = compat.convert_beta(beta, target, source, shapes)
+            assert back == pytest.approx(1e3, rel=3e-16)
+
+
+def test_numbers_by_hand() -> None:
+    shapes = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8)]
+    convert = compat.convert_beta
+    assert convert(1000, "authors", "repdistiller", shapes) == 1000
+    assert convert(1000, "authors", "tensorflow-zoo", shapes) == 2000
+    assert convert(1000, "authors", "aberhu", shapes) == 3000
+    assert convert(1000, "aberhu", "authors", shapes) == 1000 / 3
+    assert convert(0.1, "paper", "torchdistill-paper", shapes) == 0.1 * 64
+    assert convert(0.1, "paper-mean", "at_loss-paper", shapes) == 0.05
+    assert convert(-1000, "authors", "mdistiller", shapes) == -1000
+    assert convert(0, "paper", "at_loss-paper", shapes) == 0
+    largest = sys.float_info.max
+    assert convert(-largest / 2, "authors", "aberhu", shapes[:2]) == -largest
+    # The paper's rule of 1e3 / (N B) for each layer, without the half.
+    assert compat.pair_betas(500, "authors", "paper-squared", shapes) == [
+        1e3 / (n * 128) for n in (1024, 256, 64)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("authors", "paper-squared"),
+        ("paper-squared", "at_loss-code"),
+        ("authors", "at_loss-paper"),
+    ],
+)
+def test_a_beta_for_each_pair(source: str, target: str) -> None:
+    s, t = large(1, (8, 8), (3, 5))
+    arguments: list[Any] = [1e3, source, target, [x.shape for x in s]]
+    if target in NORM:
+        arguments.append(at_fused.at_loss(s, t, form="paper", reduction="none").tolist())
+    betas = compat.pair_betas(*arguments)
+    found = [PROGRAMS[target]([a], [b], beta) for a, b, beta in zip(s, t, betas, strict=True)]
+    assert_same_gradients(sum(found), PROGRAMS[source](s, t, 1e3), (s, t), TOLERANCE)
+    with pytest.raises(ValueError, match="no single beta"):
+        compat.convert_beta(*arguments)
+
+
+@pytest.mark.parametrize("source", SQUARED)
+@pytest.mark.parametrize("target", NORM)
+def test_squares_and_norms_agree_at_one_distance(source: str, target: str) -> None:
+    s, t = large(1, (4, 6))
+    # Three samples at one distance.
+    distance = at_fused.at_loss(s, t, form="paper").item()
+    s, t = ([x.detach().repeat(3, 1, 1, 1).requires_grad_() for x in side] for side in (s, t))
+    shapes = [x.shape for x in s]
+    beta = compat.convert_beta(1e3, source, target, shapes, distance=distance)
+    assert_same_gradients(NORM[target](s, t, beta), SQUARED[source](s, t, 1e3), (s, t), TOLERANCE)
+    back = compat.convert_beta(beta, target, source, shapes, distance=distance)
+    assert back == pytest.approx(1e3, rel=1e-15)
+    assert_same_gradients(SQUARED[source](s, t, back), NORM[target](s, t, beta), (s, t), TOLERANCE)
+    with pytest.raises(ValueError, match=r"no exact conversion exists.*distance="):
+        compat.convert_beta(1e3, source, target, shapes)
+    with pytest.raises(ValueError, match=r"no exact conversion exists.*distance="):
+        compat.convert_beta(1e3, target, source, shapes)
+
+
+def test_the_docstring_names_every_formula() -> None:
+    for name in PROGRAMS:
+        assert f'"{name}"' in compat.convert_beta.__doc__
+
+
+# ---- errors --------------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "p not whole": (
@@ -312,23 +445,40 @@ def test_bad_input(case: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_no_formula_breaks_a_compiled_graph(dynamic: bool) -> None:
-    s, t = pairs_of([(3, 4, 7, 8, 8), (3, 8, 5, 8, 8)])
+SHAPES = [(8, 4, 6, 6)]
 
-    def every(s: list[Tensor], t: list[Tensor]) -> Tensor:
-        return (
-            compat.authors_at_loss(s, t)
-            + sum(compat.RepDistillerAttention(3)(s, [t[0], t[1][..., :4, :4]]))
-            + compat.mdistiller_at_loss(s, t, 2, 1000.0)
-            + compat.torchdistill_at_loss(s, t, "paper", [1.0, 0.5])
-            + compat.aberhu_at_loss(s[0], t[0])
-            + compat.tensorflow_zoo_at_loss(s, t)
-            + compat.paper_at_loss(s, t, 0.1, collapse="max")
-            + compat.paper_at_loss(s, t, [0.1, 0.2], squared=True)
-        )
 
-    compiled = torch.compile(every, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    found, right = compiled(s, t), every(s, t)
-    torch.testing.assert_close(found, right)
-    torch.testing.assert_close(torch.autograd.grad(found, s + t), torch.autograd.grad(right, s + t))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1.0, "author", "paper", SHAPES), "source must be one of authors, .*"),
+        ((1.0, "paper", None, SHAPES), "target must be one of.*got None"),
+        (
+            (1e308, "authors", "aberhu", SHAPES * 2),
+            r"beta must be at most 8.98847e\+307 either way.*'aberhu'.*got 1e\+308",
+        ),
+        (
+            (-1.0, "paper", "authors", SHAPES, 5e-324),
+            r"beta must be at most 1.23358e-17 either way.*got -1.0",
+        ),
+        ((1.0, "paper", "paper", [(8, 4, True, 6)]), r"shapes\[0\].*True"),
+        ((1.0, "paper", "paper", torch.ones(3)), "shapes.*got 'Tensor'"),
+        ((1.0, "paper", "paper", [(6, 6)]), r"shapes\[0\].*got \(6, 6\)"),
+        (
+            (1.0, "paper", "paper", [(8, 4, 6, 6), (4, 4, 6, 6)]),
+            "one batch size, got 8 and, in pair 1, 4",
+        ),
+        (
+            (1.0, "authors", "aberhu", SHAPES, 0.5),
+            "distance must not be given between 'authors' and 'aberhu'.*exact, got 0.5",
+        ),
+        ((1.0, "authors", "paper", SHAPES, 2.1), "at most 2, got 2.1"),
+        (
+            (1.0, "authors", "paper", SHAPES, [0.5, 0.5]),
+            "distance must be one number, or one per pair, got 2 for 1 pairs",
+        ),
+    ],
+)
+def test_bad_conversions(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compat.convert_beta(*arguments)
