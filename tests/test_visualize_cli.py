@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import outside
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -59,11 +58,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 def test_a_run_is_drawn_by_the_command(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "maps.svg"
     files = [str(run / f"student_{name}.pt") for name in ("at+kd-seed0", "none-seed0")]
-    command = [sys.executable, "-m", "at_fused.visualize", *files, "--out", str(out)]
-    # Elsewhere, so that the package at hand runs and not a checkout in the current folder.
-    done = subprocess.run(
-        [*command, "--images=1", "--layers=stem"], capture_output=True, text=True, cwd=tmp_path
-    )
+    words = [*files, "--out", str(out), "--images=1", "--layers=stem"]
+    done = outside.run(tmp_path, "-m", "at_fused.visualize", *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{out}\n"
     # Text is drawn as paths, each said in a comment.
