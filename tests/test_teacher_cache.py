@@ -85,6 +85,8 @@ def test_any_sequence_of_batches(cache: TeacherCache) -> None:
     right: dict[tuple[str, int], dict[int, list[float]]] = {}
     for call in range(1, 150):
         batch = draw.choices(range(SAMPLES), k=draw.randint(1, 6))
+        if call % 20 == 0:
+            batch = [*range(SAMPLES)]
         # Twelve sub-folders, more than are kept open.
         key = identity, seed = draw.choice("ab") * 64, draw.randint(-1, 4)
         known = right.setdefault(key, {})

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from test_package import run
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -119,7 +118,7 @@ def test_all_corners_and_flips_are_drawn_alike() -> None:
     assert (count - 200).abs().max() < 60  # 4.3 standard deviations
     assert (flips.sum() - 2500).abs() < 150
     assert not in_memory(flip=False)._draw(0)[1].any()
-    # A change here gives every run other pictures.
+    # In every process: a change here gives every run other pictures.
     (top, left), flips = in_memory()._draw(3)
     assert [top[:6].tolist(), left[:6].tolist()] == [[1, 3, 2, 2, 0, 0], [3, 4, 1, 0, 4, 1]]
     assert flips[:6].int().tolist() == [1, 1, 1, 0, 0, 1]
@@ -150,19 +149,6 @@ def test_subsets_are_the_samples_numbered_anew() -> None:
     assert len(samples) == 40
 
 
-def test_in_memory_refuses_what_does_not_fit() -> None:
-    x, y = torch.zeros(4, 5, 6, 1, dtype=torch.uint8), torch.zeros(4).long()
-    for pixels, labels, pad, message in (
-        (x.float(), y, 0, r"pixels must be \(N, H, W, C\) uint8, got \(4, 5, 6, 1"),
-        (x, y[:3], 0, r"labels must be \(4,\) int64, got \(3,\)"),
-        (x, y, 5, r"pad must be in \[0, 5\) .* got 5"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            InMemory(pixels, labels, (0,), (1,), pad=pad)
-    with pytest.raises(IndexError):
-        rows(InMemory(x, y, (0,), (1,)), [[4]], None)
-
-
 # ---- what an augmentation is a function of
 
 
@@ -184,28 +170,11 @@ def test_augmentation_is_of_seed_and_number(in_folder: InFolder) -> None:
     check_function_of_seed_and_number(in_folder)
 
 
-def test_workers_and_processes_change_nothing(in_folder: InFolder, tmp_path: Path) -> None:
+def test_workers_change_nothing(in_folder: InFolder) -> None:
     first = whole(in_folder, 3)
     in_folder._workers = 2
     found = rows(in_folder, [[0, 5], [2], [1, 3, 4], [6, 7]], 3)
     assert same(found, dict(enumerate(first)))
-
-    memory = in_memory()
-    torch.save((in_folder._pictures.paths, memory._pixels[:, 2:-2, 2:-2]), tmp_path / "given")
-    code = f"""
-import hashlib, torch
-from at_fused.train.data.folder import InFolder
-from at_fused.train.data.samples import InMemory
-paths, pixels = torch.load({str(tmp_path / "given")!r})
-folder = InFolder(paths, torch.arange(8) // 4, 12, augment=True)
-memory = InMemory(pixels, torch.arange(40), {MEAN}, {STD}, pad=2, flip=True)
-for samples in (memory, folder):
-    chunks = torch.arange(len(samples)).split(3)
-    x = torch.cat([x for x, _, _ in samples.batches(chunks, 3)])
-    print(hashlib.sha256(x.numpy().tobytes()).hexdigest())
-"""
-    expected = [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in (whole(memory, 3), first)]
-    assert run(code).split() == expected
 
 
 def test_no_global_randomness_is_used(in_folder: InFolder) -> None:
@@ -368,17 +337,12 @@ def test_damaged_cifar_and_a_failed_download(
         open_data("cifar10", tmp_path)
 
 
-def test_missing_cifar_says_what_is_wanted_and_where(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    where = rf".*not found in {tmp_path}/here/cifar-10-batches-py.*--download"
-    files = "cifar-10-batches-py/ with data_batch_1, data_batch_2,.*test_batch, batches.meta"
-    with pytest.raises(FileNotFoundError, match=f"{files}{where}"):
-        open_data("cifar10", "here")
+def test_missing_cifar_says_what_is_wanted_and_where(tmp_path: Path) -> None:
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python" / "train").touch()
-    with pytest.raises(FileNotFoundError, match=r"with train, test, meta in .*; test, meta not"):
+    files = "cifar-100-python/ with train, test, meta in"
+    where = f"test, meta not found in {tmp_path}/cifar-100-python.*--download"
+    with pytest.raises(FileNotFoundError, match=f"{files} .*; {where}"):
         open_data("cifar100", tmp_path)
 
 
@@ -471,27 +435,6 @@ def test_folders_that_are_not_as_wanted(tmp_path: Path) -> None:
         (tmp_path / made).mkdir(parents=True, exist_ok=True)
         with pytest.raises(error, match=message):
             open_data("folder", tmp_path)
-
-
-# ---- arguments
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("mnist", {}, "data must be one of digits, cifar10, cifar100, folder, got 'mnist'"),
-        ("digits", {"image_size": 1}, "image_size must be >= 2, got 1"),
-        ("cifar10", {"image_size": 16}, "image_size must be 32 for 'cifar10', got 16"),
-        ("digits", {"evaluate": "x"}, "evaluate must be 'test' or 'val' for 'digits', got 'x'"),
-        ("cifar100", {"evaluate": "val"}, "evaluate must be 'test' for 'cifar100', got 'val'"),
-        ("digits", {"fraction": float("nan")}, r"fraction must be in \(0, 1\], got nan"),
-        ("folder", {"workers": -1}, "workers must be >= 0, got -1"),
-        ("folder", {}, "root must be the folder that the files of 'folder' are in, got None"),
-    ],
-)
-def test_open_data_refuses(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        open_data(name, None, **options)
 
 
 @pytest.mark.parametrize("name", ["folder", "cifar10"])

@@ -151,15 +151,6 @@ def test_an_epoch_is_a_permutation_of_its_own() -> None:
     assert Plan(small(batch_size=10), 21, 3, 1.0).per_epoch == 2
 
 
-def test_the_rate_drops_where_the_paper_drops_it() -> None:
-    config = small(epochs=200, lr=0.1, lr_schedule="step", lr_drops=(0.3, 0.6, 0.8), lr_factor=0.2)
-    plan = Plan(config, 64 * 7, 0, 1.0)
-    rates = [plan.lr(epoch * plan.per_epoch) for epoch in (0, 59, 60, 119, 120, 159, 160, 199)]
-    expected = [0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008]
-    assert rates == pytest.approx(expected)
-    assert plan.lr(60 * plan.per_epoch - 1) == pytest.approx(0.1)
-
-
 def test_a_cosine_is_torchs() -> None:
     plan = Plan(small(epochs=10, lr=0.3, lr_schedule="cosine"), 64, 0, 1.0)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.3)

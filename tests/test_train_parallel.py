@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import outside
 import pytest
 import torch
 from torch import nn
-from train_runs import in_child, run, small
+from train_runs import ended, in_child, metrics, run, same, small, training, weights
 
 from at_fused.train import parallel
 from at_fused.train.config import to_toml
@@ -41,11 +38,7 @@ def together(count: int, function: Callable[[int], object]) -> list[int]:
     torch.set_num_threads(1)
     children = [in_child(lambda rank=rank: member(rank)) for rank in range(count)]
     torch.set_num_threads(before)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
-def points(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [ended(child) for child in children]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +65,7 @@ def test_two_processes_train_as_one(teacher: str, tmp_path: Path) -> None:
     )
     run(config, tmp_path / "one")
     assert together(2, lambda rank: run(config, tmp_path / "two")) == [0, 0]
-    one, two = points(tmp_path / "one"), points(tmp_path / "two")
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [p["run"] for p in one] == [p["run"] for p in two]
     assert len(one) == 2 * len(METHODS)
     for a, b in zip(one, two, strict=True):
@@ -81,20 +74,8 @@ def test_two_processes_train_as_one(teacher: str, tmp_path: Path) -> None:
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), (a["run"], name)
         # Of 500 images, each once: one may be a tie that rounding decides.
         assert b["accuracy"] == pytest.approx(a["accuracy"], abs=0.41)
-    for file in sorted((tmp_path / "one").glob("*.pt")):
-        a = torch.load(file, weights_only=True)["model"]
-        b = torch.load(tmp_path / "two" / file.name, weights_only=True)["model"]
-        for name, x in a.items():
-            torch.testing.assert_close(b[name], x, rtol=2e-3, atol=2e-4)
-
-
-def test_beta_does_not_depend_on_how_many_there_are(teacher: str, tmp_path: Path) -> None:
-    """A transfer loss that is summed over processes, or over their shares, would be another."""
-    config = small(compare=["at"], epochs=1, evaluate_every=1, teacher_from=teacher)
-    run(config, tmp_path / "one")
-    assert together(3, lambda rank: run(config, tmp_path / "three")) == [0, 0, 0]
-    (one,), (three,) = points(tmp_path / "one"), points(tmp_path / "three")
-    assert three["transfer"] == pytest.approx(one["transfer"], rel=1e-5)
+    found, right = weights(tmp_path / "two"), weights(tmp_path / "one")
+    torch.testing.assert_close(found, right, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.long
@@ -123,11 +104,7 @@ def test_a_resumed_run_of_two_is_the_whole_runs(tmp_path: Path) -> None:
     )
     assert len(torch.load(saved, weights_only=True)["random"]) == 2
     assert together(2, lambda rank: run(config, tmp_path / "two")) == [0, 0]
-    a, b = (
-        torch.load(tmp_path / name / "student_at-seed0.pt", weights_only=True)["model"]
-        for name in ("whole", "two")
-    )
-    assert all(torch.equal(x, b[name]) for name, x in a.items())
+    assert same(tmp_path / "whole", tmp_path / "two")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -141,27 +118,12 @@ def ranks_of(process: int) -> list[int]:
     return list(map(int, ranks))
 
 
-def training(command: list[str], out: Path) -> subprocess.Popen[str]:
-    """A program whose first student has come to another point of its curve."""
-    metrics = out / "metrics.jsonl"
-    before = len(points(out)) if metrics.is_file() else 1  # the teacher's
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True)
-    deadline = time.monotonic() + 90
-    while not metrics.is_file() or len(metrics.read_text().splitlines()) <= before:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    return process
-
-
 @pytest.mark.long
 def test_nproc_passes_a_signal_on_and_a_rank_that_dies_ends_the_rest(tmp_path: Path) -> None:
     """SIGTERM first; then --resume, of which one process is killed."""
     file, out = tmp_path / "config.toml", tmp_path / "run"
     file.write_text(to_toml(small(compare=["none"], epochs=100_000, nproc=2)))
-    program = [sys.executable, "-m", "at_fused.train"]
-    process = training([*program, "--config", str(file), "--out", str(out)], out)
+    process = training(out, "--config", str(file), "--out", str(out))
     process.terminate()
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -170,7 +132,7 @@ def test_nproc_passes_a_signal_on_and_a_rank_that_dies_ends_the_rest(tmp_path: P
     assert output == ""
     (saved,) = (out / "checkpoints/none-seed0").iterdir()
 
-    again = training([*program, "--resume", str(out)], out)
+    again = training(out, "--resume", str(out))
     ranks = ranks_of(again.pid)
     os.kill(ranks[1], signal.SIGKILL)
     _, errors = again.communicate(timeout=60)
@@ -186,30 +148,19 @@ def test_torchrun_names_one_folder(tmp_path: Path) -> None:
     """After the time, of which every process has its own."""
     file = tmp_path / "config.toml"
     file.write_text(to_toml(small(compare=["none"])))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "-m", "at_fused.train", "--config", str(file)],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        cwd=tmp_path,
-    )
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    program = ["-m", "at_fused.train", "--config", str(file)]
+    done = outside.run(tmp_path, *torchrun, *program)
     assert done.returncode == 0, done.stderr
     (out,) = (tmp_path / "runs").iterdir()
     assert f"everything is in runs/{out.name}" in done.stdout
     assert done.stdout.count("test accuracy") == 1
-    assert [p["epoch"] for p in points(out)] == [2, 4, 6]
+    assert [p["epoch"] for p in metrics(out)] == [2, 4, 6]
 
 
 @pytest.mark.long
 def test_an_error_is_said_in_a_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "at_fused.train", "--nproc=2", "--student=wrn-11-1"],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        cwd=tmp_path,
-    )
+    done = outside.run(tmp_path, "-m", "at_fused.train", "--nproc=2", "--student=wrn-11-1")
     assert done.returncode == 1
     assert "of 2: student: got 'wrn-11-1', allowed is a depth of 6n + 4" in done.stderr
     assert "Traceback" not in done.stderr

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import errno
-import json
+import itertools
 import os
-import random
-import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from train_runs import in_child, run, small
+from train_runs import die_before, ended, in_child, metrics, run, same, small, training
 
 from at_fused.train import checkpoints, methods
 from at_fused.train import main as program
@@ -28,81 +23,49 @@ from at_fused.train.experiment import Experiment
 from at_fused.train.loop import NotFiniteError, Trainer
 from at_fused.train.stop import Signals, Stopped
 
-KILLS = 20
-
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def weights(out: Path) -> dict[str, dict[str, Tensor]]:
-    """All networks of a run, by file."""
-    return {p.name: torch.load(p, weights_only=True)["model"] for p in sorted(out.glob("*.pt"))}
-
-
-def same(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(x, b[file][name]) for file, model in a.items() for name, x in model.items()
-    )
-
-
 def told(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times."""
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "ms"} for line in lines]
+    """The metrics without times."""
+    return [{k: v for k, v in line.items() if k != "ms"} for line in metrics(out)]
 
 
-# ---- SIGKILL, at random moments ------------------------------------------------------------------
+# ---- SIGKILL -------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
-def test_a_run_that_is_killed_twenty_times_ends_as_one_that_is_not(tmp_path: Path) -> None:
-    """In random moments, of which some are within the writing of a checkpoint."""
-    config = small(compare=["none", "at+kd", "f-actt"], epochs=16, checkpoint_every=3)
-    begin = time.perf_counter()
-    run(config, tmp_path / "whole")
-    whole = time.perf_counter() - begin
+def test_a_run_that_is_killed_anywhere_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    """Before a step, from which momentum and a scheduled beta go on, or within a write."""
+    run(small(compare=["at"], epochs=1), tmp_path / "teacher")
+    config = small(
+        compare=["at"],
+        epochs=7,
+        evaluate_every=1,
+        checkpoint_every=2,
+        beta_schedule="cosine",
+        teacher_from=str(tmp_path / "teacher/teacher.pt"),
+    )
+    whole = tmp_path / "whole"
+    run(config, whole)
 
-    draw = random.Random(0)
-    killed = 0
-    while killed < KILLS:
-        child = in_child(lambda: run(config, tmp_path / "killed") and 0)
-        # Most within what a run takes from where it is; a run that ends is begun anew.
-        time.sleep(draw.uniform(0.1, 1.0) * whole / 3)
-        if os.waitpid(child, os.WNOHANG)[0]:
-            assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-            shutil.rmtree(tmp_path / "killed")
-            continue
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        killed += 1
-    run(config, tmp_path / "killed")
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    # Neither is a line there twice, nor one missing.
-    assert told(tmp_path / "whole") == told(tmp_path / "killed")
-    assert not (tmp_path / "killed" / "checkpoints" / "none-seed0").exists()
-
-
-def test_a_run_goes_on_from_any_step_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a scheduled beta, momentum and dropout's random numbers."""
-    config = small(compare=["at"], epochs=7, checkpoint_every=1, beta_schedule="cosine", keep=99)
-    run(config, tmp_path / "whole")
-    # Keep what a run clears away at its end.
-    monkeypatch.setattr(checkpoints, "clear", lambda folder: None)
-    run(config, tmp_path / "kept")
-    files = sorted((tmp_path / "kept/checkpoints/at-seed0").iterdir())
-    assert [f.name for f in files] == [f"step-{i:08d}.pt" for i in range(1, 7)]
-    for file in files:
-        out = tmp_path / file.stem
-        (out / "checkpoints/at-seed0").mkdir(parents=True)
-        shutil.copy(tmp_path / "kept/teacher.pt", out)
-        shutil.copy(file, out / "checkpoints/at-seed0")
+    def child(at: int, out: Path) -> None:
+        die_before(at, (Trainer, "train_step"), (os, "fsync"), (os, "replace"))
         run(config, out)
-        assert same(weights(tmp_path / "whole"), weights(out))
-        assert told(tmp_path / "whole") == told(out)
+
+    for at in itertools.count(step=3):
+        out = tmp_path / str(at)
+        status = ended(in_child(lambda at=at, out=out: child(at, out)))
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        run(config, out)
+        assert same(whole, out)
+        # Neither is a line there twice, nor one missing.
+        assert told(whole) == told(out)
+    assert at > 20
 
 
 def test_the_state_has_the_random_numbers_that_dropout_draws(
@@ -120,7 +83,7 @@ def test_the_state_has_the_random_numbers_that_dropout_draws(
             run(config, tmp_path / "stopped")
     torch.manual_seed(1234)
     run(config, tmp_path / "stopped")
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+    assert same(tmp_path / "whole", tmp_path / "stopped")
 
 
 # ---- signals -------------------------------------------------------------------------------------
@@ -147,16 +110,7 @@ def test_a_signal_finishes_the_step_saves_and_ends(
     file = tmp_path / "config.toml"
     file.write_text(to_toml(small(compare=["none"], epochs=100_000)))
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "at_fused.train"]
-    process = subprocess.Popen(
-        [*command, "--config", str(file), "--out", str(out)], stderr=subprocess.PIPE, text=True
-    )
-    metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.is_file() and "none-seed0" in metrics.read_text()):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
+    process = training(out, "--config", str(file), "--out", str(out))
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
@@ -204,6 +158,15 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return out
 
 
+class Evil:
+    """What a pickle would run."""
+
+    ran = False
+
+    def __reduce__(self) -> Any:
+        return setattr, (Evil, "ran", True)
+
+
 def damage(path: Path, how: str) -> None:
     whole = path.read_bytes()
     if how == "truncated":
@@ -213,7 +176,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "foreign":
         torch.save({"weights": torch.ones(3)}, path)
     elif how == "pickle":
-        torch.save({"format": 1, "what": subprocess.Popen}, path)
+        torch.save({"format": 1, "what": Evil()}, path)
     else:
         state = torch.load(path, weights_only=True)
         state["what"] = state["what"].replace("none-seed0", "none-seed1")
@@ -241,6 +204,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(
     assert errors[-1].startswith(f"at-fused-train: {last}: ")
     assert "Traceback" not in "\n".join(errors)
     assert (last.parent / "step-00000003.pt").read_bytes() == good
+    assert not Evil.ran
     # Without it, the one before serves.
     last.unlink()
     refused(0, "--resume", out)
@@ -287,8 +251,9 @@ def test_a_full_disk_is_one_clear_error_and_what_was_saved_stays(
     monkeypatch.undo()
     assert [p.name for p in (out / "checkpoints/none-seed0").iterdir()] == ["step-00000002.pt"]
     run(config, out)
+    assert not (out / "checkpoints").exists()
     run(config, tmp_path / "whole")
-    assert same(weights(out), weights(tmp_path / "whole"))
+    assert same(out, tmp_path / "whole")
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +296,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     monkeypatch.undo()
     run(config, tmp_path / "run")
     run(config, tmp_path / "whole")
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_rate_that_diverges_is_said_by_the_program(
@@ -340,17 +305,3 @@ def test_a_rate_that_diverges_is_said_by_the_program(
     config = small(compare=["none"], epochs=40, method={"none": {"lr": 1000.0, "weight_decay": 10}})
     assert program.run(config, tmp_path / "run") == 1
     assert "is not finite; no state was saved before" in capsys.readouterr().err
-
-
-def test_nothing_is_loaded_but_tensors(tmp_path: Path) -> None:
-    """No pickle of a checkpoint runs."""
-    path = tmp_path / "evil.pt"
-
-    class Evil:
-        def __reduce__(self) -> Any:
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save({"format": 1, "what": "network", "model": Evil()}, path)
-    with pytest.raises(CheckpointError, match=r"evil\.pt: truncated, or no file"):
-        checkpoints.load(path, "network")
-    assert not (tmp_path / "ran").exists()
