@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import threading
 import weakref
 from collections import namedtuple
 from collections.abc import Callable
@@ -260,23 +259,14 @@ def test_compiled_student_and_teacher(order: str) -> None:
 # ---- what layers give ----------------------------------------------------------------------------
 
 
-class Wrapping(nn.Conv2d):
-    """A layer that gives more than a tensor."""
-
-    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
-        super().__init__(3, 4, 3)
-        self.wrap = wrap
-
-    def forward(self, x: Tensor) -> Any:
-        return self.wrap(super().forward(x))
-
-
-class Taking(nn.Module):
-    """What takes the tensor of it, or runs without it."""
+class Wrapping(nn.Module):
+    """A network whose layer gives more than a tensor, or does not run."""
 
     def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.layer, self.skip = Wrapping(wrap), False
+        self.layer, self.skip = nn.Conv2d(3, 4, 3), False
+        # Before other hooks, as if the layer itself did it.
+        self.layer.register_forward_hook(lambda module, args, output: wrap(output))
 
     def forward(self, x: Tensor) -> Any:
         if self.skip:
@@ -290,7 +280,7 @@ Both = namedtuple("Both", "feature extra")
 
 @pytest.mark.parametrize("wrap", [lambda x: (x, 1), lambda x: [x], lambda x: Both(x, None)])
 def test_layers_that_give_more_than_a_tensor(wrap: Callable[[Tensor], Any]) -> None:
-    student, teacher, x = Taking(wrap), Taking(wrap), torch.randn(2, 3, 8, 8)
+    student, teacher, x = Wrapping(wrap), Wrapping(wrap), torch.randn(2, 3, 8, 8)
     at = AttentionTransfer(student, teacher, ["layer"], beta=2.0)
     found, loss = student(x), at(x)
     assert type(student.given) is type(wrap(x))
@@ -303,49 +293,32 @@ def test_layers_that_give_more_than_a_tensor(wrap: Callable[[Tensor], Any]) -> N
 
 
 def test_a_layer_that_gives_something_else() -> None:
-    class Dictionary(nn.Module):
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"x": x}
-
-    student = nn.Sequential(Dictionary())
-    AttentionTransfer(student, nn.Sequential(nn.Identity()), ["0"], beta=1.0)
-    with pytest.raises(
-        TypeError, match=r"layer '0' \(Dictionary\) must give a tensor, .* got dict"
+    for wrap, error, message in (
+        (lambda x: {0: x}, TypeError, r"'layer' \(Conv2d\) must give a tensor, .* got dict"),
+        (lambda x: x.flatten(1), ValueError, "the output of layer 'layer' must be"),
     ):
-        student(torch.randn(2, 3, 4, 4))
-    head = nn.Sequential(nn.Flatten())
-    AttentionTransfer(head, nn.Sequential(nn.Identity()), ["0"], beta=1.0)
-    with pytest.raises(ValueError, match="the output of layer '0' must be"):
-        head(torch.randn(2, 3, 4, 4))
-
-
-class Tokens(nn.Module):
-    """The outside of a ViT that does not say how many of its tokens are no patches."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, 2, 2)
-        self.token = nn.Parameter(torch.randn(1, 1, width))
-        self.blocks = nn.Sequential(nn.Linear(width, width), nn.GELU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        return self.blocks(torch.cat([self.token.expand(len(x), -1, -1), x], 1))
+        student = Wrapping(wrap)
+        AttentionTransfer(student, Wrapping(wrap), ["layer"], beta=1.0)
+        with pytest.raises(error, match=message):
+            student(torch.randn(2, 3, 4, 4))
 
 
 def test_tokens_and_maps() -> None:
-    student, teacher, x = Tokens(6), WRN(10, 1, base=4), torch.randn(2, 3, 8, 8)
-    pairs = [("blocks", "groups.1")]
-    at = AttentionTransfer(student, teacher, pairs, beta=BETA)
+    """Of a transformer that does not say how many of its tokens are no patches."""
+
+    def tokens(x: Tensor) -> tuple[Tensor]:
+        return (torch.cat([torch.ones(len(x), 1, 4), x.flatten(2).mT], 1),)
+
+    student, teacher, x = Wrapping(tokens), Wrapping(lambda x: (x,)), torch.randn(2, 3, 8, 8)
+    at = AttentionTransfer(student, teacher, ["layer"], beta=BETA)
     student(x)
-    with pytest.raises(ValueError, match=r"map_size must be \(H, W\) of 17 tokens.*4x4"):
+    with pytest.raises(ValueError, match=r"map_size must be \(H, W\) of 37 tokens.*6x6"):
         at(x)
     at.remove()
-    options: dict[str, Any] = {"skip_tokens": (1, 0), "map_size": ((4, 4), None)}
-    at = AttentionTransfer(student, teacher, pairs, beta=BETA, **options)
-    tokens, loss = student(x), at(x)
-    target = teacher.eval()(x)[1][1].detach().movedim(1, -1)
-    expected = at_fused.at_loss(tokens, target, channel_dim=-1, **options)
+    options: dict[str, Any] = {"skip_tokens": (1, 0), "map_size": ((6, 6), None)}
+    at = AttentionTransfer(student, teacher, ["layer"], beta=BETA, **options)
+    found, loss = student(x), at(x)
+    expected = at_fused.at_loss(found, teacher(x).detach(), channel_dim=(-1, 1), **options)
     torch.testing.assert_close(loss, BETA * expected)
     at.remove()
     # Tokens of both sides are maps to be interpolated, not a line of tokens.
@@ -420,27 +393,6 @@ def test_pairs_that_cannot_be_told() -> None:
         at_fused.match_layers(growing, sequential(4, 4), x)
 
 
-class ChannelsLast(nn.Module):
-    """The outside of a Swin: (B, H, W, C) from an image (B, 3, H, W), halved once."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, width, 2, 2)
-        self.first, self.second = (nn.Sequential(nn.Linear(width, width)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(self.embed(x).movedim(1, -1))
-        return self.second(x[:, ::2, ::2]).mean((1, 2))
-
-
-def test_channels_that_are_last_are_not_taken_for_a_side() -> None:
-    student, teacher, x = ChannelsLast(24), WRN(10, 1, base=4), torch.randn(2, 3, 8, 8)
-    with pytest.raises(ValueError, match="'first' of ChannelsLast has maps of 4x24 for an image"):
-        at_fused.match_layers(student, teacher, x)
-    pairs = at_fused.match_layers(student, teacher, x, channel_dim=(-1, 1), verbose=False)
-    assert pairs == [("first", "groups.1"), ("second", "groups.2")]
-
-
 # ---- wrong arguments -----------------------------------------------------------------------------
 
 
@@ -503,45 +455,30 @@ def test_beta_may_be_set_anew() -> None:
 # ---- several devices -----------------------------------------------------------------------------
 
 
-class OnThreads(nn.DataParallel):
-    """DataParallel's replicas, each on a thread of the CPU in place of a GPU."""
+class OneAfterTheOther(nn.DataParallel):
+    """DataParallel's parts of a batch, in an order that is not the batch's."""
+
+    running = 0
 
     def __init__(self, module: nn.Module, device_ids: list[int]) -> None:
         super().__init__(module)
         self.device_ids = device_ids
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        def replicate(module: nn.Module) -> nn.Module:
-            replica = module._replicate_for_data_parallel()
-            replica._parameters = dict(module._parameters)
-            replica._buffers = {k: b.clone() for k, b in module._buffers.items()}
-            replica._modules = {k: m and replicate(m) for k, m in module._modules.items()}
-            return replica
-
-        parts = x.chunk(len(self.device_ids))
-        outputs: dict[int, Tensor] = {}
-
-        def work(i: int) -> None:
-            here.device = self.device_ids[i]
-            outputs[i] = replicate(self.module)(parts[i])[0]
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in reversed(range(len(parts)))]
-        for thread in threads:
-            thread.start()
-            thread.join()  # in an order that is not the batch's
-        return torch.cat([outputs[i] for i in range(len(parts))]), None
-
-
-here = threading.local()
+        outputs = []
+        for device, part in reversed(list(zip(self.device_ids, x.chunk(2), strict=True))):
+            OneAfterTheOther.running = device
+            outputs.append(self.module(part)[0])
+        return torch.cat(outputs[::-1]), None
 
 
 def test_data_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_hooks, "_replica", lambda x: getattr(here, "device", 0))
+    monkeypatch.setattr(_hooks, "_replica", lambda x: OneAfterTheOther.running)
     student, teacher, x, y = networks()
     student.eval()
     expected = by_hand(student, teacher, x, y)
     right = gradients(student, expected)
-    parallel = OnThreads(student, [2, 0])
+    parallel = OneAfterTheOther(student, [2, 0])
     at = AttentionTransfer(parallel, teacher, GROUPS, beta=BETA)
     for _ in range(2):
         parallel(x)  # an evaluation in between

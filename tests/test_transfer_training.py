@@ -1,4 +1,4 @@
-"""Real steps with AttentionTransfer: their curves, their memory, and two processes of them."""
+"""Real steps with AttentionTransfer: their memory, and two processes of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from reference import popular_at_loss
-from sklearn.datasets import load_digits
 from test_train_parallel import together
 from torch import Tensor, nn
 
-import at_fused
 from at_fused import AttentionTransfer
 from at_fused.train.wrn import WRN
 
@@ -23,84 +21,6 @@ from benchmarks.measure import Allocations
 
 BETA = 100.0
 GROUPS = ["groups.0", "groups.1", "groups.2"]
-Step = Callable[[Tensor, Tensor], Tensor]
-
-
-def networks(base: int) -> tuple[WRN, WRN]:
-    torch.manual_seed(0)
-    student, teacher = (WRN(10, k, in_channels=1, base=base) for k in (1, 2))
-    return student, teacher.eval()
-
-
-def with_features(student: WRN, teacher: WRN, loss: Callable[..., Tensor]) -> Step:
-    """A step of a program whose networks give their features away."""
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        logits, features = student(x)
-        with torch.no_grad():
-            _, targets = teacher(x)
-        return F.cross_entropy(logits, y) + BETA * loss(features, targets)
-
-    return step
-
-
-def eager_loss(features: tuple[Tensor, ...], targets: tuple[Tensor, ...]) -> Tensor:
-    return sum(popular_at_loss(s, t) for s, t in zip(features, targets, strict=True))
-
-
-def tapped(student: WRN, teacher: WRN) -> Step:
-    at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(student(x)[0], y) + at(x)
-
-    return step
-
-
-PROGRAMS: dict[str, Callable[[WRN, WRN], Step]] = {
-    "eager": lambda s, t: with_features(s, t, eager_loss),
-    "drop-in": lambda s, t: with_features(s, t, at_fused.at_loss),
-    "tap": tapped,
-}
-
-
-# ---- curves --------------------------------------------------------------------------------------
-
-
-def curve(program: str, dtype: torch.dtype, steps: int, nudge: float = 0.0) -> Tensor:
-    """Losses of SGD on the digits; ``nudge`` is a relative change of the first weights."""
-    student, teacher = (net.to(dtype) for net in networks(4))
-    with torch.no_grad():
-        student.stem.weight.mul_(1 + nudge)
-    images, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy(images).to(dtype).reshape(-1, 1, 8, 8) / 16
-    y = torch.from_numpy(labels)
-    step = PROGRAMS[program](student, teacher)
-    optimizer = torch.optim.SGD(student.parameters(), 0.02, momentum=0.9)
-    generator = torch.Generator().manual_seed(0)
-    losses = []
-    for _ in range(steps):
-        batch = torch.randint(len(x), (32,), generator=generator)
-        loss = step(x[batch], y[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach().double())
-    return torch.stack(losses)
-
-
-def test_curves_agree_to_rounding() -> None:
-    steps = 100
-    curves = {name: curve(name, torch.float32, steps) for name in PROGRAMS}
-    assert curves["eager"][-10:].mean() < 0.7 * curves["eager"][:10].mean()  # it does learn
-    # What rounding makes of itself in a hundred steps: the program itself, an ulp off at the start.
-    rounding = (curve("eager", torch.float32, steps, nudge=2**-23) - curves["eager"]).abs().max()
-    for name in ("drop-in", "tap"):
-        assert (curves[name] - curves["eager"]).abs().max() <= 4 * rounding
-    assert rounding < 1e-2
-    exact = {name: curve(name, torch.float64, 10) for name in PROGRAMS}
-    for name in ("drop-in", "tap"):
-        torch.testing.assert_close(exact[name], exact["eager"], rtol=1e-11, atol=0)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -125,10 +45,17 @@ def check_memory(device: str, peak_bytes: Callable[[Callable[[], object]], int])
             teacher(x)
         F.cross_entropy(logits, y).backward()
 
-    eager = with_features(student, teacher, eager_loss)
+    def eager() -> None:
+        student.zero_grad()
+        logits, features = student(x)
+        with torch.no_grad():
+            _, targets = teacher(x)
+        losses = [popular_at_loss(s, t) for s, t in zip(features, targets, strict=True)]
+        (F.cross_entropy(logits, y) + BETA * sum(losses)).backward()
+
     without = peak_bytes(alone)
     without_but_teacher = peak_bytes(beside_the_teacher)
-    popular = peak_bytes(lambda: (student.zero_grad(), eager(x, y).backward()))
+    popular = peak_bytes(eager)
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
 
     def prepared() -> None:
@@ -150,7 +77,8 @@ def check_memory(device: str, peak_bytes: Callable[[Callable[[], object]], int])
 
 def train_steps(wrap: Callable[[nn.Module], Any], part: slice) -> tuple[Any, Tensor]:
     """Two steps on the whole batch, or on a process's half of it; gradients of the second."""
-    student, teacher = (net.double() for net in networks(4))
+    torch.manual_seed(0)
+    student, teacher = (WRN(10, k, in_channels=1, base=4).double() for k in (1, 2))
     student.eval()  # BatchNorm's statistics of a half are not those of the whole
     x, y = torch.randn(8, 1, 8, 8).double(), torch.arange(8)
     model = wrap(student)
