@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from outside import output_of
 from PIL import Image
 
 from at_fused.backends import users
@@ -88,17 +87,6 @@ def test_the_pictures_were_drawn_from_the_results() -> None:
     for name, (_, source) in report.pictures(FOUND, MODEL).items():
         with Image.open(FOLDER / f"{name}.png") as picture:
             assert picture.text["Description"] == charts.digest(source), name
-
-
-def test_a_figure_that_is_changed_shows(folder: Path) -> None:
-    report.main(["--merge"])
-    before = {path: (folder / path).read_text() for path in ("report.md", "README.md")}
-    changed = cpu()
-    changed["parts"]["cases"][0]["ms"]["at_fused"] *= 2
-    results.write(results.path_of(changed, folder), changed)
-    report.main(["--merge"])
-    assert all((folder / path).read_text() != text for path, text in before.items())
-    assert charts.digest(changed) != charts.digest(cpu())
 
 
 # ---- several devices -----------------------------------------------------------------------------
@@ -260,12 +248,6 @@ def test_the_installed_package_is_measured(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.which"],
-        cwd=tmp_path / "checkout",
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "the installed\n"
+    installed = {"PYTHONPATH": str(tmp_path / "installed")}
+    said = output_of(tmp_path / "checkout", "-m", "benchmarks.which", **installed)
+    assert said == "the installed\n"
