@@ -95,15 +95,6 @@ except AttributeError as error:
     ]
 
 
-def needed_by(library: Path) -> list[str]:
-    readelf = shutil.which("readelf")
-    assert readelf, "binutils comes with the compiler that built the package"
-    dynamic = subprocess.run(
-        [readelf, "-d", str(library)], capture_output=True, text=True, check=True
-    ).stdout
-    return [line for line in dynamic.splitlines() if "NEEDED" in line]
-
-
 @pytest.mark.parametrize(
     ("name", "right", "wrong"),
     [("cpu", "libtorch", ("cuda", "python")), ("cuda", "libtorch_cuda", ("cudart", "python"))],
@@ -114,7 +105,10 @@ def test_a_library_needs_its_torch_and_no_other(
     libraries = list(PACKAGE.glob(f"_{name}*.so"))
     assert libraries or name == "cuda"
     for library in libraries:
-        needed = needed_by(library)
+        # binutils come with the compiler that built the package.
+        command = ["readelf", "-d", str(library)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        needed = [line for line in said.splitlines() if "NEEDED" in line]
         assert any(right in line for line in needed)
         assert not any(each in line for each in wrong for line in needed)
 

@@ -9,7 +9,6 @@ import numpy as np
 import outside
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from at_fused import visualize
 from at_fused.train.config import resolve, to_toml
@@ -41,20 +40,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that the command line saves."""
-    figures: list[Figure] = []
-    write = visualize.save
-
-    def keep(fig: Figure, path: Path) -> None:
-        figures.append(fig)
-        write(fig, path)
-
-    monkeypatch.setattr(visualize, "save", keep)
-    return figures
-
-
 def test_a_run_is_drawn_by_the_command(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "maps.svg"
     files = [str(run / f"student_{name}.pt") for name in ("at+kd-seed0", "none-seed0")]
@@ -66,10 +51,14 @@ def test_a_run_is_drawn_by_the_command(run: Path, tmp_path: Path) -> None:
     assert all(f"<!-- {text} -->" in out.read_text() for text in ("AT + KD", "stem", "12x12"))
 
 
-def test_columns_are_the_networks_and_rows_the_digits(run: Path, drawn: list[Figure]) -> None:
+def test_columns_are_the_networks_and_rows_the_digits(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, save = [], visualize.save
+    monkeypatch.setattr(visualize, "save", lambda *given: (saved.append(given), save(*given)))
     main([str(run), "--images", "3"])
     assert (run / "attention.png").stat().st_size > 10_000
-    (fig,) = drawn
+    ((fig, _),) = saved
     axes = np.array(fig.axes[: 6 * 9]).reshape(6, 9)
     data = open_data("digits", image_size=12)
     ((images, labels, _),) = data.evaluate.batches([torch.arange(3)], None)
