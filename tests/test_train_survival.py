@@ -61,8 +61,9 @@ def test_a_run_that_is_killed_anywhere_ends_as_one_that_is_not(tmp_path: Path) -
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        run(config, out)
+        (curve,) = run(config, out).students["at"]
         assert same(whole, out)
+        assert [point["epoch"] for point in curve.points] == [1, 2, 3, 4, 5, 6, 7]
         # Neither is a line there twice, nor one missing.
         assert told(whole) == told(out)
     assert at > 20
