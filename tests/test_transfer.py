@@ -322,12 +322,11 @@ def test_tokens_and_maps() -> None:
     torch.testing.assert_close(loss, BETA * expected)
     at.remove()
     # Tokens of both sides are maps to be interpolated, not a line of tokens.
-    other = Tokens(5)
-    other.patches = nn.Conv2d(3, 5, 4, 4)
-    options = {"map_size": ((4, 4), (2, 2)), "resize": "maps"}
-    at = AttentionTransfer(student, other, ["blocks"], beta=BETA, skip_tokens=1, **options)
-    tokens, target = student(x), other(x).detach()
-    expected = at_fused.at_loss(tokens, target, channel_dim=-1, skip_tokens=1, **options)
+    other = Wrapping(lambda x: tokens(x[:, :, ::2, ::2]))
+    options = {"skip_tokens": 1, "map_size": ((6, 6), (3, 3)), "resize": "maps"}
+    at = AttentionTransfer(student, other, ["layer"], beta=BETA, **options)
+    found, target = student(x), other(x).detach()
+    expected = at_fused.at_loss(found, target, channel_dim=-1, **options)
     torch.testing.assert_close(at(x), BETA * expected)
 
 
