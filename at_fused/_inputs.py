@@ -62,6 +62,14 @@ def check_options(
             raise ValueError(f"p must be a whole number with absolute=False, got {p!r}")
         if choices.get("collapse") == "max":
             raise ValueError("collapse='max' takes absolute values, got absolute=False")
+    check_spatial(choices.get("attend"), resize=choices.get("resize"))
+
+
+def check_spatial(attend: str | None, **options: object) -> None:
+    """Raises where an option of the map's size is given for channel attention alone."""
+    for name, value in options.items():
+        if value is not None and attend == "channel":
+            raise ValueError(f"{name} is for attend='spatial' or 'both', got attend='channel'")
 
 
 def check_kept(owner: str, options: Mapping[str, Any], allowed: Collection[str]) -> None:
@@ -72,6 +80,7 @@ def check_kept(owner: str, options: Mapping[str, Any], allowed: Collection[str])
     known = ("p", "eps", "absolute", *_CHOICES)
     check_options(**{name: options[name] for name in known if name in options})
     sides(options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size"))
+    check_spatial(options.get("attend"), map_size=options.get("map_size"))
     pair_weights(options.get("weights"), None)
 
 
@@ -149,9 +158,6 @@ def _features(name: str, given: Tensor | Sequence[Tensor], side: Side) -> list[T
     for own, x in several.items():
         if not is_feature(x):
             refuse_feature(own, x)
-    tokens = [any(x.dim() == 3 for x in several.values())]
-    for option, value in (("skip_tokens", side.skip_tokens), ("map_size", side.map_size)):
-        check_for_tokens(option, value, [value], tokens, f"{name} has not")
     return [place(own, x, side) for own, x in several.items()]
 
 
@@ -228,6 +234,20 @@ def both_maps(map_size: Any) -> tuple[Any, Any]:
     return map_size, map_size
 
 
+def check_tokens(
+    given: Sequence[tuple[str, object, Side]], skip_tokens: Any, map_size: Any
+) -> None:
+    """Raises where an option of tokens is for a side whose features are no tokens."""
+    tokens = [
+        side.channel_dim != 1 and any(x.dim() == 3 for x in named(name, x).values())
+        for name, x, side in given
+    ]
+    rule = " and ".join({g[0]: 0 for g, has in zip(given, tokens, strict=True) if not has})
+    skips, maps = _both("skip_tokens", skip_tokens), both_maps(map_size)
+    for name, value, each in (("skip_tokens", skip_tokens, skips), ("map_size", map_size, maps)):
+        check_for_tokens(name, value, each, tokens, f"{rule} has not")
+
+
 def check_for_tokens(
     name: str, value: Any, each: Sequence[Any], tokens: Sequence[bool], rule: str
 ) -> None:
@@ -246,12 +266,15 @@ def one(
     if not is_feature(x):  # nor a list
         refuse_feature("x", x)
     side, other = sides(channel_dim, skip_tokens, map_size)
-    if side != other or isinstance(channel_dim, (tuple, list)):
+    pair = (tuple, list)
+    nested = isinstance(map_size, pair) and any(isinstance(n, pair) for n in map_size)
+    if side != other or nested or isinstance(channel_dim, pair) or isinstance(skip_tokens, pair):
         raise ValueError(
             "channel_dim, skip_tokens and map_size must be one value each for one feature, got "
             f"{channel_dim!r}, {skip_tokens!r} and {map_size!r}"
         )
-    return _features("x", cast(Tensor, x), side)[0], side
+    check_tokens([("x", x, side)] * 2, skip_tokens, map_size)
+    return place("x", cast(Tensor, x), side), side
 
 
 # ---- pairs ---------------------------------------------------------------------------------------
@@ -443,7 +466,9 @@ def check_sample_weights(factor: object, students: list[Tensor]) -> Tensor:
     return factor
 
 
-def check_masks(mask: Tensor | Sequence[Tensor], students: list[Tensor]) -> list[Tensor]:
+def check_masks(
+    mask: Tensor | Sequence[Tensor], students: list[Tensor], skip_tokens: int = 0
+) -> list[Tensor]:
     """A mask (B, *spatial), of any size, for each pair."""
     if isinstance(mask, Tensor):
         masks = [mask] * len(students)
@@ -461,5 +486,10 @@ def check_masks(mask: Tensor | Sequence[Tensor], students: list[Tensor]) -> list
             raise ValueError(
                 f"mask must be (B, H, W) for pair {i} of (B, C, H, W) = {tuple(x.shape)}, "
                 f"got shape {tuple(m.shape)}"
+            )
+        if skip_tokens and x.dim() == 3 and m.shape[1] == x.shape[2] + skip_tokens:
+            raise ValueError(
+                f"mask must be of the {x.shape[2]} tokens that skip_tokens={skip_tokens} leaves, "
+                f"got {m.shape[1]}; give mask[:, {skip_tokens}:]"
             )
     return masks

@@ -95,6 +95,9 @@ def prepare(
     )
     student_side, teacher_side = _inputs.sides(channel_dim, skip_tokens, map_size)
     students, teachers = _inputs.pairs(student, teacher, student_side, teacher_side)
+    given = ("student", student, student_side), ("teacher", teacher, teacher_side)
+    _inputs.check_tokens(given, skip_tokens, map_size)
+    _inputs.check_spatial(attend, map_size=map_size)
     whole: list[Tensor] = []
     skips: list[int] = []
     if student_side.skip_tokens or teacher_side.skip_tokens:
@@ -105,7 +108,7 @@ def prepare(
     if mask is not None:
         if attend != "spatial":
             raise ValueError(f"mask is for attend='spatial', got attend={attend!r}")
-        masks = _inputs.check_masks(mask, students)
+        masks = _inputs.check_masks(mask, students, student_side.skip_tokens)
     if reduction == "sample":
         _inputs.check_one_batch(students, _SAMPLES)
     if sample_weights is not None:

@@ -115,10 +115,10 @@ def kd_loss(
     (B, K, H, W), are B * H * W rows: both terms are means over samples and positions.
 
     In plain PyTorch, fp16 and bf16 in fp32. The divergence of a batch is right to 1e-5 for T up to
-    20, and finite for logits up to 1e4 and any T; its error grows with T (docs/numerics.md; float64
-    logits move it out of sight). For equal logits it is exactly 0, its gradients but for their
-    rounding. Gradients flow to both sides' logits, to any order. A class that the teacher excludes
-    (a logit of -inf) adds nothing where the student excludes it as well.
+    20, and finite for logits up to 1e4 and any T; its error grows with T (docs/numerics.md; logits
+    in float64 are right to 1e-7 up to T = 1e5). For equal logits it is exactly 0, its gradients but
+    for their rounding. Gradients flow to both sides' logits, to any order. A class that the teacher
+    excludes (a logit of -inf) adds nothing where the student excludes it as well.
 
     Args:
         student_logits: (B, K), or (B, K, *spatial) for segmentation; float32, float64, float16 or

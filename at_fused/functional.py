@@ -242,7 +242,9 @@ def _options_of_one(
     absolute: bool,
     eps: float,
     eps_mode: str,
+    map_size: MapSize | None,
 ) -> None:
+    _inputs.check_spatial(attend, map_size=map_size)
     _inputs.check_options(
         p=p, eps=eps, absolute=absolute, collapse=collapse, attend=attend, eps_mode=eps_mode
     )
@@ -294,7 +296,7 @@ def attention_map(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
     """
-    _options_of_one(p, collapse, normalize, attend, absolute, eps, eps_mode)
+    _options_of_one(p, collapse, normalize, attend, absolute, eps, eps_mode, map_size)
     feature, _ = _inputs.one(x, channel_dim, skip_tokens, map_size)
     if attend == "channel":
         feature = _inputs.channels_as_positions(feature)
@@ -349,7 +351,7 @@ def attention_tap(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
     """
-    _options_of_one(p, collapse, normalize, attend, absolute, eps, eps_mode)
+    _options_of_one(p, collapse, normalize, attend, absolute, eps, eps_mode, map_size)
     feature, side = _inputs.one(x, channel_dim, skip_tokens, map_size)
     place = _ops.Place(side.channel_dim, side.skip_tokens, attend == "channel")
     y, raw = _maps.attention_tap(x, float(p), collapse, absolute, place)

@@ -63,6 +63,8 @@ def input_gradient(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.2.
     """
+    if not isinstance(create_graph, bool):
+        raise TypeError(f"create_graph must be True or False, got {kind(create_graph)}")
     check_tensor("x", x)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("input_gradient: inference mode has no gradients; use no_grad instead")

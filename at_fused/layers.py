@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from at_fused._checks import is_whole
+from at_fused._checks import is_whole, kind
 from at_fused._inputs import check_for_tokens
 from at_fused._match import Layout, Stage, stages, written
 from at_fused._models import unwrap
@@ -112,6 +112,9 @@ def layouts_of(
     student: nn.Module, teacher: nn.Module, channel_dim: Any, skip_tokens: Any
 ) -> list[Layout]:
     """How each side's features lie: as given, or as the network says of itself."""
+    for name, network in (("student", student), ("teacher", teacher)):
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{name} must be an nn.Module, got {kind(network)}")
     dims = channel_dim if isinstance(channel_dim, (tuple, list)) else (channel_dim,) * 2
     skips = skip_tokens if isinstance(skip_tokens, (tuple, list)) else (skip_tokens,) * 2
     for name, values, allowed in (

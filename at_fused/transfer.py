@@ -70,7 +70,7 @@ class AttentionTransfer:
         pairs: the names of the layers, a list of (student, teacher).
         beta: as given.
         teacher_output: what the teacher returned in the last call, of a tuple the first: its
-            logits, for ``kd_loss``.
+            logits, for ``kd_loss``. A cache keeps logits (B, K); None for any other output.
 
     Raises:
         TypeError, ValueError: an argument is not as above, a name is none of the network's.
@@ -93,9 +93,7 @@ class AttentionTransfer:
         verbose: bool = True,
         **options: Unpack[PairOptions],
     ) -> None:
-        for name, model in (("student", student), ("teacher", teacher)):
-            if not isinstance(model, nn.Module):
-                raise TypeError(f"{name} must be an nn.Module, got {kind(model)}")
+        layouts = layouts_of(student, teacher, channel_dim, skip_tokens)
         if unwrap(student) is unwrap(teacher):
             raise ValueError("student and teacher must be two networks, got one")
         check_finite("beta", beta)
@@ -104,12 +102,15 @@ class AttentionTransfer:
         self._given = given
         chosen = LossOptions(**{n: given[n] for n in given if n in LossOptions._fields})
         self._options = chosen._replace(p=float(chosen.p), eps=float(chosen.eps))
-        if map_size is not None and given.get("attend") == "channel":
-            raise ValueError("map_size is for attend='spatial', got attend='channel'")
+        attend = given.get("attend", "spatial")
+        _inputs.check_spatial(attend, map_size=map_size)
         self._map_sizes = [side.map_size for side in _inputs.sides(-1, 0, map_size)]
-        layouts = layouts_of(student, teacher, channel_dim, skip_tokens)
         skips = skip_tokens if isinstance(skip_tokens, (tuple, list)) else (skip_tokens,) * 2
         sizes = _inputs.both_maps(map_size)
+        if attend == "channel":  # whose maps do not show what they were made of
+            dims = channel_dim if isinstance(channel_dim, (tuple, list)) else (channel_dim,) * 2
+            last, rule = [dim == -1 for dim in dims], "take channel_dim=-1 with attend='channel'"
+            _inputs.check_for_tokens("skip_tokens", skip_tokens, skips, last, rule)
         of_tokens = ("skip_tokens", skip_tokens, skips), ("map_size", map_size, sizes)
         self._of_tokens = [option for option in of_tokens if any(option[2])]
         if (layers is None) == (example is None):
@@ -136,9 +137,7 @@ class AttentionTransfer:
         self._prepared: tuple[Any, list[Tensor], Any] | None = None
         for model, names in ((student, self._names(0)), (teacher, self._names(1))):
             modules_named(unwrap(model), names)
-        self._of_maps = MapOptions(
-            *self._options[:2], given.get("absolute", True), given.get("attend", "spatial")
-        )
+        self._of_maps = MapOptions(*self._options[:2], given.get("absolute", True), attend)
         self._student = Watched(student, self._names(0), layouts[0], self._of_maps)
         self._teacher = Watched(teacher, self._names(1), layouts[1], self._of_maps)
 
@@ -203,7 +202,9 @@ class AttentionTransfer:
             teachers, self.teacher_output = self._teacher_maps(x, index, seed)
         else:
             before, teachers, self.teacher_output = prepared
-            again = (index is None and seed == 0) or (index is before[1] and seed == before[2])
+            again = (index is None and seed == 0) or (
+                _same_numbers(index, before[1]) and seed == before[2]
+            )
             if x is not before[0] or not again:
                 name = "x" if again else "index and seed, if given,"
                 raise ValueError(f"{name} must be what at.prepare was called with, got another")
@@ -212,6 +213,8 @@ class AttentionTransfer:
             _inputs.check_for_tokens(
                 name, value, each, tokens, "none of its network's layers gives"
             )
+        if self._of_maps.attend == "channel":
+            _inputs.check_channels(students, teachers)
         unlike = any(s.shape != t.shape for s, t in zip(students, teachers, strict=True))
         if unlike or any(self._map_sizes):
             pairs = [self._alike(*each) for each in zip(students, teachers, strict=True)]
@@ -300,6 +303,12 @@ class AttentionTransfer:
         options = {"beta": self.beta, **self._given}
         pairs = ", ".join(s if s == t else f"{s} <- {t}" for s, t in self.pairs)
         return f"AttentionTransfer({pairs}; {', '.join(f'{k}={v!r}' for k, v in options.items())})"
+
+
+def _same_numbers(a: Tensor | Sequence[int] | None, b: Tensor | Sequence[int] | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
 def _check(options: dict[str, Any]) -> str | None:

@@ -248,6 +248,9 @@ def losses(draw: st.DrawFn, of_maps: bool = False) -> Call:
             side[0] if each else None
             for each, side in zip(tokens, (students, teachers), strict=True)
         )
+    if attend == "channel":  # which has no use for the map's size
+        options["resize"] = None
+        options.pop("map_size", None)
     made = Leaves(draw)
     features: list[list[Feature]] = [[], []]
     for i, b in enumerate(batches):
@@ -284,7 +287,7 @@ def maps(draw: st.DrawFn) -> Call:
         shape: tuple[int, ...] = (b, *spatial, c)
         if draw(st.booleans()):
             options["skip_tokens"] = draw(st.integers(0, 2))
-            options["map_size"] = spatial
+            options["map_size"] = None if options["attend"] == "channel" else spatial
             shape = (b, options["skip_tokens"] + math.prod(spatial), c)
     else:
         shape = (b, c, *spatial)

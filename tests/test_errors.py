@@ -13,6 +13,7 @@ import at_fused
 
 X = torch.randn(2, 3, 4, 4)
 Y = torch.randn(2, 5, 4, 4)
+TOKENS = X[:, 0]
 
 CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "not a tensor": ([1.0], Y, {}, TypeError, "both be tensors or both be sequences.*list.*Tensor"),
@@ -126,6 +127,27 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
         ValueError,
         "mask must be on the features' device, cpu, got meta",
     ),
+    "resize of channels": (
+        X,
+        X,
+        {"resize": "maps", "attend": "channel"},
+        ValueError,
+        "resize is for attend='spatial' or 'both', got attend='channel'",
+    ),
+    "map_size of channels": (
+        TOKENS,
+        TOKENS,
+        {"channel_dim": -1, "map_size": (2, 2), "attend": "channel"},
+        ValueError,
+        "map_size is for attend='spatial' or 'both', got attend='channel'",
+    ),
+    "mask of all tokens": (
+        TOKENS,
+        TOKENS,
+        {"channel_dim": -1, "skip_tokens": 1, "mask": torch.ones(2, 4)},
+        ValueError,
+        r"mask must be of the 3 tokens that skip_tokens=1 leaves, got 4; give mask\[:, 1:\]",
+    ),
     "mask of channels": (
         X,
         X,
@@ -196,7 +218,6 @@ def test_unknown_option() -> None:
         at_fused.at_loss(X, Y, 2)
 
 
-TOKENS = X[:, 0]
 OF_ONE_FEATURE: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ([X], {}, TypeError, "x must be a tensor, got list"),
     (X[0, 0, 0], {}, ValueError, r"x must be \(B, C, H, W\).*\(4,\)"),
@@ -207,7 +228,9 @@ OF_ONE_FEATURE: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (X, {"eps": 0.0}, ValueError, "eps must be"),
     (X, {"attend": "both"}, ValueError, "attend must be"),
     (X, {"skip_tokens": 1}, ValueError, "skip_tokens is for token features"),
+    (X, {"attend": "channel", "map_size": (4, 4)}, ValueError, "map_size is for attend='spatial'"),
     (TOKENS, {"channel_dim": (1, -1)}, ValueError, "must be one value each"),
+    (TOKENS, {"channel_dim": -1, "skip_tokens": (1, 1)}, ValueError, "must be one value each"),
     (TOKENS, {"channel_dim": -1, "skip_tokens": (1, 2)}, ValueError, "must be one value each"),
     (TOKENS, {"channel_dim": -1, "map_size": ((2, 2), None)}, ValueError, "must be one value each"),
     (X, {"normalize": "no"}, TypeError, "normalize must be True or False"),
@@ -326,8 +349,8 @@ def test_a_single_position_warns_once_either_way(
         (-1, {"map_size": ((2, 2), 4)}, "must be one to three whole numbers > 0, got 4"),
         ((1, -1), {"skip_tokens": (1, 0)}, r"=-1 \(here \(1, -1\)\), got skip_tokens=\(1, 0\)"),
         ((-1, 1), {"map_size": (None, (4, 4))}, r"got map_size=\(None, \(4, 4\)\)"),
-        (-1, {"skip_tokens": 1}, r"features \(B, N, C\), which student has not, got skip_tokens=1"),
-        (-1, {"map_size": (2, 2)}, r"which student has not, got map_size=\(2, 2\)"),
+        (-1, {"skip_tokens": (1, 1)}, r"features \(B, N, C\), which student has not, got .*1\)"),
+        (-1, {"map_size": ((2, 2), None)}, r"which student has not, got map_size=\(\(2, 2\)"),
     ],
     ids=str,
 )

@@ -16,6 +16,7 @@ from reference import expected_loss
 from test_method import feature
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import at_fused
 from at_fused import compat
@@ -143,6 +144,14 @@ def test_hessian_vector_products(backend: str, name: str) -> None:
         dual = forward_ad.make_dual(x.clone().requires_grad_(), v)
         (first,) = torch.autograd.grad(f(dual), dual)
         assert_close(forward_ad.unpack_dual(first).tangent, right)
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in ("value", "gradient")])
+def test_checkpoint(backend: str, name: str) -> None:
+    x = feature(2, 3, 4, 4).requires_grad_()
+    y, again = FUNCTIONS[name](x), checkpoint(FUNCTIONS[name], x, use_reentrant=False)
+    right, found = (torch.autograd.grad(z.sum(), x)[0] for z in (y, again))
+    assert torch.equal(found, right)
 
 
 @pytest.mark.parametrize("options", [{}, {"form": "paper", "p": 1.5}, {"collapse": "max"}], ids=str)

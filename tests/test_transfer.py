@@ -422,6 +422,8 @@ def test_pairs_that_cannot_be_told() -> None:
         ({"skip_tokens": (1, -1)}, ValueError, "skip_tokens must be None, a whole number"),
         ({"skip_tokens": 1, "channel_dim": 1}, ValueError, "skip_tokens is for token features"),
         ({"map_size": (4, 4), "attend": "channel"}, ValueError, "map_size is for attend='spatial'"),
+        ({"resize": "maps", "attend": "channel"}, ValueError, "resize is for attend='spatial'"),
+        ({"skip_tokens": 1, "attend": "channel"}, ValueError, "channel_dim=-1 with attend="),
         ({"example": torch.ones(1)}, ValueError, "layers or example must be given"),
         ({"cache": "folder"}, TypeError, "cache must be a TeacherCache"),
     ],

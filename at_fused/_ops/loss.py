@@ -143,7 +143,8 @@ class _MapLoss(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         pairs = ctx.pairs
         _, _, reduction, _, _, student_grad, teacher_grad = ctx.options
-        maps, found = ctx.saved_tensors[: 2 * pairs], ctx.saved_tensors[2 * pairs :]
+        saved = ctx.saved_tensors  # once: a checkpoint gives each tensor a single time
+        maps, found = saved[: 2 * pairs], saved[2 * pairs :]
         if torch.is_grad_enabled():
             # With a graph, for a second derivative.
             found = eager.map_loss(list(maps[:pairs]), list(maps[pairs:]), *ctx.options)[1]
@@ -166,20 +167,6 @@ class Call(NamedTuple):
     student_grad: bool
     teacher_grad: bool
 
-    def run(self, operator: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Call the operator, or a function with its signature."""
-        pairs = self.pairs
-        return operator(
-            list(tensors[:pairs]),
-            list(tensors[pairs : 2 * pairs]),
-            list(tensors[2 * pairs :]),
-            self.weights,
-            self.skip_tokens,
-            *self.options,
-            self.student_grad,
-            self.teacher_grad,
-        )
-
     def kept(self) -> range:
         """Return the numbers of the features of the sides whose gradient is asked for."""
         begin = 0 if self.student_grad else self.pairs
@@ -193,12 +180,16 @@ class Call(NamedTuple):
 class _ATLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, maps = call.run(operators.at_loss.default, tensors)
+        pairs, weights, skip_tokens, options, *grads = call
+        features, masks = tensors[: 2 * pairs], list(tensors[2 * pairs :])
+        sides = list(features[:pairs]), list(features[pairs:])
+        loss, maps = below_autograd(
+            operators.at_loss.default, *sides, masks, weights, skip_tokens, *options, *grads
+        )
         ctx.call = call
         # A side without a gradient is remembered by its maps alone: its features may die.
         kept = call.kept()
-        save(ctx, *tensors[kept.start : kept.stop], *maps, *tensors[2 * call.pairs :])
+        save(ctx, *features[kept.start : kept.stop], *maps, *masks)
         return loss
 
     @staticmethod
