@@ -92,16 +92,10 @@ def _(
     masks: list[Tensor],
     weights: list[float],
     skip_tokens: list[int],
-    p: float,
-    collapse: str,
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
-    student_grad: bool,
-    teacher_grad: bool,
+    *rest: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    loss = _fake_loss(student, teacher, reduction, *masks)
+    *options, student_grad, teacher_grad = rest
+    loss = _fake_loss(student, teacher, LossOptions(*options).reduction, *masks)
     if not (student_grad or teacher_grad):
         return loss, []
     return loss, [fake_map(x) for x in eager.without_first([*student, *teacher], skip_tokens)]
@@ -114,15 +108,10 @@ def _(
     masks: list[Tensor],
     weights: list[float],
     skip_tokens: list[int],
-    p: float,
-    collapse: str,
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
-    scale: float,
-    loss_gradient: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, list[Tensor]]:
+    *options, _, loss_gradient = rest
+    reduction = LossOptions(*options).reduction
     loss = _fake_loss(student, teacher, reduction, *masks, loss_gradient)
     return loss, [torch.empty_like(x) for x in student]
 
@@ -264,21 +253,14 @@ def _at_loss_autograd(
     masks: list[Tensor],
     weights: list[float],
     skip_tokens: list[int],
-    p: float,
-    collapse: str,
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
-    student_grad: bool,
-    teacher_grad: bool,
+    *rest: Any,
 ) -> tuple[Tensor, list[Tensor]]:
+    *options, student_grad, teacher_grad = rest
     of_student, of_teacher = tracks(student), tracks(teacher)
     # A graph that was exported without gradients may be run with them.
     student_grad, teacher_grad = student_grad or of_student, teacher_grad or of_teacher
-    options = p, collapse, form, reduction, eps_mode, eps
     if transformed():
-        operator = eager.at_loss
+        operator: Callable[..., Any] = eager.at_loss
     elif tracks(masks):
         raise RuntimeError(
             "at_fused::at_loss has no derivative for masks: multiply the maps for map_loss instead"
