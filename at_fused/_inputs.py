@@ -178,7 +178,7 @@ def whole_tokens(
     return whole, skips
 
 
-def _both(name: str, value: Any) -> tuple[Any, Any]:
+def both(name: str, value: Any) -> tuple[Any, Any]:
     """A value for both sides, or one for each."""
     if not isinstance(value, (tuple, list)):
         return value, value
@@ -217,7 +217,7 @@ def sides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> tuple[Side, Side
     """The student's and the teacher's, from one value for both or a pair of them."""
     if map_size is None and plain(channel_dim, skip_tokens):
         return _PLAIN, _PLAIN
-    dims, skips = _both("channel_dim", channel_dim), _both("skip_tokens", skip_tokens)
+    dims, skips = both("channel_dim", channel_dim), both("skip_tokens", skip_tokens)
     maps = both_maps(map_size)
     found = [_check_side(*options) for options in zip(dims, skips, maps, strict=True)]
     last = [side.channel_dim != 1 for side in found]
@@ -230,7 +230,7 @@ def both_maps(map_size: Any) -> tuple[Any, Any]:
     """A map size for both sides, or one for each, of which either may be None."""
     sized = isinstance(map_size, (tuple, list))
     if sized and any(n is None or isinstance(n, (tuple, list)) for n in map_size):
-        return _both("map_size", map_size)
+        return both("map_size", map_size)
     return map_size, map_size
 
 
@@ -238,12 +238,15 @@ def check_tokens(
     given: Sequence[tuple[str, object, Side]], skip_tokens: Any, map_size: Any
 ) -> None:
     """Raises where an option of tokens is for a side whose features are no tokens."""
+    skips, maps = both("skip_tokens", skip_tokens), both_maps(map_size)
+    if not any((*skips, *maps)):
+        return
     tokens = [
         side.channel_dim != 1 and any(x.dim() == 3 for x in named(name, x).values())
         for name, x, side in given
     ]
-    rule = " and ".join({g[0]: 0 for g, has in zip(given, tokens, strict=True) if not has})
-    skips, maps = _both("skip_tokens", skip_tokens), both_maps(map_size)
+    lacking = dict.fromkeys(g[0] for g, has in zip(given, tokens, strict=True) if not has)
+    rule = " and ".join(lacking)
     for name, value, each in (("skip_tokens", skip_tokens, skips), ("map_size", map_size, maps)):
         check_for_tokens(name, value, each, tokens, f"{rule} has not")
 
@@ -265,10 +268,9 @@ def one(
     """A feature alone, as (B, C, *spatial), and where its channels were."""
     if not is_feature(x):  # nor a list
         refuse_feature("x", x)
-    side, other = sides(channel_dim, skip_tokens, map_size)
-    pair = (tuple, list)
-    nested = isinstance(map_size, pair) and any(isinstance(n, pair) for n in map_size)
-    if side != other or nested or isinstance(channel_dim, pair) or isinstance(skip_tokens, pair):
+    side, _ = sides(channel_dim, skip_tokens, map_size)
+    several = isinstance(channel_dim, (tuple, list)) or isinstance(skip_tokens, (tuple, list))
+    if several or both_maps(map_size)[0] is not map_size:
         raise ValueError(
             "channel_dim, skip_tokens and map_size must be one value each for one feature, got "
             f"{channel_dim!r}, {skip_tokens!r} and {map_size!r}"

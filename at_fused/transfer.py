@@ -105,11 +105,11 @@ class AttentionTransfer:
         attend = given.get("attend", "spatial")
         _inputs.check_spatial(attend, map_size=map_size)
         self._map_sizes = [side.map_size for side in _inputs.sides(-1, 0, map_size)]
-        skips = skip_tokens if isinstance(skip_tokens, (tuple, list)) else (skip_tokens,) * 2
+        skips = _inputs.both("skip_tokens", skip_tokens)
         sizes = _inputs.both_maps(map_size)
         if attend == "channel":  # whose maps do not show what they were made of
-            dims = channel_dim if isinstance(channel_dim, (tuple, list)) else (channel_dim,) * 2
-            last, rule = [dim == -1 for dim in dims], "take channel_dim=-1 with attend='channel'"
+            last = [dim == -1 for dim in _inputs.both("channel_dim", channel_dim)]
+            rule = "take channel_dim=-1 with attend='channel'"
             _inputs.check_for_tokens("skip_tokens", skip_tokens, skips, last, rule)
         of_tokens = ("skip_tokens", skip_tokens, skips), ("map_size", map_size, sizes)
         self._of_tokens = [option for option in of_tokens if any(option[2])]

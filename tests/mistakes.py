@@ -75,7 +75,7 @@ WEIGHTS = [
     *(Mistake(lambda w, x=x: [*w[1:], x], ValueError, "weights.*must be") for x in NO_WEIGHTS),
 ]
 
-# Of a factor: more than a tensor of its shape is asked for.
+# Wrong factors, whatever their shape.
 ONES = torch.ones(1)
 FACTORS = [
     1,

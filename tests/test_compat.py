@@ -300,7 +300,7 @@ def test_no_formula_breaks_a_compiled_graph(dynamic: bool) -> None:
 
 # ---- convert_beta --------------------------------------------------------------------------------
 
-# What its epsilon shrinks AberHu's maps by: 1e-6 of a norm of 1e4 here.
+# AberHu's epsilon shrinks maps by this much: 1e-6 of a norm of 1e4 here.
 TOLERANCE = 1e-9
 
 
@@ -312,7 +312,7 @@ def large(batch: int, *sizes: tuple[int, int]) -> Pairs:
 @pytest.mark.parametrize("source", PROGRAMS)
 def test_exact_conversions(source: str) -> None:
     alike = SQUARED if source in SQUARED else NORM
-    # Of the squared ones only a sum over positions tells sizes apart.
+    # Among the squared forms only a sum over positions tells sizes apart.
     for sizes in ([(6, 6)], [(4, 7), (4, 7)], [(8, 8), (3, 5), (2, 2)]):
         s, t = large(3, *sizes)
         shapes = [x.shape for x in s]

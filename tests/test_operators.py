@@ -162,13 +162,13 @@ def test_a_feature_changed_before_backward_is_an_error(backend: str) -> None:
 
 @pytest.fixture(params=["cpu", "simt-wide"])
 def compiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Of a GPU test_gpu.py sees it."""
+    """Use a compiled back end; test_gpu.py measures memory on a GPU."""
     with use(request.param):
         yield
 
 
 def allocated(call: Any) -> tuple[Any, int]:
-    """What a call returns, and the bytes that it allocates."""
+    """Return the result of a call, and the bytes that it allocates."""
     with torch.profiler.profile(profile_memory=True) as profile:
         result = call()
     memory = [event.self_cpu_memory_usage for event in profile.events()]

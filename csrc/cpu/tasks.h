@@ -94,9 +94,9 @@ inline void advise_huge_pages(void*, int64_t) {}
 inline int64_t last_level_cache_bytes() { return kUsualCacheBytes; }
 #endif
 
-// Whether a gradient of so many bytes is written past the caches. One that fits beside its features
-// and a third tensor (the teacher's, or the gradient from above) is left there for the next
-// operator; of a larger one each line would be read before it is written.
+// Returns true for gradients too large for the cache. One that fits beside its features and a third
+// tensor (the teacher's, or the gradient from above) is left there for the next operator; each line
+// of a larger one would be read before it is written.
 inline bool writes_past_caches(int64_t bytes) { return 3 * bytes > last_level_cache_bytes(); }
 
 }  // namespace at_fused

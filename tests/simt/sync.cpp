@@ -155,7 +155,7 @@ void fence() {
   if (next_random() % 4 == 0) yield_current();
 }
 
-// What an address passes on to those who read it by an atomic or a poll.
+// Passes an address's clock on to those who read it by an atomic or a poll.
 void acquire_release(Thread& t, uintptr_t address, bool release) {
   if (is_shared(address)) fail("unknown to the harness", "an atomic or poll of shared memory");
   if (release && t.fence) rt->channels.try_emplace(address);

@@ -62,7 +62,7 @@ SIMT_RAW T modify(T* p, F f) {
 
 }  // namespace simt
 
-// What threads do together.
+// Barriers, fences and shuffles.
 SIMT_INLINE void __syncthreads(simt::Site site = simt::Site::current()) {
   simt::block_barrier(site);
 }
