@@ -44,6 +44,7 @@ __all__ = [
     "kd_loss",
     "map_loss",
     "match_layers",
+    "remove_hooks",
     "schedules",
     "teacher_hash",
     "use_backend",

@@ -1,5 +1,6 @@
 """The public names that need torch. The package gives them once torch is there or one is used."""
 
+from at_fused._attached import remove_hooks
 from at_fused._warnings import AtFusedWarning
 from at_fused.backends import Backend, backends, use_backend
 from at_fused.distillation import FeaturesLoss, KDLoss, features_loss, kd_loss

@@ -59,15 +59,30 @@ def precision(x: Tensor) -> str:
     return str(x.dtype)
 
 
-def modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+def refuse_torchscript(model: nn.Module, names: Sequence[str] | None, side: str) -> None:
+    """Raise a TypeError for layers of TorchScript, which takes no hooks; names None are all."""
+    for name, module in model.named_modules():
+        named = not name or names is None or name in names
+        if named and isinstance(module, torch.jit.ScriptModule):
+            whose, instead = (
+                (f"{side}'s layer {name!r}", ", or name other layers") if name else (side, "")
+            )
+            raise TypeError(
+                f"{whose} is a TorchScript module, which takes no hooks; give the nn.Module that "
+                f"it was made of{instead}"
+            )
+
+
+def modules_named(model: nn.Module, names: Sequence[str], side: str = "") -> list[nn.Module]:
     """The modules of these names; a ValueError with the nearest for one that is not there."""
+    whose = f"the {side} " if side else ""
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
             known = [n for n in modules if n]
             near = get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
             raise ValueError(
-                f"layers: {type(model).__name__} has no module {name!r}; "
+                f"layers: {whose}{type(model).__name__} has no module {name!r}; "
                 + (f"near: {', '.join(near)}; " if near else "")
                 + f"all {len(known)} are in dict(model.named_modules())"
             )

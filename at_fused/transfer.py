@@ -21,7 +21,7 @@ from at_fused import _inputs
 from at_fused._checks import check_finite, kind, pair_weights
 from at_fused._hooks import MapOptions, Watched
 from at_fused._match import written
-from at_fused._models import evaluating, modules_named, precision, unwrap
+from at_fused._models import evaluating, modules_named, precision, refuse_torchscript, unwrap
 from at_fused._options import LossOptions
 from at_fused._problem import Problem, solve_maps
 from at_fused.functional import PairOptions
@@ -46,8 +46,8 @@ class AttentionTransfer:
     same on one device and on eight.
 
     Args:
-        student: any module; also in DataParallel, DistributedDataParallel or torch.compile. Hooks
-            are set when this object is made, which must be before a compiled student first runs.
+        student: any module; also in DataParallel, DistributedDataParallel or torch.compile. Its
+            copies, pickles and exports have no hooks, but those made together with this object.
         teacher: likewise; put on the device of the x of ``at(x)``. Nothing of it changes.
         layers: a list of names from ``named_modules()``, for both, or of (student's, teacher's)
             names. Each gives a tensor, or a tuple that begins with one. None: those that
@@ -115,17 +115,19 @@ class AttentionTransfer:
         self._of_tokens = [option for option in of_tokens if any(option[2])]
         if (layers is None) == (example is None):
             raise ValueError("layers or example must be given, not both: names, or inputs")
-        if layers is not None:
-            self.pairs = named_pairs(layers)
-        else:
-            self.pairs = match_layers(
-                student,
-                teacher,
-                example,
-                channel_dim=channel_dim,
-                skip_tokens=skip_tokens,
-                verbose=verbose,
-            )
+        named = None if layers is None else named_pairs(layers)
+        sides = ("student", unwrap(student)), ("teacher", unwrap(teacher))
+        for i, (side, network) in enumerate(sides):
+            names = [pair[i] for pair in named] if named else None
+            refuse_torchscript(network, names, side)
+        self.pairs = named or match_layers(
+            student,
+            teacher,
+            example,
+            channel_dim=channel_dim,
+            skip_tokens=skip_tokens,
+            verbose=verbose,
+        )
         count = len(self.pairs)
         self._weights = pair_weights(given.get("weights"), count) or [1.0] * count
         self.beta = beta
@@ -135,11 +137,11 @@ class AttentionTransfer:
         self._hash, self._layout = TeacherHash(unwrap(teacher)), tuple(layouts[1])
         self.teacher_output: Any = None
         self._prepared: tuple[Any, list[Tensor], Any] | None = None
-        for model, names in ((student, self._names(0)), (teacher, self._names(1))):
-            modules_named(unwrap(model), names)
+        for i, (side, network) in enumerate(sides):
+            modules_named(network, self._names(i), side)
         self._of_maps = MapOptions(*self._options[:2], given.get("absolute", True), attend)
-        self._student = Watched(student, self._names(0), layouts[0], self._of_maps)
-        self._teacher = Watched(teacher, self._names(1), layouts[1], self._of_maps)
+        self._student = Watched("student", student, self._names(0), layouts[0], self._of_maps)
+        self._teacher = Watched("teacher", teacher, self._names(1), layouts[1], self._of_maps)
 
     def _names(self, side: int) -> list[str]:
         return [pair[side] for pair in self.pairs]
@@ -190,13 +192,7 @@ class AttentionTransfer:
                 ``prepare`` was given; an option of tokens without tokens, or of a cache without it.
         """
         prepared, self._prepared = self._prepared, None
-        try:
-            students = self._student.take()
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"AttentionTransfer: the student's {error}; student(x) must run before each at(x), "
-                "and a compiled one not before AttentionTransfer was made"
-            ) from None
+        students = self._student.take()
         self._check_graph(students)
         if prepared is None:
             teachers, self.teacher_output = self._teacher_maps(x, index, seed)
