@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from at_fused._checks import check_finite, is_whole, kind
+from at_fused._numbers import as_python, check_finite, is_whole, kind
 
 
 class _Formula(NamedTuple):
@@ -38,16 +38,14 @@ _FORMULAS = {
 
 def per_pair(name: str, value: float | Sequence[float], count: int) -> list[float]:
     """A finite number for each pair, from one for all or a list."""
+    value = as_python(name, value)
     if not isinstance(value, (list, tuple)):
-        check_finite(name, value)
-        return [float(value)] * count  # type: ignore[arg-type]
+        return [float(check_finite(name, value))] * count
     if len(value) != count:
         raise ValueError(
             f"{name} must be one number, or one per pair, got {len(value)} for {count} pairs"
         )
-    for i, number in enumerate(value):
-        check_finite(f"{name}[{i}]", number)
-    return [float(number) for number in value]
+    return [float(check_finite(f"{name}[{i}]", number)) for i, number in enumerate(value)]
 
 
 def convert_beta(
@@ -127,7 +125,7 @@ def pair_betas(
     Raises:
         TypeError, ValueError: as :func:`convert_beta`, but for betas that differ.
     """
-    check_finite("beta", beta)
+    beta = check_finite("beta", beta)
     for name, value in (("source", source), ("target", target)):
         if not isinstance(value, str) or value not in _FORMULAS:
             raise ValueError(f"{name} must be one of {', '.join(_FORMULAS)}, got {value!r}")

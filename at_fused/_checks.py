@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from at_fused._numbers import as_python, check_finite, kind
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def kind(value: object) -> str:
-    """The name of a value's type, for messages."""
-    return type(value).__name__
-
-
-def is_whole(value: object) -> bool:
-    """Return True for an int, but not for a bool, which is one to Python."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_number(name: str, value: object) -> None:
-    """Raises TypeError for what is no number, ValueError for a whole one that no float holds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {kind(value)}")
-    if isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise ValueError(f"{name} must be in a float's range, got one of {value.bit_length()} bits")
-
-
-def check_finite(name: str, value: object) -> None:
-    """Raises for what is no finite number."""
-    check_number(name, value)
-    if not -math.inf < value < math.inf:  # type: ignore[operator]  # torch.compile can trace it
-        raise ValueError(f"{name} must be finite, got {value!r}")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str | None]) -> None:
@@ -50,15 +25,14 @@ def pair_weights(weights: Sequence[float] | None, count: int | None) -> list[flo
     """One number for each pair; none at all for ones. Of None pairs the number is not known yet."""
     if weights is None:
         return []
+    given, weights = weights, as_python("weights", weights)
     if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"weights must be a list or tuple of numbers, got {kind(weights)}")
+        raise TypeError(f"weights must be a list or tuple of numbers, got {kind(given)}")
     if count is not None and len(weights) != count:
         raise ValueError(
             f"weights must have one number per pair, got {len(weights)} for {count} pairs"
         )
-    for i, weight in enumerate(weights):
-        check_finite(f"weights[{i}]", weight)
-    return [float(weight) for weight in weights]
+    return [float(check_finite(f"weights[{i}]", weight)) for i, weight in enumerate(weights)]
 
 
 def check_dense(name: str, x: object) -> Tensor:

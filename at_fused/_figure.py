@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from at_fused._checks import check_finite, is_whole
+from at_fused._numbers import as_python, check_finite, is_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,14 +35,15 @@ def check_path(path: str | Path) -> Path:
     return path
 
 
-def check_range(name: str, value: object, low: float, high: float) -> None:
-    """Raises for what is no number from low to high."""
-    check_finite(name, value)
-    if not low <= value <= high:  # type: ignore[operator]
+def check_range(name: str, value: object, low: float, high: float) -> float:
+    """Return the number; an error for what is none from low to high."""
+    number = check_finite(name, value)
+    if not low <= number <= high:
         raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")
+    return number
 
 
-def save(fig: Figure, path: str | Path, dpi: int = 120) -> None:
+def save(fig: Figure, path: str | Path, dpi: float = 120) -> None:
     """Writes a figure as PNG or SVG, by the suffix of ``path``.
 
     Args:
@@ -55,7 +56,7 @@ def save(fig: Figure, path: str | Path, dpi: int = 120) -> None:
         OSError: the file cannot be written.
     """
     path = check_path(path)
-    check_range("dpi", dpi, 10, 10_000)
+    dpi = check_range("dpi", dpi, 10, 10_000)
     # Without the date, the same picture is the same file.
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
     fig.savefig(path, dpi=dpi, metadata=metadata)
@@ -75,10 +76,10 @@ def _pictures(
         x = x / 255
     for name, value in (("std", std), ("mean", mean)):
         if value is not None:
-            for number in value if isinstance(value, (list, tuple)) else [value]:
+            for number in value if isinstance(value, Sequence) else [value]:
                 if not hasattr(number, "dtype"):  # as torch's and NumPy's have
                     check_finite(name, number)
-            factor = torch.as_tensor(value, dtype=x.dtype).flatten()
+            factor = torch.as_tensor(as_python(name, value), dtype=x.dtype).flatten()
             if not factor.isfinite().all():
                 raise ValueError(f"{name} must be finite, got {value!r}")
             if len(factor) not in (1, x.shape[1]):
@@ -209,8 +210,8 @@ def figure(
     need_matplotlib()
     from matplotlib.figure import Figure
 
-    check_range("alpha", alpha, 0, 1)
-    check_range("panel", panel, 0.01, 100)
+    alpha, panel = check_range("alpha", alpha, 0, 1), check_range("panel", panel, 0.01, 100)
+    across = as_python("across", across)
     pictures = _pictures(images, mean, std)
     batch, height, width = pictures.shape[:3]
     found, maps = _columns(columns, batch)

@@ -15,15 +15,12 @@ from at_fused._checks import (
     DTYPES,
     check_choice,
     check_dense,
-    check_finite,
-    check_number,
     check_tensor,
-    is_whole,
-    kind,
     named,
     pair_weights,
     savable,
 )
+from at_fused._numbers import as_python, check_finite, check_number, is_whole, kind
 from at_fused._warnings import AtFusedWarning
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -49,10 +46,9 @@ def check_options(
     """Raises the ValueError or TypeError that names the option, what was given, what is allowed."""
     for name, value in choices.items():
         check_choice(name, value, _CHOICES[name])
-    check_number("p", p)
+    p, eps = check_number("p", p), check_number("eps", eps)
     if not 1 <= p < math.inf:
         raise ValueError(f"p must be a finite number >= 1, got {p!r}")
-    check_number("eps", eps)
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be a finite number > 0, got {eps!r}")
     if not isinstance(absolute, bool):
@@ -72,8 +68,9 @@ def check_spatial(attend: str | None, **options: object) -> None:
             raise ValueError(f"{name} is for attend='spatial' or 'both', got attend='channel'")
 
 
-def check_kept(owner: str, options: Mapping[str, Any], allowed: Collection[str]) -> None:
-    """Checks options that are kept for later calls, as far as that goes without features."""
+def check_kept(owner: str, options: Mapping[str, Any], allowed: Collection[str]) -> dict[str, Any]:
+    """Return options kept for later calls, checked as far as that goes without features."""
+    options = {name: as_python(name, value) for name, value in options.items()}
     for name in options:
         if name not in allowed:
             raise TypeError(f"{owner} takes no option {name!r}")
@@ -82,6 +79,7 @@ def check_kept(owner: str, options: Mapping[str, Any], allowed: Collection[str])
     sides(options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size"))
     check_spatial(options.get("attend"), map_size=options.get("map_size"))
     pair_weights(options.get("weights"), None)
+    return options
 
 
 # ---- features ------------------------------------------------------------------------------------
@@ -183,7 +181,7 @@ def both(name: str, value: Any) -> tuple[Any, Any]:
     if not isinstance(value, (tuple, list)):
         return value, value
     if len(value) != 2:
-        raise ValueError(f"{name} must be one value or (student's, teacher's), got {value!r}")
+        raise ValueError(f"{name} must be one value or (student's, teacher's), got {value!r:.80}")
     return value[0], value[1]
 
 
@@ -210,13 +208,23 @@ def _check_side(channel_dim: object, skip_tokens: object, map_size: Any) -> Side
 
 def plain(channel_dim: object, skip_tokens: object) -> bool:
     """Return True for the defaults of both sides; True and 1.0 are 1 as well, but no ints."""
-    return channel_dim == 1 and skip_tokens == 0 and type(channel_dim) is type(skip_tokens) is int
+    return type(channel_dim) is type(skip_tokens) is int and channel_dim == 1 and skip_tokens == 0
+
+
+def plain_sides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> tuple[Any, Any, Any]:
+    """Return the three as Python's own numbers and lists."""
+    return (
+        as_python("channel_dim", channel_dim),
+        as_python("skip_tokens", skip_tokens),
+        as_python("map_size", map_size),
+    )
 
 
 def sides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> tuple[Side, Side]:
     """The student's and the teacher's, from one value for both or a pair of them."""
     if map_size is None and plain(channel_dim, skip_tokens):
         return _PLAIN, _PLAIN
+    channel_dim, skip_tokens, map_size = plain_sides(channel_dim, skip_tokens, map_size)
     dims, skips = both("channel_dim", channel_dim), both("skip_tokens", skip_tokens)
     maps = both_maps(map_size)
     found = [_check_side(*options) for options in zip(dims, skips, maps, strict=True)]
@@ -268,6 +276,7 @@ def one(
     """A feature alone, as (B, C, *spatial), and where its channels were."""
     if not is_feature(x):  # nor a list
         refuse_feature("x", x)
+    channel_dim, skip_tokens, map_size = plain_sides(channel_dim, skip_tokens, map_size)
     side, _ = sides(channel_dim, skip_tokens, map_size)
     several = isinstance(channel_dim, (tuple, list)) or isinstance(skip_tokens, (tuple, list))
     if several or both_maps(map_size)[0] is not map_size:
@@ -423,7 +432,7 @@ def gradient_scale(
 ) -> tuple[float, Tensor | None]:
     """A scale as a number, and as what the device has to read."""
     if not isinstance(scale, Tensor):
-        check_finite("scale", scale)
+        scale = check_finite("scale", scale)
         if not -torch.finfo(dtype).max <= scale <= torch.finfo(dtype).max:
             raise ValueError(f"scale must be finite in {dtype}, the gradient's, got {scale!r}")
         return float(scale), None

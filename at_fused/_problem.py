@@ -93,6 +93,7 @@ def prepare(
         attend=attend,
         eps_mode=eps_mode,
     )
+    channel_dim, skip_tokens, map_size = _inputs.plain_sides(channel_dim, skip_tokens, map_size)
     student_side, teacher_side = _inputs.sides(channel_dim, skip_tokens, map_size)
     students, teachers = _inputs.pairs(student, teacher, student_side, teacher_side)
     given = ("student", student, student_side), ("teacher", teacher, teacher_side)

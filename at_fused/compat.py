@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from at_fused import _inputs
 from at_fused._beta import convert_beta, pair_betas, per_pair
-from at_fused._checks import check_choice, check_finite, kind
+from at_fused._checks import check_choice
+from at_fused._numbers import as_python, check_finite, kind
 from at_fused.functional import at_loss
 
 __all__ = [
@@ -115,7 +116,7 @@ class RepDistillerAttention(nn.Module):
     def __init__(self, p: float = 2) -> None:
         super().__init__()
         _inputs.check_options(p=p, absolute=False)
-        self.p = p
+        self.p = as_python("p", p)
 
     def forward(self, g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> list[Tensor]:
         """The loss of each pair of two lists.
@@ -163,7 +164,7 @@ def mdistiller_at_loss(
 
     Source: mdistiller/distillers/AT.py of megvii-research/mdistiller.
     """
-    check_finite("feat_weight", feat_weight)
+    feat_weight = check_finite("feat_weight", feat_weight)
     return _pooled_at_loss(student, teacher, p, "sum") * feat_weight
 
 
@@ -259,7 +260,7 @@ def tensorflow_zoo_at_loss(
 
     Source: nets/Multiple.py of sseung0703/Knowledge_distillation_methods_wtih_Tensorflow.
     """
-    check_finite("beta", beta)
+    beta = check_finite("beta", beta)
     return at_loss(student, teacher, channel_dim=channel_dim, eps=1e-6) * (beta / 2)
 
 

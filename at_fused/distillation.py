@@ -13,34 +13,36 @@ from torch import Tensor, nn
 from at_fused._checks import (
     check_choice,
     check_labels,
-    check_number,
     check_pairs,
     check_tensor,
-    kind,
     named,
     pair_weights,
     savable,
 )
+from at_fused._numbers import as_python, check_number, is_whole, kind
 from at_fused.backends.results import accumulate_dtype
 
 # ---- Hinton's loss -------------------------------------------------------------------------------
 
 
-def check_kd_options(T: float, alpha: float, label_smoothing: float, ignore_index: int) -> None:
-    """Raises the error that names the option, what was given, and what is allowed."""
-    check_number("T", T)
+def check_kd_options(
+    T: float, alpha: float, label_smoothing: float, ignore_index: int
+) -> tuple[float, float, float, int]:
+    """Return the options; an error that names the option, what was given, and what is allowed."""
+    T, alpha = check_number("T", T), check_number("alpha", alpha)
+    label_smoothing = check_number("label_smoothing", label_smoothing)
+    ignore_index = as_python("ignore_index", ignore_index)
     if not 0 < T < math.inf:
         raise ValueError(f"T must be a finite number > 0, got {T!r}")
-    check_number("alpha", alpha)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
-    check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be >= 0 and < 1, got {label_smoothing!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if not is_whole(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {kind(ignore_index)}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must be an int64, as labels are, got {ignore_index}")
+    return T, alpha, label_smoothing, ignore_index
 
 
 def _check_logits(student: object, teacher: object) -> None:
@@ -145,7 +147,9 @@ def kd_loss(
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2;
     the weights as in the authors' program of Zagoruyko & Komodakis, ICLR 2017.
     """
-    check_kd_options(T, alpha, label_smoothing, ignore_index)
+    T, alpha, label_smoothing, ignore_index = check_kd_options(
+        T, alpha, label_smoothing, ignore_index
+    )
     _check_logits(student_logits, teacher_logits)
     if labels is not None:
         check_labels(labels, student_logits, probabilities=True)
@@ -196,11 +200,9 @@ class KDLoss(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        check_kd_options(T, alpha, label_smoothing, ignore_index)
-        self.T = T
-        self.alpha = alpha
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
+        self.T, self.alpha, self.label_smoothing, self.ignore_index = check_kd_options(
+            T, alpha, label_smoothing, ignore_index
+        )
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
@@ -331,6 +333,8 @@ class FeaturesLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_form(form, reduction)
+        student_channels = as_python("student_channels", student_channels)
+        teacher_channels = as_python("teacher_channels", teacher_channels)
         students = _channels("student_channels", student_channels)
         teachers = _channels("teacher_channels", teacher_channels)
         single = isinstance(student_channels, int)
@@ -406,7 +410,7 @@ def _channels(name: str, given: int | Sequence[int]) -> list[int]:
     if not several:
         raise ValueError(f"{name} must not be an empty {kind(given)}")
     for c in several:
-        if isinstance(c, bool) or not isinstance(c, int):
+        if not is_whole(c):
             raise TypeError(f"{name} must be an int or a list or tuple of ints, got {kind(c)}")
         if c < 1:
             raise ValueError(f"{name} must be >= 1, got {c}")

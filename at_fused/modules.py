@@ -32,8 +32,7 @@ class ATLoss(nn.Module):
 
     def __init__(self, **options: Unpack[ATOptions]) -> None:
         super().__init__()
-        check_kept("ATLoss", options, ATOptions.__annotations__)
-        self.options = options
+        self.options = check_kept("ATLoss", options, ATOptions.__annotations__)
 
     def forward(
         self,

@@ -10,31 +10,22 @@ value is that of step 0, and from ``steps`` on that of ``steps``.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
+
+from at_fused._numbers import check_finite
 
 Schedule = Callable[[float], float]
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise ValueError(f"{name} must be in a float's range, got one of {value.bit_length()} bits")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return float(value)
-
-
 def _steps(steps: object) -> float:
-    number = _number("steps", steps)
+    number = check_finite("steps", steps)
     if number <= 0:
         raise ValueError(f"steps must be > 0, got {steps!r}")
     return number
 
 
 def _progress(step: float, steps: float) -> float:
-    return min(max(_number("step", step) / steps, 0.0), 1.0)
+    return min(max(check_finite("step", step) / steps, 0.0), 1.0)
 
 
 def constant(beta: float) -> Schedule:
@@ -50,10 +41,10 @@ def constant(beta: float) -> Schedule:
         TypeError: ``beta`` or the step is not a number.
         ValueError: it is not finite.
     """
-    value = _number("beta", beta)
+    value = float(check_finite("beta", beta))
 
     def schedule(step: float) -> float:
-        _number("step", step)
+        check_finite("step", step)
         return value
 
     return schedule
@@ -73,7 +64,7 @@ def linear_decay(beta: float, steps: float, end: float = 0.0) -> Schedule:
         TypeError: an argument or the step is not a number.
         ValueError: it is not finite, or ``steps`` is not positive.
     """
-    first, last, length = _number("beta", beta), _number("end", end), _steps(steps)
+    first, last, length = check_finite("beta", beta), check_finite("end", end), _steps(steps)
 
     def schedule(step: float) -> float:
         done = _progress(step, length)
@@ -96,7 +87,7 @@ def cosine(beta: float, steps: float, end: float = 0.0) -> Schedule:
         TypeError: an argument or the step is not a number.
         ValueError: it is not finite, or ``steps`` is not positive.
     """
-    first, last, length = _number("beta", beta), _number("end", end), _steps(steps)
+    first, last, length = check_finite("beta", beta), check_finite("end", end), _steps(steps)
 
     def schedule(step: float) -> float:
         left = (1 + math.cos(math.pi * _progress(step, length))) / 2

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from at_fused import attention_map
 from at_fused._figure import check_path, figure, need_matplotlib, save
 from at_fused._models import evaluating, modules_named
+from at_fused._numbers import as_python
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +30,7 @@ __all__ = ["attention_maps", "compare", "figure", "save"]
 
 
 def _names(layers: str | Sequence[str]) -> list[str]:
+    layers = as_python("layers", layers)
     names = [layers] if isinstance(layers, str) else layers
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
         raise TypeError(f"layers must be a name or a list or tuple of names, got {layers!r}")

@@ -49,12 +49,18 @@ RANKED_FEATURE = [
     Mistake(ranked(6), ValueError, r"{name} must be \(B, C, H, W\)"),
 ]
 
-NO_NUMBERS = (None, "2", True, torch.tensor(2.0), [2.0])
-NO_WEIGHTS = (math.nan, math.inf, 10**400)
+NO_NUMBERS = (
+    *(None, "2", True, [2.0], 2j),
+    *(np.True_, np.ones(1), np.ones(2), np.complex64(2), np.str_("2")),
+    *(torch.tensor(True), torch.ones(1), torch.ones(2), torch.ones(1).to_sparse()),
+)
+NO_WEIGHTS = (math.nan, math.inf, 10**400, np.float32(math.nan), torch.tensor(math.inf))
 
 
 def number(name: str, *wrong: float) -> list[Mistake]:
     found = [Mistake(x, TypeError, f"{name} must be a number, got") for x in NO_NUMBERS]
+    learned = torch.ones((), requires_grad=True)
+    found.append(Mistake(learned, TypeError, f"{name} must not require a gradient, .*detach"))
     return found + [Mistake(x, ValueError, f"{name} must be .*got") for x in (*wrong, *NO_WEIGHTS)]
 
 
@@ -65,7 +71,8 @@ def choice(name: str, *wrong: Any) -> list[Mistake]:
 
 
 WEIGHTS = [
-    *(Mistake(x, TypeError, "weights must be") for x in ("ab", 1.0, torch.ones(1))),
+    *(Mistake(x, TypeError, "weights must be") for x in ("ab", 1.0, torch.tensor(1.0), {1.0})),
+    Mistake(torch.ones(1, requires_grad=True), TypeError, "weights must not require a gradient"),
     Mistake([1.0] * 7, ValueError, "weights must have one number per pair, got 7"),
     Mistake([], ValueError, "weights must have one number per pair, got 0"),
     *(
@@ -99,11 +106,17 @@ LOSS: dict[str, list[Mistake]] = {
     "weights": WEIGHTS,
     "channel_dim": [
         *(Mistake(x, ValueError, "channel_dim must be") for x in (0, 7, -2, (1, 1, -1))),
-        *(Mistake(x, TypeError, "channel_dim must be") for x in (None, 1.5, "1", True, 1.0)),
+        *(
+            Mistake(x, TypeError, "channel_dim must be")
+            for x in (None, 1.5, "1", True, 1.0, np.float32(1))
+        ),
     ],
     "skip_tokens": [
         *(Mistake(x, ValueError, "skip_tokens") for x in (-1, (0, 0, 0))),
-        *(Mistake(x, TypeError, "skip_tokens must be") for x in (None, 1.5, "1", False, 0.0)),
+        *(
+            Mistake(x, TypeError, "skip_tokens must be")
+            for x in (None, 1.5, "1", False, 0.0, np.False_)
+        ),
     ],
     "map_size": [
         Mistake(x, ValueError, "map_size") for x in (0, (0, 2), "ab", (1, 1, 1, 1), [[1]], (True,))

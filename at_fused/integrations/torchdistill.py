@@ -31,8 +31,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torchdistill.losses.registry import register_mid_level_loss
 
-from at_fused._checks import check_choice, check_finite
+from at_fused._checks import check_choice
 from at_fused._inputs import check_kept
+from at_fused._numbers import check_finite
 from at_fused.functional import ATOptions, at_loss
 
 # What has its place elsewhere in the configuration.
@@ -176,7 +177,7 @@ def _pair(where: str, given: object) -> _Pair:
             f"{where}['weight'] must be a number, got the string {weight!r} (YAML takes 1.0e+3 for "
             "a number, 1e3 for a string)"
         )
-    check_finite(f"{where}['weight']", weight)
+    weight = check_finite(f"{where}['weight']", weight)
     places = []
     for side in ("student", "teacher"):
         place = given[side]
