@@ -164,6 +164,10 @@ def _asks_for_its_class(cls: type) -> bool:
 class _Hooked:
     """A mark of classes: that of a hooked module has this one and the module's own for bases."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make an object of the module's own class, as of a part of a Sequential."""
+        return _plain(cls)(*args, **kwargs)
+
     def __init_subclass__(cls) -> None:
         """Keep a class from what its base does to subclasses, such as to register them."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,8 +14,8 @@ from at_fused import _maps
 from at_fused._attached import Attached, Hook
 from at_fused._checks import kind
 from at_fused._inputs import is_feature, refuse_feature
-from at_fused._match import Layout, first_tensor
-from at_fused._models import modules_named, unwrap
+from at_fused._models import arguments_of, modules_named, precision, tensors_in, unwrap
+from at_fused._observe import Arguments, Given, Layout, Run, observed, rank_of_maps
 from at_fused._ops import Place
 
 
@@ -30,18 +32,44 @@ _PLAIN = Place()
 
 
 class Maps:
-    """The maps of a network's last forward pass, of each device where replicas of it ran."""
+    """What a network's last pass left, of each device where replicas of it ran."""
+
+    # While it is set, other hooks sleep: of passes that are not the user's.
+    alone: ClassVar[Maps | None] = None
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, int], Tensor] = {}
+        self.grad_mode = True  # the one in which the network was called
+        # The inputs of the last passes, of those since maps were taken.
+        self.inputs: list[list[weakref.ref[Tensor]]] = []
+        # Until layouts are known: features, and what shows the layouts. A pass is watched, but for
+        # a compiled one, whose arguments and autocast are for another run.
+        self.undecided = False
+        self.features: dict[tuple[int, int], Tensor] = {}
+        self.watched: dict[int, Run] = {}
+        self.arguments: tuple[Arguments, tuple[str, torch.dtype, bool]] | None = None
+        self.error: ValueError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # What the hooks found last belongs to a graph.
-        return {"found": {}}
+        return {**vars(Maps()), "undecided": self.undecided}
+
+    def asleep(self) -> bool:
+        return not (Maps.alone is None or Maps.alone is self) or _exporting()
+
+    @contextmanager
+    def act_alone(self) -> Iterator[None]:
+        """Let no other hooks act on what runs within."""
+        before, Maps.alone = Maps.alone, self
+        try:
+            yield
+        finally:
+            Maps.alone = before
 
     def take(self, names: Sequence[str], replicas: Sequence[int]) -> list[Tensor]:
         """The map of each layer, that of replicas put together; they are kept no longer."""
         found, self.found = self.found, {}
+        self.inputs = []
         order = {replica: i for i, replica in enumerate(replicas)}
         maps = []
         for i, name in enumerate(names):
@@ -59,17 +87,60 @@ def _replica(x: Tensor) -> int:
     return x.device.index or 0
 
 
-class _Clear(Hook):
+def _in_backward() -> bool:
+    """Return True where a checkpoint runs a part of the network once more."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _Begin(Hook):
     """A forward pre-hook of the whole network: what an earlier pass left is not this one's."""
 
-    def __init__(self, maps: Maps) -> None:
-        self.maps = maps
+    def __init__(self, maps: Maps, given: Given) -> None:
+        self.maps, self.given = maps, given
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        x = first_tensor(args)
-        replica = -1 if x is None else _replica(x)
-        for key in [key for key in self.maps.found if replica in (-1, key[1])]:
-            del self.maps.found[key]
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        maps, tensors = self.maps, list(tensors_in((args, kwargs)))
+        if maps.asleep() or _in_backward():
+            return
+        replica = _replica(tensors[0]) if tensors else -1
+        for kept in (maps.found, maps.features):
+            for key in [key for key in kept if replica in (-1, key[1])]:
+                del kept[key]
+        maps.grad_mode = torch.is_grad_enabled()
+        if torch.compiler.is_compiling():  # which cannot trace weak references
+            maps.inputs = []
+        else:
+            maps.inputs = [*maps.inputs[-7:], [weakref.ref(x) for x in tensors]]
+        if maps.undecided and tensors:
+            device = tensors[0].device.type
+            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+            maps.arguments = (args, kwargs), (device, dtype, enabled)
+            if not torch.compiler.is_compiling() and not _is_compiled(module):
+                maps.watched[replica] = Run(module, (args, kwargs), self.given)
+                maps.watched[replica].start()
+
+
+class _End(Hook):
+    """A forward hook of the whole network: how features lie was seen in the pass."""
+
+    def __init__(self, watched: Watched) -> None:
+        self.watched = watched
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        maps = self.watched.maps
+        if not maps.watched or maps.asleep():
+            return
+        tensors = list(tensors_in((args, kwargs)))
+        run = maps.watched.pop(_replica(tensors[0]) if tensors else -1, None)
+        if run:
+            with Maps().act_alone():
+                run.stop()
+            if output is not None:  # as after an error
+                self.watched.decide(run)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return any(each._compiled_call_impl is not None for each in module.modules())
 
 
 def _exporting() -> bool:
@@ -86,45 +157,60 @@ class _Hook(Hook):
     """
 
     def __init__(
-        self, number: int, name: str, maps: Maps, layout: Layout, options: MapOptions
+        self, number: int, name: str, maps: Maps, layout: Layout | None, options: MapOptions
     ) -> None:
-        self.number, self.name, self.maps = number, name, maps
-        self.layout, self.options = layout, options
+        self.number, self.name, self.maps, self.options = number, name, maps, options
+        self.layout = layout
+        self.rank: int | None = None  # that of features which certainly have channels first
         # torch.compile with dynamic=True takes a float for a variable, a text for a constant.
         self.p = repr(options.p)
+        self.grad_mode = True  # the one in which the layer ran last
+        self.waits = False  # for its layout
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if _exporting():
+        maps = self.maps
+        if maps.asleep():
             return None
-        x = output if isinstance(output, Tensor) else first_tensor(output)
-        if x is None:
-            if isinstance(output[0] if isinstance(output, tuple) else output, fx.Proxy):
+        x = output[0] if isinstance(output, (tuple, list)) and output else output
+        if not isinstance(x, Tensor):
+            if isinstance(x, fx.Proxy):
                 return None  # symbolic_trace: the graph is the network's
             raise TypeError(
                 f"layer {self.name!r} ({type(module).__name__}) must give a tensor, or a tuple "
                 f"that begins with one, got {kind(output)}; name a module within it that does"
             )
-        _, collapse, absolute, attend = self.options
-        channel_attention = attend == "channel"
-        place, size = _PLAIN, tuple(x.shape[2:])
-        if x.dim() != 4 or self.layout.channel_dim == -1 or channel_attention:
-            place, size = self._place(x, channel_attention)
         if not is_feature(x):
             refuse_feature(f"the output of layer {self.name!r}", x)
-        y, q = _maps.attention_tap(x, float(self.p), collapse, absolute, place)
-        # While a checkpoint runs the layer once more, in the backward, its map has long been used.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self.maps.found[self.number, _replica(x)] = q.view(x.shape[0], *size)
+        # In the backward, where a map has long been used, the layer must do as it did before.
+        again = _in_backward()
+        if not again:
+            self.grad_mode = torch.is_grad_enabled()
+            self.waits = self.layout is None and x.dim() != self.rank
+        if self.waits:
+            if not again:
+                maps.features[self.number, _replica(x)] = x
+            return None
+        y, q = self.tap(x)
+        if not again:
+            maps.found[self.number, _replica(x)] = q
         if y is x or x is output:
             return None if y is x else y
         rest = (y, *output[1:])
         return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
 
+    def tap(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the feature, to be used in its own place, and its map."""
+        _, collapse, absolute, attend = self.options
+        place, size = _PLAIN, tuple(x.shape[2:])
+        if attend == "channel" or (self.layout and self.layout.channel_dim == -1):
+            place, size = self._place(x, attend == "channel")
+        y, q = _maps.attention_tap(x, float(self.p), collapse, absolute, place)
+        return y, q.view(x.shape[0], *size)
+
     def _place(self, x: Tensor, channel_attention: bool) -> tuple[Place, tuple[int, ...]]:
         """Where the channels are, and the size of the map."""
-        channel_dim = self.layout.of(x)
+        channel_dim, skip = self.layout[:2] if self.layout else (1, 0)
         last = channel_dim == -1
-        skip = self.layout.skip_tokens if last and x.dim() == 3 else 0
         if skip >= x.shape[1] and skip:
             raise ValueError(
                 f"skip_tokens must leave a token of layer {self.name!r}, which has {x.shape[1]}, "
@@ -138,31 +224,94 @@ class _Hook(Hook):
 
 
 class Watched:
-    """A network whose layers are hooked, and how to undo that."""
+    """A network whose layers are hooked, and how to undo that.
+
+    Layers that were named have no layout until it is found out with their first pass, but for
+    convolutions and their norms, whose features can lie in one way only.
+    """
 
     def __init__(
-        self, side: str, model: nn.Module, names: list[str], layout: Layout, options: MapOptions
+        self,
+        side: str,
+        model: nn.Module,
+        names: list[str],
+        given: Given,
+        layouts: Sequence[Layout | None],
+        options: MapOptions,
     ) -> None:
-        self.side, self.model, self.names, self.maps = side, model, names, Maps()
+        self.side, self.model, self.names, self.given = side, model, names, given
+        self.maps, self._inside = Maps(), dict[str, str]()
         network = unwrap(model)
         modules = modules_named(network, names)
-        pre_hook = network.register_forward_pre_hook(_Clear(self.maps))
-        self.attached = [Attached(network, pre_hook, network)]
-        for i, (name, module) in enumerate(zip(names, modules, strict=True)):
-            hook = _Hook(i, name, self.maps, layout, options)
-            self.attached.append(Attached(module, module.register_forward_hook(hook), network))
+        self.hooks = [
+            _Hook(i, name, self.maps, layout, options)
+            for i, (name, layout) in enumerate(zip(names, layouts, strict=True))
+        ]
+        begin = network.register_forward_pre_hook(_Begin(self.maps, given), with_kwargs=True)
+        handles: list[Any] = [(network, begin)]
+        for hook, module in zip(self.hooks, modules, strict=True):
+            if given.channel_dim != -1:
+                hook.rank = rank_of_maps(module)
+            self.maps.undecided |= hook.layout is None and hook.rank is None
+            handles.append((module, module.register_forward_hook(hook)))
+        if self.maps.undecided:
+            end = network.register_forward_hook(_End(self), with_kwargs=True, always_call=True)
+            handles.append((network, end))
+        self.attached = [Attached(module, handle, network) for module, handle in handles]
 
-    def take(self) -> list[Tensor]:
-        """The maps of the last forward pass, which are given once."""
+    def take(self, batch: Any) -> list[Tensor]:
+        """The maps of the last forward pass, on this batch, which are given once."""
+        maps = self.maps
+        error, maps.error = maps.error, None
         devices = self.model.device_ids if isinstance(self.model, nn.DataParallel) else []
+        if maps.features and error is None and self._waiting():
+            arguments, autocast = maps.arguments or (arguments_of(batch), None)
+            device, dtype, enabled = autocast or ("cpu", None, False)
+            with Maps().act_alone(), torch.autocast(device, dtype, enabled):
+                run = observed(unwrap(self.model), arguments, self.given)
+            self.decide(run)
+            error, maps.error = maps.error, None
+        maps.arguments = None
+        if error:
+            maps.features = {}
+            raise error
+        self._make_maps()
         try:
-            return self.maps.take(self.names, devices)
-        except LookupError as error:
-            name = error.args[0]
-        raise RuntimeError(
-            f"AttentionTransfer: the {self.side}'s layer {name!r} has given no map: "
-            + self._why_missing(name)
-        )
+            found = maps.take(self.names, devices)
+        except LookupError as lacking:
+            name = lacking.args[0]
+            raise RuntimeError(
+                f"AttentionTransfer: the {self.side}'s layer {name!r} has given no map: "
+                + self._why_missing(name)
+            ) from None
+        for hook, q in zip(self.hooks, found, strict=True):
+            if q.shape[1:].numel() == 1:
+                raise ValueError(
+                    f"layers: the {self.side}'s {hook.name!r} has a single position, or channel, "
+                    "whose attention is always 1: name a layer before it"
+                )
+        return found
+
+    def decide(self, run: Run) -> None:
+        """Take the layouts of all layers from a pass, and make the maps that waited for them."""
+        try:
+            with Maps().act_alone():
+                layouts = [run.layout_of_layer(self.side, name) for name in self.names]
+        except ValueError as error:
+            self.maps.error = error
+            return
+        for hook, layout in zip(self.hooks, layouts, strict=True):
+            hook.layout = layout
+        self.maps.undecided, self.maps.arguments = False, None
+        self._make_maps()
+
+    def _waiting(self) -> bool:
+        return any(self.hooks[number].layout is None for number, _ in self.maps.features)
+
+    def _make_maps(self) -> None:
+        features, self.maps.features = self.maps.features, {}
+        for key, x in features.items():
+            self.maps.found[key] = self.hooks[key[0]].tap(x)[1]
 
     def _why_missing(self, name: str) -> str:
         network, attached = unwrap(self.model), self.attached[1 + self.names.index(name)]
@@ -189,8 +338,65 @@ class Watched:
             why += "; if torch.compile has run it without hooks, call torch._dynamo.reset()"
         return why
 
+    def precision(self, x: Tensor, run: Callable[[Tensor], Any]) -> str:
+        """The precision of the first layer; ``run`` runs the network on rows of ``x``.
+
+        A ``forward`` that was put in the place of a module's own may enter autocast, as that of
+        accelerate does: then one row is run to see it, once.
+        """
+        outside = precision(x)
+        if not any("forward" in vars(each) for each in self.model.modules()):
+            return outside
+        if outside not in self._inside:
+            inside: list[str] = []
+            handle = modules_named(unwrap(self.model), self.names)[0].register_forward_hook(
+                lambda module, args, output: inside.append(precision(next(tensors_in(output))))
+            )
+            try:
+                with Maps().act_alone():
+                    run(x[:1])
+            finally:
+                handle.remove()
+            self._inside[outside] = ", ".join(inside)
+        return self._inside[outside]
+
+    def layout(self, i: int) -> Layout | None:
+        """The layout of a layer's features, as far as it was needed and found out."""
+        return self.hooks[i].layout
+
+    def gives_tokens(self, i: int, q: Tensor) -> bool:
+        """Return True for the map of tokens; of a teacher that has not run its rank has to do."""
+        layout = self.hooks[i].layout
+        return layout.of_tokens() if layout else q.dim() == 2 and self.hooks[i].rank is None
+
+    def skip_tokens(self) -> int:
+        """The most tokens that are left out of a layer's map."""
+        return max(hook.layout.skip_tokens if hook.layout else 0 for hook in self.hooks)
+
+    def of_earlier_pass(self, batch: Any) -> bool:
+        """Return True where a tensor went into an earlier of the last passes, not into the last.
+
+        That is evidence; another tensor is none, as inputs are moved, cut up and resized.
+        """
+        *earlier, last = self.maps.inputs or [[]]
+        given = {id(x) for x in tensors_in(batch)} - {id(ref()) for ref in last}
+        return any(id(ref()) in given for each in earlier for ref in each)
+
+    def lost_graph(self, maps: list[Tensor]) -> str | None:
+        """Name a layer whose map has no graph, though it, or what leads to it, is trained.
+
+        A part of the network may well run under ``no_grad``, if nothing in it is trained.
+        """
+        network = unwrap(self.model)
+        for hook, q in zip(self.hooks, maps, strict=True):
+            if not (q.requires_grad or hook.grad_mode):
+                part = hook.name.partition(".")[0] if self.maps.grad_mode else ""
+                if any(p.requires_grad for p in network.get_submodule(part).parameters()):
+                    return hook.name
+        return None
+
     def remove(self) -> None:
         """Takes the hooks away, and what they have found."""
         for each in reversed(self.attached):
             each.remove()
-        self.maps.found = {}
+        self.maps.found, self.maps.features, self.maps.arguments = {}, {}, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -35,11 +36,39 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """Call a network with a batch: a mapping gives its keyword arguments, a tuple its positions."""
+def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a network: a mapping gives keyword arguments, a tuple positional ones."""
     if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+        return (), dict(batch)
+    return (batch if isinstance(batch, tuple) else (batch,)), {}
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """Find the logits in what a network returned; None where it does not say which they are.
+
+    A tensor itself; the field ``logits``, or ``out`` (torchvision's of segmentation); else the
+    first of a tuple, the only tensor of a mapping or a dataclass.
+    """
+    if is_dataclass(output) and not isinstance(output, Mapping):
+        output = {field.name: getattr(output, field.name) for field in fields(output)}
+    mapping = isinstance(output, Mapping)
+    for name in ("logits", "out"):
+        found = output.get(name) if mapping else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    several = list(tensors_in(output)) if mapping else [output]
+    if isinstance(output, tuple):
+        several = list(output[:1])
+    return several[0] if len(several) == 1 and isinstance(several[0], Tensor) else None
+
+
+def same_batch(a: Any, b: Any) -> bool:
+    """Return True where both hold the same objects, in tuples, lists or mappings of their own."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same_batch(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(same_batch, a, b))
+    return a is b
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from at_fused._checks import is_whole, kind
 from at_fused._inputs import check_for_tokens
-from at_fused._match import Layout, Stage, stages, written
-from at_fused._models import unwrap
+from at_fused._match import PAIRS_OF_ONE_SIZE, Found, Stage
+from at_fused._models import arguments_of, unwrap
+from at_fused._numbers import as_python, is_whole, kind
+from at_fused._observe import Call, Given, Layout, observed, written
+
+SIDES = ("student", "teacher")
 
 
 class Pair(NamedTuple):
@@ -52,69 +55,122 @@ def match_layers(
     teacher: nn.Module,
     example: Any,
     *,
-    channel_dim: int | tuple[int, int] | None = None,
-    skip_tokens: int | tuple[int, int] | None = None,
+    channel_dim: int | tuple[int | None, int | None] | None = None,
+    skip_tokens: int | tuple[int | None, int | None] | None = None,
+    resize: str | None = None,
     verbose: bool = True,
 ) -> list[Pair]:
     """The layers of two networks that belong together: the last block of each stage both have.
 
-    Both run once on ``example``, in eval mode and without gradients, and are left as they were. A
-    stage is all that a network does at one map size; its blocks are the modules whose insides keep
-    to their input's and output's sizes, such as ``layer1`` of a ResNet. Stems and heads of conv,
-    norm and ReLU are none where there are larger blocks; tokens count as the square map that they
-    fill.
+    Both run on ``example``, in eval mode and without gradients, and are left as they were. A stage
+    is all that a network does at one map size; its blocks are modules that keep to one size, such
+    as ``layer1`` of a ResNet. Stems, heads and decoders are none; tokens count as the grid that
+    their patches were cut in. Where both networks have one size only, as ViTs, up to four pairs of
+    blocks are taken, at proportional depth, the last block of both among them.
+
+    How features lie is not guessed but seen in the run: where the operators put channels, which
+    tokens were put before the patches, whether maps change where the image does. A layer that does
+    not show it is left out.
 
     Args:
-        student, teacher: any networks, called with ``example`` alone.
-        example: what both take, such as two images of the size to come.
-        channel_dim, skip_tokens: as in :class:`AttentionTransfer`.
-        verbose: whether to print the pairs.
+        student, teacher: any networks.
+        example: what both take, such as two images of the size to come: a mapping gives keyword
+            arguments, a tuple several.
+        channel_dim, skip_tokens, resize: as in :class:`AttentionTransfer`; with resize="maps" ViTs
+            of other grids are paired, too.
+        verbose: whether to print the pairs, how their features lie, and why other layers that
+            are as large as a block were left out.
 
     Returns:
         A list of (student's, teacher's) names, in the order of running.
 
     Raises:
         ValueError: no stage in common, stages in another order, or a network that comes back to a
-            size: the message says what stages there are.
+            size: the message says what stages there are, and why others are none.
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (figure 5: one loss for each group).
     """
-    found: list[list[Stage]] = []
-    for model, layout in zip(
-        (student, teacher), layouts_of(student, teacher, channel_dim, skip_tokens), strict=True
-    ):
-        found.append(stages(unwrap(model), example, layout))
-    students, teachers = ({stage.size: stage for stage in side} for side in found)
-    common = [size for size in students if size in teachers]
-    said = [", ".join(f"{s.name} {written(s.size)}" for s in side) or "none" for side in found]
-    if not common:
-        raise ValueError(
-            "layers: no stage of the student has a map size of one of the teacher's: student "
-            f"{said[0]}; teacher {said[1]}; name the pairs, with resize='maps'"
-        )
-    if common != [size for size in teachers if size in students]:
-        raise ValueError(
-            "layers: student and teacher go through the sizes in another order: student "
-            f"{said[0]}; teacher {said[1]}; name the pairs"
-        )
+    given = check_given(student, teacher, channel_dim, skip_tokens)
+    return [
+        Pair(s.name, t.name) for s, t in matched(student, teacher, example, given, resize, verbose)
+    ]
+
+
+def matched(
+    student: nn.Module,
+    teacher: nn.Module,
+    example: Any,
+    given: tuple[Given, Given],
+    resize: str | None,
+    verbose: bool,
+) -> list[tuple[Call, Call]]:
+    """The layers that :func:`match_layers` finds, as they ran."""
+    arguments = arguments_of(example)
+    found = [
+        Found(observed(unwrap(model), arguments, of_side))
+        for model, of_side in zip((student, teacher), given, strict=True)
+    ]
+    pairs = _pair(found[0].stages, found[1].stages, resize)
+    if isinstance(pairs, str):
+        said = "; ".join(f"{side} {each.said()}" for side, each in zip(SIDES, found, strict=True))
+        raise ValueError(f"layers: {pairs}: {said}; name the pairs")
     if verbose:
-        rows = [("map", "student", "channels", "teacher", "channels")]
-        for size in common:
-            s, t = students[size], teachers[size]
-            rows.append((written(size), s.name, str(s.channels), t.name, str(t.channels)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            print("  ".join(map(str.ljust, row, widths)).rstrip())
-    return [Pair(students[size].name, teachers[size].name) for size in common]
+        _print(pairs, found)
+    return pairs
+
+
+def _pair(
+    students: list[Stage], teachers: list[Stage], resize: str | None
+) -> list[tuple[Call, Call]] | str:
+    """The blocks that belong together, or why there are none."""
+    sizes = [stage.size for stage in teachers]
+    common = [stage.size for stage in students if stage.size in sizes]
+    if len(students) == len(teachers) == 1 and (common or resize == "maps"):
+        sides = students[0].parts(), teachers[0].parts()
+        count = min(PAIRS_OF_ONE_SIZE, *map(len, sides))
+        # At proportional depth, the last of both among them.
+        depths = range(1, count + 1)
+        s, t = ([side[i * len(side) // count - 1] for i in depths] for side in sides)
+        return list(zip(s, t, strict=True))
+    if not common:
+        return "no stage of the student has a map size of one of the teacher's"
+    if common != [size for size in sizes if size in common]:
+        return "student and teacher go through the sizes in another order"
+    last = [{stage.size: stage.last for stage in side} for side in (students, teachers)]
+    return [(last[0][size], last[1][size]) for size in common]
+
+
+def _print(pairs: list[tuple[Call, Call]], found: list[Found]) -> None:
+    """Print the pairs as a table, and what was left out."""
+    rows = [("map", "student", "features", "teacher", "features")]
+    for s, t in pairs:
+        size = " / ".join(dict.fromkeys(written(call.size or ()) for call in (s, t)))
+        rows.append((size, s.name, s.described(), t.name, t.described()))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    for side, name, taken in zip(found, SIDES, zip(*pairs, strict=True), strict=True):
+        for why, names in side.reasons({call.size for call in taken}).items():
+            print(f"left out of the {name}: {', '.join(names)} ({why})")
 
 
 def layouts_of(
+    side: str, network: nn.Module, example: Any, names: list[str], given: Given
+) -> list[Layout | None]:
+    """Find how the features of layers lie, in a run on an example."""
+    run = observed(network, arguments_of(example), given)
+    return [run.layout_of_layer(side, name) for name in names]
+
+
+def check_given(
     student: nn.Module, teacher: nn.Module, channel_dim: Any, skip_tokens: Any
-) -> list[Layout]:
-    """How each side's features lie: as given, or as the network says of itself."""
-    for name, network in (("student", student), ("teacher", teacher)):
+) -> tuple[Given, Given]:
+    """Check the networks, and what is said of their features."""
+    for name, network in zip(SIDES, (student, teacher), strict=True):
         if not isinstance(network, nn.Module):
             raise TypeError(f"{name} must be an nn.Module, got {kind(network)}")
+    channel_dim = as_python("channel_dim", channel_dim)
+    skip_tokens = as_python("skip_tokens", skip_tokens)
     dims = channel_dim if isinstance(channel_dim, (tuple, list)) else (channel_dim,) * 2
     skips = skip_tokens if isinstance(skip_tokens, (tuple, list)) else (skip_tokens,) * 2
     for name, values, allowed in (
@@ -129,13 +185,4 @@ def layouts_of(
             )
     last, rule = [dim != 1 for dim in dims], f"take channel_dim=-1 (here {channel_dim!r})"
     check_for_tokens("skip_tokens", skip_tokens, skips, last, rule)
-    layouts = []
-    for model, dim, skip in zip((student, teacher), dims, skips, strict=True):
-        network = unwrap(model)
-        if dim is None and getattr(network, "output_fmt", None) == "NHWC":  # timm's Swin
-            dim = -1
-        if skip is None:
-            # timm says how many; torchvision's ViT has a class token.
-            skip = getattr(network, "num_prefix_tokens", int(hasattr(network, "class_token")))
-        layouts.append(Layout(dim, skip))
-    return layouts
+    return Given(dims[0], skips[0]), Given(dims[1], skips[1])

@@ -40,8 +40,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from at_fused._checks import check_tensor, kind
+from at_fused._checks import check_tensor
+from at_fused._numbers import as_python, is_whole, kind
 from at_fused._store import (
     Layout,
     StaleCacheError,
@@ -97,7 +99,7 @@ class TeacherHash:
             64 hexadecimal digits.
 
         Raises:
-            ValueError: as there.
+            TypeError, ValueError: as there.
         """
         shown = repr(options)
         if " at 0x" in shown:
@@ -141,6 +143,12 @@ def _digest(module: nn.Module) -> str:
         found.update(repr((name, type(part).__qualname__, shown)).encode())
     for named in (module.named_parameters, module.named_buffers):
         for name, tensor in named(remove_duplicate=False):
+            if is_traceable_wrapper_subclass(tensor):  # whose bytes are elsewhere
+                raise TypeError(
+                    f"module: {name!r} must be a tensor with bytes of its own, got "
+                    f"{type(tensor).__name__}; hash or cache a teacher that is not sharded (FSDP), "
+                    "nor quantised by tensors of another class"
+                )
             t = tensor.detach().cpu().contiguous()
             found.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
             if t.numel():
@@ -163,7 +171,8 @@ def teacher_hash(module: nn.Module, *options: object) -> str:
         A sha256, 64 hexadecimal digits.
 
     Raises:
-        TypeError: ``module`` is no module.
+        TypeError: ``module`` is no module, or has tensors of a class that keeps others inside, such
+            as the DTensors of a sharded teacher.
         ValueError: an option's repr has an address, which differs between processes.
     """
     return TeacherHash(module)(*options)
@@ -215,7 +224,8 @@ class TeacherCache:
     def __init__(self, folder: str | os.PathLike[str], samples: int) -> None:
         if not isinstance(folder, (str, os.PathLike)):
             raise TypeError(f"folder must be a str or a path, got {kind(folder)}")
-        if not isinstance(samples, int) or isinstance(samples, bool):
+        samples = as_python("samples", samples)
+        if not is_whole(samples):
             raise TypeError(f"samples must be an int >= 1, got {kind(samples)}")
         if samples < 1:
             raise ValueError(f"samples must be an int >= 1, got {samples}")
@@ -277,6 +287,7 @@ class TeacherCache:
         if x.dim() == 0 or 0 in x.shape:
             raise ValueError(f"x must be (B, ...) and not empty, got shape {tuple(x.shape)}")
         numbers = torch.tensor(self._numbers(index, x.shape[0]), device="cpu")
+        seed = as_python("seed", seed)
         path = self._path(identity, seed)
         prints = row_hashes(x, "x").cpu()
         # Of a number that repeats, the first row is stored.
@@ -323,6 +334,7 @@ class TeacherCache:
         Raises:
             TypeError, ValueError, StaleCacheError: as :meth:`fetch`.
         """
+        seed = as_python("seed", seed)
         if not os.path.lexists(self._path(identity, seed)):
             return 0
         return int(self._store(identity, seed).marks.count_nonzero())
@@ -332,25 +344,26 @@ class TeacherCache:
             if index.dtype != torch.int64:
                 raise TypeError(f"index must be int64 (numbers of samples), got {index.dtype}")
             shape, numbers = tuple(index.shape), index.flatten().tolist()
-        elif isinstance(index, Sequence) and not isinstance(index, (str, bytes)):
-            shape, numbers = (len(index),), list(index)
         else:
-            raise TypeError(f"index must be a tensor or a sequence of ints, got {kind(index)}")
+            numbers = as_python("index", index)
+            if not isinstance(numbers, (list, tuple)):
+                raise TypeError(f"index must be a tensor or a sequence of ints, got {kind(index)}")
+            shape = (len(numbers),)
         if shape != (batch,):
             raise ValueError(f"index must be (B,), here ({batch},), got shape {shape}")
         for i in numbers:
-            if not isinstance(i, int) or isinstance(i, bool):
+            if not is_whole(i):
                 raise TypeError(f"index must have ints only, got {kind(i)}")
             if not 0 <= i < self._samples:
                 raise ValueError(f"index must have numbers in [0, {self._samples}), got {i}")
-        return numbers
+        return list(numbers)
 
     def _path(self, identity: str, seed: int) -> str:
         if not isinstance(identity, str):
             raise TypeError(f"identity must be a str, got {kind(identity)}")
         if not re.fullmatch(r"[0-9A-Za-z_-]+", identity):
             raise ValueError(f"identity must be letters, digits, '-' and '_', got {identity!r}")
-        if not isinstance(seed, int) or isinstance(seed, bool):
+        if not is_whole(seed):
             raise TypeError(f"seed must be an int, got {kind(seed)}")
         return os.path.join(self._folder, f"{identity[:16]}-seed{seed}")
 

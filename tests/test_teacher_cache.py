@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from outside import output_of
+from test_train_parallel import together
 from torch import Tensor, nn
 from train_runs import die_before, ended, in_child
 
@@ -632,6 +633,20 @@ def test_tied_parameters_count_by_each_name() -> None:
     assert teacher_hash(model) == tied
     model[1].weight = None
     assert teacher_hash(model) != tied
+
+
+def test_a_sharded_teacher_is_refused() -> None:
+    """A process has a part of its weights, and would run it alone for what is not stored."""
+
+    def member(rank: int) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        teacher = fully_shard(nn.Linear(2, 3), mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(TypeError, match=r"'weight' must be .* of its own, got DTensor"):
+            teacher_hash(teacher)
+
+    assert together(2, member) == [0, 0]
 
 
 def test_a_teacher_made_in_inference_mode() -> None:

@@ -304,30 +304,39 @@ def test_a_layer_that_gives_something_else() -> None:
 
 
 def test_tokens_and_maps() -> None:
-    """Of a transformer that does not say how many of its tokens are no patches."""
+    """One token is put before 36 patches, which the other network gives as a map."""
 
     def tokens(x: Tensor) -> tuple[Tensor]:
         return (torch.cat([torch.ones(len(x), 1, 4), x.flatten(2).mT], 1),)
 
     student, teacher, x = Wrapping(tokens), Wrapping(lambda x: (x,)), torch.randn(2, 3, 8, 8)
-    at = AttentionTransfer(student, teacher, ["layer"], beta=BETA)
+    options: dict[str, Any] = {"skip_tokens": (1, 0), "map_size": ((6, 6), None)}
+    expected = at_fused.at_loss(student(x), teacher(x).detach(), channel_dim=(-1, 1), **options)
+    for given in ({}, options, {"example": x}, {"skip_tokens": (1, None)}):
+        at = AttentionTransfer(student, teacher, ["layer"], beta=BETA, **given)
+        student(x)
+        torch.testing.assert_close(at(x), BETA * expected)
+        at.remove()
+    at = AttentionTransfer(student, teacher, ["layer"], beta=BETA, map_size=((4, 9), None))
     student(x)
-    with pytest.raises(ValueError, match=r"map_size must be \(H, W\) of 37 tokens.*6x6"):
+    with pytest.raises(ValueError, match=r"pair 0 must have the same map size.*4x9 and 6x6"):
         at(x)
     at.remove()
-    options: dict[str, Any] = {"skip_tokens": (1, 0), "map_size": ((6, 6), None)}
-    at = AttentionTransfer(student, teacher, ["layer"], beta=BETA, **options)
-    found, loss = student(x), at(x)
-    expected = at_fused.at_loss(found, teacher(x).detach(), channel_dim=(-1, 1), **options)
-    torch.testing.assert_close(loss, BETA * expected)
+    at = AttentionTransfer(student, teacher, ["layer"], beta=BETA, map_size=((5, 7), None))
+    student(x)
+    with pytest.raises(ValueError, match=r"map_size must be \(H, W\) of 36 tokens.*6x6"):
+        at(x)
     at.remove()
     # Tokens of both sides are maps to be interpolated, not a line of tokens.
     other = Wrapping(lambda x: tokens(x[:, :, ::2, ::2]))
     options = {"skip_tokens": 1, "map_size": ((6, 6), (3, 3)), "resize": "maps"}
-    at = AttentionTransfer(student, other, ["layer"], beta=BETA, **options)
     found, target = student(x), other(x).detach()
     expected = at_fused.at_loss(found, target, channel_dim=-1, **options)
-    torch.testing.assert_close(at(x), BETA * expected)
+    for given in (options, {"resize": "maps"}):
+        at = AttentionTransfer(student, other, ["layer"], beta=BETA, **given)
+        student(x)
+        torch.testing.assert_close(at(x), BETA * expected)
+        at.remove()
 
 
 @pytest.mark.parametrize("option", [{"skip_tokens": 1}, {"map_size": (4, 4)}], ids=str)
@@ -356,11 +365,11 @@ def test_pairs_are_found_printed_and_returned(capsys: pytest.CaptureFixture[str]
     at = AttentionTransfer(student, teacher, example=x, beta=BETA)
     assert at.pairs == [(g, g) for g in GROUPS]
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in printed] == [
-        ["map", "student", "channels", "teacher", "channels"],
-        ["8x8", "groups.0", "4", "groups.0", "8"],
-        ["4x4", "groups.1", "8", "groups.1", "16"],
-        ["2x2", "groups.2", "16", "groups.2", "32"],
+    assert [" ".join(line.split()) for line in printed] == [
+        "map student features teacher features",
+        "8x8 groups.0 (B, 4, H, W) groups.0 (B, 8, H, W)",
+        "4x4 groups.1 (B, 8, H, W) groups.1 (B, 16, H, W)",
+        "2x2 groups.2 (B, 16, H, W) groups.2 (B, 32, H, W)",
     ]
     assert all(torch.equal(a, before[k]) for k, a in student.state_dict().items())
     assert student.training
@@ -388,7 +397,7 @@ def test_pairs_that_cannot_be_told() -> None:
     with pytest.raises(ValueError, match="Sequential comes back to maps of 16x16"):
         at_fused.match_layers(hourglass, WRN(10, 1), x)
     growing = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ConvTranspose2d(4, 4, 2, 2))
-    with pytest.raises(ValueError, match="in another order"):
+    with pytest.raises(ValueError, match="comes back to maps of 16x16"):
         at_fused.match_layers(growing, sequential(4, 4), x)
 
 
@@ -423,8 +432,7 @@ def test_pairs_that_cannot_be_told() -> None:
         ({"skip_tokens": 1, "channel_dim": 1}, ValueError, "skip_tokens is for token features"),
         ({"map_size": (4, 4), "attend": "channel"}, ValueError, "map_size is for attend='spatial'"),
         ({"resize": "maps", "attend": "channel"}, ValueError, "resize is for attend='spatial'"),
-        ({"skip_tokens": 1, "attend": "channel"}, ValueError, "channel_dim=-1 with attend="),
-        ({"example": torch.ones(1)}, ValueError, "layers or example must be given"),
+        ({"example": []}, TypeError, "example must hold a tensor"),
         ({"cache": "folder"}, TypeError, "cache must be a TeacherCache"),
     ],
 )

@@ -143,7 +143,7 @@ def test_students_one_after_the_other() -> None:
     # Other layers; then the first layers again, whose code is there.
     at = AttentionTransfer(others[0], teacher, GROUPS[1:], beta=BETA)
     torch.compile(others[0], **EAGER)(x)
-    assert len(at._student.take()) == 2
+    assert len(at._student.take(x)) == 2
     at.remove()
     at = AttentionTransfer(others[1], teacher, GROUPS, beta=BETA)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import at_fused
-from at_fused import AttentionTransfer, TeacherCache
+from at_fused import AttentionTransfer, TeacherCache, _models
 from at_fused._models import evaluating, modules_named, precision
 from at_fused.layers import Pair
 from at_fused.teacher_cache import TeacherHash
@@ -49,7 +49,9 @@ class Batch:
 
 def logits_of(output: Any) -> Tensor:
     """Logits, in float32, of what a network returns."""
-    logits: Tensor = output[0] if isinstance(output, tuple) else output
+    logits = _models.logits_of(output)
+    if logits is None:
+        raise TypeError(f"a network must return logits, got {type(output).__name__}")
     return logits.float()
 
 

@@ -1,0 +1,557 @@
+"""A pass of a network, and what it shows: which modules ran, and how their features lie.
+
+A shape alone does not say where the channels of a feature are, nor which of N tokens are patches.
+The operators that ran do: a convolution or a batch norm has its channels first, a linear layer or a
+layer norm last; a convolution makes the grid that N tokens may fill; a concatenation says how many
+tokens were put before and after these.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from at_fused._models import evaluating, tensors_in
+
+Size = tuple[int, ...]
+Shape = tuple[int, ...]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+SEVERAL_SIZES = "it gives maps of several sizes"
+NOT_IN_ORDER = "its tokens do not lie as the image does (if they do, give skip_tokens)"
+
+_CHANNELS_FIRST = re.compile(
+    r"_?(conv(_transpose)?\dd|\w*pool\dd|(batch|instance|group)_norm|interpolate|upsample"
+    r"|pixel_(un)?shuffle)"
+)
+_CHANNELS_LAST = re.compile(r"linear|(layer|rms)_norm|embedding")
+_IN_PLACE = re.compile(r"[a-z]\w*[a-z0-9]_|__i(add|sub|mul|truediv|and|or|xor|pow)__")
+_OF_ANY_RANK = ("GroupNorm", "SyncBatchNorm", "PReLU")
+# More than class, distillation and register tokens: another level of features, or a prompt.
+_MOST_EXTRA_TOKENS = 16
+# Where an image is changed to see whether a map follows, in parts of its time, height and width.
+_PLACES, _HALF = ((0.2, 0.3, 0.8), (0.8, 0.6, 0.2)), 1 / 16
+
+
+class Layout(NamedTuple):
+    """How a feature lies: its channels, the tokens before its patches, the size of its map."""
+
+    channel_dim: int
+    skip_tokens: int
+    size: Size
+    rank: int  # of the feature
+
+    def of_tokens(self) -> bool:
+        return self.channel_dim == -1 and self.rank == 3
+
+
+class Given(NamedTuple):
+    """What the user says of a side's features; None is to be found out."""
+
+    channel_dim: int | None = None
+    skip_tokens: int | None = None
+
+
+@dataclass(eq=False)
+class Call:
+    """A module that ran: what went in and came out, and what ran inside."""
+
+    name: str
+    module: nn.Module
+    inside: list[Call] = field(default_factory=list)
+    shapes_in: list[Shape] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
+    output: Callable[[], Tensor | None] = lambda: None
+    layout: Layout | None = None
+    size_in: Size | None = None
+    reason: str = ""
+    handed_on: bool = False  # its output is an input, unchanged
+    takes_same_input: bool = False  # as the module around it
+    ends_in_layer_norm: bool = False
+    changed_in_place: bool = False
+    times: int = 1
+    started: int = 0  # its number among all
+
+    def all_inside(self) -> Iterator[Call]:
+        for each in self.inside:
+            yield each
+            yield from each.all_inside()
+
+    @property
+    def size(self) -> Size | None:
+        return self.layout.size if self.layout else None
+
+    @property
+    def channels(self) -> int:
+        return self.shapes[0][self.layout.channel_dim] if self.layout else 0
+
+    def described(self, channels: str = "") -> str:
+        """The feature's shape, with the number of its channels or another word for it."""
+        assert self.layout
+        channel_dim, skip, size, rank = self.layout
+        sides = ["H", "W"][-len(size) :] if len(size) < 3 else ["T", "H", "W"]
+        if rank == 3:
+            sides = ["L"] if channel_dim == 1 else [f"{skip}+{math.prod(size)}" if skip else "N"]
+        channels = channels or str(self.channels)
+        dims = [channels, *sides] if channel_dim == 1 else [*sides, channels]
+        return f"(B, {', '.join(dims)})"
+
+    def weighs(self) -> bool:
+        """Return True for a convolution, a linear layer, or what has a weight like theirs."""
+        if isinstance(self.module, (nn.Linear, nn.modules.conv._ConvNd)):
+            return True
+        return not self.inside and any(p.dim() > 1 for p in self.module.parameters(recurse=False))
+
+    def learned(self) -> bool:
+        return any(True for _ in self.module.parameters())
+
+    def depth(self) -> int:
+        """How deep layers with parameters are nested: 0 for a layer, 1 for conv, norm and ReLU."""
+        return max((1 + each.depth() for each in self.inside if each.learned()), default=0)
+
+
+class Run(TorchFunctionMode):
+    """The calls of a network's modules in a pass, and the evidence of its operators.
+
+    ``start`` and ``stop`` are called around the pass.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Arguments, given: Given) -> None:
+        super().__init__()
+        self.model, self.arguments, self.given = model, arguments, given
+        # The shapes that operators made, by the dimension of their channels.
+        self.first, self.last = set[Shape](), set[Shape]()
+        self.grids: dict[int, Size] = {}
+        self.finest: Size = ()
+        self.joined: dict[int, list[list[int]]] = {}
+        # A channel of the first sample's maps, by the number of positions; where tokens were seen
+        # to be these, row by row; and what may have brought them into another order.
+        self.planes: dict[int, list[Tensor]] = {}
+        self.in_rows = set[int]()
+        self.turned: list[Shape] = []
+        self.gathered = False
+        inputs = [x for x in tensors_in(arguments) if x.dim() > 0]
+        if not inputs:
+            raise TypeError("example must hold a tensor, got none")
+        main = max(inputs, key=lambda x: (x.dim() > 1, x.numel()))
+        # Images, as detectors take them.
+        listed = len(arguments[0]) > 0 and isinstance(arguments[0][0], list) and main.dim() == 3
+        self.batch = len(inputs) if listed else main.shape[0]
+        images = [x for x in inputs if x.dim() > 3]
+        self.image: Size = tuple(images[0].shape[2:]) if images else ()
+        self.inputs = {tuple(x.shape) for x in images}
+        self.lengths = {n for x in inputs if 2 <= x.dim() <= 3 and not listed for n in x.shape[1:]}
+        self.convolved, self.count = False, 0
+        self.root = Call("", model)
+        self.calls: dict[str, Call] = {}
+        self._outputs: dict[int, Call] = {}
+        self._handles: list[Any] = []
+
+    # ---- while it runs ---------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Watch the pass that begins now."""
+        stack = [(self.root, dict[int, int]())]
+
+        def before(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                self.count += 1
+                made = Call(name, module, started=self.count)
+                made.times = self.calls[name].times + 1 if name in self.calls else 1
+                self.calls[name] = made
+                inputs = list(tensors_in([args, kwargs]))
+                made.shapes_in = [tuple(x.shape) for x in inputs]
+                parent, of_parent = stack[-1]
+                made.takes_same_input = any(id(x) in of_parent for x in inputs)
+                parent.inside.append(made)
+                stack.append((made, {id(x): _version(x) for x in inputs}))
+
+            return hook
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            made, versions = stack.pop()
+            outputs = list(tensors_in(output)) if isinstance(output, (Tensor, tuple, list)) else []
+            made.shapes = [tuple(x.shape) for x in outputs]
+            if outputs:
+                made.handed_on = versions.get(id(outputs[0])) == _version(outputs[0])
+                last = made.inside[-1] if made.inside else None
+                if last and (last.ends_in_layer_norm or isinstance(last.module, nn.LayerNorm)):
+                    made.ends_in_layer_norm = last.output() is outputs[0]
+                made.output = weakref.ref(outputs[0])
+                if not made.handed_on:
+                    self._outputs[outputs[0].untyped_storage().data_ptr()] = made
+
+        for name, module in self.model.named_modules():
+            if name and not isinstance(module, torch.jit.ScriptModule):
+                handles = self._handles
+                handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+                handles.append(module.register_forward_hook(after))
+        self.__enter__()
+
+    def stop(self) -> None:
+        """End the watch, and find how the features of all modules lie."""
+        self.__exit__(None, None, None)
+        for handle in self._handles:
+            handle.remove()
+        for each in self.root.all_inside():
+            each.layout, each.reason = self._layout(each)
+            each.size_in = next((s for s in map(self._size, each.shapes_in) if s), None)
+        self._tell_cubes()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if isinstance(result, Tensor):
+            shape = tuple(result.shape)
+            if len(shape) > 2:
+                if _CHANNELS_FIRST.fullmatch(name):
+                    self._note_image(name, args)
+                    self.first.add(shape)
+                    self._note_grid(result)
+                elif _CHANNELS_LAST.fullmatch(name):
+                    self.last.add(shape)
+                elif name in ("cat", "concat", "concatenate"):
+                    self._note_joined(args, kwargs or {}, shape)
+                self._note_order(name, args, result)
+            if _IN_PLACE.fullmatch(name) or (kwargs or {}).get("inplace"):
+                self._note_change(args)
+        return result
+
+    def _note_image(self, name: str, args: Any) -> None:
+        # A network may resize what it is given, or take it from a list.
+        if not self.convolved and name.startswith("conv") and args:
+            self.convolved = True
+            if args[0].dim() > 3:
+                self.image = tuple(args[0].shape[2:])
+                self.inputs.add(tuple(args[0].shape))
+
+    def _note_grid(self, made: Tensor) -> None:
+        size = tuple(made.shape[2:])
+        count = math.prod(size)
+        if count > max(1, math.prod(self.finest)):
+            self.finest = size
+        if made.shape[0] != self.batch:
+            return
+        if len(size) == 1:
+            self.lengths.add(count)
+        elif count > 1 and self.like_image(size):
+            self.grids.setdefault(count, size)
+            plane = made.detach()[0, 0].flatten().clone()
+            self.planes[count] = [*self.planes.get(count, [])[-2:], plane]
+
+    def _note_order(self, name: str, args: Any, result: Tensor) -> None:
+        if name in ("permute", "movedim", "transpose") and result.dim() > 4:
+            self.turned.append(tuple(result.shape))
+        index = args[1] if name == "__getitem__" else ()
+        by_tensor = any(isinstance(i, Tensor) for i in (index if type(index) is tuple else [index]))
+        if by_tensor or name in ("gather", "index_select", "take_along_dim"):
+            self.gathered |= result.dim() == 3 and result.shape[0] == self.batch
+        for x in tensors_in(list(args[:2])):
+            if x.dim() == 3 and x.shape[1] in self.planes and x.shape[1] not in self.in_rows:
+                row = x.detach()[0, :, 0]
+                if any(torch.equal(row, plane) for plane in self.planes[x.shape[1]]):
+                    self.in_rows.add(x.shape[1])
+
+    def _note_joined(self, args: Any, kwargs: dict[str, Any], shape: Shape) -> None:
+        parts = args[0] if args else kwargs["tensors"]
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+        dim %= len(shape)
+        if (
+            shape[0] == self.batch
+            and 0 < dim < len(shape) - 1
+            and all(part.dim() == len(shape) for part in parts)
+        ):
+            self.joined.setdefault(shape[dim], []).append([part.shape[dim] for part in parts])
+
+    def _note_change(self, args: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            made = self._outputs.get(args[0].untyped_storage().data_ptr())
+            if made and made.output() is not None:
+                made.changed_in_place = True
+
+    # ---- what it shows ---------------------------------------------------------------------------
+
+    def like_image(self, size: Size) -> bool:
+        """Return False for a map of another shape than the image's: channels taken for a side."""
+        if len(self.image) < 2 or len(size) < 2:
+            return True
+        (h, w), (height, width) = size[-2:], self.image[-2:]
+        return abs(h * width - w * height) <= max(height, width)
+
+    def layout_of_layer(self, side: str, name: str) -> Layout:
+        """The layout of a layer that was named; a ValueError for one that is not known."""
+        made = self.calls.get(name)
+        if made is None:
+            why = "it did not run"
+        elif made.layout is None:
+            shapes = ", ".join(map(str, made.shapes)) or "no tensor"
+            why = made.reason or f"it gives {shapes}, which is no feature"
+        elif made.changed_in_place:
+            why = "what follows changes its output in place"
+        elif not self.in_order(made):
+            why = NOT_IN_ORDER
+        else:
+            return made.layout
+        raise ValueError(f"layers: the {side}'s {name!r} has no map that is known: {why}")
+
+    def _layout(self, made: Call) -> tuple[Layout | None, str]:
+        """The layout of the first of a module's outputs, or why it is not known."""
+        found = [self.layout_of(shape) for shape in made.shapes]
+        sizes = {layout.size for layout, _ in found if layout}
+        if len(sizes) > 1:
+            return None, SEVERAL_SIZES
+        return found[0] if found else (None, "")
+
+    def _size(self, shape: Shape) -> Size | None:
+        """The size of an input's map, which does not always depend on where its channels are."""
+        layout, why = self.layout_of(shape)
+        return layout.size if layout else shape[2:] if why and _cube(shape) else None
+
+    def layout_of(self, shape: Shape) -> tuple[Layout | None, str]:
+        """The layout of a feature of this shape, or why it is not known."""
+        if not 3 <= len(shape) <= 5 or shape[0] != self.batch:
+            turned = len(shape) == 3 and shape[1] == self.batch and shape in self.last
+            return None, f"its batch does not come first in {shape}" if turned else ""
+        if shape in self.inputs:
+            return Layout(1, 0, shape[2:], len(shape)), ""
+        channel_dim = self.given.channel_dim or self._channel_dim(shape)
+        if channel_dim is None:
+            return None, _unknown(shape)
+        size = shape[2:] if channel_dim == 1 else shape[1:-1]
+        if math.prod(size) == 1:
+            return None, "it has a single position"
+        if channel_dim == -1 and len(shape) == 3:
+            return self._tokens(size[0])
+        if len(size) == 1 and self._patches(size[0])[0]:
+            return None, f"its {size[0]} tokens come after its channels"
+        if not self.like_image(size):
+            return None, (
+                f"its maps would be {written(size)} for an image of {written(self.image)}, with "
+                f"channel_dim={channel_dim}"
+            )
+        return Layout(channel_dim, 0, size, len(shape)), ""
+
+    def _channel_dim(self, shape: Shape) -> int | None:
+        """As an operator made the shape, else its channels and positions, else these alone."""
+        lies = [(s[1], s[2:]) for s in self.first] + [(s[-1], s[1:-1]) for s in self.last]
+        counts = {(channels, math.prod(size)) for channels, size in lies}
+        sizes = {size for _, size in lies} if len(shape) > 3 else set[Size]()
+        first, last = (shape[1], shape[2:]), (shape[-1], shape[1:-1])
+        joined = len(shape) == 3 and shape[1] in self.joined and bool(self._patches(shape[1])[1])
+        for is_first, is_last in (
+            (shape in self.first, shape in self.last),
+            ((first[0], math.prod(first[1])) in counts, (last[0], math.prod(last[1])) in counts),
+            (first[1] in sizes, last[1] in sizes),
+            (False, joined),
+        ):
+            if is_first or is_last:
+                return None if is_first and is_last else 1 if is_first else -1
+        return None
+
+    def _tokens(self, count: int) -> tuple[Layout | None, str]:
+        """The layout of N tokens: which of them are patches, and the map that these fill."""
+        given = self.given.skip_tokens
+        if given is not None and given >= count:
+            return None, f"skip_tokens={given} leaves none of its {count} tokens"
+        before, size, after = (0, None, 0) if given is not None else self._patches(count)
+        if given is not None:
+            before, size = given, self._grid(count - given) or (count - given,)
+        if size is None:
+            return None, f"which of its {count} tokens are patches is not known: give skip_tokens"
+        if after:
+            return None, f"the last {after} of its {count} tokens are no patches"
+        return (Layout(-1, before, size, 3), "") if math.prod(size) > 1 else (None, "")
+
+    def _patches(self, count: int) -> tuple[int, Size | None, int]:
+        """How many tokens come before the patches, their grid, and how many come after."""
+        if count in self.grids:
+            return 0, self.grids[count], 0
+        for sizes in self.joined.get(count, ()):
+            most = max(sizes)
+            where = sizes.index(most)
+            before, after = sum(sizes[:where]), sum(sizes[where + 1 :])
+            if before + after <= _MOST_EXTRA_TOKENS and most < count:
+                inner, size, rest = self._patches(most)
+                if size:
+                    return before + inner, size, rest + after
+        return 0, self._grid(count), 0
+
+    def _grid(self, count: int) -> Size | None:
+        """The grid that was seen of so many positions, or a coarser one of the same proportions."""
+        if not self.image:  # words, or a signal
+            return (count,) if count in self.lengths else None
+        if count in self.grids or len(self.image) != 2 or self.gathered:
+            return self.grids.get(count)
+        height, width = self.finest if len(self.finest) == 2 else self.image
+        for step in range(2, min(height, width)):
+            h, w = -(-height // step), -(-width // step)
+            if h * w == count:
+                return h, w
+        return None
+
+    # ---- what changes with the image -------------------------------------------------------------
+
+    def in_order(self, made: Call) -> bool:
+        """Return False for tokens whose map does not change where the image does.
+
+        Some networks have as many tokens as patches, but in an order of their own.
+        """
+        layout = made.layout
+        if self.given.skip_tokens is not None or layout is None or not layout.of_tokens():
+            return True
+        count = math.prod(layout.size)
+        own = {count, count + layout.skip_tokens}
+        turned = any(own.isdisjoint(shape) for shape in self.turned)
+        if len(layout.size) == 1 or (count in self.in_rows and not turned and not self.gathered):
+            return True
+        return -1 in self._dims_that_follow([made])[0]
+
+    def _tell_cubes(self) -> None:
+        """Find where features have their channels that number as the rows and the columns."""
+        calls = [each for each in self.calls.values() if each.shapes and not each.handed_on]
+        # Pure convolutions cannot have turned them.
+        cubes = [each for each in calls if _cube(each.shapes[0]) and each.shapes[0] in self.last]
+        if self.given.channel_dim is None and cubes:
+            for made, dims in zip(cubes, self._dims_that_follow(cubes), strict=True):
+                seen, shape = made.layout, made.shapes[0]
+                if len(dims) == 1:
+                    made.layout, made.reason = Layout(dims.pop(), 0, shape[2:], 4), ""
+                elif seen is None or seen.channel_dim not in dims:
+                    made.layout, made.reason = None, _unknown(shape)
+
+    def _dims_that_follow(self, calls: list[Call]) -> list[set[int]]:
+        """The dimensions of channels for which a map changes most where the image does."""
+        possible = [{-1} if len(made.shapes[0]) == 3 else {1, -1} for made in calls]
+        before, again = (self._features(calls, self.arguments) for _ in range(2))
+        for dims, a, b in zip(possible, before, again, strict=True):
+            if not torch.equal(a, b):  # drawn at random
+                dims.clear()
+        for place in _PLACES:
+            changed = self._changed(place)
+            if changed is None:
+                break
+            after = self._features(calls, changed)
+            for made, dims, a, b in zip(calls, possible, before, after, strict=True):
+                change = (a.float() - b.float()).square().sum(0)
+                for dim in tuple(dims):
+                    q = change.sum(0 if dim == 1 else -1)
+                    if made.layout and made.layout.of_tokens():
+                        q = q[made.layout.skip_tokens :].view(made.layout.size)
+                    most = torch.unravel_index(q.argmax(), q.shape)
+                    if q.any() and not all(
+                        abs((int(i) + 0.5) / n - part) <= _HALF + 1 / n
+                        for i, n, part in zip(most, q.shape, place[-q.dim() :], strict=True)
+                    ):
+                        dims.discard(dim)
+        return possible
+
+    def _changed(self, place: tuple[float, ...]) -> Arguments | None:
+        """The arguments with other pixels at a place of the images; None without images."""
+        copies: dict[int, Any] = {id(x): x.detach().clone() for x in tensors_in(self.arguments)}
+        changed = copy.deepcopy(self.arguments, copies)
+        images = [x for x in tensors_in(changed) if x.dim() > 3 and x.is_floating_point()]
+        if not images:
+            return None
+        pixels = images[0]
+        for dim, part in zip(range(2, pixels.dim()), place[2 - pixels.dim() :], strict=True):
+            n = pixels.shape[dim]
+            first, last = int((part - _HALF) * n), math.ceil((part + _HALF) * n)
+            pixels = pixels.narrow(dim, first, last - first)
+        pixels.mul_(-1).add_(1)
+        return changed
+
+    def _features(self, calls: list[Call], arguments: Arguments) -> list[Tensor]:
+        """The features of modules in another run."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                found[name] = next(tensors_in(output)).clone()
+
+            return hook
+
+        handles = [made.module.register_forward_hook(keep(made.name)) for made in calls]
+        try:
+            run(self.model, arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [found[made.name] for made in calls]
+
+
+def observed(model: nn.Module, arguments: Arguments, given: Given) -> Run:
+    """Run a network on an example, and watch it."""
+    watched = Run(model, arguments, given)
+    watched.start()
+    try:
+        run(model, arguments)
+    finally:
+        watched.stop()
+    return watched
+
+
+def run(model: nn.Module, arguments: Arguments) -> None:
+    """Run a network, in eval mode, without gradients and torch.compile, and leave it as it was."""
+    devices = {x.device for x in tensors_in(arguments) if x.is_cuda}
+    buffers = [(x, x.clone(), _version(x)) for x in model.buffers()]
+    with (
+        torch.random.fork_rng(devices),
+        torch.compiler.set_stance("force_eager"),
+        evaluating(model),
+    ):
+        model(*arguments[0], **arguments[1])
+        for x, before, version in buffers:
+            if _version(x) != version:
+                x.copy_(before)
+
+
+def rank_of_maps(module: nn.Module) -> int | None:
+    """The number of dimensions of features that have their channels first whatever the sizes are.
+
+    That of what convolutions, their norms and poolings give, where there is nothing else. Tokens
+    go through those of one dimension as well.
+    """
+    ranks = set[int]()
+    for each in module.modules():
+        name = re.match(r"(?:Lazy)?\w*(?:Conv|Norm|Pool)\w*?([123])d", _torch_class(each))
+        if name:
+            ranks.add(int(name[1]) + 2)
+        elif _torch_class(each) not in _OF_ANY_RANK and any(
+            True for _ in each.parameters(recurse=False)
+        ):
+            return None
+    return ranks.pop() if len(ranks) == 1 and 3 not in ranks else None
+
+
+def written(size: Size) -> str:
+    """A map size, for messages."""
+    return "x".join(map(str, size))
+
+
+def _torch_class(module: nn.Module) -> str:
+    """The name of torch's own class that a module is of, or is made from."""
+    classes = (c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
+    return next(classes, nn.Module).__name__
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _cube(shape: Shape) -> bool:
+    return len(shape) == 4 and len(set(shape[1:])) == 1
+
+
+def _unknown(shape: Shape) -> str:
+    return f"where its channels are, of shape {shape}, is not known: give channel_dim"
