@@ -95,7 +95,7 @@ PAGES_MD = sorted(
 )
 # Where names of files in the text begin.
 FOLDERS = ("", "at_fused", "at_fused/_ops", "at_fused/backends", "at_fused/backends/triton")
-FOLDERS += ("csrc", "csrc/cpu", "csrc/cuda", "benchmarks")
+FOLDERS += ("csrc", "csrc/cpu", "csrc/cuda", "benchmarks", "examples/stacks")
 # What programs write where they are told to.
 WRITTEN = {"report.md"}
 
@@ -233,6 +233,22 @@ def test_code_runs(page: Path) -> None:
     names = run(page)
     if "loss" in names:
         names["loss"].backward()
+
+
+def test_excerpts_are_of_tested_programs() -> None:
+    """Blocks in py are lines of a program, those between left out, as are comments."""
+    page = (ROOT / "docs/stacks.md").read_text()
+    programs = {path.name: path.read_text() for path in (ROOT / "examples/stacks").glob("*.py")}
+    assert set(re.findall(r"\w+\.py(?=\))", page)) == programs.keys() - {"toy.py"}
+    blocks = re.findall(r"^```py\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) >= len(programs) - 1
+    for block in blocks:
+
+        def has(program: str, block: str = block) -> bool:
+            lines = iter([line.split("  #")[0].strip() for line in program.splitlines()])
+            return all(line.strip() in lines for line in block.splitlines() if line.strip())
+
+        assert any(map(has, programs.values())), block
 
 
 def test_the_toy_back_end_is_one() -> None:
