@@ -1,0 +1,370 @@
+#!/usr/bin/env python3
+"""Write docs/networks.md: the layers that match_layers finds in networks that people have.
+
+    pip install -e ".[stacks]"
+    python scripts/networks.py           # every network, with random weights, in a minute
+    python scripts/networks.py --timm    # the last section: all of timm's families, in ten minutes
+
+With --timm each map is judged by what it does: it has to change where the image was changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import transformers
+import vit_pytorch
+from torch import Tensor, nn
+from torchvision import models
+from vit_pytorch.simple_vit_with_register_tokens import SimpleViT as ViTWithRegisters
+
+from at_fused import match_layers
+from at_fused._match import Found
+from at_fused._models import arguments_of, evaluating, tensors_in
+from at_fused._observe import Call, Given, observed, written
+
+LARGEST = 1.2e8  # parameters
+PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
+Network = tuple[Callable[[], nn.Module], Any]
+
+
+def image(size: int) -> Tensor:
+    """Return two images."""
+    return torch.randn(2, 3, size, size)
+
+
+# ---- the networks --------------------------------------------------------------------------------
+
+TIMM = {
+    224: """beit_base_patch16_224 cait_xxs24_224 convit_tiny davit_tiny deit_tiny_patch16_224
+        efficientformer_l1 focalnet_tiny_srf gcvit_xxtiny gmlp_ti16_224 hiera_tiny_224 levit_128
+        mixer_s32_224 maxvit_rmlp_pico_rw_256 mvitv2_tiny nest_tiny pit_ti_224 resmlp_12_224
+        sequencer2d_s
+        swin_tiny_patch4_window7_224 tiny_vit_5m_224 twins_svt_small vit_tiny_patch16_224
+        vit_tiny_r_s16_p8_224 visformer_tiny volo_d1_224 xcit_nano_12_p8_224 crossvit_tiny_240
+        coat_lite_tiny vit_small_patch14_reg4_dinov2 swinv2_cr_tiny_224""",
+    96: """convnext_atto cs3darknet_focus_s dla60x_c edgenext_xx_small efficientvit_b0
+        fasternet_t0 fastvit_t8 ghostnet_050 hgnetv2_b0 hrnet_w18_small mobilenetv3_small_050
+        mobileone_s0 nf_resnet26 poolformerv2_s12 pvt_v2_b0 regnetx_002 repghostnet_050 repvgg_a0
+        res2net50_14w_8s resnet18d resnetv2_50 rexnet_100 selecsls42 skresnet18 starnet_s050
+        tf_efficientnetv2_b0 tresnet_m vovnet39a xception41p mambaout_femto""",
+}  # fmt: skip
+# These keep the size that they were made for.
+SIZES = {
+    "maxvit_rmlp_pico_rw_256": 256,
+    "crossvit_tiny_240": 240,
+    "vit_small_patch14_reg4_dinov2": 518,
+}
+TORCHVISION = {
+    224: "alexnet maxvit_t vit_b_32",
+    96: """convnext_tiny densenet121 efficientnet_b0 googlenet mnasnet0_5 mobilenet_v2
+        mobilenet_v3_small regnet_y_400mf resnet50 shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t
+        vgg11_bn""",
+}
+SEGMENTATION = (
+    "fcn_resnet50 deeplabv3_resnet50 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large"
+)
+VIDEO = "r3d_18 mc3_18 r2plus1d_18 swin3d_t"
+_VIT = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64,
+}  # fmt: skip
+_PATCHES = {**_VIT, "image_size": 64, "patch_size": 8}
+_STAGES = {"depths": [2, 2, 2, 2], "hidden_sizes": [24, 32, 40, 48]}
+_SWIN = {"image_size": 64, "patch_size": 2, "embed_dim": 24, "depths": [2, 2, 2]}
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "ViTForImageClassification": ("ViTConfig", _PATCHES, image(64)),
+    "DeiTForImageClassification": ("DeiTConfig", _PATCHES, image(64)),
+    "BeitForImageClassification": ("BeitConfig", _PATCHES, image(64)),
+    "Dinov2ForImageClassification": ("Dinov2Config", _PATCHES, image(64)),
+    "Dinov2WithRegistersModel": ("Dinov2WithRegistersConfig", _PATCHES, image(64)),
+    "CLIPVisionModel": ("CLIPVisionConfig", _PATCHES, image(64)),
+    "SiglipVisionModel": ("SiglipVisionConfig", _PATCHES, image(64)),
+    "ViTMAEModel": ("ViTMAEConfig", {**_PATCHES, "mask_ratio": 0.0}, image(64)),
+    "YolosModel": ("YolosConfig", {**_PATCHES, "image_size": [64, 64]}, image(64)),
+    "SwinForImageClassification": (
+        "SwinConfig", {**_SWIN, "num_heads": [2, 2, 2], "window_size": 4}, image(64),
+    ),
+    "Swinv2ForImageClassification": (
+        "Swinv2Config", {**_SWIN, "num_heads": [2, 2, 2], "window_size": 4}, image(64),
+    ),
+    "FocalNetForImageClassification": (
+        "FocalNetConfig",
+        {**_SWIN, "hidden_sizes": [24, 48, 96], "focal_levels": [2] * 3, "focal_windows": [3] * 3},
+        image(64),
+    ),
+    "ConvNextForImageClassification": ("ConvNextConfig", _STAGES, image(64)),
+    "ResNetForImageClassification": ("ResNetConfig", {**_STAGES, "embedding_size": 16}, image(64)),
+    "RegNetForImageClassification": (
+        "RegNetConfig", {**_STAGES, "embedding_size": 16, "groups_width": 8}, image(64),
+    ),
+    "MobileNetV2ForImageClassification": (
+        "MobileNetV2Config", {"depth_multiplier": 0.35}, image(64),
+    ),
+    "MobileViTForImageClassification": ("MobileViTConfig", {"image_size": 64}, image(64)),
+    "PvtV2ForImageClassification": ("PvtV2Config", {"image_size": 64}, image(64)),
+    "PoolFormerForImageClassification": ("PoolFormerConfig", {}, image(64)),
+    "SegformerForSemanticSegmentation": ("SegformerConfig", {}, image(64)),
+    "HieraForImageClassification": (
+        "HieraConfig", {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 2, 2, 1]}, image(64),
+    ),
+    "VideoMAEModel": (
+        "VideoMAEConfig", {**_PATCHES, "num_frames": 4}, torch.randn(2, 4, 3, 64, 64),
+    ),
+    "TimesformerModel": (
+        "TimesformerConfig", {**_PATCHES, "num_frames": 4}, torch.randn(2, 4, 3, 64, 64),
+    ),
+    "ASTModel": (
+        "ASTConfig", {**_VIT, "max_length": 64, "num_mel_bins": 32}, torch.randn(2, 64, 32),
+    ),
+    "Wav2Vec2Model": (
+        "Wav2Vec2Config",
+        {**_VIT, "num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 15},
+        torch.randn(2, 4000),
+    ),
+    "BertModel": ("BertConfig", {**_VIT, "vocab_size": 50}, torch.randint(50, (2, 12))),
+    "LlamaModel": (
+        "LlamaConfig", {**_VIT, "vocab_size": 50}, {"input_ids": torch.randint(50, (2, 12))},
+    ),
+}  # fmt: skip
+SMP = {
+    "Unet": "resnet18", "UnetPlusPlus": "resnet18", "FPN": "efficientnet-b0",
+    "DeepLabV3Plus": "resnet18", "Segformer": "mit_b0",
+}  # fmt: skip
+_OWN = {
+    "image_size": 64, "patch_size": 8, "num_classes": 10, "dim": 32, "depth": 4, "heads": 2,
+    "mlp_dim": 64,
+}  # fmt: skip
+
+
+def one_dimensional(width: int) -> nn.Module:
+    """Make a network of signals (B, C, L)."""
+
+    def block(c: int, c_out: int) -> nn.Module:
+        conv = nn.Conv1d(c, c_out, 3, 2, 1), nn.BatchNorm1d(c_out), nn.ReLU()
+        return nn.Sequential(nn.Sequential(*conv), nn.Conv1d(c_out, c_out, 3, 1, 1))
+
+    return nn.Sequential(nn.Conv1d(2, width, 7, 2, 3), block(width, width), block(width, 2 * width))
+
+
+def networks() -> dict[str, dict[str, Network]]:
+    """The networks by where they come from, each with an example of its input."""
+
+    def timm_model(name: str, size: int) -> Network:
+        return (lambda: timm.create_model(name)), image(SIZES.get(name, size))
+
+    def of_torchvision(name: str, example: Any) -> Network:
+        backbone = {"weights_backbone": None} if name in SEGMENTATION.split() else {}
+        return (lambda: models.get_model(name, weights=None, **backbone)), example
+
+    def of_transformers(name: str) -> Network:
+        config, options, example = TRANSFORMERS[name]
+        of_class = getattr(transformers, name)
+        return (lambda: of_class(getattr(transformers, config)(**options))), example
+
+    clip = torch.randn(2, 3, 8, 64, 64)
+    torchvision = {n: image(size) for size, names in TORCHVISION.items() for n in names.split()}
+    torchvision |= {name: image(96) for name in SEGMENTATION.split()}
+    torchvision |= dict.fromkeys(VIDEO.split(), clip)
+    detector: Network = (
+        lambda: models.detection.fasterrcnn_resnet50_fpn(
+            weights=None, weights_backbone=None, min_size=96, max_size=96
+        ),
+        [torch.randn(3, 96, 96), torch.randn(3, 96, 96)],
+    )
+    return {
+        "timm": {n: timm_model(n, size) for size, names in TIMM.items() for n in names.split()},
+        "torchvision": {n: of_torchvision(n, x) for n, x in torchvision.items()}
+        | {"fasterrcnn_resnet50_fpn": detector},
+        "transformers": {name: of_transformers(name) for name in TRANSFORMERS},
+        "segmentation_models_pytorch": {
+            f"{name}, {encoder}": (
+                lambda name=name, encoder=encoder: getattr(smp, name)(
+                    encoder, encoder_weights=None
+                ),
+                image(96),
+            )
+            for name, encoder in SMP.items()
+        },
+        "vit-pytorch": {
+            "ViT": (lambda: vit_pytorch.ViT(**_OWN), image(64)),
+            "SimpleViT": (lambda: vit_pytorch.SimpleViT(**_OWN), image(64)),
+            "SimpleViT with registers": (lambda: ViTWithRegisters(**_OWN), image(64)),
+        },
+        "torch": {"1-D convolutions": (lambda: one_dimensional(8), torch.randn(2, 2, 256))},
+    }
+
+
+# Student and teacher of other families, by their names above.
+ACROSS = [
+    ("timm", "resnet18d", "torchvision", "resnet50"),
+    ("torchvision", "mobilenet_v2", "torchvision", "convnext_tiny"),
+    ("torchvision", "resnet50", "torchvision", "swin_t"),
+    ("torchvision", "mobilenet_v3_small", "timm", "efficientvit_b0"),
+    ("timm", "pvt_v2_b0", "torchvision", "densenet121"),
+    ("timm", "vit_tiny_patch16_224", "timm", "beit_base_patch16_224"),
+    ("timm", "vit_tiny_patch16_224", "torchvision", "maxvit_t"),
+    ("timm", "deit_tiny_patch16_224", "timm", "cait_xxs24_224"),
+    ("timm", "pit_ti_224", "timm", "twins_svt_small"),
+    ("transformers", "DeiTForImageClassification", "transformers", "Dinov2WithRegistersModel"),
+    ("transformers", "ResNetForImageClassification", "transformers", "BeitForImageClassification"),
+    ("torchvision", "lraspp_mobilenet_v3_large", "torchvision", "deeplabv3_resnet50"),
+    ("segmentation_models_pytorch", "Unet, resnet18", "torchvision", "resnet50"),
+]
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def row(name: str, network: Network) -> str:
+    """Describe what is found in a network."""
+    make, example = network
+    torch.manual_seed(0)
+    shapes = ", ".join("x".join(map(str, x.shape[1:])) for x in tensors_in(example))
+    try:
+        found = Found(observed(make(), arguments_of(example), Given()))
+    except ValueError as error:
+        return f"| {name} | {shapes} | refused: {error} | |"
+    if not found.stages:
+        return f"| {name} | {shapes} | refused: {found.said()} | |"
+    chosen = [stage.last for stage in found.stages]
+    layers = ", ".join(f"`{call.name}` {written(call.size or ())}" for call in chosen)
+    forms = ", ".join(sorted({call.described("C") for call in chosen}))
+    if len(found.stages) == 1:
+        layers += f", the last of {len(found.stages[0].parts())}"
+    return f"| {name} | {shapes} | {layers} | {forms} |"
+
+
+def pairs_of(student: Network, teacher: Network) -> str:
+    """Return what match_layers prints of two networks."""
+    output = io.StringIO()
+    torch.manual_seed(0)
+    try:
+        with contextlib.redirect_stdout(output):
+            match_layers(student[0](), teacher[0](), teacher[1], resize="maps")
+    except ValueError as error:
+        return f"refused: {error}"
+    return f"```\n{output.getvalue()}```"
+
+
+def page() -> str:
+    """Return all of the page but its last section."""
+    found = networks()
+    parts = [INTRODUCTION]
+    for source, of_source in found.items():
+        parts += [f"\n## {source}\n", "| network | input | layers and their maps | features |"]
+        parts += ["|---|---|---|---|", *(row(name, each) for name, each in of_source.items())]
+    parts.append("\n## Across families\n")
+    for of_student, student, of_teacher, teacher in ACROSS:
+        pair = found[of_student][student], found[of_teacher][teacher]
+        parts.append(f"{student} <- {teacher}\n\n{pairs_of(*pair)}\n")
+    return "\n".join(parts)
+
+
+INTRODUCTION = """# Layers found in networks
+
+The layers that `match_layers` finds, and `AttentionTransfer(student, teacher, example=x)` taps,
+in networks with random weights: the last block of each stage, and the size of its map. Layers that
+both networks of a pair have at one size are paired; networks of one size, as ViTs, get up to four
+pairs of blocks at proportional depth. `1+196` are one class token, which is left out, and 196
+patches. What is refused needs names, `layers=[...]`, or the option that the message asks for. Made
+by `scripts/networks.py`; the tests compare this page with what the script finds."""
+SWEEP = "## One of each of timm's families"
+
+
+# ---- all of timm's families ----------------------------------------------------------------------
+
+
+def judged(model: nn.Module, x: Tensor, calls: list[Call]) -> str:
+    """Tell whether each map changes most where the image was changed."""
+    modules = dict(model.named_modules())
+
+    def maps(x: Tensor) -> list[Tensor]:
+        found: dict[str, Tensor] = {}
+        handles = [
+            modules[call.name].register_forward_hook(
+                lambda m, args, output, name=call.name: found.update(
+                    {name: next(tensors_in(output)).double()}
+                )
+            )
+            for call in calls
+        ]
+        with evaluating(model):
+            model(x)
+        for handle in handles:
+            handle.remove()
+        placed = []
+        for call in calls:
+            layout, y = call.layout, found[call.name]
+            assert layout
+            if layout.channel_dim == -1:
+                y = y[:, layout.skip_tokens :].movedim(-1, 1)
+            placed.append(y.flatten(2).unflatten(2, layout.size))
+        return placed
+
+    height, width = x.shape[-2:]
+    before, scores = maps(x), [list[float]() for _ in calls]
+    for row, column in ((0.12, 0.88), (0.88, 0.37), (0.62, 0.62), (0.3, 0.12)):
+        changed, half = x.clone(), max(height // 12, 1)
+        i, j = int(row * height), int(column * width)
+        changed[..., max(i - half, 0) : i + half, max(j - half, 0) : j + half].mul_(-1)
+        for a, b, score in zip(before, maps(changed), scores, strict=True):
+            change = (a - b).square().sum((0, 1)).sqrt()
+            h, w = change.shape
+            reach = max(1.01 / min(h, w), 0.15)
+            rows = ((torch.arange(h) + 0.5) / h - row).abs() <= reach
+            columns = ((torch.arange(w) + 0.5) / w - column).abs() <= reach
+            score.append(float(change[rows][:, columns].mean() / change.mean()))
+    worst = [sum(score) / len(score) for score in scores]
+    if all(score > 1.02 for score in worst):
+        return "sensible"
+    # Deep layers with random weights may answer to all of the image.
+    return "sensible, by its first map" if worst[0] > 1.1 else "WRONG"
+
+
+def sweep() -> str:
+    """Judge one small variant of each of timm's families, and return the last section."""
+    verdicts: dict[str, list[str]] = {}
+    for family in timm.list_modules():
+        names = sorted(timm.list_models(module=family), key=lambda name: (len(name), name))[:8]
+        with torch.device("meta"):
+            sizes = {n: sum(p.numel() for p in timm.create_model(n).parameters()) for n in names}
+        name = min(sizes, key=lambda name: sizes[name])
+        verdict = "too large for this" if sizes[name] > LARGEST else judge(name)
+        verdicts.setdefault(verdict, []).append(name)
+        print(f"{family:24} {name:36} {verdict}", flush=True)
+    lines = [f"- {verdict}: {len(names)}" for verdict, names in verdicts.items()]
+    for verdict in verdicts.keys() - {"sensible"}:
+        lines[list(verdicts).index(verdict)] += f" ({', '.join(verdicts[verdict])})"
+    return f"{SWEEP}\n\nThe smallest of timm {timm.__version__}'s:\n\n" + "\n".join(lines) + "\n"
+
+
+def judge(name: str) -> str:
+    """Judge what is found in one of timm's networks."""
+    config = timm.get_pretrained_cfg(name)
+    x = torch.randn(2, *(config.input_size if config else (3, 224, 224)))
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    try:
+        stages = Found(observed(model, arguments_of(x), Given())).stages
+    except ValueError:
+        return "refused"
+    if not stages:
+        return "refused"
+    alone = len(stages) == 1
+    return judged(model, x, [stage.parts()[0] if alone else stage.last for stage in stages])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--timm", action="store_true", help="judge timm's families")
+    torch.set_num_threads(1)
+    top, _, last = PAGE.read_text().partition(SWEEP)
+    PAGE.write_text(top + sweep() if parser.parse_args().timm else page() + "\n" + SWEEP + last)
