@@ -16,10 +16,11 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -29,6 +30,9 @@ from torch.utils.hooks import RemovableHandle
 class Hook:
     """A hook of this package."""
 
+    # Whose hooks alone act, in a pass that is not the user's; None where all do.
+    acting: ClassVar[object] = None
+
     @property
     def __name__(self) -> str:
         # torch.jit.script asks a hook for its name, in order to compile it.
@@ -36,6 +40,16 @@ class Hook:
             "torch.jit.script cannot compile the hooks of AttentionTransfer: call at.remove() "
             "before, or script copy.deepcopy(network), which has no hooks"
         )
+
+
+@contextmanager
+def acting(owner: object) -> Iterator[None]:
+    """Let the hooks of one owner act alone."""
+    before, Hook.acting = Hook.acting, owner
+    try:
+        yield
+    finally:
+        Hook.acting = before
 
 
 class Attached:
@@ -163,10 +177,6 @@ def _asks_for_its_class(cls: type) -> bool:
 
 class _Hooked:
     """A mark of classes: that of a hooked module has this one and the module's own for bases."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make an object of the module's own class, as of a part of a Sequential."""
-        return _plain(cls)(*args, **kwargs)
 
     def __init_subclass__(cls) -> None:
         """Keep a class from what its base does to subclasses, such as to register them."""

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from at_fused import _maps
-from at_fused._attached import Attached, Hook
+from at_fused._attached import Attached, Hook, acting
 from at_fused._checks import kind
 from at_fused._inputs import is_feature, refuse_feature
 from at_fused._models import arguments_of, modules_named, precision, tensors_in, unwrap
-from at_fused._observe import Arguments, Given, Layout, Run, observed, rank_of_maps
+from at_fused._observe import (
+    Arguments,
+    DoubtError,
+    Given,
+    Layout,
+    Run,
+    observed,
+    rank_of_maps,
+    version_of,
+)
 from at_fused._ops import Place
 
 
@@ -34,20 +44,17 @@ _PLAIN = Place()
 class Maps:
     """What a network's last pass left, of each device where replicas of it ran."""
 
-    # While it is set, other hooks sleep: of passes that are not the user's.
-    alone: ClassVar[Maps | None] = None
-
     def __init__(self) -> None:
         self.found: dict[tuple[int, int], Tensor] = {}
         self.grad_mode = True  # the one in which the network was called
         # The inputs of the last passes, of those since maps were taken.
         self.inputs: list[list[weakref.ref[Tensor]]] = []
-        # Until layouts are known: features, and what shows the layouts. A pass is watched, but for
-        # a compiled one, whose arguments and autocast are for another run.
+        # Until layouts are known: features, with their versions, and what shows the layouts. A pass
+        # is watched, or its arguments and autocast are kept for another run.
         self.undecided = False
-        self.features: dict[tuple[int, int], Tensor] = {}
-        self.watched: dict[int, Run] = {}
-        self.arguments: tuple[Arguments, tuple[str, torch.dtype, bool]] | None = None
+        self.features: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self.watched: Run | None = None
+        self.arguments: dict[int, tuple[Arguments, tuple[str, torch.dtype, bool]]] = {}
         self.error: ValueError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -55,16 +62,13 @@ class Maps:
         return {**vars(Maps()), "undecided": self.undecided}
 
     def asleep(self) -> bool:
-        return not (Maps.alone is None or Maps.alone is self) or _exporting()
+        return not (Hook.acting is None or Hook.acting is self) or _exporting()
 
-    @contextmanager
-    def act_alone(self) -> Iterator[None]:
-        """Let no other hooks act on what runs within."""
-        before, Maps.alone = Maps.alone, self
-        try:
-            yield
-        finally:
-            Maps.alone = before
+    def end_watch(self) -> Run | None:
+        run, self.watched = self.watched, None
+        if run and not run.ended:
+            run.stop()
+        return run
 
     def take(self, names: Sequence[str], replicas: Sequence[int]) -> list[Tensor]:
         """The map of each layer, that of replicas put together; they are kept no longer."""
@@ -111,13 +115,14 @@ class _Begin(Hook):
             maps.inputs = []
         else:
             maps.inputs = [*maps.inputs[-7:], [weakref.ref(x) for x in tensors]]
-        if maps.undecided and tensors:
-            device = tensors[0].device.type
+        stale = maps.end_watch()  # of a pass that was interrupted, or is around this one
+        device = tensors[0].device.type if tensors else "meta"
+        if maps.undecided and device != "meta":
             enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-            maps.arguments = (args, kwargs), (device, dtype, enabled)
-            if not torch.compiler.is_compiling() and not _is_compiled(module):
-                maps.watched[replica] = Run(module, (args, kwargs), self.given)
-                maps.watched[replica].start()
+            maps.arguments[replica] = (args, kwargs), (device, dtype, enabled)
+            if stale is None and _can_be_watched(module, tensors):
+                maps.watched = Run(module, (args, kwargs), self.given)
+                maps.watched.start()
 
 
 class _End(Hook):
@@ -126,21 +131,27 @@ class _End(Hook):
     def __init__(self, watched: Watched) -> None:
         self.watched = watched
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        maps = self.watched.maps
-        if not maps.watched or maps.asleep():
-            return
-        tensors = list(tensors_in((args, kwargs)))
-        run = maps.watched.pop(_replica(tensors[0]) if tensors else -1, None)
-        if run:
-            with Maps().act_alone():
-                run.stop()
-            if output is not None:  # as after an error
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        run = self.watched.maps.watched
+        if run and not self.watched.maps.asleep():
+            run.stop()
+            if output is None:  # as after an error
+                self.watched.maps.watched = None
+                return
+            with suppress(DoubtError):  # as long as the pass of the user goes on
                 self.watched.decide(run)
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    return any(each._compiled_call_impl is not None for each in module.modules())
+def _can_be_watched(module: nn.Module, inputs: list[Tensor]) -> bool:
+    """Return False for passes that are not plain ones of tensors in the network itself."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or getattr(module, "_is_replica", False)
+        or any(is_fake(x) for x in inputs)
+        or all(x.dim() == 0 for x in inputs)
+        or any(each._compiled_call_impl is not None for each in module.modules())
+    )
 
 
 def _exporting() -> bool:
@@ -165,7 +176,6 @@ class _Hook(Hook):
         # torch.compile with dynamic=True takes a float for a variable, a text for a constant.
         self.p = repr(options.p)
         self.grad_mode = True  # the one in which the layer ran last
-        self.waits = False  # for its layout
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         maps = self.maps
@@ -181,18 +191,18 @@ class _Hook(Hook):
             )
         if not is_feature(x):
             refuse_feature(f"the output of layer {self.name!r}", x)
-        # In the backward, where a map has long been used, the layer must do as it did before.
-        again = _in_backward()
-        if not again:
-            self.grad_mode = torch.is_grad_enabled()
-            self.waits = self.layout is None and x.dim() != self.rank
-        if self.waits:
-            if not again:
-                maps.features[self.number, _replica(x)] = x
-            return None
+        # A feature whose layout is not known yet is tapped as well, as a checkpoint will do when it
+        # runs the layer once more, in the backward, where its map has long been used.
         y, q = self.tap(x)
-        if not again:
-            maps.found[self.number, _replica(x)] = q
+        if not _in_backward():
+            self.grad_mode = torch.is_grad_enabled()
+            key = self.number, _replica(x)
+            if self.layout is None and x.dim() != self.rank:
+                # A network without gradients may change it in place.
+                kept = y if torch.is_grad_enabled() else y.clone()
+                maps.features[key] = kept, version_of(kept)
+            else:
+                maps.found[key] = q
         if y is x or x is output:
             return None if y is x else y
         rest = (y, *output[1:])
@@ -255,23 +265,22 @@ class Watched:
             self.maps.undecided |= hook.layout is None and hook.rank is None
             handles.append((module, module.register_forward_hook(hook)))
         if self.maps.undecided:
-            end = network.register_forward_hook(_End(self), with_kwargs=True, always_call=True)
+            end = network.register_forward_hook(_End(self), always_call=True)
             handles.append((network, end))
         self.attached = [Attached(module, handle, network) for module, handle in handles]
 
     def take(self, batch: Any) -> list[Tensor]:
         """The maps of the last forward pass, on this batch, which are given once."""
         maps = self.maps
-        error, maps.error = maps.error, None
         devices = self.model.device_ids if isinstance(self.model, nn.DataParallel) else []
-        if maps.features and error is None and self._waiting():
-            arguments, autocast = maps.arguments or (arguments_of(batch), None)
-            device, dtype, enabled = autocast or ("cpu", None, False)
-            with Maps().act_alone(), torch.autocast(device, dtype, enabled):
-                run = observed(unwrap(self.model), arguments, self.given)
+        run, arguments = maps.end_watch(), maps.arguments
+        maps.arguments = {}
+        if maps.features and maps.error is None and self._waiting():
+            if run is None:
+                run = self._run_once(arguments, batch)
+            run.may_run_again = True
             self.decide(run)
-            error, maps.error = maps.error, None
-        maps.arguments = None
+        error, maps.error = maps.error, None
         if error:
             maps.features = {}
             raise error
@@ -293,25 +302,48 @@ class Watched:
         return found
 
     def decide(self, run: Run) -> None:
-        """Take the layouts of all layers from a pass, and make the maps that waited for them."""
+        """Take the layouts of all layers from a pass; a network without gradients is done then."""
         try:
-            with Maps().act_alone():
-                layouts = [run.layout_of_layer(self.side, name) for name in self.names]
+            run.find()
+            layouts = [run.layout_of_layer(self.side, name) for name in self.names]
         except ValueError as error:
             self.maps.error = error
-            return
-        for hook, layout in zip(self.hooks, layouts, strict=True):
-            hook.layout = layout
-        self.maps.undecided, self.maps.arguments = False, None
-        self._make_maps()
+        else:
+            for hook, layout in zip(self.hooks, layouts, strict=True):
+                hook.layout = layout
+            self.maps.undecided, self.maps.arguments = False, {}
+            if not torch.is_grad_enabled():
+                self._make_maps()
+        self.maps.watched = None
+
+    def _run_once(self, arguments: dict[int, Any], batch: Any) -> Run:
+        """Run the network once more, to watch it, in the precision of its pass."""
+        given, (device, dtype, enabled) = (
+            arguments[min(arguments)]
+            if arguments
+            else (arguments_of(batch), ("cpu", torch.bfloat16, False))
+        )
+        if not any(x.dim() > 0 for x in tensors_in(given)):
+            raise ValueError(
+                f"layers: the {self.side} takes no tensor, which would show how the features of "
+                f"{self.names[0]!r} lie: name layers of convolutions, or use at_loss"
+            )
+        with torch.autocast(device, dtype, enabled):
+            return observed(unwrap(self.model), given, self.given)
 
     def _waiting(self) -> bool:
         return any(self.hooks[number].layout is None for number, _ in self.maps.features)
 
     def _make_maps(self) -> None:
         features, self.maps.features = self.maps.features, {}
-        for key, x in features.items():
-            self.maps.found[key] = self.hooks[key[0]].tap(x)[1]
+        for key, (x, version) in features.items():
+            hook = self.hooks[key[0]]
+            if version not in (-1, version_of(x)):
+                raise ValueError(
+                    f"layers: what follows the {self.side}'s {hook.name!r} changes its output in "
+                    "place: name that layer instead"
+                )
+            self.maps.found[key] = hook.tap(x)[1]
 
     def _why_missing(self, name: str) -> str:
         network, attached = unwrap(self.model), self.attached[1 + self.names.index(name)]
@@ -353,7 +385,7 @@ class Watched:
                 lambda module, args, output: inside.append(precision(next(tensors_in(output))))
             )
             try:
-                with Maps().act_alone():
+                with acting(handle):
                     run(x[:1])
             finally:
                 handle.remove()
@@ -399,4 +431,5 @@ class Watched:
         """Takes the hooks away, and what they have found."""
         for each in reversed(self.attached):
             each.remove()
-        self.maps.found, self.maps.features, self.maps.arguments = {}, {}, None
+        self.maps.end_watch()
+        self.maps.found, self.maps.features, self.maps.arguments = {}, {}, {}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from at_fused._attached import acting
 from at_fused._models import evaluating, tensors_in
 
 Size = tuple[int, ...]
@@ -35,6 +36,7 @@ _CHANNELS_FIRST = re.compile(
 )
 _CHANNELS_LAST = re.compile(r"linear|(layer|rms)_norm|embedding")
 _IN_PLACE = re.compile(r"[a-z]\w*[a-z0-9]_|__i(add|sub|mul|truediv|and|or|xor|pow)__")
+_MOVES = ("flip", "fliplr", "flipud", "rot90", "roll", "einsum", "stack", "unbind")
 _OF_ANY_RANK = ("GroupNorm", "SyncBatchNorm", "PReLU")
 # More than class, distillation and register tokens: another level of features, or a prompt.
 _MOST_EXTRA_TOKENS = 16
@@ -119,15 +121,21 @@ class Call:
         return max((1 + each.depth() for each in self.inside if each.learned()), default=0)
 
 
+class DoubtError(Exception):
+    """How features lie takes another run to see."""
+
+
 class Run(TorchFunctionMode):
     """The calls of a network's modules in a pass, and the evidence of its operators.
 
-    ``start`` and ``stop`` are called around the pass.
+    ``start`` and ``stop`` are called around the pass; then ``find`` says how all features lie. It
+    raises ``DoubtError`` where that takes other runs, which ``may_run_again`` has to allow.
     """
 
     def __init__(self, model: nn.Module, arguments: Arguments, given: Given) -> None:
         super().__init__()
         self.model, self.arguments, self.given = model, arguments, given
+        self.may_run_again = False
         # The shapes that operators made, by the dimension of their channels.
         self.first, self.last = set[Shape](), set[Shape]()
         self.grids: dict[int, Size] = {}
@@ -138,7 +146,7 @@ class Run(TorchFunctionMode):
         self.planes: dict[int, list[Tensor]] = {}
         self.in_rows = set[int]()
         self.turned: list[Shape] = []
-        self.gathered = False
+        self.gathered = self.moved = self.ended = False
         inputs = [x for x in tensors_in(arguments) if x.dim() > 0]
         if not inputs:
             raise TypeError("example must hold a tensor, got none")
@@ -173,7 +181,7 @@ class Run(TorchFunctionMode):
                 parent, of_parent = stack[-1]
                 made.takes_same_input = any(id(x) in of_parent for x in inputs)
                 parent.inside.append(made)
-                stack.append((made, {id(x): _version(x) for x in inputs}))
+                stack.append((made, {id(x): version_of(x) for x in inputs}))
 
             return hook
 
@@ -182,7 +190,7 @@ class Run(TorchFunctionMode):
             outputs = list(tensors_in(output)) if isinstance(output, (Tensor, tuple, list)) else []
             made.shapes = [tuple(x.shape) for x in outputs]
             if outputs:
-                made.handed_on = versions.get(id(outputs[0])) == _version(outputs[0])
+                made.handed_on = versions.get(id(outputs[0])) == version_of(outputs[0])
                 last = made.inside[-1] if made.inside else None
                 if last and (last.ends_in_layer_norm or isinstance(last.module, nn.LayerNorm)):
                     made.ends_in_layer_norm = last.output() is outputs[0]
@@ -195,13 +203,24 @@ class Run(TorchFunctionMode):
                 handles = self._handles
                 handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
                 handles.append(module.register_forward_hook(after))
-        self.__enter__()
+        torch.overrides._push_mode(self)
 
     def stop(self) -> None:
-        """End the watch, and find how the features of all modules lie."""
-        self.__exit__(None, None, None)
+        """End the watch."""
+        self.ended = True
+        # Others may have begun their watch since.
+        if self in torch.overrides._get_current_function_mode_stack():
+            others = []
+            while (mode := torch.overrides._pop_mode()) is not self:
+                others.append(mode)
+            for mode in reversed(others):
+                torch.overrides._push_mode(mode)
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+
+    def find(self) -> None:
+        """Find how the features of all modules lie."""
         for each in self.root.all_inside():
             each.layout, each.reason = self._layout(each)
             each.size_in = next((s for s in map(self._size, each.shapes_in) if s), None)
@@ -212,7 +231,7 @@ class Run(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and not self.ended:
             shape = tuple(result.shape)
             if len(shape) > 2:
                 if _CHANNELS_FIRST.fullmatch(name):
@@ -248,15 +267,21 @@ class Run(TorchFunctionMode):
         elif count > 1 and self.like_image(size):
             self.grids.setdefault(count, size)
             plane = made.detach()[0, 0].flatten().clone()
-            self.planes[count] = [*self.planes.get(count, [])[-2:], plane]
+            if plane.min() != plane.max():  # of a blank image any order is the same
+                self.planes[count] = [*self.planes.get(count, [])[-2:], plane]
 
     def _note_order(self, name: str, args: Any, result: Tensor) -> None:
-        if name in ("permute", "movedim", "transpose") and result.dim() > 4:
-            self.turned.append(tuple(result.shape))
+        shape = tuple(result.shape)
+        if name in ("permute", "movedim", "transpose", "swapaxes") and len(shape) > 3:
+            self.turned.append(shape)
         index = args[1] if name == "__getitem__" else ()
-        by_tensor = any(isinstance(i, Tensor) for i in (index if type(index) is tuple else [index]))
-        if by_tensor or name in ("gather", "index_select", "take_along_dim"):
-            self.gathered |= result.dim() == 3 and result.shape[0] == self.batch
+        parts = index if type(index) is tuple else [index]
+        steps = any(isinstance(i, slice) and i.step not in (None, 1) for i in parts)
+        fancy = any(hasattr(i, "__len__") for i in parts)
+        if fancy or name in ("gather", "index_select", "take_along_dim"):
+            self.gathered |= shape[0] == self.batch
+        elif steps or name in _MOVES:
+            self.moved |= shape[0] == self.batch
         for x in tensors_in(list(args[:2])):
             if x.dim() == 3 and x.shape[1] in self.planes and x.shape[1] not in self.in_rows:
                 row = x.detach()[0, :, 0]
@@ -272,7 +297,9 @@ class Run(TorchFunctionMode):
             and 0 < dim < len(shape) - 1
             and all(part.dim() == len(shape) for part in parts)
         ):
-            self.joined.setdefault(shape[dim], []).append([part.shape[dim] for part in parts])
+            sizes = [part.shape[dim] for part in parts]
+            self.joined.setdefault(shape[dim], []).append(sizes)
+            self.moved |= len(shape) == 3 and sorted(sizes)[-2:][0] > _MOST_EXTRA_TOKENS
 
     def _note_change(self, args: Any) -> None:
         if args and isinstance(args[0], Tensor):
@@ -297,7 +324,7 @@ class Run(TorchFunctionMode):
         elif made.layout is None:
             shapes = ", ".join(map(str, made.shapes)) or "no tensor"
             why = made.reason or f"it gives {shapes}, which is no feature"
-        elif made.changed_in_place:
+        elif made.changed_in_place and side == "student":
             why = "what follows changes its output in place"
         elif not self.in_order(made):
             why = NOT_IN_ORDER
@@ -394,7 +421,7 @@ class Run(TorchFunctionMode):
         if count in self.grids or len(self.image) != 2 or self.gathered:
             return self.grids.get(count)
         height, width = self.finest if len(self.finest) == 2 else self.image
-        for step in range(2, min(height, width)):
+        for step in range(1, min(height, width)):
             h, w = -(-height // step), -(-width // step)
             if h * w == count:
                 return h, w
@@ -412,8 +439,13 @@ class Run(TorchFunctionMode):
             return True
         count = math.prod(layout.size)
         own = {count, count + layout.skip_tokens}
-        turned = any(own.isdisjoint(shape) for shape in self.turned)
-        if len(layout.size) == 1 or (count in self.in_rows and not turned and not self.gathered):
+        sides = set(layout.size)
+        turned = any(
+            own.isdisjoint(shape) and (len(shape) > 4 or sides <= set(shape[1:]))
+            for shape in self.turned
+        )
+        moved = turned or self.gathered or self.moved
+        if len(layout.size) == 1 or (count in self.in_rows and not moved):
             return True
         return -1 in self._dims_that_follow([made])[0]
 
@@ -432,8 +464,10 @@ class Run(TorchFunctionMode):
 
     def _dims_that_follow(self, calls: list[Call]) -> list[set[int]]:
         """The dimensions of channels for which a map changes most where the image does."""
+        if not self.may_run_again:
+            raise DoubtError
         possible = [{-1} if len(made.shapes[0]) == 3 else {1, -1} for made in calls]
-        before, again = (self._features(calls, self.arguments) for _ in range(2))
+        before, again = (self._features(calls, self._copied()) for _ in range(2))
         for dims, a, b in zip(possible, before, again, strict=True):
             if not torch.equal(a, b):  # drawn at random
                 dims.clear()
@@ -450,20 +484,25 @@ class Run(TorchFunctionMode):
                         q = q[made.layout.skip_tokens :].view(made.layout.size)
                     most = torch.unravel_index(q.argmax(), q.shape)
                     if q.any() and not all(
-                        abs((int(i) + 0.5) / n - part) <= _HALF + 1 / n
+                        abs((int(i) + 0.5) / n - part) <= _HALF + 0.6 / n
                         for i, n, part in zip(most, q.shape, place[-q.dim() :], strict=True)
                     ):
                         dims.discard(dim)
         return possible
 
+    def _copied(self) -> Arguments:
+        copies: dict[int, Any] = {id(x): x.detach().clone() for x in tensors_in(self.arguments)}
+        return copy.deepcopy(self.arguments, copies)
+
     def _changed(self, place: tuple[float, ...]) -> Arguments | None:
         """The arguments with other pixels at a place of the images; None without images."""
-        copies: dict[int, Any] = {id(x): x.detach().clone() for x in tensors_in(self.arguments)}
-        changed = copy.deepcopy(self.arguments, copies)
+        changed = self._copied()
         images = [x for x in tensors_in(changed) if x.dim() > 3 and x.is_floating_point()]
         if not images:
             return None
         pixels = images[0]
+        if pixels.dim() == 5 and pixels.shape[2] in (1, 3) and pixels.shape[1] not in (1, 3):
+            pixels = pixels.transpose(1, 2)  # a video whose time comes before the colours
         for dim, part in zip(range(2, pixels.dim()), place[2 - pixels.dim() :], strict=True):
             n = pixels.shape[dim]
             first, last = int((part - _HALF) * n), math.ceil((part + _HALF) * n)
@@ -493,26 +532,29 @@ class Run(TorchFunctionMode):
 def observed(model: nn.Module, arguments: Arguments, given: Given) -> Run:
     """Run a network on an example, and watch it."""
     watched = Run(model, arguments, given)
+    watched.may_run_again = True
     watched.start()
     try:
         run(model, arguments)
     finally:
         watched.stop()
+    watched.find()
     return watched
 
 
 def run(model: nn.Module, arguments: Arguments) -> None:
     """Run a network, in eval mode, without gradients and torch.compile, and leave it as it was."""
     devices = {x.device for x in tensors_in(arguments) if x.is_cuda}
-    buffers = [(x, x.clone(), _version(x)) for x in model.buffers()]
+    buffers = [(x, x.clone(), version_of(x)) for x in model.buffers()]
     with (
         torch.random.fork_rng(devices),
         torch.compiler.set_stance("force_eager"),
         evaluating(model),
+        acting(model),  # no hook of ours
     ):
         model(*arguments[0], **arguments[1])
         for x, before, version in buffers:
-            if _version(x) != version:
+            if version_of(x) != version:
                 x.copy_(before)
 
 
@@ -545,8 +587,9 @@ def _torch_class(module: nn.Module) -> str:
     return next(classes, nn.Module).__name__
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+def version_of(x: Tensor) -> int:
+    """The number of changes in place, or -1 where nobody counts them."""
+    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _cube(shape: Shape) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from at_fused import _inputs
+from at_fused._attached import acting
 from at_fused._checks import pair_weights
 from at_fused._hooks import MapOptions, Watched
 from at_fused._models import (
@@ -301,7 +302,7 @@ class AttentionTransfer:
     def _call_teacher(self, x: Any) -> Any:
         args, kwargs = arguments_of(x)
         # Not for the hooks of another, whose student this teacher is.
-        with evaluating(self._teacher.model), self._teacher.maps.act_alone():
+        with evaluating(self._teacher.model), acting(self._teacher.maps):
             return self._teacher.model(*args, **kwargs)
 
     def _run_teacher(self, x: Any) -> tuple[list[Tensor], Tensor | None]:

@@ -713,3 +713,117 @@ def test_markers_that_hand_their_input_on() -> None:
     at = AttentionTransfer(*networks, ["1"], beta=BETA)
     features = [model(IMAGE) for model in networks]
     torch.testing.assert_close(at(IMAGE), BETA * at_loss(features[0], features[1].detach()))
+
+
+def test_a_watch_ends() -> None:
+    """Neither an interrupt nor a network that calls itself leaves anything on, nor a removal."""
+
+    class Calls(Net):
+        stop = deep = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.stop:
+                raise KeyboardInterrupt
+            if self.deep:
+                self.deep = False
+                return super().forward(x) + self(x.flip(-1))
+            return super().forward(x)
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in student.modules())
+
+    student, teacher = Calls(Patch(8), [Mix(8)], tokens(1)), vit(12)
+    at = AttentionTransfer(student, teacher, [("blocks.0", "blocks.1")], beta=BETA)
+    before = hooks()
+    student.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        student(IMAGE)
+    student.stop, student.deep = False, True
+    student(IMAGE)
+    assert hooks() == before
+    assert not torch.overrides._get_current_function_mode_stack()
+    student(IMAGE)
+    torch.testing.assert_close(at(IMAGE), expected_last(student, teacher))
+    at.remove()
+    assert hooks() == 0
+
+
+def expected_last(student: Net, teacher: Net) -> Tensor:
+    features = [model(IMAGE).view(2, 49, -1).detach() for model in (student, teacher)]
+    return BETA * at_loss(*features, channel_dim=-1, skip_tokens=1)
+
+
+@pytest.mark.parametrize("where", ["around", "two passes"])
+def test_checkpoints_in_a_first_pass(where: str) -> None:
+    student, teacher = vit(8), vit(12)
+    right = torch.autograd.grad(expected_of(student, teacher, IMAGE), list(student.parameters()))
+    at = AttentionTransfer(student, teacher, ["blocks.0", "blocks.1"], beta=BETA)
+    if where == "around":
+        checkpoint(student, IMAGE, use_reentrant=False)
+        loss = at(IMAGE)
+    else:
+        for block in student.blocks:
+            plain = block.forward
+            block.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=False)
+        student(IMAGE)
+        loss = at(IMAGE)
+        student(IMAGE)
+        loss = (loss + at(IMAGE)) / 2
+    torch.testing.assert_close(torch.autograd.grad(loss, list(student.parameters())), right)
+
+
+@pytest.mark.parametrize("mode", ["teacher", "student"])
+def test_changes_in_place_after_a_layer_in_a_first_pass(mode: str) -> None:
+    class Changes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](self.lay(self.embed(x), self.token))
+            x[:, 1:5] = 0
+            return x.flatten(1)
+
+    plain, changing = vit(8), Changes(Patch(8), [Mix(8)], tokens(1))
+    student, teacher = (changing, plain) if mode == "student" else (plain, changing)
+    at = AttentionTransfer(student, teacher, ["blocks.0"], beta=BETA)
+    if mode == "student":
+        with pytest.raises(RuntimeError, match="inplace"):
+            student(IMAGE)
+        return
+    features = [net.blocks[0](net.lay(net.embed(IMAGE), net.token)) for net in (student, teacher)]
+    student(IMAGE)
+    expected = BETA * at_loss(features[0], features[1].detach(), channel_dim=-1, skip_tokens=1)
+    torch.testing.assert_close(at(IMAGE), expected)
+
+
+def test_replicas_are_no_evidence() -> None:
+    student, teacher = vit(8), vit(12)
+    expected = expected_of(student, teacher, IMAGE)
+    at = AttentionTransfer(student, teacher, ["blocks.0", "blocks.1"], beta=BETA)
+    replica = student._replicate_for_data_parallel()
+    replica._modules = student._modules
+    for name, parameter in student._parameters.items():
+        setattr(replica, name, parameter)
+    replica(IMAGE)
+    torch.testing.assert_close(at(IMAGE), expected)
+
+
+def test_another_example_between_a_pass_and_its_loss() -> None:
+    student, teacher = vit(8), vit(12)
+    expected = expected_of(student, teacher, IMAGE)
+    at = AttentionTransfer(student, teacher, ["blocks.0", "blocks.1"], beta=BETA)
+    student(IMAGE)
+    match_layers(student, teacher, torch.randn(2, 3, 24, 32), verbose=False)
+    torch.testing.assert_close(at(IMAGE), expected)
+
+
+@pytest.mark.parametrize(
+    "move", [lambda x: x.flip(1), lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1)]
+)
+def test_tokens_that_move_on_the_way(move: Callable[[Tensor], Tensor]) -> None:
+    class Moves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return move(x)
+
+    student, teacher = Net(Patch(8), [Mix(8), Moves(), Mix(8)], tokens(0)), vit(12)
+    at = AttentionTransfer(student, teacher, [("blocks.2", "blocks.1")], beta=BETA)
+    student(IMAGE)
+    with pytest.raises(ValueError, match="its tokens do not lie as the image does"):
+        at(IMAGE)
