@@ -57,7 +57,8 @@ def in_two_processes(train: Callable[[int], tuple[list[float], Any]], seed: int 
 
 def _member(rank: int, train: Callable[[int], Any], seed: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    print(f"process {rank}: {show(train(seed)[0])}", flush=True)
+    # In one piece: two processes write.
+    print(f"process {rank}: {show(train(seed)[0])}\n", end="", flush=True)
     dist.destroy_process_group()
 
 
