@@ -58,6 +58,10 @@ SIMT = {
     "simt-wide": {"multiprocessors": 132},
     "simt-small": {"multiprocessors": 1, "shared": 40 << 10},
 }
+# Autograd starts with its first backward, with a thread for each device. torch.compile puts a fake
+# one there: after that a process with these threads could not be forked.
+torch.ones((), requires_grad=True).backward()
+
 BACKENDS = [name for name, row in at_fused.backends().items() if row.available]
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def in_child(function: Any) -> int:
         status = 1
         try:
             status = function() or 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return child
