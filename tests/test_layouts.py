@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ BETA = 1000.0
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Networks this small are slower on more."""
+def one_thread() -> Iterator[None]:
+    """Networks this small are slower on more. In float64 no rounding is near a tolerance."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 class Convolve(nn.Module):
@@ -94,8 +97,15 @@ def of_last(skip: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x.pow(2).mean(-1).flatten(1)[:, skip:]
 
 
-IMAGE, SIGNAL = torch.randn(2, 3, 24, 32), torch.randn(4, 2, 64)
-CLIP, WORDS = torch.randn(2, 3, 4, 16, 16), torch.randint(30, (3, 12))
+_DATA = torch.Generator().manual_seed(0)
+
+
+def data(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_DATA, dtype=torch.float64)
+
+
+IMAGE, SIGNAL, CLIP = data(2, 3, 24, 32), data(4, 2, 64), data(2, 3, 4, 16, 16)
+WORDS = torch.randint(30, (3, 12), generator=_DATA)
 Patch, Clip = (lambda c: nn.Conv2d(3, c, 4, 4)), (lambda c: nn.Conv3d(3, c, (2, 4, 4), (2, 4, 4)))
 
 
@@ -167,7 +177,7 @@ def test_values_and_gradients(layout: str, how: str, capsys: pytest.CaptureFixtu
 
 
 def test_tokens_of_a_map() -> None:
-    """Of grids that are no squares, the one against a network of maps, the other against a ViT."""
+    """Grids that are no squares, one against a network of maps, the other against a ViT."""
     make, x, *_ = LAYOUTS["and registers"]
     coarse = mixing(lambda c: nn.Conv2d(3, c, 8, 8), tokens(1))
     student, maps, small = make(8).eval(), LAYOUTS["maps"][0](12).eval(), coarse(12).eval()
@@ -270,7 +280,7 @@ def test_refused(make: Any, size: int, options: dict[str, Any], message: str) ->
 
 
 def test_as_many_channels_as_rows_and_columns() -> None:
-    """Whether a block that turns its feature has turned it back shows in how its map follows."""
+    """A map that follows the image shows that a block has turned its feature back, or not."""
 
     class Turning(nn.Module):
         def __init__(self, c: int, back: bool) -> None:
@@ -575,10 +585,10 @@ class Pooled(nn.Module):
     ("make", "x", "layer", "message"),
     [
         (lambda: Net(Patch(8), [Mix(8)], by_columns), IMAGE, "blocks.0", "do not lie as the image"),
-        (SequenceFirst, torch.randn(3, 12, 6), "encoder", r"batch does not come first in \(12, 3"),
+        (SequenceFirst, data(3, 12, 6), "encoder", r"batch does not come first in \(12, 3"),
         (TwoBranches, IMAGE, None, "'rgb' and 'depth' have the same stages"),
         (lambda: Pooled(1), IMAGE, "pool", "has a single position"),
-        (lambda: nn.Sequential(nn.Linear(3, 4)), torch.randn(2, 3), None, "no layer .* gives feat"),
+        (lambda: nn.Sequential(nn.Linear(3, 4)), data(2, 3), None, "no layer .* gives feat"),
     ],
 )
 def test_refused_for_what_the_pass_shows(
