@@ -42,7 +42,7 @@ _PLAIN = Place()
 
 
 class Maps:
-    """What a network's last pass left, of each device where replicas of it ran."""
+    """The remains of a network's last pass, of each device where replicas of it ran."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, int], Tensor] = {}
@@ -58,7 +58,7 @@ class Maps:
         self.error: ValueError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # What the hooks found last belongs to a graph.
+        # Maps and features belong to a graph, which a copy has no part in.
         return {**vars(Maps()), "undecided": self.undecided}
 
     def asleep(self) -> bool:

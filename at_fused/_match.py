@@ -15,7 +15,7 @@ from torch import nn
 
 from at_fused._observe import NOT_IN_ORDER, SEVERAL_SIZES, Call, Run, Size, written
 
-# What networks call the layers before their first stage and after their last.
+# Names that networks give to layers before their first stage and after their last.
 _ENDS = re.compile(r".*(stem|embed|head|classif|final|logits|decod|aux).*")
 # As many pairs as most networks have stages, where all blocks have one size.
 PAIRS_OF_ONE_SIZE = 4
@@ -119,7 +119,7 @@ class Found:
         return [call for call in blocks if not refused(call)]
 
     def _blocks(self, call: Call) -> Iterator[Call]:
-        """What the insides are made of, in the order of running, as coarse as sizes allow."""
+        """The blocks inside, in the order of running, as coarse as sizes allow."""
         for each in call.inside:
             if self.run.calls[each.name].times > 1:
                 if each.times == 1 and each.layout and each.depth() > 0:

@@ -40,12 +40,12 @@ _MOVES = ("flip", "fliplr", "flipud", "rot90", "roll", "einsum", "stack", "unbin
 _OF_ANY_RANK = ("GroupNorm", "SyncBatchNorm", "PReLU")
 # More than class, distillation and register tokens: another level of features, or a prompt.
 _MOST_EXTRA_TOKENS = 16
-# Where an image is changed to see whether a map follows, in parts of its time, height and width.
+# Places where an image is changed to see a map follow, in parts of its time, height and width.
 _PLACES, _HALF = ((0.2, 0.3, 0.8), (0.8, 0.6, 0.2)), 1 / 16
 
 
 class Layout(NamedTuple):
-    """How a feature lies: its channels, the tokens before its patches, the size of its map."""
+    """The place of a feature's channels, the tokens before its patches, the size of its map."""
 
     channel_dim: int
     skip_tokens: int
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What the user says of a side's features; None is to be found out."""
+    """The user's word on the features of a side; None is to be found out."""
 
     channel_dim: int | None = None
     skip_tokens: int | None = None
@@ -117,12 +117,12 @@ class Call:
         return any(True for _ in self.module.parameters())
 
     def depth(self) -> int:
-        """How deep layers with parameters are nested: 0 for a layer, 1 for conv, norm and ReLU."""
+        """The levels of layers with parameters inside: 0 for a layer, 1 for conv, norm and ReLU."""
         return max((1 + each.depth() for each in self.inside if each.learned()), default=0)
 
 
 class DoubtError(Exception):
-    """How features lie takes another run to see."""
+    """Raised where another run is needed to see how features lie."""
 
 
 class Run(TorchFunctionMode):
@@ -401,7 +401,7 @@ class Run(TorchFunctionMode):
         return (Layout(-1, before, size, 3), "") if math.prod(size) > 1 else (None, "")
 
     def _patches(self, count: int) -> tuple[int, Size | None, int]:
-        """How many tokens come before the patches, their grid, and how many come after."""
+        """The number of tokens before the patches, the grid of these, and the number after."""
         if count in self.grids:
             return 0, self.grids[count], 0
         for sizes in self.joined.get(count, ()):

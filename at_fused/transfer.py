@@ -227,9 +227,9 @@ class AttentionTransfer:
                 that is trained, or comes after one that is, ran without gradients.
             TypeError: with a cache, ``x`` is not as above; a factor is none of ``at_loss``.
             ValueError: how a named layer's features lie is not known; the maps of a pair have
-                another batch or size, or the arguments are not what
-                ``prepare`` was given; an option of tokens without tokens, or of a cache without it;
-                a factor of another shape, a mask of channel attention.
+                another batch or size, or the arguments are not what ``prepare`` was given; an
+                option of tokens without tokens, or of a cache without it; a factor of another
+                shape, a mask of channel attention.
         """
         prepared, self._prepared = self._prepared, None
         of_earlier_pass = self._student.of_earlier_pass(x)
@@ -306,7 +306,7 @@ class AttentionTransfer:
             return self._teacher.model(*args, **kwargs)
 
     def _run_teacher(self, x: Any) -> tuple[list[Tensor], Tensor | None]:
-        # Of the output, which may hold features, nothing else is to live on.
+        # The output may hold features, which are not to live on.
         logits = logits_of(self._call_teacher(x))
         return self._teacher.take(x), logits
 

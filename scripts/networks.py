@@ -28,8 +28,8 @@ from vit_pytorch.simple_vit_with_register_tokens import SimpleViT as ViTWithRegi
 
 from at_fused import match_layers
 from at_fused._match import Found
-from at_fused._models import arguments_of, evaluating, tensors_in
-from at_fused._observe import Call, Given, observed, written
+from at_fused._models import arguments_of, tensors_in
+from at_fused._observe import Call, Given, Run, observed, written
 
 LARGEST = 1.2e8  # parameters
 PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
@@ -282,27 +282,13 @@ SWEEP = "## One of each of timm's families"
 # ---- all of timm's families ----------------------------------------------------------------------
 
 
-def judged(model: nn.Module, x: Tensor, calls: list[Call]) -> str:
+def judged(run: Run, x: Tensor, calls: list[Call]) -> str:
     """Tell whether each map changes most where the image was changed."""
-    modules = dict(model.named_modules())
 
     def maps(x: Tensor) -> list[Tensor]:
-        found: dict[str, Tensor] = {}
-        handles = [
-            modules[call.name].register_forward_hook(
-                lambda m, args, output, name=call.name: found.update(
-                    {name: next(tensors_in(output)).double()}
-                )
-            )
-            for call in calls
-        ]
-        with evaluating(model):
-            model(x)
-        for handle in handles:
-            handle.remove()
         placed = []
-        for call in calls:
-            layout, y = call.layout, found[call.name]
+        for call, y in zip(calls, run._features(calls, arguments_of(x)), strict=True):
+            layout, y = call.layout, y.double()
             assert layout
             if layout.channel_dim == -1:
                 y = y[:, layout.skip_tokens :].movedim(-1, 1)
@@ -351,15 +337,15 @@ def judge(name: str) -> str:
     config = timm.get_pretrained_cfg(name)
     x = torch.randn(2, *(config.input_size if config else (3, 224, 224)))
     torch.manual_seed(0)
-    model = timm.create_model(name)
     try:
-        stages = Found(observed(model, arguments_of(x), Given())).stages
+        run = observed(timm.create_model(name), arguments_of(x), Given())
+        stages = Found(run).stages
     except ValueError:
         return "refused"
     if not stages:
         return "refused"
     alone = len(stages) == 1
-    return judged(model, x, [stage.parts()[0] if alone else stage.last for stage in stages])
+    return judged(run, x, [stage.parts()[0] if alone else stage.last for stage in stages])
 
 
 if __name__ == "__main__":

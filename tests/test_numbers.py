@@ -22,7 +22,7 @@ def scalar(real: Any) -> Callable[[Any], Any]:
 
 
 def each(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """What makes a value of another kind of a number, or a list of these of a list."""
+    """Functions that make a number of another kind, and a list of these of a list."""
 
     def convert(x: Any) -> Any:
         if isinstance(x, (list, tuple)):
@@ -33,7 +33,7 @@ def each(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def whole(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """What makes an array of a list of numbers."""
+    """Functions that make an array of a list of numbers."""
 
     def convert(x: Any) -> Any:
         several = isinstance(x, (list, tuple))

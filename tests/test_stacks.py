@@ -91,7 +91,7 @@ def autocast(enabled: bool) -> torch.autocast:
 def compare(
     losses: list[float], right: list[float], student: nn.Module, expected: nn.Module, bf16: bool
 ) -> None:
-    """Of the same weights even in bf16 the losses are the same; then rounding adds up.
+    """The same weights have the same losses even in bf16; then rounding adds up.
 
     With a teacher in fp32 the first loss is 1e-3 off.
     """
@@ -161,7 +161,7 @@ def test_two_processes_train_as_one(name: str, parts: int, tmp_path: Path) -> No
     networks = toy.networks(3)
     right = torch.tensor(by_hand(networks, steps_of()))
     (losses, weights), (others, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    # Of a process each loss is that of a half or a quarter of the batch; ddp_no_sync divides them.
+    # A process's loss is that of a half or a quarter of the batch; ddp_no_sync divides them.
     found = torch.tensor([losses, others]).view(2, -1, parts).sum(2).mean(0)
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(weights, networks[0].state_dict(), rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""How AttentionTransfer is called: batches, outputs, modes, factors and the order of passes."""
+"""Calls of AttentionTransfer: batches, outputs, modes, factors and the order of passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the examples share: two small CNNs, scikit-learn's digits, and a start in two processes."""
+"""Shared by the examples: two small CNNs, scikit-learn's digits, and a start in two processes."""
 
 from __future__ import annotations
 
