@@ -1,10 +1,14 @@
-"""``python -m at_fused.info``: what is installed, how it was built, what runs and what does not."""
+"""``python -m at_fused.info``: what is installed, how it was built, what runs and what does not.
+
+With ``--json`` the same as JSON, for programs and bug reports: what :func:`facts` returns.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
-import sys
 
 import torch
 
@@ -22,11 +26,16 @@ def _choice(device: str) -> str:
     return f"{chosen}{why}"
 
 
-def lines() -> list[str]:
-    """The report.
+def facts() -> dict[str, str | int]:
+    """Return what the report says, flat, by its own words.
 
     Returns:
-        Its lines.
+        ``at_fused``, ``python`` and ``torch``, versions; ``folder``, the package's; ``system``, its
+        name and the processor's; ``threads``, torch's; ``built``, the compiler, or why nothing is
+        compiled; ``CUDA`` and ``CPU level``, of the build and in use; ``CPU tensors run on`` and
+        ``CUDA tensors run on``, a back end, with what keeps faster ones from it; and for each back
+        end ``back end cpu``, its state ("in use", "available" or "not available"), and
+        ``back end cpu devices`` and ``back end cpu reason``, the rest of its line.
     """
     build, nothing = build_info(), nothing_compiled()
     if build:
@@ -34,22 +43,50 @@ def lines() -> list[str]:
         built = f"{build.compiler} against torch {build.torch}, CPU levels {levels}"
     else:
         built = f"nothing compiled: {nothing.reason}" if nothing else "unknown"
-    report = [
-        f"at_fused   {at_fused.__version__} ({os.path.dirname(at_fused.__file__)})",
-        f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
-        f"torch      {torch.__version__}, {torch.get_num_threads()} threads",
-        f"built      {built}",
-        f"CUDA       {build.cuda if build else 'unknown'}",
-        f"CPU level  {cpu.isa() if cpu.available() else 'none in use'}",
-        f"CPU tensors run on {_choice('cpu')}",
-        f"CUDA tensors run on {_choice('cuda')}",
-        "back ends",
-    ]
-    for row in backends().values():
+    found: dict[str, str | int] = {
+        "at_fused": at_fused.__version__,
+        "folder": os.path.dirname(at_fused.__file__),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "built": built,
+        "CUDA": build.cuda if build else "unknown",
+        "CPU level": cpu.isa() if cpu.available() else "none in use",
+        "CPU tensors run on": _choice("cpu"),
+        "CUDA tensors run on": _choice("cuda"),
+    }
+    for name, row in backends().items():
         state = "in use" if row.in_use else "available" if row.available else "not available"
-        report.append(f"  {row.name:8} {state:14} {', '.join(row.devices):12} {row.reason}")
-    return report
+        key = f"back end {name}"
+        found |= {key: state, f"{key} devices": ", ".join(row.devices), f"{key} reason": row.reason}
+    return found
+
+
+def lines() -> list[str]:
+    """The report.
+
+    Returns:
+        Its lines.
+    """
+    f = facts()
+    ends = [(name, f"back end {name}") for name in backends()]
+    return [
+        f"at_fused   {f['at_fused']} ({f['folder']})",
+        f"python     {f['python']} on {f['system']}",
+        f"torch      {f['torch']}, {f['threads']} threads",
+        *(f"{name:10} {f[name]}" for name in ("built", "CUDA", "CPU level")),
+        *(f"{name} {f[name]}" for name in ("CPU tensors run on", "CUDA tensors run on")),
+        "back ends",
+        *(f"  {n:8} {f[k]:14} {f[f'{k} devices']:12} {f[f'{k} reason']}" for n, k in ends),
+    ]
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(lines()) + "\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m at_fused.info",
+        description="Says what is installed, how it was built, what runs and what does not.",
+    )
+    parser.add_argument("--json", action="store_true", help="the same as one JSON object, flat")
+    as_json = parser.parse_args().json
+    print(json.dumps(facts(), indent=1) if as_json else "\n".join(lines()))

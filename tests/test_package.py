@@ -153,6 +153,19 @@ def test_info_reports(tmp_path: Path) -> None:
     assert torch.__version__ in text
     assert f"CPU level  {cpu.isa()}" in text
     assert output_of(tmp_path, "-m", "at_fused.info") == f"{text}\n"
+    found = json.loads(output_of(tmp_path, "-m", "at_fused.info", "--json"))
+    assert found == info.facts()
+    assert all(str(value) in text for value in found.values())
+    assert found["torch"] == torch.__version__
+    assert found.keys() > {f"back end {name}" for name in at_fused.backends()}
+    assert found["back end eager"] == "in use"
+
+
+def test_info_refuses_other_arguments(tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", "at_fused.info", "--foo")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "unrecognized arguments: --foo" in done.stderr
+    assert "--json" in output_of(tmp_path, "-m", "at_fused.info", "--help")
 
 
 @pytest.mark.parametrize("damage", ["missing", "broken"])
