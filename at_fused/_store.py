@@ -28,6 +28,8 @@ if sys.platform != "win32":
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _CHUNK = 1 << 22  # numbers hashed at once: an int64 temporary of 32 MiB
 
+_NO_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
 # Of each array of a sub-folder: its dtype's name and a sample's shape, [name, *shape], as in JSON.
 Layout = dict[str, list[str | int]]
 
@@ -80,6 +82,17 @@ def _checksums(numbers: Tensor, prints: Tensor, arrays: dict[str, Tensor]) -> Te
     return torch.where(total == 0, 1, total)
 
 
+@contextmanager
+def at_file(path: str) -> Iterator[None]:
+    """Have an OSError name the file, which those of descriptors do not, and say what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        todo = f"{'free some space, ' if full else ''}give another folder, or use no cache"
+        raise OSError(error.errno, f"{error.strerror} ({todo})", path) from error
+
+
 def check_inputs(path: str, numbers: Tensor, stored: Tensor, given: Tensor) -> None:
     other = numbers[stored != given]
     if len(other):
@@ -110,6 +123,9 @@ def read_meta(path: str, header: dict[str, object]) -> Layout:
         with open(file, encoding="utf-8") as stream:
             meta = json.load(stream)
     except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OSError) and not isinstance(error, _NO_FILE):
+            with at_file(file):
+                raise
         raise refusal(file, "the JSON of a cache", f"{kind(error)}: {error}") from error
     if not isinstance(meta, dict):
         raise refusal(file, "the JSON of a cache", kind(meta))
@@ -140,22 +156,28 @@ def _reserve(descriptor: int, offset: int, size: int) -> None:
 
 
 def create(path: str, header: dict[str, object], layout: Layout, samples: int) -> None:
-    making = f"{path}.tmp-{uuid.uuid4().hex}"
-    os.mkdir(making)
+    making, meta = f"{path}.tmp-{uuid.uuid4().hex}", os.path.join(path, "meta.json")
+    with at_file(path):
+        os.mkdir(making)
     try:
         for name, (dtype, shape) in _files(layout).items():
-            with open(_file(making, name), "xb") as stream:
+            # Errors name the place that a file is to have.
+            with at_file(_file(path, name)), open(_file(making, name), "xb") as stream:
                 size = samples * math.prod(shape) * dtype.itemsize
                 if size >= 2**63:
-                    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+                    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
                 stream.truncate(size)
                 if name == "checksum":
                     _reserve(stream.fileno(), 0, size)
-        with open(os.path.join(making, "meta.json"), "x", encoding="utf-8") as stream:
+        with (
+            at_file(meta),
+            open(os.path.join(making, "meta.json"), "x", encoding="utf-8") as stream,
+        ):
             json.dump(header | {"arrays": layout}, stream, indent=1)
             stream.flush()
             os.fsync(stream.fileno())
-        os.rename(making, path)
+        with at_file(path):
+            os.rename(making, path)
     except OSError:
         if not os.path.lexists(path):  # else another process was first, and its files serve
             raise
@@ -176,6 +198,8 @@ class Store:
             found = f"{os.stat(file).st_size} bytes" if os.path.isfile(file) else "no file"
             if found != f"{size * dtype.itemsize} bytes":
                 raise refusal(file, f"{size * dtype.itemsize} bytes", found)
+            with at_file(file), open(file, "r+b"):
+                pass  # or torch's error for a file that may not be written is no OSError
             with torch.inference_mode(False):
                 flat = torch.from_file(file, True, size, dtype=dtype)
                 self._arrays[name] = flat.view(samples, *shape)
@@ -202,9 +226,12 @@ class Store:
         if sys.platform == "win32":
             yield
             return
-        descriptor = os.open(_file(self.path, "checksum"), os.O_RDWR)
+        file = _file(self.path, "checksum")
+        with at_file(file):
+            descriptor = os.open(file, os.O_RDWR)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+            with at_file(file):
+                fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
             yield
         finally:
             # Closing alone leaves it locked where a thread has forked meanwhile.
@@ -214,7 +241,8 @@ class Store:
     def _reserve(self, numbers: list[int]) -> None:
         for name, (dtype, shape) in self._files.items():
             size = math.prod(shape) * dtype.itemsize
-            with open(_file(self.path, name), "r+b") as stream:
+            file = _file(self.path, name)
+            with at_file(file), open(file, "r+b") as stream:
                 for i in numbers:
                     _reserve(stream.fileno(), i * size, size)
 

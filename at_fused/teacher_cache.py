@@ -48,6 +48,7 @@ from at_fused._store import (
     Layout,
     StaleCacheError,
     Store,
+    at_file,
     check_inputs,
     create,
     read_meta,
@@ -234,7 +235,8 @@ class TeacherCache:
         self._folder, self._samples = os.path.abspath(folder), samples
         self._open: dict[tuple[str, int], Store] = {}
         try:
-            os.makedirs(self._folder, exist_ok=True)
+            with at_file(self._folder):
+                os.makedirs(self._folder, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ValueError(f"folder must be a folder, got a file in {self._folder!r}") from None
 

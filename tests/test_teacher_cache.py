@@ -410,6 +410,50 @@ def test_a_full_disk_is_an_error_and_marks_nothing(
     check(cache.fetch(Teacher(), x, range(SAMPLES), identity=NAME), Teacher()(x))
 
 
+@pytest.mark.parametrize(
+    ("owner", "call", "at", "file"),
+    [
+        (os, "mkdir", 0, ""),
+        (_store, "open", 0, "/map0.bin"),
+        (_store, "open", 2, "/logits.bin"),
+        (os, "posix_fallocate", 0, "/checksum.bin"),
+        (os, "fsync", 0, "/meta.json"),
+        (os, "rename", 0, ""),
+        (_store, "open", 6, "/meta.json"),  # to read it
+        (_store, "open", 8, "/map1.bin"),  # to map it
+        (os, "open", 0, "/checksum.bin"),
+        (fcntl, "flock", 0, "/checksum.bin"),
+        (os, "posix_fallocate", 1, "/map0.bin"),
+    ],
+)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_an_error_of_the_disk_names_the_file(
+    owner: Any,
+    call: str,
+    at: int,
+    file: str,
+    number: int,
+    cache: TeacherCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, calls = getattr(owner, call, open), []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == at + 1:
+            raise OSError(number, os.strerror(number))
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, call, failing, raising=False)
+        with pytest.raises(OSError, match="give another folder, or use no cache") as caught:
+            cache.fetch(Teacher(), inputs(), range(SAMPLES), identity=NAME)
+    assert caught.value.errno == number
+    assert caught.value.filename == f"{cache._folder}/{NAME[:16]}-seed0{file}"
+    assert ("free some space" in str(caught.value)) == (number == errno.ENOSPC)
+    assert cache.stored(NAME) == 0
+
+
 # ---- other processes -----------------------------------------------------------------------------
 
 
@@ -729,6 +773,6 @@ def test_errors_of_the_constructor(tmp_path: Path) -> None:
 
 def test_more_samples_than_a_file_holds(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, 2**62)
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(OSError, match=rf"File too large .*{tmp_path}/t-seed0/map0.bin"):
         cache.fetch(lambda x: ([x], None), torch.ones(2, 3), [0, 1], identity="t")
     assert not any(tmp_path.iterdir())
