@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ except (ImportError, OSError, RuntimeError) as error:
 import timm
 import yaml
 from outside import output_of
+from test_train_data import write_cifar
 from torchdistill.common.main_util import import_dependencies
 from torchdistill.common.yaml_util import load_yaml_file
 from torchdistill.core.distillation import DistillationBox, get_distillation_box
@@ -472,3 +474,30 @@ def test_the_resnet_example_on_a_folder_with_a_teacher(
     accuracy = examples("torchvision_resnet.py")([*folder, "--batch", "2"])
     assert accuracy in (0, 0.5, 1)
     assert "56x56  layer1" in capsys.readouterr().out
+
+
+def accuracies(printed: str) -> dict[str, float]:
+    """Of each network of examples/wrn.py; checks that its lines are there."""
+    found = re.findall(r"^(.+): test accuracy (\d+\.\d\d) %$", printed, re.M)
+    for name, _ in found:
+        assert re.search(rf"^{name}: epoch (\d+) of \1, loss \d+\.\d{{3}}$", printed, re.M)
+    assert [name for name, _ in found] == ["teacher", "student alone", "student with AT"]
+    return {name: float(percent) for name, percent in found}
+
+
+def test_the_papers_program_on_digits(tmp_path: Path) -> None:
+    found = accuracies(output_of(tmp_path, str(EXAMPLES / "wrn.py"), "--epochs", "80"))
+    assert min(found.values()) > 40, found  # of ten classes
+    assert found["teacher"] > 75, found
+
+
+def test_the_papers_program_on_cifar(
+    examples: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of 20 pictures to train with and 4 to test, in the files that torchvision reads."""
+    write_cifar(tmp_path, "cifar10", monkeypatch)
+    examples("wrn.py")(["--root", str(tmp_path), "--epochs", "2"])
+    assert {a % 25 for a in accuracies(capsys.readouterr().out).values()} == {0}
