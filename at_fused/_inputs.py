@@ -23,7 +23,8 @@ from at_fused._checks import (
 from at_fused._numbers import as_python, check_finite, check_number, is_whole, kind
 from at_fused._warnings import AtFusedWarning
 
-_CHOICES: dict[str, tuple[str | None, ...]] = {
+Choices = Mapping[str, tuple[str | None, ...]]
+_CHOICES: Choices = {
     "collapse": ("mean", "sum", "max"),
     "form": ("code", "paper"),
     "reduction": ("sum", "none", "sample"),
@@ -41,11 +42,19 @@ MapSizes = MapSize | tuple[MapSize | None, MapSize | None] | None
 
 
 def check_options(
-    *, p: float = 2.0, eps: float = 1e-12, absolute: bool = True, **choices: str | None
+    *,
+    p: float = 2.0,
+    eps: float = 1e-12,
+    absolute: bool = True,
+    fewer: Choices = _CHOICES,
+    **choices: str | None,
 ) -> None:
-    """Raises the ValueError or TypeError that names the option, what was given, what is allowed."""
+    """Raises the ValueError or TypeError that names the option, what was given, what is allowed.
+
+    ``fewer``: of these options not all choices are allowed here.
+    """
     for name, value in choices.items():
-        check_choice(name, value, _CHOICES[name])
+        check_choice(name, value, fewer.get(name, _CHOICES[name]))
     p, eps = check_number("p", p), check_number("eps", eps)
     if not 1 <= p < math.inf:
         raise ValueError(f"p must be a finite number >= 1, got {p!r}")
@@ -65,17 +74,22 @@ def check_spatial(attend: str | None, **options: object) -> None:
     """Raises where an option of the map's size is given for channel attention alone."""
     for name, value in options.items():
         if value is not None and attend == "channel":
-            raise ValueError(f"{name} is for attend='spatial' or 'both', got attend='channel'")
+            raise ValueError(f"{name} is for spatial attention, got attend='channel'")
 
 
-def check_kept(owner: str, options: Mapping[str, Any], allowed: Collection[str]) -> dict[str, Any]:
+def check_kept(
+    owner: str,
+    options: Mapping[str, Any],
+    allowed: Collection[str],
+    fewer: Choices = _CHOICES,
+) -> dict[str, Any]:
     """Return options kept for later calls, checked as far as that goes without features."""
     options = {name: as_python(name, value) for name, value in options.items()}
     for name in options:
         if name not in allowed:
             raise TypeError(f"{owner} takes no option {name!r}")
     known = ("p", "eps", "absolute", *_CHOICES)
-    check_options(**{name: options[name] for name in known if name in options})
+    check_options(fewer=fewer, **{name: options[name] for name in known if name in options})
     sides(options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size"))
     check_spatial(options.get("attend"), map_size=options.get("map_size"))
     pair_weights(options.get("weights"), None)
@@ -386,17 +400,27 @@ def check_sizes(
             if resize is None or s.dim() != t.dim():
                 raise ValueError(
                     f"student and teacher of pair {i} must have the same map size (H x W), got "
-                    f"{size(s)} and {size(t)}; "
-                    + (
-                        "map_size=(H, W) gives tokens a map of two dimensions"
-                        if s.dim() != t.dim()
-                        else "resize='maps' interpolates the teacher's map"
-                        + ("" if of_maps else ", resize='features' pools the larger features")
-                    )
+                    f"{size(s)} and {size(t)}; {_to_one_size(s, t, of_maps)}"
                 )
         if positions.numel() == 1:
             _warn_single_position(i)
     return same
+
+
+def _to_one_size(student: Tensor, teacher: Tensor, of_maps: bool) -> str:
+    """The advice for a pair of different map sizes, which says whose options it names."""
+    if student.dim() == teacher.dim() and of_maps:
+        advice = "with map_loss and AttentionTransfer resize='maps' interpolates the teacher's map"
+    elif student.dim() == teacher.dim():
+        advice = (
+            "with at_loss resize='maps' interpolates the teacher's map, and resize='features' "
+            "pools the larger features"
+        )
+    elif 3 in (student.dim(), teacher.dim()) and not of_maps:
+        advice = "with at_loss tokens (B, N, C) take channel_dim=-1 and map_size=(H, W)"
+    else:
+        return "choose layers whose maps have as many dimensions"
+    return f"choose layers of one map size; {advice}"
 
 
 def check_channels(students: list[Tensor], teachers: list[Tensor]) -> None:
@@ -405,7 +429,8 @@ def check_channels(students: list[Tensor], teachers: list[Tensor]) -> None:
         if s.shape[1] != t.shape[1]:
             raise ValueError(
                 f"student and teacher of pair {i} must have the same number of channels for "
-                f"channel attention, got {s.shape[1]} and {t.shape[1]}"
+                f"channel attention, got {s.shape[1]} and {t.shape[1]}; choose layers of equal "
+                "channels, or spatial attention, for which they may differ"
             )
 
 

@@ -246,10 +246,14 @@ def _options_of_one(
 ) -> None:
     _inputs.check_spatial(attend, map_size=map_size)
     _inputs.check_options(
-        p=p, eps=eps, absolute=absolute, collapse=collapse, attend=attend, eps_mode=eps_mode
+        p=p,
+        eps=eps,
+        absolute=absolute,
+        collapse=collapse,
+        attend=attend,
+        eps_mode=eps_mode,
+        fewer={"attend": ("spatial", "channel")},
     )
-    if attend == "both":
-        raise ValueError("attend must be 'spatial' or 'channel' for one map, got 'both'")
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True or False, got {kind(normalize)}")
     if not normalize and (eps, eps_mode) != (1e-12, "max"):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from at_fused._checks import check_choice
 from at_fused._inputs import check_for_tokens
 from at_fused._match import PAIRS_OF_ONE_SIZE, Found, Stage
 from at_fused._models import arguments_of, unwrap
@@ -85,12 +86,14 @@ def match_layers(
         A list of (student's, teacher's) names, in the order of running.
 
     Raises:
-        ValueError: no stage in common, stages in another order, or a network that comes back to a
-            size: the message says what stages there are, and why others are none.
+        ValueError: an option is not as above; no stage in common, stages in another order, or a
+            network that comes back to a size: the message says what stages there are, and why
+            others are none.
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (figure 5: one loss for each group).
     """
     given = check_given(student, teacher, channel_dim, skip_tokens)
+    check_choice("resize", resize, (None, "maps"))
     return [
         Pair(s.name, t.name) for s, t in matched(student, teacher, example, given, resize, verbose)
     ]

@@ -404,11 +404,11 @@ def _same_numbers(a: Tensor | Sequence[int] | None, b: Tensor | Sequence[int] | 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of the pairs, of which some are not for this loss."""
-    given = _inputs.check_kept("AttentionTransfer", options, PairOptions.__annotations__)
-    if given.get("attend") == "both":
+    if options.get("attend") == "both":
         raise ValueError("attend must be 'spatial' or 'channel' here, got 'both'; make two of them")
-    if given.get("resize") == "features":
+    if options.get("resize") == "features":
         raise ValueError(
             "resize must be None or 'maps' here, got 'features': only maps leave the networks"
         )
-    return given
+    fewer = {"attend": ("spatial", "channel"), "resize": (None, "maps")}
+    return _inputs.check_kept("AttentionTransfer", options, PairOptions.__annotations__, fewer)

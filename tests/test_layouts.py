@@ -279,6 +279,12 @@ def test_refused(make: Any, size: int, options: dict[str, Any], message: str) ->
         at(x)
 
 
+@pytest.mark.parametrize("resize", ["features", "map"])
+def test_an_unknown_resize_is_refused(resize: str) -> None:
+    with pytest.raises(ValueError, match=f"resize must be None or 'maps', got '{resize}'"):
+        match_layers(Trunk(), Trunk(), IMAGE, resize=resize)
+
+
 def test_as_many_channels_as_rows_and_columns() -> None:
     """A map that follows the image shows that a block has turned its feature back, or not."""
 

@@ -83,7 +83,7 @@ MAP = torch.rand(2, 4, 4)
         ([MAP], [MAP, MAP], {}, "same number of features"),
         (MAP, MAP[:1], {}, "same batch size, got 2 and 1"),
         (MAP, MAP.reshape(2, 2, 8), {}, r"same map size \(H x W\), got 4x4 and 2x8"),
-        (MAP, MAP.reshape(2, 16), {}, "same map size"),
+        (MAP, MAP.reshape(2, 16), {}, "same map size.*; choose layers whose maps have as many"),
         (MAP, MAP, {"resize": "features"}, "resize must be None or 'maps', got 'features'"),
         (MAP, MAP, {"form": "other"}, "form must be"),
         (MAP, MAP, {"weights": [1.0, 2.0]}, "weights must have one number per pair"),

@@ -87,6 +87,11 @@ def test_other_sizes_are_interpolated_where_asked() -> None:
     with pytest.raises(ValueError, match=r"pair 0 must have the same map size.*resize='maps'"):
         at(x)
     at.remove()
+    at = AttentionTransfer(student, teacher, pairs, beta=BETA, attend="channel")
+    student(x)
+    with pytest.raises(ValueError, match=r"got \d+ and \d+; choose layers of equal channels, or"):
+        at(x)
+    at.remove()
     at = AttentionTransfer(student, teacher, pairs, beta=BETA, resize="maps")
     (_, s), (_, t) = student(x), teacher.eval()(x)
     expected = sum(expected_loss(s[i], t[1 - i], resize="maps").mean() for i in (0, 1))
@@ -430,8 +435,11 @@ def test_pairs_that_cannot_be_told() -> None:
         ),
         ({"skip_tokens": (1, -1)}, ValueError, "skip_tokens must be None, a whole number"),
         ({"skip_tokens": 1, "channel_dim": 1}, ValueError, "skip_tokens is for token features"),
-        ({"map_size": (4, 4), "attend": "channel"}, ValueError, "map_size is for attend='spatial'"),
-        ({"resize": "maps", "attend": "channel"}, ValueError, "resize is for attend='spatial'"),
+        ({"map_size": (4, 4), "attend": "channel"}, ValueError, "map_size is for spatial"),
+        ({"resize": "maps", "attend": "channel"}, ValueError, "resize is for spatial attention"),
+        # What is allowed is allowed here: not all that at_loss takes.
+        ({"attend": "all"}, ValueError, "attend must be 'spatial' or 'channel', got 'all'$"),
+        ({"resize": "up"}, ValueError, "resize must be None or 'maps', got 'up'$"),
         ({"example": []}, TypeError, "example must hold a tensor"),
         ({"cache": "folder"}, TypeError, "cache must be a TeacherCache"),
     ],
