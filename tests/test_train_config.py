@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import fields
@@ -23,8 +24,10 @@ from at_fused.train.config import (
     resolve,
     to_toml,
 )
-from at_fused.train.presets import PRESETS
-from at_fused.train.report import shortened
+from at_fused.train.plan import Plan
+from at_fused.train.presets import PRESETS, published
+from at_fused.train.report import departures
+from at_fused.train.rules import ConfigError
 
 
 def flags(*words: str) -> Config:
@@ -36,10 +39,84 @@ def flags(*words: str) -> Config:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_resolved_preset_is_its_own_file(name: str) -> None:
-    config = resolve({"preset": name})
+    words = ["--preset", name, *["--data=a.module:function"] * (name == "own")]
+    config = flags(*words)
     assert resolve(from_toml(to_toml(config))) == config
-    assert flags("--preset", name) == config
-    assert shortened(config) == ""
+    assert departures(config) == ""
+
+
+def test_what_is_given_beats_the_preset() -> None:
+    """Also the rates that the preset has for each method: the issue's own command."""
+    config = flags("--lr=0.01", "--beta=500", "--compare=none,at,kd")
+    assert config.method == {}
+    for method in config.compare:
+        own = for_method(config, method)
+        assert (own.lr, beta_of(own, method)) == (0.01, 500)
+    # A layer's own options of a method stand; those of the layers under it do not.
+    config = flags("--lr=0.01", "--set=at.lr=0.02")
+    assert config.method == {"at": {"lr": 0.02, "beta": 100}, "at+kd": {"beta": 100}}
+    assert resolve({"method": {"at": {"lr": 1.0}}}, {"lr": 2.0}).method["at"] == {"beta": 100.0}
+    config = flags("--betas=1,10", "--validation=0.2")
+    assert [for_method(config, m).beta for m in ("at", "at+kd")] == [None, None]
+    assert resolve({"betas": (1.0, 2.0), "validation": 0.1}, {"beta": 0.0}).betas == ()
+    # The preset's Nesterov needs momentum; its betas are of the form "code".
+    assert not flags("--momentum=0").nesterov
+    assert flags("--form=paper", "--beta=0.1").method == {"none": {"lr": 0.3}, "kd": {"lr": 0.2}}
+    assert flags("--form=code").method["at"] == {"beta": 100.0}
+
+
+def test_the_file_of_a_run_is_as_good_as_its_flags(tmp_path: Path) -> None:
+    """Flags come over it as over the preset: it has what was given, and the rest as notes."""
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(flags("--preset=digits-quick", "--lr=0.2", "--set=at.beta=5")))
+    for words in (["--lr=0.01"], ["--momentum=0"], ["--epochs=400"], ["--preset=digits"]):
+        again = flags("--config", str(file), *words)
+        assert again == flags("--preset=digits-quick", "--lr=0.2", "--set=at.beta=5", *words)
+    assert flags("--config", str(file), "--lr=0.01").teacher_lr == 0.01
+    # A line that is uncommented is an option of all methods, wherever it stands.
+    text = file.read_text()
+    file.write_text(text.replace("# weight_decay = 0.02\n", "weight_decay = 0.5\n"))
+    assert flags("--config", str(file)).weight_decay == 0.5
+
+
+@pytest.mark.parametrize(
+    ("under", "layer", "beta"),
+    [
+        ({"method": {"at": {"form": "paper", "beta": 2.0}}}, {"form": "code"}, 100.0),
+        ({"form": "paper", "method": {"at": {"beta": 2.0}}}, {"form": "code"}, 100.0),
+        ({"beta": 5.0}, {"form": "paper", "beta": 2.0}, 2.0),
+        ({"beta": 5.0}, {"method": {"at": {"form": "paper", "beta": 2.0}}}, 2.0),
+        ({"beta": 5.0}, {"method": {"at": {"form": "paper"}}}, "must be given for at in the form"),
+        ({"beta": 5.0}, {"form": "paper"}, "must be given for at in the form"),
+    ],
+)
+def test_a_beta_is_of_one_form(under: Any, layer: Any, beta: float | str) -> None:
+    layers = {"compare": ("at",), **under}, layer
+    if isinstance(beta, str):
+        with pytest.raises(ConfigError, match=beta):
+            resolve(*layers)
+    else:
+        assert for_method(resolve(*layers), "at").beta == beta
+
+
+@pytest.mark.parametrize(
+    ("data", "preset"),
+    [
+        ("digits", "digits"),
+        ("cifar10", "cifar-wrn-16-1-from-16-2"),
+        ("cifar100", "cifar-wrn-16-1-from-16-2"),
+        ("folder", "folder"),
+        ("a.module:function", "own"),
+    ],
+)
+def test_data_have_defaults_of_their_own(data: str, preset: str) -> None:
+    config = flags("--data", data)
+    assert (config.data, config.preset) == (data, preset)
+    if data != "digits":
+        assert (config.labels, config.threads, config.weight_decay) == (0, 0, 5e-4)
+        assert {for_method(config, method).lr for method in config.compare} == {0.1}
+    # The errors of the paper are those of CIFAR-10.
+    assert bool(published(config)) == (data == "cifar10")
 
 
 def test_the_papers_recipe_is_to_the_letter() -> None:
@@ -50,8 +127,21 @@ def test_the_papers_recipe_is_to_the_letter() -> None:
     recipe |= {"form": "code", "p": 2.0, "collapse": "mean", "beta_schedule": "constant"}
     recipe |= {"alpha": 0.9, "T": 4.0, "labels": 0}
     recipe |= {"teacher_epochs": 200, "teacher_lr": 0.1, "teacher_weight_decay": 5e-4}
+    recipe |= {"init": "paper", "reset_momentum": True, "optimizer": "sgd", "warmup": 0}
+    recipe |= {"label_smoothing": 0, "validation": 0, "seeds": 5}
     assert {name: getattr(own, name) for name in recipe} == recipe
-    assert [round(drop * own.epochs, 6) for drop in own.lr_drops] == [60, 120, 160]
+    # The program drops the rate as epoch + 1 reaches 60, 120 and 160, with epochs counted from 0.
+    plan = Plan(own, 50_000, 0, 1e3)
+    assert plan.per_epoch == 391  # the last batch, of 80, is kept
+    rates = {epoch: plan.lr(epoch * 391) for epoch in (0, 58, 59, 118, 119, 158, 159, 199)}
+    assert list(rates.values()) == pytest.approx([0.1, 0.1, 0.02, 0.02, 4e-3, 4e-3, 8e-4, 8e-4])
+    assert plan.lr(59 * 391 - 1) == 0.1
+    imagenet = resolve({"preset": "imagenet-resnet18-from-34"})
+    plan = Plan(imagenet, 1_281_167, 0, 1e3)
+    rates = {epoch: plan.lr(epoch * plan.per_epoch) for epoch in (28, 29, 58, 59, 88, 89, 99)}
+    assert list(rates.values()) == pytest.approx([0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
+    assert (imagenet.epochs, imagenet.batch_size, imagenet.weight_decay) == (100, 256, 1e-4)
+    assert (imagenet.student, imagenet.teacher_from) == ("resnet-18-paper", "torchvision")
     assert beta_of(own, "at") == 1e3
     assert for_method(config, "at+kd").beta_schedule == "linear"
     assert PRESETS[config.preset].published["at"] == (7.93,)
@@ -77,18 +167,28 @@ def test_flags_come_over_a_file_and_a_file_over_its_preset(tmp_path: Path) -> No
     }
     assert for_method(config, "at").lr == 0.5
     assert for_method(config, "none").lr == config.lr
-    assert shortened(config) == "3 of 200 epochs, 1 of 5 seeds"
+    assert departures(config) == "3 of 200 epochs, 1 of 5 seeds, its own p, at.beta, at.lr, at+kd.T"
     assert flags("--method", "kd").compare == ("kd",)
     assert flags("--compare", "none, at").compare == ("none", "at")
-    assert flags("--no-augment", "--lr-drops", "0.5,0.9").lr_drops == (0.5, 0.9)
-    assert shortened(flags("--fraction", "0.1")) == "10 % of the training images"
+    assert flags("--lr-schedule=step", "--lr-drops", "0.5,0.9").lr_drops == (0.5, 0.9)
+    assert flags("--lr-schedule=step", "--lr-drops=").lr_drops == ()
+    assert departures(flags("--fraction", "0.1")) == "its own fraction"
+    assert departures(flags("--epochs", "400", "--seeds", "20")) == "400 for 300 epochs"
+    assert departures(flags("--data", "folder", "--epochs", "4")) == ""
+
+
+def test_the_rate_rises_in_the_warm_up() -> None:
+    plan = Plan(resolve({"warmup": 2.0, "epochs": 10, "batch_size": 10, "lr": 1.0}), 40, 0, 0.0)
+    assert [
+        plan.lr(step) / (1 + math.cos(math.pi * step / 40)) * 2 for step in (0, 3, 7, 8, 39)
+    ] == (pytest.approx([1 / 8, 4 / 8, 1, 1, 1]))
 
 
 def test_every_option_is_a_flag_a_key_and_documented() -> None:
     text = build_parser().format_help()
     for name in OPTIONS:
         assert "--" + name.replace("_", "-") in text
-    assert {f.name for f in fields(Config)} == {*OPTIONS, "method"}
+    assert {f.name for f in fields(Config)} == {*OPTIONS, "method", "given"}
     assert all(each in text for each in PRESETS)
 
 
@@ -118,7 +218,10 @@ def refused(words: list[str], message: str, out: Path, capsys: pytest.CaptureFix
         ("lr = nan", "lr: got nan, allowed is a number from 0 to 1000"),
         (f"lr = 1{400 * '0'}", "lr: got 1000"),
         ('augment = "yes"', "augment: got 'yes', allowed is true or false"),
-        ('data = "cifar"', "data: got 'cifar', allowed is digits, cifar10, cifar100, folder"),
+        (
+            'data = "cifar"',
+            "data: got 'cifar', allowed is digits, cifar10, cifar100, folder, or MODULE:FUNCTION",
+        ),
         ('compare = "at"', "compare: got 'at', allowed is a list of none, at, kd"),
         ('compare = ["at", "at"]', "compare: got ('at', 'at'), allowed is a list"),
         ('compare = ["att"]', "did you mean at?"),
@@ -141,8 +244,9 @@ def test_a_wrong_file_is_one_clear_error(
     content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "c.toml"
-    # The preset's own tables have a beta for AT, by which the form could be told.
-    base = "" if "preset" in content else 'preset = "cifar-wrn-16-1-from-16-2"\n'
+    # The digits' own tables have a beta for AT, by which the form could be told.
+    named = "preset" in content or "data" in content
+    base = "" if named else 'preset = "cifar-wrn-16-1-from-16-2"\n'
     file.write_text(base + content)
     refused(["--config", str(file)], message, tmp_path, capsys)
 
@@ -160,6 +264,45 @@ def test_a_wrong_file_is_one_clear_error(
         (["--set", "ta.lr=1"], "argument --set: 'ta' is no method"),
         (["--set", "at.lr=x"], "argument --set: at.lr: got 'x', allowed is a number"),
         (["--set", "at.Temp=1"], "argument --set: 'Temp' is no option of a method"),
+        (["--T=8", "--compare=none,at"], "argument --T: changes nothing in this run: it is of kd"),
+        (["--method=kd", "--beta=1"], "argument --beta: changes nothing in this run: it is of at"),
+        (["--root=x"], "argument --root: changes nothing in this run: the digits come with scikit"),
+        (["--lr-drops=0.5"], "changes nothing in this run: the rate follows a cosine"),
+        (["--teacher-lr=1", "--teacher-from=x"], "the teacher of --teacher-from is not trained"),
+        (["--cache=2", "--method=none"], "argument --cache: changes nothing in this run"),
+        (
+            ["--optimizer=adamw", "--lr=0.1", "--momentum=0.5"],
+            "argument --momentum: changes nothing",
+        ),
+        (
+            ["--beta=5", "--set=at.beta=3", "--set=at+kd.beta=4"],
+            "at, at+kd have their own by --set",
+        ),
+        (["--method=at", "--betas=1,2", "--validation=0.1", "--set=at.beta=3"], "have their own"),
+        (["--lr-schedule=step", "--lr-drops=", "--lr-factor=0.5"], "the rate does not drop"),
+        (["--momentum=0", "--lr-schedule=step", "--reset-momentum"], "it is of SGD whose rate"),
+        (["--nproc=2", "--compile", "--speed=fp32"], "processes that share BatchNorm, go without"),
+        (["--student-from=x", "--teacher-from=y", "--init=paper"], "all weights come from files"),
+        (["--method=kd", "--alpha=0", "--T=3"], "argument --T: changes nothing in this run: alpha"),
+        (["--cache=5", "--no-augment"], "argument --cache: got 5, allowed is 1 with --no-augment"),
+        (
+            ["--form=paper", "--compare=none,at"],
+            "argument --beta: must be given for at in the form",
+        ),
+        (["--set=at.form=paper"], "argument --beta: must be given for at in the form 'paper'"),
+        (["--method=kd", "--set=at.beta=1"], "got an option of at, but --compare has kd"),
+        (["--set=kd.beta=1"], "argument --set: kd.beta: beta is of at, at+kd, channel-at"),
+        (["--optimizer=adamw"], "argument --lr: must be given for adamw"),
+        (["--nesterov", "--momentum=0"], "argument --nesterov: got True, but momentum is 0"),
+        (["--betas=1,2"], "argument --betas: need images to choose by"),
+        (["--betas=1,1", "--validation=0.1"], "argument --betas: got (1.0, 1.0), allowed is each"),
+        (
+            ["--preset=digits-quick", "--data=folder"],
+            "argument --data: got 'folder', but the preset",
+        ),
+        (["--preset=own"], "argument --data: must be given with --preset own, as MODULE:FUNCTION"),
+        (["--layers=,"], "layers: got ',', allowed are names of modules, as layer2,layer3"),
+        (["--eval=x.pt", "--lr=1"], "argument --eval: got --eval with --lr, allowed are --data"),
         (["--method=at", "--compare=at"], "argument --method: got --method and --compare"),
         (["--config=none.toml"], "none.toml: [Errno 2] No such file"),
         (["--preset=digit"], "argument --preset: got 'digit', allowed is digits, digits-quick"),
@@ -171,7 +314,7 @@ def test_a_wrong_file_is_one_clear_error(
         (["--layers=groups.0,group.1"], "layers: WRN has no module 'group.1'; near: groups.1"),
         (["--layers=groups.0:groups.1"], "compare: at does not go with wrn-10-1-b8 and wrn-16-2"),
         (["--method=channel-at"], "compare: channel-at does not go with wrn-10-1-b8 and wrn-16-2"),
-        (["--teacher-from=none.pt"], "teacher_from: none.pt has no weights of wrn-16-2"),
+        (["--teacher-from=none.pt"], "teacher_from: "),
         (["--data=cifar10"], "data 'cifar10' needs cifar-10-batches-py/ with data_batch_1,"),
         (["--data=folder"], "data 'folder' needs train/<class>/<picture> and val/<class>/"),
     ],

@@ -1,4 +1,4 @@
-"""What a step is made of, by its number alone: which images, how shifted, at what rate."""
+"""The plan of a training: images, augmentation and rate of each step, by its number alone."""
 
 from __future__ import annotations
 
@@ -54,13 +54,29 @@ class Plan:
         # With a cache the same for all students, and again after so many epochs.
         return epoch % self.config.cache if self.config.cache else _mixed(self.seed, epoch)
 
+    def drops(self, step: int) -> int:
+        """The times that the rate has dropped until a step, counted from 0."""
+        if self.config.lr_schedule != "step":
+            return 0
+        done = step / self.steps
+        return sum(done >= drop - 1e-9 for drop in self.config.lr_drops)
+
     def lr(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        done = step / self.steps
-        if self.config.lr_schedule == "cosine":
-            return self.config.lr * (1 + math.cos(math.pi * done)) / 2
-        drops = sum(done >= drop - 1e-9 for drop in self.config.lr_drops)
-        return self.config.lr * self.config.lr_factor**drops
+        config = self.config
+        rise = config.warmup * self.per_epoch
+        warm = min(1.0, (step + 1) / rise) if rise else 1.0
+        if config.lr_schedule == "cosine":
+            return warm * config.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
+        return warm * config.lr * config.lr_factor ** self.drops(step)
+
+    def differs(self, other: Plan, steps: int) -> str:
+        """The option by which another plan's first steps are not these; empty if they are."""
+        for name in ("lr", "beta"):
+            mine, others = getattr(self, name), getattr(other, name)
+            if any(mine(step) != others(step) for step in range(steps)):
+                return name
+        return ""
 
 
 def _mixed(seed: int, epoch: int) -> int:

@@ -1,11 +1,15 @@
-"""What an option takes: rules, values checked against them, and errors that name what is near."""
+"""Rules of options: values checked against them, and errors that name what is near."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
 from difflib import get_close_matches
+from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 
@@ -27,9 +31,9 @@ def real(default: float | None, low: float, high: float, help: str) -> Any:
     return _option(default, help, kind="real", low=low, high=high)
 
 
-def choice(default: str, allowed: Iterable[str], help: str) -> Any:
-    """One of a few words."""
-    return _option(default, help, kind="choice", allowed=tuple(allowed))
+def choice(default: str, allowed: Iterable[str], help: str, imports: bool = False) -> Any:
+    """One of a few words; with ``imports`` also MODULE:FUNCTION."""
+    return _option(default, help, kind="choice", allowed=tuple(allowed), imports=imports)
 
 
 def text(default: str, help: str, pattern: str = ".*", shape: str = "TEXT") -> Any:
@@ -48,14 +52,14 @@ def several(default: tuple[Any, ...], of: Mapping[str, Any], help: str) -> Any:
 
 
 def allowed(rule: Mapping[str, Any]) -> str:
-    """What an option takes, in words."""
+    """Say what an option takes."""
     kind = rule["kind"]
     if kind == "whole":
         return f"a whole number from {rule['low']} to {rule['high']}"
     if kind == "real":
         return f"a number from {rule['low']:g} to {rule['high']:g}"
     if kind == "choice":
-        return ", ".join(rule["allowed"])
+        return ", ".join(rule["allowed"]) + ", or MODULE:FUNCTION" * rule.get("imports", False)
     if kind == "switch":
         return "true or false"
     if kind == "several":
@@ -76,7 +80,7 @@ def read(rule: Mapping[str, Any], word: str) -> Any:
     if rule["kind"] in ("whole", "real"):
         return check(rule, _number(word), word)
     if rule["kind"] == "several":
-        words = [each.strip() for each in word.split(",")]
+        words = [each.strip() for each in word.split(",")] if word.strip() else []
         return check(rule, [read(rule["of"], each) for each in words], word)
     if rule["kind"] == "switch":
         return check(rule, {"true": True, "false": False}.get(word.lower(), word))
@@ -92,7 +96,7 @@ def check(rule: Mapping[str, Any], value: Any, said: str | None = None) -> Any:
         good = type(value) in (int, float) and rule["low"] <= value <= rule["high"]
         value = float(value) if good else value
     elif kind == "choice":
-        good = value in rule["allowed"]
+        good = value in rule["allowed"] or (rule.get("imports", False) and is_import(value))
     elif kind == "switch":
         good = type(value) is bool
     elif kind == "text":
@@ -106,6 +110,34 @@ def check(rule: Mapping[str, Any], value: Any, said: str | None = None) -> Any:
         near = nearest(str(given), rule["allowed"]) if kind == "choice" else ""
         raise ConfigError(f"got {given!r}, allowed is {allowed(rule)}{near}")
     return value
+
+
+def is_import(value: object) -> bool:
+    """Tells MODULE:FUNCTION from the name of something built in."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.]+:\w+", value) is not None
+
+
+def imported(option: str, name: str) -> Callable[..., Any]:
+    """Return the function that "MODULE:FUNCTION" names, from the working folder if nowhere else.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no function.
+    """
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: Callable[..., Any] = attrgetter(function)(import_module(module))
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{option}: {name!r} cannot be imported: {in_a_line(error)}") from error
+    if not callable(found):
+        raise ConfigError(f"{option}: {name!r} must be a function, got {type(found).__name__}")
+    return found
+
+
+def in_a_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its text."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
