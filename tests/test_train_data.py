@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import pickle
 import random
+import re
+import struct
 import sys
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from at_fused.train.config import resolve
-from at_fused.train.data import Samples, open_data
+from at_fused.train.data import Pictures, Samples, check_unreadable, folder, inspect, open_data, own
 from at_fused.train.data.digits import make_split
-from at_fused.train.data.folder import SCALE, InFolder, crop_box
-from at_fused.train.data.samples import InMemory, few_labels, stratified
+from at_fused.train.data.folder import SCALE, InFolder, crop_box, decode, reason_of
+from at_fused.train.data.samples import InMemory, few_labels, set_apart, stratified
 from at_fused.train.experiment import Experiment
+from at_fused.train.rules import ConfigError
 
 try:
     import torchvision
@@ -53,8 +63,6 @@ def in_memory(n: int = 40, **options: Any) -> InMemory:
 
 def write_pictures(root: Path, part: str, classes: Sequence[str], each: int) -> list[str]:
     """PNG files of unlike sizes, no two the same: their paths."""
-    from PIL import Image
-
     paths = []
     for c, name in enumerate(classes):
         (root / part / name).mkdir(parents=True)
@@ -139,14 +147,14 @@ def test_memory_formats_agree_in_bits(channels: int) -> None:
     assert torch.equal(nchw, nhwc)
 
 
-def test_subsets_are_the_samples_numbered_anew() -> None:
-    samples = in_memory()
-    part = samples.subset(torch.tensor([7, 3]))
-    assert len(part) == 2
-    assert torch.equal(part.labels, samples.labels[[7, 3]])
-    assert torch.equal(whole(part), whole(samples)[[7, 3]])
-    assert whole(part, 2).shape == (2, 3, 7, 9)
-    assert len(samples) == 40
+def test_subsets_are_the_samples_numbered_anew(in_folder: InFolder) -> None:
+    for samples, count, size in ((in_memory(), 40, (7, 9)), (in_folder, 8, (12, 12))):
+        part = samples.subset(torch.tensor([7, 3]))
+        assert len(part) == 2
+        assert torch.equal(part.labels, samples.labels[[7, 3]])
+        assert torch.equal(whole(part), whole(samples)[[7, 3]])
+        assert whole(part, 2).shape == (2, 3, *size)
+        assert len(samples) == count
 
 
 # ---- what an augmentation is a function of
@@ -175,6 +183,17 @@ def test_workers_change_nothing(in_folder: InFolder) -> None:
     in_folder._workers = 2
     found = rows(in_folder, [[0, 5], [2], [1, 3, 4], [6, 7]], 3)
     assert same(found, dict(enumerate(first)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_more_workers_than_cpus(in_folder: InFolder) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    try:
+        os.sched_setaffinity(0, cpus[:1])
+        many = InFolder(in_folder._reader.paths, in_folder.labels, 12, workers=8)
+        assert same(rows(many, [range(8)], None), rows(in_folder, [range(8)], None))
+    finally:
+        os.sched_setaffinity(0, cpus)
 
 
 def test_no_global_randomness_is_used(in_folder: InFolder) -> None:
@@ -216,6 +235,38 @@ def test_few_labels_are_balanced_seeded_training_images(count: int) -> None:
     assert per_class.max() - per_class.min() == (1 if count % 10 else 0)
     assert torch.equal(idx, few_labels(labels, candidates, count, seed=3))
     assert not torch.equal(idx, few_labels(labels, candidates, count, seed=4))
+
+
+def test_a_share_of_every_class_is_set_apart() -> None:
+    labels = torch.tensor([0] * 100 + [1] * 20 + [2] * 2)[torch.randperm(122)]
+    kept, held = set_apart(labels, 0.1)
+    assert labels[held].bincount().tolist() == [10, 2, 1]
+    assert torch.equal(torch.cat([kept, held]).sort().values, torch.arange(122))
+    for found in (kept, held):
+        assert torch.equal(found, found.sort().values)
+    assert torch.equal(held, set_apart(labels, 0.1)[1])
+    assert labels[set_apart(labels, 0.9)[0]].bincount().tolist() == [10, 2, 1]
+    with pytest.raises(ValueError, match=r"validation must be 0 .* got 0\.1.* classes 3 have"):
+        set_apart(torch.tensor([0, 0, 3]), 0.1)
+
+
+def check_parts(**source: Any) -> None:
+    """For a tenth and for all: train and validation are those of train, without augmentation."""
+    full = open_data(**source, augment=False)
+    for fraction in (1.0, 0.5):
+        both = whole(open_data(**source, augment=False, fraction=fraction).train)
+        data = open_data(**source, fraction=fraction, validation=0.25)
+        assert data.validation is not None
+        rest = whole(open_data(**source, fraction=fraction, validation=0.25, augment=False).train)
+        held = whole(data.validation, 1)
+        assert len(data.train) == len(rest)
+        counts = torch.cat([data.train.labels, data.validation.labels]).bincount().tolist()
+        wanted = [min(n - 1, max(1, round(0.25 * n))) for n in counts]
+        assert data.validation.labels.bincount().tolist() == wanted
+        found = sorted(x.numpy().tobytes() for x in (*rest, *held))
+        assert found == sorted(x.numpy().tobytes() for x in both)
+        assert data.digest == full.digest
+    assert full.validation is None
 
 
 # ---- the digits
@@ -265,6 +316,37 @@ def test_digits_options() -> None:
     for data in (other, open_data("digits")):
         plain = torch.equal(whole(data.train, 1), whole(data.train))
         assert plain == (data is other)
+    check_parts(name="digits")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation": 0.91}, r"validation must be in \[0, 0.9\], got 0.91"),
+        ({"mean": (0.5, 0.5)}, r"mean must be 1 numbers in \[0, 1\], one per .* got 0.5, 0.5"),
+        ({"mean": (125.0,)}, "mean must be .* got 125.0"),
+        ({"std": (0.0,)}, r"std must be 1 numbers in \(0, 1\], .* got 0.0"),
+        ({"std": (float("nan"),)}, "std must be .* got nan"),
+        ({"pictures": Pictures("", {}, {})}, "pictures must be those of data 'folder', not of"),
+        ({"name": "imagenet"}, "must be one of digits, .*, or MODULE:FUNCTION, got 'imagenet'"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_data(**{"name": "digits"} | options)
+
+
+def test_constants_may_be_given() -> None:
+    own, given = open_data("digits"), open_data("digits", mean=(0.5,), std=(0.25,))
+    assert (given.mean, given.std) == ((0.5,), (0.25,))
+    for part in ("train", "evaluate"):
+        x, y = (whole(getattr(data, part)) for data in (own, given))
+        assert (x * own.std[0] + own.mean[0] - (y * 0.25 + 0.5)).abs().max() < 1e-6
+    assert open_data("digits", std=(0.25,)).mean == own.mean
+    assert given.digest == own.digest
+    assert re.fullmatch("[0-9a-f]{16}", own.digest)
+    assert own.digest != open_data("digits", evaluate="val").digest
+    assert (own.facts, own.validation) == ({}, None)
 
 
 # ---- CIFAR
@@ -305,8 +387,9 @@ def test_cifar(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     data = open_data(name, tmp_path)
     assert (data.classes, data.channels, data.image_size) == (2, 3, 32)
     assert data.names == ("apple", "bear")
-    means = {"cifar10": [125.3, 123.0, 113.9], "cifar100": [129.3, 124.1, 112.4]}
-    assert [value * 255 for value in data.mean] == pytest.approx(means[name])
+    # The authors' program has those of CIFAR-10 for both.
+    assert [value * 255 for value in data.mean] == pytest.approx([125.3, 123.0, 113.9])
+    assert [value * 255 for value in data.std] == pytest.approx([63.0, 62.1, 66.7])
     mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
     for part, expected in pixels.items():
         shown = whole(getattr(data, part)) * std + mean
@@ -319,6 +402,38 @@ def test_cifar(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     last = open_data(name, str(tmp_path), channels_last=True)
     assert torch.equal(whole(last.train, 1), whole(data.train, 1))
     assert len(open_data(name, tmp_path, fraction=0.01).train) == 2
+    check_parts(name=name, root=tmp_path) if name == "cifar10" else None
+    assert data.facts == {}
+    given = open_data(name, tmp_path, mean=(0.5,) * 3)
+    assert (given.mean, given.std) == ((0.5,) * 3, data.std)
+
+
+@needs_torchvision
+def test_cifar_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = write_cifar(tmp_path, "cifar10", monkeypatch)
+    digest = open_data("cifar10", tmp_path).digest
+    good = {"data": np.zeros((3, 3072), np.uint8), "labels": [1, 0, 1]}
+    for file in ("test_batch", "data_batch_2"):
+        (folder / file).write_bytes(pickle.dumps(good))
+    data = open_data("cifar10", tmp_path, download=True)  # nothing is missing
+    assert data.facts == {"cifar10": "not the published files: data_batch_2, test_batch"}
+    assert [len(data.train), len(data.evaluate)] == [19, 3]
+    assert data.digest != digest
+    good["data"][0] = 1  # only pixels
+    (folder / "test_batch").write_bytes(pickle.dumps(good))
+    assert open_data("cifar10", tmp_path).digest != data.digest
+    for content, message in (
+        (good | {"labels": [0, 1]}, "test has 3 images, and not a whole label for each"),
+        (good | {"labels": [0, 1, 0.5]}, "not a whole label for each"),
+        (good | {"labels": [0, 1, 2]}, r"labels that are not in \[0, 2\)"),
+        (good | {"labels": [0, 1, -1]}, r"labels that are not in \[0, 2\)"),
+        (good | {"data": np.zeros((3, 3072))}, "pixels .* torch.float64, not "),
+        (good | {"data": np.zeros((3, 1024), np.uint8)}, "test has 1 images"),
+        ({"pixels": good["data"]}, "KeyError: 'data'"),
+    ):
+        (folder / "test_batch").write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=f"damaged, or not as .*{message}.* test_batch.*dele"):
+            open_data("cifar10", tmp_path)
 
 
 @needs_torchvision
@@ -366,16 +481,34 @@ def test_folder(tmp_path: Path) -> None:
     assert x.is_contiguous(memory_format=torch.channels_last)
     plain = open_data("folder", tmp_path, image_size=12, augment=False)
     assert torch.equal(whole(plain.train, 1), whole(plain.train))
-    (tmp_path / "val" / "bee" / "0.png").unlink()
+    check_parts(name="folder", root=tmp_path, image_size=12)
+    other = open_data("folder", tmp_path, image_size=12, mean=(0.5,) * 3, std=(0.5,) * 3)
+    shown = [whole(d.evaluate) * d.std[0] + d.mean[0] for d in (data, other)]
+    assert (shown[0] - shown[1])[:, 0].abs().max() < 1e-6
+    # Hidden classes, folders and files are none.
+    hidden = (".ipynb_checkpoints", "bee/.ipynb_checkpoints", "bee")
+    for place, name in zip(hidden, ("0.png", "0.png", ".0.png"), strict=True):
+        for part in ("train", "val"):
+            (tmp_path / part / place).mkdir(exist_ok=True)
+            picture = (tmp_path / part / "ant" / "0.png").read_bytes()
+            (tmp_path / part / place / name).write_bytes(picture)
+    seen = open_data("folder", tmp_path)
+    assert (seen.names, seen.digest, len(seen.evaluate)) == (data.names, data.digest, 6)
+    (tmp_path / "val" / "bee" / "0.png").rename(tmp_path / "val" / "bee" / "9.png")
+    assert open_data("folder", tmp_path).digest != data.digest
+    assert (data.facts, data.own) == ({}, False)
+    (tmp_path / "val" / "bee" / "9.png").rename(tmp_path / "val" / "bee" / "9.GIF")
+    (tmp_path / "val" / "ant" / "noname").touch()
+    assert open_data("folder", tmp_path).facts == {"not_read": {".gif": 1, "no suffix": 1}}
     (tmp_path / "val" / "bee" / "1.png").unlink()
-    with pytest.raises(FileNotFoundError, match="bee"):
+    message = f"no pictures .* {tmp_path}/val of bee; files that are not read: 1 .gif, 1 no suffix"
+    with pytest.raises(FileNotFoundError, match=message):
         open_data("folder", tmp_path)
 
 
 @needs_torchvision
 @pytest.mark.parametrize("size", [12, 30])
 def test_folder_pictures_are_torchvisions(size: int, tmp_path: Path) -> None:
-    from PIL import Image
     from torchvision.transforms import functional as tv
 
     paths = write_pictures(tmp_path, "train", ("a", "b"), 3)
@@ -384,14 +517,14 @@ def test_folder_pictures_are_torchvisions(size: int, tmp_path: Path) -> None:
         picture = Image.open(path)
         short = round(size * 256 / 224)
         expected = tv.center_crop(tv.resize(picture, [short]), [size, size])
-        assert np.array_equal(samples._pictures[i, None].numpy(), np.array(expected))
+        assert np.array_equal(samples._reader[i, None].numpy(), np.array(expected))
         digest = hashlib.sha256(f"7 {i}".encode()).digest()
         g = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         (left, top, right, bottom), flip = crop_box(*picture.size, g)
         box = (top, left, bottom - top, right - left)
         expected = tv.resized_crop(picture, *box, [size, size])
         expected = tv.hflip(expected) if flip else expected
-        assert np.array_equal(samples._pictures[i, 7].numpy(), np.array(expected))
+        assert np.array_equal(samples._reader[i, 7].numpy(), np.array(expected))
 
 
 def test_crop_boxes_are_in_the_picture_and_of_the_wanted_areas() -> None:
@@ -412,17 +545,232 @@ def test_crop_boxes_are_in_the_picture_and_of_the_wanted_areas() -> None:
     assert crop_box(1, 1, g)[0] == (0, 0, 1, 1)
 
 
-def test_folder_grey_and_unreadable_pictures(tmp_path: Path) -> None:
-    from PIL import Image
+def png(depth: int, colours: int, row: bytes, transparent: bytes) -> bytes:
+    """A file of four pixels, one colour of which is transparent."""
+    header = struct.pack(">IIBBBBB", 4, 1, depth, colours, 0, 0, 0)
+    rows = zlib.compress(b"\0" + row)
+    chunks = (b"IHDR" + header, b"tRNS" + transparent, b"IDAT" + rows, b"IEND")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
+    )
 
-    Image.fromarray(np.full((9, 9), 255, dtype=np.uint8)).save(tmp_path / "grey.png")
-    (tmp_path / "bad.png").write_bytes((tmp_path / "grey.png").read_bytes()[:40])
-    paths = [str(tmp_path / name) for name in ("grey.png", "bad.png")]
-    samples = InFolder(paths, torch.zeros(2).long(), 4)
-    assert samples._pictures[0, None].eq(255).all()
-    assert samples._pictures[0, None].shape == (4, 4, 3)
-    with pytest.raises(ValueError, match=r"cannot read the picture .*bad\.png"):
-        rows(samples, [[0, 1]], None)
+
+def write_picture(path: Path, content: Any, **options: Any) -> str:
+    """A file of these bytes; or of four pixels of a mode."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        mode, pixels = content
+        picture = Image.new(mode, (4, 1))
+        picture.putdata(pixels)
+        picture.save(path, **options)
+    return str(path)
+
+
+DEEP = [0, 25700, 25829, 65535]
+WORDS = np.array(DEEP, dtype=">u2").tobytes()
+CLEAR = [(9, 9, 9, 255), (9, 9, 9, 0), (0, 0, 0, 51), (9, 9, 9, 255)]
+GREY, ALPHA = ["16-bit grayscale"], ["transparency"]
+SIX = ([5, 255, 7, 5], ALPHA)  # of 5, 6, 7, 5, where 6 is transparent
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "options", "expected", "done"),
+    [
+        ("png", ("I;16", DEEP), {}, [0, 100, 101, 255], GREY),
+        ("tif", ("I;16", DEEP), {}, [0, 100, 101, 255], GREY),
+        ("pgm", b"P5 4 1 65535\n" + WORDS, {}, [0, 100, 101, 255], GREY),
+        ("png", png(16, 0, WORDS, b"\0\0"), {}, [255, 100, 101, 255], GREY),
+        ("png", ("RGBA", CLEAR), {}, [9, 255, 204, 9], ALPHA),
+        ("webp", ("RGBA", CLEAR), {"lossless": True, "exact": True}, [9, 255, 204, 9], ALPHA),
+        ("png", ("LA", [each[2:] for each in CLEAR]), {}, [9, 255, 204, 9], ALPHA),
+        ("png", ("RGBA", [(9, 9, 9, 255)] * 4), {}, [9] * 4, []),
+        ("png", ("L", [5, 6, 7, 5]), {"transparency": 6}, *SIX),
+        ("png", ("RGB", [(v, v, v) for v in (5, 6, 7, 5)]), {"transparency": (6, 6, 6)}, *SIX),
+        ("png", ("1", [0, 255, 0, 255]), {}, [0, 255, 0, 255], []),
+        ("tif", ("CMYK", [(0, 0, 0, 55)] * 4), {}, [200] * 4, ["CMYK colours"]),
+        (
+            "png",
+            ("L", [1, 2, 3, 4]),
+            {"save_all": True, "append_images": [Image.new("L", (4, 1))]},
+            [1, 2, 3, 4],
+            ["first of several frames"],
+        ),
+        (
+            "webp",
+            ("RGB", [(5, 5, 5)] * 4),
+            {"lossless": True, "exif": b"Exif\0\0damaged"},
+            [5] * 4,
+            ["unreadable EXIF data"],
+        ),
+    ],
+)
+def test_pictures_are_decoded(
+    suffix: str, content: Any, options: Any, expected: Any, done: Any, tmp_path: Path
+) -> None:
+    path = write_picture(tmp_path / f"x.{suffix}", content, **options)
+    picture, said = decode(path)
+    assert (picture.mode, said) == ("RGB", done)
+    assert np.array_equal(np.array(picture)[0], np.array([expected] * 3).T)
+    assert decode(path, draft=True)[1] == done
+
+
+def test_a_palette_may_be_transparent(tmp_path: Path) -> None:
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([9, 9, 9, 7, 7, 7])
+    picture.putdata([0, 1])
+    picture.save(tmp_path / "x.png", transparency=bytes([255, 0]))
+    found, done = decode(str(tmp_path / "x.png"))
+    assert (np.array(found)[0, :, 0].tolist(), done) == ([9, 255], ALPHA)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "options", "message"),
+    [
+        ("tif", ("F", [0.5] * 4), {}, "mode 'F', whose colours are not known"),
+        ("tif", ("I", DEEP), {}, "does not say what white is"),
+        ("tif", ("I;16", DEEP), {"tiffinfo": {262: 0}}, "does not say what white is"),  # it is 0
+        ("tif", ("I;16", DEEP), {"tiffinfo": {339: 2}}, "does not say what white is"),  # signed
+        ("png", png(4, 0, b"\x12\x34", b"\0\2"), {}, "a transparent colour .* L;4"),
+        ("png", png(16, 2, bytes(24), bytes(6)), {}, "a transparent colour .* RGB;16B"),
+    ],
+)
+def test_pictures_of_unknown_colours_are_refused(
+    suffix: str, content: Any, options: Any, message: str, tmp_path: Path
+) -> None:
+    path = write_picture(tmp_path / f"x.{suffix}", content, **options)
+    with pytest.raises(ConfigError, match=f"cannot read the picture {path}: .*{message}"):
+        whole(InFolder([path], torch.zeros(1).long(), 4))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pictures_stand_upright(suffix: str, mode: str, tmp_path: Path) -> None:
+    upright = np.zeros((24, 16), np.uint8)
+    upright[:8, :8], upright[:8, 8:], upright[8:16, :8] = 250, 170, 90
+    half = np.rot90(upright, 2)
+    stored = [upright, upright[:, ::-1], half, upright[::-1], upright.T]
+    stored += [np.rot90(upright), half.T, np.rot90(upright, -1)]
+    for orientation, pixels in enumerate(stored, 1):
+        picture = Image.fromarray(np.ascontiguousarray(pixels)).convert(mode)
+        exif = picture.getexif()
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}.{suffix}"
+        picture.save(path, exif=exif, **({"quality": 100} if suffix == "jpg" else {}))
+        found, done = decode(str(path))
+        assert done == ["EXIF orientation"] * (orientation > 1)
+        assert np.abs(np.array(found)[..., 0].astype(int) - upright).max() < 5, orientation
+
+
+@pytest.mark.parametrize("options", [{"suffix": "png"}, {"suffix": "jpg"}, {"progressive": True}])
+def test_truncated_pictures_are_found(options: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / f"x.{options.pop('suffix', 'jpg')}"
+    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(path, **options)
+    content = path.read_bytes()
+    decode(str(path), draft=True)
+    for kept in (0, 2, 40, *(int(len(content) * part) for part in (0.3, 0.6, 0.9, 0.99))):
+        path.write_bytes(content[:kept])
+        for draft in (False, True):
+            with pytest.raises((OSError, SyntaxError)):
+                decode(str(path), draft)
+    assert reason_of(EOFError()) == "EOFError"  # never empty, which is the reason of none
+
+
+@needs_torchvision
+def test_a_folder_is_inspected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("train", "val"):
+        write_pictures(tmp_path, part, ("ant", "bee"), 3)
+    bee = tmp_path / "train" / "bee"
+    whole_file = (bee / "0.png").read_bytes()
+    Image.new("1", (20000, 10000)).save(bee / "bomb.png")
+    (bee / "cut.png").write_bytes(whole_file[:60])
+    (bee / "text.jpg").write_text("not a picture")
+    (bee / "gone.png").symlink_to(tmp_path / "nowhere")
+    write_picture(bee / "grey.png", ("I;16", DEEP))
+    write_picture(tmp_path / "val" / "ant" / "clear.png", ("RGBA", CLEAR))
+    ticks: list[int] = []
+    found = inspect(tmp_path, tick=ticks.append)
+    assert sum(ticks) == 18
+    assert found.converted == {"16-bit grayscale": 1, "transparency": 1}
+    reasons = {
+        "bomb": "200000000 pixels",
+        "cut": "truncated",
+        "gone": "No such file",
+        "text": "pict",
+    }
+    assert list(found.unreadable) == [f"train/bee/{name}" for name in
+                                      ("bomb.png", "cut.png", "gone.png", "text.jpg")]  # fmt: skip
+    for said, (name, reason) in zip(found.unreadable.values(), reasons.items(), strict=True):
+        assert reason in said, name
+        assert "\n" not in said
+    assert inspect(tmp_path, workers=2) == found
+
+    with monkeypatch.context() as patch:  # which other parts' files never are asked for
+        patch.setattr(folder, "decode", lambda path, draft: ("/val/" in path and [], []))
+        assert inspect(tmp_path, parts=("val",), tick=ticks.append).unreadable == {}
+    assert sum(ticks) == 25
+
+    known = json.loads(json.dumps(asdict(found)))
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "decode", None)
+        assert inspect(str(tmp_path), known=known) == found
+    (bee / "cut.png").write_bytes(whole_file)
+    assert list(inspect(tmp_path, known=known).unreadable) == [
+        f"train/bee/{name}" for name in ("bomb.png", "gone.png", "text.jpg")
+    ]
+
+    check_unreadable(found, tmp_path, 4)
+    message = (
+        rf"4 pictures cannot be read, allowed is 3: {bee}/bomb.png \(.*, {bee}/cut.png \(.*, "
+        rf"{bee}/gone.png \(No such file or directory\), \.\.\.; --skip-unreadable N leaves up to N"
+    )
+    with pytest.raises(ConfigError, match=message) as raised:
+        check_unreadable(found, tmp_path, 3)
+    assert "\n" not in str(raised.value)
+    data = open_data("folder", tmp_path, image_size=4, pictures=found)
+    assert [len(data.train), len(data.evaluate)] == [7, 7]
+    assert whole(data.train, 1).shape == (7, 3, 4, 4)
+    assert data.facts == {"converted": found.converted, "left_out": found.unreadable}
+    for workers in (0, 1):
+        every = open_data("folder", tmp_path, image_size=4, workers=workers)
+        with pytest.raises(
+            ConfigError, match=rf"cannot read the picture {bee}/bomb.png: .*$"
+        ) as raised:
+            whole(every.train, 1)
+        assert "\n" not in str(raised.value)
+    none = Pictures("", {}, {f"val/bee/{i}.png": "bad" for i in range(3)})
+    with pytest.raises(
+        FileNotFoundError, match=f"no pictures that can be read in {tmp_path}/val of"
+    ):
+        open_data("folder", tmp_path, pictures=none)
+
+
+@needs_torchvision
+def test_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
+    def digest(root: Path, known: Pictures | None = None) -> tuple[str, Pictures]:
+        found = inspect(root, known=known and asdict(known))
+        return open_data("folder", root, image_size=4, pictures=found).digest, found
+
+    root = tmp_path / "a"
+    for part in ("train", "val"):
+        write_pictures(root, part, ("ant", "bee"), 2)
+    picture = root / "val" / "bee" / "0.png"
+    first, found = digest(root)
+    root = root.rename(tmp_path / "b")
+    assert digest(root, found) == (first, found)
+    picture = root / "val" / "bee" / "0.png"
+    picture.touch()  # another time, the same content
+    assert digest(root, found)[0] == first
+    (root / "val" / "bee" / "bad.png").write_bytes(b"left out")
+    assert digest(root)[0] == first
+    # A byte more is seen by each machine alone; another byte by the one that reads them.
+    content = picture.read_bytes()
+    picture.write_bytes(content + b"0")
+    assert open_data("folder", root, pictures=found).digest != first
+    longer = digest(root)[0]
+    picture.write_bytes(content + b"1")
+    assert len({first, longer, digest(root)[0]}) == 3
 
 
 def test_folders_that_are_not_as_wanted(tmp_path: Path) -> None:
@@ -448,6 +796,231 @@ def test_without_torchvision(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert len(open_data("digits").train) == 997
 
 
+# ---- one's own
+
+
+class Noise(Dataset[Any]):
+    """Images that draw from every global generator; its labels count up."""
+
+    def __init__(self, count: int = 12, classes: Any = None, **more: Any) -> None:
+        self.count, self.classes, self.made = count, classes, lambda x: x
+        vars(self).update(more)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Any]:
+        x = torch.full((2, 4, 5), 10.0 * i, dtype=torch.float64)
+        x += torch.rand(()) + random.random() + np.random.rand()
+        return self.made(x), i % 3
+
+
+class One(Noise):
+    """Images of one class."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Any]:
+        return super().__getitem__(i)[0], 0
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Opens what a function returns."""
+
+    def opened(made: Any, **options: Any) -> Any:
+        def data(root: str) -> Any:
+            if isinstance(made, type) and issubclass(made, BaseException):
+                raise made("two\nlines")
+            return made(root) if callable(made) else made
+
+        monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(data=data))
+        return open_data("mine:data", "ROOT", **options)
+
+    return opened
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_own_data(workers: int, mine: Callable[..., Any]) -> None:
+    roots, drawn = [], []
+
+    def make(root: str) -> Any:
+        roots.append(root)
+        drawn.append(torch.rand(()).item())
+        return Noise(12, ["a", "b", "c"], targets=np.arange(12) % 3), Noise(4)
+
+    data = mine(make, workers=workers, channels_last=True)
+    assert (data.classes, data.channels, data.image_size) == (3, 2, 5)
+    assert (data.names, data.mean, data.std) == (("a", "b", "c"), (0.0, 0.0), (1.0, 1.0))
+    assert (data.facts, data.validation) == ({}, None)
+    check_function_of_seed_and_number(data.train)
+    assert torch.equal(whole(data.evaluate, None), whole(data.evaluate, None))
+    ((x, _, _),) = data.train.batches([torch.arange(12)], 1)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    x = whole(data.train, 1)
+    assert ((x / 10).floor().long()[:, 0, 0, 0] == torch.arange(12)).all()
+    assert (x / 10 - (x / 10).floor()).max() < 0.31
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    half = mine(make, fraction=0.5, validation=0.5, workers=workers)
+    assert [len(half.train), len(half.validation)] == [3, 3]
+    held = [part.labels.sort().values.tolist() for part in (half.train, half.validation)]
+    assert held == [[0, 1, 2]] * 2
+    items = [
+        whole(part).div(10).floor()[:, 0, 0, 0].tolist() for part in (half.train, half.validation)
+    ]
+    assert not set(items[0]) & set(items[1])
+    assert "once" in half.facts["validation"]
+    assert half.digest == data.digest
+    assert roots == ["ROOT", "ROOT"]
+    # What a function draws is the same each time, and changes no draw of others.
+    assert drawn[0] == drawn[1]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+
+
+def test_own_data_without_names(mine: Callable[..., Any]) -> None:
+    """Labels are those of the items, classes those of the labels."""
+    pair = TensorDataset(torch.zeros(6, 1, 4, 4), torch.tensor([0, 3, 1, 0, 3, 1]))
+    data = mine((pair, pair))
+    assert data.names == ("0", "1", "2", "3")
+    assert data.train.labels.tolist() == [0, 3, 1, 0, 3, 1]
+    other = TensorDataset(torch.zeros(6, 1, 4, 4), torch.tensor([0, 3, 1, 0, 1, 3]))
+    assert mine((other, pair)).digest != data.digest
+    digests = {mine(made).digest for made in (
+        (Noise(), Noise()),
+        (Noise(made=lambda x: x + 1), Noise()),
+        (Noise(), Noise(made=lambda x: x + 1)),
+        (Noise(classes=["a", "b", "c"]), Noise()),
+        (Noise(classes=["a", "c", "b"]), Noise()),
+        (Noise(), Noise(11)),
+    )}  # fmt: skip
+    assert len(digests) == 6
+    counted: list[int] = []
+    known = Noise(50, targets=list(range(3)) * 16 + [0, 1], made=lambda x: counted.append(1) or x)
+    mine((known, known))
+    assert len(counted) < 50  # of 100
+
+
+def uint8(x: Tensor) -> Tensor:
+    return x.to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (ZeroDivisionError, "data mine:data: raises ZeroDivisionError: two"),
+        (SystemExit, "data mine:data: raises SystemExit: two"),
+        (5, r"must return \(train, test\), got int"),
+        ((Noise(), Noise(), Noise()), r"must return \(train, test\), got \(Noise, Noise, Noise\)"),
+        ((DataLoader(Noise()), Noise()), "data: train must be a map-style .* got DataLoader"),
+        ((Noise(), Noise(0)), "data: test must be a map-style torch Dataset with items, got Noise"),
+        (([5], Noise()), r"train\[0\] must be \(x, label\) .* ToTensor .*; got int"),
+        ((Noise(made=uint8), Noise()), r"train\[0\] must .* got \(torch.uint8 \(2, 4, 5\), int\)"),
+        ((Noise(), Noise(made=lambda x: x / 0)), r"data: test\[0\] has NaN or inf among its"),
+        ((Noise(made=lambda x: x * 1e300), Noise()), r"train\[0\] has NaN or inf"),
+        ((One(), One()), "mine:data': .* at least two classes, all are of '0'"),
+        ((Noise(made=str), Noise()), r"got \(str, int\)"),
+        ((Noise(made=torch.sum), Noise()), r"got \(torch.float64 \(\), int\)"),
+        (([(torch.zeros(1, 2, 2), True)], Noise()), r"got \(torch.float32 \(1, 2, 2\), bool\)"),
+        (([(torch.zeros(1, 2, 2), 0.5)], Noise()), r"got \(torch.float32 \(1, 2, 2\), float\)"),
+        (
+            (Noise(made=lambda x: x / 0 if 0 else {}["key"]), Noise()),
+            r"\[0\] raises KeyError: 'key'",
+        ),
+        ((Noise(), Noise(made=lambda x: x[:1])), r"test\[0\] must .*\(2, 4, 5\).* got \(1, 4, 5\)"),
+        ((Noise(targets=[2] * 12), Noise()), r"train\[0\] must .* label 2, .* got .* and 0"),
+        ((Noise(3, targets=[0, 1, -1]), Noise()), r"train\[2\] must .* label -1"),
+        (
+            (Noise(classes=["a", "b"]), Noise()),
+            "train must have labels from 0 to 1, .*; got 0 to 2",
+        ),
+        (
+            (Noise(2), Noise()),
+            "test must have labels from 0 to 1, the classes of train; got 0 to 2",
+        ),
+        (
+            (Noise(made=lambda x: x + np.random.default_rng().random()), Noise()),
+            r"train\[0\] differs from itself",
+        ),
+    ],
+)
+def test_own_data_that_are_none(made: Any, message: str, mine: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        mine(made)
+    assert "mine:data" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (lambda x: x[:, :3], r"must .*\(2, 3, 5\) and 2"),
+        (lambda x: {}[1], "raises KeyError: 1"),
+        (lambda x: x * torch.nan, "has NaN or inf among its values"),
+    ],
+)
+def test_a_wrong_item_ends_the_epoch(last: Any, message: str, mine: Callable[..., Any]) -> None:
+    train = Noise(12, made=lambda x: last(x) if x.max() > 110 else x, targets=[*range(3)] * 4)
+    with pytest.raises(ConfigError, match=rf"^data mine:data: train\[11\] {message}$"):
+        whole(mine((train, Noise()), workers=1).train)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 4}, "image_size must not be given for 'mine:data', .*; got 4"),
+        ({"mean": (0.5, 0.5)}, "mean must not"),
+        ({"std": (0.5, 0.5)}, "std must not"),
+        ({"augment": False}, "augment must not"),
+        ({"evaluate": "val"}, "evaluate must be 'test'"),
+    ],
+)
+def test_own_data_decide_themselves(
+    options: dict[str, Any], message: str, mine: Callable[..., Any]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        mine((Noise(), Noise()), **options)
+
+
+def test_own_data_that_cannot_go_to_workers(
+    mine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own.multiprocessing, "get_start_method", lambda: "spawn")
+    with pytest.raises(ConfigError, match=r"mine:data: train cannot be sent to workers .*lambda"):
+        mine((Noise(), Noise()), workers=1)
+    mine((Noise(), Noise()))
+
+
+def test_own_modules_are_those_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    script = "import sys\nsys.exit('usage:')"
+    for name, content in {"broken": "1 / 0", "script": script, "data": "data = 5"}.items():
+        Path(f"my_{name}.py").write_text(content)
+    for name, message in (
+        ("my_absent:data", "data: 'my_absent:data' cannot be imported: ModuleNotFoundError: No"),
+        ("my_broken:data", "cannot be imported: ZeroDivisionError"),
+        ("my_script:data", "cannot be imported: SystemExit: usage"),
+        ("my_data:test", "module 'my_data' has no attribute 'test'"),
+        ("my_data:data", "data: 'my_data:data' must be a function, got int"),
+        (":data", "cannot be imported: ValueError"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_data(name)
+    assert sys.path[-1] == str(tmp_path)
+
+
+def test_the_example_of_own_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    data = open_data("examples.own:data", "", validation=0.1)
+    assert (data.classes, data.channels, data.image_size) == (10, 1, 16)
+    assert data.validation is not None
+    assert [len(data.train), len(data.validation), len(data.evaluate)] == [1167, 130, 500]
+    assert torch.equal(whole(data.evaluate, 1), whole(data.evaluate, 2))
+    assert not torch.equal(whole(data.train, 1), whole(data.train, 2))
+
+
 # ---- the program on them
 
 
@@ -459,13 +1032,13 @@ def test_a_folder_trains_torchvisions_networks(tmp_path: Path) -> None:
     config = resolve(
         {"preset": "imagenet-resnet18-from-34", "root": str(tmp_path), "epochs": 1}
         | {"student": "mobilenet_v3_small", "teacher": "resnet-18", "image_size": 64}
-        | {"batch_size": 8, "workers": 1, "speed": "exact", "threads": 1}
+        | {"batch_size": 8, "workers": 1, "speed": "exact", "threads": 1, "teacher_from": ""}
     )
     (tmp_path / "run").mkdir()
     experiment = Experiment(config, tmp_path / "run")
     assert [pair.teacher for pair in experiment.pairs][-1] == "layer4"
     result = experiment.run()
     (curve,) = result.students["at"]
-    assert curve.last("step") == 2
-    assert curve.last("transfer") > 0
+    assert curve.chosen["step"] == 2
+    assert curve.chosen["transfer"] > 0
     assert result.teacher is not None

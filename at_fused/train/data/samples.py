@@ -1,4 +1,4 @@
-"""Labelled pictures in batches; and pictures in memory, cut out on the device that they are on.
+"""Labelled pictures in batches: in memory, cut out on the device they are on, or read one by one.
 
 Shapes: N samples, B of them in a batch, C channels, H x W pixels.
 """
@@ -6,12 +6,17 @@ Shapes: N samples, B of them in a batch, C channels, H x W pixels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from at_fused.train.rules import ConfigError
 
 FRACTION_SEED = 0  # no option: what part of the data was seen belongs to the experiment
 
@@ -51,7 +56,7 @@ class Samples(Protocol):
 class Data:
     """A data set: samples to train with, samples to report on, and what they show.
 
-    A picture's pixels, in [0, 1], are x * std + mean.
+    A picture's pixels, in [0, 1], are x * std + mean. ``image_size`` is its width.
     """
 
     classes: int
@@ -62,13 +67,45 @@ class Data:
     evaluate: Samples
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    validation: Samples | None = None
+    """Training samples that were set apart to choose by, without augmentation."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Remarks for a report, as JSON takes them: what was converted, left out, and such."""
+    digest: str = ""
+    """16 hexadecimal digits of what identifies the data set, whatever part of it is used.
+
+    Of the labels, the names of the classes, and the content: pixels in memory, the bytes of a
+    folder's files (if :func:`inspect` read them), the first items of one's own data.
+    """
+    own: bool = False
+    """True: a function made the images, and how they were normalised is not known."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A data set before a part of it is taken; the rest is as in :class:`Data`.
+
+    labels: (N,) int64, of all training samples.
+    part: those of these numbers, augmented or not.
+    identity: what tells the data set from another one with the same labels.
+    """
+
+    names: tuple[str, ...]
+    image_size: int
+    labels: Tensor
+    part: Callable[[Tensor, bool], Samples]
+    evaluate: Samples
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    facts: dict[str, Any]
+    identity: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True)
 class Pixels:
     """A data set as it was read: pictures (N, H, W, C) uint8 with labels (N,), and what suits it.
 
-    pad, flip: the augmentation, as in :class:`InMemory`.
+    pad, flip: the augmentation, as in :class:`InMemory`. facts: as in :class:`Data`.
     """
 
     names: tuple[str, ...]
@@ -78,6 +115,7 @@ class Pixels:
     std: tuple[float, ...]
     pad: int
     flip: bool
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Standardise:
@@ -111,7 +149,7 @@ class Standardise:
 
 
 def _reflected(size: int, pad: int) -> Tensor:
-    """Where pixels -pad ... size + pad - 1 of a line are found: (size + 2 pad,) in [0, size)."""
+    """Find pixels -pad ... size + pad - 1 of a line: (size + 2 pad,) in [0, size)."""
     at = torch.arange(-pad, size + pad).abs()
     return torch.where(at < size, at, 2 * (size - 1) - at)
 
@@ -206,18 +244,150 @@ class InMemory:
             yield self._standardise(x), y.to(device), index
 
 
-def stratified(labels: Tensor, fraction: float) -> Tensor:
-    """Numbers, in order, of this part of every class: at least one sample, the same every time.
+def as_labels(given: object, count: int) -> Tensor | None:
+    """(count,) int64 of so many whole numbers; None of anything else."""
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    return found.cpu().long() if whole and found.shape == (count,) else None
 
-    A smaller fraction's samples are among those of a larger one.
+
+class Reader(Protocol):
+    """N pictures by (sample number, seed of the augmentation): without state, for the workers."""
+
+    def __getitem__(self, key: tuple[int, int | None]) -> Tensor | str:
+        """A tensor; or, in a line, why there is none."""
+        ...
+
+    def subset(self, index: Tensor) -> Reader:
+        """These pictures, numbered anew from 0."""
+        ...
+
+
+def usable(workers: int) -> int:
+    """So many worker processes, but no more than the CPUs that this process may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(workers, cpus or 1)
+
+
+def seed_of(seed: int | None, number: int) -> int:
+    """The seed of one sample's augmentation.
+
+    A hash, because torch's generator uses 32 bits of its seed: all of both numbers count.
     """
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def stacked(items: list[Tensor | str]) -> Tensor | str:
+    """A batch of what a :class:`Reader` has; the first reason why there is none."""
+    for item in items:
+        if isinstance(item, str):
+            return item
+    return torch.stack(cast("list[Tensor]", items))
+
+
+class OnDemand:
+    """Samples that are read when they are needed.
+
+    Args:
+        reader: has the N pictures.
+        labels: (N,) int64.
+        finish: makes x (B, C, H, W) float32 of the pictures of a batch, on the device.
+        augment: False: no augmentation, whatever the seed.
+        device: of the batches.
+        workers: processes that read, at most one for each CPU; 0: this one does.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        labels: Tensor,
+        finish: Callable[[Tensor], Tensor],
+        augment: bool,
+        device: torch.device | str,
+        workers: int,
+    ) -> None:
+        self.labels = labels
+        self._reader, self._finish = reader, finish
+        self._augment, self._workers = augment, usable(workers)
+        self._device = torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: Tensor) -> OnDemand:
+        """These samples, numbered anew from 0: their augmentation becomes another."""
+        part = copy.copy(self)
+        part.labels = self.labels[index]
+        part._reader = self._reader.subset(index)
+        return part
+
+    def batches(
+        self, chunks: Sequence[Tensor], seed: int | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """See :class:`Samples`.
+
+        Raises:
+            ConfigError: a picture cannot be read; names it.
+        """
+        if not self._augment:
+            seed = None
+        loader: DataLoader[Tensor] = DataLoader(
+            cast("Dataset[Tensor]", self._reader),
+            batch_sampler=[[(i, seed) for i in chunk.tolist()] for chunk in chunks],
+            collate_fn=stacked,
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            # Its own, or it would draw the workers' seeds from the global one.
+            generator=torch.Generator(),
+        )
+        for index, x in zip(chunks, loader, strict=True):
+            if isinstance(x, str):  # not raised in a worker, whose traceback would come with it
+                raise ConfigError(x)
+            x = self._finish(x.to(self._device, non_blocking=True))
+            yield x, self.labels[index].to(self._device), index
+
+
+def _of_each_class(labels: Tensor, count: Callable[[int], int]) -> Tensor:
+    """Numbers, in order, of `count(n)` of the n samples of every class, the same every time."""
     g = torch.Generator().manual_seed(FRACTION_SEED)
     kept = []
     for c in torch.unique(labels):
         own = (labels == c).nonzero()[:, 0]
         shuffled = own[torch.randperm(len(own), generator=g)]
-        kept.append(shuffled[: max(1, round(fraction * len(own)))])
+        kept.append(shuffled[: count(len(own))])
     return torch.cat(kept).sort().values
+
+
+def stratified(labels: Tensor, fraction: float) -> Tensor:
+    """Numbers, in order, of this part of every class: at least one sample, the same every time.
+
+    A smaller fraction's samples are among those of a larger one.
+    """
+    return _of_each_class(labels, lambda n: max(1, round(fraction * n)))
+
+
+def set_apart(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Numbers, in order, to train with and to validate with, the same every time.
+
+    The latter are this share of every class; each class has at least one of both.
+
+    Raises:
+        ValueError: a class has but one sample.
+    """
+    alone = torch.unique(labels)[torch.unique(labels, return_counts=True)[1] == 1]
+    if len(alone):
+        raise ValueError(
+            f"validation must be 0 where a class has one training image, got {share}: it takes one "
+            f"of each, and classes {', '.join(map(str, alone.tolist()[:5]))} have no other"
+        )
+    kept = _of_each_class(labels, lambda n: min(n - 1, max(1, n - round(share * n))))
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[kept] = False
+    return kept, rest.nonzero()[:, 0]
 
 
 def few_labels(labels: Tensor, candidates: Tensor, count: int, seed: int) -> Tensor:
