@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,12 +83,125 @@ def test_unknown_networks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ("resnet-19", 3, r"student: got 'resnet-19', allowed is wrn-DEPTH"),
         ("mobilenet_v7", 3, "did you mean mobilenet_v2"),
         ("resnet-18", 1, "takes images of 3 channels, these have 1"),
+        ("resnet-50-paper", 3, "allowed is .*MODULE:FUNCTION; did you mean resnet-18-paper"),
     ):
         with pytest.raises(ConfigError, match=message):
             build(name, 10, channels, "student")
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ConfigError, match=r"needs torchvision.*at_fused\[train\]"):
         build("resnet-18", 10, 3)
+
+
+@pytest.mark.parametrize("name", ["resnet-18", "resnet-34"])
+@needs_torchvision
+def test_the_authors_shortcuts_have_no_norm(name: str) -> None:
+    plain, paper = build(name, 10, 3), build(f"{name}-paper", 10, 3)
+    shortcuts = [f"layer{i}.0.downsample" for i in (2, 3, 4)]
+    for path in shortcuts:
+        conv, _ = plain.get_submodule(path)
+        assert repr(paper.get_submodule(path)) == repr(conv)
+    # Nothing else differs.
+    others = [{k for k in m.state_dict() if "downsample" not in k} for m in (plain, paper)]
+    assert others[0] == others[1]
+    assert paper(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "name", ["wrn-16-2", pytest.param("resnet-18-paper", marks=needs_torchvision)]
+)
+def test_the_authors_first_weights(name: str) -> None:
+    """As utils.py of their program has them; torch's where nothing else is asked for."""
+    torch.manual_seed(0)
+    paper, plain = build(name, 100, 3, init="paper"), build(name, 100, 3)
+    found = [m for m in paper.modules() if isinstance(m, nn.BatchNorm2d)]
+    weights = torch.cat([m.weight for m in found])
+    # Uniform in [0, 1]: its mean, its variance, its ends.
+    slack = 4 / math.sqrt(len(weights))
+    assert weights.mean().item() == pytest.approx(1 / 2, abs=slack / math.sqrt(12))
+    assert weights.var().item() == pytest.approx(1 / 12, abs=slack * 0.075)
+    assert 0 <= weights.min() < 0.02
+    assert 0.98 < weights.max() <= 1
+    assert all(not m.bias.any() and (m.momentum, m.eps) == (0.1, 1e-5) for m in found)
+    assert all((m.weight == 1).all() for m in plain.modules() if isinstance(m, nn.BatchNorm2d))
+    layers = [m for m in paper.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for m in layers:
+        w = m.weight.detach()
+        # He's: normal, of variance 2 / fan_in.
+        wanted, n = math.sqrt(2 / w[0].numel()), w.numel()
+        assert w.std().item() == pytest.approx(wanted, rel=4 / math.sqrt(2 * n))
+        assert abs(w.mean().item()) < 4 * wanted / math.sqrt(n)
+        if n > 4000:
+            assert (w.abs() > 2 * wanted).double().mean().item() == pytest.approx(0.0455, abs=0.014)
+    assert isinstance(layers[-1], nn.Linear)
+    assert not layers[-1].bias.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param("torchvision.models:resnet18", "ResNet", marks=needs_torchvision),
+        ("timm.models:resnet10t", "ResNet"),
+        ("own_networks:Tiny.of", "Tiny"),
+        ("own_networks:Tiny", "Tiny"),
+    ],
+)
+def test_a_network_by_its_import_path(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    own_networks(tmp_path, monkeypatch)
+    model = build(name, 7, 3)
+    assert type(model).__name__ == kind
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "none_of_it:net",
+            "student: 'none_of_it:net' cannot be imported: ModuleNotFoundError: No mod",
+        ),
+        ("own_networks:nett", "AttributeError: module 'own_networks' has no attribute 'nett'"),
+        ("own_networks:", "'own_networks:' cannot be imported: AttributeError"),
+        (":net", "':net' cannot be imported: ValueError: Empty module name"),
+        ("own_stops:net", "'own_stops:net' cannot be imported: SystemExit: 3"),
+        ("own_networks:sizes", "'own_networks:sizes' must be a function, got list"),
+        ("own_networks:raises", r"raises\(num_classes=7\) raises KeyError: 'x'"),
+        (
+            "own_networks:plain",
+            r"plain\(num_classes=7\) raises TypeError: plain\(\) got an unexpected",
+        ),
+        ("own_networks:dict", r"must return a torch.nn.Module, got dict"),
+    ],
+)
+def test_a_wrong_import_path_is_one_clear_error(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_networks(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=message) as error:
+        build(name, 7, 3, "student")
+    assert "\n" not in str(error.value)
+
+
+def own_networks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's modules in the working folder, which nothing but the program puts on the path."""
+    folder.joinpath("own_networks.py").write_text(
+        "import builtins\nfrom torch import nn\nsizes, dict = [1], builtins.dict\n"
+        "class Tiny(nn.Sequential):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(4, num_classes))\n"
+        "    of = classmethod(lambda cls, num_classes: cls(num_classes))\n"
+        "def raises(num_classes): return {}['x']\n"
+        "def plain(): pass\n"
+    )
+    folder.joinpath("own_stops.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("own_networks", "own_stops"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 # ---- BatchNorm within the convolutions
@@ -163,7 +278,7 @@ def test_what_cannot_be_folded_is_left() -> None:
             return y + self.m(y)
 
     class Branching(nn.Module):
-        """What torch.fx cannot read."""
+        """A network that torch.fx cannot read."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import itertools
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_FORMAT = 1
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing guards a folder
+    fcntl = None  # type: ignore[assignment]
+
+_FORMAT = 2
 _NAME = re.compile(r"step-(\d+)\.pt")
+SHA256 = 32  # bytes, at the end of a file
 
 
 class CheckpointError(RuntimeError):
     """A file that cannot be gone on from, or that could not be written."""
+
+
+class DamagedError(CheckpointError):
+    """A file that cannot be read."""
 
 
 def write(path: Path, content: bytes) -> None:
@@ -48,25 +62,50 @@ def save(path: Path, what: str, state: Mapping[str, Any]) -> None:
     """Writes a state, tensors in plain containers, that ``load`` reads back."""
     found = io.BytesIO()
     torch.save({"format": _FORMAT, "what": what, **state}, found)
-    write(path, found.getvalue())
+    write(path, _sealed(found.getvalue()))
+
+
+def _sealed(archive: bytes) -> bytes:
+    # The digest is the zip archive's comment, which torch.load passes over.
+    digest = hashlib.sha256(archive).digest()
+    return archive[:-2] + SHA256.to_bytes(2, "little") + digest
+
+
+def verify(path: Path) -> bytes:
+    """Return the content of a file that ``save`` wrote, its sha256 found right.
+
+    Torch looks at no checksum, and the CRC-32s of a zip archive leave out its directory, one bit of
+    which makes torch.load return other weights.
+
+    Raises:
+        CheckpointError: the file cannot be read, is damaged, or is of another program.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{path}: {error.strerror}") from error
+    if _sealed(content[: -2 - SHA256] + bytes(2)) != content:
+        raise DamagedError(
+            f"{path}: truncated, damaged, or no file of at-fused-train (its sha256 is not right)"
+        )
+    return content
 
 
 def load(path: Path, what: str) -> dict[str, Any]:
     """The state of a file that ``save`` wrote for the same ``what``.
 
     Raises:
-        CheckpointError: it is truncated, of another program, or something else.
+        CheckpointError: it is truncated, damaged, of another program, or something else.
     """
+    content = io.BytesIO(verify(path))
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # Foreign bytes raise a dozen kinds of errors in torch.load.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path}: truncated, or no file of at-fused-train ({reason})") from (
-            error
-        )
+        state = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # its text would be torch's advice to trust the file
+        raise DamagedError(
+            f"{path}: holds other than tensors and plain values ({type(error).__name__})"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT or "what" not in state:
-        raise CheckpointError(f"{path}: no file of at-fused-train")
+        raise DamagedError(f"{path}: no file of this version of at-fused-train")
     if state["what"] != what:
         raise CheckpointError(f"{path}: is {state['what']}, wanted is {what}")
     return state
@@ -85,18 +124,81 @@ def save_step(folder: Path, step: int, what: str, state: Mapping[str, Any], keep
         path.unlink(missing_ok=True)
 
 
-def newest(folder: Path) -> Path | None:
+def last(folder: Path) -> Path | None:
     """The last checkpoint of a folder."""
     found = _all(folder)
     return found[-1][1] if found else None
 
 
-def clear(folder: Path) -> None:
-    """Takes a folder of checkpoints away, once what they led to is saved."""
-    for _, path in _all(folder):
+def newest(
+    folder: Path, what: str, log: Callable[[str], object]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint of a folder that can be read, and its state; logs those that cannot.
+
+    Raises:
+        CheckpointError: none of them can be, or the last is another's.
+    """
+    damaged = []
+    for _, path in reversed(_all(folder)):
+        try:
+            state = load(path, what)
+        except DamagedError as error:
+            damaged.append(f"{error}")
+            continue
+        for line in damaged:
+            log(f"{line}; going on from {path.name}")
+        return path, state
+    if damaged:
+        raise CheckpointError(
+            f"{damaged[0]}, nor is there another that can be read; delete {folder} to train from "
+            "the start"
+        )
+    return None
+
+
+def tidy(folder: Path) -> None:
+    """Leaves only the last checkpoint, from which more epochs may go on."""
+    for _, path in _all(folder)[:-1]:
         path.unlink(missing_ok=True)
     for path in folder.glob("*.tmp-*"):  # of a process that was killed
         path.unlink(missing_ok=True)
-    for empty in (folder, folder.parent):
-        if empty.is_dir() and not any(empty.iterdir()):
-            empty.rmdir()
+
+
+@contextmanager
+def claimed(folder: Path | None, fresh: bool) -> Iterator[Path]:
+    """Makes a run's folder, or a new runs/DATE-TIME, and holds it against other programs.
+
+    Raises:
+        CheckpointError: another holds it, or it has files and was to be new.
+    """
+    if folder is None:
+        folder = _dated()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as held:
+        if fcntl is not None:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{folder}: another at-fused-train is at work there; wait for its end, or "
+                    "choose another folder (--out)"
+                ) from None
+        if fresh and [path for path in folder.iterdir() if path.name != ".lock"]:
+            raise CheckpointError(
+                f"{folder}: already holds files; choose a new or an empty folder (--out), or "
+                "--resume to go on there"
+            )
+        yield folder
+
+
+def _dated() -> Path:
+    name = time.strftime("%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        folder.parent.mkdir(exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
