@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 import at_fused
 from at_fused import _inputs, _ops, _options, _problem
 from at_fused.backends import override
+from at_fused.train.wrn import WRN
 
 ROOT = Path(__file__).parents[1]
 PAGES = ast.literal_eval(
@@ -218,6 +219,7 @@ def before(page: Path) -> dict[str, Any]:
     names |= {"labels": labels, "logits": torch.randn(4, 10), "beta": 1e3}
     names |= {"student_features": [torch.randn(4, 8, 4, 4, requires_grad=True)]}
     names |= {"teacher_features": [torch.randn(4, 16, 4, 4)], "loader": [(images, labels)]}
+    names |= {"wrn_16_1": WRN(16, 1), "wrn_16_2": WRN(16, 2), "torch": torch}
     return names | {"cross_entropy": cross_entropy}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import numpy as np
 import outside
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from train_runs import metrics, run, same, small, weights
 
 from at_fused.train import memory
+from at_fused.train.checkpoints import CheckpointError
 from at_fused.train.config import from_toml, resolve, to_toml
-from at_fused.train.data import open_data
+from at_fused.train.data import Samples, open_data
 from at_fused.train.experiment import Experiment, Result
-from at_fused.train.loop import Curve
-from at_fused.train.report import paired_difference, table_of
+from at_fused.train.loop import Curve, Trainer, accuracy
+from at_fused.train.main import duration
+from at_fused.train.networks import build
+from at_fused.train.report import notes, paired_difference, searched, table_of
 from at_fused.train.saved import load_network
 
 METHODS = ("none", "at", "kd", "at+kd")
@@ -38,7 +43,6 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     words = ["-m", "at_fused.train", "--config", str(file), "--out", str(out)]
     done = outside.run(out.parent, *words)
     assert done.returncode == 0, done.stderr
-    # Nothing but the table is said where there is no terminal.
     assert done.stderr == ""
     assert f"everything is in {out}" in done.stdout
     return out, done.stdout
@@ -56,7 +60,11 @@ def last(lines: list[dict[str, Any]], name: str) -> dict[str, Any]:
 def test_run_writes_its_files(quick: tuple[Path, str]) -> None:
     out, _ = quick
     students = {f"student_{m}-seed{s}.pt" for m in METHODS for s in range(2)}
-    assert {p.name for p in out.iterdir()} == {*FILES, "teacher.pt", "tensorboard", *students}
+    more = {".lock", "checkpoints", "teacher.pt", "tensorboard"}
+    assert {p.name for p in out.iterdir()} == {*FILES, *more, *students}
+    states = {p.parent.name: p.name for p in out.glob("checkpoints/*/*")}
+    assert len(states) == len(students) + 1
+    assert states["at-seed0"] == "step-00000100.pt"
     facts = json.loads((out / "run.json").read_text())
     assert facts["torch"] == torch.__version__
     assert facts["layers"] == [[f"groups.{i}"] * 2 for i in range(3)]
@@ -94,7 +102,11 @@ def test_metrics_are_complete_and_plausible(lines: list[dict[str, Any]]) -> None
         # Chance is 10 %; a student of a few labels must neither fail nor cheat.
         assert 20 < points[-1]["accuracy"] < teacher + 1
         assert points[-1]["ce"] < points[0]["ce"]
-        assert (points[-1]["transfer"] > 0) == (points[-1]["method"] != "none")
+        point = points[-1]
+        assert (point["transfer"] > 0) == (point["method"] in ("at", "at+kd"))
+        assert (point["kd"] > 0) == (point["method"] in ("kd", "at+kd"))
+        base = point["kd"] if point["kd"] else point["ce"]
+        assert point["loss"] == pytest.approx(base + point["transfer"], rel=1e-6)
         assert points[0]["loss"] > points[-1]["loss"]
         assert points[0]["lr"] > points[-1]["lr"]
         assert points[0]["ms"] > 0
@@ -111,7 +123,10 @@ def test_the_table_says_what_the_metrics_say(
     # d = 2, 1, 0, 5: mean 2, std 2.1602; t(0.975, 3) = 3.1824.
     mean, half = paired_difference(np.array([3.0, 5, 4, 8]), np.array([1.0, 4, 4, 3]))
     assert (mean, half) == pytest.approx((2.0, 3.1824 * 2.1602 / 2), rel=1e-4)
-    assert "shortened, 100 of 140 epochs: no figures of the preset digits-quick" in quick[1]
+    assert (
+        "not comparable with the preset digits-quick: 100 of 140 epochs, its own image_size, "
+        "labels, lr" in quick[1]
+    )
     for method, title in titles.items():
         row = re.search(rf"^{title}  +(.*)$", quick[1], re.MULTILINE)
         assert row
@@ -119,8 +134,10 @@ def test_the_table_says_what_the_metrics_say(
         assert mean == pytest.approx(accuracy[method].mean(), abs=0.006)
         assert std == pytest.approx(accuracy[method].std(ddof=1), abs=0.006)
         if method != "none":
-            mean, half = paired_difference(accuracy[method], accuracy["none"])
-            assert f"{mean:+.2f} +- {half:.2f}" in row[1]
+            mean, _ = paired_difference(accuracy[method], accuracy["none"])
+            # Two seeds have no interval worth the name.
+            assert f" {mean:+.2f}  " in row[1]
+            assert "+-" not in row[1]
     # The same in the report.
     assert f"| {accuracy['at'].mean():.2f} |" in (quick[0] / "report.md").read_text()
 
@@ -139,23 +156,88 @@ def test_tensorboard_has_the_curves(quick: tuple[Path, str], lines: list[dict[st
 # ---- the parts of a report
 
 
-def test_a_presets_table_has_the_published_error_beside_the_obtained() -> None:
+def test_a_presets_table_has_the_published_error_beside_the_median() -> None:
     def curve(accuracy: float, **more: float) -> Curve:
         return Curve([{"step": 1, "accuracy": accuracy, "ms": 2.0, **more}], 3_000_000)
 
-    config = resolve({"preset": "cifar-wrn-16-1-from-16-2", "compare": ("none", "at"), "seeds": 2})
-    students = {"none": [curve(91.0), curve(92.0)], "at": [curve(92.0), curve(92.5)]}
+    config = resolve({"preset": "cifar-wrn-16-1-from-16-2", "compare": ("none", "at"), "seeds": 3})
+    students = {
+        "none": [curve(91.0), curve(92.0), curve(91.3)],
+        "at": [curve(92.0), curve(94.0), curve(92.1)],
+    }
     head, teacher, none, at = table_of(Result((93.5, 99.0), students), config)
-    assert head[-4:] == ["test error", "published", "ms/step", "MB/step"]
+    assert head[-4:] == ["median error", "published", "ms/step", "MB/step"]
     assert teacher == ["teacher", "93.50", "", "", "6.50", "6.31", "", ""]
-    assert none == ["student alone", "91.50", "0.71", "", "8.50", "8.77", "2.0", "3.0"]
-    assert at[4:6] == ["7.75", "7.93"]
+    assert none == ["student alone", "91.43", "0.51", "", "8.70", "8.77", "2.0", "3.0"]
+    # d = 1, 2, 0.8: mean 1.2667, std 0.6429; t(0.975, 2) = 4.3027.
+    assert at[3:6] == ["+1.27 +- 1.60", "7.90", "7.93"]
+    # Other networks are not the paper's.
+    assert (
+        "published"
+        not in table_of(
+            Result(None, students), resolve({"data": "cifar10", "student": "wrn-10-1", "seeds": 3})
+        )[0]
+    )
 
     config = resolve({"preset": "imagenet-resnet18-from-34"})
     students = {"none": [curve(69.0, top5=88.0)], "at": [curve(70.0, top5=89.5)]}
     _, teacher, none, _ = table_of(Result((73.0, 91.0), students), config)
     assert teacher[1:5] == ["73.00", "91.00", "27.00 / 9.00", ""]
     assert none[3:5] == ["31.00 / 12.00", "30.40 / 10.80"]
+
+
+def test_a_run_says_what_it_is_about_to_do_and_then_each_evaluation(
+    quick: tuple[Path, str], lines: list[dict[str, Any]]
+) -> None:
+    """Without a terminal, as in a batch job."""
+    out, said = quick
+    for line in (
+        f"folder    {out}",
+        "data      digits: 997 images to train with, 500 to report on; 10 classes, 1x8x8",
+        "teacher   wrn-10-2, 303,418 parameters",
+        "student   wrn-10-1-b8, 19,714 parameters; sees 50 labelled images",
+        "layers    groups.0:groups.0, groups.1:groups.1, groups.2:groups.2",
+        "training  batches of 64, sgd, rate by cosine; 2 seeds, 864 steps in all",
+        "runs in   float32 (teacher, none, at, kd, at+kd)",
+    ):
+        assert f"{line}\n" in said
+    # The resolved options of each method: what was given, and the preset's where nothing was.
+    rows = [line.split() for line in said.splitlines()]
+    head = next(row for row in rows if row[:3] == ["epochs", "lr", "weight"])
+    assert " ".join(head) == "epochs lr weight decay beta beta schedule p collapse form T alpha"
+    assert ["teacher", "4", "0.2", "0.0005"] in rows
+    assert ["none", "100", "0.2", "0.02"] in rows
+    assert [
+        "at+kd",
+        "100",
+        "0.2",
+        "0.02",
+        "100",
+        "constant",
+        "2",
+        "mean",
+        "code",
+        "4",
+        "0.9",
+    ] in rows
+    points = [line for line in said.splitlines() if re.match(r"\S+: epoch ", line)]
+    assert len(points) == len(lines)
+    point = last(lines, "at-seed1")
+    assert re.fullmatch(
+        rf"at-seed1: epoch 100 of 100, loss {point['loss']:.4g} \(cross-entropy {point['ce']:.4g}, "
+        rf"transfer {point['transfer']:.4g}\), accuracy {point['accuracy']:.2f} %, "
+        rf"{point['ms']:.3g} ms a step, \d+ s left",
+        next(line for line in reversed(points) if line.startswith("at-seed1")),
+    )
+    assert point["beta"] == 100
+    assert last(lines, "kd-seed1")["beta"] == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (119, "119 s"), (3600, "60 min"), (9000, "2.5 h")]
+)
+def test_times_left_in_words(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
 
 
 def test_peak_memory_is_what_a_step_holds(capfd: pytest.CaptureFixture[str]) -> None:
@@ -191,19 +273,131 @@ def test_no_teacher_is_trained_for_methods_without_one(tmp_path: Path) -> None:
     assert len(result.students["none"]) == 1
 
 
-def test_a_cached_run_learns_and_asks_its_teacher_less(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cached_run_learns_and_asks_its_teacher_less(tmp_path: Path) -> None:
     """With two augmentations of each image the teacher runs twice, in 6 epochs of 2 methods."""
-    config = small(compare=["at", "kd"], labels=20, batch_size=20, cache=2, workers=0)
+    config = small(compare=["at", "kd"], batch_size=20, cache=2, workers=0)
     experiment = Experiment(config, tmp_path)
     calls = []
     experiment.teacher.register_forward_hook(lambda *a: calls.append(len(a[1][0])))
-    tmp_path.mkdir(exist_ok=True)
     result = experiment.run()
     assert calls.count(20) == 2 + 2
     assert [len(c.points) for m in ("at", "kd") for c in result.students[m]] == [3, 3]
     assert (tmp_path / "cache/seed0").is_dir()
+    assert any("all students saw the same 2 augmentations" in line for line in notes(config))
+
+
+def test_the_cache_does_not_limit_the_teacher(tmp_path: Path) -> None:
+    for name, cache in (("plain", 0), ("cached", 2)):
+        run(small(compare=["kd"], cache=cache, teacher_epochs=3, epochs=1), tmp_path / name)
+    one, two = (weights(tmp_path / name)["teacher.pt"] for name in ("plain", "cached"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+# ---- a validation share
+
+
+def test_the_validation_share_chooses_the_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights that are kept and the accuracy that is reported are of its best evaluation."""
+    found_by = Trainer._accuracy
+
+    def worse_later(self: Trainer, samples: Samples) -> tuple[float, float]:
+        top1, top5 = found_by(self, samples)
+        return top1 - 100 * (samples is self.job.validation and self.step > 60), top5
+
+    monkeypatch.setattr(Trainer, "_accuracy", worse_later)
+    config = small(compare=["none"], labels=0, validation=0.2, epochs=8, evaluate_every=1)
+    experiment = Experiment(config, tmp_path)
+    (curve,) = experiment.run().students["none"]
+    validation = [point["validation"] for point in curve.points]
+    best = validation.index(max(validation))
+    assert best < 5
+    assert curve.chosen == curve.points[best] != curve.points[-1]
+    student, _ = load_network(tmp_path / "student_none-seed0.pt")
+    found = accuracy(student, experiment.data.evaluate, torch.device("cpu"))
+    assert found is not None
+    assert found[0] == pytest.approx(curve.points[best]["accuracy"], abs=0.21)
+    assert "20 % of the training images chose the epoch of each network" in notes(config)
+    assert experiment.data.validation is not None
+    assert len(experiment.data.validation) + len(experiment.data.train) == 997
+
+
+def test_the_validation_share_chooses_beta(tmp_path: Path) -> None:
+    config = small(compare=["none", "at"], seeds=2, validation=0.2, betas=(0.0, 1e6), epochs=12)
+    result = run(config, tmp_path)
+    found = result.searched["at"]
+    assert [len(curves) for curves in found.values()] == [3, 3]  # whatever the number of seeds
+    means = {
+        beta: np.mean([curve.chosen["validation"] for curve in curves])
+        for beta, curves in found.items()
+    }
+    chosen = max(means, key=lambda beta: means[beta])
+    assert result.chosen("at") == chosen
+    assert {p["beta"] for p in metrics(tmp_path) if p["run"] == "at-seed1"} == {chosen}
+    assert json.loads((tmp_path / "run.json").read_text())["betas_chosen"] == {"at": chosen}
+    rows = searched(result)
+    assert rows[0] == ["validation accuracy, %, of beta", "0", "1e+06", "chosen"]
+    assert rows[1][-1] == f"{chosen:g}"
+    assert sorted(path.name for path in (tmp_path / "search").iterdir()) == [
+        f"student_at-beta{beta}-seed{i}.pt" for beta in ("0", "1e+06") for i in range(3)
+    ]
+    # Gone on with, nothing is trained again, and the choice stands.
+    before = weights(tmp_path)
+    again = run(config, tmp_path)
+    assert again.chosen("at") == chosen
+    # More seeds have the beta that was chosen; other betas would choose anew.
+    assert run(replace(config, seeds=3), tmp_path).chosen("at") == chosen
+    with pytest.raises(CheckpointError, match=r"student_at-seed0.pt: was made with betas"):
+        run(replace(config, betas=(50.0,)), tmp_path)
+    assert "betas = [0.0, 1000000.0]" in (tmp_path / "config.toml").read_text()
+    assert all(
+        torch.equal(x, before[name][key])
+        for name, model in weights(tmp_path).items()
+        for key, x in model.items()
+        if name in before
+    )
+
+
+# ---- other ways to train
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.01},
+        {"warmup": 2.0},
+        {"label_smoothing": 0.1},
+        {"lr_schedule": "step", "reset_momentum": True},
+        {"init": "paper"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_options_of_the_training_change_it(changes: dict[str, Any], tmp_path: Path) -> None:
+    """And each step is what PyTorch's own parts give: a loop of ten lines beside it."""
+    config = small(compare=["none"], labels=0, epochs=2, augment=False, **changes)
+    experiment = Experiment(config, tmp_path)
+    (curve,) = experiment.run().students["none"]
+    ((job, plan),) = experiment.jobs()
+    torch.manual_seed(0)
+    model = build(config.student, 10, 1, init=config.init)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.SGD
+    rest = {} if config.optimizer == "adamw" else {"momentum": 0.9, "nesterov": True}
+    made = {"weight_decay": job.config.weight_decay, **rest}
+    optimizer = kind(model.parameters(), 1.0, **made)
+    losses, step = [], 0
+    for epoch in range(2):
+        for x, y, _ in job.train.batches(plan.batches(epoch), None):
+            if "reset_momentum" in changes and step in (10, 20, 26):  # of 32: 0.3, 0.6, 0.8
+                optimizer = kind(model.parameters(), 1.0, **made)
+            optimizer.param_groups[0]["lr"] = plan.lr(step)
+            loss = cross_entropy(model(x)[0], y, label_smoothing=config.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            step += 1
+    assert curve.points[-1]["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 # ---- faster ways to run a step

@@ -1,4 +1,4 @@
-"""What at-fused-train minimises: each method's loss, against its formula in plain PyTorch."""
+"""Losses of at-fused-train: each method's, against its formula in plain PyTorch."""
 
 from __future__ import annotations
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from train_runs import die_before, ended, in_child, metrics, run, same, small, training
+from train_runs import die_before, ended, in_child, metrics, run, same, small, training, weights
 
 from at_fused.train import checkpoints, methods
 from at_fused.train import main as program
 from at_fused.train.checkpoints import CheckpointError
 from at_fused.train.cli import main
 from at_fused.train.config import to_toml
-from at_fused.train.experiment import Experiment
-from at_fused.train.loop import NotFiniteError, Trainer
+from at_fused.train.experiment import Experiment, Show
+from at_fused.train.loop import Job, NotFiniteError, Trainer
+from at_fused.train.networks import build
+from at_fused.train.rules import ConfigError
 from at_fused.train.stop import Signals, Stopped
 
 
@@ -122,8 +127,7 @@ def test_a_signal_finishes_the_step_saves_and_ends(
     (saved,) = (out / "checkpoints/none-seed0").iterdir()
     state = torch.load(saved, weights_only=True)
     assert state["step"] == int(saved.stem.removeprefix("step-")) > 0
-    # Shorter would be another configuration, which is refused; so is a folder that is no run's.
-    refused(2, "--resume", out, "--epochs", "7")
+    refused(2, "--resume", out, "--epochs", "7")  # fewer
 
 
 def test_the_second_signal_acts_at_once() -> None:
@@ -160,7 +164,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Evil:
-    """What a pickle would run."""
+    """Runs when it is unpickled."""
 
     ran = False
 
@@ -177,11 +181,11 @@ def damage(path: Path, how: str) -> None:
     elif how == "foreign":
         torch.save({"weights": torch.ones(3)}, path)
     elif how == "pickle":
-        torch.save({"format": 1, "what": Evil()}, path)
-    else:
-        state = torch.load(path, weights_only=True)
-        state["what"] = state["what"].replace("none-seed0", "none-seed1")
-        torch.save(state, path)
+        checkpoints.save(path, "", {"what": Evil()})
+    else:  # of a weight, which torch would read
+        weight = torch.load(path, weights_only=True)["student"]["head.weight"].numpy().tobytes()
+        place = whole.index(weight) + 3
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :])
 
 
 def refused(status: int, *words: str | Path) -> None:
@@ -191,23 +195,48 @@ def refused(status: int, *words: str | Path) -> None:
     assert stop.value.code == status
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("how", ["truncated", "empty", "foreign", "pickle", "another run's"])
-def test_a_damaged_checkpoint_is_one_clear_error(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("how", ["truncated", "empty", "foreign", "pickle", "a bit"])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = interrupted(tmp_path, monkeypatch)
     last = out / "checkpoints/none-seed0/step-00000005.pt"
-    good = (last.parent / "step-00000003.pt").read_bytes()
     damage(last, how)
-    refused(1, "--resume", out)
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert errors[-1].startswith(f"at-fused-train: {last}: ")
-    assert "Traceback" not in "\n".join(errors)
-    assert (last.parent / "step-00000003.pt").read_bytes() == good
+    said: list[str] = []
+    config = small(compare=["none"], checkpoint_every=3)
+    run(config, out, log=said.append)
+    (line,) = said
+    assert line.startswith(f"{last}: ")
+    assert line.endswith("; going on from step-00000003.pt")
     assert not Evil.ran
-    # Without it, the one before serves.
-    last.unlink()
+    run(config, tmp_path / "whole")
+    assert same(out, tmp_path / "whole")
+
+
+def test_where_every_checkpoint_is_damaged_the_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = interrupted(tmp_path, monkeypatch)
+    folder = out / "checkpoints/none-seed0"
+    for path in folder.iterdir():
+        damage(path, "truncated")
+    refused(1, "--resume", out)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(
+        f"at-fused-train: {folder}/step-00000005.pt: truncated, damaged, or no file"
+    )
+    assert line.endswith(
+        f"nor is there another that can be read; delete {folder} to train from the start"
+    )
+    damage(folder / "step-00000003.pt", "empty")
+    for path in folder.iterdir():
+        path.unlink()
+    refused(0, "--resume", out)
+    # A finished network is not passed over, as it is what was reported.
+    damage(out / "student_none-seed0.pt", "truncated")
+    refused(1, "--resume", out)
+    assert "delete it, and --resume makes it anew" in capsys.readouterr().err
+    (out / "student_none-seed0.pt").unlink()
     refused(0, "--resume", out)
 
 
@@ -220,17 +249,138 @@ def test_another_configuration_is_refused(
 
     assert "which has no config.toml of a run" in said(2, "--resume", tmp_path)
     out = interrupted(tmp_path, monkeypatch)
+    last = out / "checkpoints/none-seed0/step-00000005.pt"
     for flags, message in (
-        (["--lr", "0.5"], "argument --lr: got 0.5, but the run was begun with 0.1"),
-        (["--set", "none.lr=0.7"], "argument --method: got {'none': {'lr': 0.7}"),
-        (["--preset", "digits-quick"], "but the run was begun with 'digits'"),
+        (["--momentum", "0.5"], f"{last}: was made with momentum 0.9 (now 0.5); networks of both"),
+        (["--set", "none.lr=0.7"], f"{last}: was made with lr 0.3 (now 0.7); networks of both"),
+        (["--epochs", "7"], f"{last}: was made with epochs 6 (now 7), and its steps follow"),
+    ):
+        assert f"at-fused-train: {message}" in said(1, "--resume", out, *flags)
+    for flags, message in (
+        (["--preset", "digits-quick"], "argument --preset: got 'digits-quick', but the run has"),
+        (["--compare", "at"], "argument --compare: got at, but the run has none; methods may be"),
+        (["--epochs", "5"], "argument --epochs: got 5, but the run has 6; allowed is 6 or more"),
         (["--out", "elsewhere"], "argument --resume: goes on in a folder"),
     ):
         assert message in said(2, "--resume", out, *flags)
-    # What the file says is another run's, too.
-    text = (out / "config.toml").read_text().replace("epochs = 6", "epochs = 60")
-    (out / "config.toml").write_text(text)
-    assert "is checkpoint of none-seed0, configuration" in said(1, "--resume", out)
+    # An edited file is not believed for networks of before; nor is another's file.
+    before = (out / "config.toml").read_text()
+    refused(0, "--resume", out)
+    (out / "config.toml").write_text(f"{before}\n[method.none]\nlr = 0.25\n")
+    path = out / "student_none-seed0.pt"
+    assert f"{path}: was made with lr 0.3 (now 0.25); networks" in said(1, "--resume", out)
+    (out / "config.toml").write_text(before)
+    path.rename(out / "student_none-seed1.pt")
+    assert "none-seed1.pt: is the network of none-seed0, wanted is none-seed1's" in said(
+        1, "--resume", out, "--seeds", "2"
+    )
+
+
+def test_a_finished_run_gets_more_seeds_methods_and_epochs(tmp_path: Path) -> None:
+    """To the bits of a run that had them from the start; epochs where the rate has no end."""
+    steady = {"lr_schedule": "step", "lr_drops": (), "epochs": 4, "evaluate_every": 2}
+    more = steady | {"compare": ["none", "at", "kd"], "seeds": 2, "epochs": 8}
+    run(small(**steady, compare=["none", "at"]), tmp_path / "run")
+    before = weights(tmp_path / "run")
+    trained: list[str] = []
+
+    class Watching(Show):
+        def job(self, job: Job) -> None:
+            trained.append(job.name)
+
+    run(small(**more | {"epochs": 4}), tmp_path / "run")
+    assert {name: before[name].keys() for name in before} == {
+        name: weights(tmp_path / "run")[name].keys() for name in before
+    }
+    result = run(small(**more), tmp_path / "run", show=Watching())
+    run(small(**more), tmp_path / "whole")
+    assert same(tmp_path / "run", tmp_path / "whole")
+    assert trained[0] == "teacher"
+    assert [[p["epoch"] for p in c.points] for c in result.students["kd"]] == [[2, 4, 6, 8]] * 2
+    both = [sorted(map(str, told(tmp_path / name))) for name in ("run", "whole")]
+    assert both[0] == both[1]
+    # The state to go on from is what a run leaves in checkpoints/.
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    run(small(**more), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"has 8 epochs, and the state to go on from is gone"):
+        run(small(**more | {"epochs": 9}), tmp_path / "run")
+
+
+def test_another_teacher_is_refused(tmp_path: Path) -> None:
+    """Its students would be reported beside another's: the teacher of a run is known by weights."""
+    config = small(compare=["none", "kd"])
+    run(config, tmp_path / "run")
+    other = small(compare=["none", "kd"], teacher_lr=0.2)
+    run(other, tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"teacher.pt: was made with lr 0.1 \(now 0.2\)"):
+        run(other, tmp_path / "run")
+    state = torch.load(tmp_path / "run/teacher.pt", weights_only=True)
+    state["model"] = weights(tmp_path / "other")["teacher.pt"]
+    checkpoints.save(tmp_path / "run/teacher.pt", "network", state)
+    with pytest.raises(
+        CheckpointError, match=r"student_kd-seed0.pt: was made with another teacher; networks"
+    ):
+        run(config, tmp_path / "run")
+
+
+def test_what_is_refused_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    """More epochs for a teacher that students have learned from; other weights to start from."""
+
+    def digests() -> dict[str, str]:
+        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.glob("*.*")}
+
+    out, first = tmp_path / "run", tmp_path / "first.pt"
+    steady = {"lr_schedule": "step", "lr_drops": (), "compare": ["none", "kd"]}
+    torch.save(build("wrn-10-1-b4", 10, 1).state_dict(), first)
+    config = small(**steady, student_from=str(first))
+    run(config, out)
+    before = digests()
+    with pytest.raises(
+        CheckpointError, match="learned from a teacher of 1 epochs; allowed are --teacher-epochs 1"
+    ):
+        run(replace(config, teacher_epochs=2), out)
+    torch.save(build("wrn-10-1-b4", 10, 1).state_dict(), first)
+    with pytest.raises(CheckpointError, match=r"was made with other first weights \(student_from"):
+        run(replace(config, seeds=2), out)
+    assert digests() == before
+
+
+def test_an_end_that_is_no_evaluation_of_the_longer_run_is_refused(tmp_path: Path) -> None:
+    """A validation share chooses among all evaluations, and would have another choice."""
+    steady = {"lr_schedule": "step", "lr_drops": (), "compare": ["none"], "validation": 0.2}
+    for epochs, more in ((4, 6), (3, 5)):
+        out = tmp_path / str(epochs)
+        run(small(**steady, epochs=epochs), out)  # evaluated every second
+        if epochs % 2:
+            match = r"epochs 3 \(now 5\), no multiple of evaluate_every 2"
+            with pytest.raises(CheckpointError, match=match):
+                run(small(**steady, epochs=more), out)
+        else:
+            assert len(run(small(**steady, epochs=more), out).students["none"][0].points) == 3
+
+
+def test_one_folder_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, out = small(compare=["none"], epochs=1), tmp_path / "run"
+
+    class Second(Show):
+        def job(self, job: Job) -> None:
+            if job.name == "none-seed0":
+                for fresh in (True, False):
+                    with pytest.raises(CheckpointError, match="another at-fused-train is at work"):
+                        Experiment(config, out, fresh=fresh).run()
+
+    result = Experiment(config, out, fresh=True, show=Second()).run()
+    assert len(result.students["none"]) == 1
+    # One that looked before the first began comes too late.
+    with pytest.raises(CheckpointError, match="already holds files; choose a new"):
+        Experiment(config, out, fresh=True).run()
+    # Of one second, two folders.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda shape: "20260101-000000")
+    for _ in range(3):
+        Experiment(config, None, fresh=True).run()
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert names == {f"20260101-000000{end}" for end in ("", "-2", "-3")}
 
 
 def test_a_full_disk_is_one_clear_error_and_what_was_saved_stays(
@@ -241,8 +391,8 @@ def test_a_full_disk_is_one_clear_error_and_what_was_saved_stays(
 
     def full(file: int) -> None:
         files.append(file)
-        # Two each: metrics.jsonl, run.json, the checkpoint of step 2; then the one of step 4.
-        if len(files) > 6:
+        # Two each: metrics.jsonl, config.toml, run.json, the checkpoint of step 2; then that of 4.
+        if len(files) > 8:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(file)
 
@@ -252,13 +402,13 @@ def test_a_full_disk_is_one_clear_error_and_what_was_saved_stays(
     monkeypatch.undo()
     assert [p.name for p in (out / "checkpoints/none-seed0").iterdir()] == ["step-00000002.pt"]
     run(config, out)
-    assert not (out / "checkpoints").exists()
+    assert [p.name for p in (out / "checkpoints/none-seed0").iterdir()] == ["step-00000006.pt"]
     run(config, tmp_path / "whole")
     assert same(out, tmp_path / "whole")
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read never is half of what is written: names change only after the data is down."""
+    """A reader never gets half of a file: names change only after the data is down."""
     path = tmp_path / "file"
     checkpoints.write(path, b"old")
     order: list[str] = []
@@ -280,9 +430,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 ) -> None:
     lossy, calls = methods.cross_entropy, []
 
-    def sometimes(*arguments: Any) -> Tensor:
+    def sometimes(*arguments: Any, **options: Any) -> Tensor:
         calls.append(arguments)
-        return lossy(*arguments) * (bad if len(calls) == 6 else 1)
+        return lossy(*arguments, **options) * (bad if len(calls) == 6 else 1)
 
     config = small(compare=["none"], checkpoint_every=2)
     monkeypatch.setattr(methods, "cross_entropy", sometimes)
@@ -292,7 +442,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     last = tmp_path / "run/checkpoints/none-seed0/step-00000004.pt"
     assert str(error.value).startswith(
         "none-seed0 (method none): the loss of step 6 is not finite; "
-        f"the last good state is {last}; a lower lr"
+        f"the last good state is {last}; a lower lr may help"
     )
     monkeypatch.undo()
     run(config, tmp_path / "run")
@@ -300,9 +450,49 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert same(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_rate_that_diverges_is_said_by_the_program(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_network_that_diverges_is_named_where_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = small(compare=["none"], epochs=40, method={"none": {"lr": 1000.0, "weight_decay": 10}})
+    """The teacher too, and by its last step, after which no loss is computed."""
+    wild = {"none": {"lr": 1000.0, "weight_decay": 10}}
+    config = small(compare=["none"], epochs=40, evaluate_every=40, method=wild)
     assert program.run(config, tmp_path / "run") == 1
-    assert "is not finite; no state was saved before" in capsys.readouterr().err
+    assert "is not finite; no state was saved before; a lower lr" in capsys.readouterr().err
+    train_step = Trainer.train_step
+
+    def breaking(self: Trainer, *arguments: Any) -> None:
+        train_step(self, *arguments)
+        if self.step == self.plan.steps:
+            next(self.student.parameters()).data.fill_(float("inf"))
+
+    monkeypatch.setattr(Trainer, "train_step", breaking)
+    assert program.run(small(compare=["kd"]), tmp_path / "teacher") == 1
+    found = capsys.readouterr().err
+    assert "teacher (the teacher): after step 16 the network's outputs are not finite" in found
+
+
+def test_a_teacher_too_large_to_learn_from_is_named(tmp_path: Path) -> None:
+    """Its logits are finite, the square of a feature is not."""
+    teacher = build("wrn-10-1-b8", 10, 1)
+    teacher.groups[0][0].conv2.weight.data.fill_(1e25)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
+    config = small(compare=["none", "at"], teacher_from=str(tmp_path / "teacher.pt"))
+    with pytest.raises(ConfigError, match="teacher: the loss of at is not finite with it"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run/student_none-seed0.pt").exists()
+
+
+def test_an_interrupt_before_the_training_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("at_fused.train.cli.build_parser", interrupted)
+    refused(130)
+
+
+def test_a_teacher_that_guesses_is_named(tmp_path: Path) -> None:
+    said: list[str] = []
+    run(small(compare=["kd"], teacher_lr=0.0, epochs=1), tmp_path, log=said.append)
+    (line,) = said
+    assert line.startswith("the teacher's accuracy, ")
+    assert "is that of guessing (10.00 %)" in line

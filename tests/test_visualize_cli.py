@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import outside
 import pytest
 import torch
+from test_train_data import Noise, needs_torchvision, write_pictures
 
 from at_fused import visualize
+from at_fused.train import checkpoints
 from at_fused.train.config import resolve, to_toml
-from at_fused.train.data import open_data
+from at_fused.train.data import inspect, open_data
 from at_fused.train.networks import build
 from at_fused.train.saved import load_network, save_network
 from at_fused.train.visualize_cli import main, of_a_run, titles
@@ -83,6 +89,59 @@ def test_columns_are_the_networks_and_rows_the_digits(
             )
 
 
+@needs_torchvision
+@pytest.mark.parametrize("own", [False, True])
+def test_images_are_the_runs(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without those that it left out, and as it normalised them; or one's own, from 0 to 1."""
+    shown: list[Any] = []
+    draw = visualize.figure
+    monkeypatch.setattr(
+        visualize, "figure", lambda *x, **y: (shown.append((x[0], y)), draw(*x, **y))[1]
+    )
+    mean, std, channels = (0.4, 0.5, 0.6), (0.3, 0.3, 0.2), 3
+    options: dict[str, Any] = {"data": "folder", "root": "pets", "mean": mean, "std": std}
+    monkeypatch.chdir(tmp_path)
+    if own:
+        options, channels = {"data": "pets:data"}, 1
+        noise = Noise(12, ["ant", "bee", "cat"], made=lambda x: x[:1])
+        pets = SimpleNamespace(data=lambda root: [noise] * 2)
+        monkeypatch.setitem(sys.modules, "pets", pets)
+        data = open_data("pets:data", "")
+    else:
+        for part in ("train", "val"):
+            write_pictures(tmp_path / "pets", part, ("ant", "bee"), 3)
+        (tmp_path / "pets/val/ant/0.png").write_bytes(b"no picture")
+        pictures = inspect("pets")
+        (tmp_path / "pictures.json").write_text(json.dumps(asdict(pictures)))
+        options["image_size"] = 8
+        data = open_data("folder", "pets", image_size=8, mean=mean, std=std, pictures=pictures)
+    path, name = tmp_path / "student_at-seed0.pt", "wrn-10-1-b4"
+    model = build(name, data.classes, channels)
+    save_network(path, name, model, data, images=options, run="at-seed0")
+    (tmp_path / "config.toml").write_text(to_toml(resolve(options)))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    main([str(path), "--images=3", "--layers=stem"])
+    ((images, drawn),) = shown
+    ((expected, _, _),) = data.evaluate.batches([torch.arange(3)], None)
+    assert torch.equal(images, expected)
+    assert drawn["names"] == (["ant", "bee", "cat"] if own else ["ant", "ant", "bee"])
+    assert (drawn["mean"], drawn["std"]) == ((None, None) if own else (mean, std))
+    if own:
+        noise.made = lambda x: x
+        data, message = open_data("pets:data", ""), "images must be a tensor (B, 1, H, W) or "
+        save_network(path, name, build(name, 3, 2), data, images=options, run="at-seed0")
+    else:
+        message = "cannot read the picture "
+        for picture in (tmp_path / "pets/val/ant").iterdir():
+            picture.write_bytes(b"damaged since")
+    with pytest.raises(SystemExit):
+        main([str(path), "--layers=stem"])
+    assert f"error: argument CHECKPOINT: {message}" in capsys.readouterr().err
+
+
 def test_titles_tell_files_apart() -> None:
     def of(*names: str) -> list[str]:
         return titles([Path("run") / f"{name}.pt" for name in names])
@@ -97,8 +156,8 @@ def test_titles_tell_files_apart() -> None:
     ("arguments", "message"),
     [
         (["RUN/none.pt"], "argument CHECKPOINT: RUN/none.pt: no such file"),
-        (["RUN/text.pt"], "CHECKPOINT: RUN/text.pt: truncated, or no file of at-fused-train (Unp"),
-        (["RUN/other.pt"], "CHECKPOINT: RUN/other.pt: no file of at-fused-train"),
+        (["RUN/text.pt"], "CHECKPOINT: RUN/text.pt: truncated, damaged, or no file of at-fused-"),
+        (["RUN/other.pt"], "CHECKPOINT: RUN/other.pt: truncated, damaged, or no file of at-fuse"),
         (["RUN/wrong.pt"], "CHECKPOINT: RUN/wrong.pt: no network of at-fused-train (Error(s)"),
         (["RUN/teacher.pt", "RUN/larger.pt"], "images of one size for all, got [12, 16]"),
         (["RUN/teacher.pt", "RUN/teacher.pt"], "argument CHECKPOINT: a file is given twice"),
@@ -116,7 +175,7 @@ def test_a_bad_argument_is_one_clear_error(
     (run / "text.pt").write_text("no weights")
     torch.save({"weights": torch.ones(2)}, run / "other.pt")
     saved = torch.load(run / "teacher.pt", weights_only=True)
-    torch.save({**saved, "network": "wrn-16-2"}, run / "wrong.pt")
+    checkpoints.save(run / "wrong.pt", "network", saved | {"network": "wrn-16-2"})
     with pytest.raises(SystemExit) as stop:
         main([a.replace("RUN", str(run)) for a in arguments])
     assert stop.value.code == 2

@@ -36,13 +36,17 @@ MAP_IMAGES = 2
 
 
 def values(curves: list[Curve], name: str) -> Array:
-    """(seeds, points) of a quantity."""
-    return np.array([[point[name] for point in curve.points] for curve in curves])
+    """(seeds, points) of a quantity, at the steps that all curves have.
+
+    A run that got more epochs later was evaluated where the first of them ended, too.
+    """
+    steps = set.intersection(*({point["step"] for point in curve.points} for curve in curves))
+    return np.array([[p[name] for p in curve.points if p["step"] in steps] for curve in curves])
 
 
 def seconds(curves: list[Curve]) -> Array:
     """(points,) of training until each point: its steps, at the median of their times."""
-    steps = [0.0, *(point["step"] for point in curves[0].points)]
+    steps = [0.0, *values(curves, "step")[0]]
     ms = np.median(values(curves, "ms"), axis=0)
     return np.cumsum(
         [(b - a) * each / 1e3 for (a, b), each in zip(pairwise(steps), ms, strict=True)]
@@ -83,7 +87,7 @@ def draw_curves(result: Result, config: Config, path: Path) -> None:
     loss.legend(*accuracy.get_legend_handles_labels(), frameon=False)
 
     methods = list(result.students)
-    ends = np.array([[curve.last("accuracy") for curve in result.students[m]] for m in methods])
+    ends = np.array([[curve.chosen["accuracy"] for curve in result.students[m]] for m in methods])
     last.plot(range(len(methods)), ends, color="0.85", lw=1, zorder=1)
     for place, (colour, end) in enumerate(zip(COLOURS, ends, strict=False)):
         last.scatter(np.full(len(end), place), end, color=colour, s=28, zorder=2)
@@ -93,9 +97,10 @@ def draw_curves(result: Result, config: Config, path: Path) -> None:
             f"{end.mean():.1f}", (place + 0.18, end.mean()), (8, 0),
             textcoords="offset points", va="center",
         )  # fmt: skip
+    kept = "With the weights of the best epoch" if config.validation else "After the last step"
     last.set_xticks(range(len(methods)), [TITLES[m] for m in methods])
     last.set_xlim(-0.4, len(methods) - 0.35)
-    last.set(ylabel="accuracy, %", title=f"After the last step, {config.seeds} seeds")
+    last.set(ylabel="accuracy, %", title=f"{kept}, {config.seeds} seeds")
     for ax in (loss, accuracy, clock, last):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="0.93")
@@ -113,6 +118,8 @@ def draw_maps(experiment: Experiment, path: Path) -> str:
         return ""
     rows = torch.arange(MAP_IMAGES)
     ((images, labels, _),) = data.evaluate.batches([rows], None)
+    if images.shape[1] not in (1, 3):  # which no picture shows
+        return ""
     columns = {}
     for method in drawn(experiment.config):
         student, _ = load_network(experiment.out / f"student_{method}-seed0.pt")
@@ -122,6 +129,8 @@ def draw_maps(experiment: Experiment, path: Path) -> str:
     names = [pair.teacher for pair in pairs]
     teacher = experiment.teacher
     columns["teacher"] = list(visualize.attention_maps(teacher, images, names).values())
+    # Images that somebody else has normalised are shown from their least to their greatest value.
+    mean, std = (None, None) if data.own else (data.mean, data.std)
     fig = visualize.figure(
         images,
         columns,
@@ -129,8 +138,8 @@ def draw_maps(experiment: Experiment, path: Path) -> str:
                 zip(pairs, columns["teacher"], strict=True)],
         names=[data.names[int(label)] for label in labels],
         across=MAP_IMAGES,
-        mean=data.mean,
-        std=data.std,
+        mean=mean,
+        std=std,
         panel=0.95,
     )  # fmt: skip
     _write(fig, path, dpi=120)

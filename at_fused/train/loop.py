@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import signature
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from at_fused._models import evaluating
 from at_fused.train import checkpoints, parallel
-from at_fused.train.config import Config
+from at_fused.train.config import TRANSFER, Config
 from at_fused.train.data import Samples
 from at_fused.train.memory import peak
 from at_fused.train.methods import Batch, Objective, logits_of
@@ -35,16 +35,30 @@ class NotFiniteError(RuntimeError):
     """A loss was inf or nan."""
 
 
+Point = dict[str, float]
+
+
 @dataclass
 class Curve:
-    """What a training run leaves behind beside the weights."""
+    """The evaluations of a network in training, and the most memory that a step took."""
 
-    points: list[dict[str, float]] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
     peak_bytes: int = 0
 
-    def last(self, name: str) -> float:
-        """The last value of a quantity."""
-        return self.points[-1][name]
+    @property
+    def chosen(self) -> Point:
+        """The point whose weights are kept: the best on the validation share, or the last."""
+        # The first of equal ones, as in Trainer._point.
+        return (
+            max(self.points, key=lambda point: point["validation"])
+            if self.validated
+            else (self.points[-1])
+        )
+
+    @property
+    def validated(self) -> bool:
+        """True where a validation share chooses the weights."""
+        return "validation" in self.points[-1]
 
 
 @dataclass(frozen=True)
@@ -57,18 +71,24 @@ class Job:
     config: Config
     train: Samples
     evaluate: Samples
+    validation: Samples | None
     classes: int
-    # Says which run a checkpoint belongs to.
-    what: str
     checkpoints: Path
+    # Everything that makes the network, for its files to be told from others'.
+    settings: Mapping[str, Any]
+
+    @property
+    def what(self) -> str:
+        """The content of a checkpoint, as its file names it."""
+        return f"checkpoint of {self.name}"
 
 
 @dataclass
 class Watch:
-    """Who is told what happens."""
+    """Callbacks of a training."""
 
     tick: Callable[[], object]
-    point: Callable[[Job, dict[str, float]], object]
+    point: Callable[[Job, Point], object]
     signals: Signals
 
 
@@ -90,18 +110,24 @@ class Trainer:
         self.extra = objective.extra()
         parameters = [*student.parameters(), *(self.extra.parameters() if self.extra else [])]
         config = job.config
-        self.optimizer = torch.optim.SGD(
-            parameters,
-            config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=way.fused or None,
+        common: Any = {"weight_decay": config.weight_decay, "fused": way.fused or None}
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(parameters, config.lr, **common)
+            if config.optimizer == "adamw"
+            else torch.optim.SGD(
+                parameters,
+                config.lr,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                **common,
+            )
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=way.dtype is torch.float16)
         self.step = 0
         self.curve = Curve()
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        # Of the best point on the validation share.
+        self.best: dict[str, Tensor] | None = None
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._since = 0
         self._ms: list[float] = []
         self._bad = torch.zeros((), dtype=torch.int64, device=device)
@@ -115,8 +141,11 @@ class Trainer:
         """
         if self.way.compile and self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
+        plan, step = self.plan, self.step
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr(self.step)
+            group["lr"] = plan.lr(step)
+        if self.job.config.reset_momentum and plan.drops(step) > plan.drops(max(0, step - 1)):
+            self.optimizer.state.clear()
         with self.way.autocast(self.device):
             terms = self.objective(batch, self.plan.beta(self.step))
         self.optimizer.zero_grad()
@@ -132,7 +161,7 @@ class Trainer:
         self._bad = torch.where(first, self.step, self._bad)
 
     def batches(self, epoch: int) -> Iterator[tuple[Batch, float]]:
-        """What is left of an epoch, each batch with this process's ``share`` of it."""
+        """Yield the rest of an epoch, each batch with this process's ``share`` of it."""
         seed = self.plan.augmentation(epoch)
         rest = self.plan.batches(epoch)[self.step - epoch * self.plan.per_epoch :]
         own = [parallel.share(rows) for rows in rest]
@@ -163,7 +192,8 @@ class Trainer:
                     self.train_step(batch, share)
                 if found is not None:
                     self.curve.peak_bytes = found.bytes
-                self._ms.append((time.perf_counter() - begin) * 1e3)
+                if not probe:  # which is slower
+                    self._ms.append((time.perf_counter() - begin) * 1e3)
                 self.watch.tick()
                 ended = self.step % plan.per_epoch == 0
                 due = ended and ((epoch + 1) % config.evaluate_every == 0)
@@ -174,7 +204,21 @@ class Trainer:
                 if self.step % config.checkpoint_every == 0 and self.step < plan.steps:
                     self.save()
                 begin = time.perf_counter()
+        self.save()
+        if self.best:
+            self.student.load_state_dict(self.best)
         return self.curve
+
+    def _last_state(self) -> str:
+        last = checkpoints.last(self.job.checkpoints)
+        return f"the last good state is {last}" if last else "no state was saved before"
+
+    def _not_finite(self, what: str) -> NotFiniteError:
+        name = "the teacher" if self.job.name == "teacher" else f"method {self.job.method}"
+        remedy = "a lower lr" if self.job.method in ("none", "kd") else "a lower lr or beta"
+        return NotFiniteError(
+            f"{self.job.name} ({name}): {what} not finite; {self._last_state()}; {remedy} may help"
+        )
 
     def _look(self, due: bool) -> None:
         """Ends the run where a loss was not finite, or a signal has come to any process."""
@@ -183,49 +227,59 @@ class Trainer:
             return
         bad = parallel.greatest(int(self._bad), self.device)
         if bad:
-            last = checkpoints.newest(self.job.checkpoints)
-            kept = f"the last good state is {last}" if last else "no state was saved before"
-            raise NotFiniteError(
-                f"{self.job.name} (method {self.job.method}): the loss of step {bad} is not "
-                f"finite; {kept}; a lower lr or beta may help"
-            )
+            raise self._not_finite(f"the loss of step {bad} is")
         number = parallel.greatest(self.watch.signals.number, self.device)
         if number:
             self.save()
             raise Stopped(number)
 
+    def _accuracy(self, samples: Samples) -> tuple[float, float]:
+        with self.way.autocast(self.device):
+            found = accuracy(self.student, samples, self.device)
+        if found is None:
+            raise self._not_finite(f"after step {self.step} the network's outputs are")
+        return found
+
     def _point(self, epoch: int) -> None:
         sums = parallel.total([*self._sums.tolist(), float(self._since)], self.device)
-        loss, task, transfer = (x / sums[-1] for x in sums[:3])
-        with self.way.autocast(self.device):
-            top1, top5 = accuracy(self.student, self.job.evaluate, self.device)
+        loss, task, soft, transfer = (x / sums[-1] for x in sums[:4])
+        top1, top5 = self._accuracy(self.job.evaluate)
         point = {
             "step": self.step,
             "epoch": epoch,
             "loss": loss,
             "ce": task,
+            "kd": soft,
             "transfer": transfer,
+            "beta": self.plan.beta(self.step - 1) if self.job.method in TRANSFER else 0.0,
             "accuracy": top1,
             "lr": self.plan.lr(self.step - 1),
-            "ms": statistics.median(self._ms),
+            "ms": statistics.median(self._ms) if self._ms else self.curve.points[-1]["ms"],
         }
         if self.job.classes >= TOP5_FROM:
             point["top5"] = top5
+        if self.job.validation is not None:
+            point["validation"], _ = self._accuracy(self.job.validation)
+            before = [each["validation"] for each in self.curve.points]
+            if point["validation"] > max(before, default=-1.0):
+                self.best = {k: v.clone() for k, v in self.student.state_dict().items()}
         self.curve.points.append(point)
         self._sums.zero_()
         self._since, self._ms = 0, []
-        if parallel.first():
-            self.watch.point(self.job, point)
+        parallel.from_first(lambda: self.watch.point(self.job, point))
 
     # ---- state ----
 
     def save(self) -> None:
         """Writes a checkpoint."""
         random = parallel.gather(_random_state(self.device))
-        if parallel.first():
+
+        def write() -> None:
             state: dict[str, Any] = {
+                "settings": self.job.settings,
                 "step": self.step,
                 "student": self.student.state_dict(),
+                "best": self.best,
                 "extra": self.extra.state_dict() if self.extra else {},
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -240,15 +294,15 @@ class Trainer:
             checkpoints.save_step(
                 self.job.checkpoints, self.step, self.job.what, state, config.keep
             )
-        parallel.wait()
 
-    def restore(self, path: Path) -> None:
-        """Goes back to what a checkpoint has.
+        parallel.from_first(write)
+
+    def restore(self, path: Path, state: dict[str, Any]) -> None:
+        """Goes back to the state of a checkpoint.
 
         Raises:
-            CheckpointError: the file is damaged, or of another run.
+            CheckpointError: the file does not fit.
         """
-        state = checkpoints.load(path, self.job.what)
         try:
             self.student.load_state_dict(state["student"])
             if self.extra:
@@ -257,6 +311,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             self.step = int(state["step"])
             self.curve = Curve(list(state["points"]), int(state["peak_bytes"]))
+            self.best = state["best"]
             self._sums.copy_(state["sums"])
             self._since, self._ms = int(state["since"]), list(state["ms"])
             mine = state["random"][parallel.place().rank % len(state["random"])]
@@ -268,21 +323,27 @@ class Trainer:
         _set_random_state(mine, self.device)
 
 
-def accuracy(model: nn.Module, samples: Samples, device: torch.device) -> tuple[float, float]:
-    """Percent of samples that are classified right, and that are among the first five."""
+def accuracy(
+    model: nn.Module, samples: Samples, device: torch.device
+) -> tuple[float, float] | None:
+    """Percent of samples that are classified right, and that are among the first five.
+
+    None where a logit is not finite.
+    """
     rows = torch.arange(len(samples)).split(EVALUATE_BATCH)
-    right = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     with evaluating(model):
         for x, y, _ in samples.batches([parallel.share(r) for r in rows], None):
             logits = logits_of(model(x))
             hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-            right += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(y)).to(y)])
-    top1, top5, count = parallel.total(right.tolist(), device)
-    return 100 * top1 / count, 100 * top5 / count
+            bad = (~logits.isfinite()).sum()
+            sums += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(y)).to(y), bad])
+    top1, top5, count, wrong = parallel.total(sums.tolist(), device)
+    return None if wrong else (100 * top1 / count, 100 * top5 / count)
 
 
 def distribute(student: nn.Module, device: torch.device) -> nn.Module:
-    """What runs a network where several processes share a batch, its gradients averaged."""
+    """Wrap a network whose batches several processes share: its gradients are averaged."""
     if parallel.size() == 1 or not any(p.requires_grad for p in student.parameters()):
         return student
     where: dict[str, Any] = {"device_ids": [device]} if device.type == "cuda" else {}

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Peak:
-    """What ``peak`` has found once its block is left: bytes."""
+    """The result of ``peak`` once its block is left: bytes."""
 
     bytes = 0
 

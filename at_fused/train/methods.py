@@ -1,4 +1,4 @@
-"""What a student learns from: the loss of each method, a class for each kind of them."""
+"""Losses of the methods, a class for each kind of them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from at_fused.train.config import Config
 
 
 class Terms(NamedTuple):
-    """The loss to minimise, and its parts: the task's, and the transfer's with its weight."""
+    """The loss to minimise; the cross-entropy, KD's loss, and the transfer's with its weight."""
 
     loss: Tensor
     task: Tensor
+    kd: Tensor
     transfer: Tensor
 
 
@@ -60,11 +61,11 @@ class Objective:
 
     def __init__(self, config: Config, networks: Networks, cache: TeacherCache | None) -> None:
         self.config, self.networks, self.cache = config, networks, cache
-        # What runs ``extra()``; several processes put what averages its gradients here.
+        # Runs ``extra()``; several processes put what averages its gradients here.
         self.run_extra: Any = None
 
     def extra(self) -> nn.Module | None:
-        """What is trained with the student and thrown away after."""
+        """Return what is trained with the student and thrown away after."""
         return None
 
     def close(self) -> None:
@@ -74,15 +75,22 @@ class Objective:
         """The student's logits, (B, K)."""
         return logits_of(self.networks.run_student(x))
 
+    def task(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The cross-entropy with the labels."""
+        return cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
+
     def distilled(self, logits: Tensor, wanted: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """KD's loss, and the cross-entropy for the record."""
-        loss = at_fused.kd_loss(logits, wanted, y, T=self.config.T, alpha=self.config.alpha)
-        return loss, cross_entropy(logits.detach(), y)
+        c = self.config
+        loss = at_fused.kd_loss(
+            logits, wanted, y, T=c.T, alpha=c.alpha, label_smoothing=c.label_smoothing
+        )
+        return loss, self.task(logits.detach(), y)
 
     def __call__(self, batch: Batch, beta: float) -> Terms:
         """The loss of a batch, with the transfer's weight at this step."""
-        task = cross_entropy(self.student(batch.x), batch.y)
-        return Terms(task, task, task.new_zeros(()))
+        task = self.task(self.student(batch.x), batch.y)
+        return Terms(task, task, *task.new_zeros(2))
 
 
 class Distillation(Objective):
@@ -112,7 +120,7 @@ class Distillation(Objective):
         """The loss of a batch."""
         wanted = self.teacher(batch)
         loss, task = self.distilled(self.student(batch.x), wanted, batch.y)
-        return Terms(loss, task, loss.detach())
+        return Terms(loss, task, loss.detach(), loss.new_zeros(()))
 
 
 class Attention(Objective):
@@ -155,10 +163,10 @@ class Attention(Objective):
         logits = self.student(batch.x)
         transfer = self.at(batch.x, index, seed)
         if not self.kd:
-            task = cross_entropy(logits, batch.y)
-            return Terms(task + transfer, task, transfer.detach())
+            task = self.task(logits, batch.y)
+            return Terms(task + transfer, task, task.new_zeros(()), transfer.detach())
         loss, task = self.distilled(logits, logits_of(self.at.teacher_output), batch.y)
-        return Terms(loss + transfer, task, transfer.detach())
+        return Terms(loss + transfer, task, loss.detach(), transfer.detach())
 
 
 class _Kept:
@@ -218,9 +226,9 @@ class Features(Objective):
         with evaluating(self.networks.teacher):
             self.networks.run_teacher(batch.x)
         wanted = self.kept[1].take()
-        task = cross_entropy(self.student(batch.x), batch.y)
+        task = self.task(self.student(batch.x), batch.y)
         transfer = beta * self.run_extra(self.kept[0].take(), wanted)
-        return Terms(task + transfer, task, transfer.detach())
+        return Terms(task + transfer, task, task.new_zeros(()), transfer.detach())
 
 
 class Gradients(Objective):
@@ -236,10 +244,10 @@ class Gradients(Objective):
         wanted = at_fused.input_gradient(teacher, batch.x, batch.y)
         x = batch.x.detach().requires_grad_()
         logits = self.student(x)
-        task = cross_entropy(logits, batch.y)
+        task = self.task(logits, batch.y)
         seen = at_fused.input_gradient(logits, x, batch.y, create_graph=True)
         transfer = beta / 2 * at_fused.gradient_at_loss(seen, wanted)
-        return Terms(task + transfer, task, transfer.detach())
+        return Terms(task + transfer, task, task.new_zeros(()), transfer.detach())
 
 
 class FlipSymmetry(Objective):
@@ -249,15 +257,11 @@ class FlipSymmetry(Objective):
         """The loss of a batch."""
         x = batch.x.detach().requires_grad_()
         logits = self.student(x)
-        task = cross_entropy(logits, batch.y)
+        task = self.task(logits, batch.y)
         straight = at_fused.input_gradient(logits, x, batch.y, create_graph=True)
         flipped = at_fused.input_gradient(self.student, x.flip(-1), batch.y, create_graph=True)
         transfer = beta / 2 * at_fused.gradient_at_loss(straight, flipped.flip(-1))
-        return Terms(task + transfer, task, transfer.detach())
-
-
-NEEDS_TEACHER = ("at", "kd", "at+kd", "f-actt", "gradient-at", "channel-at")
-NEEDS_LAYERS = ("at", "at+kd", "f-actt", "channel-at")
+        return Terms(task + transfer, task, task.new_zeros(()), transfer.detach())
 
 
 def objective(

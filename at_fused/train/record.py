@@ -1,4 +1,4 @@
-"""What is written while a run goes on: metrics.jsonl and TensorBoard's files."""
+"""Records of a run as it goes: metrics.jsonl and TensorBoard's files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a step runs: precision, layout, compilation, and a teacher without its BatchNorm."""
+"""Ways to run a step: precision, layout, compilation, and a teacher without its BatchNorm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECOND_ORDER = ("gradient-at", "flip-symmetry")
 
 @dataclass(frozen=True)
 class Way:
-    """What ``speed`` comes to on a device."""
+    """A way to run steps: ``speed`` on one device."""
 
     dtype: torch.dtype | None = None  # of autocast
     channels_last: bool = False
@@ -41,7 +41,7 @@ class Way:
         return moved
 
     def compiled(self, model: nn.Module, device: torch.device, batch: int) -> Callable[..., Any]:
-        """What runs the model: itself, or torch.compile of it, on a GPU as CUDA graphs.
+        """Return the model, or torch.compile of it, on a GPU as CUDA graphs.
 
         Compiled for batches of one size: an epoch's last, of another, goes to the model itself.
         """
@@ -63,7 +63,7 @@ class Way:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16 matrix products."""
+    """Tell devices that have instructions for bfloat16 matrix products."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -71,7 +71,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def way(config: Config, device: torch.device, method: str, processes: int) -> Way:
-    """How the steps of a method run."""
+    """Return the way in which the steps of a method run."""
     if config.speed == "exact":
         return Way()
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 
 from at_fused.train import config as options
 from at_fused.train.cli import integer, require
 from at_fused.train.config import TITLES
-from at_fused.train.rules import ConfigError
+from at_fused.train.rules import ConfigError, is_import
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +53,7 @@ def of_a_run(folder: Path) -> list[Path]:
 
 
 def title(path: Path) -> str:
-    """What a file's name says of its network; its stem, where at-fused-train gave no such name."""
+    """Return the title that a file's name gives its network, or its stem."""
     student = re.fullmatch(r"student_(.+)-seed\d+", path.stem)
     return TITLES.get(student[1], path.stem) if student else path.stem
 
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from at_fused import visualize
     from at_fused.train.checkpoints import CheckpointError
-    from at_fused.train.data import open_data
+    from at_fused.train.data import Pictures, open_data
     from at_fused.train.saved import compared_layers, load_network
 
     models, facts = {}, {}
@@ -111,12 +112,24 @@ def main(argv: list[str] | None = None) -> None:
         sizes = {each["image_size"] for each in facts.values()}
         if len(sizes) > 1:
             raise CheckpointError(f"images of one size for all, got {sorted(sizes)}")
-        data = open_data(config.data, config.root, image_size=sizes.pop(), evaluate=config.evaluate)
-    except (CheckpointError, OSError, ImportError) as error:
+        run, first = _folder(paths[0]) / "pictures.json", facts[named[0]]
+        left_out = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else None
+        # As the network's file has it from the root on; moved images are where the run found them.
+        root = first.get("images", {}).get("root")
+        data = open_data(
+            config.data,
+            root if root and (is_import(config.data) or Path(root).exists()) else config.root,
+            image_size=None if is_import(config.data) else sizes.pop(),
+            evaluate=config.evaluate,
+            mean=config.mean,
+            std=config.std,
+            pictures=Pictures(**left_out) if left_out else None,
+        )
+        rows = torch.arange(min(args.images, len(data.evaluate)))
+        ((images, labels, _),) = data.evaluate.batches([rows], None)
+    except (CheckpointError, OSError, ImportError, ValueError) as error:
         parser.error(f"argument CHECKPOINT: {error}")
 
-    rows = torch.arange(min(args.images, len(data.evaluate)))
-    ((images, labels, _),) = data.evaluate.batches([rows], None)
     try:
         maps = {}
         for path, (name, model) in zip(paths, models.items(), strict=True):
@@ -125,15 +138,20 @@ def main(argv: list[str] | None = None) -> None:
             maps[name] = visualize.attention_maps(model, images, layers)
     except (TypeError, ValueError) as error:
         parser.error(f"argument --layers: {error}")
-    fig = visualize.figure(
-        images,
-        maps,
-        names=[data.names[int(label)] for label in labels],
-        across=2,
-        mean=data.mean,
-        std=data.std,
-        panel=0.95,
-    )
+    # Images that somebody else has normalised are shown from their least to their greatest value.
+    mean, std = (None, None) if data.own else (data.mean, data.std)
+    try:
+        fig = visualize.figure(
+            images,
+            maps,
+            names=[data.names[int(label)] for label in labels],
+            across=2,
+            mean=mean,
+            std=std,
+            panel=0.95,
+        )
+    except ValueError as error:  # one's own may be no pictures
+        parser.error(f"argument CHECKPOINT: {error}")
     visualize.save(fig, out)
     print(out)
 
