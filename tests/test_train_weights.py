@@ -322,8 +322,8 @@ def renamed(data: Data, *names: str) -> Data:
     [
         ({"names": tuple("1023456789")}, "class 0 of the network is '0', of the data '1'"),
         ({"channels": 3}, "the network takes images of 1 channels, the data have 3"),
-        ({"mean": (0.5,)}, r"as with --mean 0\.3\d{6} --std 0\.\d+, the data .* --mean 0\.5 "),
-        ({"std": (0.5,)}, r"the data as with --mean 0\.3\d+ --std 0\.5; give the former"),
+        ({"mean": (0.5,)}, r"as with --mean 0\.3\d{6} --std 0\.\d+, these .* --mean 0\.5 "),
+        ({"std": (0.5,)}, r"these as with --mean 0\.3\d+ --std 0\.5; give the former"),
     ],
 )
 def test_a_network_of_other_images_is_refused(
