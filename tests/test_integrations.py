@@ -477,7 +477,7 @@ def test_the_resnet_example_on_a_folder_with_a_teacher(
 
 
 def accuracies(printed: str) -> dict[str, float]:
-    """Of each network of examples/wrn.py; checks that its lines are there."""
+    """Return the accuracy of each network of examples/wrn.py; checks that its lines are there."""
     found = re.findall(r"^(.+): test accuracy (\d+\.\d\d) %$", printed, re.M)
     for name, _ in found:
         assert re.search(rf"^{name}: epoch (\d+) of \1, loss \d+\.\d{{3}}$", printed, re.M)
@@ -497,7 +497,7 @@ def test_the_papers_program_on_cifar(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of 20 pictures to train with and 4 to test, in the files that torchvision reads."""
+    """Train on 20 pictures and test on 4, in the files that torchvision reads."""
     write_cifar(tmp_path, "cifar10", monkeypatch)
     examples("wrn.py")(["--root", str(tmp_path), "--epochs", "2"])
     assert {a % 25 for a in accuracies(capsys.readouterr().out).values()} == {0}

@@ -870,7 +870,7 @@ def test_own_data(workers: int, mine: Callable[..., Any]) -> None:
     assert "once" in half.facts["validation"]
     assert half.digest == data.digest
     assert roots == ["ROOT", "ROOT"]
-    # What a function draws is the same each time, and changes no draw of others.
+    # A function draws the same each time, and changes no draw of others.
     assert drawn[0] == drawn[1]
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])

@@ -374,7 +374,7 @@ def test_one_folder_has_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     # One that looked before the first began comes too late.
     with pytest.raises(CheckpointError, match="already holds files; choose a new"):
         Experiment(config, out, fresh=True).run()
-    # Of one second, two folders.
+    # Runs that begin in the same second have folders of their own.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda shape: "20260101-000000")
     for _ in range(3):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import os
 import re
 import time
@@ -193,12 +192,12 @@ def claimed(folder: Path | None, fresh: bool) -> Iterator[Path]:
 
 def _dated() -> Path:
     name = time.strftime("%Y%m%d-%H%M%S")
-    for number in itertools.count(1):
+    number = 1
+    while True:
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        folder.parent.mkdir(exist_ok=True)
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True)
         except FileExistsError:
-            continue
-        return folder
-    raise AssertionError
+            number += 1
+        else:
+            return folder

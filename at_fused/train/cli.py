@@ -275,7 +275,7 @@ def _settled(given: dict[str, Any]) -> tuple[Config, Path | None]:
     if "resume" in given:
         return _resumed(given)
     config, out = settings(given), given.get("out")
-    # Of several processes the first looks, once the others hear of it.
+    # With several processes the first looks, once the others can hear of it.
     alone = _processes() == 1
     if alone and out and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(

@@ -74,7 +74,7 @@ class Result:
 
     teacher: tuple[float, ...] | None = None
     students: dict[str, list[Curve]] = field(default_factory=dict)
-    # Of each method and beta that it may have, the students that choose it.
+    # The students that choose beta, by method and beta.
     searched: dict[str, dict[float, list[Curve]]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 

@@ -49,16 +49,9 @@ class Curve:
     def chosen(self) -> Point:
         """The point whose weights are kept: the best on the validation share, or the last."""
         # The first of equal ones, as in Trainer._point.
-        return (
-            max(self.points, key=lambda point: point["validation"])
-            if self.validated
-            else (self.points[-1])
-        )
-
-    @property
-    def validated(self) -> bool:
-        """True where a validation share chooses the weights."""
-        return "validation" in self.points[-1]
+        if "validation" in self.points[-1]:
+            return max(self.points, key=lambda point: point["validation"])
+        return self.points[-1]
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=way.dtype is torch.float16)
         self.step = 0
         self.curve = Curve()
-        # Of the best point on the validation share.
+        # Weights of the best point on the validation share.
         self.best: dict[str, Tensor] | None = None
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._since = 0

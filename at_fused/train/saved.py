@@ -23,7 +23,7 @@ from at_fused.train.data import Data
 from at_fused.train.networks import build, last_layer, torchvision_models
 from at_fused.train.rules import ConfigError, in_a_line, is_import
 
-# Of nn.DataParallel and DistributedDataParallel, torch.compile, and Lightning's modules.
+# Prefixes of nn.DataParallel and DistributedDataParallel, torch.compile, and Lightning's modules.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 TORCHVISION = "torchvision"
 

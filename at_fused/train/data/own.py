@@ -118,7 +118,7 @@ def _items(what: str, dataset: Any, shape: torch.Size | None, workers: int) -> _
     for number in range(min(TWICE, count)):
         first, again = items[number, 0], items[number, 0]
         if isinstance(first, str) or isinstance(again, str):
-            raise ConfigError(str(first))
+            raise ConfigError(str(first if isinstance(first, str) else again))
         if not torch.equal(first, again):
             raise ConfigError(
                 f"{what}[{number}] differs from itself, with the same state of torch's, NumPy's "
