@@ -33,9 +33,9 @@ LINK = ["-Wl,-s", "-Wl,--as-needed"] if platform.system() == "Linux" else []
 COMPILE = ["-fvisibility=hidden", "-g0", f"-ffile-prefix-map={ROOT}/="]
 
 
-# What the CUDA library is compiled for; the last also as PTX, for later devices. A CUDA too old for
-# one leaves it out. TORCH_CUDA_ARCH_LIST says otherwise.
-CUDA_ARCHITECTURES = (80, 90, 100)
+# What the CUDA library is compiled for; the last two also as PTX, for devices between and after
+# them. A CUDA too old for one leaves it out. TORCH_CUDA_ARCH_LIST says otherwise.
+CUDA_ARCHITECTURES = (80, 90, 100, 120)
 
 
 def switch(name: str, default: str, *others: str) -> str:
@@ -119,7 +119,7 @@ def architecture_flags(toolkit: Path) -> list[str]:
     if not known:
         raise NoCudaError(f"{nvcc} compiles for none of sm_{CUDA_ARCHITECTURES}")
     flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in known]
-    return [*flags, f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}"]
+    return [*flags, *(f"-gencode=arch=compute_{sm},code=compute_{sm}" for sm in known[-2:])]
 
 
 def cuda_extension(toolkit: Path) -> CppExtension:

@@ -21,7 +21,7 @@ from native import once
 import at_fused
 
 ROOT = Path(__file__).parents[1]
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 class Kernel(NamedTuple):

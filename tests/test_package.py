@@ -353,7 +353,7 @@ def test_an_nvcc_that_cannot_compile_leaves_the_cuda_library_out(
         ),
         (
             "bare",
-            "{}/bin/nvcc compiles for none of sm_(80, 90, 100)",
+            "{}/bin/nvcc compiles for none of sm_(80, 90, 100, 120)",
             lambda home: toolkit(home, devices="sm_50"),
         ),
         ("silent", "{}/bin/nvcc fails: status 3", lambda home: toolkit(home, "exit 3")),

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 }
 
 void launch_attention_map(const MapParams& params, const Launch& launch) {
-  launch_instance(AT_FUSED_POWERS(attention_map_kernel), params.p, launch, params);
+  AT_FUSED_LAUNCH_POWERS(attention_map_kernel, params, launch);
 }
 
 }  // namespace at_fused

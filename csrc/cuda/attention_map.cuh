@@ -67,6 +67,10 @@ __device__ __forceinline__ void map_rows(const T* from, int64_t step, int row, i
   }
 }
 
+// Rows of single elements are a fraction of the bytes, so more of them are under way.
+template <class C, int V>
+constexpr int kRowsInFlight = C::rows_in_flight * (V == 1 ? 2 : 1);
+
 // Rows are channels, threads side by side take adjacent positions.
 template <class T, int V, bool keeps, class C>
 __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile, const C& collect,
@@ -75,7 +79,7 @@ __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile,
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
   const int rows = x.C / fold, columns = (tile.end - tile.begin) * fold / V;
   const int64_t line = x.line * fold, step = height * line;
-  constexpr int U = C::rows_in_flight;
+  constexpr int U = kRowsInFlight<C, V>;
   using State = typename C::State;
   const T* first = static_cast<const T*>(x.data) + int64_t(here(tile.b)) * x.batch + tile.begin;
   State* scratch = reinterpret_cast<State*>(tile.scratch);
@@ -151,11 +155,17 @@ __device__ __forceinline__ void map_tile_interleaved(const View& x, const Tile& 
           from, step, row, height, rows, keep, column, columns,
           [&](int u, int j, auto value) { collect.take(total[u], value, column * V + j); });
     }
+    // The rows' shuffles side by side: one after the other each would wait for the one before.
+    const int width = here(x.access.lanes);
+#pragma unroll 1
+    for (int d = 1; d < width; d *= 2) {
+#pragma unroll
+      for (int u = 0; u < U; ++u) meet(total[u], from_lane(total[u], d));
+    }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      for (int d = 1; d < lanes; d *= 2) meet(total[u], from_lane(total[u], d));
-      const int r = row + u * height;
-      if (tx == 0 && r < rows) collect.put(r, total[u]);
+      const int r = begin + threadIdx.x / width + u * (kThreads / width);
+      if (threadIdx.x % width == 0 && r < rows) collect.put(r, total[u]);
     }
   }
 }

@@ -49,36 +49,31 @@ __device__ inline int broadcast(int value, Control& control) {
   return control.broadcast;
 }
 
+// The addition is a release of what this thread has seen, and an acquire of what was released by
+// those who added before: less than a full fence on either side.
+__device__ inline uint32_t fetch_add_acq_rel(uint32_t* counter, uint32_t value) {
+#if defined(AT_FUSED_SIMT)
+  __threadfence();
+  const uint32_t before = atomicAdd(counter, value);
+  __threadfence();
+#else
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+#endif
+  return before;
+}
+
 // Adds `arrivals` to a counter, after all that this block has written. True in the one block that
-// makes it `total`, which then sees what all the others wrote; the counter is 0 again.
+// makes it `total`, which then sees what all the others wrote.
 __device__ inline bool arrives_last(uint32_t* counter, uint32_t arrivals, uint32_t total,
                                     Control& control) {
   bool last = false;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(counter, arrivals) + arrivals == total;
-    if (last) atomicExch(counter, 0u);
-    __threadfence();
-  }
+  if (threadIdx.x == 0) last = fetch_add_acq_rel(counter, arrivals) + arrivals == total;
   return broadcast(last, control) != 0;
-}
-
-// Lets the blocks that wait_for(flag) see all that this one has written.
-__device__ inline void announce(uint32_t* flag) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    atomicExch(flag, 1u);
-  }
-}
-
-__device__ inline void wait_for(uint32_t* flag) {
-  if (threadIdx.x == 0) {
-    while (__ldcv(flag) == 0) __nanosleep(100);
-    __threadfence();
-  }
-  __syncthreads();
 }
 
 // The list's member whose tasks `task` is among.

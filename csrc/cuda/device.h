@@ -4,10 +4,8 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <map>
-#include <mutex>
 #include <optional>
-#include <utility>
+#include <vector>
 
 #include "../features.h"
 #include "plan.h"
@@ -51,10 +49,10 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
-inline Limits limits_of(Device device) {
+inline Limits ask_limits(int device) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, which, std::max(0, device.index)));
+    check_cuda(cudaDeviceGetAttribute(&value, which, device));
     return value;
   };
   STD_TORCH_CHECK(attribute(cudaDevAttrComputeCapabilityMajor) >= 8,
@@ -65,42 +63,16 @@ inline Limits limits_of(Device device) {
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
 
-// Zeroed counters for one launch after another on a stream. Kernels leave them at 0, so they are
-// zeroed when they are allocated and never again. In a graph that is being captured they are its
-// own: it may be replayed while its stream does something else.
-class Counters {
- public:
-  Counters(Device device, void* stream, int64_t count) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    check_cuda(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
-    if (status != cudaStreamCaptureStatusNone) {
-      tensor_ = allocate(device, stream, count);
-      return;
-    }
-    // Never destroyed: at the end of the process the allocator may be gone before it.
-    static auto* kept = new std::map<std::pair<int32_t, void*>, Tensor>;
-    static auto* mutex = new std::mutex;
-    const std::lock_guard<std::mutex> lock(*mutex);
-    auto found = kept->find({device.index, stream});
-    if (found == kept->end() || found->second.numel() < count) {
-      const int64_t room = power_of_two_up(std::max<int64_t>(count, 4096));
-      found = kept->insert_or_assign({device.index, stream}, allocate(device, stream, room)).first;
-    }
-    tensor_ = found->second;
-  }
-
-  uint32_t* data() const { return static_cast<uint32_t*>(tensor_->mutable_data_ptr()); }
-
- private:
-  static Tensor allocate(Device device, void* stream, int64_t count) {
-    const int64_t stride = 1;
-    Tensor tensor = new_tensor(1, &count, &stride, aoti_torch_dtype_int32(), device);
-    check_cuda(cudaMemsetAsync(tensor.mutable_data_ptr(), 0, size_t(count) * 4,
-                               static_cast<cudaStream_t>(stream)));
-    return tensor;
-  }
-
-  std::optional<Tensor> tensor_;
-};
+inline Limits limits_of(Device device) {
+#if defined(AT_FUSED_SIMT)  // tests change the device
+  return ask_limits(0);
+#else
+  static thread_local std::vector<std::optional<Limits> > known;
+  const size_t at = size_t(device.index);
+  if (known.size() <= at) known.resize(at + 1);
+  if (!known[at]) known[at] = ask_limits(device.index);
+  return *known[at];
+#endif
+}
 
 }  // namespace at_fused

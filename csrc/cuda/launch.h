@@ -20,7 +20,6 @@ void launch_max_map_backward(const SweepParams& params, const Launch& launch);
 void launch_max_tap_backward(const TapParams& params, const Launch& launch);
 void launch_map_loss(const LossParams& params, const Launch& launch);
 void launch_at_loss(const LossParams& params, const Launch& launch);
-void launch_at_value_and_grad(const LossParams& params, const GradientParams& gradient,
-                              const Launch& launch);
+void launch_at_value_and_grad(const LossParams& params, const Launch& launch);
 
 }  // namespace at_fused

@@ -6,21 +6,20 @@
 
 namespace at_fused {
 
-// A sample's map, in fp64 for fp64 features. Maps that other blocks wrote are `remote`: this
-// multiprocessor's first-level cache may know nothing of them.
+// A sample's map, in fp64 for fp64 features.
 template <bool fp64>
 struct SampleMap {
   void* data;
-  bool wide, remote;
+  bool wide;
 
   __device__ __forceinline__ void* at(int64_t n) const {
     return static_cast<char*>(data) + n * accumulate_size(wide);
   }
   __device__ __forceinline__ double get(int n) const {
     if constexpr (fp64) {
-      if (wide) return value(static_cast<double*>(data) + n);
+      if (wide) return static_cast<const double*>(data)[n];
     }
-    return double(value(static_cast<float*>(data) + n));
+    return double(static_cast<const float*>(data)[n]);
   }
   __device__ __forceinline__ void set(int n, double v) const {
     if constexpr (fp64) {
@@ -31,30 +30,49 @@ struct SampleMap {
     }
     static_cast<float*>(data)[n] = float(v);
   }
-
- private:
-  template <class A>
-  __device__ __forceinline__ A value(A* from) const {
-    return remote ? __ldcg(from) : *from;
-  }
 };
 
 template <bool fp64>
-__device__ __forceinline__ SampleMap<fp64> map_of(const View& x, void* maps, int64_t b,
-                                                  bool remote) {
+__device__ __forceinline__ SampleMap<fp64> map_of(const View& x, void* maps, int64_t b) {
   const bool wide = x.dtype == Dtype::float64;
   char* data = static_cast<char*>(maps);
   if (data) data += b * x.N * accumulate_size(wide);
-  return {data, wide, remote};
+  return {data, wide};
 }
 
-// The two maps of a sample and what becomes of them. Without data a result is not wanted.
+// The two maps of a sample, and where in global memory (of a student on chip: where it is) they or
+// their coefficients are left. Without data a result is not wanted.
 template <bool fp64>
 struct SampleMaps {
   SampleMap<fp64> student, teacher;
   SampleMap<fp64> student_result, teacher_result;
   bool student_grad, teacher_grad;  // the result is the coefficient map k; else the raw map
 };
+
+// Copies a sample's maps, each position by the thread that will finish it. A load takes as long as
+// the memory's latency, so eight are under way before the first is stored.
+template <bool fp64>
+__device__ __forceinline__ void copy_maps(const SampleMaps<fp64>& maps, int N) {
+  constexpr int U = 4;
+#pragma unroll 1
+  for (int begin = threadIdx.x; begin < N; begin += U * kThreads) {
+    std::conditional_t<fp64, double, float> student[U] = {}, teacher[U] = {};
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (begin + u * kThreads < N) {
+        student[u] = maps.student_result.get(begin + u * kThreads);
+        teacher[u] = maps.teacher_result.get(begin + u * kThreads);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (begin + u * kThreads < N) {
+        maps.student.set(begin + u * kThreads, student[u]);
+        maps.teacher.set(begin + u * kThreads, teacher[u]);
+      }
+    }
+  }
+}
 
 // Multiplies a map, or its coefficients, by the sample's mask. Each position belongs to one thread,
 // here as in finish_sample.
@@ -72,7 +90,7 @@ __device__ __forceinline__ void apply_mask(const PairParams& pair, int b,
 // The sample's share of the loss; all in fp64: maps are small, and their squares overflow fp32 from
 // features of 1e10 on.
 template <bool fp64>
-__device__ double finish_sample(const LossParams& params, const PairParams& pair,
+__device__ double finish_sample(const LossParams& params, const PairParams& pair, int b,
                                 const SampleMaps<fp64>& maps, bool in_place, Control& control) {
   const int N = pair.student.N;
   double squares[2] = {};
@@ -109,7 +127,12 @@ __device__ double finish_sample(const LossParams& params, const PairParams& pair
   const bool teacher = maps.teacher_result.data && (maps.teacher_grad || !in_place);
   if (student || teacher) {
     // dL/dq = slope * difference; at difference = 0 the norm of the paper's form takes 0.
-    const double slope = code ? 2 * mean : distance == 0 ? 0.0 : mean / distance;
+    const double slope =
+        (code            ? 2 * mean
+         : distance == 0 ? 0.0
+                         : mean / distance) *
+        params.scale *
+        factor_of(pair.loss_gradient, params.loss_gradient_fp64, b * params.sample_step);
     // Where a map is divided by a constant there is nothing to project out.
     const double along_student = ds.to_unit == 0 ? 0.0 : sums[1] * ds.to_unit;
     const double along_teacher = dt.to_unit == 0 ? 0.0 : sums[2] * dt.to_unit;
@@ -146,22 +169,33 @@ struct SharedMemory {
         kept(student_map + map_bytes) {}
 };
 
-// Adds the samples' losses of this launch, in the same order whatever the schedule was.
+// Adds the samples' losses of this launch, in the same order whatever the schedule was: those of a
+// pair by one warp, or by several where there are fewer pairs.
 __device__ inline void total_losses(const LossParams& params, Control& control) {
-  double total = params.continues ? __ldcg(params.sum) : 0.0;
-  for (int i = 0; i < params.count; ++i) {
-    const PairParams& pair = params.pairs[i];
-    double sum[1] = {};
-    for (int b = threadIdx.x; b < pair.B; b += kThreads) {
-      sum[0] += __ldcg(params.sample_losses + pair.first_sample + b);
+  static_assert(kMaxPairs <= 3 * kWarps);
+  const int lane = threadIdx.x % 32, parts = max(1, kWarps / params.count);
+  for (int job = threadIdx.x / 32; job < params.count * parts; job += kWarps) {
+    const PairParams& pair = params.pairs[job / parts];
+    double sum = 0;
+#pragma unroll 4
+    for (int b = job % parts * 32 + lane; b < pair.B; b += 32 * parts) {
+      sum += params.sample_losses[pair.first_sample + b];
     }
-    block_sum(sum, control);
-    total = params.add ? total + sum[0] : sum[0];
-    if (threadIdx.x == 0 && (!params.add || i + 1 == params.count)) {
-      store_loss(params.loss, params.loss_fp64, params.add ? 0 : params.first_pair + i, total);
-      if (params.add) *params.sum = total;
-    }
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
+    if (lane == 0) control.sums[job] = sum;
   }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  double total = params.continues ? *params.sum : 0.0;
+  for (int i = 0; i < params.count; ++i) {
+    double sum = 0;
+    for (int part = 0; part < parts; ++part) sum += control.sums[i * parts + part];
+    total += sum;
+    if (!params.add) store_loss(params.loss, params.loss_fp64, params.pairs[i].number, sum);
+  }
+  if (!params.add) return;
+  store_loss(params.loss, params.loss_fp64, 0, total);
+  *params.sum = total;
 }
 
 __device__ __forceinline__ void store_sample_loss(const LossParams& params, int i, int b,
@@ -169,9 +203,18 @@ __device__ __forceinline__ void store_sample_loss(const LossParams& params, int 
   if (threadIdx.x > 0) return;
   const PairParams& pair = params.pairs[i];
   if (params.of_samples) {
-    store_loss(params.loss, params.loss_fp64, int64_t(params.first_pair + i) * pair.B + b, loss);
+    store_loss(params.loss, params.loss_fp64, int64_t(pair.number) * pair.B + b, loss);
   } else {
     params.sample_losses[pair.first_sample + b] = loss;
+  }
+}
+
+// The losses of `samples` more samples are in; the block that brings the launch's last adds them
+// all up.
+__device__ inline void finish_loss(const LossParams& params, int samples, Control& control) {
+  if (params.of_samples) return;
+  if (arrives_last(params.finished, uint32_t(samples), uint32_t(params.samples), control)) {
+    total_losses(params, control);
   }
 }
 
@@ -190,29 +233,24 @@ __device__ __forceinline__ Piece piece_of(const PairParams& pair, int number) {
 }
 
 // Maps and loss of sample b, or piece `number` of it; false where other blocks still have pieces.
-// Maps are made on chip where they fit; blocks that share a sample meet in global memory, and the
-// one that brings the last piece finishes it. With `keeps` a whole student sample stays on chip as
-// well, and its coefficient map beside it.
+// Whole samples have their maps on chip. Blocks that share a sample meet in global memory, and the
+// one that brings the last piece finishes it. In kernels that `keep`, a student that is to be swept
+// stays on chip as well, and its coefficients.
 template <class E, bool fp64, bool keeps>
 __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int b, int number,
                                            const SharedMemory& shared) {
-  const auto fits = [&](const PairParams& pair) {
-    return pair.student.N * accumulate_size(fp64) <= params.map_bytes / 2;
-  };
   // In shared memory: it is the same in all threads, whose registers are needed for other things.
   SampleMaps<fp64>& maps = *reinterpret_cast<SampleMaps<fp64>*>(shared.control->maps);
   static_assert(sizeof(maps) <= sizeof(shared.control->maps));
   __syncthreads();  // the last sample's maps may still be read
   if (threadIdx.x == 0) {
     const PairParams& pair = params.pairs[here(i)];
-    const bool whole = pair.samples > 0;
-    maps.student_result = map_of<fp64>(pair.student, pair.student_maps, b, true);
-    maps.teacher_result = map_of<fp64>(pair.teacher, pair.teacher_maps, b, true);
-    maps.student =
-        fits(pair) ? map_of<fp64>(pair.student, shared.student_map, 0, false) : maps.student_result;
-    maps.teacher =
-        fits(pair) ? map_of<fp64>(pair.teacher, shared.teacher_map, 0, false) : maps.teacher_result;
-    if (keeps && whole) maps.student_result = maps.student;
+    const bool fits = pair.student.N * accumulate_size(fp64) <= params.map_bytes / 2;
+    maps.student_result = map_of<fp64>(pair.student, pair.student_maps, b);
+    maps.teacher_result = map_of<fp64>(pair.teacher, pair.teacher_maps, b);
+    maps.student = fits ? map_of<fp64>(pair.student, shared.student_map, 0) : maps.student_result;
+    maps.teacher = fits ? map_of<fp64>(pair.teacher, shared.teacher_map, 0) : maps.teacher_result;
+    if (keeps && pair.sweep.out) maps.student_result = maps.student;
     maps.student_grad = params.student_grad;
     maps.teacher_grad = params.teacher_grad;
   }
@@ -223,32 +261,22 @@ __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int 
   for (int side = sides.side_begin; side < sides.side_end; ++side) {
     const PairParams& pair = params.pairs[here(i)];
     const Piece tile = piece_of(pair, here(number));
-    const SampleMap<fp64>& map = side ? maps.teacher : maps.student;
+    const bool whole = pair.samples > 0;
+    const SampleMap<fp64>& map = whole ? (side ? maps.teacher : maps.student)
+                                       : (side ? maps.teacher_result : maps.student_result);
     map_tile<E, fp64, keeps>(
         side ? pair.teacher : pair.student, {b, tile.begin, tile.end, shared.scratch}, params.p,
         side ? pair.teacher_scale : pair.student_scale,
-        side == 0 && pair.samples > 0 ? shared.kept : nullptr, map.at(tile.begin));
+        side == 0 && pair.sweep.out ? shared.kept : nullptr, map.at(tile.begin));
   }
   const PairParams& pair = params.pairs[here(i)];
   const bool whole = pair.samples > 0;
-  __syncthreads();
   if (!whole) {
-    const Piece piece = piece_of(pair, here(number));
-    const bool teacher = piece.side_begin;
-    if (fits(pair)) {
-      const SampleMap<fp64>& from = teacher ? maps.teacher : maps.student;
-      const SampleMap<fp64>& to = teacher ? maps.teacher_result : maps.student_result;
-      for (int n = piece.begin + threadIdx.x; n < piece.end; n += kThreads) to.set(n, from.get(n));
-    }
     uint32_t* arrived = params.arrived + pair.first_sample + b;
     if (!arrives_last(arrived, 1, uint32_t(pair.pieces), *shared.control)) return false;
-    if (fits(pair)) {  // each position by the thread that will finish it
-      for (int n = threadIdx.x; n < pair.student.N; n += kThreads) {
-        const bool own = n >= piece.begin && n < piece.end;
-        if (teacher || !own) maps.student.set(n, maps.student_result.get(n));
-        if (!teacher || !own) maps.teacher.set(n, maps.teacher_result.get(n));
-      }
-    }
+    if (maps.student.data != maps.student_result.data) copy_maps(maps, pair.student.N);
+  } else {
+    __syncthreads();
   }
   const bool masked = pair.mask;
   if (masked) {
@@ -256,7 +284,7 @@ __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int 
     apply_mask(pair, b, maps.teacher);
   }
   // Masked maps on chip are not yet where a raw map is kept.
-  const double loss = finish_sample(params, pair, maps, !whole && !masked, *shared.control);
+  const double loss = finish_sample(params, pair, b, maps, !whole && !masked, *shared.control);
   if (masked) {
     if (maps.student_grad) apply_mask(pair, b, maps.student_result);
     if (maps.teacher_grad) apply_mask(pair, b, maps.teacher_result);
@@ -265,12 +293,21 @@ __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int 
   return true;
 }
 
-// The losses of `samples` more samples are in; whoever brings the launch's last adds them all up.
-__device__ inline void finish_loss(const LossParams& params, int samples, Control& control) {
-  if (params.of_samples) return;
-  if (arrives_last(params.finished, uint32_t(samples), uint32_t(params.samples), control)) {
-    total_losses(params, control);
+// The block's task: samples, or a piece of one. Calls then(i, b) after each.
+template <class E, bool fp64, bool keeps, class F>
+__device__ __forceinline__ void run_task(const LossParams& params, const SharedMemory& shared,
+                                         F then) {
+  const int i = member_of(params.pairs, params.count, blockIdx.x);
+  const PairParams& pair = params.pairs[i];
+  const int local = blockIdx.x - pair.first_task;
+  const int b0 = pair.samples ? local * pair.samples : local / pair.pieces;
+  const int b1 = pair.samples ? min(b0 + pair.samples, pair.B) : b0 + 1;
+  bool finished = true;
+  for (int b = b0; b < b1; ++b) {
+    finished = run_sample<E, fp64, keeps>(params, i, b, local % pair.pieces, shared);
+    then(i, b);
   }
+  if (finished) finish_loss(params, b1 - b0, *shared.control);
 }
 
 }  // namespace at_fused

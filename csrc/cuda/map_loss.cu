@@ -16,21 +16,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks<true>)
   const int b1 = min(b0 + pair.samples, pair.B);
   for (int b = b0; b < b1; ++b) {
     const auto given = [&](const View& map) {
-      return map_of<fp64>(map, const_cast<void*>(map.data), b, false);
+      return map_of<fp64>(map, const_cast<void*>(map.data), b);
     };
     const SampleMaps<fp64> maps{given(pair.student),
                                 given(pair.teacher),
-                                map_of<fp64>(pair.student, pair.student_maps, b, false),
-                                map_of<fp64>(pair.teacher, pair.teacher_maps, b, false),
+                                map_of<fp64>(pair.student, pair.student_maps, b),
+                                map_of<fp64>(pair.teacher, pair.teacher_maps, b),
                                 true,
                                 true};
-    store_sample_loss(params, i, b, finish_sample<fp64>(params, pair, maps, false, control));
+    store_sample_loss(params, i, b, finish_sample<fp64>(params, pair, b, maps, false, control));
   }
   finish_loss(params, b1 - b0, control);
 }
 
 void launch_map_loss(const LossParams& params, const Launch& launch) {
-  launch_instance(AT_FUSED_DTYPES(map_loss_kernel), launch, params);
+  AT_FUSED_LAUNCH_DTYPES(map_loss_kernel, params, launch);
 }
 
 }  // namespace at_fused

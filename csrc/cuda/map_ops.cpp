@@ -4,41 +4,15 @@
 #include <algorithm>
 #include <optional>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "../box.h"
 #include "../map_arguments.h"
-#include "checks.h"
 #include "device.h"
-#include "launch.h"
-#include "plan.h"
+#include "lists.h"
 
 namespace at_fused {
 namespace {
-
-// ---- attention_map ----------------------------------------------------------------------------
-
-// Launches a list in parts. `options` are those of all parts; `plan(at, feature)` cuts member `at`
-// and returns its tasks.
-template <class Params, class Plan, class Run>
-void launch_parts(const std::vector<Feature>& features, const Params& options, int32_t shared_bytes,
-                  void* stream, Plan plan, Run run) {
-  constexpr size_t most = std::extent_v<decltype(Params::features)>;
-  for (size_t begin = 0; begin < features.size(); begin += most) {
-    Params params = options;
-    params.count = int32_t(std::min(most, features.size() - begin));
-    Launch launch{0, shared_bytes, false, stream};
-    for (int32_t i = 0; i < params.count; ++i) {
-      const size_t at = begin + size_t(i);
-      params.features[i].first_task = check_blocks(launch.blocks);
-      launch.blocks += plan(at, params.features[i]);
-      launch.fp64 |= accumulates_fp64(features[at]);
-    }
-    check_blocks(launch.blocks);
-    run(params, launch);
-  }
-}
 
 int64_t bytes_of(const std::vector<Feature>& features) {
   int64_t total = 0;
@@ -64,12 +38,12 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse,
   }
   const int64_t total = bytes_of(features);
   launch_parts(
-      features, MapParams{p, 0, {}}, maximum ? kMaximumBytes : kScratchBytes, scope.stream(),
+      features.size(), MapParams{p, 0, {}}, maximum ? kMaximumBytes : kScratchBytes, scope.stream(),
       [&](size_t at, MapFeature& feature) {
         feature.map = maps[at].mutable_data_ptr();
         feature.scale = collapse_scale(collapsed, features[at]);
         if (maximum) feature.channels = static_cast<int32_t*>(channels[at].mutable_data_ptr());
-        return plan_map(feature, features[at], total, limits);
+        plan_map(feature, features[at], total, limits);
       },
       maximum ? launch_max_map : launch_attention_map);
   for (Tensor& map : channels) maps.push_back(std::move(map));
@@ -91,9 +65,10 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
   Gradients gradients(tensors, skip_tokens);
   const std::vector<Feature>& features = gradients.features;
   for (const Feature& x : features) check_extent(x);
-  const int64_t total = 2 * bytes_of(features);
+  const int64_t total = bytes_of(features);
   launch_parts(
-      features, SweepParams{p, gradient.sample_stride, 0, gradient.fp64, {}}, 0, scope.stream(),
+      features.size(), SweepParams{p, gradient.sample_stride, 0, gradient.fp64, {}}, 0,
+      scope.stream(),
       [&](size_t at, SweepFeature& feature) {
         const Feature& x = features[at];
         feature.k = coefficient_map(coefficients[at], x, device).first;
@@ -102,7 +77,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
           feature.channels =
               reinterpret_cast<const int32_t*>(channel_map(channels[at], x, device).first);
         }
-        return plan_sweep(feature, x, gradients.out[at], total, limits);
+        plan_sweep(feature, x, gradients.out[at], total, limits);
       },
       maximum ? launch_max_map_backward : launch_attention_map_backward);
   return gradients.finish();

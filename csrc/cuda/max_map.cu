@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 }
 
 void launch_max_map(const MapParams& params, const Launch& launch) {
-  launch_instance(AT_FUSED_DTYPES(max_map_kernel), launch, params);
+  AT_FUSED_LAUNCH_DTYPES(max_map_kernel, params, launch);
 }
 
 }  // namespace at_fused

@@ -77,7 +77,7 @@ template <bool fp64>
 __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
     max_map_backward_kernel(const __grid_constant__ SweepParams params) {
   sweep_task(
-      params, [&](const SweepFeature& feature, int b, Span span, const char* k, double gradient) {
+      params, [&](const SweepFeature& feature, int b, Span span, const char* k, auto gradient) {
         const View& view = feature.view;
         const Sweep& sweep = feature.sweep;
         with_dtype<fp64>(view.dtype, [&](auto element) {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
           const int64_t sample = here(b);
           const T* x = static_cast<const T*>(view.data) + sample * view.batch;
           T* out = static_cast<T*>(sweep.out) + sample * sweep.batch;
-          const A g = A(gradient);
+          const A g = A(gradient());
           const A* map = reinterpret_cast<const A*>(k);
           const int32_t* channels = feature.channels + sample * view.N;
           const auto run = [&](auto vector) {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 }
 
 void launch_max_map_backward(const SweepParams& params, const Launch& launch) {
-  launch_instance(AT_FUSED_DTYPES(max_map_backward_kernel), launch, params);
+  AT_FUSED_LAUNCH_DTYPES(max_map_backward_kernel, params, launch);
 }
 
 }  // namespace at_fused

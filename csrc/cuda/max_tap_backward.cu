@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
 }
 
 void launch_max_tap_backward(const TapParams& params, const Launch& launch) {
-  launch_instance(AT_FUSED_DTYPES(max_tap_backward_kernel), launch, params);
+  AT_FUSED_LAUNCH_DTYPES(max_tap_backward_kernel, params, launch);
 }
 
 }  // namespace at_fused

@@ -12,7 +12,7 @@ constexpr int kThreads = 256;  // of every block
 // Blocks that run on a multiprocessor at a time, for which the kernels leave registers; fewer where
 // samples take its shared memory anyway.
 constexpr int kBlocksPerMultiprocessor = 3;
-constexpr int kGradientBlocks = 2;
+constexpr int kGradientBlocks = 2;  // at the least, with a sample of each kept on chip
 constexpr int kVectorBytes = 16;    // of the widest load
 constexpr int kLaunchBytes = 4096;  // of structs that every launch may carry
 constexpr int kMaxPairs = 16;       // of one launch; longer lists take several
@@ -49,6 +49,7 @@ struct MapFeature {
   void* map;
   int32_t* channels;  // that won each position's maximum, if the map is one
   double scale;
+  int32_t B;
   int32_t first_task;
   int32_t pieces, positions;  // of a sample, and of a piece
 };
@@ -92,6 +93,11 @@ struct PairParams {
   const void* mask;                     // (B, N), fp64 where a side is; null: ones
   double student_scale, teacher_scale;  // of the channel sums
   double weight;                        // of a sample
+  // Of the student's gradient, in the kernel that writes it: a whole sample that stays on chip is
+  // swept at once. Without `out` the coefficients are all that the launch makes.
+  Sweep sweep;
+  const void* loss_gradient;  // null is 1
+  int32_t number;             // in the list
   int32_t B;
   int32_t first_task, first_sample;
   int32_t samples;            // whole samples of a task; 0: samples are shared by several blocks
@@ -100,6 +106,9 @@ struct PairParams {
 
 struct LossParams {
   double p, eps;
+  double scale;         // of the gradients, as each pair's loss_gradient
+  int64_t sample_step;  // as in SweepParams
+  bool loss_gradient_fp64;
   Form form;
   EpsMode eps_mode;
   int32_t count, samples;  // pairs, and samples in all of them
@@ -108,9 +117,8 @@ struct LossParams {
   bool of_samples;  // a loss for each sample: neither is summed
   bool continues;   // a launch before this one began the sum
   bool loss_fp64;
-  int32_t first_pair;
   void* loss;
-  // The workspace. The counters are 0 before a launch and 0 after it.
+  // The workspace. The counters are 0 before a launch.
   uint32_t* finished;  // samples
   uint32_t* arrived;   // pieces of each shared sample
   double* sample_losses;
@@ -119,24 +127,7 @@ struct LossParams {
   PairParams pairs[kMaxPairs];
 };
 
-struct GradientPair {
-  Sweep sweep;
-  const void* loss_gradient;
-  int32_t lag;  // samples whose maps are under way before the first gradient is begun
-};
-
-struct GradientParams {
-  double scale;
-  int64_t sample_step;  // as in SweepParams
-  bool loss_gradient_fp64;
-  bool queue;  // some samples are shared: tasks are taken in order
-  uint32_t* ticket;
-  uint32_t* done;   // blocks
-  uint32_t* ready;  // a flag for each shared sample
-  GradientPair pairs[kMaxPairs];
-};
-
 static_assert(sizeof(MapParams) <= kLaunchBytes && sizeof(SweepParams) <= kLaunchBytes);
-static_assert(sizeof(LossParams) + sizeof(GradientParams) <= kLaunchBytes);
+static_assert(sizeof(LossParams) <= kLaunchBytes);
 
 }  // namespace at_fused

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <numeric>
+#include <vector>
 
 #include "params.h"
 
@@ -20,11 +21,15 @@ constexpr int32_t kControlBytes = 384;   // block.cuh: Control
 constexpr int32_t kScratchBytes = 8192;  // attention_map.cuh: a value per thread and element
 constexpr int32_t kMaximumBytes = 2 * kScratchBytes;  // likewise, with the channel of each
 constexpr int32_t kSharedBytesWithoutAsking = 48 << 10;
-constexpr int64_t kMaxExtent = int64_t(1) << 30;  // channels, positions: 32-bit loops
+constexpr int64_t kMaxExtent = int64_t(1) << 30;  // samples, channels, positions: 32-bit loops
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
-// Bytes of a task: enough to be worth a block's start and end, few enough for many tasks.
-constexpr int64_t kLeastTaskBytes = 8 << 10;
+// Loads that a thread has under way and bytes side by side in a row, at the least where there are
+// as many: fewer leave the memory's bandwidth unused.
+constexpr int64_t kLeastLoads = 3;
+constexpr int64_t kRowBytes = 64;
+// Bytes that a task reads: enough for these loads, few enough for many tasks.
+constexpr int64_t kLeastTaskBytes = kLeastLoads * kThreads * kVectorBytes;
 constexpr int64_t kGroupTaskBytes = 32 << 10;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -62,19 +67,27 @@ inline int64_t columns_of(const Feature& x, const Access& access) {
 }
 
 // Threads side by side: the width that takes the fewest turns, where every turn of several rows at
-// a time ends in `overhead` turns of adding them up.
-inline int64_t best_lanes(int64_t rows, int64_t columns, int64_t overhead) {
-  int64_t best = 1, least = INT64_MAX;
-  for (int64_t lanes = kThreads; lanes >= 1; lanes /= 2) {
+// a time ends in `overhead` turns of adding them up. Wider ones come first.
+inline int64_t best_lanes(int64_t rows, int64_t columns, int64_t column_bytes, int64_t overhead) {
+  const int64_t least =
+      std::min(power_of_two_up(divide_up(kRowBytes, column_bytes)), power_of_two_up(columns));
+  int64_t best = 0, fewest = INT64_MAX;
+  for (int64_t lanes = kThreads; lanes >= least; lanes /= 2) {
     const int64_t height = kThreads / lanes;
+    if (best && rows < kLeastLoads * height) break;
     const int64_t turns =
         divide_up(columns, lanes) * (divide_up(rows, height) + (height > 1 ? overhead : 0));
-    if (turns < least) best = lanes, least = turns;
+    if (turns < fewest) best = lanes, fewest = turns;
   }
   return best;
 }
 
 constexpr int64_t kReduceTurns = 4;
+
+// Likewise for threads that add up by shuffles, within a warp.
+inline int64_t shuffled_lanes(int64_t columns) {
+  return std::min<int64_t>(32, power_of_two_up(columns));
+}
 
 // `also`: other tensors, or null, moved in the same vectors. `fold`: a row may be several channels.
 // `positions`: of the tiles that maps are made of.
@@ -88,11 +101,12 @@ inline Access access_of(const Feature& x, std::initializer_list<const Feature*> 
   if (fold == 0 || (fold > 1 && !may_fold)) vector = fold = 1;
   Access access{int16_t(vector), int16_t(fold), 1};
   if (x.layout == Layout::interleaved) {
-    access.lanes = int16_t(std::min<int64_t>(32, power_of_two_up(x.C / vector)));
+    access.lanes = int16_t(shuffled_lanes(x.C / vector));
   } else if (fold > 1) {
     access.lanes = int16_t(power_of_two_up(positions * fold / vector));
   } else {
-    access.lanes = int16_t(best_lanes(x.C, divide_up(positions, vector), kReduceTurns));
+    access.lanes = int16_t(best_lanes(x.C, divide_up(positions, vector),
+                                      vector * element_size(x.dtype), kReduceTurns));
   }
   return access;
 }
@@ -114,14 +128,21 @@ struct Pieces {
   int64_t count, positions;
 };
 
+// Positions that keep kLeastLoads of each thread under way.
+inline int64_t least_positions(const Feature& x) {
+  const int64_t vector = kVectorBytes / element_size(x.dtype);
+  return x.layout == Layout::planar ? 1 : kLeastLoads * kThreads / shuffled_lanes(x.C / vector);
+}
+
 // Cuts N positions into pieces of about `target` of a sample's `bytes`.
-inline Pieces cut_positions(int64_t N, int64_t bytes, int64_t target) {
+inline Pieces cut_positions(int64_t N, int64_t bytes, int64_t target, int64_t least) {
   const int64_t wanted = std::max<int64_t>(1, divide_up(bytes, target));
-  const int64_t positions = std::min(N, round_up(divide_up(N, wanted), kPositionStep));
+  const int64_t positions =
+      std::min(N, round_up(std::max(divide_up(N, wanted), least), kPositionStep));
   return {divide_up(N, positions), positions};
 }
 
-// Bytes of a task for a list of `total` bytes: four for each place where a block can run, so that
+// Bytes that a task reads for a list of `total` bytes: four for each multiprocessor, so that
 // unequal ones even out.
 inline int64_t task_bytes(int64_t total, const Limits& limits) {
   return std::max(kLeastTaskBytes, total / (4 * limits.multiprocessors));
@@ -134,64 +155,104 @@ inline int64_t samples_of_task(int64_t B, int64_t bytes, const Limits& limits) {
   return std::clamp<int64_t>(B / (2 * limits.multiprocessors), 1, std::max<int64_t>(1, worth));
 }
 
-// Cuts a sample for a sweep, into pieces of `target` bytes read and written. A piece has many rows
-// where it can: each reads the coefficients of its columns once.
+// Cuts a sample for a sweep, into pieces of `target` bytes read. A piece has many rows where it
+// can: in planar features each reads the coefficients of its columns once, in interleaved ones they
+// are what a thread has under way.
 inline Sweep sweep_of(const Feature& x, const Feature& out, const Access& access, int64_t target) {
   const int64_t rows = rows_of(x, access), columns = columns_of(x, access);
-  const int64_t vectors =
-      std::max<int64_t>(1, target / (2 * access.vector * element_size(x.dtype)));
+  const int64_t column_bytes = access.vector * element_size(x.dtype);
+  const int64_t vectors = std::max<int64_t>(1, target / column_bytes);
   Sweep sweep{
       const_cast<void*>(out.data), out.batch, out.line, 1, 1, int32_t(rows), 1, int32_t(columns)};
-  if (x.layout == Layout::planar) {
-    if (rows * columns > vectors) {
+  if (rows * columns > vectors) {
+    int64_t least = 32;
+    if (x.layout == Layout::planar) {
       const int64_t width = power_of_two_up(divide_up(vectors, std::min<int64_t>(rows, 128)));
       sweep.columns = int32_t(std::min(columns, std::max<int64_t>(32, width)));
+    } else {
+      least = kLeastLoads * std::max<int64_t>(1, kThreads / power_of_two_up(columns));
     }
-    sweep.rows = int32_t(std::min(rows, std::max<int64_t>(32, vectors / sweep.columns)));
-    sweep.lanes = int32_t(best_lanes(sweep.rows, sweep.columns, 0));
-  } else {
-    sweep.rows = int32_t(std::clamp<int64_t>(vectors / columns, 1, rows));
-    sweep.lanes = access.lanes;
+    sweep.rows = int32_t(std::min(rows, std::max(least, vectors / sweep.columns)));
   }
+  sweep.lanes = int32_t(best_lanes(sweep.rows, sweep.columns, column_bytes, 0));
   sweep.row_pieces = int32_t(divide_up(rows, sweep.rows));
   sweep.column_pieces = int32_t(divide_up(columns, sweep.columns));
   return sweep;
 }
 
+// ---- lists ------------------------------------------------------------------------------------
+
+// Gives out a launch's tasks, the members with the longest first: what is begun last should end
+// soon. Returns their number.
+template <class Member>
+int64_t number_tasks(Member* members, int32_t count) {
+  std::stable_sort(members, members + count, [](const Member& a, const Member& b) {
+    return bytes_of_task(a) > bytes_of_task(b);
+  });
+  int64_t tasks = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    members[i].first_task = int32_t(std::min(tasks, kMaxBlocks));
+    tasks += tasks_of(members[i]);
+  }
+  return tasks;
+}
+
+inline int64_t position_bytes(const View& x) { return x.C * element_size(x.dtype); }
+
 // ---- maps -------------------------------------------------------------------------------------
 
 inline int64_t total_bytes(const Feature& x) { return x.B * sample_bytes(x); }
 
-// Cuts one feature of a list of `total` bytes for its map; returns the number of its tasks.
-inline int64_t plan_map(MapFeature& feature, const Feature& x, int64_t total,
-                        const Limits& limits) {
-  const Pieces pieces = reads_folds(x)
-                            ? Pieces{1, x.N}
-                            : cut_positions(x.N, sample_bytes(x), task_bytes(total, limits));
+// Cuts one feature of a list of `total` bytes for its map.
+inline void plan_map(MapFeature& feature, const Feature& x, int64_t total, const Limits& limits) {
+  const Pieces pieces =
+      reads_folds(x)
+          ? Pieces{1, x.N}
+          : cut_positions(x.N, sample_bytes(x), task_bytes(total, limits), least_positions(x));
   feature.view = view_of(x, access_of(x, {}, pieces.count == 1, pieces.positions));
+  feature.B = int32_t(x.B);
   feature.pieces = int32_t(pieces.count);
   feature.positions = int32_t(pieces.positions);
-  return x.B * pieces.count;
+}
+
+inline int64_t tasks_of(const MapFeature& feature) { return int64_t(feature.B) * feature.pieces; }
+inline int64_t bytes_of_task(const MapFeature& feature) {
+  return feature.positions * position_bytes(feature.view);
 }
 
 // Cuts one feature of a list of `total` bytes for its gradient, which is added to `addend` if there
-// is one; returns the number of its tasks.
-inline int64_t plan_sweep(SweepFeature& feature, const Feature& x, const Feature& out,
-                          int64_t total, const Limits& limits, const Feature* addend = nullptr) {
+// is one.
+inline void plan_sweep(SweepFeature& feature, const Feature& x, const Feature& out, int64_t total,
+                       const Limits& limits, const Feature* addend = nullptr) {
   const Access access = access_of(x, {&out, addend}, true, x.N);
   feature.view = view_of(x, access);
   feature.sweep = sweep_of(x, out, access, task_bytes(total, limits));
   feature.B = int32_t(x.B);
+  const bool whole = feature.sweep.row_pieces * feature.sweep.column_pieces == 1;
+  feature.samples = whole ? int32_t(samples_of_task(x.B, 2 * sample_bytes(x), limits)) : 1;
+}
+
+inline int64_t tasks_of(const SweepFeature& feature) {
   const int64_t pieces = int64_t(feature.sweep.row_pieces) * feature.sweep.column_pieces;
-  feature.samples = pieces > 1 ? 1 : int32_t(samples_of_task(x.B, 2 * sample_bytes(x), limits));
-  return divide_up(x.B, feature.samples) * pieces;
+  return divide_up(feature.B, feature.samples) * pieces;
+}
+inline int64_t bytes_of_task(const SweepFeature& feature) {
+  return int64_t(feature.samples) * feature.sweep.rows * feature.sweep.columns *
+         feature.view.access.vector * element_size(feature.view.dtype);
 }
 
 // ---- losses -----------------------------------------------------------------------------------
 
+struct PairFeatures {
+  Feature student, teacher, out;  // `out`: where the student's gradient goes, if it is wanted
+};
+
 // Shared memory for the two maps of a sample.
 inline int64_t map_bytes_of(int64_t N, bool fp64) {
   return 2 * round_up(N * accumulate_size(fp64), 16);
+}
+inline bool maps_fit(int64_t N, bool fp64) {
+  return kControlBytes + kScratchBytes + map_bytes_of(N, fp64) <= kSharedBytesWithoutAsking;
 }
 
 // Cuts a pair's samples: `whole` ones into tasks of one or several, others into pieces of about
@@ -199,7 +260,10 @@ inline int64_t map_bytes_of(int64_t N, bool fp64) {
 inline void cut_pair(PairParams& pair, const Feature& student, const Feature& teacher,
                      const Feature* out, bool whole, int64_t target, const Limits& limits) {
   const int64_t bytes = sample_bytes(student) + sample_bytes(teacher);
-  const Pieces pieces = whole ? Pieces{1, student.N} : cut_positions(student.N, bytes / 2, target);
+  const bool folds = reads_folds(student) || reads_folds(teacher);
+  const int64_t least = std::max(least_positions(student), least_positions(teacher));
+  const Pieces pieces =
+      whole || folds ? Pieces{1, student.N} : cut_positions(student.N, bytes / 2, target, least);
   const bool may_fold = pieces.count == 1;
   pair.B = int32_t(student.B);
   pair.samples = whole ? int32_t(samples_of_task(student.B, bytes, limits)) : 0;
@@ -209,68 +273,76 @@ inline void cut_pair(PairParams& pair, const Feature& student, const Feature& te
   pair.teacher = view_of(teacher, access_of(teacher, {}, may_fold, pieces.positions));
 }
 
-// The maps of a pair, cut so that every multiprocessor has work and few samples are shared: what
-// blocks share goes through global memory. Returns the number of tasks.
-inline int64_t plan_loss(PairParams& pair, const Feature& student, const Feature& teacher,
-                         int64_t total, bool fp64, const Limits& limits) {
-  const int64_t bytes = sample_bytes(student) + sample_bytes(teacher);
-  const int64_t share = std::max<int64_t>(64 << 10, total / limits.multiprocessors);
-  const bool fits =
-      kControlBytes + kScratchBytes + map_bytes_of(student.N, fp64) <= kSharedBytesWithoutAsking;
-  const bool folds = reads_folds(student) || reads_folds(teacher);
-  const bool whole = fits && (bytes <= share || folds);
-  cut_pair(pair, student, teacher, nullptr, whole, task_bytes(total, limits), limits);
-  return pair.samples ? divide_up(student.B, pair.samples) : student.B * pair.pieces;
+inline int64_t tasks_of(const PairParams& pair) {
+  return pair.samples ? divide_up(pair.B, pair.samples) : int64_t(pair.B) * pair.pieces;
+}
+inline int64_t bytes_of_task(const PairParams& pair) {
+  const int64_t student = position_bytes(pair.student), teacher = position_bytes(pair.teacher);
+  return pair.positions *
+         (pair.samples ? pair.samples * (student + teacher) : std::max(student, teacher));
 }
 
-// The shared memory for maps that a list's launch asks for: those of each pair that has them on
-// chip, and of shared samples where they fit.
-inline int64_t map_bytes_of_list(int64_t before, const PairParams& pair, bool fp64) {
-  const int64_t bytes = map_bytes_of(pair.student.N, fp64);
-  const bool fits = kControlBytes + kScratchBytes + bytes <= kSharedBytesWithoutAsking;
-  return fits || pair.samples ? std::max(before, bytes) : before;
+// A student's sample as it is kept in shared memory.
+inline int64_t kept_bytes_of(const Feature& student) {
+  return round_up(sample_bytes(student), kVectorBytes);
 }
 
-// The loss of raw maps, given as features of one channel: every sample is whole. Returns the number
-// of tasks.
-inline int64_t plan_map_loss(PairParams& pair, const Feature& student, const Feature& teacher,
-                             const Limits& limits) {
-  cut_pair(pair, student, teacher, nullptr, true, 0, limits);
-  return divide_up(student.B, pair.samples);
-}
+// What a launch of pairs has in shared memory, beside what every block of it takes.
+struct OnChip {
+  int64_t map_bytes = 0;   // two maps of a sample; 0: too large for it
+  int64_t kept_bytes = 0;  // of students that are kept; 0: none is
+};
 
-// ---- values and gradients in one ----------------------------------------------------------------
-
-// Room for kGradientBlocks on each multiprocessor, so that one computes while the other reads.
-inline int64_t kept_bytes_limit(const Limits& limits) {
+// Decides for a launch: maps that fit are on chip, and students to be swept are kept there if that
+// leaves kGradientBlocks on a multiprocessor, so that one computes while another reads.
+inline OnChip on_chip(const std::vector<PairFeatures>& pairs, bool gradient, bool fp64,
+                      const Limits& limits) {
   constexpr int64_t reserved = 1 << 10;  // the system's own, for each block
-  return std::min(limits.shared_bytes_per_block,
-                  limits.shared_bytes_per_multiprocessor / kGradientBlocks - reserved);
+  const int64_t room =
+      std::min(limits.shared_bytes_per_block,
+               limits.shared_bytes_per_multiprocessor / kGradientBlocks - reserved);
+  OnChip found;
+  for (const PairFeatures& pair : pairs) {
+    if (maps_fit(pair.student.N, fp64)) {
+      found.map_bytes = std::max(found.map_bytes, map_bytes_of(pair.student.N, fp64));
+    }
+  }
+  for (const PairFeatures& pair : pairs) {
+    const int64_t kept = kept_bytes_of(pair.student);
+    if (gradient && maps_fit(pair.student.N, fp64) &&
+        kControlBytes + kScratchBytes + found.map_bytes + kept <= room) {
+      found.kept_bytes = std::max(found.kept_bytes, kept);
+    }
+  }
+  return found;
 }
 
-// As plan_loss; `kept_bytes` becomes what a block needs beside the maps: a student's sample, if
-// that fits on chip, else 0, and the sample is read a second time while the second-level cache has
-// it.
-inline int64_t plan_gradient(PairParams& pair, GradientPair& gradient, const Feature& student,
-                             const Feature& teacher, const Feature& out, bool fp64,
-                             const Limits& limits, int64_t& kept_bytes) {
-  const int64_t sample = sample_bytes(student);
-  const int64_t kept = round_up(sample, kVectorBytes);
-  const bool fits = kControlBytes + kScratchBytes + map_bytes_of(student.N, fp64) + kept <=
-                    kept_bytes_limit(limits);
-  // Small tasks: what lies between the two reads of a sample has to fit into the cache.
-  const int64_t target = 32 << 10;
-  cut_pair(pair, student, teacher, &out, fits, target, limits);
-  gradient.sweep = sweep_of(student, out, pair.student.access, fits ? 2 * sample : target);
-  gradient.lag = 0;
-  kept_bytes = fits ? kept : 0;
-  if (fits) return divide_up(student.B, pair.samples);
-  const int64_t sweeps = int64_t(gradient.sweep.row_pieces) * gradient.sweep.column_pieces;
-  const int64_t step = pair.pieces + sweeps;
-  // By then the blocks that made a sample's maps have most likely ended: nobody waits long.
-  const int64_t running = int64_t(kGradientBlocks) * limits.multiprocessors;
-  gradient.lag = int32_t(std::min(student.B, divide_up(running, step) + 1));
-  return (student.B + gradient.lag) * step;
+// Cuts a list of pairs so that every multiprocessor has work and few samples are shared: what
+// blocks share goes through global memory. With `gradient` the students that OnChip has room for
+// are whole, and have their sweep. Pairs are in the order of the list.
+inline OnChip plan_pairs(PairParams* pairs, const std::vector<PairFeatures>& list, bool gradient,
+                         bool fp64, const Limits& limits) {
+  const OnChip chip = on_chip(list, gradient, fp64, limits);
+  int64_t total = 0;
+  for (const PairFeatures& x : list) total += total_bytes(x.student) + total_bytes(x.teacher);
+  const int64_t share = std::max<int64_t>(64 << 10, total / limits.multiprocessors);
+  for (size_t i = 0; i < list.size(); ++i) {
+    const auto& [student, teacher, out] = list[i];
+    const bool fits = maps_fit(student.N, fp64);
+    const bool keeps = fits && kept_bytes_of(student) <= chip.kept_bytes;
+    const bool whole = keeps || (fits && sample_bytes(student) + sample_bytes(teacher) <= share);
+    cut_pair(pairs[i], student, teacher, keeps ? &out : nullptr, whole, task_bytes(total, limits),
+             limits);
+    if (keeps)
+      pairs[i].sweep = sweep_of(student, out, pairs[i].student.access, sample_bytes(student));
+  }
+  return chip;
+}
+
+// The loss of raw maps, given as features of one channel: every sample is whole.
+inline void plan_map_loss(PairParams& pair, const Feature& student, const Feature& teacher,
+                          const Limits& limits) {
+  cut_pair(pair, student, teacher, nullptr, true, 0, limits);
 }
 
 }  // namespace at_fused

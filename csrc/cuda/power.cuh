@@ -9,6 +9,7 @@ namespace at_fused {
 // thread are more than twice what the memory's latency needs; fewer where a power makes long code.
 struct Square {
   static constexpr int rows_in_flight = 4;
+  static constexpr bool short_code = true;
   template <class A>
   __device__ __forceinline__ A power(A x) const {
     return x * x;
@@ -43,6 +44,7 @@ __device__ __forceinline__ double positive_power(double x, double p, double) { r
 // Any exponent, 1, 2 and 4 by multiplication. The branch is the same in all threads.
 struct AnyPower {
   static constexpr int rows_in_flight = 2;
+  static constexpr bool short_code = false;
   double p;
   float p_high, p_low, q_high, q_low;  // p and p - 1, each in two parts
 

@@ -60,19 +60,20 @@ struct Addend {
   }
 };
 
-// Rows that a thread has under way. With an addend each is two loads.
-template <class E, class Add>
-constexpr int kRows = Add::adds ? 2 : E::rows_in_flight;
+// Rows that a thread has under way. With an addend each is two loads; shared memory is near.
+template <class E, class Add, bool shared>
+constexpr int kRows = Add::adds || shared ? 2 : E::rows_in_flight;
 
 // Some rows at a time: reads them, and writes factor(u, j) * slope, plus the addend, for
-// element j of row u.
-template <class T, int V, bool shared, class E, class Add, class F>
+// element j of row u. prepare() ends the first factors, when the rows are under way as well.
+template <class T, int V, int U, bool shared, class E, class Add, class P, class F>
 __device__ __forceinline__ void sweep_rows(const T* from, int64_t step, T* to, int64_t out_step,
-                                           Add add, int row, int height, int rows, E e, F factor) {
-  constexpr int U = kRows<E, Add>;
+                                           Add add, int row, int height, int rows, E e, P prepare,
+                                           F factor) {
   Pack<T, V> pack[U], base[U];
   load_rows<!shared>(pack, from, step, row, height, rows);
   if constexpr (Add::adds) load_rows<false>(base, add.first, height * add.line, row, height, rows);
+  prepare();
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     if (row + u * height < rows) {
@@ -90,14 +91,15 @@ __device__ __forceinline__ void sweep_rows(const T* from, int64_t step, T* to, i
   }
 }
 
-template <class T, int V, bool shared, class E, class A, class Add>
+template <class T, int V, bool shared, class E, class A, class Add, class G>
 __device__ __forceinline__ void sweep_planar(const T* x, int64_t line, T* out, int64_t out_line,
                                              Add add, Span span, int lanes, int positions, E e,
-                                             A gradient, const A* k) {
+                                             G gradient, const A* k) {
   lanes = here(lanes), positions = here(positions);
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
   const int64_t step = height * line, out_step = height * out_line;
-  constexpr int U = kRows<E, Add>;
+  // Single elements are a fraction of the bytes.
+  constexpr int U = kRows<E, Add, shared> * (V == 1 ? 2 : 1);
 #pragma unroll 1
   for (int column = span.column_begin + tx; column < span.column_end; column += lanes) {
     A factor[V];
@@ -105,43 +107,56 @@ __device__ __forceinline__ void sweep_planar(const T* x, int64_t line, T* out, i
     for (int j = 0; j < V; ++j) {
       int n = column * V + j;
       if (n >= positions) n %= positions;  // a row of several channels
-      factor[j] = gradient * k[n];
+      factor[j] = k[n];
     }
     const int first = span.row_begin + ty;
     const T* from = x + first * line + column * V;
     T* to = out + first * out_line + column * V;
 #pragma unroll 1
     for (int row = first; row < span.row_end; row += height * U) {
-      sweep_rows<T, V, shared>(from, step, to, out_step, add.at(row, column * V), row, height,
-                               span.row_end, e, [&](int, int j) { return factor[j]; });
+      const auto prepare = [&] {
+        if (row > first) return;
+        const A g = A(gradient());
+#pragma unroll
+        for (int j = 0; j < V; ++j) factor[j] *= g;
+      };
+      sweep_rows<T, V, U, shared>(from, step, to, out_step, add.at(row, column * V), row, height,
+                                  span.row_end, e, prepare, [&](int, int j) { return factor[j]; });
       from += U * step;
       to += U * out_step;
     }
   }
 }
 
-template <class T, int V, bool shared, class E, class A, class Add>
+template <class T, int V, bool shared, class E, class A, class Add, class G>
 __device__ __forceinline__ void sweep_interleaved(const T* x, int64_t line, T* out,
                                                   int64_t out_line, Add add, Span span, int lanes,
-                                                  E e, A gradient, const A* k) {
+                                                  E e, G gradient, const A* k) {
   lanes = here(lanes);
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
-  const int64_t step = height * line, out_step = height * out_line;
-  constexpr int U = kRows<E, Add>;
+  constexpr int U = kRows<E, Add, shared>;
 #pragma unroll 1
   for (int row = span.row_begin + ty; row < span.row_end; row += height * U) {
     A factor[U] = {};
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (row + u * height < span.row_end) factor[u] = gradient * k[row + u * height];
+      if (row + u * height < span.row_end) factor[u] = k[row + u * height];
     }
     const int first = span.column_begin + tx;
     const T* from = x + row * line + first * V;
     T* to = out + row * out_line + first * V;
 #pragma unroll 1
     for (int column = first; column < span.column_end; column += lanes) {
-      sweep_rows<T, V, shared>(from, step, to, out_step, add.at(row, column * V), row, height,
-                               span.row_end, e, [&](int u, int) { return factor[u]; });
+      const int64_t apart = here(height);  // else the addresses of all rows are kept
+      const auto prepare = [&] {
+        if (column > first) return;
+        const A g = A(gradient());
+#pragma unroll
+        for (int u = 0; u < U; ++u) factor[u] *= g;
+      };
+      sweep_rows<T, V, U, shared>(from, apart * line, to, apart * out_line, add.at(row, column * V),
+                                  row, height, span.row_end, e, prepare,
+                                  [&](int u, int) { return factor[u]; });
       from += lanes * V;
       to += lanes * V;
     }
@@ -149,11 +164,12 @@ __device__ __forceinline__ void sweep_interleaved(const T* x, int64_t line, T* o
 }
 
 // One piece of sample b. k is the sample's coefficient map, in fp64 for fp64 features and fp32 for
-// others. In kernels that have `shared` samples, `kept` is a dense copy of this one, or null.
-template <class E, bool fp64, bool shared, class Add = NoAddend>
+// others; gradient() multiplies it. With `shared` the sample is read from `kept`, a dense copy in
+// shared memory.
+template <class E, bool fp64, bool shared, class G, class Add = NoAddend>
 __device__ __forceinline__ void sweep_piece(const View& x, const Sweep& sweep, int b, Span span,
-                                            double p, double gradient, const void* k,
-                                            const char* kept, Add addend = {}) {
+                                            double p, G gradient, const void* k, const char* kept,
+                                            Add addend = {}) {
   with_dtype<fp64>(x.dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
@@ -161,29 +177,28 @@ __device__ __forceinline__ void sweep_piece(const View& x, const Sweep& sweep, i
     const bool planar = x.layout == Layout::planar;
     const int64_t dense = planar ? x.N : x.C;
     const int64_t fold = planar ? x.access.fold : 1;
-    const bool copied = shared && kept;
-    const T* from = copied ? reinterpret_cast<const T*>(kept)
+    const T* from = shared ? reinterpret_cast<const T*>(kept)
                            : static_cast<const T*>(x.data) + sample * x.batch;
-    const int64_t line = (copied ? dense : x.line) * fold;
+    const int64_t line = (shared ? dense : x.line) * fold;
     T* to = static_cast<T*>(sweep.out) + sample * sweep.batch;
     const int64_t out_line = sweep.line * fold;
     const auto add = addend.template sample<T>(sample, fold);
-    const A g = A(gradient);
     const E e(here(p));
     const A* map = static_cast<const A*>(k);
     if (planar) {
       if (x.access.vector > 1) {
         sweep_planar<T, kVector<T>, shared>(from, line, to, out_line, add, span, sweep.lanes, x.N,
-                                            e, g, map);
+                                            e, gradient, map);
       } else {
-        sweep_planar<T, 1, shared>(from, line, to, out_line, add, span, sweep.lanes, x.N, e, g,
-                                   map);
+        sweep_planar<T, 1, shared>(from, line, to, out_line, add, span, sweep.lanes, x.N, e,
+                                   gradient, map);
       }
     } else if (x.access.vector > 1) {
       sweep_interleaved<T, kVector<T>, shared>(from, line, to, out_line, add, span, sweep.lanes, e,
-                                               g, map);
+                                               gradient, map);
     } else {
-      sweep_interleaved<T, 1, shared>(from, line, to, out_line, add, span, sweep.lanes, e, g, map);
+      sweep_interleaved<T, 1, shared>(from, line, to, out_line, add, span, sweep.lanes, e, gradient,
+                                      map);
     }
   });
 }
@@ -202,15 +217,17 @@ __device__ __forceinline__ void sweep_samples(const SweepFeature& feature, int l
   }
 }
 
-// Calls f(feature, b, span, k, gradient) for those of this block's task, with the gradient of a
+// Calls f(feature, b, span, k, gradient) for those of this block's task; gradient() reads that of a
 // pair's loss.
 template <class F>
 __device__ __forceinline__ void sweep_task(const SweepParams& params, F f) {
   const SweepFeature& feature =
       params.features[member_of(params.features, params.count, blockIdx.x)];
   sweep_samples(feature, blockIdx.x - feature.first_task, [&](int b, Span span, const char* k) {
-    f(feature, b, span, k,
-      factor_of(feature.loss_gradient, params.loss_gradient_fp64, here(b) * params.sample_step));
+    f(feature, b, span, k, [&] {
+      return factor_of(feature.loss_gradient, params.loss_gradient_fp64,
+                       here(b) * params.sample_step);
+    });
   });
 }
 

@@ -2,9 +2,8 @@
 
 #include "../box.h"
 #include "../tap.h"
-#include "checks.h"
 #include "device.h"
-#include "launch.h"
+#include "lists.h"
 
 namespace at_fused {
 
@@ -16,10 +15,9 @@ void sweep_tap(const Tap& tap) {
   TapParams params{tap.p, tap.scale, add.data, add.batch, add.line, {}};
   params.feature.k = tap.k.first;
   params.feature.channels = reinterpret_cast<const int32_t*>(tap.channels.first);
-  const int64_t blocks = plan_sweep(params.feature, feature, tap.out, 2 * total_bytes(feature),
-                                    limits_of(tap.device), &add);
-  check_blocks(blocks);
-  const Launch launch{blocks, 0, accumulates_fp64(feature), scope.stream()};
+  plan_sweep(params.feature, feature, tap.out, total_bytes(feature), limits_of(tap.device), &add);
+  const Launch launch{check_blocks(tasks_of(params.feature)), 0, accumulates_fp64(feature),
+                      scope.stream()};
   tap.maximum ? launch_max_tap_backward(params, launch)
               : launch_attention_tap_backward(params, launch);
 }

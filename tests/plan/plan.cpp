@@ -1,4 +1,4 @@
-// csrc/cuda/plan.h for ctypes: what it decides about one feature or pair, as numbers.
+// csrc/cuda/plan.h for ctypes: what it decides about the list of one launch, as numbers.
 #include "../../csrc/cuda/plan.h"
 
 using namespace at_fused;
@@ -10,78 +10,98 @@ Feature feature(const int64_t* x) {
   return {
       reinterpret_cast<const void*>(x[5]), Dtype(x[6]), Layout(x[7]), x[0], x[1], x[2], x[3], x[4]};
 }
+constexpr int kNumbers = 8;
 
-int64_t* put(int64_t* to, const Access& a) {
-  *to++ = a.vector;
-  *to++ = a.fold;
-  *to++ = a.lanes;
-  return to;
-}
+// In the order of plan_library.py: Member. A member's `data` address tells its number.
+struct Out {
+  int64_t* to;
 
-int64_t* put(int64_t* to, const Sweep& s) {
-  for (int64_t v : {s.lanes, s.row_pieces, s.rows, s.column_pieces, s.columns}) *to++ = v;
-  return to;
+  void put(std::initializer_list<int64_t> values) {
+    for (int64_t value : values) *to++ = value;
+  }
+  void put(const Access& a) { put({a.vector, a.fold, a.lanes}); }
+  void put(const Sweep& s) { put({s.lanes, s.row_pieces, s.rows, s.column_pieces, s.columns}); }
+};
+
+template <class Member>
+void put_tasks(Out& out, int64_t number, const Member& member, int64_t samples, int64_t pieces,
+               int64_t positions) {
+  out.put({number, member.first_task, tasks_of(member), bytes_of_task(member), samples, pieces,
+           positions});
 }
 
 }  // namespace
 
 extern "C" {
 
-void plan_map_c(const int64_t* x, int64_t total, const Limits* limits, int64_t* out) {
-  MapFeature result{};
-  *out++ = plan_map(result, feature(x), total, *limits);
-  *out++ = result.pieces;
-  *out++ = result.positions;
-  put(out, result.view.access);
+void plan_maps_c(int count, const int64_t* features, const Limits* limits, int64_t* to) {
+  std::vector<MapFeature> members(count);
+  int64_t total = 0;
+  for (int i = 0; i < count; ++i) total += total_bytes(feature(features + kNumbers * i));
+  for (int i = 0; i < count; ++i) {
+    plan_map(members[i], feature(features + kNumbers * i), total, *limits);
+    members[i].map = reinterpret_cast<void*>(intptr_t(i));
+  }
+  number_tasks(members.data(), count);
+  Out out{to};
+  for (const MapFeature& member : members) {
+    put_tasks(out, intptr_t(member.map), member, 1, member.pieces, member.positions);
+    out.put(member.view.access);
+  }
 }
 
-void plan_sweep_c(const int64_t* x, const int64_t* to, int64_t total, const Limits* limits,
-                  int64_t* out) {
-  SweepFeature result{};
-  *out++ = plan_sweep(result, feature(x), feature(to), total, *limits);
-  *out++ = result.samples;
-  put(put(out, result.view.access), result.sweep);
+// `addends` may be null.
+void plan_sweeps_c(int count, const int64_t* features, const int64_t* outs, const int64_t* addends,
+                   const Limits* limits, int64_t* to) {
+  std::vector<SweepFeature> members(count);
+  int64_t total = 0;
+  for (int i = 0; i < count; ++i) total += total_bytes(feature(features + kNumbers * i));
+  for (int i = 0; i < count; ++i) {
+    const Feature added = addends ? feature(addends + kNumbers * i) : Feature{};
+    plan_sweep(members[i], feature(features + kNumbers * i), feature(outs + kNumbers * i), total,
+               *limits, addends ? &added : nullptr);
+    members[i].k = reinterpret_cast<void*>(intptr_t(i));
+  }
+  number_tasks(members.data(), count);
+  Out out{to};
+  for (const SweepFeature& member : members) {
+    put_tasks(out, intptr_t(member.k), member, member.samples, 1, member.view.N);
+    out.put(member.view.access);
+    out.put(member.sweep);
+  }
 }
 
-void plan_tap_c(const int64_t* x, const int64_t* to, const int64_t* addend, int64_t total,
-                const Limits* limits, int64_t* out) {
-  SweepFeature result{};
-  const Feature added = feature(addend);
-  *out++ = plan_sweep(result, feature(x), feature(to), total, *limits, &added);
-  *out++ = result.samples;
-  put(put(out, result.view.access), result.sweep);
+// `outs` is null for a loss alone. Puts the shared memory of a block first.
+void plan_pairs_c(int count, const int64_t* students, const int64_t* teachers, const int64_t* outs,
+                  bool fp64, const Limits* limits, int64_t* to) {
+  std::vector<PairParams> members(count);
+  std::vector<PairFeatures> list;
+  for (int i = 0; i < count; ++i) {
+    list.push_back({feature(students + kNumbers * i), feature(teachers + kNumbers * i),
+                    outs ? feature(outs + kNumbers * i) : Feature{}});
+  }
+  const OnChip chip = plan_pairs(members.data(), list, outs, fp64, *limits);
+  for (int i = 0; i < count; ++i) members[i].number = i;
+  number_tasks(members.data(), count);
+  Out out{to};
+  out.put({kControlBytes + kScratchBytes + chip.map_bytes + chip.kept_bytes, chip.map_bytes,
+           chip.kept_bytes});
+  for (const PairParams& pair : members) {
+    put_tasks(out, pair.number, pair, pair.samples, pair.pieces, pair.positions);
+    out.put(pair.student.access);
+    out.put(pair.teacher.access);
+    out.put({pair.sweep.out != nullptr});
+    out.put(pair.sweep);
+  }
 }
 
-void plan_loss_c(const int64_t* s, const int64_t* t, int64_t total, bool fp64, const Limits* limits,
-                 int64_t* out) {
+// Pairs of raw maps: the two samples of a task.
+int64_t plan_map_loss_c(const int64_t* student, const int64_t* teacher, const Limits* limits,
+                        int64_t* samples) {
   PairParams pair{};
-  *out++ = plan_loss(pair, feature(s), feature(t), total, fp64, *limits);
-  *out++ = pair.samples;
-  *out++ = pair.pieces;
-  *out++ = pair.positions;
-  *out++ = kControlBytes + kScratchBytes + map_bytes_of_list(0, pair, fp64);
-  put(put(out, pair.student.access), pair.teacher.access);
-}
-
-void plan_gradient_c(const int64_t* s, const int64_t* t, const int64_t* to, bool fp64,
-                     const Limits* limits, int64_t* out) {
-  PairParams pair{};
-  GradientPair gradient{};
-  int64_t kept = 0;
-  *out++ = plan_gradient(pair, gradient, feature(s), feature(t), feature(to), fp64, *limits, kept);
-  *out++ = pair.samples;
-  *out++ = pair.pieces;
-  *out++ = pair.positions;
-  *out++ = kControlBytes + kScratchBytes + map_bytes_of_list(0, pair, fp64) + kept;
-  *out++ = kept;
-  *out++ = gradient.lag;
-  put(put(put(out, pair.student.access), pair.teacher.access), gradient.sweep);
-}
-
-void plan_map_loss_c(const int64_t* s, const int64_t* t, const Limits* limits, int64_t* out) {
-  PairParams pair{};
-  *out++ = plan_map_loss(pair, feature(s), feature(t), *limits);
-  *out++ = pair.samples;
+  plan_map_loss(pair, feature(student), feature(teacher), *limits);
+  *samples = pair.samples;
+  return tasks_of(pair);
 }
 
 }  // extern "C"

@@ -60,14 +60,13 @@ void shared_access(uintptr_t a, size_t size, Access access, Thread& t) {
 
 }  // namespace
 
-bool is_shared(uintptr_t a) { return classify(a) == Space::kShared; }
-
 void track(uintptr_t a, size_t size, Access access) {
   Thread& t = *rt->current;
   switch (classify(a)) {
     case Space::kIgnored:
       return;
     case Space::kShared:
+      if (access == Access::kAtomic) fail("unknown to the harness", "an atomic on shared memory");
       check_aligned(a, size);
       shared_access(a, size, access, t);
       return;
@@ -76,10 +75,6 @@ void track(uintptr_t a, size_t size, Access access) {
       rt->global.access(&count_global(a, size, access).cells[a % Page::kBytes / 4], a, size, access,
                         t);
   }
-}
-
-void count_poll(uintptr_t a, size_t size) {
-  if (classify(a) == Space::kGlobal) count_global(a, size, Access::kRead);
 }
 
 void touch(void* p, size_t size, Access access, void* pc) {

@@ -27,7 +27,3 @@ CALLBACK void __tsan_write_range(void* p, unsigned long n) {
   simt::touch_range(p, n, Access::kWrite, PC);
 }
 CALLBACK void __tsan_init() {}
-CALLBACK void __tsan_func_entry(void*) {}
-CALLBACK void __tsan_func_exit() {}
-CALLBACK void __tsan_vptr_read(void**) {}
-CALLBACK void __tsan_vptr_update(void**, void*) {}

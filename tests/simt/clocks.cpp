@@ -67,8 +67,8 @@ ClockRef joined(const ClockRef& a, const ClockRef& b) {
 void Fence::into(Clock& clock) const {
   if (block_known) clock.join(*block_known);
   if (known && known != block_known) clock.join(*known);
-  clock.add_block(block, interval);
-  for (const Point& p : points) clock.add(p);
+  clock.add_block(at.id >> 10, at.interval);
+  clock.add(at);
 }
 
 }  // namespace simt

@@ -9,7 +9,7 @@
 namespace simt {
 
 // id = block << 10 | thread. An interval is what lies between two barriers of a block; a thread's
-// clock advances within it at each warp operation and fence.
+// clock advances at each fence.
 struct Point {
   uint32_t id, interval, clock;
 };
@@ -32,8 +32,7 @@ ClockRef joined(const ClockRef& a, const ClockRef& b);
 // What a fence of a thread covers: made a clock only where an atomic publishes it.
 struct Fence {
   ClockRef block_known, known;
-  uint32_t block, interval;
-  std::vector<Point> points;
+  Point at;
 
   void into(Clock& clock) const;
 };

@@ -57,12 +57,10 @@ void set_ready(Warp& w, uint32_t lanes) {
   w.ready |= lanes;
 }
 
-void block_current(Wait wait) {
+void block_current() {
   Thread& t = *rt->current;
-  t.wait = wait;
   unready(t);
   leave_to(t, pick(&t), false);
-  t.wait = Wait::kNone;
 }
 
 void yield_current() {
@@ -78,10 +76,8 @@ void thread_exit() {
   uint64_t canary;
   std::memcpy(&canary, t.context.bottom, 8);
   if (canary != kCanary) fail("stack overflow", "more than %zu bytes", kStackBytes);
-  t.wait = Wait::kExited;
   t.warp->exited |= 1u << t.lane;
   unready(t);
-  rt->idle = 0;
   --b.live;
   if (t.warp->in_op) {
     const Thread& o = t.warp->threads[std::countr_zero(t.warp->in_op)];
@@ -106,19 +102,15 @@ Text describe(const Site& site) {
 }
 
 Text describe_thread(uint32_t id) {
-  uint32_t block = id >> 10, thread = id & 1023;
-  const unsigned *g = rt->shape.grid, *b = rt->shape.block;
   Text out;
-  std::snprintf(out.text, sizeof out.text, "block (%u,%u,%u) thread (%u,%u,%u)", block % g[0],
-                block / g[0] % g[1], block / g[0] / g[1], thread % b[0], thread / b[0] % b[1],
-                thread / b[0] / b[1]);
+  std::snprintf(out.text, sizeof out.text, "block %u thread %u", id >> 10, id & 1023);
   return out;
 }
 
 void report(const Thread* t, const char* kind, const std::string& text) {
   if (rt->failed) return;
   rt->failed = true;
-  rt->error = std::string("simt: ") + kind + ": " + text + "; kernel " + rt->label;
+  rt->error = std::string("simt: ") + kind + ": " + text;
   if (t) rt->error += std::string(", ") + describe_thread(t->id).c_str();
   Dl_info info;
   if (access_pc && dladdr(access_pc, &info)) {
@@ -146,38 +138,18 @@ void fail(const char* kind, const char* format, ...) {
   __builtin_unreachable();
 }
 
-void note_stuck(bool polling) {
-  static const char* const kDoes[] = {"runs or polls", "waits at __syncthreads",
-                                      "waits in a shuffle", "has ended"};
-  // A thread that was woken but has not run yet still has its wait.
-  auto wait = [](const Thread& t) { return t.warp->ready >> t.lane & 1 ? Wait::kNone : t.wait; };
-  const Thread* waiting = nullptr;
-  for (Block* b : rt->slots) {
-    if (!b->live) continue;
-    for (const Thread& t : b->threads) {
-      if (wait(t) == Wait::kExited) continue;
-      if (!waiting || wait(t) > wait(*waiting)) waiting = &t;
+// A barrier completes once no thread runs. What is left waits in a shuffle for lanes at a barrier.
+void report_stuck() {
+  for (const Block* b : rt->slots) {
+    for (const Warp& w : b->warps) {
+      if (!w.in_op) continue;
+      const Thread& t = w.threads[std::countr_zero(w.in_op)];
+      const Thread& o = w.threads[std::countr_zero(w.at_barrier)];
+      std::string text = std::string("it waits in a shuffle at ") + describe(t.site).c_str();
+      text += std::string(" while lane ") + std::to_string(o.lane) + " waits at __syncthreads, ";
+      return report(&t, "warp mask", text + describe(o.site).c_str());
     }
   }
-  if (polling) {
-    report(rt->current, "deadlock",
-           std::string("threads only poll, as at ") + describe(rt->current->site).c_str() +
-               "; elsewhere " + describe_thread(waiting->id).c_str() + " " +
-               kDoes[static_cast<int>(wait(*waiting))] + ", " + describe(waiting->site).c_str());
-    return;
-  }
-  const Thread* other = nullptr;
-  for (const Thread& t : waiting->block->threads) {
-    if (t.warp == waiting->warp && t.wait != waiting->wait) other = &t;
-  }
-  std::string text = std::string("it ") + kDoes[static_cast<int>(wait(*waiting))] + " at " +
-                     describe(waiting->site).c_str();
-  if (other)
-    text +=
-        std::string(" while ") + describe_thread(other->id).c_str() + " " +
-        kDoes[static_cast<int>(other->wait)] +
-        (other->wait == Wait::kExited ? "" : std::string(" at ") + describe(other->site).c_str());
-  report(waiting, "warp mask", text);
 }
 
 }  // namespace simt

@@ -1,5 +1,6 @@
 #include "shadow.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -23,14 +24,6 @@ bool is_before(const Reader& r, const Thread& t, uint32_t* culprit) {
     }
   }
   return true;
-}
-
-// Whether t's reading at this place stands for r's as well.
-bool supersedes(const Reader& r, const Thread& t) {
-  uint32_t culprit;
-  uint32_t warp = t.id >> 5;
-  if (r.warp >> 5 == warp >> 5 && r.interval < t.block->interval) return true;
-  return r.warp == warp && r.clock != t.clock() && is_before(r, t, &culprit);
 }
 
 const char* verb(Access access) {
@@ -65,22 +58,18 @@ void Shadow::check_readers(Cell& c, uintptr_t address, Thread& t) {
 
 void Shadow::record_read(Cell& c, Thread& t) {
   uint32_t warp = t.id >> 5, bit = 1u << t.lane, interval = t.block->interval;
-  Reader now{warp, bit, interval, t.clock()};
+  Reader now{warp, bit, interval, t.clock};
   auto merge = [&](Reader& r) {
-    if (r.mask == 0 || supersedes(r, t)) {
+    // A reading of an interval of the block stands for those of intervals before.
+    if (r.mask == 0 || (r.warp >> 5 == t.block->index && r.interval < interval)) {
       r = now;
       return true;
     }
     if (r.warp != warp) return false;
-    // Lanes at different clocks that know nothing of each other: the later stands for both.
     r.mask |= bit;
-    if (r.clock < t.clock()) r.clock = t.clock();
+    r.clock = std::max(r.clock, t.clock);
     return true;
   };
-  if (c.reader.warp == warp && c.reader.interval == interval && c.reader.clock == t.clock()) {
-    c.reader.mask |= bit;
-    return;
-  }
   if (merge(c.reader)) return;
   if (!c.more) {
     if (more_used_ == more_.size()) more_.emplace_back();
@@ -114,7 +103,7 @@ void Shadow::check(Cell& c, uintptr_t address, Access access, Thread& t) {
   c.reader.mask = 0;
   c.writer = t.id + 1;
   c.interval = t.block->interval;
-  c.clock = t.clock();
+  c.clock = t.clock;
   c.atomic = access == Access::kAtomic;
 }
 
@@ -140,7 +129,6 @@ void Shadow::split(Cell& c) {
 }
 
 void Shadow::access(Cell* cells, uintptr_t address, size_t size, Access access, Thread& t) {
-  t.last_interval = t.block->interval;
   for (uintptr_t end = address + size; address < end; ++cells) {
     uintptr_t stop = (address | 3) + 1;
     if (stop > end) stop = end;

@@ -16,7 +16,7 @@ struct Thread;
 
 enum class Access { kRead, kWrite, kAtomic };
 
-// Lanes of a warp that read at one clock.
+// Lanes of a warp that read in one interval, and the latest of their clocks.
 struct Reader {
   uint32_t warp, mask, interval, clock;
 };

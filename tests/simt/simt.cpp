@@ -1,8 +1,6 @@
 // Launches, and the interface to the tests.
 #include "simt.h"
 
-#include <cxxabi.h>
-#include <dlfcn.h>
 #include <link.h>
 #include <sys/mman.h>
 
@@ -15,8 +13,7 @@
 #include "state.h"
 
 #pragma GCC visibility push(hidden)
-uint3 threadIdx, blockIdx;
-dim3 blockDim, gridDim;
+dim3 threadIdx, blockIdx, blockDim, gridDim;
 #pragma GCC visibility pop
 
 namespace simt {
@@ -74,10 +71,8 @@ void run_body() {
 }
 
 void start(Block& b, uint32_t index) {
-  const unsigned *g = rt->shape.grid, *d = rt->shape.block;
   b.index = index;
-  b.coordinates = {index % g[0], index / g[0] % g[1], index / g[0] / g[1]};
-  b.live = rt->threads;
+  b.live = rt->shape.block;
   b.interval = 1;
   b.arrived = 0;
   b.known = nullptr;
@@ -94,24 +89,22 @@ void start(Block& b, uint32_t index) {
   b.shared_cells.assign((bytes + 3) / 4, Cell{});
 #endif
   if (bytes) std::memset(b.shared, 0xff, bytes);
-  b.threads.resize(rt->threads);
-  b.warps.resize((rt->threads + 31) / 32);
+  b.threads.resize(rt->shape.block);
+  b.warps.resize((rt->shape.block + 31) / 32);
   for (uint32_t i = 0; i < b.warps.size(); ++i) {
-    uint32_t lanes = std::min(32u, rt->threads - i * 32);
+    uint32_t lanes = std::min(32u, rt->shape.block - i * 32);
     Warp& w = b.warps[i] = Warp{};
     w.threads = &b.threads[i * 32];
     w.all = lanes == 32 ? ~0u : (1u << lanes) - 1;
-    std::fill(w.clock, w.clock + 32, 1u);
     set_ready(w, w.all);
   }
-  for (uint32_t i = 0; i < rt->threads; ++i) {
+  for (uint32_t i = 0; i < rt->shape.block; ++i) {
     Thread& t = b.threads[i];
-    size_t number = b.slot * rt->threads + i;
+    size_t number = b.slot * rt->shape.block + i;
     char* stack = reinterpret_cast<char*>(stacks.begin) + number * kStackBytes;
     t = Thread{};
     t.warp = &b.warps[i / 32];
     t.block = &b;
-    t.index = {i % d[0], i / d[0] % d[1], i / d[0] / d[1]};
     t.tid = i;
     t.lane = i % 32;
     t.id = index << 10 | i;
@@ -121,29 +114,12 @@ void start(Block& b, uint32_t index) {
 }
 
 int check_shape(const void* kernel, const LaunchShape& s) {
-  uint64_t blocks = uint64_t{s.grid[0]} * s.grid[1] * s.grid[2];
-  uint64_t threads = uint64_t{s.block[0]} * s.block[1] * s.block[2];
-  if (blocks == 0 || s.grid[0] > 0x7fffffff || s.grid[1] > 65535 || s.grid[2] > 65535)
+  // The limit of blocks is the harness's own.
+  if (s.grid == 0 || s.grid > 1u << 21 || s.block == 0 || s.block > kMaxThreads)
     return cudaErrorInvalidConfiguration;
-  if (threads == 0 || threads > kMaxThreads || s.block[2] > 64)
-    return cudaErrorInvalidConfiguration;
-  if (blocks > 1u << 21) return cudaErrorInvalidConfiguration;  // the harness's own limit
   if (s.dynamic_shared > static_cast<size_t>(max_dynamic_shared(kernel)))
     return cudaErrorInvalidValue;
   return cudaSuccess;
-}
-
-void name_launch(const void* kernel) {
-  rt->label = rt->next_label;
-  rt->next_label.clear();
-  Dl_info info;
-  if (rt->label.empty() && dladdr(kernel, &info) && info.dli_sname) {
-    int status = 0;
-    char* plain = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-    rt->label = plain ? plain : info.dli_sname;
-    std::free(plain);
-  }
-  if (rt->label.empty()) rt->label = "(unnamed)";
 }
 
 void run_grid(uint32_t blocks) {
@@ -158,7 +134,7 @@ void run_grid(uint32_t blocks) {
       resume(*t);
       switch_context(rt->main, t->context, false);
     } else {
-      note_stuck(false);
+      report_stuck();
     }
     if (rt->failed) return;
     for (Block* b : rt->finished)
@@ -186,8 +162,8 @@ Runtime& runtime() {
 
 void resume(Thread& t) {
   rt->current = &t;
-  threadIdx = t.index;
-  blockIdx = t.block->coordinates;
+  threadIdx = t.tid;
+  blockIdx = t.block->index;
 }
 
 int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), void* params,
@@ -197,24 +173,20 @@ int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), vo
   rt->error.clear();
   if (int error = check_shape(kernel, shape)) return rt->last_error = error;
   rt->shape = shape;
-  rt->threads = shape.block[0] * shape.block[1] * shape.block[2];
-  uint32_t blocks = shape.grid[0] * shape.grid[1] * shape.grid[2];
-  uint32_t resident = std::min(blocks, static_cast<uint32_t>(rt->resident));
-  if (!grow(stacks, resident * rt->threads * kStackBytes) ||
+  uint32_t resident = std::min(shape.grid, static_cast<uint32_t>(rt->resident));
+  if (!grow(stacks, resident * shape.block * kStackBytes) ||
       !grow(rt->shared_region, resident * kSharedSlot))
     return rt->last_error = cudaErrorMemoryAllocation;
   dl_iterate_phdr(find_module, nullptr);
   rt->body = body;
   rt->params = params;
   rt->params_region = {reinterpret_cast<uintptr_t>(params), params_size};
-  name_launch(kernel);
   rt->last = {};
   rt->last.launches = 1;
   rt->last.max_dynamic_shared = shape.dynamic_shared;
   rt->random = (rt->seed + 1) * 0x9e3779b97f4a7c15ull | 1;
   rt->seed = rt->random >> 1;  // another order at the next launch
   rt->failed = false;
-  rt->idle = rt->polls = 0;
   rt->active.clear();
   rt->finished.clear();
   while (rt->slots.size() < resident) rt->slots.push_back(new Block);
@@ -223,10 +195,10 @@ int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), vo
     rt->slots.pop_back();
   }
   for (uint32_t i = 0; i < resident; ++i) rt->slots[i]->slot = i;
-  gridDim = {shape.grid[0], shape.grid[1], shape.grid[2]};
-  blockDim = {shape.block[0], shape.block[1], shape.block[2]};
+  gridDim = shape.grid;
+  blockDim = shape.block;
 
-  run_grid(blocks);
+  run_grid(shape.grid);
 
   rt->current = nullptr;
   rt->pages.count_distinct(rt->last.distinct_load_bytes, rt->last.distinct_store_bytes);
@@ -235,11 +207,6 @@ int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), vo
   rt->channels.clear();
   add(rt->total, rt->last);
   return rt->last_error = rt->failed ? cudaErrorLaunchFailure : cudaSuccess;
-}
-
-void label(const char* next_kernel) {
-  std::lock_guard lock(runtime().mutex);
-  rt->next_label = next_kernel;
 }
 
 int device_attribute(int attr) {

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the CPU, every thread a fiber, and reports misuse. This is what the stand-in
 // headers in include/ and the tests call. It has what the package's kernels use of CUDA, and no
-// more: whole warps, dynamic shared memory, flags that are written by atomics. How to build with
-// it: build.py.
+// more: one dimension, whole warps, dynamic shared memory, counters that atomics add to. How to
+// build with it: build.py.
 #pragma once
 
 #include <cstddef>
@@ -45,8 +45,7 @@ namespace simt {
 using Site = std::source_location;
 
 struct LaunchShape {
-  unsigned grid[3];
-  unsigned block[3];
+  unsigned grid, block;
   size_t dynamic_shared;
 };
 
@@ -54,16 +53,10 @@ struct LaunchShape {
 void block_barrier(Site site);
 uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site);
 void fence();
-// Before a load that may meet other threads' stores (__ldcv).
-void poll(const void* address, size_t size, Site site);
-// Around a read-modify-write.
-void atomic_begin(const void* address, size_t size, Site site);
-void atomic_end(const void* address, bool changed);
-void nanosleep(Site site);
+uint32_t atomic_add(uint32_t* address, uint32_t value, Site site);
 char* dynamic_shared();
 
 // Host side.
-void label(const char* next_kernel);
 // A cudaError_t; runs the grid to its end. params is what body reads the arguments from.
 int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), void* params,
            size_t params_size);

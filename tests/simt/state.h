@@ -21,8 +21,6 @@ inline constexpr size_t kStackBytes = SIMT_ASAN ? 256 << 10 : 64 << 10;
 inline constexpr uint64_t kCanary = 0x5ca1ab1e0ddba11d;  // at each stack's end
 inline constexpr bool kTrack = !SIMT_ASAN;
 
-enum class Wait : uint8_t { kNone, kBarrier, kWarp, kExited };
-
 struct Warp;
 struct Block;
 
@@ -30,45 +28,28 @@ struct Thread {
   Context context;
   Warp* warp;
   Block* block;
-  uint3 index;
   uint32_t tid, lane;
   uint32_t id;  // block << 10 | tid
-  Wait wait;
-  Site site;  // of the last synchronisation
-  uintptr_t polled;
+  Site site;    // of the last synchronisation
 
   uint32_t from;  // the lane that its shuffle reads
 
-  uint32_t last_interval;  // of its last tracked access
-  ClockRef known;          // beyond the block's
-  ClockRef pending;        // becomes known at a fence
+  uint32_t clock = 1;
+  ClockRef known;    // beyond the block's
+  ClockRef pending;  // becomes known at a fence
   FenceRef fence;
-
-  uint32_t& clock();
-  uint32_t clock() const;
-  // Order within the warp: lane j's accesses up to this lie before this thread's.
-  uint32_t known_clock(uint32_t j) const;
 };
 
 // Masks and arrays are of lanes; what each operation touches lies together here.
 struct Warp {
   Thread* threads;
   uint32_t all, exited, ready, at_barrier, in_op;
-  uint32_t active;           // place in Runtime::active
-  bool more_known;           // some lane has known
-  uint32_t clock[32], base;  // base: what each lane knows of the others' clocks
+  uint32_t active;  // place in Runtime::active
   uint64_t value[32], result[32];
 };
 
-inline uint32_t& Thread::clock() { return warp->clock[lane]; }
-inline uint32_t Thread::clock() const { return warp->clock[lane]; }
-inline uint32_t Thread::known_clock(uint32_t j) const {
-  return j == lane ? warp->clock[j] : warp->base;
-}
-
 struct Block {
   uint32_t index;
-  uint3 coordinates;
   uint32_t slot, live, interval;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -99,13 +80,12 @@ struct Runtime {
   bool shuffle = false;
   std::unordered_map<int, int> attributes;
   std::unordered_map<const void*, int> max_shared;
-  std::string next_label, label, error;
+  std::string error;
   int last_error = 0;
   simt_counters_t total{}, last{};
 
   // Of the launch under way.
   LaunchShape shape;
-  uint32_t threads = 0;
   void (*body)(void*) = nullptr;
   void* params = nullptr;
   Region params_region, shared_region, module;
@@ -115,10 +95,9 @@ struct Runtime {
   Thread* current = nullptr;
   Context main;
   bool failed = false;
-  uint64_t idle = 0, polls = 0;
   Shadow global{Shadow::Kind::kGlobal};
   Pages pages;
-  std::unordered_map<uintptr_t, ClockRef> channels;
+  std::unordered_map<const void*, ClockRef> channels;
 };
 
 Runtime& runtime();
@@ -151,18 +130,16 @@ extern void* access_pc;
 
 void set_ready(Warp& w, uint32_t lanes);
 Thread* pick_first();
-void resume(Thread& t);         // before a switch to it
-void block_current(Wait wait);  // returns when woken
+void resume(Thread& t);  // before a switch to it
+void block_current();    // returns when woken
 void yield_current();
 void thread_exit();
 void complete_barrier(Block& b);
-void note_stuck(bool polling);
+void report_stuck();
 
 // Order.
 bool is_before(const Point& p, const Thread& t);
 void track(uintptr_t address, size_t size, Access access);
-void count_poll(uintptr_t address, size_t size);
-bool is_shared(uintptr_t address);
 
 }  // namespace simt
 #pragma GCC visibility pop

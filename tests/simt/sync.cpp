@@ -1,6 +1,6 @@
 // Barriers, shuffles, fences and atomics.
-#include <algorithm>
 #include <bit>
+#include <utility>
 
 #include "state.h"
 
@@ -16,23 +16,6 @@ Thread& enter(const Site& site) {
   return t;
 }
 
-void give_known(Thread& t, const ClockRef& clock) {
-  if (!clock) return;
-  t.known = joined(t.known, clock);
-  t.warp->more_known = true;
-}
-
-// Called where t may be waiting for another thread at address (null: for time to pass).
-void spin(Thread& t, uintptr_t address) {
-  constexpr uint64_t kSpins = 200'000, kPolls = 100'000'000;
-  // Visits of many places are work, not waiting.
-  if (address && t.polled != address) rt->idle = 0;
-  if (address) t.polled = address;
-  if (++rt->idle <= kSpins && ++rt->polls <= kPolls) return;
-  note_stuck(true);
-  switch_context(t.context, rt->main, true);
-}
-
 bool same_place(const Site& a, const Site& b) {
   return a.line() == b.line() && std::string_view(a.file_name()) == b.file_name();
 }
@@ -40,34 +23,15 @@ bool same_place(const Site& a, const Site& b) {
 }  // namespace
 
 bool is_before(const Point& p, const Thread& t) {
-  uint32_t tid = p.id & 1023;
-  if (p.id >> 10 == t.block->index) {
-    if (p.interval < t.block->interval) return true;
-    if (tid >> 5 == t.tid >> 5 && t.known_clock(tid & 31) >= p.clock) return true;
-  }
+  if (p.id == t.id || (p.id >> 10 == t.block->index && p.interval < t.block->interval)) return true;
   return (t.known && t.known->covers(p)) || (t.block->known && t.block->known->covers(p));
-}
-
-void join_warp(Warp& w) {
-  w.base = *std::max_element(w.clock, w.clock + 32);
-  std::fill(w.clock, w.clock + 32, w.base + 1);
-  if (!w.more_known) return;
-  ClockRef known;
-  for (unsigned m = w.all; m; m &= m - 1)
-    known = joined(known, w.threads[std::countr_zero(m)].known);
-  for (unsigned m = w.all; m; m &= m - 1) w.threads[std::countr_zero(m)].known = known;
 }
 
 void join_block(Block& b) {
   ++b.interval;
-  for (size_t i = 0; i < b.warps.size(); ++i) {
-    Warp& w = b.warps[i];
-    if (!w.more_known) continue;
-    w.more_known = false;
-    for (size_t j = i * 32; j < std::min<size_t>(i * 32 + 32, b.threads.size()); ++j) {
-      b.known = joined(b.known, b.threads[j].known);
-      b.threads[j].known = nullptr;
-    }
+  for (Thread& t : b.threads) {
+    b.known = joined(b.known, t.known);
+    t.known = nullptr;
   }
 }
 
@@ -77,7 +41,6 @@ void complete_barrier(Block& b) {
   if (b.arrived + exited < b.threads.size()) return;
   b.arrived = 0;
   if (kTrack) join_block(b);
-  rt->idle = 0;
   for (Warp& w : b.warps) {
     if (w.at_barrier) set_ready(w, w.at_barrier);
     w.at_barrier = 0;
@@ -97,7 +60,7 @@ void block_barrier(Site site) {
   t.warp->at_barrier |= 1u << t.lane;
   complete_barrier(b);
   if (t.warp->at_barrier >> t.lane & 1)
-    block_current(Wait::kBarrier);
+    block_current();
   else
     yield_current();
 }
@@ -118,17 +81,15 @@ uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site) {
   w.value[t.lane] = value;
   w.in_op |= 1u << t.lane;
   if (w.in_op != mask) {
-    block_current(Wait::kWarp);
+    block_current();
     return w.result[t.lane];
   }
   for (unsigned m = mask; m; m &= m - 1) {
     int j = std::countr_zero(m);
     w.result[j] = w.value[w.threads[j].from];
   }
-  if (kTrack) join_warp(w);
   w.in_op = 0;
   set_ready(w, mask);
-  rt->idle = 0;
   yield_current();
   return w.result[t.lane];
 }
@@ -137,67 +98,28 @@ void fence() {
   Thread& t = self();
   if (kTrack) {
     Block& b = *t.block;
-    give_known(t, t.pending);
+    t.known = joined(t.known, t.pending);
     t.pending = nullptr;
-    auto f = std::make_shared<Fence>();
-    f->block_known = b.known;
-    f->known = t.known;
-    f->block = b.index;
-    f->interval = b.interval;
-    for (unsigned m = t.warp->all; m; m &= m - 1) {
-      const Thread& o = t.warp->threads[std::countr_zero(m)];
-      if (o.last_interval == b.interval)
-        f->points.push_back({o.id, b.interval, t.known_clock(o.lane)});
-    }
-    ++t.clock();
-    t.fence = f;
+    t.fence = std::make_shared<Fence>(b.known, t.known, Point{t.id, b.interval, t.clock});
+    ++t.clock;
   }
   if (next_random() % 4 == 0) yield_current();
 }
 
-// Passes an address's clock on to those who read it by an atomic or a poll.
-void acquire_release(Thread& t, uintptr_t address, bool release) {
-  if (is_shared(address)) fail("unknown to the harness", "an atomic or poll of shared memory");
-  if (release && t.fence) rt->channels.try_emplace(address);
-  auto at = rt->channels.find(address);
-  if (at == rt->channels.end()) return;
-  ClockRef& channel = at->second;
-  t.pending = joined(t.pending, channel);
-  if (!release || !t.fence) return;
-  auto next = channel ? std::make_shared<Clock>(*channel) : std::make_shared<Clock>();
-  t.fence->into(*next);
-  channel = std::move(next);
-}
-
-void poll(const void* address, size_t size, Site site) {
-  Thread& t = enter(site);
-  auto a = reinterpret_cast<uintptr_t>(address);
-  spin(t, a);
-  yield_current();
-  if (!kTrack) return;
-  count_poll(a, size);
-  acquire_release(t, a, false);
-}
-
-void atomic_begin(const void* address, size_t size, Site site) {
+uint32_t atomic_add(uint32_t* address, uint32_t value, Site site) {
   Thread& t = enter(site);
   if (next_random() & 1) yield_current();
-  if (!kTrack) return;
-  auto a = reinterpret_cast<uintptr_t>(address);
-  track(a, size, Access::kAtomic);
-  acquire_release(t, a, true);
-}
-
-void atomic_end(const void* address, bool changed) {
-  if (changed)
-    rt->idle = 0;
-  else
-    spin(self(), reinterpret_cast<uintptr_t>(address));
-}
-
-void nanosleep(Site site) {
-  spin(enter(site), 0);
-  yield_current();
+  if (kTrack) {
+    track(reinterpret_cast<uintptr_t>(address), sizeof value, Access::kAtomic);
+    ClockRef& channel = rt->channels[address];
+    t.pending = joined(t.pending, channel);
+    if (t.fence) {
+      auto next = channel ? std::make_shared<Clock>(*channel) : std::make_shared<Clock>();
+      t.fence->into(*next);
+      channel = std::move(next);
+    }
+  }
+  return std::exchange(*address, *address + value);
 }
 
 char* dynamic_shared() { return self().block->shared; }

@@ -7,9 +7,6 @@ struct alignas(2) __nv_bfloat16 {
   unsigned short __x;
 };
 
-inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return __nv_bfloat16{bits}; }
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 v) { return v.__x; }
-
 inline float __bfloat162float(__nv_bfloat16 v) {
   return std::bit_cast<float>(static_cast<unsigned>(v.__x) << 16);
 }

@@ -7,9 +7,6 @@ struct alignas(2) __half {
   unsigned short __x;
 };
 
-inline __half __ushort_as_half(unsigned short bits) { return __half{bits}; }
-inline unsigned short __half_as_ushort(__half v) { return v.__x; }
-
 inline float __half2float(__half v) {
   unsigned sign = (v.__x & 0x8000u) << 16;
   unsigned magnitude = v.__x & 0x7fffu;

@@ -28,8 +28,6 @@ enum cudaDeviceAttr {
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0 };
-
 typedef struct CUstream_st* cudaStream_t;
 
 struct cudaLaunchConfig_t {
@@ -68,11 +66,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     auto* c = static_cast<Call*>(p);
     std::apply(c->kernel, c->args);
   };
-  simt::LaunchShape shape{{config->gridDim.x, config->gridDim.y, config->gridDim.z},
-                          {config->blockDim.x, config->blockDim.y, config->blockDim.z},
-                          config->dynamicSmemBytes};
+  simt::LaunchShape shape{config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes};
   return static_cast<cudaError_t>(simt::launch(reinterpret_cast<const void*>(kernel), shape, body,
                                                static_cast<void*>(&call), sizeof(call)));
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attr, int) {
@@ -86,10 +87,6 @@ cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int value) {
       simt::set_max_dynamic_shared(reinterpret_cast<const void*>(kernel), value));
 }
 
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   std::memset(p, value, bytes);
   return cudaSuccess;

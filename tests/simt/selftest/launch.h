@@ -15,13 +15,11 @@ __device__ T* shared() {
 }
 
 template <class... Exp, class... Act>
-int run(const char* label, unsigned grid, unsigned block, size_t shared_bytes,
-        void (*kernel)(Exp...), Act&&... args) {
+int run(unsigned grid, unsigned block, size_t shared_bytes, void (*kernel)(Exp...), Act&&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
-  simt::label(label);
   return cudaLaunchKernelEx(&config, kernel, std::forward<Act>(args)...);
 }
 

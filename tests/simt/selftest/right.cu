@@ -50,37 +50,6 @@ __global__ void grid_reduction(const float* in, float* partial, unsigned* counte
   }
 }
 
-// Blocks take tasks in order; task 2i+1 waits for the results of task 2i.
-__global__ void tickets(unsigned* next, int* flags, const float* in, float* data, float* out,
-                        int tasks) {
-  auto* task = shared<int>();
-  while (true) {
-    if (threadIdx.x == 0) *task = static_cast<int>(atomicAdd(next, 1u));
-    __syncthreads();
-    int mine = *task;
-    __syncthreads();
-    if (mine >= tasks) return;
-    int pair = mine / 2;
-    unsigned at = static_cast<unsigned>(pair) * blockDim.x + threadIdx.x;
-    if (mine % 2 == 0) {
-      data[at] = 2 * in[at];
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        __threadfence();
-        atomicExch(&flags[pair], 1);
-      }
-    } else {
-      if (threadIdx.x == 0) {
-        while (__ldcv(&flags[pair]) == 0) __nanosleep(50);
-        __threadfence();
-      }
-      __syncthreads();
-      unsigned other = static_cast<unsigned>(pair) * blockDim.x + (threadIdx.x + 1) % blockDim.x;
-      out[other] = data[other];
-    }
-  }
-}
-
 __global__ void copy16(const uint4* in, uint4* out, int n) {
   auto* s = shared<uint4>();
   for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < static_cast<unsigned>(n);
@@ -98,8 +67,8 @@ __global__ void halves(const __half* in, __half* out) {
   out[threadIdx.x] = s[threadIdx.x ^ 1];
 }
 
-__global__ void in_order(int* out, int* next) {
-  if (threadIdx.x == 0) out[blockIdx.x] = atomicAdd(next, 1);
+__global__ void in_order(unsigned* out, unsigned* next) {
+  if (threadIdx.x == 0) out[blockIdx.x] = atomicAdd(next, 1u);
 }
 
 }  // namespace
@@ -107,8 +76,7 @@ __global__ void in_order(int* out, int* next) {
 CASE(right_block_reduction) {
   auto in = ramp(8 * 256);
   std::vector<float> out(8);
-  if (int error = run("block_reduction", 8, 256, 128, block_reduction, in.data(), out.data()))
-    return error;
+  if (int error = run(8, 256, 128, block_reduction, in.data(), out.data())) return error;
   for (int b = 0; b < 8; ++b) {
     float want = 0;
     for (int i = 0; i < 256; ++i) want += in[b * 256 + i];
@@ -124,32 +92,17 @@ CASE(right_grid_reduction) {
   float out = 0, want = 0;
   for (float v : in) want += 128 * v;
   for (int repeat = 0; repeat < 2; ++repeat) {
-    if (int error = run("grid_reduction", 12, 128, 256, grid_reduction, in.data(), partial.data(),
-                        &counter, &out))
+    if (int error = run(12, 128, 256, grid_reduction, in.data(), partial.data(), &counter, &out))
       return error;
     if (out != want || counter != 0) return -1;
   }
   return 0;
 }
 
-CASE(right_tickets) {
-  int tasks = 20;
-  auto in = ramp(10 * 64);
-  std::vector<float> data(10 * 64), out(10 * 64);
-  std::vector<int> flags(10);
-  unsigned next = 0;
-  if (int error = run("tickets", 6, 64, 16, tickets, &next, flags.data(), in.data(), data.data(),
-                      out.data(), tasks))
-    return error;
-  for (size_t i = 0; i < in.size(); ++i)
-    if (out[i] != 2 * in[i]) return -1;
-  return 0;
-}
-
 CASE(right_copy16) {
   std::vector<uint4> in(1000), out(1000);
   for (unsigned i = 0; i < 1000; ++i) in[i] = uint4(i, i + 1, i + 2, i + 3);
-  if (int error = run("copy16", 3, 64, 64 * 16, copy16, in.data(), out.data(), 1000)) return error;
+  if (int error = run(3, 64, 64 * 16, copy16, in.data(), out.data(), 1000)) return error;
   for (unsigned i = 0; i < 1000; ++i)
     if (out[i].x != i || out[i].w != i + 3) return -1;
   return 0;
@@ -158,7 +111,7 @@ CASE(right_copy16) {
 CASE(right_halves) {
   std::vector<__half> in(64), out(64);
   for (int i = 0; i < 64; ++i) in[i] = __float2half_rn(static_cast<float>(i));
-  if (int error = run("halves", 1, 64, 128, halves, in.data(), out.data())) return error;
+  if (int error = run(1, 64, 128, halves, in.data(), out.data())) return error;
   for (int i = 0; i < 64; ++i)
     if (__half2float(out[i]) != static_cast<float>(i ^ 1)) return -1;
   return 0;
@@ -166,19 +119,19 @@ CASE(right_halves) {
 
 // 1 if the blocks of a grid, one resident at a time, start in ascending order, 0 if not.
 CASE(blocks_in_order) {
-  std::vector<int> out(64);
-  int next = 0;
-  if (run("in_order", 64, 32, 0, in_order, out.data(), &next)) return -1;
-  for (int b = 0; b < 64; ++b)
+  std::vector<unsigned> out(64);
+  unsigned next = 0;
+  if (run(64, 32, 0, in_order, out.data(), &next)) return -1;
+  for (unsigned b = 0; b < 64; ++b)
     if (out[b] != b) return 0;
   return 1;
 }
 
 // Errors of a launch, as CUDA gives them.
 CASE(launch_errors) {
-  int out[1], next = 0;
+  unsigned out[1], next = 0;
   auto start = [&](unsigned grid, unsigned block, size_t shared_bytes) {
-    return run("in_order", grid, block, shared_bytes, in_order, out, &next);
+    return run(grid, block, shared_bytes, in_order, out, &next);
   };
   if (start(0, 64, 0) != cudaErrorInvalidConfiguration) return 1;
   if (start(1, 0, 0) != cudaErrorInvalidConfiguration) return 2;
@@ -199,13 +152,11 @@ CASE(launch_errors) {
 extern "C" __attribute__((visibility("default"))) void from_half(int kind, const uint16_t* in,
                                                                  float* out) {
   for (int i = 0; i < 65536; ++i)
-    out[i] = kind ? __bfloat162float(__ushort_as_bfloat16(in[i]))
-                  : __half2float(__ushort_as_half(in[i]));
+    out[i] = kind ? __bfloat162float(__nv_bfloat16{in[i]}) : __half2float(__half{in[i]});
 }
 
 extern "C" __attribute__((visibility("default"))) void to_half(int kind, const float* in,
                                                                uint16_t* out, int n) {
   for (int i = 0; i < n; ++i)
-    out[i] = kind ? __bfloat16_as_ushort(__float2bfloat16_rn(in[i]))
-                  : __half_as_ushort(__float2half_rn(in[i]));
+    out[i] = kind ? __float2bfloat16_rn(in[i]).__x : __float2half_rn(in[i]).__x;
 }
