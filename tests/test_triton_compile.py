@@ -23,26 +23,31 @@ if importlib.util.find_spec("triton") is None:
 pytestmark = pytest.mark.long
 
 
+SCRIPT = Path(__file__).with_name("triton_compile.py")
+
+
+def printed(option: str, **environment: str) -> Any:
+    """What the script prints in a process of its own: in this one Triton may be the interpreter."""
+    without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), option],
+        env=without | environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("triton_compile.py")
-
     def make(table: Path) -> None:
-        # A process of its own: in this one Triton may be the interpreter.
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(table.with_name("cache"))
-        done = subprocess.run(
-            [sys.executable, str(script), "--json"],
-            env=environment,
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        table.write_text(done.stdout)
+        found = printed("--json", TRITON_CACHE_DIR=str(table.with_name("cache")))
+        table.write_text(json.dumps(found))
 
     made_of = [importlib.metadata.version(name) for name in ("torch", "triton")]
-    files = [script, *Path(at_fused.__file__).parent.rglob("*.py")]
+    files = [SCRIPT, *Path(at_fused.__file__).parent.rglob("*.py")]
     return list(json.loads(once("triton", made_of, files, make).read_text()))
 
 

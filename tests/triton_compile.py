@@ -2,6 +2,7 @@
 
     python tests/triton_compile.py > table.md
     python tests/triton_compile.py --json [--everything] > rows.json
+    python tests/triton_compile.py --kernels
 
 Needs Triton without TRITON_INTERPRET. The arguments are those of real calls of the back end, whose
 launches are caught; Triton's own binder then decides what they are specialised on.
@@ -99,6 +100,13 @@ def compiled(call: Call, target: GPUTarget) -> Any:
     call.kernel.device_caches.clear()
     options = launch.options(cuda=target.backend == "cuda")
     return call.kernel.warmup(*call.arguments, grid=(call.programs,), **call.constants, **options)
+
+
+def specialized(call: Call) -> str:
+    """What Triton takes of a launch into its compilation."""
+    *_, binder = call.kernel.device_caches[0]
+    _, found, _ = binder(*call.arguments, **call.constants)
+    return str(found)
 
 
 # ---- what came out -------------------------------------------------------------------------------
@@ -351,6 +359,50 @@ def variants() -> Iterator[Variant]:
     yield Variant("backward", torch.bfloat16, reduction="sample")
 
 
+# ---- one kernel for many calls -------------------------------------------------------------------
+
+STAGES = {  # channels of the student and of the teacher, height and width
+    "three stages of a WRN": ((16, 32, 32), (32, 64, 16), (64, 128, 8)),
+    "one of a ResNet": ((64, 64, 56),),
+    "four of a ResNet": ((64, 256, 56), (128, 512, 28), (256, 1024, 14), (512, 2048, 7)),
+}
+
+
+def a_step(stages: tuple[tuple[int, int, int], ...], batch: int) -> dict[str, Callable[[], object]]:
+    """The operators on a batch; all that may vary from step to step is another for each batch."""
+    s, t = ([torch.empty(batch, x[i], x[2], x[2]) for x in stages] for i in (0, 1))
+    maps = [torch.empty(batch, x[2] ** 2) for x in stages]
+    weights = [(batch - 1) / (3 + i) for i in range(len(s))]
+    # Of odd places and strides, each stretched from one element.
+    above = torch.empty(2 * batch)[batch - 1].expand(len(s))
+    eps, scale, pairs = batch * 1e-9, 2.0 ** (batch - 1), list(range(len(s)))
+    arguments = loss_arguments(s, t, weights=weights, reduction="none", eps=eps)
+    options = weights, "code", "none", "max", eps
+    return {
+        "attention_map": lambda: backend.attention_map(s, 2.0, "mean"),
+        "at_loss": lambda: backend.at_loss(*arguments, True, False),
+        "attention_map_backward": lambda: backend.attention_map_backward(
+            s, maps, above, pairs, 2.0
+        ),
+        "tap": lambda: backend.attention_tap_backward(s[0], s[0], maps[0], 2.0, "mean"),
+        "at_value_and_grad": lambda: backend.at_value_and_grad(*arguments, scale, above),
+        "map_loss": lambda: backend.map_loss(maps, maps, *options, True, False),
+    }
+
+
+def kernels() -> dict[str, int]:
+    """How often each is compiled for all batch sizes to 130, and some beyond."""
+    triton.runtime.driver.set_active(_Driver(TARGETS["sm_90"]))
+    found: dict[str, set[str]] = {}
+    for name, stages in STAGES.items():
+        for batch in (*range(1, 131), 256, 512, 1024):
+            for operator, call in a_step(stages, batch).items():
+                for launched in caught(call):
+                    kernel = f"{operator} of {name}, {launched.kernel.fn.__name__}"
+                    found.setdefault(kernel, set()).add(specialized(launched))
+    return {name: len(keys) for name, keys in found.items()}
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -387,7 +439,9 @@ def table(found: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    if "--json" in sys.argv:
+    if "--kernels" in sys.argv:
+        print(json.dumps(kernels(), indent=1))
+    elif "--json" in sys.argv:
         print(json.dumps([r._asdict() for r in rows("--everything" in sys.argv)]))
     else:
         print(table(list(rows(True))))

@@ -7,12 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def double(bits):
-    """A double from its bits."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
+from at_fused.backends.triton.scalars import number
 
 # ---- one sample ----------------------------------------------------------------------------------
 
@@ -127,7 +122,7 @@ def mask_map(out, factors, positions, BLOCK: tl.constexpr):
 # ---- the last one --------------------------------------------------------------------------------
 #
 # Programs that work on one thing count themselves; the last to come finds all of it done, and does
-# what is left. The counter is back at 0 then, ready for the next launch.
+# what is left.
 
 
 @triton.jit
@@ -135,10 +130,7 @@ def is_last(counter, count):
     """Whether this is the last of ``count`` programs to come here."""
     # All threads have written before one of them says so.
     tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
-    if last:
-        tl.store(counter, 0)
-    return last
+    return tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
 
 
 @triton.jit
@@ -166,16 +158,19 @@ def add_up(
     SAMPLE: tl.constexpr,
 ):
     """Stores or adds a sample's loss: in the order of the samples, whichever program comes last."""
+    first = number(pair.first_sample)
     if SAMPLE:
-        tl.store(loss + pair.first_sample + b, value.to(loss.dtype.element_ty))
+        tl.store(loss + first + b, value.to(loss.dtype.element_ty))
     else:
-        tl.store(losses + pair.first_sample + b, value)
-        if is_last(counters + samples + pair.number, pair.samples):
-            total = sum_in_order(losses + pair.first_sample, pair.samples)
+        tl.store(losses + first + b, value)
+        which = number(pair.number)
+        count = number(pair.samples)
+        if is_last(counters + samples + which, count):
+            total = sum_in_order(losses + first, count)
             if SUM:
-                tl.store(losses + samples + pair.number, total)
+                tl.store(losses + samples + which, total)
                 if is_last(counters + samples + pairs, pairs):
                     everything = sum_in_order(losses + samples, pairs)
                     tl.store(loss, everything.to(loss.dtype.element_ty))
             else:
-                tl.store(loss + pair.number, total.to(loss.dtype.element_ty))
+                tl.store(loss + which, total.to(loss.dtype.element_ty))

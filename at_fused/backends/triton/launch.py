@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -66,8 +65,9 @@ def layout_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> Layout | None:
     inner, outer = (positions, channels) if planar else (channels, positions)
     # A stride that is never taken may be anything.
     line = (channel if planar else position) if outer > 1 else 0
-    batch = stride[0] if shape[0] > 1 else 0
     extent = (outer - 1) * line + inner
+    # That of a single sample is as it would be of more, dense ones: one kernel serves both.
+    batch = stride[0] if shape[0] > 1 else max(outer * line, inner)
     align = math.gcd(batch, line, inner, 16)
     return Layout(channels, positions, planar, batch, line, align, extent >= 2**31)
 
@@ -190,20 +190,13 @@ def piece_bytes(total: int, device: torch.device) -> int:
 
 
 def cut(positions: int, size: int, piece: int, step: int) -> tuple[int, int]:
-    """Pieces of a sample of ``size`` bytes, and their positions; those are 0 for a single one."""
-    wanted = min(-(-size // piece), -(-positions // step))
-    span = -(-positions // (wanted * step)) * step
-    pieces = -(-positions // span)
-    return (pieces, span) if pieces > 1 else (1, 0)
+    """Pieces of a sample of ``size`` bytes, and how many steps along its positions each has."""
+    steps = -(-positions // step)
+    each = -(-steps // min(-(-size // piece), steps))
+    return -(-steps // each), each
 
 
 # ---- launches ------------------------------------------------------------------------------------
-
-
-def bits_of(value: float) -> int:
-    """A double's bits, for an argument."""
-    (bits,) = struct.unpack("<q", struct.pack("<d", value))
-    return 2 if bits == 1 else int(bits)  # Triton takes an argument of 1 for a constant
 
 
 def exponent(p: float) -> tuple[float, float]:
@@ -224,22 +217,6 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
         f"Triton runs {x.device.type} tensors under TRITON_INTERPRET=1 only",
     )
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-_workspaces: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def counters_of(x: Tensor, count: int) -> Tensor:
-    """``count`` zeros (int32) for the current stream; kernels leave them zero."""
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        # Zeroed by the graph itself, and in its own memory.
-        return torch.zeros(count, dtype=torch.int32, device=x.device)
-    key = x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-    found = _workspaces.get(key)
-    if found is None or found.numel() < count:
-        size = max(4096, power_of_2(count))
-        found = _workspaces[key] = torch.zeros(size, dtype=torch.int32, device=x.device)
-    return found
 
 
 def options(cuda: bool) -> dict[str, Any]:

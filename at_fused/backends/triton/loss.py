@@ -16,12 +16,10 @@ from at_fused.backends import eager
 from at_fused.backends.checks import check_at_loss, without_first
 from at_fused.backends.results import accumulate_dtype
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.finish import add_up, double, finish_sample, is_last, mask_map
+from at_fused.backends.triton.finish import add_up, finish_sample, is_last, mask_map
 from at_fused.backends.triton.launch import (
-    bits_of,
     blocks_of,
     constexpr,
-    counters_of,
     cut,
     exponent,
     feature_of,
@@ -38,6 +36,7 @@ from at_fused.backends.triton.launch import (
     writable,
 )
 from at_fused.backends.triton.maps import store_map
+from at_fused.backends.triton.scalars import double, double_of, number, number_of
 from at_fused.backends.triton.sweep import sweep
 from at_fused.backends.triton.tiles import (
     Feature,
@@ -57,15 +56,16 @@ class Pair(NamedTuple):
     teacher: Feature
     gradient: Gradient | None
     mask: Any  # (B, N), a factor of both raw maps, or None
-    share: int  # of a sample, a double by its bits: Triton would round a float to fp32
-    number: int
+    share: tuple[int, int]  # of a sample, by ``double_of``
+    STEP: Any
+    BLOCK: Any  # elements of a map that are finished at a time
+    number: int  # and the following by ``number_of``
     samples: int
     first_sample: int
     first_program: int
     end_program: int
-    pieces: int
-    SPAN: Any  # positions of a piece; 0 where a program has whole samples
-    BLOCK: Any  # elements of a map that are finished at a time
+    pieces: int  # of a sample
+    steps: int  # of a piece, each of STEP positions
 
 
 @triton.jit
@@ -103,23 +103,26 @@ def _loss_of_pair(
     ADD: tl.constexpr,
     SUM: tl.constexpr,
     SAMPLE: tl.constexpr,
+    CUT: tl.constexpr,
     STUDENT_GRAD: tl.constexpr,
     TEACHER_GRAD: tl.constexpr,
 ):
     """The work of the pair's program number ``local``."""
-    b = local // pair.pieces
-    begin = (local % pair.pieces) * pair.SPAN
-    store_map(pair.student, b, begin, pair.SPAN, HIGH, LOW, MEAN)
-    store_map(pair.teacher, b, begin, pair.SPAN, HIGH, LOW, MEAN)
+    pieces = number(pair.pieces)
+    span = number(pair.steps) * pair.STEP
+    b = local // pieces
+    begin = local % pieces * span
+    store_map(pair.student, b, begin, span, HIGH, LOW, MEAN)
+    store_map(pair.teacher, b, begin, span, HIGH, LOW, MEAN)
     mine = True
-    if pair.SPAN:
-        mine = is_last(counters + pair.first_sample + b, pair.pieces)
+    if CUT:
+        mine = is_last(counters + number(pair.first_sample) + b, pieces)
     else:
         tl.debug_barrier()
     if mine:
         factor = double(scale)
         if loss_gradient is not None:
-            above = loss_gradient + pair.number * pair_step + b * sample_step
+            above = loss_gradient + number(pair.number) * pair_step + b * sample_step
             factor *= tl.load(above).to(tl.float64)
         positions = positions_of(pair.student)
         s_map = pair.student.map + b.to(tl.int64) * positions
@@ -165,7 +168,7 @@ def _loss_of_pair(
         add_up(pair, b, value, losses, counters, loss, samples, pairs, SUM, SAMPLE)
 
 
-@triton.jit(do_not_specialize=["samples", "pairs", "eps", "scale"])
+@triton.jit(do_not_specialize=["samples", "pairs", "loss_gradient", "pair_step", "sample_step"])
 def loss_kernel(
     entries,
     loss,
@@ -186,21 +189,23 @@ def loss_kernel(
     ADD: tl.constexpr,
     SUM: tl.constexpr,
     SAMPLE: tl.constexpr,
+    CUT: tl.constexpr,
     STUDENT_GRAD: tl.constexpr,
     TEACHER_GRAD: tl.constexpr,
 ):
     """Maps, losses, coefficients, and gradients where an entry (``Pair``) has a place for them.
 
-    A program has a whole sample, or a piece of one: the last of a sample's programs finishes it.
-    ``losses`` (fp64) and ``counters`` (int32, all 0) hold an element per sample, then one per pair,
-    then one more.
+    A program has a whole sample, or with CUT a piece of one: the last of a sample's programs
+    finishes it. ``losses`` (fp64) and ``counters`` (int32, all 0 before a list's first launch) hold
+    an element per sample, then one per pair, then one more.
     """
     program = tl.program_id(0)
     for i in tl.static_range(COUNT):
-        if (program >= entries[i].first_program) & (program < entries[i].end_program):
+        first = number(entries[i].first_program)
+        if (program >= first) & (program < number(entries[i].end_program)):
             _loss_of_pair(
                 entries[i],
-                program - entries[i].first_program,
+                program - first,
                 loss,
                 losses,
                 counters,
@@ -218,6 +223,7 @@ def loss_kernel(
                 ADD,
                 SUM,
                 SAMPLE,
+                CUT,
                 STUDENT_GRAD,
                 TEACHER_GRAD,
             )
@@ -266,7 +272,8 @@ def at_value_and_grad(
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of all pairs, and the students' gradients times ``scale * loss_gradient``.
 
-    One launch; a second one for pairs whose samples are so large that several programs share one.
+    A launch for each MAX_ENTRIES pairs; more for pairs of few and large samples, whose gradients
+    are swept for themselves.
     """
     options = LossOptions(p, collapse, form, reduction, eps_mode, eps)
     check_at_loss(student, teacher, masks, weights, skip_tokens, options, loss_gradient)
@@ -307,7 +314,7 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor], list[int]]:
     """Loss; maps, students first; and the pairs of ``upstream`` whose gradient is still to come.
 
-    Samples of these are cut, and their maps are the coefficients of that gradient.
+    Of these the maps are the coefficients of that gradient.
     """
     count = len(features) // 2
     device = features[0].device
@@ -319,10 +326,26 @@ def _forward(
     loss = features[0].new_empty(shape[options.reduction], dtype=accumulate_dtype(*features))
     samples = sum(x.shape[0] for x in features[:count])
     losses = torch.empty(samples + count, dtype=torch.float64, device=device)
-    counters = counters_of(features[0], samples + count + 1)
-    piece = piece_bytes(sum(x.nbytes for x in features), device)
     high, low = exponent(options.p)
     scale, loss_gradient = (upstream.scale, upstream.loss_gradient) if upstream else (1.0, None)
+
+    piece = piece_bytes(sum(x.nbytes for x in features), device)
+    cuts: list[tuple[int, int, int]] = []
+    for i in range(count):
+        pair = placed[i], placed[count + i]
+        step = max(blocks_of(layout, x.element_size(), options.p)[1] for x, layout in pair)
+        batch = features[i].shape[0]
+        size = (features[i].nbytes + features[count + i].nbytes) // batch
+        whole = size <= _WHOLE_BYTES or batch >= 2 * processors(device)
+        if upstream and not whole:
+            left.append(i)
+        wanted = size if upstream and whole else piece
+        cuts.append((*cut(pair[0][1].positions, size, wanted, step), step))
+    # One kernel for all of a list: with the number of its samples some pairs are cut, or are not.
+    some_cut = any(pieces > 1 for pieces, _, _ in cuts)
+    counters = None
+    if some_cut or options.reduction != "sample":
+        counters = losses.new_zeros(samples + count + 1, dtype=torch.int32)
 
     first_sample = 0
     for first in range(0, count, launch.MAX_ENTRIES):
@@ -331,40 +354,27 @@ def _forward(
         for i in range(first, min(first + launch.MAX_ENTRIES, count)):
             (s, s_layout), (t, t_layout) = placed[i], placed[count + i]
             batch, positions = s.shape[0], s_layout.positions
-            size = (s.nbytes + t.nbytes) // batch
-            step = max(
-                blocks_of(layout, x.element_size(), options.p)[1]
-                for x, layout in (placed[i], placed[count + i])
-            )
-            pieces, span = cut(positions, size, piece, step)
             gradient = None
-            if upstream and (size <= _WHOLE_BYTES or batch >= 2 * processors(device)):
-                pieces, span = 1, 0
-            if upstream and span:
-                left.append(i)
-            elif upstream:
+            if upstream and i not in left:
                 s, s_layout, out, out_layout = writable(s, s_layout, upstream.targets[i])
                 gradient = gradient_of(out, out_layout)
                 written.append((upstream.targets[i], out))
+            pieces, steps, step = cuts[i]
+            end = programs + batch * pieces
             entries.append(
                 Pair(
                     feature_of(s, s_layout, maps[i], options.p),
                     feature_of(t, t_layout, maps[count + i], options.p),
                     gradient,
                     masks[i].contiguous() if masks else None,
-                    bits_of(eager.sample_weight(weights, i, batch, options.reduction)),
-                    i,
-                    batch,
-                    first_sample,
-                    programs,
-                    programs + batch * pieces,
-                    pieces,
-                    constexpr(span),
+                    double_of(eager.sample_weight(weights, i, batch, options.reduction)),
+                    constexpr(step),
                     constexpr(min(power_of_2(positions), launch.FINISH)),
+                    *map(number_of, (i, batch, first_sample, programs, end, pieces, steps)),
                 )
             )
             first_sample += batch
-            programs += batch * pieces
+            programs = end
         launch.start(
             loss_kernel,
             programs,
@@ -374,8 +384,8 @@ def _forward(
             counters,
             samples,
             count,
-            bits_of(options.eps),
-            bits_of(scale),
+            double_of(options.eps),
+            double_of(scale),
             loss_gradient,
             *steps_of(loss_gradient),
             COUNT=len(entries),
@@ -386,6 +396,7 @@ def _forward(
             ADD=options.eps_mode == "add",
             SUM=options.reduction == "sum",
             SAMPLE=options.reduction == "sample",
+            CUT=some_cut,
             STUDENT_GRAD=grads[0],
             TEACHER_GRAD=grads[1],
         )

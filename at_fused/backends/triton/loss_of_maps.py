@@ -15,8 +15,9 @@ from at_fused.backends import eager
 from at_fused.backends.checks import check_map_loss
 from at_fused.backends.results import accumulate_dtype
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.finish import add_up, double, finish_sample
-from at_fused.backends.triton.launch import bits_of, constexpr, counters_of, on_device, power_of_2
+from at_fused.backends.triton.finish import add_up, finish_sample
+from at_fused.backends.triton.launch import constexpr, on_device, power_of_2
+from at_fused.backends.triton.scalars import double, double_of, number, number_of
 
 
 class MapPair(NamedTuple):
@@ -27,13 +28,13 @@ class MapPair(NamedTuple):
     student_gradient: Tensor | None
     teacher_gradient: Tensor | None
     positions: int
-    share: int  # of a sample, a double by its bits
-    number: int
+    share: tuple[int, int]  # of a sample, by ``double_of``
+    BLOCK: Any
+    number: int  # and the following by ``number_of``
     samples: int
     first_sample: int
     first_program: int
     end_program: int
-    BLOCK: Any
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def _loss_of_sample(
     add_up(pair, b, value, losses, counters, loss, samples, pairs, SUM, SAMPLE)
 
 
-@triton.jit(do_not_specialize=["samples", "pairs", "eps"])
+@triton.jit(do_not_specialize=["samples", "pairs"])
 def map_loss_kernel(
     entries,
     loss,
@@ -97,10 +98,11 @@ def map_loss_kernel(
     """
     program = tl.program_id(0)
     for i in tl.static_range(COUNT):
-        if (program >= entries[i].first_program) & (program < entries[i].end_program):
+        first = number(entries[i].first_program)
+        if (program >= first) & (program < number(entries[i].end_program)):
             _loss_of_sample(
                 entries[i],
-                program - entries[i].first_program,
+                program - first,
                 loss,
                 losses,
                 counters,
@@ -133,7 +135,9 @@ def map_loss(
     with on_device(first_map):
         loss = first_map.new_empty(shape, dtype=accumulate_dtype(*student, *teacher))
         losses = first_map.new_empty(samples + count, dtype=torch.float64)
-        counters = counters_of(first_map, samples + count + 1)
+        counters = None
+        if reduction != "sample":
+            counters = first_map.new_zeros(samples + count + 1, dtype=torch.int32)
         student_gradients = [q.new_empty(q.shape) for q in student] if student_grad else []
         teacher_gradients = [q.new_empty(q.shape) for q in teacher] if teacher_grad else []
         first_sample = 0
@@ -149,13 +153,9 @@ def map_loss(
                         student_gradients[i] if student_grad else None,
                         teacher_gradients[i] if teacher_grad else None,
                         positions,
-                        bits_of(eager.sample_weight(weights, i, batch, reduction)),
-                        i,
-                        batch,
-                        first_sample,
-                        programs,
-                        programs + batch,
+                        double_of(eager.sample_weight(weights, i, batch, reduction)),
                         constexpr(min(power_of_2(positions), launch.FINISH)),
+                        *map(number_of, (i, batch, first_sample, programs, programs + batch)),
                     )
                 )
                 first_sample += batch
@@ -169,7 +169,7 @@ def map_loss(
                 counters,
                 samples,
                 count,
-                bits_of(eps),
+                double_of(eps),
                 COUNT=len(entries),
                 PAPER=form == "paper",
                 ADD=eps_mode == "add",

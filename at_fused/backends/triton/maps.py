@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,6 @@ from torch import Tensor
 from at_fused.backends.checks import check_attention_map, without_first
 from at_fused.backends.triton import launch
 from at_fused.backends.triton.launch import (
-    constexpr,
     cut,
     exponent,
     feature_of,
@@ -25,6 +24,7 @@ from at_fused.backends.triton.launch import (
     piece_bytes,
 )
 from at_fused.backends.triton.powers import power
+from at_fused.backends.triton.scalars import number, number_of
 from at_fused.backends.triton.tiles import (
     Feature,
     channels_of,
@@ -47,16 +47,12 @@ def _rank(x):
 
 
 @triton.jit
-def store_map(
-    feature, b, begin, SPAN: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr, MEAN: tl.constexpr
-):
-    """Writes the raw map of one sample at positions [begin, begin + SPAN), for 0 all of them."""
+def store_map(feature, b, begin, span, HIGH: tl.constexpr, LOW: tl.constexpr, MEAN: tl.constexpr):
+    """Writes the raw map of one sample at positions [begin, begin + span)."""
     ACC: tl.constexpr = feature.map.dtype.element_ty
     channels = channels_of(feature)
     positions = positions_of(feature)
-    end = positions
-    if SPAN:
-        end = tl.minimum(begin + SPAN, positions)
+    end = tl.minimum(begin + span, positions)
     data = sample_of(feature, b)
     out = feature.map + b.to(tl.int64) * positions
     for start in range(begin, end, feature.BLOCK_N):
@@ -78,16 +74,12 @@ def store_map(
 
 
 @triton.jit
-def _store_max(
-    feature, winners, b, begin, SPAN: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr
-):
+def _store_max(feature, winners, b, begin, span, HIGH: tl.constexpr, LOW: tl.constexpr):
     """As ``store_map``, the largest |x|^p; the channel that has it goes to ``winners``."""
     ACC: tl.constexpr = feature.map.dtype.element_ty
     channels = channels_of(feature)
     positions = positions_of(feature)
-    end = positions
-    if SPAN:
-        end = tl.minimum(begin + SPAN, positions)
+    end = tl.minimum(begin + span, positions)
     data = sample_of(feature, b)
     row = b.to(tl.int64) * positions
     for start in range(begin, end, feature.BLOCK_N):
@@ -118,20 +110,22 @@ class Map(NamedTuple):
 
     feature: Feature
     winners: Tensor | None
-    first_program: int
+    first_program: int  # and the rest by ``number_of``
     end_program: int
-    pieces: int
-    SPAN: Any
+    pieces: int  # of a sample
+    tiles: int  # of a piece, along the positions
 
 
 @triton.jit
 def _map_of_feature(entry, local, HIGH: tl.constexpr, LOW: tl.constexpr, MEAN: tl.constexpr):
-    b = local // entry.pieces
-    begin = (local % entry.pieces) * entry.SPAN
+    pieces = number(entry.pieces)
+    span = number(entry.tiles) * entry.feature.BLOCK_N
+    b = local // pieces
+    begin = local % pieces * span
     if entry.winners is None:
-        store_map(entry.feature, b, begin, entry.SPAN, HIGH, LOW, MEAN)
+        store_map(entry.feature, b, begin, span, HIGH, LOW, MEAN)
     else:
-        _store_max(entry.feature, entry.winners, b, begin, entry.SPAN, HIGH, LOW)
+        _store_max(entry.feature, entry.winners, b, begin, span, HIGH, LOW)
 
 
 @triton.jit
@@ -141,8 +135,9 @@ def map_kernel(
     """The raw maps of a list of features (``Map``)."""
     program = tl.program_id(0)
     for i in tl.static_range(COUNT):
-        if (program >= entries[i].first_program) & (program < entries[i].end_program):
-            _map_of_feature(entries[i], program - entries[i].first_program, HIGH, LOW, MEAN)
+        first = number(entries[i].first_program)
+        if (program >= first) & (program < number(entries[i].end_program)):
+            _map_of_feature(entries[i], program - first, HIGH, LOW, MEAN)
 
 
 def attention_map(
@@ -171,18 +166,10 @@ def attention_map(
                 # The channels take as many registers again as their values.
                 feature = feature_of(x, layout, maps[i], p, int(largest))
                 size = x.nbytes // x.shape[0]
-                pieces, span = cut(maps[i].shape[1], size, piece, feature.BLOCK_N.value)
+                pieces, tiles = cut(maps[i].shape[1], size, piece, feature.BLOCK_N.value)
                 end = programs + x.shape[0] * pieces
-                entries.append(
-                    Map(
-                        feature,
-                        winners[i] if largest else None,
-                        programs,
-                        end,
-                        pieces,
-                        constexpr(span),
-                    )
-                )
+                numbers = map(number_of, (programs, end, pieces, tiles))
+                entries.append(Map(feature, winners[i] if largest else None, *numbers))
                 programs = end
             launch.start(
                 map_kernel,

@@ -25,6 +25,7 @@ from at_fused.backends.triton.launch import (
     writable,
 )
 from at_fused.backends.triton.powers import slope
+from at_fused.backends.triton.scalars import number, number_of
 from at_fused.backends.triton.tiles import (
     Feature,
     Gradient,
@@ -46,7 +47,7 @@ class Sweep(NamedTuple):
     feature: Feature
     gradient: Gradient
     winners: Tensor | None
-    number: int
+    number: int  # and the rest by ``number_of``
     first_program: int
     end_program: int
     tiles_c: int
@@ -95,13 +96,15 @@ def _sweep_of_feature(
     HIGH: tl.constexpr,
     LOW: tl.constexpr,
 ):
-    tile_n = local % entry.tiles_n
-    rest = local // entry.tiles_n
-    b = rest // entry.tiles_c
-    first = (rest % entry.tiles_c) * feature.BLOCK_C
+    tiles_c = number(entry.tiles_c)
+    tiles_n = number(entry.tiles_n)
+    tile_n = local % tiles_n
+    rest = local // tiles_n
+    b = rest // tiles_c
+    first = (rest % tiles_c) * feature.BLOCK_C
     n = tile_n * feature.BLOCK_N + tl.arange(0, feature.BLOCK_N)
     if loss_gradient is not None:
-        loss_gradient += entry.number * pair_step + b * sample_step
+        loss_gradient += number(entry.number) * pair_step + b * sample_step
     k = load_coefficients(feature, b, n, n < positions_of(feature), loss_gradient)
     if entry.winners is None:
         c = first + tl.arange(0, feature.BLOCK_C)
@@ -110,7 +113,7 @@ def _sweep_of_feature(
         _store_winners(feature, entry.gradient, entry.winners, k, b, first, n, HIGH, LOW)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["loss_gradient", "pair_step", "sample_step"])
 def sweep_kernel(
     entries,
     loss_gradient,
@@ -123,11 +126,12 @@ def sweep_kernel(
     """The gradients of a list of features (``Sweep``), a tile to a program."""
     program = tl.program_id(0)
     for i in tl.static_range(COUNT):
-        if (program >= entries[i].first_program) & (program < entries[i].end_program):
+        first = number(entries[i].first_program)
+        if (program >= first) & (program < number(entries[i].end_program)):
             _sweep_of_feature(
                 entries[i].feature,
                 entries[i],
-                program - entries[i].first_program,
+                program - first,
                 loss_gradient,
                 pair_step,
                 sample_step,
@@ -189,11 +193,7 @@ def sweep(
                     feature,
                     gradient_of(out, out_layout),
                     channels[i].contiguous() if channels else None,
-                    pairs[i],
-                    programs,
-                    end,
-                    tiles_c,
-                    tiles_n,
+                    *map(number_of, (pairs[i], programs, end, tiles_c, tiles_n)),
                 )
             )
             programs = end

@@ -12,10 +12,8 @@ from torch import Tensor
 from at_fused.backends import eager
 from at_fused.backends.checks import check_apart, check_tap
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.finish import double
 from at_fused.backends.triton.launch import (
     Layout,
-    bits_of,
     constexpr,
     exponent,
     feature_of,
@@ -28,6 +26,7 @@ from at_fused.backends.triton.launch import (
     writable,
 )
 from at_fused.backends.triton.powers import slope
+from at_fused.backends.triton.scalars import double, double_of
 from at_fused.backends.triton.tiles import (
     channels_of,
     load_coefficients,
@@ -66,7 +65,7 @@ def _add_to_winners(
     tl.store(place, result.to(gradient.data.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["factor"])
+@triton.jit(do_not_specialize=["tiles_c", "tiles_n"])
 def tap_kernel(
     feature,
     gradient,
@@ -123,7 +122,7 @@ def _launch(
         gradient_of(*out),
         gradient_of(*given) if channels is None else None,
         channels,
-        bits_of(p * eager.collapse_scale(data, collapse)),
+        double_of(p * eager.collapse_scale(data, collapse)),
         tiles_c,
         tiles_n,
         HIGH=high,
