@@ -4,7 +4,9 @@
     measure, steps           what is measured, and how; steps of whole networks
     results                  the rows of a device, as JSON
     tables, charts, report   what is made of them
+    quick                    a few cases, for scripts/gpu_check.py
     roofline                 bytes that the CUDA kernels move, counted without a GPU
+    model, kernels           a model of a GPU's time, and the CUDA kernels as its tasks
     train_step               the authors' recipe and at-fused-train's, step by step
 
 test_benchmarks.py times the same for pytest-benchmark.

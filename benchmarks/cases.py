@@ -24,6 +24,8 @@ CASES: dict[str, tuple[int, list[tuple[int, int, int]]]] = {
     "ViT-Ti from S, three blocks": (32, [(192, 384, 14)] * 3),
 }
 CANONICAL, TRANSFORMERS = tuple(CASES)[:3], tuple(CASES)[3:]
+LARGE = "ResNet-34 -> 18, batch 128"  # for the model alone
+CASES[LARGE] = 128, CASES[CANONICAL[1]][1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PASSES = ("forward", "forward+backward", "value and gradient")
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -212,13 +214,18 @@ class Inputs(NamedTuple):
             "value and gradient": s + t + s,
         }
 
-    def read_all(self) -> Callable[[], None]:
-        """One pass over all bytes and next to no arithmetic: the floor of the forward pass."""
+    def read_all(self, joined: bool = False) -> Callable[[], None]:
+        """One pass over all bytes and next to no arithmetic: the floor of the forward pass.
+
+        Of a copy of all in one tensor if ``joined``: one launch.
+        """
         flat = [
             x.detach().permute(0, 2, 3, 1) if not x.is_contiguous() else x.detach()
             for x in self.students + self.teachers
         ]
         words = [x.reshape(-1).view(torch.int32) for x in flat]
+        if joined:
+            words = [torch.cat(words)]
 
         def read() -> None:
             for x in words:

@@ -3,7 +3,8 @@
 A row says what the programs worked on, which back end ran at_fused, and the median milliseconds (or
 bytes) of all programs, which took turns in the same rounds: "at_fused" and its likes, "eager" (the
 popular lines), "compile" (torch.compile of them), "floor" (one read of the same bytes), on a GPU
-"copy".
+"copy" (of the bytes that have to move). There all run in CUDA graphs; "uncaptured" says which could
+not, and why.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,7 +41,8 @@ from benchmarks.cases import (
 Program = Callable[[], object]
 Row = dict[str, Any]
 
-COPY_BYTES = 256 << 20  # several times any second-level cache
+OTHER_BYTES = 256 << 20  # several times any second-level cache
+REPEATS = 8  # of a program in its graph
 HOST_CYCLES = 2_000_000  # about a millisecond of a GPU's clock
 TWO_PASSES = PASSES[:2]  # that the others have
 
@@ -49,47 +51,92 @@ TWO_PASSES = PASSES[:2]  # that the others have
 
 
 class Clock:
-    """Milliseconds of a run, by the host's clock."""
+    """Milliseconds of a run, by the host's clock; before it the device ends what it has to do."""
 
     unit, least, most = "ms", 8, 200
-    floors: ClassVar[dict[str, Program]] = {}  # what else is timed beside the programs
 
-    def take(self, program: Program) -> float:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+
+    def floors(self, count: int) -> dict[str, Program]:
+        """What else is timed beside programs that have to move so many bytes."""
+        return {}
+
+    def prepare(self, program: Program) -> tuple[Program, str]:
+        """What ``take`` runs for a program, and why that is not what it should be, or ""."""
+        return program, ""
+
+    def take(self, run: Program) -> float:
         """One run of a program."""
+        if self._device == "cuda":
+            torch.cuda.synchronize()
         begin = time.perf_counter()
-        result = program()
+        result = run()
         end = time.perf_counter()
         # Not timed: with its memory the allocator gives back what other programs left.
         del result
         return 1e3 * (end - begin)
 
 
-class Events(Clock):
-    """Milliseconds between two events of a GPU whose second-level cache holds other data.
+class Graphs(Clock):
+    """Milliseconds of a program in a CUDA graph, with other data in the second-level cache.
 
-    The device is kept busy while the host queues the program, so that the host's time for up to a
-    millisecond's worth of launches does not count.
+    Each of the graph's repeats follows a read of that other data; the reads' own time, that of a
+    graph without a program, is taken off. So what the host does does not count, nor the start of a
+    graph, but what a program leaves to be written back does.
     """
 
     least = 20
 
-    def __init__(self) -> None:
-        self._source = torch.zeros(COPY_BYTES // 4, device="cuda", dtype=torch.int32)
-        target = torch.empty_like(self._source)
-        # Reads and writes them: the device's bandwidth.
-        self.floors = {"copy": lambda: target.copy_(self._source)}
+    def __init__(self, device: str = "cuda") -> None:
+        super().__init__(device)
+        self._other = torch.zeros(OTHER_BYTES // 4, device=device, dtype=torch.int32)
+        self._failed: list[torch.cuda.CUDAGraph] = []
+        self._reads, _ = self.prepare(lambda: None)
 
-    def take(self, program: Program) -> float:
-        """One run of a program."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def floors(self, count: int) -> dict[str, Program]:
+        """A copy that reads half of the bytes and writes the other."""
+        source = torch.zeros(count // 2, device=self._device, dtype=torch.uint8)
+        return {"copy": partial(torch.empty_like(source).copy_, source)}
+
+    def prepare(self, program: Program) -> tuple[Program, str]:
+        """The replay of its graph; where it cannot be captured its launches, one by one."""
+
+        def repeated() -> None:
+            for _ in range(REPEATS):
+                self._other.max()
+                program()
+
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            repeated()  # compiles, loads and allocates what a capture may not
+        torch.cuda.current_stream().wait_stream(side)
+        try:
+            # A capture that fails does not leave its stream.
+            own = torch.cuda.stream(torch.cuda.current_stream())
+            with own, torch.cuda.graph(graph):
+                repeated()
+        except RuntimeError as error:
+            self._failed.append(graph)  # the allocator goes on to ask it
+            # Older torch's generator else stays in the capture, and lets no graph be replayed.
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                self._other.max()
+            return repeated, str(error.__context__ or error).partition("\n")[0]
+        return graph.replay, ""
+
+    def take(self, run: Program) -> float:
+        """One run of a program, of the mean of its repeats."""
+        before, begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         torch.cuda.synchronize()
-        self._source.max()  # by reading: nothing is left to be written back
-        torch.cuda._sleep(HOST_CYCLES)
+        torch.cuda._sleep(HOST_CYCLES)  # for the host to have launched all of it
+        before.record()
+        self._reads()
         begin.record()
-        program()
+        run()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end)
+        return (begin.elapsed_time(end) - before.elapsed_time(begin)) / REPEATS
 
 
 class Allocations(Clock):
@@ -97,15 +144,12 @@ class Allocations(Clock):
 
     unit, least, most = "bytes", 1, 1
 
-    def __init__(self, device: str = "cpu") -> None:
-        self._device = torch.device(device)
-
     def take(self, program: Program) -> int:
         """The most of a run."""
         # Twice: the profiler knows the sizes of what it has seen allocated. Only so do the
         # gradients that the first run leaves count as freed in the second, every time.
         for _ in range(2):
-            with peak(self._device) as found:
+            with peak(torch.device(self._device)) as found:
                 program()
         return found.bytes
 
@@ -113,7 +157,7 @@ class Allocations(Clock):
 @cache
 def clock(device: str) -> Clock:
     """The one for a device type."""
-    return Events() if device == "cuda" else Clock()
+    return Graphs() if device == "cuda" else Clock()
 
 
 class Comparison(NamedTuple):
@@ -133,16 +177,23 @@ class Comparison(NamedTuple):
         Every round runs all programs in random order: whatever else the machine does falls on all
         alike, and so does what the one before left in the caches.
         """
-        others = self.others | self.meter.floors
-        programs = {(name, None): run for name, run in others.items()}
+        programs = {(name, None): run for name, run in self.others.items()}
         programs |= {(name, key): run for key in self.under for name, run in self.ours.items()}
+        uncaptured = {}
+
+        def chosen(key: Any) -> AbstractContextManager[object]:
+            return self.under[key]() if key else nullcontext()
 
         def once(name: str, key: Any) -> float:
-            with self.under[key]() if key else nullcontext():
+            with chosen(key):
                 return self.meter.take(programs[name, key])
 
-        for each in programs:
-            once(*each)  # compiles, and fills the allocator
+        for name, key in programs:
+            with chosen(key):
+                programs[name, key], why = self.meter.prepare(programs[name, key])
+            if why:
+                uncaptured[name, key] = why
+            once(name, key)  # compiles, and fills the allocator
         begin = time.perf_counter()
         found = {each: [once(*each)] for each in programs}
         round_of = time.perf_counter() - begin
@@ -153,17 +204,16 @@ class Comparison(NamedTuple):
             for each in order:
                 found[each].append(once(*each))
         medians = {each: round(statistics.median(values), 6) for each, values in found.items()}
-        return [
-            {
-                **self.what,
-                self.name: key,
-                "rounds": rounds,
-                self.meter.unit: {
-                    name: value for (name, of), value in medians.items() if of in (None, key)
-                },
-            }
-            for key in self.under
-        ]
+
+        def row(key: Any) -> Row:
+            def its(found: dict[tuple[str, Any], Any]) -> dict[str, Any]:
+                return {name: value for (name, of), value in found.items() if of in (None, key)}
+
+            head = {**self.what, self.name: key, "rounds": rounds}
+            notes = {"uncaptured": its(uncaptured)} if its(uncaptured) else {}
+            return {**head, self.meter.unit: its(medians), **notes}
+
+        return [row(key) for key in self.under]
 
 
 def on(device: str) -> dict[str, Callable[[], AbstractContextManager[object]]]:
@@ -181,15 +231,17 @@ def at_loss(device: str, case: str, dtype: str, layout: str, direction: str) -> 
     torch.manual_seed(0)
     inputs = Inputs.make(case, dtype, layout, device)
     floors, backward = inputs.floors(), direction != PASSES[0]
+    meter = clock(device)
+    copies = meter.floors(floors[direction])
     bytes_ = {"floor": floors["read"], "at_fused": floors[direction]}
-    bytes_ |= {"copy": 2 * COPY_BYTES} if device == "cuda" else {}
+    bytes_ |= dict.fromkeys(copies, floors[direction])
     what = {"case": case[0], "dtype": dtype, "layout": layout, "pass": direction, "bytes": bytes_}
     others = {name: inputs.step(loss, backward) for name, loss in rivals().items()}
-    others["floor"] = inputs.read_all()
+    others |= {"floor": inputs.read_all(device == "cuda"), **copies}
     ours: Program = partial(at_fused.at_value_and_grad, inputs.students, inputs.teachers)
     if direction in TWO_PASSES:
         ours = inputs.step(at_fused.at_loss, backward)
-    return Comparison(what, others, {"at_fused": ours}, clock(device), on(device), 2.0)
+    return Comparison(what, others, {"at_fused": ours}, meter, on(device), 2.0)
 
 
 def forward_and_backward(
@@ -197,7 +249,7 @@ def forward_and_backward(
 ) -> Comparison:
     """Forward and backward of all programs."""
     others = {name: inputs.step(loss) for name, loss in rivals(variant).items()}
-    others |= {name: inputs.read_all() for name in floor}
+    others |= {name: inputs.read_all(device == "cuda") for name in floor}
     ours = {"at_fused": inputs.step(variant.ours())}
     return Comparison(what, others, ours, meter, on(device))
 
@@ -247,16 +299,12 @@ def threads(device: str, case: str) -> Comparison:
 
 
 def call(device: str, pairs: int, direction: str) -> Comparison:
-    """What a call costs: tiny features, by the host's clock."""
-    inputs = Inputs.make((4, [(8, 8, 4)] * pairs), device=device)
-
-    def waited(loss: Callable[..., torch.Tensor]) -> Program:
-        run = inputs.step(loss, direction != PASSES[0])
-        return run if device == "cpu" else lambda: (run(), torch.cuda.synchronize())
-
+    """What a call costs the host: tiny features, by its clock."""
+    inputs, backward = Inputs.make((4, [(8, 8, 4)] * pairs), device=device), direction != PASSES[0]
     what = {"pairs": pairs, "shape": [4, 8, 4, 4], "pass": direction}
-    others, ours = {"eager": waited(popular_losses)}, {"at_fused": waited(at_fused.at_loss)}
-    return Comparison(what, others, ours, Clock(), on(device))
+    others = {"eager": inputs.step(popular_losses, backward)}
+    ours = {"at_fused": inputs.step(at_fused.at_loss, backward)}
+    return Comparison(what, others, ours, Clock(device), on(device))
 
 
 def step(device: str, name: str) -> Comparison:
@@ -285,11 +333,22 @@ def step(device: str, name: str) -> Comparison:
 
 
 def tap(device: str, case: str, dtype: str, layout: str) -> Comparison:
-    """The map's gradient added in place, against a gradient of its own that autograd adds."""
+    """The map's gradient added in place, against a gradient of its own that autograd adds.
+
+    "backward" is the drop-in's gradient alone.
+    """
     torch.manual_seed(0)
     features = [x.detach() for x in Inputs.make(case, dtype, layout, device).students]
     gradients = [torch.randn_like(x) for x in features]
     of_maps = [torch.randn(len(x), x[0, 0].numel(), device=device) for x in features]
+    once, meter = sum(x.nbytes for x in features), clock(device)
+    backward = 2 * once + sum(q.nbytes for q in of_maps)
+    copies = meter.floors(once + backward)
+    bytes_ = {
+        "tap": once + backward,
+        "backward": backward,
+        **dict.fromkeys(copies, once + backward),
+    }
 
     def in_place() -> None:
         for g, x, q in zip(gradients, features, of_maps, strict=True):
@@ -310,10 +369,10 @@ def tap(device: str, case: str, dtype: str, layout: str) -> Comparison:
             for x, q in zip(features, of_maps, strict=True)
         ]
 
-    what = {"case": case[0], "dtype": dtype, "layout": layout}
-    fused = {"tap": in_place, "drop-in": partial(added, drop_in)}
-    others = {"eager": partial(added, eager)}
-    return Comparison(what, others, fused, clock(device), on(device))
+    what = {"case": case[0], "dtype": dtype, "layout": layout, "bytes": bytes_}
+    fused = {"tap": in_place, "drop-in": partial(added, drop_in), "backward": drop_in}
+    others = {"eager": partial(added, eager), **copies}
+    return Comparison(what, others, fused, meter, on(device))
 
 
 KINDS = list(itertools.product(CANONICAL, DTYPES, LAYOUTS))

@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,8 @@ def commit() -> str:
     """Of the checkout; "-dirty" where what is measured is not what was committed."""
 
     def git(*arguments: str) -> str:
+        if not shutil.which("git"):
+            return ""
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -188,9 +191,10 @@ def load(path: Path) -> Result:
 
 
 def load_all(folder: Path) -> dict[str, Result]:
-    """Those of all devices, by the names of their files."""
+    """Those of all devices, by the names of their files; a gpu_check's rows are of few cases."""
     paths = sorted(folder.glob("*.json"))
-    return {path.stem: load(path) for path in paths if path.stem != MODEL}
+    others = re.compile(rf"{MODEL}|gpu_check_.*")
+    return {path.stem: load(path) for path in paths if not others.fullmatch(path.stem)}
 
 
 def resume(new: Result, folder: Path) -> Result:

@@ -6,7 +6,7 @@ import os
 import random
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from hypothesis import settings
 from simt_backend import simt
+
+try:
+    from hypothesis import settings
+except ImportError:  # the GPU tests do without; the files that need it import it, and then fail
+    settings = None
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which has to be known before Triton
 # is imported.
@@ -37,19 +41,20 @@ if not cpu.available():
 
 # The same examples each time, so that a failure is a change. To look for new ones, 10,000 of them:
 # pytest tests/test_properties.py --hypothesis-profile=search; --hypothesis-seed=N repeats a run.
-settings.register_profile("same", derandomize=True, max_examples=150)
-settings.register_profile("search", max_examples=4000)
-settings.load_profile("same")
+if settings:
+    settings.register_profile("same", derandomize=True, max_examples=150)
+    settings.register_profile("search", max_examples=4000)
+    settings.load_profile("same")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.hypothesis_seed is None:
+    if getattr(config.option, "hypothesis_seed", "") is None:
         config.option.hypothesis_seed = str(random.randrange(2**32))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"hypothesis seed: {config.option.hypothesis_seed}"
+    return f"hypothesis seed: {getattr(config.option, 'hypothesis_seed', 'no hypothesis')}"
 
 
 # CUDA's kernels in the harness: on a device so wide that even small samples are cut and several
@@ -93,6 +98,16 @@ def slow(name: str) -> bool:
 EVERY = [*BACKENDS, *SIMT]
 
 
+def pytest_report_teststatus(
+    report: pytest.CollectReport | pytest.TestReport, config: pytest.Config
+) -> tuple[str, str, str] | None:
+    """A shard says why a test fails when it does: what hangs later is killed, and says nothing."""
+    if not report.failed or config.option.shard == (0, 1):
+        return None
+    word = "failed" if report.when == "call" else "error"
+    return word, word[0].upper(), f"{word.upper()}\n{report.longreprtext}"
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A file's tests in one worker, for what they share, until another has none left."""
@@ -104,14 +119,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "of tests with many cases, each back end runs one in N: 1, 3 (default) or 9"
     parser.addoption("--one-in", type=int, choices=(1, 3, 9), default=3, metavar="N", help=text)
+    text = "the I-th of N parts of the tests, I from 0: for processes without pytest-xdist"
+    parser.addoption("--shard", type=shard, default=(0, 1), metavar="I/N", help=text)
+
+
+def shard(text: str) -> tuple[int, int]:
+    part, parts = map(int, text.split("/"))
+    if not 0 <= part < parts:
+        raise ValueError
+    return part, parts
 
 
 # Which third of a test's many cases a back end runs: the compiled libraries have all three.
 THIRD = {"cpu": 0, "simt-wide": 1, "simt-small": 2, "eager": 1, "triton": 2}
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Divides a test's many cases among the back ends, each time alike."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, None, None]:
+    """Divides a test's many cases among the back ends, then what -k and -m choose among shards.
+
+    Each time alike, and in turn by name: cases of one test, which take as long, go to all shards.
+    """
 
     def test(item: pytest.Item) -> Any:
         return getattr(item, "originalname", item.name), item.path
@@ -126,15 +156,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             parts = 9
         return (zlib.crc32(item.name.replace(name, "").encode()) - THIRD[name]) % parts != 0
 
+    def drop(dropped: set[pytest.Item]) -> None:
+        if dropped:
+            config.hook.pytest_deselected(items=list(dropped))
+            items[:] = [item for item in items if item not in dropped]
+
     # What takes a minute comes first, for no worker to wait at the end.
     items.sort(key=lambda item: item.path.stem not in ("test_triton_compile", "test_sanitizers"))
     many = {name for name, n in Counter(map(test, items)).items() if n > 30}
-    kept, dropped = [], []
-    for item in items:
-        (dropped if left_out(item) else kept).append(item)
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
+    drop({item for item in items if left_out(item)})
+    yield
+    part, of = config.option.shard
+    in_order = sorted(items, key=lambda item: item.nodeid)
+    drop({item for i, item in enumerate(in_order) if i % of != part})
 
 
 @pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.long] * slow(n)) for n in EVERY])

@@ -1,7 +1,8 @@
 """On a real GPU: the contract on its back ends, graphs, streams, memory, launches.
 
-Skipped without a GPU. AT_FUSED_GPU_DRY_RUN=1 runs what does not need one on the CPU instead, so
-that these tests are not first run on a machine that has a GPU.
+Skipped without a GPU. AT_FUSED_GPU_DRY_RUN=1 runs what does not need one on the CPU instead, with
+stand-ins for graphs and streams, so that these tests are not first run on a machine that has a GPU.
+The tests marked smoke are the first that scripts/gpu_check.py runs there.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
+import outside
+import pretend_cuda
 import pytest
 import test_contract
 import test_distance
@@ -28,6 +33,7 @@ import torch
 from reference import assert_matches_reference
 from test_contract import features
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import at_fused
 from at_fused import _ops
@@ -36,6 +42,7 @@ from at_fused.backends import candidates
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 ELSEWHERE = "cpu" if GPU else "meta"
+ROUNDS = 10 if GPU else 1
 DRY_RUN = os.environ.get("AT_FUSED_GPU_DRY_RUN") == "1"
 FAST = [name for name in candidates(DEVICE) if name != "eager"]
 BACKENDS = [name for name in FAST if at_fused.backends()[name].available]
@@ -47,6 +54,13 @@ pytestmark = [
     ),
 ]
 needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: not part of the dry run")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs, streams and pools: in a dry run what stands in for them."""
+    if not GPU:
+        pretend_cuda.install(monkeypatch)
 
 
 # ---- the contract, imported: the fixture puts all tensors on the device --------------------------
@@ -235,36 +249,79 @@ def test_a_scale_on_the_device(gpu: str) -> None:
     torch.testing.assert_close(scaled, 4 * once)
 
 
-def test_compile_with_inductor(gpu: str) -> None:
-    students, teachers = pairs()
-
-    def step(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
-        loss = at_fused.at_loss([x * 2 for x in students], teachers, weights=[1, 2, 3, 4])
-        return 3 * loss + at_fused.at(students[0]).square().mean()
-
-    torch._dynamo.reset()
-    found = torch.compile(step, fullgraph=True)(students, teachers)
-    expected = step(students, teachers)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(found, students), torch.autograd.grad(expected, students)
+def compiled_loss(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    loss = at_fused.at_loss(
+        [x * 2 for x in students], teachers, weights=[1, 2, 3, 4][: len(students)]
     )
+    return [3 * loss + at_fused.at(students[0]).square().mean()]
 
 
-# ---- what needs a GPU ----------------------------------------------------------------------------
+def compiled_value_and_gradient(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    loss, gradients = at_fused.at_value_and_grad([x * 2 for x in students], teachers)
+    return [loss * 3, *(g + 1 for g in gradients)]
 
 
-@needs_gpu
+def compiled_loss_of_maps(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    maps = [[at_fused.attention_map(x) for x in side] for side in (students, teachers)]
+    return [at_fused.map_loss(*maps, form="paper") * 3]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize(
+    "program", [compiled_loss, compiled_value_and_gradient, compiled_loss_of_maps]
+)
+def test_compiled(gpu: str, program: Callable[..., list[Tensor]], mode: str) -> None:
+    """In its own graphs warmed up, captured and replayed with new data, two side by side."""
+    torch._dynamo.reset()
+    counters.clear()
+    both = [pairs(), tuple(side[:2] for side in pairs())]
+    run = torch.compile(program, mode=mode, fullgraph=True)
+
+    def gradients(results: list[Tensor], inputs: Pairs) -> list[Tensor]:
+        if not results[0].requires_grad:
+            return []
+        return list(torch.autograd.grad(results[0], inputs[0]))
+
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [run(*inputs) for inputs in both]
+        found = [[*x, *gradients(x, inputs)] for x, inputs in zip(found, both, strict=True)]
+        for results, inputs in zip(found, both, strict=True):
+            expected = program(*inputs)
+            torch.testing.assert_close(results, [*expected, *gradients(expected, inputs)])
+            change(inputs)
+    assert not (GPU and counters["inductor"]["cudagraph_skips"])  # else nothing was captured
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("layout", test_contract.LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_lists(backend: str, dtype: torch.dtype, layout: str) -> None:
-    """More blocks than the device runs at a time: some wait for others."""
-    students = [
-        features(32, c, h, h, layout=layout, dtype=dtype)
-        for c, h in ((64, 56), (128, 28), (256, 14), (512, 7))
-    ]
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_numbers(backend: str, dtype: torch.dtype, layout: str) -> None:
+    """Of pairs alone, and of a list of more blocks than the device runs at a time."""
+    sizes = (64, 56), (128, 28), (256, 14), (512, 7), (16, 32), (3, 5)
+    batch = 32 if GPU else 1
+    students = [features(batch, c, h, h, layout=layout, dtype=dtype) for c, h in sizes]
     teachers = [features(*x.shape, layout=layout, dtype=dtype) for x in students]
     assert_matches_reference(students, teachers, scale=2.0**12)
+    for pair in zip(students, teachers, strict=True):
+        assert_matches_reference(pair[:1], pair[1:], scale=2.0**12)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_threads_on_one_stream(gpu: str, program: Callable[..., list[Tensor]]) -> None:
+    inputs = [pairs() for _ in range(8)]
+    expected = [program(*each) for each in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(ROUNDS):
+            found = pool.map(lambda each: program(*each), inputs)
+            assert all(map(same_bits, found, expected))
+
+
+# ---- graphs, streams and pools: in a dry run stand-ins -------------------------------------------
 
 
 def capture(
@@ -283,19 +340,21 @@ def capture(
     return graph, results
 
 
-@needs_gpu
+@pytest.mark.smoke
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_graph_capture_and_replay(gpu: str, program: Callable[..., list[Tensor]]) -> None:
     inputs = pairs()
     graph, results = capture(program, inputs)
-    for replays in (1, 1, 3):  # counters have to be left as they were found
+    for replays in (1, 1, 3):  # each sets its counters to zero itself
         change(inputs)
         for _ in range(replays):
             graph.replay()
         assert same_bits(results, program(*inputs))
 
 
-@needs_gpu
+@pytest.mark.smoke
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("replayed", [False, True])
 def test_streams_at_once(gpu: str, replayed: bool) -> None:
     """Calls, or replays of a graph beside calls."""
@@ -305,7 +364,7 @@ def test_streams_at_once(gpu: str, replayed: bool) -> None:
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
     rounds = []
-    for _ in range(10):
+    for _ in range(ROUNDS):
         found: list[list[list[Tensor]]] = [[] for _ in inputs]
         for k, program in enumerate(PROGRAMS):
             for i, stream in enumerate(streams):
@@ -321,6 +380,55 @@ def test_streams_at_once(gpu: str, replayed: bool) -> None:
     for found in rounds:
         for results, right in zip(found, expected, strict=True):
             assert all(same_bits(a, b) for a, b in zip(results, right, strict=True))
+
+
+@pytest.mark.smoke
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_memory_pool_that_dies(gpu: str, program: Callable[..., list[Tensor]]) -> None:
+    """A stream's first call allocates in it: nothing of that may be left for the next."""
+    inputs = pairs()
+    expected = program(*inputs)
+    pool, side = torch.cuda.MemPool(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        with torch.cuda.use_mem_pool(pool):
+            found = program(*inputs)
+        assert same_bits(found, expected)
+        del found
+        torch.cuda.synchronize()
+        blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
+        assert not [block for block in blocks if block["state"] == "active_allocated"]
+        del pool
+        assert same_bits(program(*inputs), expected)
+
+
+def first_launches() -> None:
+    """Captures what was never launched; autograd and Triton have to be started before."""
+    inputs, graph = pairs(), torch.cuda.CUDAGraph()
+    plain = [x.detach() for x in inputs[0]]
+
+    def ours() -> list[Tensor]:
+        maps = _ops.attention_map(plain, 3.0, "max")
+        return [at_fused.at_loss(plain, inputs[1]), *value_and_gradient(*inputs), *maps]
+
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        results = ours()
+    graph.replay()
+    assert same_bits(results, ours())
+
+
+@pytest.mark.smoke
+@pytest.mark.usefixtures("cuda")
+def test_first_launches_are_captured() -> None:
+    if GPU:
+        outside.output_of(Path(__file__).parent, "-c", "import test_gpu as t; t.first_launches()")
+    else:
+        first_launches()
+
+
+# ---- what needs a GPU ----------------------------------------------------------------------------
 
 
 @needs_gpu
@@ -381,6 +489,14 @@ def launches(run: Callable[[], object]) -> list[str]:
     return [event.name for event in profile.events() if event.device_type == kind]
 
 
+def kernels(run: Callable[[], object]) -> list[str]:
+    """Names of the kernels, beside which one fill may set an operator's counters to zero."""
+    found = launches(run)
+    names = [name for name in found if not name.startswith("Memset")]
+    assert len(found) <= len(names) + 1
+    return names
+
+
 @needs_gpu
 def test_one_launch_for_a_list() -> None:
     if "cuda" not in BACKENDS:
@@ -392,25 +508,29 @@ def test_one_launch_for_a_list() -> None:
     with at_fused.use_backend("cuda"):
         forward_and_backward(students, teachers)
         value_and_gradient(students, teachers)
-        (name,) = launches(lambda: at_fused.at_loss(students, teachers))
+        (name,) = kernels(lambda: at_fused.at_loss(students, teachers))
         assert "at_loss_kernel" in name
         loss = at_fused.at_loss(students, teachers)
         # With the gradient given, for autograd fills its own in a kernel.
-        (name,) = launches(lambda: torch.autograd.grad(loss, students, one))
+        (name,) = kernels(lambda: torch.autograd.grad(loss, students, one))
         assert "attention_map_backward_kernel" in name
-        (name,) = launches(lambda: at_fused.at_value_and_grad(students, teachers))
+        fit = students[1:3], teachers[1:3]
+        (name,) = kernels(lambda: at_fused.at_value_and_grad(*fit))
         assert "at_value_and_grad_kernel" in name
+        first, second = kernels(lambda: at_fused.at_value_and_grad(students, teachers))
+        assert "at_value_and_grad_kernel" in first
+        assert "attention_map_backward_kernel" in second
         for collapse, kernel in (("max", "max_map"), ("mean", "attention_map")):
             found = _ops.attention_map(teachers, 2.0, collapse)
             maps, channels = found[: len(teachers)], found[len(teachers) :]
-            (name,) = launches(partial(_ops.attention_map, teachers, 2.0, collapse))
+            (name,) = kernels(partial(_ops.attention_map, teachers, 2.0, collapse))
             assert f"{kernel}_kernel" in name
             rest = None, [0] * len(teachers), 2.0, [], channels
-            (name,) = launches(partial(_ops.attention_map_backward, teachers, maps, *rest))
+            (name,) = kernels(partial(_ops.attention_map_backward, teachers, maps, *rest))
             assert f"{kernel}_backward_kernel" in name
         options = [], "code", "sum", "max", 1e-12, True, True
         MAP_LOSS(maps, maps, *options)
-        (name,) = launches(partial(MAP_LOSS, maps, maps, *options))
+        (name,) = kernels(partial(MAP_LOSS, maps, maps, *options))
         assert "map_loss_kernel" in name
 
 

@@ -1,0 +1,276 @@
+#!/usr/bin/env python
+"""Checks at_fused on a machine with a GPU, in eight minutes.
+
+    python scripts/gpu_check.py [--out FOLDER] [--build]
+
+Needs torch of 2.10 or later, pytest and numpy, and no network. Takes the libraries in at_fused/ if
+it has built them itself, there or in a copy of this folder, of the same sources: their sums are in
+build/gpu_check.json. Else it builds them first, with setuptools, pybind11, nvcc and a C++ compiler;
+--build does that alone, and needs no GPU. Beside the eight minutes a build may take half an hour,
+and the look at what is in use two minutes.
+
+Leaves two files to send in, in benchmarks/results or FOLDER: gpu_check_<device>_<date>.md, and the
+times in a .json beside it. The most telling comes first. Goes on after a part that fails or takes
+too long. Exit status: 0 all well, 1 a part failed, 2 cannot begin. AT_FUSED_GPU_DRY_RUN=1 runs a
+little of each part on the CPU, with any libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+DRY_RUN = os.environ.get("AT_FUSED_GPU_DRY_RUN") == "1"
+DEVICE, LIBRARIES = ("cpu", ["_cpu"]) if DRY_RUN else ("cuda", ["_cpu", "_cuda"])
+PATIENCE = 10 if DRY_RUN else 1  # a dry run may be one of many things on few cores
+GRACE = 5  # the last seconds of a part, in which what is interrupted says what it knows
+# This at_fused before others, and no plugins of pytest.
+SET = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+SET |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+# So many processes share the cores.
+SHARED = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+PYTEST = ("-m", "pytest", "-v", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider")
+PYTEST += ("-o", "faulthandler_timeout=60")  # says where a test hangs
+# The names of our CUDA kernels, as ncu matches them.
+OURS = ".*(at_loss|at_value_and_grad|attention_map|attention_tap|map_loss|max_map|max_tap).*"
+IN_USE = f"""
+import benchmarks, at_fused.info, pathlib, sys
+folder, row = pathlib.Path(at_fused.__file__).parents[1], at_fused.backends()[{LIBRARIES[-1][1:]!r}]
+if folder != pathlib.Path({str(ROOT)!r}):
+    sys.exit(f"another at_fused, in {{folder}}, stands in for this one: uninstall it")
+if not row.in_use:
+    sys.exit(f"the {{row.name}} library is not in use: {{row.reason}}")
+print("\\n".join(at_fused.info.lines()))
+"""
+
+
+class Part(NamedTuple):
+    """Commands that run at once, and the seconds they may take."""
+
+    title: str
+    seconds: int
+    commands: list[Sequence[str]]
+    environment: Mapping[str, str] = MappingProxyType({})
+    lines: int = 120  # of the end of what each says, for the report
+
+
+class Done(NamedTuple):
+    """A command's status, None if it ran out of time, and what it said."""
+
+    status: int | None
+    said: str
+
+
+def refuse(why: str) -> None:
+    """Ends with status 2."""
+    print(f"gpu_check: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(part: Part) -> list[Done]:
+    """Runs the commands of a part, each in a process group that is killed when its time is over."""
+    end, grace = time.monotonic() + part.seconds, min(GRACE, part.seconds / 2)
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, str(i)) for i in range(len(part.commands))]
+        started: list[subprocess.Popen[bytes]] = []
+
+        def wait(until: float) -> list[int | None]:
+            for process in started:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0, until - time.monotonic()))
+            return [process.poll() for process in started]
+
+        def send(number: signal.Signals) -> None:
+            for process in started:
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+
+        try:
+            for command, log in zip(part.commands, logs, strict=True):
+                environment = {**os.environ, **SET, **part.environment}
+                with log.open("w") as out:
+                    both = {"stdout": out, "stderr": subprocess.STDOUT}
+                    options = {"cwd": ROOT, "env": environment, "start_new_session": True}
+                    started.append(subprocess.Popen(command, **both, **options))
+            statuses = wait(end - grace)
+            send(signal.SIGINT)
+            wait(end)
+        finally:
+            send(signal.SIGKILL)
+            wait(math.inf)
+        said = [log.read_text(errors="replace") for log in logs]
+    return list(map(Done, statuses, said))
+
+
+def tests(processes: int, parts: int, *choice: str) -> list[list[str]]:
+    """As many processes, each with one of so many parts of the tests."""
+    if DRY_RUN:
+        processes, parts = 2, 14
+    return [[sys.executable, *PYTEST, "--shard", f"{i}/{parts}", *choice] for i in range(processes)]
+
+
+def under(tool: str, size: str, *options: str) -> list[list[str]]:
+    """The driver, within a tool of CUDA's if there is one; a dry run has it alone."""
+    found = shutil.which(tool, path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    driver = [sys.executable, "scripts/gpu_driver.py", DEVICE, size]
+    if DRY_RUN:
+        return [driver]
+    return [[found, *options, *driver]] if found else []
+
+
+def parts(rows: Path) -> list[Part]:
+    """All of it, the most telling first."""
+    sections = [f"--section={name}" for name in ("SpeedOfLight", "Occupancy", "WarpStateStats")]
+    ours = f"--kernel-name=regex:{OURS}"
+    profile = under("ncu", "large", "--clock-control=none", *sections, ours)
+    quick = [sys.executable, "-m", "benchmarks.quick", DEVICE, str(rows), *["1"] * DRY_RUN]
+    sanitizer = "compute-sanitizer", "small", "--error-exitcode=1"
+    checks = [*under(*sanitizer, "--tool=memcheck"), *under(*sanitizer, "--tool=racecheck")]
+    # Not from the caching allocator, whose large blocks would hide accesses past a tensor's end.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    every = ["tests/test_gpu.py", "tests/test_triton.py"]
+    smoke = tests(8, 8, "-m", "smoke", "-k", "not triton", every[0])
+    contract = tests(14, 14, "-m", "not smoke", "-k", "not triton", every[0])
+    triton = tests(8, 8, "-m", "smoke", "-k", "triton", every[0])
+    triton += tests(6, 30, "-m", "not smoke", "-k", "triton", *every)
+    return [
+        Part("Smoke", 100, smoke, SHARED, 60),
+        # Dynamo's own compilation of the rivals is not for a dry run.
+        Part("Benchmarks", 120, [quick], {"TORCHDYNAMO_DISABLE": "1"} if DRY_RUN else {}),
+        Part("CUDA contract", 90, contract, SHARED, 60),
+        Part("ncu", 50, profile, {}, 600),
+        Part("compute-sanitizer", 60, checks, alone),
+        Part("Triton's smoke and a fifth of its tests", 60, triton, SHARED, 60),
+    ]
+
+
+def verdict(part: Part, done: list[Done]) -> tuple[bool, str]:
+    """(whether a part is as it should be, in words)."""
+    if not part.commands:
+        return True, "not there"
+    if any(each.status is None for each in done):
+        return False, f"not done in {part.seconds} s"
+    of_tests = "pytest" in part.commands[0]
+    good = (0, 5) if of_tests else (0,)  # 5: no test is in this share of them
+    bad = [each for each in done if each.status not in good]
+    if bad and all("ERR_NVGPUCTRPERM" in each.said for each in bad):
+        return True, "not permitted to this user"
+    if bad:
+        return False, f"status {', '.join(str(each.status) for each in bad)}"
+    if of_tests and not any(re.search(r"\d+ passed", each.said) for each in done):
+        return False, "no test has passed"
+    return True, "passed"
+
+
+def sums() -> dict[str, str]:
+    """The SHA-256 of the libraries' sources together, and of each library."""
+    sources = hashlib.sha256()
+    for file in sorted([ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]):
+        sources.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
+    libraries = [x for name in LIBRARIES for x in sorted((ROOT / "at_fused").glob(f"{name}.*so"))]
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in libraries}
+    return {"sources": sources.hexdigest(), **found}
+
+
+def build() -> None:
+    """Builds libraries that are missing, or that it has not built of these sources."""
+    built, found = ROOT / "build/gpu_check.json", sums()
+    there = all(any(name.startswith(f"{library}.") for name in found) for library in LIBRARIES)
+    if there and (DRY_RUN or (built.exists() and json.loads(built.read_text()) == found)):
+        return
+    print(f"{ROOT / 'at_fused'} has no libraries built here of these sources: building", flush=True)
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
+    (done,) = run(Part("Build", 1800, [command], {"AT_FUSED_CUDA": str(int(not DRY_RUN))}))
+    if done.status != 0:
+        print(done.said)
+        refuse(f"cannot build: {done.said.strip().splitlines()[-1]}")
+    if not DRY_RUN:
+        built.parent.mkdir(exist_ok=True)
+        built.write_text(json.dumps(sums(), indent=1))
+
+
+def prepare(only_build: bool) -> str:
+    """Builds what it has to; returns what is in use."""
+    missing = [name for name in ("torch", "pytest", "numpy") if not importlib.util.find_spec(name)]
+    if missing:
+        refuse(f"{sys.executable} has no {', '.join(missing)}")
+    import torch
+
+    if not (DRY_RUN or only_build or torch.cuda.is_available()):
+        refuse(f"torch {torch.__version__} sees no GPU")
+    build()
+    found = "".join(f"{name:10} sha256 {of}\n" for name, of in sums().items())
+    if only_build:
+        return found
+    (done,) = run(Part("In use", 120, [[sys.executable, "-c", IN_USE]]))
+    if done.status != 0:
+        refuse(done.said.strip().splitlines()[-1])
+    return done.said + found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", metavar="FOLDER")
+    parser.add_argument("--build", action="store_true", help="only build the libraries")
+    given = parser.parse_args(arguments)
+    # What is started in the background ignores it, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    in_use = prepare(given.build)
+    if given.build:
+        print(in_use, end="")
+        return 0
+    import torch
+
+    device = "dry run" if DRY_RUN else torch.cuda.get_device_name()
+    today = datetime.date.today().isoformat()
+    out = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    report = out / f"gpu_check_{re.sub(r'[^A-Za-z0-9]+', '-', device)}_{today}.md"
+    report.write_text(f"# at_fused on {device}, {today}\n\n```\n{in_use}```\n")
+
+    def say(text: str) -> None:
+        with report.open("a") as file:
+            file.write(text)
+
+    end, results, well = time.monotonic(), [], True
+    for part in parts(report.with_suffix(".json")):
+        begin = time.monotonic()
+        end += part.seconds * PATIENCE  # what one leaves over the next may take
+        part = part._replace(seconds=max(0, round(end - begin)))
+        done = run(part)
+        good, words = verdict(part, done)
+        well = well and good
+        results.append(f"{part.title}, {time.monotonic() - begin:.0f} s: {words}")
+        print(results[-1], flush=True)
+        say(f"\n## {results[-1]}\n")
+        for command, each in zip(part.commands, done, strict=True):
+            of_tests = "pytest" in command
+            short = of_tests and each.status in (0, 5)
+            lines = each.said.splitlines()[-2 if short else -part.lines :]
+            say("\n".join(["", "```", f"$ {' '.join(command)}", *lines, "```", ""]))
+    say("\n".join(["\n## Result\n", *(f"- {line}" for line in results), ""]))
+    print(f"report: {report}")
+    return int(not well)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
