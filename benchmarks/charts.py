@@ -14,8 +14,9 @@ from matplotlib.ticker import EngFormatter
 
 from benchmarks.cases import CANONICAL, CASES, PASSES
 from benchmarks.measure import Row
+from benchmarks.model import H100
 from benchmarks.results import Result
-from benchmarks.roofline import BANDWIDTH, DEVICE, Count, Model
+from benchmarks.roofline import Count, Model
 
 # Of Okabe & Ito, told apart by colour-blind readers too; a program has the same in all pictures.
 COLOURS = {"at_fused": "#0072b2", "compile": "#e69f00", "eager": "#9a9a9a", "floor": "#000000"}
@@ -182,13 +183,13 @@ def points(model: Model, measured: Sequence[Row]) -> Points:
     for case in CANONICAL:
         for direction in PASSES:
             rows = [counted[case[0], name] for name in direction.split("+")]
-            counts = {"at_fused": [row.at_fused() for row in rows]}
+            counts = {"at_fused": [row.counted for row in rows]}
             if direction != "value and gradient":  # the others have no such pass
                 counts |= {"compile": [row.compiled for row in rows]}
                 counts |= {"eager": [row.eager for row in rows]}
             for program, each in counts.items():
                 count = sum(each, Count(0, 0))
-                seconds = count.model_us() / 1e6
+                seconds = sum(row.us[H100.name][program] for row in rows) / 1e6
                 if ms:
                     seconds = ms[case[0], direction][program] / 1e3
                 work = operations(case, direction)
@@ -200,7 +201,7 @@ def roofline(model: Model, result: Result | None = None) -> Figure:
     """Operations a second over operations a byte: modelled, or with a GPU's times."""
     rows = result["parts"]["cases"] if result else []
     rows = [row for row in rows if row["backend"] == rows[0]["backend"]]
-    bandwidth, where = BANDWIDTH, f"a model of an {DEVICE}, not measured"
+    bandwidth, where = 1e6 * H100.bandwidth, f"a model of an {H100.name}, not measured"
     if result:
         bandwidth = 1e3 * rows[0]["bytes"]["copy"] / rows[0]["ms"]["copy"]
         where = f"measured on {result['device']}, {rows[0]['backend']}"

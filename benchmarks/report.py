@@ -1,6 +1,7 @@
 """Measures this machine, and makes one report of the results of all machines.
 
     python -m benchmarks.report                      all that this machine has, CPU and GPU
+    python -m benchmarks.report --device cuda        only its GPU
     python -m benchmarks.report --only cases calls   some parts, beside those measured before
     python -m benchmarks.report --merge              measures nothing
 
@@ -43,8 +44,9 @@ says how to add a device). All figures are medians of rounds in which the progra
 random order; ratios are within a run. *eager* is the lines that people paste, *compile* is
 torch.compile of them, and *to eager* and *to compile* are their times over that of at_fused. *One
 read* is the time to read the same bytes once (an integer maximum), which no forward pass can do
-without. Milliseconds where nothing else is said, MB of 10^6 bytes. The cases, of which all stages
-are one call:
+without. On a GPU all programs but tiny calls run in CUDA graphs, each after a read of other data; a
+star is at what could not be captured, whose launches by the host count. Milliseconds where nothing
+else is said, MB of 10^6 bytes. The cases, of which all stages are one call:
 
 {chr(10).join(f"- {case}, batch {CASES[case][0]}" for case in CANONICAL)}
 """
@@ -108,8 +110,8 @@ def model_sentence(model: Model) -> str:
 
     return (
         "Bytes moved, over those that a pass (forward, backward, or value and gradient, of any "
-        f"case) has to read and write: at_fused {span(Row.at_fused)}, torch.compile "
-        f"{span(lambda row: row.compiled)}, eager {span(lambda row: row.eager)}."
+        f"case) has to read and write: at_fused {span(lambda row: row.counted)}, "
+        f"torch.compile {span(lambda row: row.compiled)}, eager {span(lambda row: row.eager)}."
     )
 
 
@@ -172,6 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     choice.add_argument(
         "--only", nargs="+", choices=parts, default=parts, help="parts to measure (all)"
     )
+    parser.add_argument(
+        "--device", nargs="+", choices=DEVICES, default=DEVICES, help="what to measure (all)"
+    )
     choice.add_argument("--merge", action="store_true", help="measure nothing")
     given = parser.parse_args(arguments)
     try:
@@ -179,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Said at once, not after ten minutes.
             if {"steps", "resnet"} <= {*given.only, *NETWORKS} and not find_spec("torchvision"):
                 raise ResultError("the steps are of torchvision's networks: pip install '.[train]'")
-            for device in DEVICES:
+            for device in given.device:
                 measured(device, given.only, FOLDER)
         merge(FOLDER, README)
     except ResultError as error:

@@ -3,12 +3,12 @@
     python -m benchmarks.roofline
 
 No GPU is needed. The kernels run in the tests' harness (tests/simt), whose instrumented loads and
-stores count bytes and launches. The eager lines are counted operator by operator (inputs read,
-outputs written, views free), torch.compile by the kernels of inductor's scheduler. Times are bytes
-over bandwidth plus launches: a model, not a measurement. Writes results/roofline.json and .md.
-
-The rest of the method is counted on a quarter of each batch and of an H100's multiprocessors, which
-cuts every sample as the whole device would, times four.
+stores count bytes and launches; on a quarter of each batch and of an H100's multiprocessors, which
+cuts every sample as the whole device would, times four. The eager lines are counted operator by
+operator (inputs read, outputs written, views free), torch.compile by the kernels of inductor's
+scheduler. Times are a model's (model.py), not measured: at_fused's by the plan (kernels.py), the
+others' as ideal kernels of their bytes. The host's time for a call is measured, on this machine's
+CPU. Writes results/roofline.json and .md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,33 +30,40 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from at_fused import _ops
-from benchmarks import ROOT
+import at_fused
+from benchmarks import ROOT, kernels, model
 from benchmarks.cases import (
     AT_LOSS,
     CANONICAL,
     CASES,
     DTYPES,
+    LARGE,
     LAYOUTS,
     TOKENS,
+    TRANSFORMERS,
     VARIANTS,
     Inputs,
     Variant,
+    rivals,
 )
+from benchmarks.measure import Clock, Comparison, on
+from benchmarks.model import Cache
 from benchmarks.results import FOLDER, MODEL, ResultError, write
 from benchmarks.tables import markdown
 
 sys.path.append(str(ROOT / "tests"))
-from plan_library import H100, INTERLEAVED, PLANAR, dense, plan
+from plan_library import BYTES, H100, INTERLEAVED, PLANAR, Feature, dense, plan_pairs
 from simt_backend import Counters, simt
 
-# An H100 SXM; the launch overhead is an assumption (a queue that is kept full).
-DEVICE, BANDWIDTH, L2_BYTES, LAUNCH_SECONDS = "H100", 3.35e12, 50e6, 2e-6
 FILE = FOLDER / f"{MODEL}.json"
 
 PASSES = ("forward", "backward", "value and gradient")
 SHARE = 4  # divides the batches and the multiprocessors
-SETTINGS = list(itertools.product(CANONICAL, DTYPES, LAYOUTS))
+SETTINGS = [
+    *itertools.product((*CANONICAL, LARGE), DTYPES, LAYOUTS),
+    *itertools.product(TRANSFORMERS[:1], DTYPES, TOKENS),
+]
+PAIRS = (1, 3, 4)  # of the calls whose time on the host is taken: those of the cases
 # The first case of each. Features are pooled by torch's own operator, whose bytes do not count.
 METHODS = [
     (name, variant.cases[0], "fp32", variant.layouts[0])
@@ -73,10 +81,6 @@ class Count(NamedTuple):
     def __add__(self, other: Count) -> Count:  # type: ignore[override]
         return Count(self.bytes + other.bytes, self.launches + other.launches)
 
-    def model_us(self) -> float:
-        """The modelled time."""
-        return 1e6 * (self.bytes / BANDWIDTH + self.launches * LAUNCH_SECONDS)
-
 
 class Row(NamedTuple):
     """A pass of a case, or a variant's forward and backward, which "direction" then names."""
@@ -86,28 +90,31 @@ class Row(NamedTuple):
     layout: str
     direction: str
     floor: int
-    counted: Count  # distinct bytes per launch
-    threads: int  # bytes over all accesses of all threads
-    again: int  # bytes of students that are read a second time
-    served: int  # of these, by the second-level cache
+    counted: Count  # distinct bytes of each launch
+    again: int  # of these, of students that a second launch reads again
     eager: Count
     compiled: Count
+    us: dict[str, dict[str, float]]  # modelled: device -> program, or the floor
 
     @property
     def ratio(self) -> float:
         """Distinct bytes to the floor."""
         return self.counted.bytes / self.floor
 
-    def at_fused(self) -> Count:
-        """What goes through the device's memory: second reads that the cache misses as well."""
-        return self.counted + Count(self.again - self.served, 0)
+
+class Host(NamedTuple):
+    """What calls of tiny features take on this machine's CPU."""
+
+    pairs: int
+    us: dict[str, float]
 
 
 class Model(NamedTuple):
-    """All that is counted: the canonical cases, and the rest of the method."""
+    """All that is counted: the cases, and the rest of the method; and the host's times."""
 
     rows: list[Row]
     methods: list[Row]
+    host: list[Host]
 
 
 # ---- at_fused: run in the harness ----------------------------------------------------------------
@@ -123,44 +130,31 @@ def counted(harness: ctypes.CDLL, run: Callable[[], Any]) -> tuple[Any, Counters
     return result, counters
 
 
-def count_passes(inputs: Inputs, share: int) -> dict[str, Counters]:
+def count_passes(inputs: Inputs, share: int, variant: Variant = AT_LOSS) -> dict[str, Counters]:
     """The counters of each pass of at_loss, on 1/share of the device."""
-    students, teachers = [x.detach() for x in inputs.students], inputs.teachers
-    pairs = list(range(len(students)))
-    options = [], [], [], 2.0, "mean", "code", "sum", "max", 1e-12
-    at_loss = torch.ops.at_fused.at_loss.default
+    both = partial(at_fused.at_value_and_grad, **variant.options)
+    students = [x.detach() for x in inputs.students]
     with simt(multiprocessors=H100.multiprocessors // share) as harness:
-        (_, maps), forward = counted(
-            harness, lambda: at_loss(students, teachers, *options, True, False)
-        )
-        k, one = maps[: len(pairs)], torch.ones(())
-        _, backward = counted(
-            harness, lambda: _ops.attention_map_backward(students, k, one, pairs, 2.0)
-        )
-        _, both = counted(
-            harness, lambda: _ops.at_value_and_grad(students, teachers, *options, 1.0, None)
-        )
-    return dict(zip(PASSES, (forward, backward, both), strict=True))
+        loss, forward = counted(harness, inputs.step(variant.ours(), backward=False))
+        _, backward = counted(harness, lambda: torch.autograd.grad(loss, inputs.students))
+        _, in_one = counted(harness, lambda: both(students, inputs.teachers))
+    return dict(zip(PASSES, (forward, backward, in_one), strict=True))
 
 
-def second_reads(case: str, dtype: str, layout: str) -> tuple[int, int]:
-    """Bytes of students that value-and-gradient reads again, and those that L2 should still have.
-
-    csrc/cuda/plan.h itself says which samples do not fit on chip, and how many others begin before
-    one is read again.
-    """
+def features_of(case: str, dtype: str, layout: str) -> tuple[list[Feature], list[Feature]]:
+    """The students and teachers of a case as the plan is given them."""
     batch, stages = CASES[case]
     number = {torch.float32: 0, torch.bfloat16: 3}[DTYPES[dtype]]  # csrc/feature.h: Dtype
-    kind = number, PLANAR if layout == "NCHW" else INTERLEAVED
-    again = served = 0
-    for c, d, h in stages:
-        student, teacher = dense(batch, c, h * h, *kind), dense(batch, d, h * h, *kind)
-        _, samples, *_, lag = plan("gradient", student, teacher, student, False, H100)[:7]
-        if samples == 0:
-            between = lag * (2 * student.bytes + teacher.bytes)
-            again += batch * student.bytes
-            served += batch * student.bytes if between <= L2_BYTES else 0
-    return again, served
+    places = itertools.count(1)
+
+    def feature(c: int, h: int) -> Feature:
+        x = dense(batch, c, h * h, number, PLANAR if layout == "NCHW" else INTERLEAVED)
+        x = x._replace(address=next(places) << 40)
+        if layout in TOKENS:  # that of the class is skipped
+            x = x._replace(batch=x.batch + c, address=x.address + c * BYTES[number])
+        return x
+
+    return [feature(c, h) for c, _, h in stages], [feature(d, h) for _, d, h in stages]
 
 
 # ---- the others: operators and schedules ---------------------------------------------------------
@@ -172,34 +166,48 @@ def touched(x: Tensor) -> int:
     return math.prod(sizes) * x.itemsize
 
 
+# What each kernel reads and writes: bytes by the name of a buffer.
+Touched = list[dict[Hashable, int]]
+
+
+def count_of(touched: Touched) -> Count:
+    """The bytes and the kernels."""
+    return Count(sum(sum(each.values()) for each in touched), len(touched))
+
+
 class Operators(TorchDispatchMode):
-    """Counts each operator as one kernel that reads its inputs and writes its outputs."""
+    """Takes each operator as one kernel that reads its inputs and writes its outputs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = Count(0, 0)
+        self.touched: Touched = []
+        self._alive: list[Tensor] = []  # so that every buffer keeps a name of its own
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = function(*args, **(kwargs or {}))
         if not function.is_view and "empty" not in function.name():
-            leaves = tree_leaves((args, kwargs, out))
-            tensors = {id(x): x for x in leaves if isinstance(x, Tensor)}
-            self.count += Count(sum(touched(x) for x in tensors.values()), 1)
+            found: dict[Hashable, int] = {}
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            for x in {id(x): x for x in tensors}.values():
+                name = x.untyped_storage()._cdata
+                found[name] = found.get(name, 0) + touched(x)
+            self.touched.append(found)
+            self._alive += tensors
         return out
 
 
-def count_eager(inputs: Inputs, variant: Variant) -> dict[str, Count]:
+def count_eager(inputs: Inputs, variant: Variant) -> dict[str, Touched]:
     """The popular lines' operators, forward and backward, on tensors without data."""
-    with Operators() as forward:
+    with Operators() as operators:
         loss = inputs.step(variant.popular, backward=False)()
-    with Operators() as backward:
+        split = len(operators.touched)
         torch.autograd.grad(loss.sum() if loss.dim() else loss, inputs.students)
-    return {"forward": forward.count, "backward": backward.count}
+    return {"forward": operators.touched[:split], "backward": operators.touched[split:]}
 
 
-def count_compiled(inputs: Inputs, variant: Variant) -> dict[str, Count]:
+def count_compiled(inputs: Inputs, variant: Variant) -> dict[str, Touched]:
     """The kernels into which inductor's scheduler fuses the popular lines, and their bytes.
 
     With its Triton back end, as on a GPU, but scheduled for the CPU: a GPU splits large reductions,
@@ -213,7 +221,7 @@ def count_compiled(inputs: Inputs, variant: Variant) -> dict[str, Count]:
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
-    found: dict[str, Count] = {}
+    found: dict[str, Touched] = {}
 
     def counter(direction: str) -> Callable[[Any, Any], Any]:
         def count(module: Any, examples: Any) -> Any:
@@ -222,8 +230,14 @@ def count_compiled(inputs: Inputs, variant: Variant) -> dict[str, Count]:
                 graph.run(*examples)
                 graph.init_wrapper_code()
                 graph._update_scheduler()
-                moved, kernels, _ = graph.count_bytes()
-            found[direction] = Count(int(moved), len(kernels))
+                # The features have the same names in both directions, other buffers have not.
+                found[direction] = [
+                    {
+                        name if name.startswith("primals") else (direction, name): size
+                        for name, size in node.get_read_write_buffer_accesses(True, True).items()
+                    }
+                    for node in graph.scheduler.nodes
+                ]
             return make_boxed_func(module.forward)
 
         return count
@@ -242,44 +256,74 @@ def count_compiled(inputs: Inputs, variant: Variant) -> dict[str, Count]:
 
 def count_others(
     case: str, dtype: str, layout: str, variant: Variant = AT_LOSS
-) -> tuple[dict[str, Count], dict[str, Count]]:
+) -> tuple[dict[str, Touched], dict[str, Touched]]:
     """Eager and compiled; both passes one after the other are those of value and gradient."""
     eager = count_eager(Inputs.make(case, dtype, layout, "meta", variant=variant), variant)
     with FakeTensorMode():
         compiled = count_compiled(Inputs.make(case, dtype, layout, variant=variant), variant)
-    for count in (eager, compiled):
-        count["value and gradient"] = count["forward"] + count["backward"]
+    for found in (eager, compiled):
+        found["value and gradient"] = found["forward"] + found["backward"]
     return eager, compiled
 
 
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def moved(c: Counters, share: int) -> tuple[Count, int]:
-    """Distinct bytes and launches, and the bytes of all accesses, of the whole device."""
-    distinct = share * (c.distinct_load_bytes + c.distinct_store_bytes)
-    accesses = share * (c.load_bytes + c.store_bytes + c.atomic_bytes)
-    return Count(distinct, c.launches), accesses
+def moved(c: Counters, share: int) -> Count:
+    """Distinct bytes and launches of the whole device."""
+    return Count(share * (c.distinct_load_bytes + c.distinct_store_bytes), c.launches)
 
 
-def rows_of(case: str, dtype: str, layout: str, share: int = 1) -> list[Row]:
-    """The three passes of a case; at_fused is counted on 1/share of it."""
-    setting = case, dtype, layout
-    inputs = Inputs.make(*setting, share=share)
-    eager, compiled = count_others(*setting)
+def total_us(device: model.Device, launches: Iterable[model.Kernel]) -> float:
+    """Of launches one after the other."""
+    return round(sum(model.microseconds(device, launch) for launch in launches), 2)
+
+
+def others_us(device: model.Device, touched: Touched) -> float:
+    """Of ideal kernels, but for what the second-level cache still has from those before."""
+    cache = Cache(device.cache)
+    return total_us(device, [model.ideal(device, cache.misses(k.items())) for k in touched])
+
+
+def rows_of(case: str, dtype: str, layout: str, share: int = SHARE) -> list[Row]:
+    """The three passes of a case; at_fused's bytes are counted on 1/share of it."""
+    variant = VARIANTS["tokens"] if layout in TOKENS else AT_LOSS
+    inputs = Inputs.make(case, dtype, layout, share=share, variant=variant)
+    others = count_others(case, dtype, layout, variant)
+    students, teachers = features_of(case, dtype, layout)
+    cut = plan_pairs(students, teachers, H100, outs=students)
+    again = sum(x.B * x.bytes for x in kernels.read_again(students, cut))
+    ours = {device: kernels.passes(device, students, teachers) for device in model.DEVICES}
     rows = []
-    for direction, counters in count_passes(inputs, share).items():
-        floor = share * inputs.floors()[direction]
-        twice = second_reads(*setting) if direction == "value and gradient" else (0, 0)
-        others = eager[direction], compiled[direction]
-        rows.append(
-            Row(case[0], dtype, layout, direction, floor, *moved(counters, share), *twice, *others)
-        )
+    for name, counters in count_passes(inputs, share, variant).items():
+        floor = share * floors(inputs, layout)[name]
+        eager, compiled = (found[name] for found in others)
+        us = {
+            device.name: {
+                "floor": round(floor / device.bandwidth, 2),
+                "at_fused": total_us(device, launches[name]),
+                "compile": others_us(device, compiled),
+                "eager": others_us(device, eager),
+            }
+            for device, launches in ours.items()
+        }
+        label = case[0] if case in CANONICAL else case
+        twice = again if name == "value and gradient" else 0
+        counts = moved(counters, share), twice, count_of(eager), count_of(compiled)
+        rows.append(Row(label, dtype, layout, name, floor, *counts, us))
     return rows
 
 
+def floors(inputs: Inputs, layout: str) -> dict[str, int]:
+    """Those of the inputs; a class's token need not be read."""
+    if layout in TOKENS:
+        sides = [[x[:, 1:].mT for x in side] for side in (inputs.students, inputs.teachers)]
+        inputs = Inputs(*sides, {})
+    return inputs.floors()
+
+
 def method_row(name: str, case: str, dtype: str, layout: str) -> Row:
-    """Forward and backward of a variant, on a share of the batch and of the device.
+    """Forward and backward of a variant: bytes alone.
 
     What torch's own operators do to the maps between two of ours is not counted: a C-th of the
     bytes.
@@ -288,9 +332,10 @@ def method_row(name: str, case: str, dtype: str, layout: str) -> Row:
     inputs = Inputs.make(case, dtype, layout, share=SHARE, variant=variant)
     with simt(multiprocessors=H100.multiprocessors // SHARE) as harness:
         _, counters = counted(harness, inputs.step(variant.ours()))
-    both = [each["value and gradient"] for each in count_others(case, dtype, layout, variant)]
+    others = count_others(case, dtype, layout, variant)
+    both = [count_of(found["value and gradient"]) for found in others]
     floor = SHARE * method_floor(name, layout, inputs)
-    return Row(case, dtype, layout, name, floor, *moved(counters, SHARE), 0, 0, *both)
+    return Row(case, dtype, layout, name, floor, moved(counters, SHARE), 0, *both, {})
 
 
 def method_floor(name: str, layout: str, inputs: Inputs) -> int:
@@ -308,14 +353,27 @@ def method_floor(name: str, layout: str, inputs: Inputs) -> int:
     return students + teachers + extra + again + sum(x.nbytes for x in inputs.students)
 
 
+def host_row(pairs: int) -> Host:
+    """Calls of tiny features on the CPU, whose kernels take next to nothing."""
+    inputs = Inputs.make((4, [(8, 8, 4)] * pairs))
+    students = [x.detach() for x in inputs.students]
+    ours = {
+        "at_fused": inputs.step(at_fused.at_loss),
+        "value and gradient": lambda: at_fused.at_value_and_grad(students, inputs.teachers),
+    }
+    others = {name: inputs.step(loss) for name, loss in rivals().items()}
+    (row,) = Comparison({}, others, ours, Clock(), on("cpu")).rows()
+    return Host(pairs, {name: round(1e3 * ms, 1) for name, ms in row["ms"].items()})
+
+
 # ---- the files -----------------------------------------------------------------------------------
 
 
-def save(model: Model) -> None:
+def save(found: Model) -> None:
     """Writes the counts and their table."""
-    parts = {name: [row._asdict() for row in rows] for name, rows in model._asdict().items()}
-    write(FILE, {"device": DEVICE, "parts": parts})
-    FILE.with_suffix(".md").write_text(text(model))
+    parts = {name: [row._asdict() for row in rows] for name, rows in found._asdict().items()}
+    write(FILE, {"device": model.H100.name, "parts": parts})
+    FILE.with_suffix(".md").write_text(text(found))
 
 
 def load(path: Path = FILE) -> Model:
@@ -327,64 +385,112 @@ def load(path: Path = FILE) -> Model:
 
     try:
         parts = json.loads(path.read_text())["parts"]
-        return Model(*([row_of(fields) for fields in parts[name]] for name in Model._fields))
+        rows = [[row_of(fields) for fields in parts[name]] for name in ("rows", "methods")]
+        return Model(*rows, [Host(**fields) for fields in parts["host"]])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ResultError(f"{path}: not the counts of roofline.py: {error!r}") from error
 
 
-NOTES = f"""\
+BYTES_NOTES = """\
 - *floor*: forward reads S and T and writes the two maps that are kept; backward reads S and k and
   writes dS; value and gradient reads S and T and writes dS.
-- *distinct*: each byte once per launch, read or written; *all accesses*: summed over every thread,
-  which is what goes through the first-level caches. More than 1 % above the floor are maps of
-  samples that several blocks share: the last block reads back what the others have just written.
-- *S again*: students too large to stay on chip, read a second time. In brackets, as a model, the
-  share that an L2 cache of {L2_BYTES / 1e6:.0f} MB should still have: all of a pair's where what is
-  read and written in between fits it, else none. The model adds what it does not have.
+- *distinct*: each byte once per launch, read or written. Beyond the floor and *S again* are up to
+  4 % of maps: of samples that several blocks share the last block reads back what the others have
+  just written, and a second launch reads the coefficients.
+- *S again*: students too large to stay on chip, which a second launch reads again.
+- *launches* are kernels; before a loss the counters are zeroed, which the model counts as one more.
 - *eager*: operators of the popular lines, each one launch that reads its inputs and writes its
   outputs. *compile*: what inductor's scheduler makes of them, from its Triton back end for the CPU;
   a GPU splits large reductions, which is a few launches more.
-- *us (model, not measured)*: bytes / {BANDWIDTH / 1e12} TB/s + launches x
-  {1e6 * LAUNCH_SECONDS:.0f} us (an assumption), as if every kernel's bytes came from memory, at the
-  full bandwidth.
 """
 
 
-def table(rows: Sequence[Row], first: str = "pass") -> str:
-    """The rows as Markdown."""
+def time_notes() -> str:
+    """What the model takes the devices for."""
+    h100 = model.H100
+    rates = " and ".join(f"{d.bandwidth / 1e6} TB/s ({d.name})" for d in model.DEVICES)
+    return f"""\
+- *floor*: the floor's bytes at the rate of a large copy, {rates}, without a launch.
+- *at_fused*: the launches of the real plan, block by block (benchmarks/model.py, kernels.py): loads
+  in rounds, each of at least {h100.latency} us, one memory for all, {h100.launch} us from launch to
+  launch in a graph, the zeroing of counters, and the serial end.
+- *compile*, *eager*: their launches likewise, each an ideal kernel of its bytes: all
+  multiprocessors full to the end, nothing but loads.
+- Half of the second-level cache is taken to hold what was used last: for at_fused's second launch,
+  and for what the others' kernels read of those before. A pass begins with nothing in it.
+- The times in that model are estimates. No GPU has confirmed them.
+"""
+
+
+def byte_table(rows: Sequence[Row], first: str = "pass") -> str:
+    """Bytes and launches as Markdown."""
     lines = []
     for r in rows:
-        again = f"{r.again / 1e6:.2f} ({r.served / r.again:.0%} L2)" if r.again else ""
-        cells = [f"{r.floor / 1e6:.2f}", f"{r.counted.bytes / 1e6:.2f}", f"{r.ratio:.4f}x"]
-        cells += [f"{r.threads / 1e6:.2f}", again, str(r.counted.launches)]
+        again = f"{r.again / 1e6:.2f}" if r.again else ""
+        cells = [f"{r.floor / 1e6:.2f}", f"{r.counted.bytes / 1e6:.2f}", f"{r.ratio:.4f}x", again]
+        cells.append(str(r.counted.launches))
         for other in (r.eager, r.compiled):
             cells += [f"{other.bytes / 1e6:.2f}", str(other.launches)]
-        cells += [f"{c.model_us():.1f}" for c in (r.at_fused(), r.eager, r.compiled)]
         lines.append(("cpu", r.case, r.dtype, r.layout, r.direction, *cells))
-    heads = f"case | dtype | layout | {first} | floor, MB | distinct, MB | to floor"
-    heads += " | all accesses, MB | S again, MB | launches | eager, MB | launches | compile, MB"
-    heads += " | launches | us (model, not measured) | eager | compile"
+    heads = f"case | dtype | layout | {first} | floor, MB | distinct, MB | to floor | S again, MB"
+    heads += " | launches | eager, MB | launches | compile, MB | launches"
     return "\n".join(markdown(heads, 4, lines))
 
 
-def text(model: Model) -> str:
+def time_table(rows: Sequence[Row]) -> str:
+    """Modelled microseconds as Markdown."""
+    programs = "floor", "at_fused", "compile", "eager"
+    lines = [
+        ("cpu", *r[:4], *(f"{us[name]:.1f}" for us in r.us.values() for name in programs))
+        for r in rows
+    ]
+    heads = [f"{device.name}: {name}" for device in model.DEVICES for name in programs]
+    return "\n".join(markdown(" | ".join(["case | dtype | layout | pass", *heads]), 4, lines))
+
+
+def host_table(rows: Sequence[Host]) -> str:
+    """The host's microseconds as Markdown."""
+    names = "at_fused", "compile", "eager", "value and gradient"
+    lines = [("cpu", str(r.pairs), *(f"{r.us[name]:.0f}" for name in names)) for r in rows]
+    heads = "pairs | `at_loss` | compile | eager | `at_value_and_grad`"
+    return "\n".join(markdown(heads, 1, lines))
+
+
+def text(found: Model) -> str:
     """Everything, as roofline.md has it."""
     return f"""\
 # Roofline: bytes counted, times a model, not measured
 
-`python -m benchmarks.roofline`: the CUDA kernels in the harness, as on an H100. Full batches.
-MB of 10^6 bytes; cases as in cases.py.
+`python -m benchmarks.roofline`. MB of 10^6 bytes; cases as in cases.py.
 
-{table(model.rows)}
+## Bytes and launches, counted
 
-{NOTES}
+The CUDA kernels in the harness, as on an H100: {SHARE} times what a share of 1/{SHARE} of each
+batch takes on as many of the multiprocessors.
+
+{byte_table(found.rows)}
+
+{BYTES_NOTES}
+## Microseconds: a model, not measured
+
+{time_table(found.rows)}
+
+{time_notes()}
+## The host's time for a call, measured without a GPU
+
+Microseconds of calls of tiny features, 4x8x4x4, on the CPU that made this file: what the call takes
+on the host, with the tiny kernels' arithmetic and without the driver's launches. Forward and
+backward, but for `at_value_and_grad`.
+
+{host_table(found.host)}
+
 ## The rest of the method
 
-Forward and backward, {SHARE} times what a share of 1/{SHARE} of each batch takes on as many of the
-multiprocessors. The floor reads every input once, what the gradient needs a second time, and writes
-the gradient. What torch does to maps (interpolation, a sum) is not counted for at_fused.
+Forward and backward, counted likewise. The floor reads every input once, what the gradient needs a
+second time, and writes the gradient. What torch does to maps (interpolation, a sum) is not counted
+for at_fused.
 
-{table(model.methods, "variant")}
+{byte_table(found.methods, "variant")}
 """
 
 
@@ -392,9 +498,10 @@ def main() -> None:
     """Entry point."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     rows = [row for setting in SETTINGS for row in rows_of(*setting)]
-    model = Model(rows, [method_row(*setting) for setting in METHODS])
-    save(model)
-    sys.stdout.write(text(model))
+    methods = [method_row(*setting) for setting in METHODS]
+    found = Model(rows, methods, [host_row(pairs) for pairs in PAIRS])
+    save(found)
+    sys.stdout.write(text(found))
 
 
 if __name__ == "__main__":

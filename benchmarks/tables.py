@@ -46,15 +46,21 @@ def same(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
 # ---- cells ---------------------------------------------------------------------------------------
 
 
+def mark(row: Row, *programs: str) -> str:
+    """A star where a time is not of a CUDA graph, as the others are."""
+    return "*" * any(name in row.get("uncaptured", {}) for name in programs)
+
+
 def times(row: Row, *programs: str) -> list[str]:
     """Milliseconds, to the microsecond below one."""
-    found = [row["ms"][name] for name in programs]
-    return [f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}" for ms in found]
+    found = [(row["ms"][name], mark(row, name)) for name in programs]
+    return [(f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}") + star for ms, star in found]
 
 
 def to(row: Row, rivals: Sequence[str] = RIVALS, program: str = "at_fused") -> list[str]:
     """How many times as long the rivals take."""
-    return [f"{row['ms'][rival] / row['ms'][program]:.1f}x" for rival in rivals]
+    ratios = [(rival, row["ms"][rival] / row["ms"][program]) for rival in rivals]
+    return [f"{ratio:.1f}x{mark(row, rival, program)}" for rival, ratio in ratios]
 
 
 def megabytes(count: float) -> str:
@@ -104,7 +110,7 @@ def means(rows: Sequence[Row], key: str, title: str) -> list[str]:
 def cases(rows: Sequence[Row]) -> list[str]:
     """The canonical cases: milliseconds, and the others' over ours; on a GPU the share of a copy.
 
-    That is the rate at which the bytes went that have to, to that of a plain copy.
+    That is the rate at which the bytes went that have to, to that of a plain copy of as many.
     """
     gpu = any("copy" in row["ms"] for row in rows)
     directions = [name for (name,) in same(rows, "pass")]

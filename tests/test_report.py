@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pretend_cuda
 import pytest
 import torch
 from outside import output_of
@@ -18,7 +19,7 @@ from PIL import Image
 from at_fused.backends import users
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import ROOT, charts, measure, report, results, roofline, steps, tables
+from benchmarks import ROOT, charts, measure, quick, report, results, roofline, steps, tables
 from benchmarks.cases import AT_LOSS, CASES, DEVICES, TRANSFORMERS, VARIANTS, Inputs, Variant
 from benchmarks.measure import Clock, Comparison
 from benchmarks.results import FOLDER, Result
@@ -228,6 +229,58 @@ def test_each_back_end_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[0]["ms"]["eager"] == found[1]["ms"]["eager"]
     # The rival and ours on the fastest, ours on the other.
     assert sorted(ran) == sorted(["cpu", "cpu", "eager"] * (len(ran) // 3))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> measure.Graphs:
+    """A GPU's meter, on stand-ins whose time is the operators that graphs run."""
+    pretend_cuda.install(monkeypatch)
+    monkeypatch.setattr(measure, "OTHER_BYTES", 64)
+    meter = measure.Graphs("cpu")
+    monkeypatch.setattr(measure, "clock", lambda device: meter)
+    return meter
+
+
+def test_a_graph_is_replayed_without_the_host(graphs: measure.Graphs) -> None:
+    x, ran = torch.zeros(4), []
+    run, why = graphs.prepare(lambda: ran.append(x.add_(1).mul_(1)))
+    assert (len(ran), why) == (2 * measure.REPEATS, "")  # once before
+    assert graphs.take(run) == graphs.take(run) == 2  # without the reads of other data
+    assert len(ran) == 2 * measure.REPEATS
+    assert x[0] == 4 * measure.REPEATS
+
+
+def test_what_cannot_be_captured_is_said(graphs: measure.Graphs) -> None:
+    x = torch.ones(4)
+    programs = {"eager": lambda: x.sum().item()}, {"at_fused": lambda: x.abs().neg()}
+    (row,) = Comparison({}, *programs, graphs, measure.on("cpu"), 0).rows()
+    assert row["uncaptured"] == {"eager": "operation not permitted when stream is capturing"}
+    assert row["ms"]["at_fused"] == 2
+    assert graphs.prepare(programs[1]["at_fused"])[1] == ""
+    assert "eager not captured: operation not permitted" in quick.line(row)
+    shown = row | {"ms": {"eager": 4.0, "at_fused": 2.0}}
+    assert tables.times(shown, "eager", "at_fused") == ["4.00*", "2.00"]
+    assert tables.to(shown, ["eager"]) == ["2.0x*"]
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "ours"), [("cases", ("forward",), "at_fused"), ("taps", (), "tap")]
+)
+def test_a_gpu_is_compared_with_a_copy_of_as_many_bytes(
+    graphs: measure.Graphs, part: str, setting: tuple[str, ...], ours: str
+) -> None:
+    found = measure.PARTS[part][0]("cpu", *measure.KINDS[0], *setting)
+    copy = found.others["copy"]
+    assert 2 * copy.args[0].nbytes == found.what["bytes"]["copy"] == found.what["bytes"][ours]
+    assert graphs.take(graphs.prepare(copy)[0]) == 1
+    ms = {"copy": 1.0, ours: 2.0}
+    assert quick.line(found.what | {"ms": ms}).endswith(f"{ours} 2000.0 (50%)")
+
+
+def test_one_read_of_a_list_is_one_launch(graphs: measure.Graphs) -> None:
+    inputs = Inputs.make((2, [(4, 6, 8), (2, 2, 4)]), layout="channels_last")
+    assert graphs.take(graphs.prepare(inputs.read_all(joined=True))[0]) == 1
+    assert graphs.take(graphs.prepare(inputs.read_all())[0]) == 4
 
 
 def test_memory_is_the_gradient_and_maps(monkeypatch: pytest.MonkeyPatch) -> None:
