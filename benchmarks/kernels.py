@@ -31,7 +31,7 @@ Rounds = tuple[Round, ...]
 
 
 def turns(count: int, step: int) -> list[int]:
-    """What each turn of a loop over ``count`` takes, ``step`` at a time."""
+    """Split a loop over ``count`` into turns of ``step`` at the most."""
     return [min(step, count - begin) for begin in range(0, count, step)]
 
 

@@ -1,4 +1,4 @@
-"""What is measured: PARTS, each with its settings, by one function, ``Comparison.rows``.
+"""The benchmarks: PARTS, each with its settings, by one function, ``Comparison.rows``.
 
 A row says what the programs worked on, which back end ran at_fused, and the median milliseconds (or
 bytes) of all programs, which took turns in the same rounds: "at_fused" and its likes, "eager" (the
@@ -59,11 +59,11 @@ class Clock:
         self._device = device
 
     def floors(self, count: int) -> dict[str, Program]:
-        """What else is timed beside programs that have to move so many bytes."""
+        """Name what is timed beside programs that have to move so many bytes."""
         return {}
 
     def prepare(self, program: Program) -> tuple[Program, str]:
-        """What ``take`` runs for a program, and why that is not what it should be, or ""."""
+        """Return what ``take`` runs for a program, and why that is not a graph, or ""."""
         return program, ""
 
     def take(self, run: Program) -> float:
@@ -299,7 +299,7 @@ def threads(device: str, case: str) -> Comparison:
 
 
 def call(device: str, pairs: int, direction: str) -> Comparison:
-    """What a call costs the host: tiny features, by its clock."""
+    """The host's time for a call of tiny features, by its clock."""
     inputs, backward = Inputs.make((4, [(8, 8, 4)] * pairs), device=device), direction != PASSES[0]
     what = {"pairs": pairs, "shape": [4, 8, 4, 4], "pass": direction}
     others = {"eager": inputs.step(popular_losses, backward)}

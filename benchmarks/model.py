@@ -62,7 +62,7 @@ class Round(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a block takes at a time; of those that share a sample the last to end does ``last``."""
+    """The work of a block at a time; of those that share a sample the last to end does ``last``."""
 
     rounds: Sequence[Round]
     sample: Hashable = None

@@ -24,7 +24,7 @@ SETTINGS = {
 
 
 def line(row: Row) -> str:
-    """What was measured, and microseconds; with the share of a copy's rate, where that is known."""
+    """A row in words: microseconds, and the share of a copy's rate where that is known."""
     ms, moved = row["ms"], row.get("bytes", {})
     what = [f"{key} {value}" for key, value in row.items() if not isinstance(value, dict)]
     cells = []

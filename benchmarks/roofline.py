@@ -1,4 +1,4 @@
-"""What the CUDA kernels move, counted, against the least that has to move; and a model of the time.
+"""The bytes that the CUDA kernels move, against the least that must move; a model of the time.
 
     python -m benchmarks.roofline
 
@@ -103,7 +103,7 @@ class Row(NamedTuple):
 
 
 class Host(NamedTuple):
-    """What calls of tiny features take on this machine's CPU."""
+    """The time of calls of tiny features on this machine's CPU."""
 
     pairs: int
     us: dict[str, float]
@@ -121,7 +121,7 @@ class Model(NamedTuple):
 
 
 def counted(harness: ctypes.CDLL, run: Callable[[], Any]) -> tuple[Any, Counters]:
-    """What a program returns, and its counters."""
+    """Return what a program returns, and its counters."""
     harness.simt_reset_counters()
     result, counters = run(), Counters()
     if harness.simt_last_error():
@@ -166,7 +166,7 @@ def touched(x: Tensor) -> int:
     return math.prod(sizes) * x.itemsize
 
 
-# What each kernel reads and writes: bytes by the name of a buffer.
+# Bytes that a kernel reads and writes, by the name of a buffer.
 Touched = list[dict[Hashable, int]]
 
 
@@ -275,12 +275,12 @@ def moved(c: Counters, share: int) -> Count:
 
 
 def total_us(device: model.Device, launches: Iterable[model.Kernel]) -> float:
-    """Of launches one after the other."""
+    """Add up launches one after the other."""
     return round(sum(model.microseconds(device, launch) for launch in launches), 2)
 
 
 def others_us(device: model.Device, touched: Touched) -> float:
-    """Of ideal kernels, but for what the second-level cache still has from those before."""
+    """Time ideal kernels, without what the second-level cache still has from those before."""
     cache = Cache(device.cache)
     return total_us(device, [model.ideal(device, cache.misses(k.items())) for k in touched])
 
@@ -406,7 +406,7 @@ BYTES_NOTES = """\
 
 
 def time_notes() -> str:
-    """What the model takes the devices for."""
+    """The constants of the devices in the model."""
     h100 = model.H100
     rates = " and ".join(f"{d.bandwidth / 1e6} TB/s ({d.name})" for d in model.DEVICES)
     return f"""\

@@ -300,7 +300,7 @@ def test_compiled(gpu: str, program: Callable[..., list[Tensor]], mode: str) -> 
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
 def test_numbers(backend: str, dtype: torch.dtype, layout: str) -> None:
-    """Of pairs alone, and of a list of more blocks than the device runs at a time."""
+    """Pairs alone, and a list of more blocks than the device runs at a time."""
     sizes = (64, 56), (128, 28), (256, 14), (512, 7), (16, 32), (3, 5)
     batch = 32 if GPU else 1
     students = [features(batch, c, h, h, layout=layout, dtype=dtype) for c, h in sizes]

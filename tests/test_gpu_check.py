@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import gpu_check
 from gpu_check import Done, Part
 
-# What a machine with torch, pytest and numpy alone does not have.
+# Missing on a machine with torch, pytest and numpy alone.
 WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
@@ -181,5 +181,5 @@ def test_shards_are_even(tmp_path: Path) -> None:
     names = [name for shard in shards for name in shard]
     assert len(names) == len(set(names)) > 30
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
-    # What takes longest is spread, over 4 and so over gpu_check's 8.
+    # The longest are spread, over 4 and so over gpu_check's 8.
     assert all(sum("max-autotune" in name for name in shard) <= 1 for shard in shards)

@@ -276,7 +276,7 @@ def blocks(launch: Launch) -> int:
 
 
 def tail(launch: Launch) -> float:
-    """How long the last task may run alone, as a share of the launch: bytes over a slot's share."""
+    """The last task's bytes over those of the average slot: it may run alone so long."""
     total = sum(m.tasks * m.bytes_of_task for m in launch.members)
     return launch.members[-1].bytes_of_task / (total / (H100.multiprocessors * blocks(launch)))
 

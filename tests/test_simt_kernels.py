@@ -26,7 +26,7 @@ def counters(harness: ctypes.CDLL) -> Counters:
 
 
 def counted(harness: ctypes.CDLL, call: Callable[[], Any]) -> Counters:
-    """Of all launches of a call."""
+    """Add up all launches of a call."""
     total = Counters()
     harness.simt_reset_counters()
     call()

@@ -27,7 +27,7 @@ SCRIPT = Path(__file__).with_name("triton_compile.py")
 
 
 def printed(option: str, **environment: str) -> Any:
-    """What the script prints in a process of its own: in this one Triton may be the interpreter."""
+    """Run the script in its own process: in this one Triton may be the interpreter."""
     without = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), option],

@@ -103,7 +103,7 @@ def compiled(call: Call, target: GPUTarget) -> Any:
 
 
 def specialized(call: Call) -> str:
-    """What Triton takes of a launch into its compilation."""
+    """The part of a launch that Triton compiles for."""
     *_, binder = call.kernel.device_caches[0]
     _, found, _ = binder(*call.arguments, **call.constants)
     return str(found)
@@ -391,7 +391,7 @@ def a_step(stages: tuple[tuple[int, int, int], ...], batch: int) -> dict[str, Ca
 
 
 def kernels() -> dict[str, int]:
-    """How often each is compiled for all batch sizes to 130, and some beyond."""
+    """Count the compilations of each for all batch sizes to 130, and some beyond."""
     triton.runtime.driver.set_active(_Driver(TARGETS["sm_90"]))
     found: dict[str, set[str]] = {}
     for name, stages in STAGES.items():

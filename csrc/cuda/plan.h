@@ -84,7 +84,7 @@ inline int64_t best_lanes(int64_t rows, int64_t columns, int64_t column_bytes, i
 
 constexpr int64_t kReduceTurns = 4;
 
-// Likewise for threads that add up by shuffles, within a warp.
+// Threads side by side that add up by shuffles: within a warp.
 inline int64_t shuffled_lanes(int64_t columns) {
   return std::min<int64_t>(32, power_of_two_up(columns));
 }
@@ -287,7 +287,7 @@ inline int64_t kept_bytes_of(const Feature& student) {
   return round_up(sample_bytes(student), kVectorBytes);
 }
 
-// What a launch of pairs has in shared memory, beside what every block of it takes.
+// The shared memory of a launch of pairs, beside what every block takes.
 struct OnChip {
   int64_t map_bytes = 0;   // two maps of a sample; 0: too large for it
   int64_t kept_bytes = 0;  // of students that are kept; 0: none is

@@ -1,4 +1,4 @@
-"""Numbers of a call, of which nothing is compiled in.
+"""Numbers of a call that no compilation depends on.
 
 Triton compiles a kernel anew for an integer that is 1, a multiple of 16, or of more than 32 bits.
 ``do_not_specialize`` does not reach into tuples, so records hold numbers in a form that is always
