@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import outside
 import pytest
 import torch
+
+import at_fused
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import gpu_check
@@ -35,11 +38,25 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """This checkout with the package in use, which may be an installed one, in its place."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for item in gpu_check.ROOT.iterdir():
+        if item.name not in ("at_fused", "scripts", ".git"):
+            (folder / item.name).symlink_to(item)
+    (folder / "at_fused").symlink_to(Path(at_fused.__file__).parent)
+    shutil.copytree(gpu_check.ROOT / "scripts", folder / "scripts")
+    return folder
+
+
 @pytest.mark.long
-def test_a_dry_run_goes_through_every_part(tmp_path: Path) -> None:
+def test_a_dry_run_goes_through_every_part(tmp_path: Path, checkout: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     with_nothing = {"PYTHONPATH": str(tmp_path), "AT_FUSED_GPU_DRY_RUN": "1"}
-    said = outside.output_of(tmp_path, gpu_check.__file__, "--out", "reports", **with_nothing)
+    script = str(checkout / "scripts/gpu_check.py")
+    said = outside.output_of(tmp_path, script, "--out", "reports", **with_nothing)
     (report,) = (tmp_path / "reports").glob("gpu_check_*.md")
     text = report.read_text()
     titles = [part.title for part in gpu_check.parts(report)]
@@ -159,22 +176,24 @@ def test_ncu_is_asked_for_our_kernels() -> None:
         assert not re.fullmatch(gpu_check.OURS, theirs)
 
 
-def test_a_shard_says_at_once_why_a_test_fails(tmp_path: Path) -> None:
+def test_a_shard_says_at_once_why_a_test_fails(tmp_path: Path, checkout: Path) -> None:
     bad = "def test_a(): assert 1 == 2\ndef test_b(): pass\ndef test_c(): os.kill(os.getpid(), 9)"
     (tmp_path / "test_x.py").write_text(f"import os\n{bad}")
-    tests = {**gpu_check.SET, "PYTHONPATH": f"{gpu_check.ROOT}:{gpu_check.ROOT / 'tests'}"}
-    done = outside.run(tmp_path, *gpu_check.PYTEST, "-p", "conftest", "--shard", "0/2", **tests)
+    tests = {**gpu_check.SET, "PYTHONPATH": f"{checkout}:{checkout / 'tests'}"}
+    done = outside.run(
+        tmp_path, *gpu_check.PYTEST, "-p", "conftest", "--shard", "0/2", "test_x.py", **tests
+    )
     assert done.returncode == -9
     assert "E   assert 1 == 2" in done.stdout
 
 
 @pytest.mark.long
-def test_shards_are_even(tmp_path: Path) -> None:
+def test_shards_are_even(checkout: Path) -> None:
     def of(shard: int) -> list[str]:
         choice = "-m", "smoke", "-k", "not triton", "--shard", f"{shard}/4", "tests/test_gpu.py"
         options = "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"
-        alone = {"AT_FUSED_GPU_DRY_RUN": "1", "PYTHONPATH": str(gpu_check.ROOT)}
-        said = outside.output_of(gpu_check.ROOT, *options, *choice, **alone)
+        alone = {"AT_FUSED_GPU_DRY_RUN": "1", "PYTHONPATH": str(checkout)}
+        said = outside.output_of(checkout, *options, *choice, **alone)
         return re.findall("^tests/.*::.*$", said, re.M)
 
     shards = [of(i) for i in range(4)]
