@@ -185,9 +185,8 @@ def at_value_and_grad(
 
     ``(L, scale * dL/dS)``, where forward and backward one after the other would read S twice (and
     do, with ``collapse="max"``, maps of different sizes, a mask that requires a gradient, odd
-    powers without ``absolute``, and on a GPU where a sample and the list's largest map do not fit
-    into half of a multiprocessor's shared memory: 114 KB on an H100). For loops that put gradients
-    together themselves:
+    powers without ``absolute``, and on a GPU for samples that do not fit on chip, see
+    docs/kernels.md). For loops that put gradients together themselves:
 
         loss, gradients = at_value_and_grad(features, teacher_features, scale=beta)
         torch.autograd.backward([task_loss, *features], [None, *gradients])

@@ -3,11 +3,11 @@
 
     python scripts/gpu_check.py [--out FOLDER] [--build]
 
-Needs torch of 2.10 or later, pytest and numpy, and no network. Takes the libraries in at_fused/ if
-it has built them itself, there or in a copy of this folder, of the same sources: their sums are in
-build/gpu_check.json. Else it builds them first, with setuptools, pybind11, nvcc and a C++ compiler;
---build does that alone, and needs no GPU. Beside the eight minutes a build may take half an hour,
-and the look at what is in use two minutes.
+Needs torch of 2.10 or later, pytest, numpy and setuptools, and no network. Takes the libraries in
+at_fused/ if it has built them itself of the same sources, there or elsewhere: then carry
+at_fused/*.so and build/gpu_check.json, which has their sums. Else it builds them first, with
+pybind11, nvcc and a C++ compiler; --build does that alone, and needs no GPU. Beside the eight
+minutes a build may take half an hour, and the look at what is in use two minutes.
 
 Leaves two files to send in, in benchmarks/results or FOLDER: gpu_check_<device>_<date>.md, and the
 times in a .json beside it. The most telling comes first. Goes on after a part that fails or takes
@@ -77,6 +77,11 @@ class Done(NamedTuple):
 
     status: int | None
     said: str
+
+
+def last_line(done: Done) -> str:
+    """The reason of a command that failed, as far as it gave one."""
+    return [f"status {done.status}", *done.said.strip().splitlines()][-1]
 
 
 def refuse(why: str) -> None:
@@ -175,19 +180,22 @@ def verdict(part: Part, done: list[Done]) -> tuple[bool, str]:
         return True, "not permitted to this user"
     if bad:
         return False, f"status {', '.join(str(each.status) for each in bad)}"
+    if "ncu" in part.title and not DRY_RUN and not any("at_loss" in each.said for each in done):
+        return False, "no kernel was profiled"
     if of_tests and not any(re.search(r"\d+ passed", each.said) for each in done):
         return False, "no test has passed"
     return True, "passed"
 
 
 def sums() -> dict[str, str]:
-    """The SHA-256 of the libraries' sources together, and of each library."""
+    """The SHA-256 of the libraries' sources together, and of each library; what they are for."""
     sources = hashlib.sha256()
     for file in sorted([ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]):
         sources.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
     libraries = [x for name in LIBRARIES for x in sorted((ROOT / "at_fused").glob(f"{name}.*so"))]
-    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in libraries}
-    return {"sources": sources.hexdigest(), **found}
+    found = {x.name: f"sha256 {hashlib.sha256(x.read_bytes()).hexdigest()}" for x in libraries}
+    devices = os.environ.get("TORCH_CUDA_ARCH_LIST", "those of setup.py")
+    return {"sources": f"sha256 {sources.hexdigest()}", **found, "devices": devices}
 
 
 def build() -> None:
@@ -201,7 +209,7 @@ def build() -> None:
     (done,) = run(Part("Build", 1800, [command], {"AT_FUSED_CUDA": str(int(not DRY_RUN))}))
     if done.status != 0:
         print(done.said)
-        refuse(f"cannot build: {done.said.strip().splitlines()[-1]}")
+        refuse(f"cannot build: {last_line(done)}")
     if not DRY_RUN:
         built.parent.mkdir(exist_ok=True)
         built.write_text(json.dumps(sums(), indent=1))
@@ -209,7 +217,8 @@ def build() -> None:
 
 def prepare(only_build: bool) -> str:
     """Builds what it has to; returns what is in use."""
-    missing = [name for name in ("torch", "pytest", "numpy") if not importlib.util.find_spec(name)]
+    names = "torch", "pytest", "numpy", "setuptools"  # the last for torch's C++ extensions
+    missing = [name for name in names if not importlib.util.find_spec(name)]
     if missing:
         refuse(f"{sys.executable} has no {', '.join(missing)}")
     import torch
@@ -217,12 +226,12 @@ def prepare(only_build: bool) -> str:
     if not (DRY_RUN or only_build or torch.cuda.is_available()):
         refuse(f"torch {torch.__version__} sees no GPU")
     build()
-    found = "".join(f"{name:10} sha256 {of}\n" for name, of in sums().items())
+    found = "".join(f"{name:10} {of}\n" for name, of in sums().items())
     if only_build:
         return found
     (done,) = run(Part("In use", 120, [[sys.executable, "-c", IN_USE]]))
     if done.status != 0:
-        refuse(done.said.strip().splitlines()[-1])
+        refuse(last_line(done))
     return done.said + found
 
 
@@ -234,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     # What is started in the background ignores it, and so would all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left on the device
     in_use = prepare(given.build)
     if given.build:
         print(in_use, end="")
@@ -245,6 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     report = out / f"gpu_check_{re.sub(r'[^A-Za-z0-9]+', '-', device)}_{today}.md"
+    if report.exists():
+        refuse(f"{report} is there: move it away, or give another --out")
     report.write_text(f"# at_fused on {device}, {today}\n\n```\n{in_use}```\n")
 
     def say(text: str) -> None:

@@ -32,6 +32,7 @@ LISTS: list[tuple[list[tuple[int, ...]], torch.dtype, torch.memory_format, float
 def run(students: list[Tensor], teachers: list[Tensor], p: float, masks: dict[str, Any]) -> None:
     """Calls each operator once, and its gradient."""
     at_fused.at_loss(students, teachers, p=p, **masks).backward()
+    at_fused.at_loss(students, teachers, p=p, collapse="max", **masks).backward()
     at_fused.at_value_and_grad(students, teachers, p=p, **masks)
     for collapse in ("mean", "max"):
         taps = [at_fused.attention_tap(x * 1, p=p, collapse=collapse) for x in students]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import outside
@@ -81,17 +84,43 @@ def test_parts_that_fail_or_hang_do_not_end_it(
     ]
     for parts, status in ((bad[2:], 0), (bad, 1)):
         monkeypatch.setattr(gpu_check, "parts", lambda rows, parts=parts: parts)
-        assert gpu_check.main(["--out", str(tmp_path)]) == status
+        assert gpu_check.main(["--out", str(tmp_path / str(status))]) == status
     said = capsys.readouterr().out
     assert "s: status 1\n" in said
     assert "s: not done in 4 s\n" in said
     assert said.count("s: not there\n") == 2
-    (report,) = tmp_path.glob("gpu_check_Pretend-R-GPU-9_*.md")
+    (report,) = tmp_path.glob("1/gpu_check_Pretend-R-GPU-9_*.md")
+    with pytest.raises(SystemExit):  # it would be lost
+        gpu_check.main(["--out", str(report.parent)])
+    assert "is there: move it away" in capsys.readouterr().err
     text = report.read_text()
     assert "what is in use" in text
     assert "ZeroDivisionError" in text
     assert text.count("\nhere\n") == 2
     assert text.count("\nKeyboardInterrupt\n") == 1  # where it hangs
+
+
+def test_nothing_is_left_running_when_it_is_ended(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(gpu_check.__file__).parent)!r})
+import gpu_check, torch
+gpu_check.prepare = lambda only_build: ""
+torch.cuda.get_device_name = lambda: "GPU"
+sleeps = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(1e6)"
+gpu_check.ROOT = gpu_check.Path({str(tmp_path)!r})
+gpu_check.parts = lambda rows: [gpu_check.Part("", 600, [[sys.executable, "-c", sleeps]])]
+gpu_check.main(["--out", {str(tmp_path)!r}])
+"""
+    process = subprocess.Popen(python(code), stderr=subprocess.PIPE)
+    file = tmp_path / "pid"
+    while not (file.exists() and file.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert b"KeyboardInterrupt" in process.communicate()[1]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
 
 
 def test_no_test_and_no_permission() -> None:
@@ -101,7 +130,9 @@ def test_no_test_and_no_permission() -> None:
         (pytest_part, [Done(5, "no tests ran")] * 2, False),
         (pytest_part, [Done(0, "3 passed"), Done(1, "2 passed, 1 failed")], False),
         (pytest_part, [Done(0, "3 passed"), Done(None, "")], False),
-        (Part("", 9, [["ncu"]]), [Done(1, "==ERROR== ERR_NVGPUCTRPERM - ...")], True),
+        (Part("ncu", 9, [["ncu"]]), [Done(1, "==ERROR== ERR_NVGPUCTRPERM - ...")], True),
+        (Part("ncu", 9, [["ncu"]]), [Done(0, "==WARNING== No kernels were profiled.")], False),
+        (Part("ncu", 9, [["ncu"]]), [Done(0, "at_loss_kernel (1, 1, 1)")], True),
         (Part("", 9, [["ncu"]]), [Done(5, "")], False),
     ):
         assert gpu_check.verdict(part, done)[0] == good, done
@@ -141,7 +172,7 @@ def test_it_says_why_it_cannot_begin(
         assert said.count(": building\n") == builds, changed
         assert "_cuda.abi3.so sha256 2d711642" in said
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
-    assert refused().endswith("has no torch, pytest, numpy\n")
+    assert refused().endswith("has no torch, pytest, numpy, setuptools\n")
 
 
 def test_what_it_starts_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
     map_loss            the loss of a list of pairs of raw maps, and their gradients
     at_loss             the loss of a list of pairs of features, in one pass over them
-    at_value_and_grad   at_loss and the students' gradients, read once where they fit on chip
+    at_value_and_grad   at_loss and the students' gradients, in one call
 
 A loss is a scalar, (pairs,) with ``reduction="none"``, or (pairs, B) with "sample", without the
 mean over the batch. The maps and gradients that come with it belong to its sum.

@@ -186,7 +186,7 @@ __device__ inline void total_losses(const LossParams& params, Control& control) 
   }
   __syncthreads();
   if (threadIdx.x > 0) return;
-  double total = params.continues ? *params.sum : 0.0;
+  double total = params.add && params.continues ? *params.sum : 0.0;
   for (int i = 0; i < params.count; ++i) {
     double sum = 0;
     for (int part = 0; part < parts; ++part) sum += control.sums[i * parts + part];
