@@ -203,7 +203,7 @@ def roofline(model: Model, result: Result | None = None) -> Figure:
     rows = [row for row in rows if row["backend"] == rows[0]["backend"]]
     bandwidth, where = 1e6 * H100.bandwidth, f"a model of an {H100.name}, not measured"
     if result:
-        bandwidth = 1e3 * rows[0]["bytes"]["copy"] / rows[0]["ms"]["copy"]
+        bandwidth = 1e3 * max(row["bytes"]["copy"] / row["ms"]["copy"] for row in rows)
         where = f"measured on {result['device']}, {rows[0]['backend']}"
     figure, ax = panel(8, 5, f"Roofline, fp32 NCHW: {where}")
     drawn = list(points(model, rows).items())

@@ -176,7 +176,7 @@ def verdict(part: Part, done: list[Done]) -> tuple[bool, str]:
     of_tests = "pytest" in part.commands[0]
     good = (0, 5) if of_tests else (0,)  # 5: no test is in this share of them
     bad = [each for each in done if each.status not in good]
-    if bad and all("ERR_NVGPUCTRPERM" in each.said for each in bad):
+    if all("ERR_NVGPUCTRPERM" in each.said for each in bad or done):
         return True, "not permitted to this user"
     if bad:
         return False, f"status {', '.join(str(each.status) for each in bad)}"
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", metavar="FOLDER")
     parser.add_argument("--build", action="store_true", help="only build the libraries")
     given = parser.parse_args(arguments)
-    # What is started in the background ignores it, and so would all that it starts.
+    # A program that a shell starts in the background ignores it, and so would all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left on the device
     in_use = prepare(given.build)

@@ -231,6 +231,14 @@ def test_each_back_end_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(ran) == sorted(["cpu", "cpu", "eager"] * (len(ran) // 3))
 
 
+def test_the_roof_is_the_rate_of_a_large_copy() -> None:
+    result = gpu()
+    small, *_, large, _ = result["parts"]["cases"]
+    small["bytes"]["copy"], large["bytes"]["copy"] = 2**20, 10**11
+    (ax,) = charts.roofline(MODEL, result).axes
+    assert "memory, 1.00 TB/s" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> measure.Graphs:
     """A GPU's meter, on stand-ins whose time is the operators that graphs run."""
