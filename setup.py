@@ -33,8 +33,8 @@ LINK = ["-Wl,-s", "-Wl,--as-needed"] if platform.system() == "Linux" else []
 COMPILE = ["-fvisibility=hidden", "-g0", f"-ffile-prefix-map={ROOT}/="]
 
 
-# What the CUDA library is compiled for; the last two also as PTX, for devices between and after
-# them. A CUDA too old for one leaves it out. TORCH_CUDA_ARCH_LIST says otherwise.
+# The targets of the CUDA library; the last two also as PTX, for devices between and after them. A
+# CUDA too old for one leaves it out. TORCH_CUDA_ARCH_LIST says otherwise.
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
 
 

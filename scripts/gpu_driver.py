@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 import at_fused
+from benchmarks.cases import CANONICAL, CASES
 
 DEVICE, SIZE = sys.argv[1:]
 FP32, NCHW, NHWC = torch.float32, torch.contiguous_format, torch.channels_last
 LITTLE = [(4, 16, 32, 32), (3, 64, 7, 7), (3, 5, 5, 7), (2, 96, 56, 56)]
-STAGES = [(32, c, h, h) for c, h in ((64, 56), (128, 28), (256, 14), (512, 7))]
+B, C = ([(CASES[x][0], c, h, h) for c, _, h in CASES[x][1]] for x in CANONICAL[1:])
 # Sizes, dtype, layout, p, and whether positions are masked.
 LISTS: list[tuple[list[tuple[int, ...]], torch.dtype, torch.memory_format, float, bool]] = {
-    "large": [(STAGES, FP32, NCHW, 2, False), ([(32, 256, 56, 56)], FP32, NCHW, 2, False)],
+    "large": [(B, FP32, NCHW, 2, False), (C, FP32, NCHW, 2, False)],
     "small": [
         (LITTLE, FP32, NCHW, 2, False),
         (LITTLE, torch.bfloat16, NHWC, 2, False),

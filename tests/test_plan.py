@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +27,12 @@ from plan_library import (
     plan_pairs,
     plan_sweeps,
 )
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks import model
+from benchmarks.cases import CANONICAL, CASES, LARGE
+from benchmarks.kernels import REGISTERS
+from benchmarks.model import slots
 
 A100 = Limits(108, 166912, 167936)
 SMALL = Limits(20, 101376, 102400)
@@ -270,9 +278,8 @@ def test_reads_are_wide_and_many(x: Feature) -> None:
 
 
 def blocks(launch: Launch) -> int:
-    """Blocks that a multiprocessor has room for; the kernels leave registers for three."""
-    shared = launch.shared + RESERVED
-    return min(3, H100.shared_per_multiprocessor // shared)
+    """Blocks that a multiprocessor has room for."""
+    return slots(model.H100, REGISTERS, launch.shared) // H100.multiprocessors
 
 
 def tail(launch: Launch) -> float:
@@ -281,19 +288,11 @@ def tail(launch: Launch) -> float:
     return launch.members[-1].bytes_of_task / (total / (H100.multiprocessors * blocks(launch)))
 
 
-LISTS_OF_CASES = {
-    "a": (128, [(16, 32, 32), (32, 64, 16), (64, 128, 8)]),
-    "b": (32, [(64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7)]),
-    "c": (32, [(256, 256, 56)]),
-    "ResNet-18": (128, [(64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7)]),
-}
-
-
 @pytest.mark.parametrize("layout", [PLANAR, INTERLEAVED], ids=["planar", "interleaved"])
 @pytest.mark.parametrize("dtype", [0, 3], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", LISTS_OF_CASES)
+@pytest.mark.parametrize("case", [*CANONICAL, LARGE])
 def test_lists_fill_the_device(case: str, dtype: int, layout: int) -> None:
-    batch, stages = LISTS_OF_CASES[case]
+    batch, stages = CASES[case]
     students, teachers = (
         [dense(batch, stage[side], stage[2] ** 2, dtype, layout) for stage in stages]
         for side in (0, 1)

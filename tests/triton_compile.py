@@ -373,7 +373,7 @@ def a_step(stages: tuple[tuple[int, int, int], ...], batch: int) -> dict[str, Ca
     s, t = ([torch.empty(batch, x[i], x[2], x[2]) for x in stages] for i in (0, 1))
     maps = [torch.empty(batch, x[2] ** 2) for x in stages]
     weights = [(batch - 1) / (3 + i) for i in range(len(s))]
-    # Of odd places and strides, each stretched from one element.
+    # Its place is odd for every other batch; it is stretched from one element.
     above = torch.empty(2 * batch)[batch - 1].expand(len(s))
     eps, scale, pairs = batch * 1e-9, 2.0 ** (batch - 1), list(range(len(s)))
     arguments = loss_arguments(s, t, weights=weights, reduction="none", eps=eps)

@@ -67,10 +67,6 @@ __device__ __forceinline__ void map_rows(const T* from, int64_t step, int row, i
   }
 }
 
-// Rows of single elements are a fraction of the bytes, so more of them are under way.
-template <class C, int V>
-constexpr int kRowsInFlight = C::rows_in_flight * (V == 1 ? 2 : 1);
-
 // Rows are channels, threads side by side take adjacent positions.
 template <class T, int V, bool keeps, class C>
 __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile, const C& collect,
@@ -79,7 +75,7 @@ __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile,
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
   const int rows = x.C / fold, columns = (tile.end - tile.begin) * fold / V;
   const int64_t line = x.line * fold, step = height * line;
-  constexpr int U = kRowsInFlight<C, V>;
+  constexpr int U = C::rows_in_flight * kTimesRows<V>;
   using State = typename C::State;
   const T* first = static_cast<const T*>(x.data) + int64_t(here(tile.b)) * x.batch + tile.begin;
   State* scratch = reinterpret_cast<State*>(tile.scratch);

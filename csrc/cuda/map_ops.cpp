@@ -1,7 +1,6 @@
 // The CUDA implementations of torch.ops.at_fused.attention_map*: arguments to plans, plans to
 // launches. Their schemas are in _ops.
 
-#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,12 +12,6 @@
 
 namespace at_fused {
 namespace {
-
-int64_t bytes_of(const std::vector<Feature>& features) {
-  int64_t total = 0;
-  for (const Feature& x : features) total += total_bytes(x);
-  return total;
-}
 
 Tensors attention_map(Tensors tensors, double p, std::string collapse,
                       std::vector<int64_t> skip_tokens) {
@@ -36,7 +29,7 @@ Tensors attention_map(Tensors tensors, double p, std::string collapse,
     maps.push_back(new_map(x, device));
     if (maximum) channels.push_back(new_rows(x.B, x.N, aoti_torch_dtype_int32(), device));
   }
-  const int64_t total = bytes_of(features);
+  const int64_t total = total_bytes(features);
   launch_parts(
       features.size(), MapParams{p, 0, {}}, maximum ? kMaximumBytes : kScratchBytes, scope.stream(),
       [&](size_t at, MapFeature& feature) {
@@ -65,7 +58,7 @@ Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
   Gradients gradients(tensors, skip_tokens);
   const std::vector<Feature>& features = gradients.features;
   for (const Feature& x : features) check_extent(x);
-  const int64_t total = bytes_of(features);
+  const int64_t total = total_bytes(features);
   launch_parts(
       features.size(), SweepParams{p, gradient.sample_stride, 0, gradient.fp64, {}}, 0,
       scope.stream(),

@@ -136,6 +136,10 @@ __device__ __forceinline__ Pack<T, n> load(const T* from) {
   return {*reinterpret_cast<const typename Pack<T, n>::Word*>(from)};
 }
 
+// A factor of the rows under way in planar features: single elements are a fraction of the bytes.
+template <int V>
+constexpr int kTimesRows = V == 1 ? 2 : 1;
+
 // U rows, `step` elements and `height` row numbers apart, as far as they are below `rows`. The
 // others are zeroed: left alone, their registers would be taken for values of the round before.
 template <bool constant, class T, int n, int U>

@@ -93,8 +93,8 @@ struct PairParams {
   const void* mask;                     // (B, N), fp64 where a side is; null: ones
   double student_scale, teacher_scale;  // of the channel sums
   double weight;                        // of a sample
-  // Of the student's gradient, in the kernel that writes it: a whole sample that stays on chip is
-  // swept at once. Without `out` the coefficients are all that the launch makes.
+  // The student's gradient, where a whole sample stays on chip and is swept at once. Without `out`
+  // the coefficients are all that the launch makes.
   Sweep sweep;
   const void* loss_gradient;  // null is 1
   int32_t number;             // in the list

@@ -202,6 +202,11 @@ inline int64_t position_bytes(const View& x) { return x.C * element_size(x.dtype
 // ---- maps -------------------------------------------------------------------------------------
 
 inline int64_t total_bytes(const Feature& x) { return x.B * sample_bytes(x); }
+inline int64_t total_bytes(const std::vector<Feature>& list) {
+  int64_t total = 0;
+  for (const Feature& x : list) total += total_bytes(x);
+  return total;
+}
 
 // Cuts one feature of a list of `total` bytes for its map.
 inline void plan_map(MapFeature& feature, const Feature& x, int64_t total, const Limits& limits) {

@@ -65,7 +65,7 @@ template <class E, class Add, bool shared>
 constexpr int kRows = Add::adds || shared ? 2 : E::rows_in_flight;
 
 // Some rows at a time: reads them, and writes factor(u, j) * slope, plus the addend, for
-// element j of row u. prepare() ends the first factors, when the rows are under way as well.
+// element j of row u. prepare() completes the first factors, when the rows are under way as well.
 template <class T, int V, int U, bool shared, class E, class Add, class P, class F>
 __device__ __forceinline__ void sweep_rows(const T* from, int64_t step, T* to, int64_t out_step,
                                            Add add, int row, int height, int rows, E e, P prepare,
@@ -98,8 +98,7 @@ __device__ __forceinline__ void sweep_planar(const T* x, int64_t line, T* out, i
   lanes = here(lanes), positions = here(positions);
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
   const int64_t step = height * line, out_step = height * out_line;
-  // Single elements are a fraction of the bytes.
-  constexpr int U = kRows<E, Add, shared> * (V == 1 ? 2 : 1);
+  constexpr int U = kRows<E, Add, shared> * kTimesRows<V>;
 #pragma unroll 1
   for (int column = span.column_begin + tx; column < span.column_end; column += lanes) {
     A factor[V];

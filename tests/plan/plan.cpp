@@ -10,9 +10,15 @@ Feature feature(const int64_t* x) {
   return {
       reinterpret_cast<const void*>(x[5]), Dtype(x[6]), Layout(x[7]), x[0], x[1], x[2], x[3], x[4]};
 }
-constexpr int kNumbers = 8;
 
-// In the order of plan_library.py: Member. A member's `data` address tells its number.
+std::vector<Feature> list(int count, const int64_t* numbers) {
+  constexpr int of_each = 8;
+  std::vector<Feature> features;
+  for (int i = 0; i < count; ++i) features.push_back(feature(numbers + of_each * i));
+  return features;
+}
+
+// In the order of plan_library.py: Member.
 struct Out {
   int64_t* to;
 
@@ -34,12 +40,12 @@ void put_tasks(Out& out, int64_t number, const Member& member, int64_t samples, 
 
 extern "C" {
 
-void plan_maps_c(int count, const int64_t* features, const Limits* limits, int64_t* to) {
+// A member's number, which sorting would lose, is where its map would be, or its coefficients.
+void plan_maps_c(int count, const int64_t* numbers, const Limits* limits, int64_t* to) {
+  const std::vector<Feature> features = list(count, numbers);
   std::vector<MapFeature> members(count);
-  int64_t total = 0;
-  for (int i = 0; i < count; ++i) total += total_bytes(feature(features + kNumbers * i));
   for (int i = 0; i < count; ++i) {
-    plan_map(members[i], feature(features + kNumbers * i), total, *limits);
+    plan_map(members[i], features[i], total_bytes(features), *limits);
     members[i].map = reinterpret_cast<void*>(intptr_t(i));
   }
   number_tasks(members.data(), count);
@@ -51,15 +57,14 @@ void plan_maps_c(int count, const int64_t* features, const Limits* limits, int64
 }
 
 // `addends` may be null.
-void plan_sweeps_c(int count, const int64_t* features, const int64_t* outs, const int64_t* addends,
+void plan_sweeps_c(int count, const int64_t* numbers, const int64_t* outs, const int64_t* addends,
                    const Limits* limits, int64_t* to) {
+  const std::vector<Feature> features = list(count, numbers), written = list(count, outs);
+  const std::vector<Feature> added = list(addends ? count : 0, addends);
   std::vector<SweepFeature> members(count);
-  int64_t total = 0;
-  for (int i = 0; i < count; ++i) total += total_bytes(feature(features + kNumbers * i));
   for (int i = 0; i < count; ++i) {
-    const Feature added = addends ? feature(addends + kNumbers * i) : Feature{};
-    plan_sweep(members[i], feature(features + kNumbers * i), feature(outs + kNumbers * i), total,
-               *limits, addends ? &added : nullptr);
+    plan_sweep(members[i], features[i], written[i], total_bytes(features), *limits,
+               addends ? &added[i] : nullptr);
     members[i].k = reinterpret_cast<void*>(intptr_t(i));
   }
   number_tasks(members.data(), count);
@@ -74,13 +79,12 @@ void plan_sweeps_c(int count, const int64_t* features, const int64_t* outs, cons
 // `outs` is null for a loss alone. Puts the shared memory of a block first.
 void plan_pairs_c(int count, const int64_t* students, const int64_t* teachers, const int64_t* outs,
                   bool fp64, const Limits* limits, int64_t* to) {
+  const std::vector<Feature> s = list(count, students), t = list(count, teachers);
+  const std::vector<Feature> written = list(outs ? count : 0, outs);
   std::vector<PairParams> members(count);
-  std::vector<PairFeatures> list;
-  for (int i = 0; i < count; ++i) {
-    list.push_back({feature(students + kNumbers * i), feature(teachers + kNumbers * i),
-                    outs ? feature(outs + kNumbers * i) : Feature{}});
-  }
-  const OnChip chip = plan_pairs(members.data(), list, outs, fp64, *limits);
+  std::vector<PairFeatures> pairs;
+  for (int i = 0; i < count; ++i) pairs.push_back({s[i], t[i], outs ? written[i] : Feature{}});
+  const OnChip chip = plan_pairs(members.data(), pairs, outs, fp64, *limits);
   for (int i = 0; i < count; ++i) members[i].number = i;
   number_tasks(members.data(), count);
   Out out{to};
@@ -95,7 +99,7 @@ void plan_pairs_c(int count, const int64_t* students, const int64_t* teachers, c
   }
 }
 
-// Pairs of raw maps: the two samples of a task.
+// The tasks of a pair of raw maps, and the samples of each.
 int64_t plan_map_loss_c(const int64_t* student, const int64_t* teacher, const Limits* limits,
                         int64_t* samples) {
   PairParams pair{};

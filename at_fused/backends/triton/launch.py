@@ -66,7 +66,7 @@ def layout_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> Layout | None:
     # A stride that is never taken may be anything.
     line = (channel if planar else position) if outer > 1 else 0
     extent = (outer - 1) * line + inner
-    # That of a single sample is as it would be of more, dense ones: one kernel serves both.
+    # A single sample has the stride of several dense ones, so that one kernel serves both.
     batch = stride[0] if shape[0] > 1 else max(outer * line, inner)
     align = math.gcd(batch, line, inner, 16)
     return Layout(channels, positions, planar, batch, line, align, extent >= 2**31)
