@@ -31,7 +31,7 @@ LINK = ["-Wl,-s", "-Wl,--as-needed"] if platform.system() == "Linux" else []
 # Python's own -g would take a third of the time, for what the linker leaves out; and errors name
 # a file as the repository does, not as the machine that built it.
 COMPILE = ["-fvisibility=hidden", "-g0", f"-ffile-prefix-map={ROOT}/="]
-
+CPU = ["-O3", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 # The targets of the CUDA library; the last two also as PTX, for devices between and after them. A
 # CUDA too old for one leaves it out. TORCH_CUDA_ARCH_LIST says otherwise.
@@ -39,7 +39,7 @@ CUDA_ARCHITECTURES = (80, 90, 100, 120)
 
 
 def switch(name: str, default: str, *others: str) -> str:
-    """The value of one of the switches above."""
+    """Return the value of one of the switches above."""
     value = os.environ.get(name) or default
     if value not in (default, *others):
         raise SystemExit(f"{name} must be {' or '.join((default, *others))}, got {value!r}")
@@ -47,11 +47,11 @@ def switch(name: str, default: str, *others: str) -> str:
 
 
 class NoCudaError(Exception):
-    """Why the CUDA library cannot be built, in one line."""
+    """The CUDA library cannot be built: the reason, in one line."""
 
 
 def ask(nvcc: str | Path, *arguments: str | Path) -> str:
-    """What nvcc prints; where it fails, the error has its own line."""
+    """Return what nvcc prints; where it fails, the error has its own line."""
     try:
         done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
     except OSError as error:
@@ -65,7 +65,7 @@ def ask(nvcc: str | Path, *arguments: str | Path) -> str:
 
 
 def find_cuda() -> Path:
-    """The folder of a toolkit that compiles for this torch, which takes no GPU."""
+    """Find the folder of a toolkit that compiles for this torch, which takes no GPU."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if nvcc is None:
@@ -76,10 +76,9 @@ def find_cuda() -> Path:
     top = re.search(r"^#\$ (?:TOP|_HERE_)=(.+)$", ask(nvcc, "--dryrun", "probe.cu"), re.M)
     if top is None:
         raise NoCudaError(f"{nvcc} --dryrun names no toolkit")
-    release = re.search(r"release (\d+)\.", ask(nvcc, "--version"))
-    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+    found = re.search(r"release (\d+)\.|$", ask(nvcc, "--version"))[1] or "unknown"
+    if found != torch.version.cuda.split(".")[0]:
         # The driver that this torch needs may not run what that nvcc makes.
-        found = release[1] if release else "unknown"
         raise NoCudaError(f"nvcc is of CUDA {found}, torch of CUDA {torch.version.cuda}")
     folder = Path(top[1]).resolve()
     toolkit = folder.parent if folder.name == "bin" else folder
@@ -88,13 +87,13 @@ def find_cuda() -> Path:
         probe.write_text("#include <cuda_fp16.h>\n__global__ void probe() {}\n")
         # The host compiler is the one that torch's build takes.
         host = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []
-        options = [*host, *architecture_flags(toolkit)[:1]]
-        ask(toolkit / "bin/nvcc", *options, "-c", probe, "-o", probe.with_suffix(".o"))
+        options = [*host, *architecture_flags(toolkit)[:1], "-c", probe, "-o", f"{probe}.o"]
+        ask(toolkit / "bin/nvcc", *options)
     return toolkit
 
 
 def cuda_choice() -> tuple[Path | None, str]:
-    """(the toolkit to build with, or None; what to say about it in the build's own record)."""
+    """Choose the toolkit to build with, or None, and what the build's own record says of it."""
     wanted = switch("AT_FUSED_CUDA", "auto", "0", "1")
     if wanted == "0":
         return None, "not built: AT_FUSED_CUDA=0"
@@ -102,33 +101,36 @@ def cuda_choice() -> tuple[Path | None, str]:
         toolkit = find_cuda()
     except NoCudaError as error:
         if wanted == "1":
-            raise SystemExit(
-                f"AT_FUSED_CUDA=1, but the CUDA library cannot be built: {error}"
-            ) from None
+            message = f"AT_FUSED_CUDA=1, but the CUDA library cannot be built: {error}"
+            raise SystemExit(message) from None
         return None, f"not built: {error}"
     return toolkit, f"built with {toolkit} against torch's CUDA {torch.version.cuda}"
 
 
 def architecture_flags(toolkit: Path) -> list[str]:
-    """The -gencode options for nvcc."""
+    """Return the -gencode options for nvcc."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []  # torch's build makes them of it
-    nvcc = toolkit / "bin/nvcc"
-    listed = ask(nvcc, "--list-gpu-code").split()
+    listed = ask(toolkit / "bin/nvcc", "--list-gpu-code").split()
     known = [sm for sm in CUDA_ARCHITECTURES if f"sm_{sm}" in listed]
     if not known:
-        raise NoCudaError(f"{nvcc} compiles for none of sm_{CUDA_ARCHITECTURES}")
+        raise NoCudaError(f"{toolkit}/bin/nvcc compiles for none of sm_{CUDA_ARCHITECTURES}")
     flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in known]
     return [*flags, *(f"-gencode=arch=compute_{sm},code=compute_{sm}" for sm in known[-2:])]
 
 
+def sources(device: str) -> list[str]:
+    """List what a device's library is compiled from."""
+    files = (ROOT / "csrc" / device).iterdir()
+    return sorted(str(p.relative_to(ROOT)) for p in files if p.suffix in (".cpp", ".cu"))
+
+
 def cuda_extension(toolkit: Path) -> CppExtension:
-    """The CUDA library. The CUDA runtime is linked in: which one torch ships does not matter."""
+    """Make the CUDA library. The CUDA runtime is linked in: whichever torch ships."""
     os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(toolkit)
-    sources = [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "csrc/cuda").glob("*.cpp")]
     cuda = CUDAExtension(
         "at_fused._cuda",
-        sorted(str(p.relative_to(ROOT)) for p in sources),
+        sources("cuda"),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None)],
         extra_compile_args={
             "cxx": ["-O2", *COMPILE],
@@ -142,38 +144,27 @@ def cuda_extension(toolkit: Path) -> CppExtension:
 
 
 def extensions(toolkit: Path | None, cuda: str) -> list:
-    """The libraries, and what is known of their build."""
-    defines = {
-        "AT_FUSED_VERSION": VERSION,
-        "AT_FUSED_TORCH": torch.__version__,
-        # It may hold a compiler's words, and goes through a shell and ninja into C++.
-        "AT_FUSED_CUDA": re.sub(r'[^ -~]|["$\\]', "'", cuda),
-    }
+    """List the libraries, and what is known of their build."""
+    # It may hold a compiler's words, and goes through a shell and ninja into C++.
+    cuda = re.sub(r'[^ -~]|["$\\]', "'", cuda)
+    defines = {"VERSION": VERSION, "TORCH": torch.__version__, "CUDA": cuda}
     build_info = CppExtension(
         "at_fused._build_info",
         ["csrc/build_info.cpp"],
         include_dirs=[pybind11.get_include()],
-        define_macros=[(name, f'"{value}"') for name, value in defines.items()],
+        define_macros=[(f"AT_FUSED_{name}", f'"{value}"') for name, value in defines.items()],
+        extra_link_args=LINK,
     )
-    build_info.extra_link_args = LINK
     # It reports on a package that cannot find its torch, so it must not need one itself.
     build_info.libraries.clear()
     build_info.library_dirs.clear()
     cpu = CppExtension(
         "at_fused._cpu",
-        sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp")),
+        sources("cpu"),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args=[
-            "-O3",
-            "-fno-math-errno",
-            "-ffp-contract=fast",
-            "-Wno-psabi",
-            "-Wno-maybe-uninitialized",
-            *COMPILE,
-        ],
+        extra_compile_args=[*CPU, *COMPILE],
         extra_link_args=LINK,
-        # The library has no Python in it: one file for all Pythons.
-        py_limited_api=True,
+        py_limited_api=True,  # the library has no Python in it: one file for all Pythons
     )
     return [cpu, *([cuda_extension(toolkit)] if toolkit else []), build_info]
 

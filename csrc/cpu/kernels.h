@@ -1,4 +1,4 @@
-// What the operators (*_ops.cpp) ask of one instruction-set level, as plain structs and function
+// What the operators ask of one instruction-set level, as plain structs and function
 // pointers: nothing from the standard library crosses this line, because an inline function
 // compiled for AVX-512 could otherwise be merged by the linker into code for older processors.
 #pragma once
@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "../feature.h"
-#include "../loss.h"
 
 namespace at_fused {
 
@@ -30,38 +29,21 @@ struct SampleLoss {
 struct Kernels {
   const char* name;
 
-  // map[n] = scale * sum_c |A[b, c, n]|^p  for n in [begin, end), one sample.
+  // map[n] = scale * sum_c |A[b, c, n]|^p  for n in [begin, end), one sample. With `channels` the
+  // maximum over the channels, without `scale`, and channels[n], which has it.
   void (*attention_map)(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                        double scale, void* map);
+                        double scale, void* map, int32_t* channels);
 
   // Normalises both maps of a sample, returns its share of the loss and leaves k = dL/dQ * scale.
   double (*sample_loss)(const SampleLoss& sample);
 
   // out[b, c, n] = gradient * k[n] * |A|^(p-1) * sign(A) for the lines [begin, end) of a sample:
-  // channels in planar, positions in interleaved. `out` has the layout and dtype of `feature`.
-  void (*attention_map_backward)(const Feature& feature, int64_t b, int64_t begin, int64_t end,
-                                 double p, double gradient, const void* k, const Feature& out,
-                                 bool stream);
-
-  // map[n] = max_c |A[b, c, n]|^p, and channels[n], which has it, as attention_map.
-  void (*max_map)(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                  void* map, int32_t* channels);
-
-  // As attention_map_backward, where only `channels` have a gradient.
-  void (*max_map_backward)(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                           double gradient, const void* k, const int32_t* channels,
-                           const Feature& out);
-
-  // As attention_map_backward, added to `add`, of the layout and dtype of `feature`, which may be
-  // `out`; with `channels` only those have a gradient.
-  void (*attention_tap_backward)(const Feature& feature, const Feature& add, int64_t b,
-                                 int64_t begin, int64_t end, double p, double gradient,
-                                 const void* k, const int32_t* channels, const Feature& out,
-                                 bool stream);
+  // channels in planar, positions in interleaved. It is added to `add`, which may be `out`, unless
+  // that is null; with `channels` only those have a gradient. All have one layout and dtype.
+  void (*sweep)(const Feature& feature, const Feature* add, int64_t b, int64_t begin, int64_t end,
+                double p, double gradient, const void* k, const int32_t* channels,
+                const Feature& out, bool stream);
 };
-
-// The table of the level in use.
-const Kernels& kernels();
 
 extern const Kernels kernels_baseline;
 #if defined(__x86_64__)

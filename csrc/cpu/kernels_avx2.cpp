@@ -1,30 +1,8 @@
 #if defined(__x86_64__)
-// Headers first: only code of this file alone may be compiled for the level (see kernels.h).
-#include <immintrin.h>
-
-#include <array>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <utility>
-
-#include "kernels.h"
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
 #define AT_FUSED_VECTOR_BYTES 32
 #include "kernels_table.h"
 
 namespace at_fused {
 const Kernels kernels_avx2 = table("avx2");
 }  // namespace at_fused
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
 #endif

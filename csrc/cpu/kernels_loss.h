@@ -11,14 +11,17 @@ namespace {
 
 // Everything from here to the coefficients is done in fp64: maps are small, and their squares
 // overflow fp32 from features of 1e10 on.
-AT_FUSED_INLINE Vec<double> load_fp64(const double* from) { return load(from); }
-AT_FUSED_INLINE Vec<double> load_fp64(const float* from) {
-  return __builtin_convertvector(read<VectorOf<float, lanes<double>>::type>(from), Vec<double>);
+template <class T>
+using Stored = typename VectorOf<T, lanes<double>>::type;
+
+template <class T>
+AT_FUSED_INLINE Vec<double> load_fp64(const T* from) {
+  return __builtin_convertvector(read<Stored<T>>(from), Vec<double>);
 }
-AT_FUSED_INLINE void store_fp64(double* to, Vec<double> v) { store(to, v); }
-AT_FUSED_INLINE void store_fp64(float* to, Vec<double> v) {
-  const auto narrowed = __builtin_convertvector(v, VectorOf<float, lanes<double>>::type);
-  std::memcpy(to, &narrowed, sizeof(narrowed));
+template <class T>
+AT_FUSED_INLINE void store_fp64(T* to, Vec<double> v) {
+  const auto stored = __builtin_convertvector(v, Stored<T>);
+  std::memcpy(to, &stored, sizeof(stored));
 }
 
 // f(u, s, t, i) for every vector of the two maps, i its first position; the last, partial one comes
@@ -116,21 +119,19 @@ double sample_loss(const SampleLoss& sample, const S* student, const T* teacher,
   return loss;
 }
 
-double sample_loss(const SampleLoss& sample) {
-  const auto with_teacher = [&](auto* student, auto* result) {
-    if (sample.teacher_fp64) {
-      return sample_loss(sample, student, static_cast<const double*>(sample.teacher), result,
-                         static_cast<double*>(sample.teacher_result));
-    }
-    return sample_loss(sample, student, static_cast<const float*>(sample.teacher), result,
-                       static_cast<float*>(sample.teacher_result));
+template <class S>
+double sample_loss_of(const SampleLoss& sample) {
+  const auto with_teacher = [&](auto type) {
+    using T = decltype(type);
+    return sample_loss(
+        sample, static_cast<const S*>(sample.student), static_cast<const T*>(sample.teacher),
+        static_cast<S*>(sample.student_result), static_cast<T*>(sample.teacher_result));
   };
-  if (sample.student_fp64) {
-    return with_teacher(static_cast<const double*>(sample.student),
-                        static_cast<double*>(sample.student_result));
-  }
-  return with_teacher(static_cast<const float*>(sample.student),
-                      static_cast<float*>(sample.student_result));
+  return sample.teacher_fp64 ? with_teacher(double{}) : with_teacher(float{});
+}
+
+double sample_loss(const SampleLoss& sample) {
+  return sample.student_fp64 ? sample_loss_of<double>(sample) : sample_loss_of<float>(sample);
 }
 
 }  // namespace

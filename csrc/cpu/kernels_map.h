@@ -1,8 +1,8 @@
-// Sums over channels: the attention map of one sample.
+// Sums over channels: the attention map of some positions.
 #pragma once
 
 #include "kernels.h"
-#include "kernels_power.h"
+#include "numbers.h"
 
 namespace at_fused {
 namespace {
@@ -131,8 +131,7 @@ void attention_map_pairs(const BFloat16* x, int64_t n, P p, float scale, float* 
 }
 
 template <int vectors, class T, class A, class P>
-void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale,
-                               A* map) {
+void interleaved_map(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale, A* map) {
   constexpr int width = lanes<A>;
   const bool dense = vectors == 1 && C == width && line == C;
   if constexpr (vectors == 1 && std::is_same_v<T, BFloat16>) {
@@ -157,42 +156,17 @@ void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P
   }
 }
 
-template <class T, class A, class P>
+// With the number of vectors of channels known to the compiler, if it is at most four.
+template <class T, class A, int vectors = 0, class P>
 void attention_map_interleaved(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale,
                                A* map) {
-  switch (C / lanes<A>) {
-    case 0:
-      return attention_map_interleaved<0, T, A>(x, C, line, n, p, scale, map);
-    case 1:
-      return attention_map_interleaved<1, T, A>(x, C, line, n, p, scale, map);
-    case 2:
-      return attention_map_interleaved<2, T, A>(x, C, line, n, p, scale, map);
-    case 3:
-      return attention_map_interleaved<3, T, A>(x, C, line, n, p, scale, map);
-    case 4:
-      return attention_map_interleaved<4, T, A>(x, C, line, n, p, scale, map);
-    default:
-      return attention_map_interleaved<-1, T, A>(x, C, line, n, p, scale, map);
+  if (C / lanes<A> == vectors) {
+    interleaved_map<vectors, T, A>(x, C, line, n, p, scale, map);
+  } else if constexpr (vectors < 4) {
+    attention_map_interleaved<T, A, vectors + 1>(x, C, line, n, p, scale, map);
+  } else {
+    interleaved_map<-1, T, A>(x, C, line, n, p, scale, map);
   }
-}
-
-void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                   double scale, void* map) {
-  with_dtype(feature.dtype, [&](auto element, auto accumulator) {
-    using T = decltype(element);
-    using A = decltype(accumulator);
-    const T* x = static_cast<const T*>(feature.data) + b * feature.batch;
-    A* out = static_cast<A*>(map) + begin;
-    with_exponent<A>(p, [&](auto exponent) {
-      if (feature.layout == Layout::planar) {
-        attention_map_planar<T, A>(x + begin, feature.C, feature.line, end - begin, exponent,
-                                   A(scale), out);
-      } else {
-        attention_map_interleaved<T, A>(x + begin * feature.line, feature.C, feature.line,
-                                        end - begin, exponent, A(scale), out);
-      }
-    });
-  });
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
-// Maxima over channels, and the way back.
+// Maxima over channels, and their gradients.
 #pragma once
 
-#include "kernels_sweep.h"
+#include "kernels.h"
+#include "stores.h"
 
 namespace at_fused {
 namespace {
@@ -13,15 +14,6 @@ AT_FUSED_INLINE void for_each_vector(int64_t n, F f) {
   int64_t i = 0;
   for (; i + width <= n; i += width) f(i, width);
   if (i < n) f(i, int(n - i));
-}
-
-template <class A, class T>
-AT_FUSED_INLINE Vec<A> load_up_to(const T* from, int count) {
-  return count == lanes<A> ? load(from) : load_partial(from, count);
-}
-template <class T, class V>
-AT_FUSED_INLINE void store_up_to(T* to, V v, int count) {
-  count == int(sizeof(V) / sizeof(v[0])) ? store(to, v) : store_partial(to, v, count);
 }
 
 // Whole numbers in as many lanes as a Vec<A> has.
@@ -63,12 +55,12 @@ AT_FUSED_INLINE void offer_channels(const T* x, int64_t line, int64_t n, int64_t
     Best<A> best;
     int32_t padded[lanes<A>] = {};
     if (c > 0) {
-      best.value = load_up_to<A>(value + i, count);
+      best.value = load_up_to(value + i, count);
       std::memcpy(padded, channel + i, count * sizeof(int32_t));
       best.channel = __builtin_convertvector(read<Channels>(padded), Index<A>);
     }
     for (int r = 0; r < rows; ++r) {
-      best.offer(load_up_to<A>(x + r * line + i, count), index<A>(c + r, 0));
+      best.offer(load_up_to(x + r * line + i, count), index<A>(c + r, 0));
     }
     store_up_to(value + i, best.value, count);
     const Channels channels = __builtin_convertvector(best.channel, Channels);
@@ -90,7 +82,7 @@ AT_FUSED_INLINE Best<A> better(const Best<A>& a, const Best<A>& b) {
   return best;
 }
 
-// As sum_each (simd.h): of each of `lanes<A>` positions the best of its lanes.
+// As sum_each (numbers.h): of each of `lanes<A>` positions the best of its lanes.
 template <class A, int count = lanes<A>>
 AT_FUSED_INLINE Best<A> best_each(Best<A> (&v)[lanes<A>]) {
   if constexpr (count > 1) {
@@ -146,83 +138,48 @@ void largest(const Feature& feature, const T* x, int64_t n, A* value, int32_t* c
       Best<A> best;
       const T* position = x + (i + j) * line;
       for_each_vector<A>(C, [&](int64_t c, int rest) AT_FUSED_LAMBDA {
-        best.offer(load_up_to<A>(position + c, rest), index<A>(c, 1));
+        best.offer(load_up_to(position + c, rest), index<A>(c, 1));
       });
       return best;
     });
   });
 }
 
-// f(n, c) for the channels that won among the lines [begin, end). One that is none, which only a
-// direct call can name, has no gradient.
-template <class F>
-AT_FUSED_INLINE void for_each_winner(const Feature& feature, int64_t begin, int64_t end,
-                                     const int32_t* channels, F f) {
+// The map of n positions, and the channels that won.
+template <class T, class A>
+void max_map(const Feature& feature, const T* x, int64_t n, double p, A* map, int32_t* channels) {
+  largest(feature, x, n, map, channels);
+  with_few_exponents<A>(p, [&](auto exponent) {
+    for_each_vector<A>(n, [&](int64_t i, int count) AT_FUSED_LAMBDA {
+      store_up_to(map + i, exponent.power(load_up_to(map + i, count)), count);
+    });
+  });
+}
+
+// The lines [begin, end) of a sample: what `add` has, or 0, but for the channels that won. One that
+// is none, which only a direct call can name, has no gradient.
+template <class T, class A, class P>
+void sweep_maxima(const Feature& feature, const Feature* add, const Feature& out, int64_t b,
+                  int64_t begin, int64_t end, P p, A gradient, const A* k,
+                  const int32_t* channels) {
   const bool planar = feature.layout == Layout::planar;
+  const T* x = static_cast<const T*>(sample_of(feature, b));
+  const T* base = add ? static_cast<const T*>(sample_of(*add, b)) : nullptr;
+  T* to = static_cast<T*>(const_cast<void*>(sample_of(out, b)));
+  const size_t bytes = line_length(feature) * sizeof(T);
+  for (int64_t i = begin; base != to && i < end; ++i) {
+    T* line = to + i * out.line;
+    base ? std::memcpy(line, base + i * add->line, bytes) : std::memset(line, 0, bytes);
+  }
   const int64_t first = planar ? begin : 0, last = planar ? end : feature.C;
   for (int64_t n = planar ? 0 : begin; n < (planar ? feature.N : end); ++n) {
-    if (channels[n] >= first && channels[n] < last) f(n, int64_t(channels[n]));
+    const int64_t c = channels[n];
+    if (c < first || c >= last) continue;
+    T* at = to + (planar ? c * out.line + n : n * out.line + c);
+    const T* from = x + (planar ? c * feature.line + n : n * feature.line + c);
+    const Vec<A> value = gradient * k[n] * p.slope(load_partial(from, 1));
+    store_partial(at, base ? load_partial(at, 1) + rounded(value) : value, 1);
   }
-}
-
-AT_FUSED_INLINE int64_t offset(const Feature& feature, int64_t n, int64_t c) {
-  return feature.layout == Layout::planar ? c * feature.line + n : n * feature.line + c;
-}
-AT_FUSED_INLINE int64_t line_length(const Feature& feature) {
-  return feature.layout == Layout::planar ? feature.N : feature.C;
-}
-
-void max_map(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p, void* map,
-             int32_t* channels) {
-  with_dtype(feature.dtype, [&](auto element, auto accumulator) {
-    using T = decltype(element);
-    using A = decltype(accumulator);
-    const int64_t step = feature.layout == Layout::planar ? 1 : feature.line;
-    const T* x = static_cast<const T*>(feature.data) + b * feature.batch + begin * step;
-    A* out = static_cast<A*>(map) + begin;
-    largest(feature, x, end - begin, out, channels + begin);
-    with_few_exponents<A>(p, [&](auto exponent) {
-      for_each_vector<A>(end - begin, [&](int64_t i, int count) AT_FUSED_LAMBDA {
-        store_up_to(out + i, exponent.power(load_up_to<A>(out + i, count)), count);
-      });
-    });
-  });
-}
-
-// The gradient is 0 but for the channels that won.
-void max_map_backward(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                      double gradient, const void* k, const int32_t* channels, const Feature& out) {
-  with_dtype(feature.dtype, [&](auto element, auto accumulator) {
-    using T = decltype(element);
-    using A = decltype(accumulator);
-    const T* x = static_cast<const T*>(feature.data) + b * feature.batch;
-    T* to = static_cast<T*>(const_cast<void*>(out.data)) + b * out.batch;
-    const A* map = static_cast<const A*>(k);
-    for (int64_t i = begin; i < end; ++i) {
-      std::memset(to + i * out.line, 0, line_length(feature) * sizeof(T));
-    }
-    with_few_exponents<A>(p, [&](auto exponent) {
-      for_each_winner(feature, begin, end, channels, [&](int64_t n, int64_t c) AT_FUSED_LAMBDA {
-        const Vec<A> slope = exponent.slope(load_partial(x + offset(feature, n, c), 1));
-        store_partial(to + offset(out, n, c), A(gradient) * map[n] * slope, 1);
-      });
-    });
-  });
-}
-
-// As much is added to the gradient `add`, which is `to` where that is changed in place.
-template <class T, class A, class P>
-void max_tap_backward(const Feature& feature, const Feature& out, const T* x, T* to, int64_t begin,
-                      int64_t end, P p, A gradient, const A* k, const int32_t* channels,
-                      Addend<T> add) {
-  for (int64_t i = begin; add.first != to && i < end; ++i) {
-    std::memcpy(to + i * out.line, add.line(i).first, line_length(feature) * sizeof(T));
-  }
-  for_each_winner(feature, begin, end, channels, [&](int64_t n, int64_t c) AT_FUSED_LAMBDA {
-    T* at = to + offset(out, n, c);
-    const Vec<A> value = gradient * k[n] * p.slope(load_partial(x + offset(feature, n, c), 1));
-    store_partial(at, load_partial(at, 1) + rounded(value), 1);
-  });
 }
 
 }  // namespace

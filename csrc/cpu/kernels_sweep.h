@@ -2,21 +2,17 @@
 #pragma once
 
 #include "kernels.h"
-#include "kernels_power.h"
+#include "stores.h"
 
 namespace at_fused {
 namespace {
 
-// What a sweep's gradient is added to: nothing, or the line of another one.
+// What a sweep's gradient is added to: nothing, or the lines of another one.
 struct Nothing {
   Nothing line(int64_t) const { return {}; }
   bool follows(int64_t) const { return true; }
   template <class V>
-  AT_FUSED_INLINE V full(int64_t, V v) const {
-    return v;
-  }
-  template <class V>
-  AT_FUSED_INLINE V partial(int64_t, int, V v) const {
+  AT_FUSED_INLINE V plus(int64_t, int, V v) const {
     return v;
   }
 };
@@ -30,12 +26,8 @@ struct Addend {
   Addend line(int64_t i) const { return {first + i * step, step}; }
   bool follows(int64_t n) const { return step == n; }  // each line upon the one before
   template <class V>
-  AT_FUSED_INLINE V full(int64_t i, V v) const {
-    return load(first + i) + rounded(v);
-  }
-  template <class V>
-  AT_FUSED_INLINE V partial(int64_t i, int count, V v) const {
-    return load_partial(first + i, count) + rounded(v);
+  AT_FUSED_INLINE V plus(int64_t i, int count, V v) const {
+    return load_up_to(first + i, count) + rounded(v);
   }
 };
 
@@ -47,13 +39,16 @@ bool streams(const T* out, int64_t line, int64_t n) {
   return n * sizeof(T) >= 2048 || ends % kCacheLine == 0;
 }
 
-// out = f(x, k) over one line, and what `add` has. With `stream` the aligned middle is written past
-// the caches. `out` may be what is added to.
-template <class T, class A, class K, class Add, class F>
-AT_FUSED_INLINE void sweep_line(const T* x, T* out, int64_t n, bool stream, K k, Add add, F f) {
+// out = k(i, count) * |x|^(p-1) * sign(x) over one line, and what `add` has. With `stream` the
+// aligned middle is written past the caches. `out` may be what is added to.
+template <class T, class A, class K, class Add, class P>
+AT_FUSED_INLINE void sweep_line(const T* x, T* out, int64_t n, bool stream, K k, Add add, P p) {
   constexpr int width = lanes<A>;
   int64_t i = 0;
-  const auto full = [&]() AT_FUSED_LAMBDA { return add.full(i, f(load(x + i), k.full(i))); };
+  const auto gradient = [&](Vec<A> features, int64_t at, int count) AT_FUSED_LAMBDA {
+    return add.plus(at, count, k(at, count) * p.slope(features));
+  };
+  const auto full = [&]() AT_FUSED_LAMBDA { return gradient(load(x + i), i, width); };
   const auto both = [&]() AT_FUSED_LAMBDA {
     // Elements of 16 bits take as long to convert as memory takes to answer, and short rows are
     // mostly those of samples that a cache has.
@@ -61,12 +56,11 @@ AT_FUSED_INLINE void sweep_line(const T* x, T* out, int64_t n, bool stream, K k,
       if (n >= 256) prefetch_ahead<2 * width>(x + i);
     }
     const Both<Vec<A>> features = load_both(x + i);
-    return Both<Vec<A>>{add.full(i, f(features.low, k.full(i))),
-                        add.full(i + width, f(features.high, k.full(i + width)))};
+    return Both<Vec<A>>{gradient(features.low, i, width),
+                        gradient(features.high, i + width, width)};
   };
   const auto partial = [&](int count) {
-    const Vec<A> value = f(load_partial(x + i, count), k.partial(i, count));
-    store_partial(out + i, add.partial(i, count, value), count);
+    store_partial(out + i, gradient(load_partial(x + i, count), i, count), count);
     i += count;
   };
   if (stream) {
@@ -80,81 +74,30 @@ AT_FUSED_INLINE void sweep_line(const T* x, T* out, int64_t n, bool stream, K k,
   if (i < n) partial(int(n - i));
 }
 
-template <class A>
-struct CoefficientRow {
-  const A* k;
-  AT_FUSED_INLINE Vec<A> full(int64_t i) const { return load(k + i); }
-  AT_FUSED_INLINE Vec<A> partial(int64_t i, int count) const { return load_partial(k + i, count); }
-};
-
-template <class A>
-struct CoefficientSplat {
-  Vec<A> k;
-  AT_FUSED_INLINE Vec<A> full(int64_t) const { return k; }
-  AT_FUSED_INLINE Vec<A> partial(int64_t, int) const { return k; }
-};
-
-// Lines of one vector each, one behind the other.
-template <class A>
-struct CoefficientVectors {
-  const A* k;
-  A gradient;
-  AT_FUSED_INLINE Vec<A> full(int64_t i) const { return splat(gradient * k[i / lanes<A>]); }
-  AT_FUSED_INLINE Vec<A> partial(int64_t i, int) const { return full(i); }  // of a multiple: never
-};
-
+// The lines [begin, end) of a sample: x, out, add and, in interleaved, k begin with the first.
 template <class T, class A, class P, class Add>
-void backward_planar(const T* x, int64_t line, T* out, int64_t out_line, int64_t channels,
-                     int64_t n, P p, A gradient, const A* k, bool stream, Add add) {
+void sweep_lines(const Feature& feature, const T* x, T* out, int64_t out_line, int64_t count, P p,
+                 A gradient, const A* k, bool stream, Add add) {
+  const int64_t line = feature.line, n = line_length(feature);
   stream = stream && streams(out, out_line, n);
-  for (int64_t c = 0; c < channels; ++c) {
-    sweep_line<T, A>(x + c * line, out + c * out_line, n, stream, CoefficientRow<A>{k}, add.line(c),
-                     [&](Vec<A> a, Vec<A> kn)
-                         AT_FUSED_LAMBDA { return (gradient * kn) * p.slope(a); });
-  }
-}
-
-template <class T, class A, class P, class Add>
-void backward_interleaved(const T* x, int64_t line, T* out, int64_t out_line, int64_t positions,
-                          int64_t C, P p, A gradient, const A* k, bool stream, Add add) {
-  const auto slope = [&](Vec<A> a, Vec<A> kn) AT_FUSED_LAMBDA { return kn * p.slope(a); };
-  stream = stream && streams(out, out_line, C);
-  if (C == lanes<A> && line == C && out_line == C && add.follows(C) && !stream) {
-    const CoefficientVectors<A> all{k, gradient};
-    return sweep_line<T, A>(x, out, positions * C, false, all, add.line(0), slope);
-  }
-  for (int64_t i = 0; i < positions; ++i) {
-    sweep_line<T, A>(x + i * line, out + i * out_line, C, stream,
-                     CoefficientSplat<A>{splat(gradient * k[i])}, add.line(i), slope);
-  }
-}
-
-// The lines [begin, end) of a sample, added to what `add` has of them.
-template <class T, class A, class P, class Add>
-void backward_lines(const Feature& feature, const Feature& out, int64_t b, int64_t begin,
-                    int64_t end, P p, A gradient, const A* k, bool stream, Add add) {
-  const T* x = static_cast<const T*>(feature.data) + b * feature.batch + begin * feature.line;
-  T* to = static_cast<T*>(const_cast<void*>(out.data)) + b * out.batch + begin * out.line;
   if (feature.layout == Layout::planar) {
-    backward_planar<T, A>(x, feature.line, to, out.line, end - begin, feature.N, p, gradient, k,
-                          stream, add);
+    const auto row = [=](int64_t i, int part)
+                         AT_FUSED_LAMBDA { return gradient * load_up_to(k + i, part); };
+    for (int64_t c = 0; c < count; ++c) {
+      sweep_line<T, A>(x + c * line, out + c * out_line, n, stream, row, add.line(c), p);
+    }
+  } else if (n == lanes<A> && line == n && out_line == n && add.follows(n) && !stream) {
+    // Lines of one vector each, one behind the other.
+    const auto of_vector = [=](int64_t i, int)
+                               AT_FUSED_LAMBDA { return splat(gradient * k[i / lanes<A>]); };
+    sweep_line<T, A>(x, out, count * n, false, of_vector, add.line(0), p);
   } else {
-    backward_interleaved<T, A>(x, feature.line, to, out.line, end - begin, feature.C, p, gradient,
-                               k + begin, stream, add);
+    for (int64_t i = 0; i < count; ++i) {
+      const Vec<A> factor = splat(gradient * k[i]);
+      const auto same = [=](int64_t, int) AT_FUSED_LAMBDA { return factor; };
+      sweep_line<T, A>(x + i * line, out + i * out_line, n, stream, same, add.line(i), p);
+    }
   }
-}
-
-void attention_map_backward(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
-                            double gradient, const void* k, const Feature& out, bool stream) {
-  with_dtype(feature.dtype, [&](auto element, auto accumulator) {
-    using T = decltype(element);
-    using A = decltype(accumulator);
-    with_exponent<A>(p, [&](auto exponent) {
-      backward_lines<T, A>(feature, out, b, begin, end, exponent, A(gradient),
-                           static_cast<const A*>(k), stream, Nothing{});
-    });
-  });
-  if (stream) streaming_fence();
 }
 
 }  // namespace

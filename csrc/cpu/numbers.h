@@ -1,19 +1,141 @@
-// Numbers of any dtype, from memory into vectors of the dtype that they are computed in, and back.
-// Intrinsics appear only where the compiler has no good code of its own: fp16, masks, streaming.
+// Vectors of one instruction-set level, in the compiler's own vector types, so that one source
+// serves x86 and everything else; and loads of any dtype into vectors of the dtype that it is
+// computed in; and powers. Intrinsics appear only where the compiler has no good code of its own.
+// AT_FUSED_VECTOR_BYTES is set by the including kernels_*.cpp: 32 and 64 are x86's alone.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "../feature.h"
-#include "simd.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+#define AT_FUSED_INLINE inline __attribute__((always_inline))
+#define AT_FUSED_LAMBDA __attribute__((always_inline))
+
 namespace at_fused {
 namespace {
+
+// ---- vectors ----------------------------------------------------------------------------------
+
+template <class E, int n>
+struct VectorOf {
+  typedef E type __attribute__((vector_size(n * sizeof(E))));
+};
+
+template <class A>
+constexpr int lanes = AT_FUSED_VECTOR_BYTES / sizeof(A);
+
+template <class A>
+using Vec = typename VectorOf<A, lanes<A>>::type;
+
+using Word = VectorOf<uint32_t, lanes<float>>::type;      // the bits of a Vec<float>
+using HalfWord = VectorOf<uint16_t, lanes<float>>::type;  // as many 16-bit elements
+
+template <class To, class From>
+AT_FUSED_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast changes no size");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class A>
+AT_FUSED_INLINE Vec<A> splat(A value) {
+  return value - Vec<A>{};
+}
+
+template <class V>
+AT_FUSED_INLINE V read(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class V, class M>
+AT_FUSED_INLINE V select(M mask, V yes, V no) {
+  return mask ? yes : no;
+}
+
+// The value as rounded here: the compiler must not fuse the multiplication that it comes from with
+// what follows, or the difference of two alike values would not be 0.
+template <class V>
+AT_FUSED_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
+template <class V>
+using MaskOf = decltype(V{} < V{});
+
+template <class V>
+AT_FUSED_INLINE V absolute(V x) {
+  const auto sign = bit_cast<MaskOf<V>>(-V{});
+  return bit_cast<V>(bit_cast<MaskOf<V>>(x) & ~sign);
+}
+
+// The lanes i... of `a` and, behind its own, `b`. gcc before 12 has another builtin for it.
+template <int... i, class V>
+AT_FUSED_INLINE V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, i...);
+#else
+  return __builtin_shuffle(a, b, MaskOf<V>{i...});
+#endif
+}
+
+// Lane i: of segment i / segment of both, the half that begins at `begin`, a's and then b's.
+template <int segment, int begin, class V, int... i>
+AT_FUSED_INLINE V halves(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int half = segment / 2, width = sizeof...(i);
+  return shuffle<(i / segment * segment + i % half + begin + (i % segment < half ? 0 : width))...>(
+      a, b);
+}
+
+// The sums of the lanes of `lanes<A>` vectors, as one vector: a third of the instructions of one
+// sum after the other. Every sum folds its halves again and again, so its order depends on the
+// vector's width alone.
+template <class A, int count = lanes<A>>
+AT_FUSED_INLINE Vec<A> sum_each(Vec<A> (&v)[lanes<A>]) {
+  if constexpr (count > 1) {
+    constexpr std::make_integer_sequence<int, lanes<A>> all;
+    for (int i = 0; i < count / 2; ++i) {
+      const Vec<A> a = v[i], b = v[i + count / 2];
+      v[i] = halves<count, 0>(a, b, all) + halves<count, count / 2>(a, b, all);
+    }
+    return sum_each<A, count / 2>(v);
+  } else {
+    return v[0];
+  }
+}
+
+// The lanes of the lower and the upper half in turns.
+template <class V, int... i>
+AT_FUSED_INLINE V alternate(V v, std::integer_sequence<int, i...>) {
+  return shuffle<(i / 2 + i % 2 * int(sizeof...(i) / 2))...>(v, v);
+}
+
+AT_FUSED_INLINE Vec<float> alternate(Vec<float> v) {
+  return alternate(v, std::make_integer_sequence<int, lanes<float>>{});
+}
+
+template <class A>
+AT_FUSED_INLINE A sum(Vec<A> v) {
+  Vec<A> all[lanes<A>] = {v};
+  return sum_each<A>(all)[0];
+}
+
+// ---- elements --------------------------------------------------------------------------------
 
 struct Half {
   uint16_t bits;
@@ -39,63 +161,26 @@ AT_FUSED_INLINE void with_dtype(Dtype dtype, F f) {
 
 // __builtin_convertvector would do, in twice as many instructions.
 AT_FUSED_INLINE Word widen_bits(HalfWord bits) {
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
+#if AT_FUSED_VECTOR_BYTES == 64
   return (Word)_mm512_cvtepu16_epi32((__m256i)bits);
-#elif defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
+#elif AT_FUSED_VECTOR_BYTES == 32
   return (Word)_mm256_cvtepu16_epi32((__m128i)bits);
 #else
   return __builtin_convertvector(bits, Word);
 #endif
 }
 
-AT_FUSED_INLINE HalfWord narrow_bits(Word bits) {
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
-  return (HalfWord)_mm512_cvtepi32_epi16((__m512i)bits);
-#elif defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
-  return (HalfWord)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)bits),
-                                    _mm256_extracti128_si256((__m256i)bits, 1));
-#else
-  return __builtin_convertvector(bits, HalfWord);
-#endif
-}
-
-// ---- 16-bit floating point, in fp32 registers -------------------------------------------------
-
 AT_FUSED_INLINE Vec<float> widen(HalfWord bits, BFloat16) {
   return bit_cast<Vec<float>>(widen_bits(bits) << 16);
 }
 
-// Round to nearest even; a NaN stays one (the rounding could carry its payload away).
-AT_FUSED_INLINE HalfWord narrow(Vec<float> value, BFloat16) {
-  const Word bits = bit_cast<Word>(value);
-  const Word rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Word nan = (bits >> 16) | 0x40u;
-  const Word is_nan = (Word)(value != value);
-  return narrow_bits((is_nan & nan) | (~is_nan & rounded));
-}
-
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES >= 32
-
 AT_FUSED_INLINE Vec<float> widen(HalfWord bits, Half) {
 #if AT_FUSED_VECTOR_BYTES == 64
   return (Vec<float>)_mm512_cvtph_ps((__m256i)bits);
-#else
+#elif AT_FUSED_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_cvtph_ps((__m128i)bits);
-#endif
-}
-
-AT_FUSED_INLINE HalfWord narrow(Vec<float> value, Half) {
-#if AT_FUSED_VECTOR_BYTES == 64
-  return (HalfWord)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
 #else
-  return (HalfWord)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
-#endif
-}
-
-#else
-
-// Exponents are re-biased by a multiplication, which also normalises subnormals.
-AT_FUSED_INLINE Vec<float> widen(HalfWord bits, Half) {
+  // Exponents are re-biased by a multiplication, which also normalises subnormals.
   const Word wide = widen_bits(bits);
   const Word magnitude = (wide & 0x7fffu) << 13;
   const Vec<float> scaled = bit_cast<Vec<float>>(magnitude) * 0x1p112f;
@@ -103,34 +188,10 @@ AT_FUSED_INLINE Vec<float> widen(HalfWord bits, Half) {
   const Word finite_bits = bit_cast<Word>(scaled);
   const Word result = (special & (magnitude | 0x7f800000u)) | (~special & finite_bits);
   return bit_cast<Vec<float>>(result | ((wide & 0x8000u) << 16));
-}
-
-// Adding 2^(exponent + 13) lets the fp32 adder round to nearest even at fp16's last bit.
-AT_FUSED_INLINE HalfWord narrow(Vec<float> value, Half) {
-  const Word bits = bit_cast<Word>(value);
-  const Word sign = (bits >> 16) & 0x8000u;
-  const Word magnitude = bits & 0x7fffffffu;
-  // Below 2^-14 the result is subnormal: the unit of the last place stays at 2^-24.
-  const Word exponent = magnitude & 0x7f800000u;
-  const Word least = Word{} + 0x38800000u;
-  const Word small = (Word)(exponent < least);
-  const Word base = ((small & least) | (~small & exponent)) + (13u << 23);
-  const Vec<float> anchor = bit_cast<Vec<float>>(base);
-  const Word rounded = bit_cast<Word>(bit_cast<Vec<float>>(magnitude) + anchor);
-  // rounded = anchor + units, so its low bits count fp16 units of the last place.
-  const Word units = rounded - base;
-  const Word half_exponent = (((base - (13u << 23)) >> 23) - 113u) << 10;
-  Word result = half_exponent + units;
-  const Word overflow = (Word)(magnitude >= 0x477ff000u);
-  result = (overflow & 0x7c00u) | (~overflow & result);
-  const Word is_nan = (Word)(magnitude > 0x7f800000u);
-  result = (is_nan & 0x7e00u) | (~is_nan & result);
-  return narrow_bits(result | sign);
-}
-
 #endif
+}
 
-// ---- memory -----------------------------------------------------------------------------------
+// ---- memory ----------------------------------------------------------------------------------
 
 AT_FUSED_INLINE Vec<float> load(const float* from) { return read<Vec<float>>(from); }
 AT_FUSED_INLINE Vec<double> load(const double* from) { return read<Vec<double>>(from); }
@@ -164,7 +225,7 @@ AT_FUSED_INLINE Both<Vec<float>> load_alternate(const BFloat16* from) {
   return {bit_cast<Vec<float>>(bits << 16), bit_cast<Vec<float>>(bits & 0xffff0000u)};
 }
 
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
+#if AT_FUSED_VECTOR_BYTES == 64
 // One permutation brings each element into the upper half of its lane; widen() takes two steps.
 AT_FUSED_INLINE Both<Vec<float>> load_both(const BFloat16* from) {
   const __m512i bits = _mm512_loadu_si512(from);
@@ -178,39 +239,6 @@ AT_FUSED_INLINE Both<Vec<float>> load_both(const BFloat16* from) {
 
 AT_FUSED_INLINE void store(float* to, Vec<float> v) { std::memcpy(to, &v, sizeof(v)); }
 AT_FUSED_INLINE void store(double* to, Vec<double> v) { std::memcpy(to, &v, sizeof(v)); }
-template <class T>
-AT_FUSED_INLINE void store(T* to, Vec<float> v) {
-  const HalfWord bits = narrow(v, T{});
-  std::memcpy(to, &bits, sizeof(bits));
-}
-
-template <class T, class V>
-AT_FUSED_INLINE void store_both(T* to, Both<V> v) {
-  store(to, v.low);
-  store(to + vector_elements<T>, v.high);
-}
-
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
-// Upper halves are the nearest bf16, of all but NaNs (see narrow()).
-AT_FUSED_INLINE __m512i rounded_bits(Vec<float> value) {
-  const Word bits = bit_cast<Word>(value);
-  return (__m512i)(bits + 0x7fffu + ((bits >> 16) & 1u));
-}
-
-AT_FUSED_INLINE __m512i narrow_both(Both<Vec<float>> v, BFloat16) {
-  if (__builtin_expect(_mm512_cmp_ps_mask((__m512)v.low, (__m512)v.high, _CMP_UNORD_Q) != 0, 0)) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)narrow(v.low, BFloat16{})),
-                              (__m256i)narrow(v.high, BFloat16{}), 1);
-  }
-  VectorOf<uint16_t, 32>::type upper;
-  for (int i = 0; i < 32; ++i) upper[i] = uint16_t(2 * i + 1);
-  return _mm512_permutex2var_epi16(rounded_bits(v.low), (__m512i)upper, rounded_bits(v.high));
-}
-
-AT_FUSED_INLINE void store_both(BFloat16* to, Both<Vec<float>> v) {
-  _mm512_storeu_si512(to, narrow_both(v, BFloat16{}));
-}
-#endif
 
 // `count` elements, fewer than twice the first piece, in pieces whose sizes the compiler knows.
 template <class T, int piece = vector_elements<T> / 2>
@@ -222,7 +250,7 @@ AT_FUSED_INLINE void copy_few(const T* from, int count, T* to) {
   if constexpr (piece > 1) copy_few<T, piece / 2>(from, count, to);
 }
 
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
+#if AT_FUSED_VECTOR_BYTES == 32
 AT_FUSED_INLINE __m256i first_words(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -234,7 +262,7 @@ AT_FUSED_INLINE __m256i first_double_words(int count) {
 // The first `count` elements, zeros behind them. Reads nothing beyond.
 template <class T>
 AT_FUSED_INLINE auto load_partial(const T* from, int count) {
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
+#if AT_FUSED_VECTOR_BYTES == 64
   const uint32_t mask = (1u << count) - 1u;
   if constexpr (sizeof(T) == 8) {
     return (Vec<double>)_mm512_maskz_loadu_pd((__mmask8)mask, from);
@@ -244,7 +272,7 @@ AT_FUSED_INLINE auto load_partial(const T* from, int count) {
     return widen((HalfWord)_mm256_maskz_loadu_epi16((__mmask16)mask, from), T{});
   }
 #else
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
+#if AT_FUSED_VECTOR_BYTES == 32
   if constexpr (sizeof(T) == 8) {
     return (Vec<double>)_mm256_maskload_pd((const double*)from, first_double_words(count));
   } else if constexpr (sizeof(T) == 4) {
@@ -257,29 +285,33 @@ AT_FUSED_INLINE auto load_partial(const T* from, int count) {
 #endif
 }
 
-template <class T, class V>
-AT_FUSED_INLINE void store_partial(T* to, V v, int count) {
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
-  const uint32_t mask = (1u << count) - 1u;
-  if constexpr (sizeof(T) == 8) {
-    _mm512_mask_storeu_pd(to, (__mmask8)mask, (__m512d)v);
-  } else if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(to, (__mmask16)mask, (__m512)v);
-  } else {
-    _mm256_mask_storeu_epi16(to, (__mmask16)mask, (__m256i)narrow(v, T{}));
-  }
+AT_FUSED_INLINE void store_partial(float* to, Vec<float> v, int count) {
+#if AT_FUSED_VECTOR_BYTES == 64
+  _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1u), (__m512)v);
+#elif AT_FUSED_VECTOR_BYTES == 32
+  _mm256_maskstore_ps(to, first_words(count), (__m256)v);
 #else
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 8) {
-    return _mm256_maskstore_pd((double*)to, first_double_words(count), (__m256d)v);
-  } else if constexpr (sizeof(T) == 4) {
-    return _mm256_maskstore_ps((float*)to, first_words(count), (__m256)v);
-  }
+  copy_few(reinterpret_cast<const float*>(&v), count, to);
 #endif
-  T padded[vector_elements<T>];
-  store(padded, v);
-  copy_few(padded, count, to);
+}
+AT_FUSED_INLINE void store_partial(double* to, Vec<double> v, int count) {
+#if AT_FUSED_VECTOR_BYTES == 64
+  _mm512_mask_storeu_pd(to, (__mmask8)((1u << count) - 1u), (__m512d)v);
+#elif AT_FUSED_VECTOR_BYTES == 32
+  _mm256_maskstore_pd(to, first_double_words(count), (__m256d)v);
+#else
+  copy_few(reinterpret_cast<const double*>(&v), count, to);
 #endif
+}
+
+// A vector's elements, or the first of them.
+template <class T>
+AT_FUSED_INLINE auto load_up_to(const T* from, int count) {
+  return count == vector_elements<T> ? load(from) : load_partial(from, count);
+}
+template <class T, class V>
+AT_FUSED_INLINE void store_up_to(T* to, V v, int count) {
+  count == vector_elements<T> ? store(to, v) : store_partial(to, v, count);
 }
 
 constexpr uintptr_t kCacheLine = 64;  // bytes
@@ -293,47 +325,132 @@ AT_FUSED_INLINE void prefetch_ahead(const T* data) {
   for (; next < end; next += kCacheLine) __builtin_prefetch(next, 0, 2);
 }
 
-// Writes past the caches; `to` must be aligned to the bytes written.
-template <class T, class V>
-AT_FUSED_INLINE void store_streaming(T* to, V v) {
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 8) {
-    _mm512_stream_pd(to, (__m512d)v);
-  } else if constexpr (sizeof(T) == 4) {
-    _mm512_stream_ps(to, (__m512)v);
-  } else {
-    _mm256_stream_si256((__m256i*)to, (__m256i)narrow(v, T{}));
+// ---- powers: |x|^p, and its derivative over p, |x|^(p-1) * sign(x) -----------------------------
+
+// 2^((p_high + p_low) * log2(x)) for x >= 0 (NaN stays), to a few units of the last place: log2(x)
+// is a whole number and a small rest, and p_high is short, so that its product with the whole is
+// exact.
+AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, float p_high, float p_low) {
+  const auto subnormal = x < 0x1p-126f;
+  const Vec<float> scaled = select(subnormal, x * 0x1p24f, x);
+  const Word bits = bit_cast<Word>(scaled);
+  // Mantissa in [sqrt(1/2), sqrt(2)): the offset moves the split of the exponent there.
+  const Word shifted = bits - 0x3f3504f3u;
+  const VectorOf<int32_t, lanes<float>>::type whole =
+      (VectorOf<int32_t, lanes<float>>::type)shifted >> 23;
+  const Vec<float> mantissa = bit_cast<Vec<float>>(bits - ((Word)whole << 23));
+  const Vec<float> exponent =
+      __builtin_convertvector(whole, Vec<float>) - select(subnormal, splat(24.0f), Vec<float>{});
+  const Vec<float> s = (mantissa - 1) / (mantissa + 1);
+  const Vec<float> z = s * s;
+  const Vec<float> log2_mantissa =
+      s * (2.88539008f +
+           z * (0.961796694f + z * (0.577078016f + z * (0.412198583f + z * 0.320598898f))));
+
+  const Vec<float> tail = (p_high + p_low) * log2_mantissa + p_low * exponent;
+  Vec<float> y = p_high * exponent + tail;
+  y = select(y > 192.0f, splat(192.0f), y);
+  y = select(y < -192.0f, splat(-192.0f), y);
+  const Vec<float> rounded = (y + 0x1.8p23f) - 0x1.8p23f;
+  // The large product cancels before the small part is added: no digit of it is lost.
+  Vec<float> f = (p_high * exponent - rounded) + tail;
+  f = select(absolute(y) >= 192.0f, Vec<float>{}, f);
+  const Vec<float> e =
+      1 + f * (0.693147181f +
+               f * (0.240226507f +
+                    f * (0.0555041087f +
+                         f * (0.00961812911f + f * (0.00133335581f + f * (0.000154035304f +
+                                                                          f * 1.52527338e-05f))))));
+  // 2^rounded in two factors, so that the result may be subnormal or infinite.
+  const auto n = __builtin_convertvector(rounded, VectorOf<int32_t, lanes<float>>::type);
+  const auto low = n >> 1;
+  const Vec<float> power =
+      e * bit_cast<Vec<float>>((low + 127) << 23) * bit_cast<Vec<float>>((n - low + 127) << 23);
+  const auto edge = (x == 0) | (x != x) | (x == __builtin_inff());
+  return select(edge, x, power);
+}
+
+AT_FUSED_INLINE Vec<double> positive_power(Vec<double> x, double p_high, double p_low) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = std::pow(x[i], p_high + p_low);
+  return x;
+}
+
+template <class V>
+AT_FUSED_INLINE V signed_like(V magnitude, V x) {
+  const auto sign = bit_cast<MaskOf<V>>(-V{});
+  const V value =
+      bit_cast<V>((bit_cast<MaskOf<V>>(magnitude) & ~sign) | (bit_cast<MaskOf<V>>(x) & sign));
+  return select((x == 0) | (x != x), x, value);  // sign(0) = 0, and a NaN is not hidden
+}
+
+// One exponent p each: `power` is |x|^p, `slope` is |x|^(p-1) * sign(x).
+template <class A>
+struct One {
+  explicit One(double) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return absolute(x); }
+  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const { return signed_like(splat(A(1)), x); }
+};
+
+template <class A>
+struct Two {
+  explicit Two(double) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return x * x; }
+  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const { return x; }
+};
+
+template <class A>
+struct Four {
+  explicit Four(double) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return (x * x) * (x * x); }
+  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const { return (x * x) * x; }
+};
+
+// The part of p in 12 bits; the exponents that it multiplies have 8.
+inline float short_part(double p, float) {
+  return bit_cast<float>(bit_cast<uint32_t>(float(p)) & 0xfffff000u);
+}
+inline double short_part(double p, double) { return p; }
+
+template <class A>
+struct AnyExponent {
+  A p, p_low, slope_p, slope_p_low;
+  explicit AnyExponent(double exponent)
+      : p(short_part(exponent, A())),
+        p_low(A(exponent - p)),
+        slope_p(short_part(exponent - 1, A())),
+        slope_p_low(A(exponent - 1 - slope_p)) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const { return positive_power(absolute(x), p, p_low); }
+  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const {
+    return signed_like(positive_power(absolute(x), slope_p, slope_p_low), x);
   }
-#elif defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 8) {
-    _mm256_stream_pd(to, (__m256d)v);
-  } else if constexpr (sizeof(T) == 4) {
-    _mm256_stream_ps(to, (__m256)v);
-  } else {
-    _mm_stream_si128((__m128i*)to, (__m128i)narrow(v, T{}));
+};
+
+// Any exponent but 2 in one, by branches that all lanes go alike: a smaller library than an
+// instance each.
+template <class A>
+struct Branching {
+  double p;
+  One<A> one;
+  Four<A> four;
+  AnyExponent<A> any;
+
+  explicit Branching(double p) : p(p), one(p), four(p), any(p) {}
+  AT_FUSED_INLINE Vec<A> power(Vec<A> x) const {
+    return p == 1 ? one.power(x) : p == 4 ? four.power(x) : any.power(x);
   }
-#else
-  store(to, v);
-#endif
+  AT_FUSED_INLINE Vec<A> slope(Vec<A> x) const {
+    return p == 1 ? one.slope(x) : p == 4 ? four.slope(x) : any.slope(x);
+  }
+};
+
+template <class A, class F>
+AT_FUSED_INLINE void with_few_exponents(double p, F f) {
+  p == 2 ? f(Two<A>(p)) : f(Branching<A>(p));
 }
 
-template <class T, class V>
-AT_FUSED_INLINE void store_both_streaming(T* to, Both<V> v) {
-  store_streaming(to, v.low);
-  store_streaming(to + vector_elements<T>, v.high);
-}
-
-#if defined(__x86_64__) && AT_FUSED_VECTOR_BYTES == 64
-AT_FUSED_INLINE void store_both_streaming(BFloat16* to, Both<Vec<float>> v) {
-  _mm512_stream_si512((__m512i*)to, narrow_both(v, BFloat16{}));
-}
-#endif
-
-// Streaming stores are weakly ordered: other threads may read only after this.
-AT_FUSED_INLINE void streaming_fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
+template <class A, class F>
+AT_FUSED_INLINE void with_exponent(double p, F f) {
+  p == 2 ? f(Two<A>(p)) : p == 1 ? f(One<A>(p)) : p == 4 ? f(Four<A>(p)) : f(AnyExponent<A>(p));
 }
 
 }  // namespace

@@ -21,10 +21,11 @@ __device__ __forceinline__ Tile tile_of(const MapFeature& feature, int task, cha
 }
 
 // What the values of a position become is a State of the tile's collector: take() adds a value of a
-// channel, put() is given what came of all. Threads that share a position meet(). In rows of `fold`
-// channels a State is one of those at place f; it knows them by their rows until of_fold().
+// channel, put() is given what came of all. Threads that share a position meet(). In rows of
+// several channels a State is of those with number f in their row; it knows them by their rows
+// until as_channel().
 template <class A>
-__device__ __forceinline__ A of_fold(A sum, int, int) {
+__device__ __forceinline__ A as_channel(A sum, int, int) {
   return sum;
 }
 template <class A>
@@ -71,13 +72,13 @@ __device__ __forceinline__ void map_rows(const T* from, int64_t step, int row, i
 template <class T, int V, bool keeps, class C>
 __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile, const C& collect,
                                                 T* keep) {
-  const int lanes = here(x.access.lanes), fold = here(x.access.fold);
+  const int lanes = opaque(x.access.lanes), per_row = opaque(x.access.channels_per_row);
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
-  const int rows = x.C / fold, columns = (tile.end - tile.begin) * fold / V;
-  const int64_t line = x.line * fold, step = height * line;
+  const int rows = x.C / per_row, columns = (tile.end - tile.begin) * per_row / V;
+  const int64_t line = x.line * per_row, step = height * line;
   constexpr int U = C::rows_in_flight * kTimesRows<V>;
   using State = typename C::State;
-  const T* first = static_cast<const T*>(x.data) + int64_t(here(tile.b)) * x.batch + tile.begin;
+  const T* first = static_cast<const T*>(x.data) + int64_t(opaque(tile.b)) * x.batch + tile.begin;
   State* scratch = reinterpret_cast<State*>(tile.scratch);
 
 #pragma unroll 1
@@ -93,14 +94,14 @@ __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile,
             [&](int u, int j, auto value) { collect.take(total[j], value, row + u * height); });
       }
     }
-    if (height == 1 && fold == 1) {
+    if (height == 1 && per_row == 1) {
       if (column < columns) {
 #pragma unroll
         for (int j = 0; j < V; ++j) collect.put(column * V + j, total[j]);
       }
       continue;
     }
-    // First within each warp, then over warps, and over the channels of a fold.
+    // First within each warp, then over warps, and over the channels of a row.
     for (int d = lanes; d < 32; d *= 2) {
 #pragma unroll
       for (int j = 0; j < V; ++j) meet(total[j], from_lane(total[j], d));
@@ -114,12 +115,12 @@ __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile,
       }
     }
     __syncthreads();
-    const int count = (columns - begin < lanes ? columns - begin : lanes) * V / fold;
+    const int count = (columns - begin < lanes ? columns - begin : lanes) * V / per_row;
     for (int n = threadIdx.x; n < count; n += kThreads) {
       State all{};
       for (int s = 0; s < kThreads / strip; ++s) {
-        for (int f = 0; f < fold; ++f) {
-          meet(all, of_fold(scratch[s * width + f * count + n], f, fold));
+        for (int f = 0; f < per_row; ++f) {
+          meet(all, as_channel(scratch[s * width + f * count + n], f, per_row));
         }
       }
       collect.put(begin * V + n, all);
@@ -131,11 +132,11 @@ __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile,
 template <class T, int V, bool keeps, class C>
 __device__ __forceinline__ void map_tile_interleaved(const View& x, const Tile& tile,
                                                      const C& collect, T* keep) {
-  const int lanes = here(x.access.lanes);
+  const int lanes = opaque(x.access.lanes);
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
-  const int columns = here(x.C) / V, rows = here(tile.end - tile.begin);
+  const int columns = opaque(x.C) / V, rows = opaque(tile.end - tile.begin);
   const T* first =
-      static_cast<const T*>(x.data) + int64_t(here(tile.b)) * x.batch + tile.begin * x.line;
+      static_cast<const T*>(x.data) + int64_t(opaque(tile.b)) * x.batch + tile.begin * x.line;
 
   const int64_t step = height * x.line;
   constexpr int U = C::rows_in_flight;
@@ -152,7 +153,7 @@ __device__ __forceinline__ void map_tile_interleaved(const View& x, const Tile& 
           [&](int u, int j, auto value) { collect.take(total[u], value, column * V + j); });
     }
     // The rows' shuffles side by side: one after the other each would wait for the one before.
-    const int width = here(x.access.lanes);
+    const int width = opaque(x.access.lanes);
 #pragma unroll 1
     for (int d = 1; d < width; d *= 2) {
 #pragma unroll
@@ -170,17 +171,14 @@ __device__ __forceinline__ void map_tile_interleaved(const View& x, const Tile& 
 template <class T, bool keeps, class C>
 __device__ __forceinline__ void collect_tile(const View& x, const Tile& tile, const C& collect,
                                              T* keep) {
-  if (x.layout == Layout::planar) {
-    if (x.access.vector > 1) {
-      map_tile_planar<T, kVector<T>, keeps>(x, tile, collect, keep);
+  with_vector<T>(x.access, [&](auto vector) {
+    constexpr int V = decltype(vector)::value;
+    if (x.layout == Layout::planar) {
+      map_tile_planar<T, V, keeps>(x, tile, collect, keep);
     } else {
-      map_tile_planar<T, 1, keeps>(x, tile, collect, keep);
+      map_tile_interleaved<T, V, keeps>(x, tile, collect, keep);
     }
-  } else if (x.access.vector > 1) {
-    map_tile_interleaved<T, kVector<T>, keeps>(x, tile, collect, keep);
-  } else {
-    map_tile_interleaved<T, 1, keeps>(x, tile, collect, keep);
-  }
+  });
 }
 
 // The map of a tile, for position `tile.begin` on at `out`, in fp64 for fp64 features and fp32 for
@@ -191,7 +189,7 @@ __device__ __forceinline__ void map_tile(const View& x, const Tile& tile, double
   with_dtype<fp64>(x.dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
-    const PowerSum<E, A> sum{E(here(p)), A(scale), static_cast<A*>(out)};
+    const PowerSum<E, A> sum{E(opaque(p)), A(scale), static_cast<A*>(out)};
     collect_tile<T, keeps>(x, tile, sum, reinterpret_cast<T*>(keep));
   });
 }

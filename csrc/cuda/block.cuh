@@ -3,12 +3,12 @@
 
 #include <cuda_runtime.h>
 
-#include "plan.h"
+#include "params.h"
 
 namespace at_fused {
 
-#if defined(AT_FUSED_SIMT)
-#define AT_FUSED_DYNAMIC_SHARED(name) char* name = simt::dynamic_shared()
+#if defined(AT_FUSED_EMULATED)
+#define AT_FUSED_DYNAMIC_SHARED(name) char* name = emulator::dynamic_shared()
 #else
 #define AT_FUSED_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #endif
@@ -19,7 +19,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // The first bytes of every block's shared memory.
 struct Control {
   double sums[3 * kWarps];
-  double maps[12];  // loss.cuh: SampleMaps
+  double maps[12];  // loss.cu: SampleMaps
   int broadcast;
 };
 static_assert(sizeof(Control) <= kControlBytes);
@@ -52,18 +52,16 @@ __device__ inline int broadcast(int value, Control& control) {
 // The addition is a release of what this thread has seen, and an acquire of what was released by
 // those who added before: less than a full fence on either side.
 __device__ inline uint32_t fetch_add_acq_rel(uint32_t* counter, uint32_t value) {
-#if defined(AT_FUSED_SIMT)
-  __threadfence();
-  const uint32_t before = atomicAdd(counter, value);
-  __threadfence();
+#if defined(AT_FUSED_EMULATED)
+  return emulator::atomic_add(counter, value, std::memory_order_acq_rel);
 #else
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
                : "=r"(before)
                : "l"(counter), "r"(value)
                : "memory");
-#endif
   return before;
+#endif
 }
 
 // Adds `arrivals` to a counter, after all that this block has written. True in the one block that

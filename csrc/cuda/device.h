@@ -7,11 +7,11 @@
 #include <optional>
 #include <vector>
 
-#include "../features.h"
+#include "../tensors.h"
 #include "plan.h"
 
-#if defined(AT_FUSED_SIMT)  // the kernels run on the CPU: tests/simt
-#define AT_FUSED_NAMESPACE at_fused_simt
+#if defined(AT_FUSED_EMULATED)  // the kernels run on the CPU: tests/kernels/emulator
+#define AT_FUSED_NAMESPACE at_fused_emulated
 #define AT_FUSED_DEVICE_KEY CPU
 #else
 #define AT_FUSED_NAMESPACE at_fused
@@ -29,7 +29,7 @@ inline void check_cuda(cudaError_t error) {
 class OnDevice {
  public:
   explicit OnDevice(Device device)
-#if defined(AT_FUSED_SIMT)
+#if defined(AT_FUSED_EMULATED)
   {
     STD_TORCH_CHECK(device.type == aoti_torch_device_type_cpu(), "at_fused: not a CPU tensor");
   }
@@ -43,7 +43,7 @@ class OnDevice {
   void* stream() const { return stream_; }
 
  private:
-#if !defined(AT_FUSED_SIMT)
+#if !defined(AT_FUSED_EMULATED)
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
   void* stream_ = nullptr;
@@ -64,7 +64,7 @@ inline Limits ask_limits(int device) {
 }
 
 inline Limits limits_of(Device device) {
-#if defined(AT_FUSED_SIMT)  // tests change the device
+#if defined(AT_FUSED_EMULATED)  // tests change the device
   return ask_limits(0);
 #else
   static thread_local std::vector<std::optional<Limits> > known;

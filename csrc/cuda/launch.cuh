@@ -6,9 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "launch.h"
 #include "numbers.cuh"
-#include "power.cuh"
 
 // Launches the instance for the list's dtypes: with fp64, or without.
 #define AT_FUSED_LAUNCH_DTYPES(kernel, params, launch) \

@@ -1,5 +1,5 @@
-// What the kernels are given, as plain structs: written by the operators (*_ops.cpp) from a plan
-// (plan.h), read by the device code.
+// What the kernels are given, as plain structs: written by operators.cpp from a plan (plan.h), read
+// by the device code; and their launchers, each beside its kernel.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,22 @@ constexpr int kThreads = 256;  // of every block
 constexpr int kBlocksPerMultiprocessor = 3;
 constexpr int kGradientBlocks = 2;  // at the least, with a sample of each kept on chip
 constexpr int kVectorBytes = 16;    // of the widest load
+// Of a block's shared memory.
+constexpr int32_t kControlBytes = 384;   // block.cuh: Control
+constexpr int32_t kScratchBytes = 8192;  // attention_map.cuh: a value per thread and element
+constexpr int32_t kMaximumBytes = 2 * kScratchBytes;  // likewise, with the channel of each
+constexpr int32_t kSharedBytesWithoutAsking = 48 << 10;
+
 constexpr int kLaunchBytes = 4096;  // of structs that every launch may carry
 constexpr int kMaxPairs = 16;       // of one launch; longer lists take several
 constexpr int kMaxFeatures = 29;    // likewise
 
-// How a block reads a feature. A row is `fold` channels of all positions (planar) or the channels
-// of a position (interleaved).
+// How a block reads a feature. A row is all positions of `channels_per_row` channels (planar) or
+// the channels of a position (interleaved).
 struct Access {
-  int16_t vector;  // elements of a load: 16 bytes of them where alignment permits, else 1
-  int16_t fold;    // channels read as one row, so that it is a whole number of vectors
-  int16_t lanes;   // threads side by side in a row, a power of two; the others take other rows
+  int16_t vector;            // elements of a load: 16 bytes of them where alignment permits, else 1
+  int16_t channels_per_row;  // channels read as one row, so that it is a whole number of vectors
+  int16_t lanes;  // threads side by side in a row, a power of two; the others take other rows
 };
 
 struct View {
@@ -129,5 +135,20 @@ struct LossParams {
 
 static_assert(sizeof(MapParams) <= kLaunchBytes && sizeof(SweepParams) <= kLaunchBytes);
 static_assert(sizeof(LossParams) <= kLaunchBytes);
+
+struct Launch {
+  int64_t blocks;
+  int32_t shared_bytes;
+  bool fp64;  // some tensor is
+  void* stream;
+};
+
+// Features with channels have maps of maxima: all of a launch, or none.
+void launch_attention_map(const MapParams& params, const Launch& launch);
+void launch_attention_map_backward(const SweepParams& params, const Launch& launch);
+void launch_attention_tap_backward(const TapParams& params, const Launch& launch);
+void launch_map_loss(const LossParams& params, const Launch& launch);
+void launch_at_loss(const LossParams& params, const Launch& launch);
+void launch_at_value_and_grad(const LossParams& params, const Launch& launch);
 
 }  // namespace at_fused

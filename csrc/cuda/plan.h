@@ -17,10 +17,6 @@ struct Limits {
   int64_t shared_bytes_per_multiprocessor;
 };
 
-constexpr int32_t kControlBytes = 384;   // block.cuh: Control
-constexpr int32_t kScratchBytes = 8192;  // attention_map.cuh: a value per thread and element
-constexpr int32_t kMaximumBytes = 2 * kScratchBytes;  // likewise, with the channel of each
-constexpr int32_t kSharedBytesWithoutAsking = 48 << 10;
 constexpr int64_t kMaxExtent = int64_t(1) << 30;  // samples, channels, positions: 32-bit loops
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
@@ -49,21 +45,21 @@ inline bool aligned(const Feature& x, int64_t vector) {
 }
 
 // How many channels make a row of whole vectors; 0: none do, or a block could not hold their sums.
-inline int64_t fold_of(const Feature& x, int64_t vector) {
+inline int64_t channels_per_row(const Feature& x, int64_t vector) {
   if (x.layout == Layout::interleaved) {
     return x.C % vector == 0 && (x.N == 1 || x.line % vector == 0) ? 1 : 0;
   }
   if (x.N % vector == 0) return x.C == 1 || x.line % vector == 0 ? 1 : 0;
-  const int64_t fold = vector / std::gcd(x.N, vector);
-  const bool whole = x.C % fold == 0 && x.line == x.N && fold * x.N / vector <= kThreads;
-  return whole ? fold : 0;
+  const int64_t per_row = vector / std::gcd(x.N, vector);
+  const bool whole = x.C % per_row == 0 && x.line == x.N && per_row * x.N / vector <= kThreads;
+  return whole ? per_row : 0;
 }
 
 inline int64_t rows_of(const Feature& x, const Access& access) {
-  return x.layout == Layout::planar ? x.C / access.fold : x.N;
+  return x.layout == Layout::planar ? x.C / access.channels_per_row : x.N;
 }
 inline int64_t columns_of(const Feature& x, const Access& access) {
-  return (x.layout == Layout::planar ? x.N * access.fold : x.C) / access.vector;
+  return (x.layout == Layout::planar ? x.N * access.channels_per_row : x.C) / access.vector;
 }
 
 // Threads side by side: the width that takes the fewest turns, where every turn of several rows at
@@ -89,21 +85,22 @@ inline int64_t shuffled_lanes(int64_t columns) {
   return std::min<int64_t>(32, power_of_two_up(columns));
 }
 
-// `also`: other tensors, or null, moved in the same vectors. `fold`: a row may be several channels.
-// `positions`: of the tiles that maps are made of.
-inline Access access_of(const Feature& x, std::initializer_list<const Feature*> also, bool may_fold,
+// `also`: other tensors, or null, moved in the same vectors. `may_join`: a row may be several
+// channels. `positions`: of the tiles that maps are made of.
+inline Access access_of(const Feature& x, std::initializer_list<const Feature*> also, bool may_join,
                         int64_t positions) {
   int64_t vector = kVectorBytes / element_size(x.dtype);
-  int64_t fold = aligned(x, vector) ? fold_of(x, vector) : 0;
+  int64_t per_row = aligned(x, vector) ? channels_per_row(x, vector) : 0;
   for (const Feature* other : also) {
-    if (other && (!aligned(*other, vector) || fold_of(*other, vector) != fold)) fold = 0;
+    if (other && (!aligned(*other, vector) || channels_per_row(*other, vector) != per_row))
+      per_row = 0;
   }
-  if (fold == 0 || (fold > 1 && !may_fold)) vector = fold = 1;
-  Access access{int16_t(vector), int16_t(fold), 1};
+  if (per_row == 0 || (per_row > 1 && !may_join)) vector = per_row = 1;
+  Access access{int16_t(vector), int16_t(per_row), 1};
   if (x.layout == Layout::interleaved) {
     access.lanes = int16_t(shuffled_lanes(x.C / vector));
-  } else if (fold > 1) {
-    access.lanes = int16_t(power_of_two_up(positions * fold / vector));
+  } else if (per_row > 1) {
+    access.lanes = int16_t(power_of_two_up(positions * per_row / vector));
   } else {
     access.lanes = int16_t(best_lanes(x.C, divide_up(positions, vector),
                                       vector * element_size(x.dtype), kReduceTurns));
@@ -113,7 +110,9 @@ inline Access access_of(const Feature& x, std::initializer_list<const Feature*> 
 
 // Whether whole samples have rows of several channels. In pieces they would be read by single
 // elements.
-inline bool reads_folds(const Feature& x) { return access_of(x, {}, true, x.N).fold > 1; }
+inline bool joins_channels(const Feature& x) {
+  return access_of(x, {}, true, x.N).channels_per_row > 1;
+}
 
 inline View view_of(const Feature& x, const Access& access) {
   return {x.data, x.batch, x.line, int32_t(x.C), int32_t(x.N), x.dtype, x.layout, access};
@@ -201,17 +200,10 @@ inline int64_t position_bytes(const View& x) { return x.C * element_size(x.dtype
 
 // ---- maps -------------------------------------------------------------------------------------
 
-inline int64_t total_bytes(const Feature& x) { return x.B * sample_bytes(x); }
-inline int64_t total_bytes(const std::vector<Feature>& list) {
-  int64_t total = 0;
-  for (const Feature& x : list) total += total_bytes(x);
-  return total;
-}
-
 // Cuts one feature of a list of `total` bytes for its map.
 inline void plan_map(MapFeature& feature, const Feature& x, int64_t total, const Limits& limits) {
   const Pieces pieces =
-      reads_folds(x)
+      joins_channels(x)
           ? Pieces{1, x.N}
           : cut_positions(x.N, sample_bytes(x), task_bytes(total, limits), least_positions(x));
   feature.view = view_of(x, access_of(x, {}, pieces.count == 1, pieces.positions));
@@ -248,10 +240,6 @@ inline int64_t bytes_of_task(const SweepFeature& feature) {
 
 // ---- losses -----------------------------------------------------------------------------------
 
-struct PairFeatures {
-  Feature student, teacher, out;  // `out`: where the student's gradient goes, if it is wanted
-};
-
 // Shared memory for the two maps of a sample.
 inline int64_t map_bytes_of(int64_t N, bool fp64) {
   return 2 * round_up(N * accumulate_size(fp64), 16);
@@ -262,20 +250,24 @@ inline bool maps_fit(int64_t N, bool fp64) {
 
 // Cuts a pair's samples: `whole` ones into tasks of one or several, others into pieces of about
 // `target` bytes. The student is moved in the vectors of `out` as well, if there is one.
-inline void cut_pair(PairParams& pair, const Feature& student, const Feature& teacher,
-                     const Feature* out, bool whole, int64_t target, const Limits& limits) {
-  const int64_t bytes = sample_bytes(student) + sample_bytes(teacher);
-  const bool folds = reads_folds(student) || reads_folds(teacher);
+inline void cut_pair(PairParams& pair, const Pair& given, const Feature* out, bool whole,
+                     int64_t target, const Limits& limits) {
+  const auto& [student, teacher, student_scale, teacher_scale, mask] = given;
+  const bool joins = joins_channels(student) || joins_channels(teacher);
+  const int64_t bytes = given.bytes_of_sample();
   const int64_t least = std::max(least_positions(student), least_positions(teacher));
   const Pieces pieces =
-      whole || folds ? Pieces{1, student.N} : cut_positions(student.N, bytes / 2, target, least);
-  const bool may_fold = pieces.count == 1;
+      whole || joins ? Pieces{1, student.N} : cut_positions(student.N, bytes / 2, target, least);
+  const bool may_join = pieces.count == 1;
   pair.B = int32_t(student.B);
   pair.samples = whole ? int32_t(samples_of_task(student.B, bytes, limits)) : 0;
   pair.pieces = int32_t(2 * pieces.count);
   pair.positions = int32_t(pieces.positions);
-  pair.student = view_of(student, access_of(student, {out}, may_fold, pieces.positions));
-  pair.teacher = view_of(teacher, access_of(teacher, {}, may_fold, pieces.positions));
+  pair.student = view_of(student, access_of(student, {out}, may_join, pieces.positions));
+  pair.teacher = view_of(teacher, access_of(teacher, {}, may_join, pieces.positions));
+  pair.student_scale = student_scale;
+  pair.teacher_scale = teacher_scale;
+  pair.mask = mask;
 }
 
 inline int64_t tasks_of(const PairParams& pair) {
@@ -298,23 +290,23 @@ struct OnChip {
   int64_t kept_bytes = 0;  // of students that are kept; 0: none is
 };
 
-// Decides for a launch: maps that fit are on chip, and students to be swept are kept there if that
-// leaves kGradientBlocks on a multiprocessor, so that one computes while another reads.
-inline OnChip on_chip(const std::vector<PairFeatures>& pairs, bool gradient, bool fp64,
+// Decides for a launch of pairs with the largest maps: students to be swept are kept on chip if
+// that leaves kGradientBlocks on a multiprocessor, so that one computes while another reads.
+inline OnChip on_chip(const Pair* pairs, int32_t count, bool gradient, bool fp64,
                       const Limits& limits) {
   constexpr int64_t reserved = 1 << 10;  // the system's own, for each block
   const int64_t room =
       std::min(limits.shared_bytes_per_block,
                limits.shared_bytes_per_multiprocessor / kGradientBlocks - reserved);
   OnChip found;
-  for (const PairFeatures& pair : pairs) {
-    if (maps_fit(pair.student.N, fp64)) {
-      found.map_bytes = std::max(found.map_bytes, map_bytes_of(pair.student.N, fp64));
+  for (const Pair* pair = pairs; pair < pairs + count; ++pair) {
+    if (maps_fit(pair->student.N, fp64)) {
+      found.map_bytes = std::max(found.map_bytes, map_bytes_of(pair->student.N, fp64));
     }
   }
-  for (const PairFeatures& pair : pairs) {
-    const int64_t kept = kept_bytes_of(pair.student);
-    if (gradient && maps_fit(pair.student.N, fp64) &&
+  for (const Pair* pair = pairs; gradient && pair < pairs + count; ++pair) {
+    const int64_t kept = kept_bytes_of(pair->student);
+    if (maps_fit(pair->student.N, fp64) &&
         kControlBytes + kScratchBytes + found.map_bytes + kept <= room) {
       found.kept_bytes = std::max(found.kept_bytes, kept);
     }
@@ -322,32 +314,31 @@ inline OnChip on_chip(const std::vector<PairFeatures>& pairs, bool gradient, boo
   return found;
 }
 
-// Cuts a list of pairs so that every multiprocessor has work and few samples are shared: what
-// blocks share goes through global memory. With `gradient` the students that OnChip has room for
-// are whole, and have their sweep. Pairs are in the order of the list.
-inline OnChip plan_pairs(PairParams* pairs, const std::vector<PairFeatures>& list, bool gradient,
+// Cuts pairs so that every multiprocessor has work and few samples are shared: what blocks share
+// goes through global memory. With `outs`, where the students' gradients go, students that OnChip
+// has room for are whole, and have their sweep. Pairs are in the order of the list.
+inline OnChip plan_pairs(PairParams* pairs, const Pair* list, int32_t count, const Feature* outs,
                          bool fp64, const Limits& limits) {
-  const OnChip chip = on_chip(list, gradient, fp64, limits);
+  const OnChip chip = on_chip(list, count, outs, fp64, limits);
   int64_t total = 0;
-  for (const PairFeatures& x : list) total += total_bytes(x.student) + total_bytes(x.teacher);
+  for (int32_t i = 0; i < count; ++i) total += list[i].student.B * list[i].bytes_of_sample();
   const int64_t share = std::max<int64_t>(64 << 10, total / limits.multiprocessors);
-  for (size_t i = 0; i < list.size(); ++i) {
-    const auto& [student, teacher, out] = list[i];
+  for (int32_t i = 0; i < count; ++i) {
+    const Feature& student = list[i].student;
     const bool fits = maps_fit(student.N, fp64);
     const bool keeps = fits && kept_bytes_of(student) <= chip.kept_bytes;
-    const bool whole = keeps || (fits && sample_bytes(student) + sample_bytes(teacher) <= share);
-    cut_pair(pairs[i], student, teacher, keeps ? &out : nullptr, whole, task_bytes(total, limits),
+    const bool whole = keeps || (fits && list[i].bytes_of_sample() <= share);
+    cut_pair(pairs[i], list[i], keeps ? &outs[i] : nullptr, whole, task_bytes(total, limits),
              limits);
-    if (keeps)
-      pairs[i].sweep = sweep_of(student, out, pairs[i].student.access, sample_bytes(student));
+    if (!keeps) continue;
+    pairs[i].sweep = sweep_of(student, outs[i], pairs[i].student.access, sample_bytes(student));
   }
   return chip;
 }
 
-// The loss of raw maps, given as features of one channel: every sample is whole.
-inline void plan_map_loss(PairParams& pair, const Feature& student, const Feature& teacher,
-                          const Limits& limits) {
-  cut_pair(pair, student, teacher, nullptr, true, 0, limits);
+// The loss of raw maps: every sample is whole.
+inline void plan_map_loss(PairParams& pair, const Pair& maps, const Limits& limits) {
+  cut_pair(pair, maps, nullptr, true, 0, limits);
 }
 
 }  // namespace at_fused

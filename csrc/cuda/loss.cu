@@ -1,7 +1,7 @@
-// The loss of a list of pairs: maps, norms, losses and coefficient maps.
-#pragma once
-
+// The loss of a list of pairs: maps, norms, losses and coefficient maps; at_value_and_grad also
+// sweeps students that it keeps on chip.
 #include "attention_map.cuh"
+#include "launch.cuh"
 #include "sweep.cuh"
 
 namespace at_fused {
@@ -244,7 +244,7 @@ __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int 
   static_assert(sizeof(maps) <= sizeof(shared.control->maps));
   __syncthreads();  // the last sample's maps may still be read
   if (threadIdx.x == 0) {
-    const PairParams& pair = params.pairs[here(i)];
+    const PairParams& pair = params.pairs[opaque(i)];
     const bool fits = pair.student.N * accumulate_size(fp64) <= params.map_bytes / 2;
     maps.student_result = map_of<fp64>(pair.student, pair.student_maps, b);
     maps.teacher_result = map_of<fp64>(pair.teacher, pair.teacher_maps, b);
@@ -256,11 +256,11 @@ __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int 
   }
   __syncthreads();
   // One piece of code for both: unrolled it would be twice as long.
-  const Piece sides = piece_of(params.pairs[here(i)], here(number));
+  const Piece sides = piece_of(params.pairs[opaque(i)], opaque(number));
 #pragma unroll 1
   for (int side = sides.side_begin; side < sides.side_end; ++side) {
-    const PairParams& pair = params.pairs[here(i)];
-    const Piece tile = piece_of(pair, here(number));
+    const PairParams& pair = params.pairs[opaque(i)];
+    const Piece tile = piece_of(pair, opaque(number));
     const bool whole = pair.samples > 0;
     const SampleMap<fp64>& map = whole ? (side ? maps.teacher : maps.student)
                                        : (side ? maps.teacher_result : maps.student_result);
@@ -269,7 +269,7 @@ __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int 
         side ? pair.teacher_scale : pair.student_scale,
         side == 0 && pair.sweep.out ? shared.kept : nullptr, map.at(tile.begin));
   }
-  const PairParams& pair = params.pairs[here(i)];
+  const PairParams& pair = params.pairs[opaque(i)];
   const bool whole = pair.samples > 0;
   if (!whole) {
     uint32_t* arrived = params.arrived + pair.first_sample + b;
@@ -308,6 +308,72 @@ __device__ __forceinline__ void run_task(const LossParams& params, const SharedM
     then(i, b);
   }
   if (finished) finish_loss(params, b1 - b0, *shared.control);
+}
+
+// ---- kernels -----------------------------------------------------------------------------------
+
+// Losses, and maps where they are kept, of a list of pairs, in one pass over the features.
+template <class E, bool fp64>
+__global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
+    at_loss_kernel(const __grid_constant__ LossParams params) {
+  AT_FUSED_DYNAMIC_SHARED(bytes);
+  run_task<E, fp64, false>(params, SharedMemory(bytes, params.map_bytes), [](int, int) {});
+}
+
+void launch_at_loss(const LossParams& params, const Launch& launch) {
+  AT_FUSED_LAUNCH_POWERS(at_loss_kernel, params, launch);
+}
+
+// at_loss_kernel that keeps students on chip where they fit, and sweeps them there: their gradient
+// takes no second read. Of the others it leaves the coefficients.
+template <class E, bool fp64>
+__global__ void __launch_bounds__(kThreads, E::short_code ? kBlocks<fp64> : kGradientBlocks)
+    at_value_and_grad_kernel(const __grid_constant__ LossParams params) {
+  AT_FUSED_DYNAMIC_SHARED(bytes);
+  const SharedMemory shared(bytes, params.map_bytes);
+  run_task<E, fp64, true>(params, shared, [&](int i, int b) {
+    const PairParams& pair = params.pairs[opaque(i)];
+    if (!pair.sweep.out) return;
+    __syncthreads();  // the coefficients are written
+    const Span all{0, rows_of(pair.student), 0, columns_of(pair.student)};
+    sweep_piece<E, fp64, true>(
+        pair.student, pair.sweep, b, all, params.p, [] { return 1.0; }, shared.student_map,
+        shared.kept);
+  });
+}
+
+void launch_at_value_and_grad(const LossParams& params, const Launch& launch) {
+  AT_FUSED_LAUNCH_POWERS(at_value_and_grad_kernel, params, launch);
+}
+
+// Losses, and dL/dQ where it is wanted, of a list of pairs of raw maps. It computes in fp64
+// whatever the maps are, and has the registers for it.
+template <bool fp64>
+__global__ void __launch_bounds__(kThreads, kBlocks<true>)
+    map_loss_kernel(const __grid_constant__ LossParams params) {
+  AT_FUSED_DYNAMIC_SHARED(bytes);
+  Control& control = *reinterpret_cast<Control*>(bytes);
+  const int i = member_of(params.pairs, params.count, blockIdx.x);
+  const PairParams& pair = params.pairs[i];
+  const int b0 = (int(blockIdx.x) - pair.first_task) * pair.samples;
+  const int b1 = min(b0 + pair.samples, pair.B);
+  for (int b = b0; b < b1; ++b) {
+    const auto given = [&](const View& map) {
+      return map_of<fp64>(map, const_cast<void*>(map.data), b);
+    };
+    const SampleMaps<fp64> maps{given(pair.student),
+                                given(pair.teacher),
+                                map_of<fp64>(pair.student, pair.student_maps, b),
+                                map_of<fp64>(pair.teacher, pair.teacher_maps, b),
+                                true,
+                                true};
+    store_sample_loss(params, i, b, finish_sample<fp64>(params, pair, b, maps, false, control));
+  }
+  finish_loss(params, b1 - b0, control);
+}
+
+void launch_map_loss(const LossParams& params, const Launch& launch) {
+  AT_FUSED_LAUNCH_DTYPES(map_loss_kernel, params, launch);
 }
 
 }  // namespace at_fused

@@ -1,0 +1,173 @@
+// Tensors as the kernels see them: (B, C, N) in one of the two native layouts; new tensors.
+#pragma once
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "feature.h"
+
+namespace at_fused {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+
+struct Device {
+  int32_t type, index;
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
+inline Device device_of(const Tensor& tensor) {
+  Device device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  return device;
+}
+
+// ---- tensors as features ----------------------------------------------------------------------
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "at_fused: features must be float16, bfloat16, float32 or float64");
+  }
+}
+
+// The strides of (B, C, *spatial) as those of (B, C, N); false where no native layout has them.
+inline bool describe(const Tensor& tensor, Feature& feature) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  int64_t N = 1, position = 0;  // the stride from one position to the next
+  for (int64_t d = tensor.dim() - 1; d >= 2; --d) {
+    if (sizes[d] == 1) continue;
+    if (N == 1) position = strides[d];
+    if (strides[d] != position * N) return false;
+    N *= sizes[d];
+  }
+  const int64_t channel = strides[1];
+  const bool planar = N > 1 && position == 1;
+  const bool interleaved = !planar && (channel == 1 || sizes[1] == 1);
+  feature = {tensor.const_data_ptr(),
+             dtype_of(tensor),
+             interleaved ? Layout::interleaved : Layout::planar,
+             sizes[0],
+             sizes[1],
+             N,
+             strides[0],
+             interleaved ? position : channel};
+  return planar || interleaved || N == 1;
+}
+
+// The tensor as a feature; it is replaced by a contiguous copy where it has no native layout.
+inline Feature native_feature(Tensor& tensor, Device device) {
+  STD_TORCH_CHECK(tensor.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
+  STD_TORCH_CHECK(tensor.numel() > 0, "at_fused: features must not be empty");
+  // An expanded tensor may have more elements than any memory: few enough here that sums of bytes,
+  // of lists too, are never beyond 64 bits.
+  STD_TORCH_CHECK(tensor.numel() <= int64_t(1) << 44, "at_fused: at most 2^44 elements, got ",
+                  tensor.numel());
+  STD_TORCH_CHECK(device_of(tensor) == device, "at_fused: all features must be on the same device");
+  Feature feature;
+  if (!describe(tensor, feature)) {
+    tensor = torch::stable::contiguous(tensor);
+    STD_TORCH_CHECK(describe(tensor, feature), "at_fused: a contiguous copy has no layout");
+  }
+  return feature;
+}
+
+inline int64_t total_bytes(const std::vector<Feature>& features) {
+  int64_t total = 0;
+  for (const Feature& feature : features) total += total_bytes(feature);
+  return total;
+}
+
+// How many tokens in front of a feature (B, C, N) have no part in its map.
+inline int64_t skipped(const Ints& skip_tokens, size_t at, const Tensor& feature) {
+  if (skip_tokens.empty()) return 0;
+  const int64_t count = skip_tokens[at];
+  STD_TORCH_CHECK(
+      count == 0 || (feature.dim() == 3 && count > 0 && count < feature.size(2)),
+      "at_fused: skip_tokens must be >= 0 and leave a token of a feature (B, C, N), got ", count);
+  return count;
+}
+
+inline void check_skip_tokens(const Ints& skip_tokens, size_t features) {
+  STD_TORCH_CHECK(skip_tokens.empty() || skip_tokens.size() == features,
+                  "at_fused: skip_tokens must have one number per feature, got ",
+                  skip_tokens.size(), " for ", features);
+}
+
+// ---- new tensors ------------------------------------------------------------------------------
+
+// Why torch's last function failed. It says so from 2.13 on, which the libraries do not need.
+inline std::string last_reason() {
+  using Function = const char*();
+  const auto what = reinterpret_cast<Function*>(
+      dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  return what ? what() : "torch could not make one, for lack of memory most likely";
+}
+
+// torch::stable::new_empty and empty_like look their operators up by name in every call, which for
+// a list of small features takes longer than the arithmetic.
+inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                         Device device) {
+  AtenTensorHandle handle = nullptr;
+  const auto error =
+      aoti_torch_empty_strided(rank, sizes, strides, dtype, device.type, device.index, &handle);
+  if (error) {
+    int64_t count = 1;
+    for (int64_t d = 0; d < rank; ++d) count *= sizes[d];
+    STD_TORCH_CHECK(false, "at_fused: no result of ", count, " elements: ", last_reason());
+  }
+  return Tensor(handle);
+}
+
+// torch.empty_like: the strides of a dense tensor, those that empty_like finds for any other.
+inline Tensor new_like(const Tensor& tensor, const Feature& feature) {
+  if (feature.line != line_length(feature) || feature.batch != feature.C * feature.N) {
+    return torch::stable::empty_like(tensor);
+  }
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return new_tensor(tensor.dim(), tensor.sizes().data(), tensor.strides().data(), dtype,
+                    device_of(tensor));
+}
+
+inline int32_t accumulate_dtype(bool fp64) {
+  return fp64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+// A map (B, N) of a feature: of values, or of channels.
+inline Tensor new_map(const Feature& feature, Device device, bool of_channels = false) {
+  const int64_t sizes[] = {feature.B, feature.N}, strides[] = {feature.N, 1};
+  const int32_t dtype =
+      of_channels ? aoti_torch_dtype_int32() : accumulate_dtype(accumulates_fp64(feature));
+  return new_tensor(2, sizes, strides, dtype, device);
+}
+
+// The map of each sample in such a tensor.
+struct Maps {
+  char* first = nullptr;
+  int64_t bytes = 0;
+
+  Maps() = default;
+  explicit Maps(const Tensor& maps)
+      : first(static_cast<char*>(maps.mutable_data_ptr())),
+        bytes(maps.size(1) * int64_t(maps.element_size())) {}
+  void* of(int64_t b) const { return first ? first + b * bytes : nullptr; }
+};
+
+}  // namespace at_fused
