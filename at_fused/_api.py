@@ -1,10 +1,11 @@
 """The public names that need torch. The package gives them once torch is there or one is used."""
 
-from at_fused._attached import remove_hooks
+from at_fused._hooks import remove_hooks
 from at_fused._warnings import AtFusedWarning
 from at_fused.backends import Backend, backends, use_backend
 from at_fused.distillation import FeaturesLoss, KDLoss, features_loss, kd_loss
 from at_fused.functional import (
+    ATLoss,
     at,
     at_loss,
     at_value_and_grad,
@@ -14,6 +15,5 @@ from at_fused.functional import (
 )
 from at_fused.gradients import flip_symmetry_loss, gradient_at_loss, input_gradient
 from at_fused.layers import match_layers
-from at_fused.modules import ATLoss
 from at_fused.teacher_cache import StaleCacheError, TeacherCache, teacher_hash
 from at_fused.transfer import AttentionTransfer

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from at_fused import _inputs, _maps, _ops
-from at_fused._checks import kind
-from at_fused._inputs import MapSize, MapSizes, Sides
-from at_fused._options import LossOptions
-from at_fused._problem import (
-    prepare,
-    prepare_maps,
-    solve,
-    solve_maps,
-    straight,
-    value_and_grad,
-)
-from at_fused.backends import eager
-from at_fused.backends.results import accumulate_dtype, laid_out_as
+from at_fused import _loss, _maps
+from at_fused._arguments import CHOICES, check_kept, check_options, layout_of_one
+from at_fused._numbers import kind
+from at_fused._options import LossArguments, MapSize, MapSizes, Sides, channels_as_positions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_LOSS_OPTIONS = set(LossOptions._fields)
-_FP32_MAX = torch.finfo(torch.float32).max
 
 Features = TypeVar("Features", Tensor, Sequence[Tensor])
 
@@ -133,43 +119,69 @@ def at_loss(
 
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
-    if (
-        weights is None
-        and resize is None
-        and map_size is None
-        and mask is None
-        and sample_weights is None
-        and isinstance(attend, str)
-        and type(attend) is str
-        and attend == "spatial"
-        and _inputs.plain(channel_dim, skip_tokens)
-        and absolute is True
-    ):
-        options = LossOptions(p, collapse, form, reduction, eps_mode, eps)
-        loss = straight(_ops.at_loss, student, teacher, options)
-        if loss is not None:
-            return loss
-    return solve(
-        prepare(
-            student,
-            teacher,
-            p=p,
-            collapse=collapse,
-            form=form,
-            weights=weights,
-            reduction=reduction,
-            resize=resize,
-            attend=attend,
-            channel_dim=channel_dim,
-            skip_tokens=skip_tokens,
-            map_size=map_size,
-            mask=mask,
-            sample_weights=sample_weights,
-            absolute=absolute,
-            eps=eps,
-            eps_mode=eps_mode,
-        )
+    arguments = LossArguments(
+        p=p,
+        collapse=collapse,
+        form=form,
+        reduction=reduction,
+        eps_mode=eps_mode,
+        eps=eps,
+        weights=weights,
+        resize=resize,
+        attend=attend,
+        channel_dim=channel_dim,
+        skip_tokens=skip_tokens,
+        map_size=map_size,
+        mask=mask,
+        sample_weights=sample_weights,
+        absolute=absolute,
     )
+    return _loss.at_loss(student, teacher, arguments)
+
+
+class ATLoss(nn.Module):
+    """Keep the options of ``at_loss``: ``ATLoss(p=2)(student, teacher)``.
+
+    The formula is that of :func:`at_fused.at_loss`. Has no parameters.
+
+    Args:
+        options: the keyword arguments of :func:`at_fused.at_loss`, which documents them, but for
+            ``mask`` and ``sample_weights``, which belong to a batch and are given in the call. They
+            are checked here, once, and can be read back from the attribute of this name.
+
+    Raises:
+        TypeError, ValueError: an option that does not exist, or is not allowed.
+
+    Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1.
+    """
+
+    def __init__(self, **options: Unpack[ATOptions]) -> None:
+        super().__init__()
+        self.options = check_kept("ATLoss", options, ATOptions.__annotations__)
+
+    def forward(
+        self,
+        student: Tensor | Sequence[Tensor],
+        teacher: Tensor | Sequence[Tensor],
+        mask: Tensor | Sequence[Tensor] | None = None,
+        sample_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss of one pair, or of all pairs of two sequences.
+
+        Args:
+            student, teacher, mask, sample_weights: as in :func:`at_fused.at_loss`.
+
+        Returns:
+            As :func:`at_fused.at_loss`: a scalar, (pairs,) or (pairs, B), float32 or float64.
+
+        Raises:
+            TypeError, ValueError: as :func:`at_fused.at_loss`.
+        """
+        return at_loss(student, teacher, mask=mask, sample_weights=sample_weights, **self.options)
+
+    def extra_repr(self) -> str:
+        """Return the options that were given, as in the call."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 def at_value_and_grad(
@@ -210,53 +222,19 @@ def at_value_and_grad(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1; the gradient in closed form.
     """
-    found = None
-    plain = type(scale) in (float, int) and abs(scale) <= _FP32_MAX  # type: ignore[operator]
-    if plain and mask is None and sample_weights is None and options.keys() <= _LOSS_OPTIONS:
-        chosen = LossOptions(**options)  # type: ignore[misc]  # as just seen
-        found = straight(_ops.at_value_and_grad, student, teacher, chosen, scale, None)
-    if found is None:
-        for name in options.keys() - ATOptions.__annotations__.keys():
-            raise TypeError(f"at_value_and_grad takes no option {name!r}")
-        problem = prepare(student, teacher, mask=mask, sample_weights=sample_weights, **options)
-        features = problem.students + problem.teachers
-        factor, loss_gradient = _inputs.gradient_scale(
-            scale, features[0].device, accumulate_dtype(*features)
-        )
-        side = _inputs.sides(
-            options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size")
-        )[0]
-        given = [student] if isinstance(student, Tensor) else student
-        with torch.no_grad():
-            loss, placed = value_and_grad(problem, factor, loss_gradient)
-            pairs = zip(placed, given, strict=True)
-            found = loss, [laid_out_as(x, _inputs.given_back(g, x, side)) for g, x in pairs]
-    loss, gradients = found
+    for name in options.keys() - ATOptions.__annotations__.keys():
+        raise TypeError(f"at_value_and_grad takes no option {name!r}")
+    arguments = LossArguments(mask=mask, sample_weights=sample_weights, **options)
+    loss, gradients = _loss.at_value_and_grad(student, teacher, arguments, scale)
     return loss, gradients[0] if isinstance(student, Tensor) else gradients
 
 
-def _options_of_one(
-    p: float,
-    collapse: str,
-    normalize: object,
-    attend: str,
-    absolute: bool,
-    eps: float,
-    eps_mode: str,
-    map_size: MapSize | None,
-) -> None:
-    _inputs.check_spatial(attend, map_size=map_size)
-    _inputs.check_options(
-        p=p,
-        eps=eps,
-        absolute=absolute,
-        collapse=collapse,
-        attend=attend,
-        eps_mode=eps_mode,
-        fewer={"attend": ("spatial", "channel")},
-    )
+def _check_map_options(normalize: object, **options: Any) -> None:
+    """Check the options of one map."""
+    check_options(options, CHOICES | {"attend": ("spatial", "channel")})
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True or False, got {kind(normalize)}")
+    eps, eps_mode = options["eps"], options["eps_mode"]
     if not normalize and (eps, eps_mode) != (1e-12, "max"):
         raise ValueError(
             f"eps and eps_mode are for normalize=True, got {eps!r} and {eps_mode!r} without it"
@@ -301,14 +279,23 @@ def attention_map(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
     """
-    _options_of_one(p, collapse, normalize, attend, absolute, eps, eps_mode, map_size)
-    feature, _ = _inputs.one(x, channel_dim, skip_tokens, map_size)
+    _check_map_options(
+        normalize,
+        p=p,
+        collapse=collapse,
+        attend=attend,
+        map_size=map_size,
+        absolute=absolute,
+        eps=eps,
+        eps_mode=eps_mode,
+    )
+    feature, layout = layout_of_one(x, channel_dim, skip_tokens, map_size)
+    feature = layout.to_channels_first(feature)
     if attend == "channel":
-        feature = _inputs.channels_as_positions(feature)
-    (raw,) = _maps.attention_maps([feature], float(p), collapse, absolute, [])
-    if normalize:
-        raw = eager.normalize(raw, float(eps), eps_mode)[0].to(raw.dtype)
-    return raw.view(x.shape[0], *feature.shape[2:])
+        feature = channels_as_positions(feature)
+    (raw,) = _maps.attention_maps([feature], float(p), collapse, absolute)
+    q = _maps.normalized(raw, float(eps), eps_mode) if normalize else raw
+    return q.view(x.shape[0], *feature.shape[2:])
 
 
 def attention_tap(
@@ -356,13 +343,21 @@ def attention_tap(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
     """
-    _options_of_one(p, collapse, normalize, attend, absolute, eps, eps_mode, map_size)
-    feature, side = _inputs.one(x, channel_dim, skip_tokens, map_size)
-    place = _ops.Place(side.channel_dim, side.skip_tokens, attend == "channel")
-    y, raw = _maps.attention_tap(x, float(p), collapse, absolute, place)
-    if normalize:
-        raw = eager.normalize(raw, float(eps), eps_mode)[0].to(raw.dtype)
-    return y, raw if attend == "channel" else raw.view(x.shape[0], *feature.shape[2:])
+    _check_map_options(
+        normalize,
+        p=p,
+        collapse=collapse,
+        attend=attend,
+        map_size=map_size,
+        absolute=absolute,
+        eps=eps,
+        eps_mode=eps_mode,
+    )
+    _, layout = layout_of_one(x, channel_dim, skip_tokens, map_size)
+    spatial = layout.to_channels_first(x).shape[2:]
+    y, raw = _maps.attention_tap(x, float(p), collapse, absolute, layout, attend == "channel")
+    q = _maps.normalized(raw, float(eps), eps_mode) if normalize else raw
+    return y, q if attend == "channel" else q.view(x.shape[0], *spatial)
 
 
 def map_loss(
@@ -402,20 +397,17 @@ def map_loss(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1.
     """
-    return solve_maps(
-        prepare_maps(
-            student,
-            teacher,
-            form,
-            weights,
-            reduction,
-            resize,
-            mask,
-            sample_weights,
-            eps,
-            eps_mode,
-        )
+    arguments = LossArguments(
+        form=form,
+        reduction=reduction,
+        eps_mode=eps_mode,
+        eps=eps,
+        weights=weights,
+        resize=resize,
+        mask=mask,
+        sample_weights=sample_weights,
     )
+    return _loss.map_loss(student, teacher, arguments)
 
 
 def at(

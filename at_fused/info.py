@@ -64,7 +64,7 @@ def facts() -> dict[str, str | int]:
 
 
 def lines() -> list[str]:
-    """The report.
+    """Return the report.
 
     Returns:
         Its lines.

@@ -6,11 +6,10 @@ compiled library for its own on top of it.
 
 from at_fused._ops.attention import attention_map, attention_map_backward
 from at_fused._ops.loss import at_loss, at_value_and_grad, map_loss, map_value_and_grad
-from at_fused._ops.tap import Place, attention_tap, attention_tap_backward, attention_tap_backward_
+from at_fused._ops.tap import attention_tap, attention_tap_backward, attention_tap_backward_
 from at_fused.backends import load
 
 __all__ = [
-    "Place",
     "at_loss",
     "at_value_and_grad",
     "attention_map",
@@ -22,5 +21,4 @@ __all__ = [
     "map_value_and_grad",
 ]
 
-# Whoever has the operators has the fastest kernels for each device.
-load()
+load()  # importing the operators also gives each device its fastest kernels

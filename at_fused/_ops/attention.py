@@ -28,7 +28,6 @@ from at_fused._ops.library import (
     below_autograd,
     check_one_device,
     define,
-    differentiate,
     entry,
     library,
     operators,
@@ -37,7 +36,7 @@ from at_fused._ops.library import (
     transformed,
 )
 from at_fused.backends import eager
-from at_fused.backends.results import accumulate_dtype
+from at_fused.backends.outputs import accumulate_dtype
 
 define("attention_map(Tensor[] features, float p, str collapse, int[] skip_tokens=[]) -> Tensor[]")
 define(
@@ -109,22 +108,34 @@ class _AttentionMap(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * ctx.count
         wanted = [(j, i) for j, i in enumerate(kept) if map_gradients[i] is not None]
         if wanted:
-            chosen = [saved[j] for j, _ in wanted]
-            found = attention_map_backward(
-                chosen,
-                [
-                    map_gradients[i] * (p * eager.collapse_scale(x, collapse))
-                    for x, (_, i) in zip(chosen, wanted, strict=True)
-                ],
-                None,
-                [i for _, i in wanted],
+            found = map_gradients_backward(
+                [saved[j] for j, _ in wanted],
+                [map_gradients[i] for _, i in wanted],
                 p,
+                collapse,
                 [skip_tokens[i] for _, i in wanted] if skip_tokens else [],
                 [saved[len(kept) + j] for j, _ in wanted] if collapse == "max" else [],
             )
             for (_, i), gradient in zip(wanted, found, strict=True):
                 gradients[i] = gradient
         return None, None, None, *gradients
+
+
+def map_gradients_backward(
+    features: list[Tensor],
+    map_gradients: Sequence[Any],
+    p: float,
+    collapse: str,
+    skip_tokens: Sequence[int] = (),
+    channels: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """Return the gradients of features from those of their maps."""
+    pairs = zip(features, map_gradients, strict=True)
+    coefficients = [g * (p * eager.collapse_scale(x, collapse)) for x, g in pairs]
+    numbers = list(range(len(features)))
+    return attention_map_backward(
+        features, coefficients, None, numbers, p, list(skip_tokens), list(channels)
+    )
 
 
 class _AttentionMapBackward(torch.autograd.Function):
@@ -134,45 +145,48 @@ class _AttentionMapBackward(torch.autograd.Function):
     def forward(
         ctx: Any,
         pairs: Sequence[int],
-        options: tuple[Any, ...],
-        loss_gradient: Tensor | None,
-        *tensors: Tensor,
+        p: float,
+        skip_tokens: Sequence[int],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.options = pairs, options, loss_gradient is None
-        save(ctx, *(() if loss_gradient is None else (loss_gradient,)), *tensors)
+        ctx.options = pairs, p, skip_tokens
+        save(ctx, *tensors)
         operator = operators.attention_map_backward.default
-        return tuple(below_autograd(operator, *_arguments(pairs, options, loss_gradient, tensors)))
+        return tuple(below_autograd(operator, *_from_flat(tensors, *ctx.options)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        pairs, options, no_gradient = ctx.options
-        needed = ctx.needs_input_grad[3:] if no_gradient else ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # By aliases: a coefficient map is itself a function of the features.
-            saved = [x.view_as(x) for x in ctx.saved_tensors]
-            loss_gradient, tensors = (None, saved) if no_gradient else (saved[0], saved[1:])
-            outputs = eager.attention_map_backward(
-                *_arguments(pairs, options, loss_gradient, tensors)
-            )
-            wanted = [x for x, n in zip(saved, needed, strict=True) if n]
-            products = differentiate(outputs, wanted, gradients, create_graph)
+            saved = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+            outputs = eager.attention_map_backward(*_from_flat(saved, *ctx.options))
+            wanted = [x for x, n in zip(saved, needed, strict=True) if n and x is not None]
+            known = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+            known = [(o, g) for o, g in known if o.requires_grad]
+            products: Sequence[Tensor | None] = [None] * len(wanted)
+            if known and wanted:
+                products = torch.autograd.grad(
+                    [o for o, _ in known],
+                    wanted,
+                    [g for _, g in known],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
         remaining = iter(products)
-        found = [next(remaining) if n else None for n in needed]
-        return None, None, *((None,) if no_gradient else ()), *found
+        return None, None, None, *(next(remaining) if n else None for n in needed)
 
 
-def _arguments(
-    pairs: Sequence[int],
-    options: tuple[Any, ...],
-    loss_gradient: Tensor | None,
-    tensors: Sequence[Tensor],
+def _from_flat(
+    tensors: Sequence[Any], pairs: Sequence[int], p: float, skip_tokens: Sequence[int]
 ) -> tuple[Any, ...]:
-    """Arguments of ``attention_map_backward``, whose three lists are one here."""
-    count = len(pairs)
-    features, coefficients = list(tensors[:count]), list(tensors[count : 2 * count])
-    return features, coefficients, loss_gradient, pairs, *options, list(tensors[2 * count :])
+    """Return the arguments of ``attention_map_backward`` from one list of its tensors."""
+    n = len(pairs)
+    features, coefficients, channels = tensors[:n], tensors[n : 2 * n], tensors[2 * n + 1 :]
+    lists = list(features), list(coefficients), tensors[2 * n]
+    return *lists, pairs, p, skip_tokens, list(channels)
 
 
 def _attention_map_autograd(
@@ -198,9 +212,8 @@ def _attention_map_backward_autograd(
     if transformed():
         return eager.attention_map_backward(*arguments)
     if tracks(features, coefficients, [loss_gradient]):
-        tensors = (*features, *coefficients, *channels)
-        options = p, skip_tokens
-        return list(apply(_AttentionMapBackward, pairs, options, loss_gradient, *tensors))
+        tensors = (*features, *coefficients, loss_gradient, *channels)
+        return list(apply(_AttentionMapBackward, pairs, p, skip_tokens, *tensors))
     return below_autograd(operators.attention_map_backward.default, *arguments)
 
 

@@ -28,15 +28,12 @@ def define(schema: str) -> None:
     library.impl(name, getattr(eager, name), "CompositeExplicitAutograd")
 
 
-def entry(
-    name: str, function: Callable[..., Any], of_graphs: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Register an operator's autograd; return what calls the operator.
 
-    A graph that is being compiled or exported holds the operator itself; ``of_graphs`` is its
-    autograd then, where that is another one.
+    A graph that is being compiled or exported holds the operator itself.
     """
-    library.impl(name, of_graphs or function, "Autograd")
+    library.impl(name, function, "Autograd")
     library.impl(name, function, "FuncTorchBatched")  # of a vmap in such a graph
     operator = getattr(operators, name).default
 
@@ -62,28 +59,6 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def differentiate(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    create_graph: bool,
-) -> list[Tensor | None]:
-    """Compute vector-Jacobian products; None for an input without a part in the outputs."""
-    known = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
-    known = [(o, g) for o, g in known if o.requires_grad]
-    if not known or not inputs:
-        return [None] * len(inputs)
-    return list(
-        torch.autograd.grad(
-            [o for o, _ in known],
-            inputs,
-            [g for _, g in known],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
-
-
 def below_autograd(operator: Any, *arguments: Any) -> Any:
     """Call an operator's kernel itself, not its autograd again."""
     with torch._C._AutoDispatchBelowAutograd():
@@ -100,12 +75,14 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return plain.apply(*arguments)
 
 
-def save(ctx: Any, *tensors: Tensor) -> None:
+def save(ctx: Any, *tensors: Tensor | None) -> None:
     """Save tensors for a backward pass: copies of those made under ``inference_mode``.
 
     torch saves none of these; a teacher's features, maps and masks often are.
     """
-    ctx.save_for_backward(*(x.clone() if x.is_inference() else x for x in tensors))
+    ctx.save_for_backward(
+        *(x.clone() if x is not None and x.is_inference() else x for x in tensors)
+    )
 
 
 def tracks(*groups: Sequence[Tensor | None]) -> bool:

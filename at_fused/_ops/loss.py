@@ -22,8 +22,7 @@ the raw map, masked, of the other. Where autograd follows a side, its graph has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +43,7 @@ from at_fused._ops.library import (
 )
 from at_fused._options import LossOptions
 from at_fused.backends import eager
-from at_fused.backends.results import accumulate_dtype
+from at_fused.backends.outputs import accumulate_dtype
 
 define(
     "map_loss(Tensor[] student, Tensor[] teacher, float[] weights, str form, str reduction,"
@@ -70,31 +69,17 @@ def _fake_loss(
 
 
 @torch.library.register_fake("at_fused::map_loss", lib=library)
-def _(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    weights: list[float],
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
-    student_grad: bool,
-    teacher_grad: bool,
-) -> tuple[Tensor, list[Tensor]]:
+def _(student: list[Tensor], teacher: list[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
+    _, _, reduction, _, _, student_grad, teacher_grad = rest
     maps = (student if student_grad else []) + (teacher if teacher_grad else [])
     return _fake_loss(student, teacher, reduction), [q.new_empty(q.shape) for q in maps]
 
 
 @torch.library.register_fake("at_fused::at_loss", lib=library)
 def _(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    masks: list[Tensor],
-    weights: list[float],
-    skip_tokens: list[int],
-    *rest: Any,
+    student: list[Tensor], teacher: list[Tensor], masks: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    *options, student_grad, teacher_grad = rest
+    _, skip_tokens, *options, student_grad, teacher_grad = rest
     loss = _fake_loss(student, teacher, LossOptions(*options).reduction, *masks)
     if not (student_grad or teacher_grad):
         return loss, []
@@ -103,14 +88,9 @@ def _(
 
 @torch.library.register_fake("at_fused::at_value_and_grad", lib=library)
 def _(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    masks: list[Tensor],
-    weights: list[float],
-    skip_tokens: list[int],
-    *rest: Any,
+    student: list[Tensor], teacher: list[Tensor], masks: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    *options, _, loss_gradient = rest
+    _, _, *options, _, loss_gradient = rest
     reduction = LossOptions(*options).reduction
     loss = _fake_loss(student, teacher, reduction, *masks, loss_gradient)
     return loss, [torch.empty_like(x) for x in student]
@@ -227,53 +207,34 @@ def _coefficients(
 
 
 def _map_loss_autograd(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    weights: list[float],
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
-    student_grad: bool,
-    teacher_grad: bool,
+    student: list[Tensor], teacher: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    # A graph that was exported without gradients may be run with them.
-    grads = student_grad or tracks(student), teacher_grad or tracks(teacher)
-    options = weights, form, reduction, eps_mode, eps, *grads
-    if transformed():
-        return eager.map_loss(student, teacher, *options)
-    if tracks(student, teacher):
+    *options, student_grad, teacher_grad = rest
+    tracked = tracks(student), tracks(teacher)
+    if transformed() or ((student_grad or teacher_grad) and any(tracked)):
+        # The second: the maps of a traced backward have a gradient, too.
+        return eager.map_loss(student, teacher, *rest)
+    if any(tracked):
+        options += tracked
         return apply(_MapLoss, len(student), options, *student, *teacher), []
-    return below_autograd(operators.map_loss.default, student, teacher, *options)
+    return below_autograd(operators.map_loss.default, student, teacher, *rest)
 
 
 def _at_loss_autograd(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    masks: list[Tensor],
-    weights: list[float],
-    skip_tokens: list[int],
-    *rest: Any,
+    student: list[Tensor], teacher: list[Tensor], masks: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    *options, student_grad, teacher_grad = rest
-    of_student, of_teacher = tracks(student), tracks(teacher)
-    # A graph that was exported without gradients may be run with them.
-    student_grad, teacher_grad = student_grad or of_student, teacher_grad or of_teacher
-    if transformed():
-        operator: Callable[..., Any] = eager.at_loss
-    elif tracks(masks):
+    weights, skip_tokens, *options, student_grad, teacher_grad = rest
+    tracked = tracks(student), tracks(teacher)
+    if transformed() or ((student_grad or teacher_grad) and any(tracked)):
+        return eager.at_loss(student, teacher, masks, *rest)
+    if tracks(masks):
         raise RuntimeError(
             "at_fused::at_loss has no derivative for masks: multiply the maps for map_loss instead"
         )
-    elif of_student or of_teacher:
-        shared = LossOptions(*options)
-        call = Call(len(student), weights, skip_tokens, shared, student_grad, teacher_grad)
+    if any(tracked):
+        call = Call(len(student), weights, skip_tokens, LossOptions(*options), *tracked)
         return apply(_ATLoss, call, *student, *teacher, *masks), []
-    else:
-        operator = partial(below_autograd, operators.at_loss.default)
-    return operator(
-        student, teacher, masks, weights, skip_tokens, *options, student_grad, teacher_grad
-    )
+    return below_autograd(operators.at_loss.default, student, teacher, masks, *rest)
 
 
 def _at_value_and_grad_autograd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -283,18 +244,8 @@ def _at_value_and_grad_autograd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     return below_autograd(operators.at_value_and_grad.default, *arguments)
 
 
-def _of_graphs(function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a loss's autograd for graphs: the maps of a traced backward have a gradient too."""
-
-    def call(*arguments: Any) -> Any:
-        asked = any(arguments[-2:]) and tracks(*arguments[:2])
-        return (plain if asked else function)(*arguments)
-
-    return call
-
-
-_map_loss = entry("map_loss", _map_loss_autograd, _of_graphs(_map_loss_autograd, eager.map_loss))
-_at_loss = entry("at_loss", _at_loss_autograd, _of_graphs(_at_loss_autograd, eager.at_loss))
+_map_loss = entry("map_loss", _map_loss_autograd)
+_at_loss = entry("at_loss", _at_loss_autograd)
 at_value_and_grad = entry("at_value_and_grad", _at_value_and_grad_autograd)
 
 

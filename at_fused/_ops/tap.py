@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from at_fused._ops import ownership
-from at_fused._ops.attention import attention_map_backward
+from at_fused._ops.attention import map_gradients_backward
 from at_fused._ops.library import (
     apply,
     below_autograd,
@@ -28,6 +29,7 @@ from at_fused._ops.library import (
     tracks,
     transformed,
 )
+from at_fused._options import FeatureLayout, channels_as_positions
 from at_fused.backends import eager
 
 _ARGUMENTS = "Tensor feature, Tensor map_gradient, float p, str collapse, Tensor? channels=None"
@@ -38,66 +40,38 @@ define(f"attention_tap_backward_(Tensor(a!) gradient, {_ARGUMENTS}) -> ()")
 # ---- fake kernels --------------------------------------------------------------------------------
 
 
+def _check_devices(*arguments: Any, **named: Any) -> None:
+    tensors = [x for x in (*arguments, *named.values()) if isinstance(x, Tensor)]
+    check_one_device(tensors)
+
+
 @torch.library.register_fake("at_fused::attention_tap_backward", lib=library)
-def _(
-    gradient: Tensor,
-    feature: Tensor,
-    map_gradient: Tensor,
-    p: float,
-    collapse: str,
-    channels: Tensor | None = None,
-) -> Tensor:
-    check_one_device([gradient, feature, map_gradient, channels])
+def _(gradient: Tensor, feature: Tensor, *rest: Any, **named: Any) -> Tensor:
+    _check_devices(gradient, feature, *rest, **named)
     return torch.empty_like(feature)
 
 
-@torch.library.register_fake("at_fused::attention_tap_backward_", lib=library)
-def _(
-    gradient: Tensor,
-    feature: Tensor,
-    map_gradient: Tensor,
-    p: float,
-    collapse: str,
-    channels: Tensor | None = None,
-) -> None:
-    check_one_device([gradient, feature, map_gradient, channels])
+torch.library.register_fake("at_fused::attention_tap_backward_", _check_devices, lib=library)
 
 
-# ---- autograd ------------------------------------------------------------------------------------
+# ---- autograd of the operators -------------------------------------------------------------------
 
 
-def _map_gradient(
-    feature: Tensor,
-    map_gradient: Tensor,
-    p: float,
-    collapse: str,
-    channels: Tensor | None,
+def _map_part(
+    feature: Tensor, map_gradient: Tensor, p: float, collapse: str, channels: Tensor | None = None
 ) -> Tensor:
-    """Compute the map's part alone."""
-    return attention_map_backward(
-        [feature],
-        [map_gradient * (p * eager.collapse_scale(feature, collapse))],
-        None,
-        [0],
-        p,
-        [],
-        [] if channels is None else [channels],
-    )[0]
+    """Compute what the map adds to the gradient."""
+    winners = [] if channels is None else [channels]
+    return map_gradients_backward([feature], [map_gradient], p, collapse, [], winners)[0]
 
 
 def _backward_autograd(
-    gradient: Tensor,
-    feature: Tensor,
-    map_gradient: Tensor,
-    p: float,
-    collapse: str,
-    channels: Tensor | None = None,
+    gradient: Tensor, feature: Tensor, map_gradient: Tensor, *rest: Any
 ) -> Tensor:
-    options = p, collapse, channels
     if transformed() or tracks([gradient, feature, map_gradient]):
-        return gradient + _map_gradient(feature, map_gradient, *options)
+        return gradient + _map_part(feature, map_gradient, *rest)
     operator = operators.attention_tap_backward.default
-    return below_autograd(operator, gradient, feature, map_gradient, *options)
+    return below_autograd(operator, gradient, feature, map_gradient, *rest)
 
 
 def _backward_inplace_autograd(gradient: Tensor, *arguments: Any) -> None:
@@ -117,44 +91,41 @@ attention_tap_backward_ = entry("attention_tap_backward_", _backward_inplace_aut
 # ---- the tap -------------------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
-    """Where a feature has its channels, and what of it is tapped."""
+class _Tapped(NamedTuple):
+    """The map that is made of a feature."""
 
-    channel_dim: int = 1
-    skip_tokens: int = 0
-    channel_attention: bool = False
+    p: float
+    collapse: str
+    layout: FeatureLayout
+    of_channels: bool
 
-    def view(self, x: Tensor, skip: bool = True) -> Tensor:
-        """(B, C, *spatial), with all tokens if not ``skip``."""
-        if self.channel_dim != 1:
-            x = (x[:, self.skip_tokens :] if skip else x).movedim(-1, 1)
-        return x.flatten(2).transpose(1, 2) if self.channel_attention else x
+    def view(self, x: Tensor) -> Tensor:
+        """Return x, or its gradient, as (B, C, *spatial) of the map, without skipped tokens."""
+        x = self.layout.to_channels_first(x)
+        return channels_as_positions(x) if self.of_channels else x
 
-    def restore(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """What ``view`` was made of, of this shape, all tokens with it."""
-        if self.channel_attention:
-            x = x.transpose(1, 2).reshape(
-                shape if self.channel_dim == 1 else (shape[0], shape[-1], *shape[1:-1])
-            )
-        return x if self.channel_dim == 1 else x.movedim(1, -1)
+    def restore(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Return the gradient of ``view(x)`` as that of x."""
+        if self.of_channels:
+            gradient = gradient.transpose(1, 2).reshape(self.layout.to_channels_first(x).shape)
+        return self.layout.restore(gradient, x)
 
-    def pad(self, q: Tensor) -> Tensor:
-        """A map (B, N), with zeros for the tokens that are not tapped."""
-        return torch.nn.functional.pad(q, (self.skip_tokens, 0)) if self.skip_tokens else q
+    def of_all_tokens(self, *maps: Tensor) -> tuple[_Tapped, list[Tensor]]:
+        """Return the tap of all tokens, and maps with zeros for the skipped ones."""
+        padded = [pad(q, (self.layout.skip_tokens, 0)) for q in maps]
+        return self._replace(layout=self.layout.all_tokens()), padded
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, p: float, collapse: str, place: Place
-    ) -> tuple[Tensor, Tensor]:
-        operator = operators.attention_map.default
+    def forward(ctx: Any, x: Tensor, tapped: _Tapped) -> tuple[Tensor, Tensor]:
+        operator, arguments = operators.attention_map.default, tapped[:2]
         if torch.compiler.is_compiling():
-            q, *channels = operator([place.view(x)], p, collapse)
+            q, *channels = operator([tapped.view(x)], *arguments)
         else:
-            q, *channels = below_autograd(operator, [place.view(x)], p, collapse)
+            q, *channels = below_autograd(operator, [tapped.view(x)], *arguments)
         ctx.set_materialize_grads(False)
-        ctx.options = p, collapse, place
+        ctx.tapped = tapped
         ctx.save_for_backward(x, *channels)
         return x.view_as(x), q
 
@@ -163,51 +134,46 @@ class _Tap(torch.autograd.Function):
         ctx: Any, gradient: Tensor | None, map_gradient: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if map_gradient is None:
-            return gradient, None, None, None
-        x, *winners = ctx.saved_tensors
-        p, collapse, place = ctx.options
-        channels = winners[0] if winners else None
+            return gradient, None
+        x, *channels = ctx.saved_tensors
+        tapped: _Tapped = ctx.tapped
         if (
             gradient is not None
             and not torch.compiler.is_compiling()
             and ownership.may_write(gradient, x)
         ):
-            target = place.view(gradient)
+            target = tapped.view(gradient)
             if target.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr():
-                attention_tap_backward_(target, place.view(x), map_gradient, p, collapse, channels)
-                return gradient, None, None, None
-        if place.skip_tokens and place.channel_attention:
-            # Channels are the positions here, so that there is no map to pad.
-            found = _map_gradient(place.view(x), map_gradient, p, collapse, channels)
-            shape = x[:, place.skip_tokens :].shape
-            found = torch.nn.functional.pad(
-                place.restore(found, shape), (0, 0, place.skip_tokens, 0)
-            )
-            found = found if gradient is None else found + gradient
-            return found, None, None, None
-        feature = place.view(x, skip=False)
-        if channels is not None:
-            channels = place.pad(channels)
-        rest = feature, place.pad(map_gradient), p, collapse, channels
+                attention_tap_backward_(
+                    target, tapped.view(x), map_gradient, *tapped[:2], *channels
+                )
+                return gradient, None
+        skips = tapped.layout.has_tokens(x) and tapped.layout.skip_tokens > 0
+        if skips and not tapped.of_channels:
+            tapped, (map_gradient, *channels) = tapped.of_all_tokens(map_gradient, *channels)
+        rest = tapped.view(x), map_gradient, *tapped[:2], *channels
         if gradient is None:
-            found = _map_gradient(*rest)
-        else:
-            found = attention_tap_backward(place.view(gradient, skip=False), *rest)
-        return place.restore(found, x.shape), None, None, None
+            return tapped.restore(_map_part(*rest), x), None
+        if skips and tapped.of_channels:  # channels are the positions here: no map to pad
+            return gradient + tapped.restore(_map_part(*rest), x), None
+        return tapped.restore(attention_tap_backward(tapped.view(gradient), *rest), x), None
 
 
-def attention_tap(x: Tensor, p: float, collapse: str, place: Place) -> tuple[Tensor, Tensor]:
+def attention_tap(
+    x: Tensor, p: float, collapse: str, layout: FeatureLayout, of_channels: bool
+) -> tuple[Tensor, Tensor]:
     """Return the feature, to be used in its own place, and its raw map (B, N)."""
+    tapped = _Tapped(p, collapse, layout, of_channels)
     if torch.compiler.is_compiling():
-        return _Tap.apply(x, p, collapse, place)
+        return _Tap.apply(x, tapped)
     if transformed():
-        return x, eager.attention_map([place.view(x)], p, collapse)[0]
+        return x, eager.attention_map([tapped.view(x)], p, collapse)[0]
     if not (x.requires_grad and torch.is_grad_enabled()):
         operator = operators.attention_map.default
-        return x, below_autograd(operator, [place.view(x)], p, collapse)[0]
+        return x, below_autograd(operator, [tapped.view(x)], p, collapse)[0]
     ownership.calibrate(_probe)
-    return apply(_Tap, x, p, collapse, place)
+    return apply(_Tap, x, tapped)
 
 
 def _probe(x: Tensor) -> tuple[Tensor, ...]:
-    return apply(_Tap, x, 2.0, "sum", Place())
+    return apply(_Tap, x, _Tapped(2.0, "sum", FeatureLayout(), False))

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from at_fused._checks import check_choice
-from at_fused.backends import cpu, cuda, eager, triton
+from at_fused._arguments import check_choice
+from at_fused.backends import eager, triton
+from at_fused.backends.compiled import cpu, cuda
 
 # What a back end provides: a kernel for each of the operators in _ops, under its name.
 OPERATORS = (

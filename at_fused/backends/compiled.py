@@ -1,4 +1,4 @@
-"""A compiled library of this package: found, and loaded, which registers its kernels."""
+"""The compiled libraries (csrc/cpu, csrc/cuda): found, loaded, and asked about themselves."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from urllib.request import url2pathname
 
 import torch
 
+from at_fused._warnings import warn
+
 _FOLDER = Path(__file__).resolve().parent.parent
 
 
-class Compiled:
+class _Library:
     """``at_fused/<stem>*.so``; ``failure`` says why it is not in use, "" if it is."""
 
     def __init__(self, stem: str) -> None:
         self.stem = stem
         self.failure = "not loaded yet"
-        self.found = False  # whether there is one at all
+        self.found = False
 
     def load(self) -> None:
-        """Loads the library, or says in ``failure`` why that cannot be."""
+        """Load the library, which registers its kernels, or say in ``failure`` why not."""
         libraries = sorted(_FOLDER.glob(f"{self.stem}*.so"))
         self.found = bool(libraries)
         if not self.found:
@@ -39,20 +41,80 @@ class Compiled:
             self.failure = f"{libraries[0].name} does not load: {error}"
 
     def loaded(self) -> bool:
-        """Whether the library's kernels are registered."""
+        """Return True once the library's kernels are registered."""
         return not self.failure
 
+    available = loaded
 
-def _folder_of(installed: Distribution) -> Path:
-    """The package that this is the record of: beside it, or where an editable one points."""
-    origin = json.loads(installed.read_text("direct_url.json") or "{}")
-    if origin.get("dir_info", {}).get("editable"):
-        return Path(url2pathname(urlparse(origin["url"]).path), "at_fused").resolve()
-    return Path(str(installed.locate_file("at_fused"))).resolve()
+
+class _CPU(_Library):
+    def load(self) -> None:
+        """Load the library; where that fails, warn, unless the user asked for none."""
+        super().load()
+        if self.loaded():
+            wanted = os.environ.get("AT_FUSED_CPU_ISA")
+            if wanted and wanted != self.isa():
+                warn(
+                    f"AT_FUSED_CPU_ISA must be one of {', '.join(self.isa_levels())} on this "
+                    f"machine, got {wanted!r}; {self.isa()} is used"
+                )
+            return
+        nothing = nothing_compiled()
+        if not (nothing and nothing.wanted):
+            advice = f": {nothing.reason}" if nothing else ""
+            warn(
+                f"the CPU kernels are not used ({self.failure}{advice}); at_fused runs on plain "
+                "PyTorch, slower"
+            )
+
+    def isa(self) -> str:
+        """Return the instruction set in use: "baseline", "avx2" or "avx512"."""
+        return str(torch.ops.at_fused.cpu_isa())
+
+    def isa_levels(self) -> list[str]:
+        """Return the instruction sets that this processor can run, lowest first."""
+        return list(torch.ops.at_fused.cpu_isa_levels())
+
+    def reason(self) -> str:
+        """Return the instruction set in use, or why the library is not."""
+        return self.failure or f"C++ kernels, {self.isa()}"
+
+
+class _CUDA(_Library):
+    def load(self) -> None:
+        """Load the library if there is one and torch has CUDA; warn only where that should work."""
+        if torch.version.cuda is None:
+            self.failure = f"torch {torch.__version__} has no CUDA"
+            return
+        super().load()
+        if self.found and not self.loaded():
+            warn(
+                f"the CUDA kernels are not used ({self.failure}); CUDA tensors take Triton or "
+                "plain PyTorch"
+            )
+
+    def available(self) -> bool:
+        """Return True where the library is loaded and there is a device for it."""
+        return self.loaded() and torch.cuda.is_available()
+
+    def reason(self) -> str:
+        """Return what the library is, or why it is not used."""
+        if not self.loaded():
+            build = build_info()
+            why = f" ({build.cuda})" if build and build.cuda.startswith("not built") else ""
+            return f"{self.failure}{why}"
+        return "CUDA kernels" if torch.cuda.is_available() else "CUDA kernels, but no CUDA device"
+
+
+cpu = _CPU("_cpu")
+cuda = _CUDA("_cuda")
+
+
+# ---- how this package was built ------------------------------------------------------------------
 
 
 def build_info() -> ModuleType | None:
-    """How this package was built; None where it was not, or that cannot be read."""
+    """Return how this package was built; None where it was not, or that cannot be read."""
     if not any(_FOLDER.glob("_build_info*")):
         return None  # an editable package elsewhere would lend its own
     try:
@@ -62,14 +124,14 @@ def build_info() -> ModuleType | None:
 
 
 class Nothing(NamedTuple):
-    """Why there is nothing compiled in this package."""
+    """The reason why there is nothing compiled in this package, and if the user wanted that."""
 
     reason: str
-    wanted: bool  # whether the user asked for that
+    wanted: bool
 
 
 def nothing_compiled() -> Nothing | None:
-    """Why there is nothing compiled in this package; None where there is something."""
+    """Return why there is nothing compiled in this package; None where there is something."""
     if any(_FOLDER.glob("*.so")):
         return None
     other = None
@@ -87,3 +149,11 @@ def nothing_compiled() -> Nothing | None:
         return Nothing(f"{reason}, or {install}" if sources else reason, wanted=False)
     reason = f"these are the sources; {install}" if sources else "it is damaged; install it again"
     return Nothing(reason, wanted=False)
+
+
+def _folder_of(installed: Distribution) -> Path:
+    """Return the package of this record: next to it, or where an editable one points."""
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        return Path(url2pathname(urlparse(origin["url"]).path), "at_fused").resolve()
+    return Path(str(installed.locate_file("at_fused"))).resolve()

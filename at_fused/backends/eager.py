@@ -1,4 +1,9 @@
-"""Attention maps, their loss and their gradients in plain PyTorch."""
+"""The operators in plain PyTorch: the readable reference, and the path of last resort.
+
+Runs on every device that torch has. Each function has the signature of its operator in ``_ops``.
+Everything here is differentiable, to any order: ``_ops`` leans on that for second derivatives.
+fp16, bf16 and fp32 are computed in fp32, fp64 in fp64.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,20 @@ from at_fused.backends.checks import (
     check_tap,
     without_first,
 )
-from at_fused.backends.results import accumulate_dtype, laid_out_as, wide_dtype
+from at_fused.backends.outputs import accumulate_dtype, laid_out_as, wide_dtype
+
+
+def loaded() -> bool:
+    """Return True: torch's dispatcher always has it."""
+    return True
+
+
+available = loaded
+
+
+def reason() -> str:
+    """Return what it is."""
+    return "plain PyTorch"
 
 
 def wide(x: Tensor) -> Tensor:
