@@ -22,30 +22,30 @@ def _installed() -> bool:
 
 
 def loaded() -> bool:
-    """Whether CUDA tensors can go to Triton; asks no device, so that importing stays cheap."""
+    """Return whether CUDA tensors can go to Triton; ask no device: importing stays cheap."""
     has_gpus = torch.version.cuda or torch.version.hip
     return bool(has_gpus) and _installed()
 
 
 def available() -> bool:
-    """Whether Triton is installed and has something to run on."""
+    """Return whether Triton is installed and has something to run on."""
     return _installed() and (torch.cuda.is_available() or interpreted())
 
 
 def reason() -> str:
-    """What it is, or why the kernels cannot run here."""
+    """Return a name, or why the kernels cannot run here."""
     if not _installed():
         return "triton is not installed"
     return "Triton kernels" if available() else "no GPU, and TRITON_INTERPRET=1 is not set"
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter is asked for, which runs the kernels on CPU tensors."""
+    """Return whether Triton's interpreter is asked for, which runs kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
-    """An operator that imports Triton when it is first called."""
+    """Make an operator that imports Triton when it is first called."""
 
     def operator(*arguments: Any) -> Any:
         found = importlib.import_module(f"at_fused.backends.triton.{module}")
@@ -56,8 +56,8 @@ def _later(module: str, name: str) -> Callable[..., Any]:
 
 attention_map = _later("maps", "attention_map")
 at_loss = _later("loss", "at_loss")
-attention_map_backward = _later("sweep", "attention_map_backward")
-attention_tap_backward = _later("tap", "attention_tap_backward")
-attention_tap_backward_ = _later("tap", "attention_tap_backward_")
+attention_map_backward = _later("gradients", "attention_map_backward")
+attention_tap_backward = _later("gradients", "attention_tap_backward")
+attention_tap_backward_ = _later("gradients", "attention_tap_backward_")
 at_value_and_grad = _later("loss", "at_value_and_grad")
 map_loss = _later("loss_of_maps", "map_loss")
