@@ -1,4 +1,4 @@
-"""Networks from outside: their modules by name, and a pass that leaves no trace."""
+"""Networks of users: their modules by name, their arguments and outputs, passes without a trace."""
 
 from __future__ import annotations
 
@@ -6,25 +6,49 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Hook:
+    """A hook of this package in a user's module."""
+
+    # Only this owner's hooks act, in a pass that is not the user's; None: all do.
+    acting: ClassVar[object] = None
+
+    @property
+    def __name__(self) -> str:
+        # torch.jit.script asks a hook for its name, in order to compile it.
+        raise AttributeError(
+            "torch.jit.script cannot compile the hooks of AttentionTransfer: call at.remove() "
+            "before, or script copy.deepcopy(network), which has no hooks"
+        )
+
+
+@contextmanager
+def only_hooks_of(owner: object) -> Iterator[None]:
+    """Let this owner's hooks act, and none of ours besides."""
+    before, Hook.acting = Hook.acting, owner
+    try:
+        yield
+    finally:
+        Hook.acting = before
+
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network itself, out of torch.compile, DataParallel and DistributedDataParallel."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    """Return the network itself, out of torch.compile and of torch's two for data parallelism."""
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    inner = model.module if parallel else getattr(model, "_orig_mod", None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without gradients; each module gets its own mode back, whatever happens."""
+    """Enter eval mode without gradients, and give each module its own mode back."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -36,19 +60,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a network: a mapping gives keyword arguments, a tuple positional ones."""
+def arguments_of(batch: Any) -> Arguments:
+    """Return a network's arguments: a mapping gives keyword arguments, a tuple positional ones."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (batch if isinstance(batch, tuple) else (batch,)), {}
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """Find the logits in what a network returned; None where it does not say which they are.
-
-    A tensor itself; the field ``logits``, or ``out`` (torchvision's of segmentation); else the
-    first of a tuple, the only tensor of a mapping or a dataclass.
-    """
+    """Find the logits in a network's output, as documented at ``teacher_output``."""
     if is_dataclass(output) and not isinstance(output, Mapping):
         output = {field.name: getattr(output, field.name) for field in fields(output)}
     mapping = isinstance(output, Mapping)
@@ -63,7 +83,7 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def same_batch(a: Any, b: Any) -> bool:
-    """Return True where both hold the same objects, in tuples, lists or mappings of their own."""
+    """Return True where both hold the same objects, if in other containers of these kinds."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(same_batch(a[key], b[key]) for key in a)
     if isinstance(a, (tuple, list)) and type(a) is type(b):
@@ -72,7 +92,7 @@ def same_batch(a: Any, b: Any) -> bool:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of nested tuples, lists and mappings, in order."""
+    """Yield the tensors of nested tuples, lists and mappings, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list, Mapping)):
@@ -80,8 +100,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(each)
 
 
+def version_of(x: Tensor) -> int:
+    """Return the number of changes in place, or -1 where nobody counts them."""
+    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
 def precision(x: Tensor) -> str:
-    """What a network computes in that takes x now: autocast's dtype where it is on, else x's."""
+    """Name the dtype in which a network computes on x: autocast's where it is on, else x's."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return f"autocast {torch.get_autocast_dtype(device)}"
@@ -93,17 +118,15 @@ def refuse_torchscript(model: nn.Module, names: Sequence[str] | None, side: str)
     for name, module in model.named_modules():
         named = not name or names is None or name in names
         if named and isinstance(module, torch.jit.ScriptModule):
-            whose, instead = (
-                (f"{side}'s layer {name!r}", ", or name other layers") if name else (side, "")
-            )
+            whose = f"{side}'s layer {name!r}" if name else side
             raise TypeError(
                 f"{whose} is a TorchScript module, which takes no hooks; give the nn.Module that "
-                f"it was made of{instead}"
+                "it was made of, or name other layers"
             )
 
 
 def modules_named(model: nn.Module, names: Sequence[str], side: str = "") -> list[nn.Module]:
-    """The modules of these names; a ValueError with the nearest for one that is not there."""
+    """Return the modules of these names; a ValueError names the nearest to an unknown one."""
     whose = f"the {side} " if side else ""
     modules = dict(model.named_modules())
     for name in names:

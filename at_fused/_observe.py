@@ -1,4 +1,4 @@
-"""A pass of a network, and what it shows: which modules ran, and how their features lie.
+"""An observed run of a network: which modules ran, and how their features lie.
 
 A shape alone does not say where the channels of a feature are, nor which of N tokens are patches.
 The operators that ran do: a convolution or a batch norm has its channels first, a linear layer or a
@@ -14,18 +14,18 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from at_fused._attached import acting
-from at_fused._models import evaluating, tensors_in
+from at_fused._models import Arguments, evaluating, only_hooks_of, tensors_in, version_of
+from at_fused._options import FeatureLayout
 
 Size = tuple[int, ...]
 Shape = tuple[int, ...]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 SEVERAL_SIZES = "it gives maps of several sizes"
 NOT_IN_ORDER = "its tokens do not lie as the image does (if they do, give skip_tokens)"
@@ -44,36 +44,25 @@ _MOST_EXTRA_TOKENS = 16
 _PLACES, _HALF = ((0.2, 0.3, 0.8), (0.8, 0.6, 0.2)), 1 / 16
 
 
-class Layout(NamedTuple):
-    """The place of a feature's channels, the tokens before its patches, the size of its map."""
-
-    channel_dim: int
-    skip_tokens: int
-    size: Size
-    rank: int  # of the feature
-
-    def of_tokens(self) -> bool:
-        return self.channel_dim == -1 and self.rank == 3
-
-
-class Given(NamedTuple):
-    """The user's word on the features of a side; None is to be found out."""
+class GivenLayout(NamedTuple):
+    """A user's word on the features of a side; None is to be found out."""
 
     channel_dim: int | None = None
     skip_tokens: int | None = None
+    map_size: Size | None = None
 
 
 @dataclass(eq=False)
-class Call:
-    """A module that ran: what went in and came out, and what ran inside."""
+class ModuleCall:
+    """A module that ran: its inputs and outputs, and the modules that ran inside."""
 
     name: str
     module: nn.Module
-    inside: list[Call] = field(default_factory=list)
+    inside: list[ModuleCall] = field(default_factory=list)
     shapes_in: list[Shape] = field(default_factory=list)
     shapes: list[Shape] = field(default_factory=list)
     output: Callable[[], Tensor | None] = lambda: None
-    layout: Layout | None = None
+    layout: FeatureLayout | None = None
     size_in: Size | None = None
     reason: str = ""
     handed_on: bool = False  # its output is an input, unchanged
@@ -81,71 +70,70 @@ class Call:
     ends_in_layer_norm: bool = False
     changed_in_place: bool = False
     times: int = 1
-    started: int = 0  # its number among all
 
-    def all_inside(self) -> Iterator[Call]:
+    def all_inside(self) -> Iterator[ModuleCall]:
         for each in self.inside:
             yield each
             yield from each.all_inside()
 
     @property
     def size(self) -> Size | None:
-        return self.layout.size if self.layout else None
-
-    @property
-    def channels(self) -> int:
-        return self.shapes[0][self.layout.channel_dim] if self.layout else 0
+        return self.layout.size(self.shapes[0]) if self.layout else None
 
     def described(self, channels: str = "") -> str:
-        """The feature's shape, with the number of its channels or another word for it."""
+        """Return the feature's shape, with the number of its channels or another word for it."""
         assert self.layout
-        channel_dim, skip, size, rank = self.layout
-        sides = ["H", "W"][-len(size) :] if len(size) < 3 else ["T", "H", "W"]
-        if rank == 3:
-            sides = ["L"] if channel_dim == 1 else [f"{skip}+{math.prod(size)}" if skip else "N"]
-        channels = channels or str(self.channels)
+        channel_dim, skip, tokens = self.layout
+        sides = ["L"] if len(self.shapes[0]) == 3 else ["T", "H", "W"][5 - len(self.shapes[0]) :]
+        if tokens:
+            sides = [f"{skip}+{math.prod(tokens)}" if skip else "N"]
+        channels = channels or str(self.shapes[0][channel_dim])
         dims = [channels, *sides] if channel_dim == 1 else [*sides, channels]
         return f"(B, {', '.join(dims)})"
 
     def weighs(self) -> bool:
-        """Return True for a convolution, a linear layer, or what has a weight like theirs."""
+        """Return True for a convolution, a linear layer, or a layer with a weight like theirs."""
         if isinstance(self.module, (nn.Linear, nn.modules.conv._ConvNd)):
             return True
         return not self.inside and any(p.dim() > 1 for p in self.module.parameters(recurse=False))
 
+    def layers(self) -> int:
+        """Count the convolutions and linear layers."""
+        return sum(each.weighs() for each in self.all_inside()) or self.weighs()
+
     def learned(self) -> bool:
-        return any(True for _ in self.module.parameters())
+        return bool(list(self.module.parameters()))
 
     def depth(self) -> int:
-        """The levels of layers with parameters inside: 0 for a layer, 1 for conv, norm and ReLU."""
+        """Count the levels of layers with parameters inside: 0 for a layer, 1 for conv and norm."""
         return max((1 + each.depth() for each in self.inside if each.learned()), default=0)
 
 
-class DoubtError(Exception):
+class NeedsAnotherRunError(Exception):
     """Raised where another run is needed to see how features lie."""
 
 
-class Run(TorchFunctionMode):
+class ObservedRun(TorchFunctionMode):
     """The calls of a network's modules in a pass, and the evidence of its operators.
 
-    ``start`` and ``stop`` are called around the pass; then ``find`` says how all features lie. It
-    raises ``DoubtError`` where that takes other runs, which ``may_run_again`` has to allow.
+    ``start`` and ``stop`` are called around the pass; then ``find_layouts`` says how all features
+    lie. It raises ``NeedsAnotherRunError`` unless ``may_run_again`` allows the runs that it needs.
     """
 
-    def __init__(self, model: nn.Module, arguments: Arguments, given: Given) -> None:
+    def __init__(self, model: nn.Module, arguments: Arguments, given: GivenLayout) -> None:
         super().__init__()
         self.model, self.arguments, self.given = model, arguments, given
         self.may_run_again = False
-        # The shapes that operators made, by the dimension of their channels.
-        self.first, self.last = set[Shape](), set[Shape]()
-        self.grids: dict[int, Size] = {}
+        # The shapes that operators made, with their channels first or last.
+        self.channels_first, self.channels_last = set[Shape](), set[Shape]()
+        self.grids: dict[int, Size] = {}  # by their number of positions
         self.finest: Size = ()
-        self.joined: dict[int, list[list[int]]] = {}
-        # A channel of the first sample's maps, by the number of positions; where tokens were seen
-        # to be these, row by row; and what may have brought them into another order.
+        self.concatenated: dict[int, list[list[int]]] = {}  # the lengths of the parts, by their sum
+        # A channel of the first sample's maps, by the number of positions; the numbers of tokens
+        # that were seen to be one, row by row; and what may have brought them into another order.
         self.planes: dict[int, list[Tensor]] = {}
-        self.in_rows = set[int]()
-        self.turned: list[Shape] = []
+        self.row_by_row = set[int]()
+        self.permuted: list[Shape] = []
         self.gathered = self.moved = self.ended = False
         inputs = [x for x in tensors_in(arguments) if x.dim() > 0]
         if not inputs:
@@ -158,32 +146,27 @@ class Run(TorchFunctionMode):
         self.image: Size = tuple(images[0].shape[2:]) if images else ()
         self.inputs = {tuple(x.shape) for x in images}
         self.lengths = {n for x in inputs if 2 <= x.dim() <= 3 and not listed for n in x.shape[1:]}
-        self.convolved, self.count = False, 0
-        self.root = Call("", model)
-        self.calls: dict[str, Call] = {}
-        self._outputs: dict[int, Call] = {}
+        self.convolved = False
+        self.root = ModuleCall("", model)
+        self.calls: dict[str, ModuleCall] = {}
+        self._outputs: dict[int, ModuleCall] = {}
         self._handles: list[Any] = []
 
     # ---- while it runs ---------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Watch the pass that begins now."""
+        """Observe the pass that begins now."""
         stack = [(self.root, dict[int, int]())]
 
-        def before(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                self.count += 1
-                made = Call(name, module, started=self.count)
-                made.times = self.calls[name].times + 1 if name in self.calls else 1
-                self.calls[name] = made
-                inputs = list(tensors_in([args, kwargs]))
-                made.shapes_in = [tuple(x.shape) for x in inputs]
-                parent, of_parent = stack[-1]
-                made.takes_same_input = any(id(x) in of_parent for x in inputs)
-                parent.inside.append(made)
-                stack.append((made, {id(x): version_of(x) for x in inputs}))
-
-            return hook
+        def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            inputs = list(tensors_in([args, kwargs]))
+            made = ModuleCall(name, module, shapes_in=[tuple(x.shape) for x in inputs])
+            made.times = self.calls[name].times + 1 if name in self.calls else 1
+            self.calls[name] = made
+            parent, of_parent = stack[-1]
+            made.takes_same_input = any(id(x) in of_parent for x in inputs)
+            parent.inside.append(made)
+            stack.append((made, {id(x): version_of(x) for x in inputs}))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             made, versions = stack.pop()
@@ -200,15 +183,14 @@ class Run(TorchFunctionMode):
 
         for name, module in self.model.named_modules():
             if name and not isinstance(module, torch.jit.ScriptModule):
-                handles = self._handles
-                handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-                handles.append(module.register_forward_hook(after))
+                begin = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+                self._handles += [begin, module.register_forward_hook(after)]
         torch.overrides._push_mode(self)
 
     def stop(self) -> None:
-        """End the watch."""
+        """End the observation."""
         self.ended = True
-        # Others may have begun their watch since.
+        # Others may have begun theirs since.
         if self in torch.overrides._get_current_function_mode_stack():
             others = []
             while (mode := torch.overrides._pop_mode()) is not self:
@@ -219,12 +201,12 @@ class Run(TorchFunctionMode):
             handle.remove()
         self._handles.clear()
 
-    def find(self) -> None:
+    def find_layouts(self) -> None:
         """Find how the features of all modules lie."""
         for each in self.root.all_inside():
             each.layout, each.reason = self._layout(each)
             each.size_in = next((s for s in map(self._size, each.shapes_in) if s), None)
-        self._tell_cubes()
+        self._find_channels_of_cubes()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -236,12 +218,12 @@ class Run(TorchFunctionMode):
             if len(shape) > 2:
                 if _CHANNELS_FIRST.fullmatch(name):
                     self._note_image(name, args)
-                    self.first.add(shape)
+                    self.channels_first.add(shape)
                     self._note_grid(result)
                 elif _CHANNELS_LAST.fullmatch(name):
-                    self.last.add(shape)
+                    self.channels_last.add(shape)
                 elif name in ("cat", "concat", "concatenate"):
-                    self._note_joined(args, kwargs or {}, shape)
+                    self._note_concatenation(args, kwargs or {}, shape)
                 self._note_order(name, args, result)
             if _IN_PLACE.fullmatch(name) or (kwargs or {}).get("inplace"):
                 self._note_change(args)
@@ -273,7 +255,7 @@ class Run(TorchFunctionMode):
     def _note_order(self, name: str, args: Any, result: Tensor) -> None:
         shape = tuple(result.shape)
         if name in ("permute", "movedim", "transpose", "swapaxes") and len(shape) > 3:
-            self.turned.append(shape)
+            self.permuted.append(shape)
         index = args[1] if name == "__getitem__" else ()
         parts = index if type(index) is tuple else [index]
         steps = any(isinstance(i, slice) and i.step not in (None, 1) for i in parts)
@@ -283,22 +265,19 @@ class Run(TorchFunctionMode):
         elif steps or name in _MOVES:
             self.moved |= shape[0] == self.batch
         for x in tensors_in(list(args[:2])):
-            if x.dim() == 3 and x.shape[1] in self.planes and x.shape[1] not in self.in_rows:
+            if x.dim() == 3 and x.shape[1] in self.planes and x.shape[1] not in self.row_by_row:
                 row = x.detach()[0, :, 0]
                 if any(torch.equal(row, plane) for plane in self.planes[x.shape[1]]):
-                    self.in_rows.add(x.shape[1])
+                    self.row_by_row.add(x.shape[1])
 
-    def _note_joined(self, args: Any, kwargs: dict[str, Any], shape: Shape) -> None:
+    def _note_concatenation(self, args: Any, kwargs: dict[str, Any], shape: Shape) -> None:
         parts = args[0] if args else kwargs["tensors"]
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         dim %= len(shape)
-        if (
-            shape[0] == self.batch
-            and 0 < dim < len(shape) - 1
-            and all(part.dim() == len(shape) for part in parts)
-        ):
+        of_one_rank = all(part.dim() == len(shape) for part in parts)
+        if shape[0] == self.batch and 0 < dim < len(shape) - 1 and of_one_rank:
             sizes = [part.shape[dim] for part in parts]
-            self.joined.setdefault(shape[dim], []).append(sizes)
+            self.concatenated.setdefault(shape[dim], []).append(sizes)
             self.moved |= len(shape) == 3 and sorted(sizes)[-2:][0] > _MOST_EXTRA_TOKENS
 
     def _note_change(self, args: Any) -> None:
@@ -307,7 +286,7 @@ class Run(TorchFunctionMode):
             if made and made.output() is not None:
                 made.changed_in_place = True
 
-    # ---- what it shows ---------------------------------------------------------------------------
+    # ---- layouts ---------------------------------------------------------------------------------
 
     def like_image(self, size: Size) -> bool:
         """Return False for a map of another shape than the image's: channels taken for a side."""
@@ -316,8 +295,8 @@ class Run(TorchFunctionMode):
         (h, w), (height, width) = size[-2:], self.image[-2:]
         return abs(h * width - w * height) <= max(height, width)
 
-    def layout_of_layer(self, side: str, name: str) -> Layout:
-        """The layout of a layer that was named; a ValueError for one that is not known."""
+    def layout_of_layer(self, side: str, name: str) -> FeatureLayout:
+        """Return the layout of a layer that was named; a ValueError for one that is not known."""
         made = self.calls.get(name)
         if made is None:
             why = "it did not run"
@@ -332,26 +311,26 @@ class Run(TorchFunctionMode):
             return made.layout
         raise ValueError(f"layers: the {side}'s {name!r} has no map that is known: {why}")
 
-    def _layout(self, made: Call) -> tuple[Layout | None, str]:
-        """The layout of the first of a module's outputs, or why it is not known."""
+    def _layout(self, made: ModuleCall) -> tuple[FeatureLayout | None, str]:
+        """Return the layout of the first of a module's outputs, or why it is not known."""
         found = [self.layout_of(shape) for shape in made.shapes]
-        sizes = {layout.size for layout, _ in found if layout}
-        if len(sizes) > 1:
+        each = zip(found, made.shapes, strict=True)
+        if len({layout.size(shape) for (layout, _), shape in each if layout}) > 1:
             return None, SEVERAL_SIZES
         return found[0] if found else (None, "")
 
     def _size(self, shape: Shape) -> Size | None:
-        """The size of an input's map, which does not always depend on where its channels are."""
+        """Return the size of an input's map, which may not depend on where its channels are."""
         layout, why = self.layout_of(shape)
-        return layout.size if layout else shape[2:] if why and _cube(shape) else None
+        return layout.size(shape) if layout else shape[2:] if why and _cube(shape) else None
 
-    def layout_of(self, shape: Shape) -> tuple[Layout | None, str]:
-        """The layout of a feature of this shape, or why it is not known."""
+    def layout_of(self, shape: Shape) -> tuple[FeatureLayout | None, str]:
+        """Return the layout of a feature of this shape, or why it is not known."""
         if not 3 <= len(shape) <= 5 or shape[0] != self.batch:
-            turned = len(shape) == 3 and shape[1] == self.batch and shape in self.last
+            turned = len(shape) == 3 and shape[1] == self.batch and shape in self.channels_last
             return None, f"its batch does not come first in {shape}" if turned else ""
         if shape in self.inputs:
-            return Layout(1, 0, shape[2:], len(shape)), ""
+            return FeatureLayout(), ""
         channel_dim = self.given.channel_dim or self._channel_dim(shape)
         if channel_dim is None:
             return None, _unknown(shape)
@@ -363,21 +342,23 @@ class Run(TorchFunctionMode):
         if len(size) == 1 and self._patches(size[0])[0]:
             return None, f"its {size[0]} tokens come after its channels"
         if not self.like_image(size):
-            return None, (
-                f"its maps would be {written(size)} for an image of {written(self.image)}, with "
-                f"channel_dim={channel_dim}"
-            )
-        return Layout(channel_dim, 0, size, len(shape)), ""
+            sizes = f"{written(size)} for an image of {written(self.image)}"
+            return None, f"its maps would be {sizes}, with channel_dim={channel_dim}"
+        return FeatureLayout(channel_dim), ""
 
     def _channel_dim(self, shape: Shape) -> int | None:
-        """As an operator made the shape, else its channels and positions, else these alone."""
-        lies = [(s[1], s[2:]) for s in self.first] + [(s[-1], s[1:-1]) for s in self.last]
+        """Return it as operators made the shape, else its channels and positions, or these."""
+        lies = [(s[1], s[2:]) for s in self.channels_first] + [
+            (s[-1], s[1:-1]) for s in self.channels_last
+        ]
         counts = {(channels, math.prod(size)) for channels, size in lies}
         sizes = {size for _, size in lies} if len(shape) > 3 else set[Size]()
         first, last = (shape[1], shape[2:]), (shape[-1], shape[1:-1])
-        joined = len(shape) == 3 and shape[1] in self.joined and bool(self._patches(shape[1])[1])
+        joined = (
+            len(shape) == 3 and shape[1] in self.concatenated and bool(self._patches(shape[1])[1])
+        )
         for is_first, is_last in (
-            (shape in self.first, shape in self.last),
+            (shape in self.channels_first, shape in self.channels_last),
             ((first[0], math.prod(first[1])) in counts, (last[0], math.prod(last[1])) in counts),
             (first[1] in sizes, last[1] in sizes),
             (False, joined),
@@ -386,25 +367,26 @@ class Run(TorchFunctionMode):
                 return None if is_first and is_last else 1 if is_first else -1
         return None
 
-    def _tokens(self, count: int) -> tuple[Layout | None, str]:
-        """The layout of N tokens: which of them are patches, and the map that these fill."""
+    def _tokens(self, count: int) -> tuple[FeatureLayout | None, str]:
+        """Return the layout of N tokens: which of them are patches, and the map of these."""
         given = self.given.skip_tokens
-        if given is not None and given >= count:
+        if given is None:
+            before, size, after = self._patches(count)
+        elif given < count:
+            before, size, after = given, self._grid(count - given) or (count - given,), 0
+        else:
             return None, f"skip_tokens={given} leaves none of its {count} tokens"
-        before, size, after = (0, None, 0) if given is not None else self._patches(count)
-        if given is not None:
-            before, size = given, self._grid(count - given) or (count - given,)
         if size is None:
             return None, f"which of its {count} tokens are patches is not known: give skip_tokens"
         if after:
             return None, f"the last {after} of its {count} tokens are no patches"
-        return (Layout(-1, before, size, 3), "") if math.prod(size) > 1 else (None, "")
+        return (FeatureLayout(-1, before, size), "") if math.prod(size) > 1 else (None, "")
 
     def _patches(self, count: int) -> tuple[int, Size | None, int]:
-        """The number of tokens before the patches, the grid of these, and the number after."""
+        """Return the number of tokens before the patches, the grid of these, the number after."""
         if count in self.grids:
             return 0, self.grids[count], 0
-        for sizes in self.joined.get(count, ()):
+        for sizes in self.concatenated.get(count, ()):
             most = max(sizes)
             where = sizes.index(most)
             before, after = sum(sizes[:where]), sum(sizes[where + 1 :])
@@ -415,7 +397,7 @@ class Run(TorchFunctionMode):
         return 0, self._grid(count), 0
 
     def _grid(self, count: int) -> Size | None:
-        """The grid that was seen of so many positions, or a coarser one of the same proportions."""
+        """Return the grid of so many positions, or a coarser one of the same proportions."""
         if not self.image:  # words, or a signal
             return (count,) if count in self.lengths else None
         if count in self.grids or len(self.image) != 2 or self.gathered:
@@ -427,47 +409,45 @@ class Run(TorchFunctionMode):
                 return h, w
         return None
 
-    # ---- what changes with the image -------------------------------------------------------------
+    # ---- maps that change where the image does ---------------------------------------------------
 
-    def in_order(self, made: Call) -> bool:
+    def in_order(self, made: ModuleCall) -> bool:
         """Return False for tokens whose map does not change where the image does.
 
         Some networks have as many tokens as patches, but in an order of their own.
         """
-        layout = made.layout
-        if self.given.skip_tokens is not None or layout is None or not layout.of_tokens():
+        size = made.layout.map_size if made.layout else None
+        if self.given.skip_tokens is not None or not made.layout or not size:
             return True
-        count = math.prod(layout.size)
-        own = {count, count + layout.skip_tokens}
-        sides = set(layout.size)
-        turned = any(
-            own.isdisjoint(shape) and (len(shape) > 4 or sides <= set(shape[1:]))
-            for shape in self.turned
-        )
+        count, sides = math.prod(size), set(size)
+        own = {count, count + made.layout.skip_tokens}
+        others = [shape for shape in self.permuted if own.isdisjoint(shape)]
+        turned = any(len(shape) > 4 or sides <= set(shape[1:]) for shape in others)
         moved = turned or self.gathered or self.moved
-        if len(layout.size) == 1 or (count in self.in_rows and not moved):
-            return True
-        return -1 in self._dims_that_follow([made])[0]
+        seen = len(size) == 1 or (count in self.row_by_row and not moved)
+        return seen or -1 in self._dims_that_follow([made])[0]
 
-    def _tell_cubes(self) -> None:
+    def _find_channels_of_cubes(self) -> None:
         """Find where features have their channels that number as the rows and the columns."""
         calls = [each for each in self.calls.values() if each.shapes and not each.handed_on]
         # Pure convolutions cannot have turned them.
-        cubes = [each for each in calls if _cube(each.shapes[0]) and each.shapes[0] in self.last]
+        cubes = [
+            each for each in calls if _cube(each.shapes[0]) and each.shapes[0] in self.channels_last
+        ]
         if self.given.channel_dim is None and cubes:
             for made, dims in zip(cubes, self._dims_that_follow(cubes), strict=True):
                 seen, shape = made.layout, made.shapes[0]
                 if len(dims) == 1:
-                    made.layout, made.reason = Layout(dims.pop(), 0, shape[2:], 4), ""
+                    made.layout, made.reason = FeatureLayout(dims.pop()), ""
                 elif seen is None or seen.channel_dim not in dims:
                     made.layout, made.reason = None, _unknown(shape)
 
-    def _dims_that_follow(self, calls: list[Call]) -> list[set[int]]:
-        """The dimensions of channels for which a map changes most where the image does."""
+    def _dims_that_follow(self, calls: list[ModuleCall]) -> list[set[int]]:
+        """Return the dimensions of channels for which a map changes most where the image does."""
         if not self.may_run_again:
-            raise DoubtError
+            raise NeedsAnotherRunError
         possible = [{-1} if len(made.shapes[0]) == 3 else {1, -1} for made in calls]
-        before, again = (self._features(calls, self._copied()) for _ in range(2))
+        before, again = (self.features(calls, self._copied()) for _ in range(2))
         for dims, a, b in zip(possible, before, again, strict=True):
             if not torch.equal(a, b):  # drawn at random
                 dims.clear()
@@ -475,13 +455,13 @@ class Run(TorchFunctionMode):
             changed = self._changed(place)
             if changed is None:
                 break
-            after = self._features(calls, changed)
+            after = self.features(calls, changed)
             for made, dims, a, b in zip(calls, possible, before, after, strict=True):
                 change = (a.float() - b.float()).square().sum(0)
                 for dim in tuple(dims):
                     q = change.sum(0 if dim == 1 else -1)
-                    if made.layout and made.layout.of_tokens():
-                        q = q[made.layout.skip_tokens :].view(made.layout.size)
+                    if made.layout and made.layout.map_size:
+                        q = q[made.layout.skip_tokens :].view(made.layout.map_size)
                     most = torch.unravel_index(q.argmax(), q.shape)
                     if q.any() and not all(
                         abs((int(i) + 0.5) / n - part) <= _HALF + 0.6 / n
@@ -495,12 +475,11 @@ class Run(TorchFunctionMode):
         return copy.deepcopy(self.arguments, copies)
 
     def _changed(self, place: tuple[float, ...]) -> Arguments | None:
-        """The arguments with other pixels at a place of the images; None without images."""
+        """Return the arguments with other pixels at a place of the images; None without images."""
         changed = self._copied()
-        images = [x for x in tensors_in(changed) if x.dim() > 3 and x.is_floating_point()]
-        if not images:
+        images = (x for x in tensors_in(changed) if x.dim() > 3 and x.is_floating_point())
+        if (pixels := next(images, None)) is None:
             return None
-        pixels = images[0]
         if pixels.dim() == 5 and pixels.shape[2] in (1, 3) and pixels.shape[1] not in (1, 3):
             pixels = pixels.transpose(1, 2)  # a video whose time comes before the colours
         for dim, part in zip(range(2, pixels.dim()), place[2 - pixels.dim() :], strict=True):
@@ -510,17 +489,14 @@ class Run(TorchFunctionMode):
         pixels.mul_(-1).add_(1)
         return changed
 
-    def _features(self, calls: list[Call], arguments: Arguments) -> list[Tensor]:
-        """The features of modules in another run."""
+    def features(self, calls: list[ModuleCall], arguments: Arguments) -> list[Tensor]:
+        """Return the features of modules in another run."""
         found: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                found[name] = next(tensors_in(output)).clone()
+        def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            found[name] = next(tensors_in(output)).clone()
 
-            return hook
-
-        handles = [made.module.register_forward_hook(keep(made.name)) for made in calls]
+        handles = [made.module.register_forward_hook(partial(keep, made.name)) for made in calls]
         try:
             run(self.model, arguments)
         finally:
@@ -529,17 +505,17 @@ class Run(TorchFunctionMode):
         return [found[made.name] for made in calls]
 
 
-def observed(model: nn.Module, arguments: Arguments, given: Given) -> Run:
-    """Run a network on an example, and watch it."""
-    watched = Run(model, arguments, given)
-    watched.may_run_again = True
-    watched.start()
+def observe(model: nn.Module, arguments: Arguments, given: GivenLayout) -> ObservedRun:
+    """Run a network on an example, and find how its features lie."""
+    observed = ObservedRun(model, arguments, given)
+    observed.may_run_again = True
+    observed.start()
     try:
         run(model, arguments)
     finally:
-        watched.stop()
-    watched.find()
-    return watched
+        observed.stop()
+    observed.find_layouts()
+    return observed
 
 
 def run(model: nn.Module, arguments: Arguments) -> None:
@@ -550,7 +526,7 @@ def run(model: nn.Module, arguments: Arguments) -> None:
         torch.random.fork_rng(devices),
         torch.compiler.set_stance("force_eager"),
         evaluating(model),
-        acting(model),  # no hook of ours
+        only_hooks_of(model),  # which has none of ours
     ):
         model(*arguments[0], **arguments[1])
         for x, before, version in buffers:
@@ -559,37 +535,26 @@ def run(model: nn.Module, arguments: Arguments) -> None:
 
 
 def rank_of_maps(module: nn.Module) -> int | None:
-    """The number of dimensions of features that have their channels first whatever the sizes are.
+    """Return the rank of features that certainly have their channels first, None for others.
 
-    That of what convolutions, their norms and poolings give, where there is nothing else. Tokens
-    go through those of one dimension as well.
+    Those of convolutions, their norms and poolings, but for the ones of one dimension, through
+    which tokens go as well.
     """
     ranks = set[int]()
     for each in module.modules():
-        name = re.match(r"(?:Lazy)?\w*(?:Conv|Norm|Pool)\w*?([123])d", _torch_class(each))
-        if name:
-            ranks.add(int(name[1]) + 2)
-        elif _torch_class(each) not in _OF_ANY_RANK and any(
-            True for _ in each.parameters(recurse=False)
-        ):
+        # Torch's own class that the module is of, or is made from.
+        classes = (c for c in type(each).__mro__ if c.__module__.startswith("torch.nn.modules"))
+        name = next(classes, nn.Module).__name__
+        if spatial := re.match(r"(?:Lazy)?\w*(?:Conv|Norm|Pool)\w*?([123])d", name):
+            ranks.add(int(spatial[1]) + 2)
+        elif name not in _OF_ANY_RANK and list(each.parameters(recurse=False)):
             return None
     return ranks.pop() if len(ranks) == 1 and 3 not in ranks else None
 
 
 def written(size: Size) -> str:
-    """A map size, for messages."""
+    """Write a map size, for messages."""
     return "x".join(map(str, size))
-
-
-def _torch_class(module: nn.Module) -> str:
-    """The name of torch's own class that a module is of, or is made from."""
-    classes = (c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
-    return next(classes, nn.Module).__name__
-
-
-def version_of(x: Tensor) -> int:
-    """The number of changes in place, or -1 where nobody counts them."""
-    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _cube(shape: Shape) -> bool:

@@ -1,16 +1,16 @@
-"""The losses that attention transfer is combined with and compared to: Hinton's, and F-ActT."""
+"""Losses that attention transfer is combined with and compared to: Hinton's, and F-ActT."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from at_fused._checks import (
+from at_fused._arguments import (
     check_choice,
     check_labels,
     check_pairs,
@@ -20,7 +20,7 @@ from at_fused._checks import (
     savable,
 )
 from at_fused._numbers import as_python, check_number, is_whole, kind
-from at_fused.backends.results import accumulate_dtype
+from at_fused.backends.outputs import accumulate_dtype
 
 # ---- Hinton's loss -------------------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ from at_fused.backends.results import accumulate_dtype
 def check_kd_options(
     T: float, alpha: float, label_smoothing: float, ignore_index: int
 ) -> tuple[float, float, float, int]:
-    """Return the options; an error that names the option, what was given, and what is allowed."""
+    """Return the options as Python's numbers, or raise for one that is not allowed."""
     T, alpha = check_number("T", T), check_number("alpha", alpha)
     label_smoothing = check_number("label_smoothing", label_smoothing)
     ignore_index = as_python("ignore_index", ignore_index)
@@ -47,23 +47,18 @@ def check_kd_options(
 
 def _check_logits(student: object, teacher: object) -> None:
     s, t = check_tensor("student_logits", student), check_tensor("teacher_logits", teacher)
+    shape = tuple(s.shape)
     if s.dim() < 2:
+        raise ValueError(f"student_logits must be (B, K) or (B, K, *spatial), got shape {shape}")
+    if s.shape != t.shape or s.device != t.device:
         raise ValueError(
-            f"student_logits must be (B, K) or (B, K, *spatial), got shape {tuple(s.shape)}"
-        )
-    if s.shape != t.shape:
-        raise ValueError(
-            "teacher_logits must have the shape of student_logits, "
-            f"{tuple(s.shape)}, got {tuple(t.shape)}"
-        )
-    if s.device != t.device:
-        raise ValueError(
-            f"teacher_logits must be on the device of student_logits, {s.device}, got {t.device}"
+            "teacher_logits must have the shape and the device of student_logits, "
+            f"{shape} on {s.device}, got {tuple(t.shape)} on {t.device}"
         )
 
 
 def _divergence(student: Tensor, teacher: Tensor, T: float, alpha: float) -> Tensor:
-    """The mean over all rows of alpha T^2 KL(softmax(t / T) || softmax(s / T))."""
+    """Return the mean over all rows of alpha T^2 KL(softmax(t / T) || softmax(s / T))."""
     T = min(max(T, 1e-15), 1e15)  # T^2 is to be a number of fp32
     log_p, log_q = (F.log_softmax(x / T, 1) for x in (student, teacher))
     q, d = log_q.exp(), log_p - log_q
@@ -80,7 +75,7 @@ def _divergence(student: Tensor, teacher: Tensor, T: float, alpha: float) -> Ten
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, **options: Any
 ) -> Tensor:
-    """Torch's, with an error that says which label is no class."""
+    """Return torch's cross-entropy; its error says which label is no class."""
     target = savable(labels.to(logits.dtype) if labels.is_floating_point() else labels)
     try:
         return F.cross_entropy(logits, target, ignore_index=ignore_index, **options)
@@ -105,7 +100,7 @@ def kd_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Hinton's distillation loss: cross-entropy with the teacher's softened classes and the labels.
+    """Return Hinton's loss: cross-entropy with the teacher's softened classes and the labels.
 
     With ``p = softmax(s / T)`` and ``q = softmax(t / T)``, rows of student and teacher logits:
 
@@ -154,30 +149,34 @@ def kd_loss(
     if labels is not None:
         check_labels(labels, student_logits, probabilities=True)
         if labels.is_floating_point() and ignore_index != -100:
-            raise ValueError(
-                "ignore_index is for labels that are class numbers, these are probabilities, "
-                f"got {ignore_index}"
-            )
+            raise ValueError(f"ignore_index is for class numbers as labels, got {ignore_index}")
     elif label_smoothing or ignore_index != -100:
-        raise ValueError(
-            "label_smoothing and ignore_index are for labels, of which there are none, "
-            f"got {label_smoothing} and {ignore_index}"
-        )
+        given = f"{label_smoothing} and {ignore_index}"
+        raise ValueError(f"label_smoothing and ignore_index are for labels, got {given} without")
     dtype = accumulate_dtype(student_logits, teacher_logits)
     student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
-    loss: Tensor | None = None
-    if alpha > 0:
-        loss = _divergence(student, teacher, T, alpha)
-    if labels is not None and alpha < 1:
-        options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
-        entropy = (1 - alpha) * cross_entropy(student, labels, **options)
-        loss = entropy if loss is None else loss + entropy
-    # Without any term 0, of which the student is still a part.
-    return student[:0].sum() if loss is None else loss
+    soft = _divergence(student, teacher, T, alpha) if alpha > 0 else student[:0].sum()
+    if labels is None or alpha == 1:
+        return soft
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    return soft + (1 - alpha) * cross_entropy(student, labels, **options)
 
 
-class KDLoss(nn.Module):
-    """``kd_loss`` with its options kept: ``KDLoss(T=4)(student_logits, teacher_logits, labels)``.
+class _LossModule(nn.Module):
+    """A loss whose options, the attributes of these names, are the keyword arguments of a call."""
+
+    _names: ClassVar[tuple[str, ...]]
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self) -> str:
+        """Return the options, as in the call."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+
+
+class KDLoss(_LossModule):
+    """Keep the options of ``kd_loss``: ``KDLoss(T=4)(student_logits, teacher_logits, labels)``.
 
     The formula is that of :func:`at_fused.kd_loss`. Has no parameters.
 
@@ -190,6 +189,8 @@ class KDLoss(nn.Module):
 
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2.
     """
+
+    _names = ("T", "alpha", "label_smoothing", "ignore_index")
 
     def __init__(
         self,
@@ -207,31 +208,18 @@ class KDLoss(nn.Module):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
     ) -> Tensor:
-        """The loss of a batch.
+        """Return the loss of a batch.
 
         Args:
             student_logits, teacher_logits, labels: as in :func:`at_fused.kd_loss`.
 
         Returns:
-            A scalar, float64 if either side is, else float32.
+            A scalar, float32, or float64 for float64 logits.
 
         Raises:
             TypeError, ValueError, RuntimeError: as :func:`at_fused.kd_loss`.
         """
-        return kd_loss(
-            student_logits,
-            teacher_logits,
-            labels,
-            self.T,
-            self.alpha,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-        )
-
-    def extra_repr(self) -> str:
-        """The options, as in the call."""
-        options = ("T", "alpha", "label_smoothing", "ignore_index")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+        return kd_loss(student_logits, teacher_logits, labels, **self._options())
 
 
 # ---- full activations ----------------------------------------------------------------------------
@@ -245,7 +233,7 @@ def features_loss(
     form: str = "mean",
     reduction: str = "sum",
 ) -> Tensor:
-    """Full-activation transfer (F-ActT): the squared L2 distance between the features themselves.
+    """Return F-ActT, full-activation transfer: the squared L2 distance between the features.
 
     For a pair of M elements per sample:
 
@@ -278,20 +266,17 @@ def features_loss(
     """
     _check_form(form, reduction)
     students, teachers = check_pairs(("student", "teacher"), student, teacher)
-    losses = []
+    dtype, losses = accumulate_dtype(*students, *teachers), []
     factors = pair_weights(weights, len(students)) or [1.0] * len(students)
     for s, t, factor in zip(students, teachers, factors, strict=True):
         count = s.numel() if form == "mean" else s.shape[0]
-        losses.append(squared_error(s, t, "sum") * (factor / count))
-    if len(losses) == 1 and reduction == "sum":
-        return losses[0]
-    dtype = accumulate_dtype(*students, *teachers)
-    each = torch.stack([loss.to(dtype) for loss in losses])
+        losses.append((squared_error(s, t, "sum") * (factor / count)).to(dtype))
+    each = torch.stack(losses)
     return each.sum() if reduction == "sum" else each
 
 
 def squared_error(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
-    """``F.mse_loss`` in at least fp32, "sum" or "none": of "mean" torch has no jvp of the vjp."""
+    """Return ``F.mse_loss`` in at least fp32: of "mean" torch has no jvp of the vjp."""
     dtype = accumulate_dtype(student, teacher)
     s, t = (savable(x.to(dtype)) for x in (student, teacher))
     return F.mse_loss(s, t, reduction=reduction)
@@ -302,8 +287,8 @@ def _check_form(form: str, reduction: str) -> None:
     check_choice("reduction", reduction, ("sum", "none"))
 
 
-class FeaturesLoss(nn.Module):
-    """``features_loss`` after a 1x1 convolution that gives the student the teacher's channels.
+class FeaturesLoss(_LossModule):
+    """Compare features after a 1x1 convolution that gives the student the teacher's channels.
 
     ``FeaturesLoss([16, 32], [32, 64])(student_features, teacher_features)``. The loss of a pair of
     M elements per sample is ``1/(B M) * sum_b ||W S[b] - T[b]||_2^2``, W its convolution, or
@@ -322,6 +307,8 @@ class FeaturesLoss(nn.Module):
     Source: Romero et al., "FitNets", 2015; Zagoruyko & Komodakis, ICLR 2017, section 4.1.
     """
 
+    _names = ("weights", "form", "reduction")
+
     def __init__(
         self,
         student_channels: int | Sequence[int],
@@ -333,25 +320,9 @@ class FeaturesLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_form(form, reduction)
-        student_channels = as_python("student_channels", student_channels)
-        teacher_channels = as_python("teacher_channels", teacher_channels)
-        students = _channels("student_channels", student_channels)
-        teachers = _channels("teacher_channels", teacher_channels)
-        single = isinstance(student_channels, int)
-        if single != isinstance(teacher_channels, int):
-            raise TypeError(
-                "student_channels and teacher_channels must both be ints or both be sequences, "
-                f"got {kind(student_channels)} and {kind(teacher_channels)}"
-            )
-        if len(students) != len(teachers):
-            raise ValueError(
-                "student_channels and teacher_channels must have the same length, "
-                f"got {len(students)} and {len(teachers)}"
-            )
+        students, teachers = _channels(student_channels, teacher_channels)
         self.weights = None if weights is None else pair_weights(weights, len(students))
-        self.form = form
-        self.reduction = reduction
-        self._channels = students
+        self.form, self.reduction, self._channels = form, reduction, students
         self.projections = nn.ModuleList(
             nn.Identity() if s == t else nn.Conv2d(s, t, 1, bias=False)
             for s, t in zip(students, teachers, strict=True)
@@ -360,7 +331,7 @@ class FeaturesLoss(nn.Module):
     def forward(
         self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]
     ) -> Tensor:
-        """The loss of one pair, or of all pairs of two sequences.
+        """Return :func:`at_fused.features_loss` after the convolutions.
 
         Args:
             student: (B, C, H, W) with the C of ``student_channels``, or as many of them; of the
@@ -389,29 +360,32 @@ class FeaturesLoss(nn.Module):
             if check_tensor(name, x).shape[1:2] != (c,) or not (same or x.dim() == 4):
                 raise ValueError(f"{name} must be (B, {c}, H, W), got shape {tuple(x.shape)}")
             projected.append(projection(x))
-        return features_loss(
-            projected[0] if isinstance(student, Tensor) else projected,
-            teacher,
-            weights=self.weights,
-            form=self.form,
-            reduction=self.reduction,
+        found = projected[0] if isinstance(student, Tensor) else projected
+        return features_loss(found, teacher, **self._options())
+
+
+def _channels(student: Any, teacher: Any) -> list[list[int]]:
+    """Return the numbers of channels of both sides' features, checked."""
+    student, teacher = (
+        as_python("student_channels", student),
+        as_python("teacher_channels", teacher),
+    )
+    sequences = [isinstance(given, (list, tuple)) for given in (student, teacher)]
+    if sequences[0] != sequences[1]:
+        raise TypeError(
+            "student_channels and teacher_channels must both be ints or both be sequences, "
+            f"got {kind(student)} and {kind(teacher)}"
         )
-
-    def extra_repr(self) -> str:
-        """The options, as in the call."""
-        options = ("weights", "form", "reduction")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
-
-
-def _channels(name: str, given: int | Sequence[int]) -> list[int]:
-    several = [given] if isinstance(given, int) else given
-    if not isinstance(several, (list, tuple)):
-        raise TypeError(f"{name} must be an int or a list or tuple of ints, got {kind(given)}")
-    if not several:
-        raise ValueError(f"{name} must not be an empty {kind(given)}")
-    for c in several:
-        if not is_whole(c):
-            raise TypeError(f"{name} must be an int or a list or tuple of ints, got {kind(c)}")
-        if c < 1:
-            raise ValueError(f"{name} must be >= 1, got {c}")
-    return list(several)
+    found = [list(given) if sequences[0] else [given] for given in (student, teacher)]
+    if len(found[0]) != len(found[1]) or not found[0]:
+        raise ValueError(
+            "student_channels and teacher_channels must have the same length, not 0, "
+            f"got {len(found[0])} and {len(found[1])}"
+        )
+    for name, numbers in zip(("student_channels", "teacher_channels"), found, strict=True):
+        for c in numbers:
+            if not is_whole(c):
+                raise TypeError(f"{name} must be an int or a list or tuple of ints, got {kind(c)}")
+            if c < 1:
+                raise ValueError(f"{name} must be >= 1, got {c}")
+    return found

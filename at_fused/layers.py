@@ -1,19 +1,40 @@
-"""Pairs of layers, a student's and a teacher's: named, or found."""
+"""Pairs of layers, a student's and a teacher's: named, or found.
+
+Found ones are the last block of each stage that both networks have. A stage is all that a network
+does at one map size. The modules that ran on an example are a tree; a module that works at several
+sizes is looked into, any other is a block.
+"""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from at_fused._checks import check_choice
-from at_fused._inputs import check_for_tokens
-from at_fused._match import PAIRS_OF_ONE_SIZE, Found, Stage
-from at_fused._models import arguments_of, unwrap
-from at_fused._numbers import as_python, is_whole, kind
-from at_fused._observe import Call, Given, Layout, observed, written
+from at_fused._arguments import both, both_sizes, check_choice, feature_layouts
+from at_fused._hooks import TappedLayer
+from at_fused._models import arguments_of, modules_named, refuse_torchscript, unwrap
+from at_fused._numbers import as_python, kind
+from at_fused._observe import (
+    NOT_IN_ORDER,
+    SEVERAL_SIZES,
+    GivenLayout,
+    ModuleCall,
+    ObservedRun,
+    Size,
+    observe,
+    written,
+)
 
 SIDES = ("student", "teacher")
+# As many pairs as most networks have stages, where all blocks have one size.
+PAIRS_OF_ONE_SIZE = 4
+# Names that networks give to layers before their first stage and after their last.
+_ENDS = re.compile(r".*(stem|embed|head|classif|final|logits|decod|aux).*")
 
 
 class Pair(NamedTuple):
@@ -24,7 +45,7 @@ class Pair(NamedTuple):
 
 
 def named_pairs(layers: object) -> list[Pair]:
-    """Checks the pairs that were given by names."""
+    """Check the pairs that were given by names."""
     if not isinstance(layers, (list, tuple)) or not layers:
         raise TypeError(
             "layers must be a list or tuple of names, or of (student's, teacher's) names, "
@@ -33,20 +54,15 @@ def named_pairs(layers: object) -> list[Pair]:
     pairs = []
     for i, each in enumerate(layers):
         names = (each, each) if isinstance(each, str) else each
-        if (
-            not isinstance(names, (list, tuple))
-            or len(names) != 2
-            or not all(isinstance(name, str) for name in names)
-        ):
+        pair = isinstance(names, (list, tuple)) and len(names) == 2
+        if not pair or not all(isinstance(name, str) for name in names):
             raise TypeError(
                 f"layers[{i}] must be a name or a pair of names (student's, teacher's), "
                 f"got {each!r:.80}"
             )
         pairs.append(Pair(*names))
-    for side in ("student", "teacher"):
-        names = [getattr(pair, side) for pair in pairs]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
+    for side, given in zip(SIDES, zip(*pairs, strict=True), strict=True):
+        if twice := {name for name in given if given.count(name) > 1}:
             raise ValueError(f"layers: each of a {side}'s layers once, got {min(twice)!r} again")
     return pairs
 
@@ -61,7 +77,7 @@ def match_layers(
     resize: str | None = None,
     verbose: bool = True,
 ) -> list[Pair]:
-    """The layers of two networks that belong together: the last block of each stage both have.
+    """Return the layers of two networks that belong together: the last block of each stage of both.
 
     Both run on ``example``, in eval mode and without gradients, and are left as they were. A stage
     is all that a network does at one map size; its blocks are modules that keep to one size, such
@@ -86,64 +102,102 @@ def match_layers(
         A list of (student's, teacher's) names, in the order of running.
 
     Raises:
-        ValueError: an option is not as above; no stage in common, stages in another order, or a
-            network that comes back to a size: the message says what stages there are, and why
-            others are none.
+        TypeError, ValueError: an option is not as above; no stage in common, stages in another
+            order, or a network that comes back to a size: the message says what stages there are,
+            and why others are none.
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (figure 5: one loss for each group).
     """
-    given = check_given(student, teacher, channel_dim, skip_tokens)
+    check_networks(student, teacher)
+    given = given_layouts(channel_dim, skip_tokens, None)
     check_choice("resize", resize, (None, "maps"))
-    return [
-        Pair(s.name, t.name) for s, t in matched(student, teacher, example, given, resize, verbose)
-    ]
+    calls = _matched((unwrap(student), unwrap(teacher)), example, given, resize, verbose)
+    return [Pair(s.name, t.name) for s, t in calls]
 
 
-def matched(
-    student: nn.Module,
-    teacher: nn.Module,
+def layers_to_tap(
+    networks: list[nn.Module],
+    pairs: list[Pair] | None,
     example: Any,
-    given: tuple[Given, Given],
+    given: list[GivenLayout],
     resize: str | None,
     verbose: bool,
-) -> list[tuple[Call, Call]]:
-    """The layers that :func:`match_layers` finds, as they ran."""
+) -> list[list[TappedLayer]]:
+    """Return the layers of both networks, named or found; their layouts if there is an example."""
+    sides = list(zip(SIDES, networks, strict=True))
+    if pairs is None:
+        for side, network in sides:
+            refuse_torchscript(network, None, side)
+        calls = zip(*_matched(networks, example, given, resize, verbose), strict=True)
+        return [[TappedLayer(each.name, each.module, each.layout) for each in c] for c in calls]
+    found = []
+    for (side, network), names in zip(sides, zip(*pairs, strict=True), strict=True):
+        refuse_torchscript(network, names, side)
+        modules = modules_named(network, names, side)
+        found.append([TappedLayer(*each) for each in zip(names, modules, strict=True)])
+    if example is not None:
+        for (side, network), layers, known in zip(sides, found, given, strict=True):
+            run = observe(network, arguments_of(example), known)
+            seen = [run.layout_of_layer(side, each.name) for each in layers]
+            layers[:] = [a._replace(layout=b) for a, b in zip(layers, seen, strict=True)]
+    return found
+
+
+def check_networks(*networks: object) -> None:
+    """Refuse what is no module."""
+    for side, network in zip(SIDES, networks, strict=True):
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"{side} must be an nn.Module, got {kind(network)}")
+
+
+def given_layouts(channel_dim: Any, skip_tokens: Any, map_size: Any) -> list[GivenLayout]:
+    """Check what a user says of both sides' features; None is to be found out."""
+    channel_dim = as_python("channel_dim", channel_dim)
+    skip_tokens = as_python("skip_tokens", skip_tokens)
+    map_size = as_python("map_size", map_size)
+
+    def known(value: Any, default: int) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(default if each is None else each for each in value)
+        return default if value is None else value
+
+    feature_layouts(known(channel_dim, -1), known(skip_tokens, 0), map_size)
+    dims, skips = (both("", each) for each in (channel_dim, skip_tokens))
+    return list(map(GivenLayout, dims, skips, both_sizes(map_size)))
+
+
+# ---- pairs that are found ------------------------------------------------------------------------
+
+
+def _matched(
+    networks: Any, example: Any, given: list[GivenLayout], resize: str | None, verbose: bool
+) -> list[tuple[ModuleCall, ModuleCall]]:
     arguments = arguments_of(example)
-    found = [
-        Found(observed(unwrap(model), arguments, of_side))
-        for model, of_side in zip((student, teacher), given, strict=True)
-    ]
-    pairs = _pair(found[0].stages, found[1].stages, resize)
-    if isinstance(pairs, str):
-        said = "; ".join(f"{side} {each.said()}" for side, each in zip(SIDES, found, strict=True))
-        raise ValueError(f"layers: {pairs}: {said}; name the pairs")
+    runs = [observe(*each) for each in zip(networks, [arguments] * 2, given, strict=True)]
+    found = [NetworkStages(run) for run in runs]
+    students, teachers = (each.blocks for each in found)
+    common = [size for size in students if size in teachers]
+    if len(students) == len(teachers) == 1 and (common or resize == "maps"):
+        sides = [parts(*each.values()) for each in (students, teachers)]
+        count = min(PAIRS_OF_ONE_SIZE, *map(len, sides))
+        # At proportional depth, the last of both among them.
+        depths = range(1, count + 1)
+        s, t = ([side[i * len(side) // count - 1] for i in depths] for side in sides)
+        pairs = list(zip(s, t, strict=True))
+    else:
+        pairs = [(students[size][-1], teachers[size][-1]) for size in common]
+    if not pairs or common != [size for size in teachers if size in common]:
+        why = "student and teacher go through the sizes in another order"
+        if not pairs:
+            why = "no stage of the student has a map size of one of the teacher's"
+        stages = [f"{side} {each.described()}" for side, each in zip(SIDES, found, strict=True)]
+        raise ValueError(f"layers: {why}: {'; '.join(stages)}; name the pairs")
     if verbose:
         _print(pairs, found)
     return pairs
 
 
-def _pair(
-    students: list[Stage], teachers: list[Stage], resize: str | None
-) -> list[tuple[Call, Call]] | str:
-    """The blocks that belong together, or why there are none."""
-    sizes = [stage.size for stage in teachers]
-    common = [stage.size for stage in students if stage.size in sizes]
-    if len(students) == len(teachers) == 1 and (common or resize == "maps"):
-        sides = students[0].parts(), teachers[0].parts()
-        count = min(PAIRS_OF_ONE_SIZE, *map(len, sides))
-        # At proportional depth, the last of both among them.
-        depths = range(1, count + 1)
-        s, t = ([side[i * len(side) // count - 1] for i in depths] for side in sides)
-        return list(zip(s, t, strict=True))
-    if not common:
-        return "no stage of the student has a map size of one of the teacher's"
-    if common != [size for size in sizes if size in common]:
-        return "student and teacher go through the sizes in another order"
-    last = [{stage.size: stage.last for stage in side} for side in (students, teachers)]
-    return [(last[0][size], last[1][size]) for size in common]
-
-
-def _print(pairs: list[tuple[Call, Call]], found: list[Found]) -> None:
+def _print(pairs: list[tuple[ModuleCall, ModuleCall]], found: list[NetworkStages]) -> None:
     """Print the pairs as a table, and what was left out."""
     rows = [("map", "student", "features", "teacher", "features")]
     for s, t in pairs:
@@ -157,35 +211,192 @@ def _print(pairs: list[tuple[Call, Call]], found: list[Found]) -> None:
             print(f"left out of the {name}: {', '.join(names)} ({why})")
 
 
-def layouts_of(
-    side: str, network: nn.Module, example: Any, names: list[str], given: Given
-) -> list[Layout | None]:
-    """Find how the features of layers lie, in a run on an example."""
-    run = observed(network, arguments_of(example), given)
-    return [run.layout_of_layer(side, name) for name in names]
+class NetworkStages:
+    """A network's blocks by map size, in the order of running, and why other layers are none."""
+
+    def __init__(self, run: ObservedRun) -> None:
+        self.run = run
+        self.left_out: list[tuple[ModuleCall, str]] = []
+        self._before_downsampling = set[ModuleCall]()
+        self.blocks = self._by_size(self._chosen())
+
+    def _chosen(self) -> list[ModuleCall]:
+        """Return the blocks in the order of running, and note why others are left out."""
+        run = self.run
+        blocks = every = list(self._blocks(run.root))
+        depths = {call: call.depth() + (call in self._before_downsampling) for call in blocks}
+        groups = [call for call in blocks if depths[call] and call.layout]
+        trunk = _trunk(groups or blocks)
+        # A stem or a head of conv, norm and ReLU is no stage of a network that has blocks of these;
+        # a plain Sequential has nothing but layers, whose activations belong to them.
+        deepest = min(2, max((depths[call] for call in trunk or blocks), default=0))
+        self._leave_out([c for c in blocks if c.reason and depths[c] >= deepest])
+        shallow = [c for c in blocks if c.layout and c.learned() and depths[c] < deepest]
+        blocks = [call for call in blocks if call.layout and depths[call] >= deepest]
+        if trunk:
+            blocks = self._without(blocks, _outside(trunk, every), "outside of the stages")
+        if shallow or self.left_out or not all(map(_named_an_end, blocks)):
+            blocks = self._without(blocks, _named_an_end, "a stem or a head, by its name")
+        tokens = [call for call in blocks if call.layout and call.layout.map_size]
+        # The first stage shows the order of all, unless tokens are chosen on the way.
+        firsts = {call.size: call for call in reversed(tokens)}
+        shows = list(firsts.values()) if run.gathered else tokens[:1]
+        for i, call in enumerate(tokens):
+            if call in shows and not run.in_order(parts([call])[0]):
+                blocks = [each for each in blocks if each not in tokens[i:]]
+                self._leave_out(tokens[i:], NOT_IN_ORDER)
+                break
+        learned = {call.size for call in blocks if call.learned()}
+        blocks = [call for call in blocks if call.size and call.size in learned]
+        changed = [call for call in blocks if call.changed_in_place]
+        self._leave_out(changed, "what follows changes its output in place")
+        blocks = [call for call in blocks if not call.changed_in_place]
+        sizes = {call.size for call in blocks}
+        for size in dict.fromkeys(call.size for call in shallow if call.size not in sizes):
+            lost = [call for call in shallow if call.size == size]
+            if sum(each.layers() for each in lost) > 1:
+                self._leave_out(lost[-1:], "smaller than the blocks")
+        return blocks
+
+    def _by_size(self, blocks: list[ModuleCall]) -> dict[Size, list[ModuleCall]]:
+        """Return the stages; a ValueError for a network that comes back to a size."""
+        stages: dict[Size, list[ModuleCall]] = {}
+        last: Size | None = None
+        for call in blocks:
+            size = call.size or ()
+            if last and size != last and (size in stages or math.prod(size) > math.prod(last)):
+                before = stages.get(size, stages[last])[-1]
+                raise ValueError(
+                    f"layers: {type(self.run.root.module).__name__} comes back to maps of "
+                    f"{written(size)} ({before.name!r}, then {call.name!r}): which layers belong "
+                    "together cannot be told, name them"
+                )
+            stages.setdefault(size, []).append(call)
+            last = size
+        return stages
+
+    def described(self) -> str:
+        """Write the stages, for messages, or why there are none."""
+        if self.blocks:
+            return ", ".join(f"{b[-1].name} {written(size)}" for size, b in self.blocks.items())
+        reasons = [f"{names[-1]}: {why}" for why, names in self.reasons(set()).items()]
+        return f"none ({'; '.join(reasons) or 'no layer that runs once gives features'})"
+
+    def reasons(self, used: set[Size | None]) -> dict[str, list[str]]:
+        """Return the names of layers as large as a block, by why they were left out."""
+        found = dict[str, list[str]]()
+        for size, blocks in self.blocks.items():
+            if size not in used:
+                found[f"the other network has no stage of {written(size)}"] = [blocks[-1].name]
+        for call, why in self.left_out:
+            found.setdefault(why, []).append(call.name)
+        return found
+
+    def _leave_out(self, calls: list[ModuleCall], why: str = "") -> None:
+        self.left_out += [(call, why or call.reason) for call in calls]
+
+    def _without(
+        self, blocks: list[ModuleCall], refused: Callable[[ModuleCall], bool], why: str
+    ) -> list[ModuleCall]:
+        self._leave_out([c for c in blocks if refused(c) and c.learned()], why)
+        return [call for call in blocks if not refused(call)]
+
+    def _blocks(self, call: ModuleCall) -> Iterator[ModuleCall]:
+        """Yield the blocks inside, in the order of running, as coarse as sizes allow."""
+        for each in call.inside:
+            if self.run.calls[each.name].times > 1:
+                if each.times == 1 and each.layout and each.depth() > 0:
+                    self._leave_out([each], "it runs several times in a pass")
+                continue
+            yield from self._blocks(each) if self._opened(each) else [each]
+
+    def _opened(self, call: ModuleCall) -> bool:
+        """Return True for a module that is made of blocks, False for a block."""
+        if call.handed_on:
+            call.layout, call.reason = None, ""
+        if not call.inside:
+            return False
+        inside = [each for each in call.all_inside() if each.layout and not each.handed_on]
+        if call.ends_in_layer_norm and call.layout:
+            call.layout, call.reason = None, "it ends in a LayerNorm: all positions are alike"
+            return any(each.depth() > 1 for each in inside)
+        if call.layout is None:
+            # A feature that is not understood is looked into if it is one of a whole trunk.
+            deep = {each.size for each in inside if each.depth() > 1}
+            return call.reason in ("", SEVERAL_SIZES) or len(deep) > 1
+        away = [each for each in inside if _on_the_way(each.size, call)]
+        if any(each.size != call.size_in for each in away):
+            return True
+        groups = [each for each in call.inside if each in away and each.depth() > 0]
+        if isinstance(call.module, nn.Sequential) and any(each.depth() > 1 for each in groups):
+            return True
+        # Half of the work in a chain before the size changes: a stage that ends smaller.
+        weighing = sum(each.weighs() for each in inside)
+        branches = sum(each.takes_same_input for each in call.inside)
+        if not groups or branches > 1 or 2 * sum(each.layers() for each in groups) < weighing:
+            return False
+        self._before_downsampling.update(groups)
+        return True
 
 
-def check_given(
-    student: nn.Module, teacher: nn.Module, channel_dim: Any, skip_tokens: Any
-) -> tuple[Given, Given]:
-    """Check the networks, and what is said of their features."""
-    for name, network in zip(SIDES, (student, teacher), strict=True):
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"{name} must be an nn.Module, got {kind(network)}")
-    channel_dim = as_python("channel_dim", channel_dim)
-    skip_tokens = as_python("skip_tokens", skip_tokens)
-    dims = channel_dim if isinstance(channel_dim, (tuple, list)) else (channel_dim,) * 2
-    skips = skip_tokens if isinstance(skip_tokens, (tuple, list)) else (skip_tokens,) * 2
-    for name, values, allowed in (
-        ("channel_dim", dims, lambda v: is_whole(v) and v in (1, -1)),
-        ("skip_tokens", skips, lambda v: is_whole(v) and v >= 0),
-    ):
-        if len(values) != 2 or not all(v is None or allowed(v) for v in values):
-            ask = "1 or -1" if name == "channel_dim" else "a whole number >= 0"
+def parts(blocks: list[ModuleCall]) -> list[ModuleCall]:
+    """Return the blocks, or those that a single one is made of."""
+    inside = [call for call in blocks[0].inside if call.learned()]
+    of_one_kind = len(inside) > 1 and len({type(call.module) for call in inside}) == 1
+    if len(blocks) > 1 or not of_one_kind:
+        return blocks
+    alike = all(call.size == blocks[0].size and call.depth() > 1 for call in inside)
+    return parts(inside) if alike else blocks
+
+
+def _trunk(blocks: list[ModuleCall]) -> list[ModuleCall]:
+    """Return the blocks in the module that holds most stages, if it holds several."""
+    held: dict[str, list[ModuleCall]] = {}
+    for call in blocks:
+        parents = call.name.split(".")[:-1]
+        for name in accumulate(parents, "{}.{}".format):
+            held.setdefault(name, []).append(call)
+    sizes = {name: {call.size for call in inside} for name, inside in held.items()}
+    most = max(map(len, sizes.values()), default=0)
+    if most < 2:
+        return []
+    name = min((n for n in sizes if len(sizes[n]) == most), key=lambda name: name.count("."))
+    trunk = held[name]
+    layers = {n: sum(call.layers() for call in inside) for n, inside in held.items()}
+    for other, inside in held.items():
+        same = sizes[other] == sizes[name] and inside[0] not in trunk
+        if same and 2 * layers[other] >= layers[name]:
             raise ValueError(
-                f"{name} must be None, {ask}, or a pair of these (student's, teacher's), "
-                f"got {channel_dim if name == 'channel_dim' else skip_tokens!r}"
+                f"layers: {name!r} and {other!r} have the same stages: which of them belong "
+                "together cannot be told, name them"
             )
-    last, rule = [dim != 1 for dim in dims], f"take channel_dim=-1 (here {channel_dim!r})"
-    check_for_tokens("skip_tokens", skip_tokens, skips, last, rule)
-    return Given(dims[0], skips[0]), Given(dims[1], skips[1])
+    half = 2 * layers[name] >= sum(call.layers() for call in blocks)
+    return trunk if half or max(call.depth() for call in trunk) > 1 else []
+
+
+def _outside(trunk: list[ModuleCall], blocks: list[ModuleCall]) -> Callable[[ModuleCall], bool]:
+    """Return a test for stems and heads, and for what goes back to larger maps, as a decoder."""
+    least = min((call.layers() for call in trunk if call.learned()), default=0)
+    after = blocks[blocks.index(trunk[-1]) :]
+    decoders = [call for call in after if _larger(call, trunk[-1])]
+    return lambda call: call not in trunk and (call.layers() <= least or call in decoders)
+
+
+def _larger(call: ModuleCall, other: ModuleCall) -> bool:
+    return math.prod(call.size or ()) > math.prod(other.size or ())
+
+
+def _named_an_end(call: ModuleCall) -> bool:
+    names = [part for part in call.name.split(".") if not part.isdigit()]
+    return bool(names and _ENDS.fullmatch(names[-1]))
+
+
+def _on_the_way(size: Size | None, call: ModuleCall) -> bool:
+    """Return True for another size than the output's, between it and the input's.
+
+    Others are those of rearranged features, and of pooled ones that go back in as weights.
+    """
+    first, last = call.size_in or size, call.size
+    if not (size and first and last and len(size) == len(first) == len(last)) or size == last:
+        return False
+    return all(min(a, b) <= n <= max(a, b) for n, a, b in zip(size, first, last, strict=True))
