@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from at_fused._checks import check_choice, check_labels, check_pairs, check_tensor, kind, savable
+from at_fused._arguments import check_choice, check_labels, check_pairs, check_tensor, savable
+from at_fused._numbers import kind
 from at_fused.distillation import cross_entropy, squared_error
 
 
@@ -68,43 +69,37 @@ def input_gradient(
     check_tensor("x", x)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("input_gradient: inference mode has no gradients; use no_grad instead")
+    keep = create_graph or isinstance(model, Tensor)
     if isinstance(model, Tensor):
         if not x.requires_grad:
-            raise ValueError(
-                "x must require a gradient where logits are given in the model's place"
-            )
-        return _gradient("model", model, x, labels, create_graph, keep=True)
-    if not callable(model):
+            raise ValueError("x must require a gradient where model is given as logits")
+        logits = model
+    elif not callable(model):
         raise TypeError(f"model must be a module, a function or logits, got {kind(model)}")
-    with torch.enable_grad():
-        # Where x is itself computed, a J with a graph depends on what it was computed from.
-        computed = x.requires_grad and create_graph
-        given = x.view_as(x) if computed else savable(x).detach().requires_grad_()
-        logits = model(given)
+    else:
+        with torch.enable_grad():
+            # Where x is itself computed, a J with a graph depends on what it was computed from.
+            computed = x.requires_grad and create_graph
+            x = x.view_as(x) if computed else savable(x).detach().requires_grad_()
+            logits = model(x)
     if not isinstance(logits, Tensor):
         raise TypeError(f"model must return logits (B, K), got {kind(logits)}")
-    return _gradient("model", logits, given, labels, create_graph, keep=create_graph)
-
-
-def _gradient(
-    name: str, logits: Tensor, x: Tensor, labels: Tensor, create_graph: bool, keep: bool
-) -> Tensor:
-    if check_tensor(f"{name}: logits", logits).dim() != 2 or logits.shape[0] != x.shape[0]:
+    if check_tensor("model: logits", logits).dim() != 2 or logits.shape[0] != x.shape[0]:
         raise ValueError(
-            f"{name}: logits must be (B, K) with the B of x, {x.shape[0]}, "
+            f"model: logits must be (B, K) with the B of x, {x.shape[0]}, "
             f"got shape {tuple(logits.shape)}"
         )
     check_labels(labels, logits)
-    if not logits.requires_grad:
-        raise ValueError(f"{name}: the logits do not depend on x by a graph")
-    with torch.enable_grad():
-        loss = cross_entropy(logits, savable(labels), reduction="sum")
-        (found,) = torch.autograd.grad(
-            loss, x, create_graph=create_graph, retain_graph=keep, allow_unused=True
-        )
-    if found is None:
-        raise ValueError(f"{name}: the logits do not depend on x by a graph")
-    return found
+    gradient = None
+    if logits.requires_grad:
+        with torch.enable_grad():
+            loss = cross_entropy(logits, savable(labels), reduction="sum")
+            (gradient,) = torch.autograd.grad(
+                loss, x, create_graph=create_graph, retain_graph=keep, allow_unused=True
+            )
+    if gradient is None:
+        raise ValueError("model: the logits do not depend on x by a graph")
+    return gradient
 
 
 def gradient_at_loss(student: Tensor, teacher: Tensor, *, form: str = "paper") -> Tensor:

@@ -17,17 +17,6 @@ from at_fused._numbers import check_finite
 Schedule = Callable[[float], float]
 
 
-def _steps(steps: object) -> float:
-    number = check_finite("steps", steps)
-    if number <= 0:
-        raise ValueError(f"steps must be > 0, got {steps!r}")
-    return number
-
-
-def _progress(step: float, steps: float) -> float:
-    return min(max(check_finite("step", step) / steps, 0.0), 1.0)
-
-
 def constant(beta: float) -> Schedule:
     """Beta at every step, as the paper and the authors' program have it.
 
@@ -41,13 +30,7 @@ def constant(beta: float) -> Schedule:
         TypeError: ``beta`` or the step is not a number.
         ValueError: it is not finite.
     """
-    value = float(check_finite("beta", beta))
-
-    def schedule(step: float) -> float:
-        check_finite("step", step)
-        return value
-
-    return schedule
+    return _between(beta, 1.0, beta, lambda done: (1.0, 0.0))
 
 
 def linear_decay(beta: float, steps: float, end: float = 0.0) -> Schedule:
@@ -64,33 +47,41 @@ def linear_decay(beta: float, steps: float, end: float = 0.0) -> Schedule:
         TypeError: an argument or the step is not a number.
         ValueError: it is not finite, or ``steps`` is not positive.
     """
-    first, last, length = check_finite("beta", beta), check_finite("end", end), _steps(steps)
-
-    def schedule(step: float) -> float:
-        done = _progress(step, length)
-        return first * (1 - done) + last * done
-
-    return schedule
+    return _between(beta, steps, end, lambda done: (1 - done, done))
 
 
 def cosine(beta: float, steps: float, end: float = 0.0) -> Schedule:
     """From beta to ``end`` along half a cosine: end + (beta - end) (1 + cos(pi step / steps)) / 2.
 
     Args:
-        beta, end: finite numbers, the values at step 0 and from ``steps`` on.
-        steps: > 0.
+        beta, steps, end: as in :func:`linear_decay`.
 
     Returns:
         A function of the step, a number, that returns a float.
 
     Raises:
-        TypeError: an argument or the step is not a number.
-        ValueError: it is not finite, or ``steps`` is not positive.
+        TypeError, ValueError: as :func:`linear_decay`.
     """
-    first, last, length = check_finite("beta", beta), check_finite("end", end), _steps(steps)
+
+    def shares(done: float) -> tuple[float, float]:
+        left = (1 + math.cos(math.pi * done)) / 2
+        return left, 1 - left
+
+    return _between(beta, steps, end, shares)
+
+
+def _between(
+    beta: float, steps: float, end: float, shares: Callable[[float], tuple[float, float]]
+) -> Schedule:
+    """Return a schedule from the shares that beta and ``end`` have when so much of it is done."""
+    first, last = float(check_finite("beta", beta)), float(check_finite("end", end))
+    length = check_finite("steps", steps)
+    if length <= 0:
+        raise ValueError(f"steps must be > 0, got {steps!r}")
 
     def schedule(step: float) -> float:
-        left = (1 + math.cos(math.pi * _progress(step, length))) / 2
-        return first * left + last * (1 - left)
+        done = min(max(check_finite("step", step) / length, 0.0), 1.0)
+        of_first, of_last = shares(done)
+        return first * of_first + last * of_last
 
     return schedule

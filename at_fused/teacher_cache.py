@@ -4,65 +4,61 @@
     identity = teacher_hash(teacher, "p=2")
     maps, logits = cache.fetch(compute, x, index, identity=identity, seed=epoch % 10)
 
-One sub-folder for each teacher, with the options of its maps, and each transform of the inputs:
+One SQLite database, ``<folder>/<identity[:16]>-seed<seed>``, for each teacher, with the options of
+its maps, and each transform of the inputs. Its table ``cache`` has a record for each sample that is
+stored: a CRC-32 (4 bytes), a fingerprint of the sample's input (8 bytes), its maps, its logits;
+and, as number -1, a CRC-32 and JSON: format, byte order, identity, seed, number of samples, and
+the dtype and shape of each array.
 
-    <folder>/<identity[:16]>-seed<seed>/
-        meta.json         format, byte order, identity, seed, samples; dtype and shape of each array
-        map0.bin, ...     each pair's maps, (samples, ...)
-        logits.bin        (samples, K), where there are logits
-        fingerprint.bin   (samples,) int64: a hash of the input that the sample was made from
-        checksum.bin      (samples,) int64: a hash of the sample's rows above; 0 where not stored
-
-The binary files are mapped into memory, and all but the last are sparse: a sample takes room once
-it is stored. Its checksum is written last, so a process that is killed before leaves the sample
-unstored; where the machine fails before all of it is on the disk, the checksum refuses it.
-Sub-folders appear complete, by a rename; ``*.tmp-*`` is what a process left that was killed while
-it made one: delete it.
-
-Any number of processes of one machine may use a folder at once (on Windows, which has no ``flock``,
-one). Machines may not share it: network file systems do not keep their views of mapped files alike.
-
-What remains: the hashes are against accidents, not forgery; and a file that is truncated in the
-moment between the look at its size and its use ends the process (SIGBUS), as does a full disk where
-there is no ``posix_fallocate`` (macOS).
+A batch is stored whole or not at all, whatever ends the process. Where the machine itself fails
+(SQLite is not told to wait for the disk), what is damaged is refused. Any number of processes of
+one machine may use a folder at once; several machines may not, since network file systems do not
+lock well enough. The hashes are against accidents, not forgery.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
+import math
 import os
 import re
 import sys
-import weakref
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdRef
 
-from at_fused._checks import check_tensor
+from at_fused._arguments import DTYPES, check_dense, check_tensor
+from at_fused._models import version_of
 from at_fused._numbers import as_python, is_whole, kind
-from at_fused._store import (
-    Layout,
-    StaleCacheError,
-    Store,
-    at_file,
-    check_inputs,
-    create,
-    read_meta,
-    refusal,
-    row_hashes,
-)
+
+if TYPE_CHECKING:
+    import sqlite3
 
 __all__ = ["StaleCacheError", "TeacherCache", "TeacherHash", "teacher_hash"]
 
-_FORMAT = 1
-_OPEN = 8  # sub-folders kept open: seeds may be many
+_FORMAT = 2
+_PATIENCE = 600  # seconds to wait for other processes
+_CHUNK = 1 << 22  # numbers hashed at once: an int64 temporary of 32 MiB
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+# The dtype's name and a sample's shape, [name, *shape], of each array: as JSON has them.
+Arrays = dict[str, list[Any]]
 
 
-# ---- which teacher -------------------------------------------------------------------------------
+class StaleCacheError(RuntimeError):
+    """What is stored is damaged, or was made from something else."""
+
+
+# ---- which teacher, which input ------------------------------------------------------------------
 
 
 class TeacherHash:
@@ -85,51 +81,38 @@ class TeacherHash:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {kind(module)}")
         self._module = module
-        self._state: list[tuple[object, ...]] | None = None
-        self._alive: list[weakref.ref[nn.Module] | weakref.ref[Tensor]] = []
-        self._storages: list[StorageWeakRef] = []
+        self._state: list[tuple[object, ...]] = []
         self._digest = ""
 
     def __call__(self, *options: object) -> str:
-        """The hash, as :func:`teacher_hash` says.
+        """Return :func:`teacher_hash` of the module.
 
         Args:
-            options: as there.
+            options: as in :func:`teacher_hash`.
 
         Returns:
-            64 hexadecimal digits.
+            A sha256, 64 hexadecimal digits.
 
         Raises:
-            TypeError, ValueError: as there.
+            ValueError: an option whose text differs between processes.
         """
         shown = repr(options)
         if " at 0x" in shown:
             raise ValueError(f"options must be the same in every process, got {shown}")
-        state, modules, tensors = self._look()
-        # An id says nothing once its object is gone. The weak references to storages hold no
-        # memory, but keep a new storage from having an old one's address.
-        if state is None or state != self._state or any(ref() is None for ref in self._alive):
-            self._digest = _digest(self._module)
-            self._state = state
-            self._alive = [*map(weakref.ref, modules), *map(weakref.ref, tensors)]
-            self._storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+        # References hold no memory, and a new object never equals one that is gone.
+        state: list[tuple[object, ...]] = []
+        counted = True
+        for path, part in self._module.named_modules(remove_duplicate=False):
+            state.append((path, WeakIdRef(part)))
+            for name, t in (*part._parameters.items(), *part._buffers.items()):
+                if t is not None:
+                    version, storage = version_of(t), StorageWeakRef(t.untyped_storage())
+                    layout = t.dtype, t.shape, t.storage_offset(), t.stride()
+                    state.append((name, WeakIdRef(t), version, storage, *layout))
+                    counted &= version >= 0
+        if not counted or state != self._state:
+            self._digest, self._state = _digest(self._module), state
         return hashlib.sha256(f"{self._digest} {shown}".encode()).hexdigest()
-
-    def _look(self) -> tuple[list[tuple[object, ...]] | None, list[nn.Module], list[Tensor]]:
-        parts = [(name, part) for name, part in self._module.named_modules(remove_duplicate=False)]
-        state: list[tuple[object, ...]] = [(name, id(part)) for name, part in parts]
-        tensors = []
-        for _, part in parts:
-            for held in (part._parameters, part._buffers):
-                for name, t in held.items():
-                    if t is None:
-                        continue
-                    if t.is_inference():  # these have no version
-                        return None, [], []
-                    tensors.append(t)
-                    storage, layout = t.untyped_storage()._cdata, (t.storage_offset(), t.stride())
-                    state.append((name, id(t), t._version, storage, t.dtype, t.shape, layout))
-        return state, [part for _, part in parts], tensors
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self._module,)
@@ -179,31 +162,156 @@ def teacher_hash(module: nn.Module, *options: object) -> str:
     return TeacherHash(module)(*options)
 
 
-def _computed(result: object, count: int) -> dict[str, Tensor]:
-    """What ``compute`` returned, by name, on the CPU."""
-    if not isinstance(result, tuple) or len(result) != 2:
-        found = f"tuple of {len(result)}" if isinstance(result, tuple) else kind(result)
-        raise TypeError(f"compute must return (maps, logits or None), got {found}")
+def _mix(v: Tensor) -> Tensor:
+    """Return a bijection of int64 whose every bit depends on all: the end of MurmurHash3."""
+    for factor in (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64):
+        v = (v ^ ((v >> 33) & 0x7FFFFFFF)) * factor
+    return v ^ ((v >> 33) & 0x7FFFFFFF)
+
+
+def _fingerprints(x: Tensor) -> list[bytes]:
+    """Return 8 bytes for each row's bytes, dtype and shape: from integers, on all devices the same.
+
+    A sum of products mod 2^64 with odd factors, one for each lane of at most 32 bits: a changed
+    lane always changes it, several changed lanes but for one case in 2^32.
+    """
+    start = hashlib.sha256(repr((str(x.dtype), tuple(x.shape[1:]))).encode()).digest()[:8]
+    lane = {1: torch.uint8, 2: torch.int16}.get(x.element_size(), torch.int32)
+    count = x[:1].numel() * x.element_size() // lane.itemsize
+    factors = _mix(torch.arange(1, count + 1, device=x.device)) | 1
+    sums = []
+    for part in x.detach().split(max(1, _CHUNK // count)):
+        # The last dimension of 1 lets any strides be viewed as another dtype.
+        lanes = part.reshape(len(part), -1).unsqueeze(-1).view(lane).flatten(1)
+        sums.append((lanes * factors).sum(1))
+    hashes = _mix(torch.cat(sums) + int.from_bytes(start, "little", signed=True))
+    return [each.to_bytes(8, "little", signed=True) for each in hashes.tolist()]
+
+
+# ---- tensors as records --------------------------------------------------------------------------
+
+
+def _to_bytes(result: Any, count: int) -> tuple[Arrays, list[bytes]]:
+    """Return the arrays that ``compute`` returned, and the bytes of each sample's."""
+    pair = isinstance(result, tuple) and len(result) == 2
+    if not pair or not isinstance(result[0], (list, tuple)):
+        found = f"({', '.join(map(kind, result))})" if isinstance(result, tuple) else kind(result)
+        raise TypeError(f"compute must return (list or tuple of maps, logits or None), got {found}")
     maps, logits = result
-    if not isinstance(maps, (list, tuple)):
-        raise TypeError(f"compute: maps must be a list or tuple of tensors, got {kind(maps)}")
     named = {f"map{i}": t for i, t in enumerate(maps)}
     if logits is not None:
         named["logits"] = logits
     if not named:
         raise ValueError("compute must return maps or logits, got neither")
+    arrays, parts = {}, []
     for name, t in named.items():
-        what = f"compute: {name}"
-        check_tensor(what, t)
-        if name != "logits" and t.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{what} must be float32 or float64, got {t.dtype}")
-        if t.dim() == 0 or t.shape[0] != count or (name == "logits" and t.dim() != 2):
-            shape = f"({count}, {'K' if name == 'logits' else '...'})"
-            raise ValueError(f"{what} must be {shape}, got shape {tuple(t.shape)}")
-    return {name: t.detach().cpu() for name, t in named.items()}
+        check_tensor(f"compute: {name}", t)
+        of_logits = name == "logits"
+        if not of_logits and t.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"compute: {name} must be float32 or float64, got {t.dtype}")
+        if t.shape[:1] != (count,) or (of_logits and t.dim() != 2):
+            shape = f"({count}, {'K' if of_logits else '...'})"
+            raise ValueError(f"compute: {name} must be {shape}, got shape {tuple(t.shape)}")
+        arrays[name] = [str(t.dtype).removeprefix("torch."), *t.shape[1:]]
+        parts.append(t.detach().cpu().contiguous().reshape(count, -1).view(torch.uint8))
+    return arrays, [ctypes.string_at(row.data_ptr(), len(row)) for row in torch.cat(parts, 1)]
 
 
-# ---- the cache -----------------------------------------------------------------------------------
+def _to_tensors(records: list[bytes], arrays: Arrays) -> dict[str, Tensor]:
+    rows = torch.frombuffer(bytearray().join(records), dtype=torch.uint8)
+    rows, start, found = rows.view(len(records), -1), 8, {}
+    for name, (dtype, *shape) in arrays.items():
+        stop = start + math.prod(shape) * _DTYPES[dtype].itemsize
+        # A copy, whose address is a multiple of any dtype's size.
+        part = rows[:, start:stop].clone(memory_format=torch.contiguous_format)
+        found[name], start = part.view(_DTYPES[dtype]).view(len(records), *shape), stop
+    return found
+
+
+# ---- the database --------------------------------------------------------------------------------
+
+
+def _refusal(path: str, expected: object, found: object) -> StaleCacheError:
+    return StaleCacheError(
+        f"{path}: expected {expected}, found {found}. This cache is stale or damaged: delete it, "
+        "give another folder, or use no cache"
+    )
+
+
+@contextmanager
+def _transaction(path: str, begin: str) -> Iterator[sqlite3.Connection]:
+    """Open the database for what is done whole or, after an error, not at all."""
+    import sqlite3  # not before it is used: some Pythons lack it
+
+    if os.path.isdir(path):
+        raise _refusal(path, "a file", "a folder, as earlier versions made")
+    try:
+        with closing(sqlite3.connect(path, _PATIENCE, isolation_level=None)) as database:
+            database.text_factory = bytes
+            database.execute("PRAGMA synchronous = OFF")
+            database.execute(f"BEGIN {begin}")
+            yield database
+            database.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        raise OSError(
+            f"{path}: {error}; free some space, give another folder, or use no cache"
+        ) from error
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # messages may quote the damage
+        raise _refusal(path, "a whole database", error) from error
+
+
+def _checksum(number: int, content: bytes) -> bytes:
+    return zlib.crc32(content, zlib.crc32(b"%d" % number)).to_bytes(4, "little")
+
+
+def _read(path: str, database: sqlite3.Connection, number: int) -> bytes | None:
+    """Return what is stored under a number, or None where nothing is."""
+    query = "SELECT record FROM cache WHERE number = ?"
+    (record,) = database.execute(query, (number,)).fetchone() or (None,)
+    if record is None:
+        return None
+    if isinstance(record, bytes) and record[:4] == _checksum(number, content := record[4:]):
+        return content
+    raise _refusal(path, f"record {number} as its checksum says", "another")
+
+
+def _exchange(
+    path: str,
+    header: dict[str, object],
+    prints: Sequence[tuple[int, bytes]] = (),
+    new: Sequence[tuple[int, bytes]] | None = None,
+) -> tuple[Arrays, list[bytes | None]]:
+    """Store new samples, but those that are stored; return the arrays, and the samples' bytes.
+
+    Samples are numbers with their inputs' fingerprints, and after these the bytes of their arrays.
+    """
+    if new is None and not os.path.lexists(path):
+        return {}, [None] * len(prints)
+    with _transaction(path, "DEFERRED" if new is None else "IMMEDIATE") as database:
+        if new is not None:
+            columns = "number INTEGER PRIMARY KEY, record BLOB"
+            database.execute(f"CREATE TABLE IF NOT EXISTS cache ({columns})")
+            rows = [(i, _checksum(i, x) + x) for i, x in [(-1, json.dumps(header).encode()), *new]]
+            database.executemany("INSERT OR IGNORE INTO cache VALUES (?, ?)", rows)
+        elif not database.execute("SELECT 1 FROM sqlite_master").fetchone():
+            return {}, [None] * len(prints)  # a process was killed before it stored anything
+        found = json.loads(_read(path, database, -1) or "{}")
+        for key, value in header.items():
+            if found.get(key) != value:
+                raise _refusal(path, f"{key} {value!r}", repr(found.get(key)))
+        records = [_read(path, database, i) for i, _ in prints]
+        pairs = zip(prints, records, strict=True)
+        other = [i for (i, given), record in pairs if record and record[:8] != given]
+        if other:
+            raise StaleCacheError(
+                f"{path}: sample {other[0]} is not the input that the cache was made from "
+                f"({len(other)} of {len(prints)} are not): its transform is random, or the data "
+                "set changed. Seed the transform and give each seed as seed=, give another folder, "
+                "or use no cache"
+            )
+        if new is not None and None in records:
+            raise _refusal(path, "a record of each sample that was stored", "fewer")
+        return found["arrays"], records
 
 
 class TeacherCache:
@@ -228,23 +336,16 @@ class TeacherCache:
         samples = as_python("samples", samples)
         if not is_whole(samples):
             raise TypeError(f"samples must be an int >= 1, got {kind(samples)}")
-        if samples < 1:
-            raise ValueError(f"samples must be an int >= 1, got {samples}")
-        if samples >= 2**63:
-            raise ValueError(f"samples must be an int below 2^63, got {samples}")
+        if not 1 <= samples < 2**63:
+            raise ValueError(f"samples must be an int >= 1 and below 2^63, got {samples}")
         self._folder, self._samples = os.path.abspath(folder), samples
-        self._open: dict[tuple[str, int], Store] = {}
         try:
-            with at_file(self._folder):
-                os.makedirs(self._folder, exist_ok=True)
+            os.makedirs(self._folder, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ValueError(f"folder must be a folder, got a file in {self._folder!r}") from None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._folder!r}, samples={self._samples})"
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self._folder, self._samples)
 
     def fetch(
         self,
@@ -262,10 +363,10 @@ class TeacherCache:
                 given: those that are not stored, in their order; ``x`` itself where none is. Not
                 called where all are stored. Maps are (b, ...), float32 or float64; logits (b, K).
             x: (B, ...), on any device. A sample's bytes must be those that it was stored with.
-            index: (B,) int64, or a sequence of ints, the samples' numbers. Numbers may repeat.
+            index: (B,), a tensor or a sequence of ints, the samples' numbers. They may repeat.
             identity: :func:`at_fused.teacher_cache.teacher_hash` of the teacher and the options
                 that decide what ``compute`` returns; letters, digits, "-" and "_". The first 16
-                name a sub-folder.
+                name a file.
             seed: the seed of the transform that made x.
 
         Returns:
@@ -278,51 +379,28 @@ class TeacherCache:
             ValueError: shapes that do not match; numbers out of range.
             StaleCacheError: what is stored was made from another input, with other shapes, dtypes,
                 samples, teacher or format, or is damaged. A RuntimeError.
-            OSError: the disk is full, or the files may not be read and written.
+            OSError: the disk is full, or the file may not be read and written.
         """
         if not callable(compute):
             raise TypeError(f"compute must be a function, got {kind(compute)}")
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a tensor, got {kind(x)}")
-        if x.layout is not torch.strided:
-            raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
-        if x.dim() == 0 or 0 in x.shape:
+        if check_dense("x", x).dim() == 0 or 0 in x.shape:
             raise ValueError(f"x must be (B, ...) and not empty, got shape {tuple(x.shape)}")
-        numbers = torch.tensor(self._numbers(index, x.shape[0]), device="cpu")
-        seed = as_python("seed", seed)
-        path = self._path(identity, seed)
-        prints = row_hashes(x, "x").cpu()
-        # Of a number that repeats, the first row is stored.
-        first: dict[int, int] = {}
-        owners = [first.setdefault(i, row) for row, i in enumerate(numbers.tolist())]
-        owner = torch.tensor(owners, device="cpu")
-        check_inputs(path, numbers, prints[owner], prints)
-        absent = torch.ones_like(numbers, dtype=torch.bool)
-        if os.path.lexists(path):
-            store = self._store(identity, seed)
-            absent = store.marks[numbers] == 0
-            if not absent.all():  # refused, if so, before anything is computed
-                arrays = store.read(numbers[~absent], prints[~absent])
-        if absent.any():
-            rows = absent.nonzero()[:, 0]
-            given = x if len(rows) == len(x) else x[rows.to(x.device)]
-            computed = _computed(compute(given), len(rows))
-            layout: Layout = {
-                name: [str(t.dtype).removeprefix("torch."), *t.shape[1:]]
-                for name, t in computed.items()
-            }
-            if not os.path.lexists(path):
-                create(path, self._header(identity, seed), layout, self._samples)
-            store = self._store(identity, seed)
-            if store.layout != layout:
-                raise refusal(os.path.join(path, "meta.json"), f"arrays {layout}", store.layout)
-            once = owner[rows] == rows
-            rows = rows[once]
-            store.write(numbers[rows], prints[rows], {n: t[once] for n, t in computed.items()})
-            arrays = store.read(numbers, prints)
-        arrays = {name: t.to(x.device) for name, t in arrays.items()}
-        logits = arrays.pop("logits", None)
-        return list(arrays.values()), logits
+        numbers = self._numbers(index, x.shape[0])
+        path, header = self._file(identity, seed)
+        prints = list(zip(numbers, _fingerprints(x), strict=True))
+        arrays, records = _exchange(path, header, prints)
+        absent = [row for row, record in enumerate(records) if record is None]
+        if absent:
+            rows = x if len(absent) == len(x) else x[torch.tensor(absent, device=x.device)]
+            header["arrays"], samples = _to_bytes(compute(rows), len(absent))
+            given = (prints[row] for row in absent)
+            new = [(i, mark + data) for (i, mark), data in zip(given, samples, strict=True)]
+            # All samples again: other processes may have stored some meanwhile.
+            arrays, records = _exchange(path, header, prints, new)
+        found = _to_tensors([record for record in records if record], arrays)
+        found = {name: t.to(x.device) for name, t in found.items()}
+        logits = found.pop("logits", None)
+        return list(found.values()), logits
 
     def stored(self, identity: str, seed: int = 0) -> int:
         """How many samples are stored for a teacher and a seed.
@@ -336,50 +414,33 @@ class TeacherCache:
         Raises:
             TypeError, ValueError, StaleCacheError: as :meth:`fetch`.
         """
-        seed = as_python("seed", seed)
-        if not os.path.lexists(self._path(identity, seed)):
+        path, header = self._file(identity, seed)
+        if not _exchange(path, header)[0]:
             return 0
-        return int(self._store(identity, seed).marks.count_nonzero())
+        with _transaction(path, "DEFERRED") as database:
+            query = "SELECT COUNT(*) FROM cache WHERE number >= 0"
+            return int(database.execute(query).fetchone()[0])
 
     def _numbers(self, index: Tensor | Sequence[int], batch: int) -> list[int]:
-        if isinstance(index, Tensor):
-            if index.dtype != torch.int64:
-                raise TypeError(f"index must be int64 (numbers of samples), got {index.dtype}")
-            shape, numbers = tuple(index.shape), index.flatten().tolist()
-        else:
-            numbers = as_python("index", index)
-            if not isinstance(numbers, (list, tuple)):
-                raise TypeError(f"index must be a tensor or a sequence of ints, got {kind(index)}")
-            shape = (len(numbers),)
-        if shape != (batch,):
-            raise ValueError(f"index must be (B,), here ({batch},), got shape {shape}")
+        numbers = as_python("index", index)
+        if not isinstance(numbers, (list, tuple)) or not all(map(is_whole, numbers)):
+            raise TypeError(f"index must be a tensor or a sequence of ints, got {index!r:.80}")
+        if len(numbers) != batch:
+            raise ValueError(f"index must be (B,), here ({batch},), got {len(numbers)} numbers")
         for i in numbers:
-            if not is_whole(i):
-                raise TypeError(f"index must have ints only, got {kind(i)}")
             if not 0 <= i < self._samples:
                 raise ValueError(f"index must have numbers in [0, {self._samples}), got {i}")
         return list(numbers)
 
-    def _path(self, identity: str, seed: int) -> str:
+    def _file(self, identity: str, seed: int) -> tuple[str, dict[str, object]]:
+        """Return the file of a teacher and a seed, and what its header has to say."""
+        seed = as_python("seed", seed)
         if not isinstance(identity, str):
             raise TypeError(f"identity must be a str, got {kind(identity)}")
         if not re.fullmatch(r"[0-9A-Za-z_-]+", identity):
             raise ValueError(f"identity must be letters, digits, '-' and '_', got {identity!r}")
         if not is_whole(seed):
             raise TypeError(f"seed must be an int, got {kind(seed)}")
-        return os.path.join(self._folder, f"{identity[:16]}-seed{seed}")
-
-    def _header(self, identity: str, seed: int) -> dict[str, object]:
-        own = {"identity": identity, "seed": seed, "samples": self._samples}
-        return {"format": _FORMAT, "byteorder": sys.byteorder} | own
-
-    def _store(self, identity: str, seed: int) -> Store:
-        """The open sub-folder: opened again where its files are others, or of other sizes, now."""
-        store = self._open.pop((identity, seed), None)
-        if store is None or store.signature != store.seen():
-            path = self._path(identity, seed)
-            store = Store(path, read_meta(path, self._header(identity, seed)), self._samples)
-        self._open[identity, seed] = store  # last: the first to go are those not used for longest
-        while len(self._open) > _OPEN:
-            self._open.pop(next(iter(self._open)), None)
-        return store
+        header = {"identity": identity, "seed": seed, "samples": self._samples}
+        path = os.path.join(self._folder, f"{identity[:16]}-seed{seed}")
+        return path, {"format": _FORMAT, "byteorder": sys.byteorder} | header

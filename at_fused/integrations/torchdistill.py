@@ -26,13 +26,12 @@ torchdistill's example programs import what ``dependencies`` lists, by
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torchdistill.losses.registry import register_mid_level_loss
 
-from at_fused._checks import check_choice
-from at_fused._inputs import check_kept
+from at_fused._arguments import check_choice, check_kept
 from at_fused._numbers import check_finite
 from at_fused.functional import ATOptions, at_loss
 
@@ -42,35 +41,6 @@ _ELSEWHERE = {
     "weights": "each of at_pairs has its own weight",
     "reduction": "torchdistill adds scalars up",
 }
-
-
-class _Place(NamedTuple):
-    """Where torchdistill's hooks leave a feature."""
-
-    pair: str
-    side: str
-    path: str
-    io: str
-
-    def take(self, io_dict: Mapping[str, Mapping[str, Any]]) -> Any:
-        """The feature."""
-        try:
-            return io_dict[self.path][self.io]
-        except KeyError:
-            kept = [f"{io} of {path!r}" for path, ios in io_dict.items() for io in ios]
-            raise ValueError(
-                f"{self.pair}: the {self.side} kept no {self.io} of {self.path!r}, which "
-                f"forward_hook in its configuration must list under '{self.io}'; it kept "
-                + (", ".join(kept) or "nothing")
-            ) from None
-
-
-class _Pair(NamedTuple):
-    """An entry of at_pairs."""
-
-    student: _Place
-    teacher: _Place
-    weight: float
 
 
 @register_mid_level_loss(key="FusedATLoss")
@@ -110,7 +80,7 @@ class FusedATLoss(nn.Module):
         self.at_pairs = at_pairs
         self.mode = mode
         self.options = options
-        self._pairs = _pairs(at_pairs)
+        self._weights = _checked_weights(at_pairs)
 
     def forward(
         self,
@@ -133,10 +103,11 @@ class FusedATLoss(nn.Module):
             ValueError: a dictionary lacks a path or an io; features that do not go together, as
                 :func:`at_fused.at_loss`; with "paper", batch sizes that differ among the pairs.
         """
-        students = [pair.student.take(student_io_dict) for pair in self._pairs]
-        teachers = [pair.teacher.take(teacher_io_dict) for pair in self._pairs]
-        weights = [pair.weight for pair in self._pairs]
-        loss = at_loss(students, teachers, form=self.mode, weights=weights, **self.options)
+        students, teachers = (
+            [_feature(name, side, pair[side], kept) for name, pair in self.at_pairs.items()]
+            for side, kept in (("student", student_io_dict), ("teacher", teacher_io_dict))
+        )
+        loss = at_loss(students, teachers, form=self.mode, weights=self._weights, **self.options)
         sizes = [x.shape[0] for x in students]
         if self.mode == "paper" and len(set(sizes)) > 1:
             # The original divides by that of the first pair, at_loss by each pair's own.
@@ -145,50 +116,53 @@ class FusedATLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The pairs, the mode and the options, for torchdistill's log."""
-        pairs = ", ".join(
-            f"{pair.student.path} <- {pair.teacher.path} * {pair.weight}" for pair in self._pairs
-        )
-        options = {"mode": self.mode, **self.options}
-        return f"{pairs}; {', '.join(f'{k}={v!r}' for k, v in options.items())}"
+        pairs = [
+            f"{pair['student']['path']} <- {pair['teacher']['path']} * {weight}"
+            for pair, weight in zip(self.at_pairs.values(), self._weights, strict=True)
+        ]
+        options = [f"{k}={v!r}" for k, v in {"mode": self.mode, **self.options}.items()]
+        return f"{', '.join(pairs)}; {', '.join(options)}"
 
 
-def _pairs(at_pairs: object) -> list[_Pair]:
+def _feature(
+    pair: str, side: str, source: Mapping[str, str], kept: Mapping[str, Mapping[str, Any]]
+) -> Any:
+    """Return a feature from where torchdistill's hooks leave it."""
+    path, io = source["path"], source["io"]
+    if io in kept.get(path, {}):
+        return kept[path][io]
+    found = [f"{io} of {path!r}" for path, ios in kept.items() for io in ios]
+    raise ValueError(
+        f"at_pairs[{pair!r}]: the {side} kept no {io} of {path!r}, which forward_hook in its "
+        f"configuration must list under '{io}'; it kept {', '.join(found) or 'nothing'}"
+    )
+
+
+def _checked_weights(at_pairs: object) -> list[float]:
+    """Return each pair's weight, once all of it is as it must be."""
     if not isinstance(at_pairs, Mapping) or not at_pairs:
         raise TypeError(f"at_pairs must be a dict of pairs by name, got {at_pairs!r:.80}")
-    return [_pair(f"at_pairs[{name!r}]", given) for name, given in at_pairs.items()]
-
-
-def _pair(where: str, given: object) -> _Pair:
-    if not isinstance(given, Mapping) or not {"student", "teacher"} <= set(given):
-        raise TypeError(
-            f"{where} must be a dict with 'student' and 'teacher', and perhaps 'weight', "
-            f"got {given!r:.80}"
-        )
-    # A misspelt weight would be 1 without a word.
-    unknown = set(given) - {"student", "teacher", "weight"}
-    if unknown:
-        raise ValueError(
-            f"{where} must have no more than 'student', 'teacher' and 'weight', "
-            f"got {min(unknown, key=str)!r}"
-        )
-    weight = given.get("weight", 1)
-    if isinstance(weight, str):
-        raise TypeError(
-            f"{where}['weight'] must be a number, got the string {weight!r} (YAML takes 1.0e+3 for "
-            "a number, 1e3 for a string)"
-        )
-    weight = check_finite(f"{where}['weight']", weight)
-    places = []
-    for side in ("student", "teacher"):
-        place = given[side]
-        if (
-            not isinstance(place, Mapping)
-            or not isinstance(place.get("path"), str)
-            or place.get("io") not in ("input", "output")
-        ):
+    weights = []
+    for name, pair in at_pairs.items():
+        where, keys = f"at_pairs[{name!r}]", {*pair} if isinstance(pair, Mapping) else set()
+        # A misspelt weight would be 1 without a word.
+        if not {"student", "teacher"} <= keys <= {"student", "teacher", "weight"}:
             raise TypeError(
-                f"{where}[{side!r}] must be a dict with 'path', a module's name, and 'io', 'input' "
-                f"or 'output', got {place!r:.80}"
+                f"{where} must be a dict with 'student' and 'teacher', and perhaps 'weight', "
+                f"got {list(pair) if keys else pair!r:.80}"
             )
-        places.append(_Place(where, side, place["path"], place["io"]))
-    return _Pair(places[0], places[1], weight)
+        weight = pair.get("weight", 1)
+        if isinstance(weight, str):
+            raise TypeError(
+                f"{where}['weight'] must be a number, got the string {weight!r} (YAML takes "
+                "1.0e+3 for a number, 1e3 for a string)"
+            )
+        weights.append(check_finite(f"{where}['weight']", weight))
+        for side in ("student", "teacher"):
+            given = pair[side] if isinstance(pair[side], Mapping) else {}
+            if not isinstance(given.get("path"), str) or given.get("io") not in ("input", "output"):
+                raise TypeError(
+                    f"{where}[{side!r}] must be a dict with 'path', a module's name, and 'io', "
+                    f"'input' or 'output', got {pair[side]!r:.80}"
+                )
+    return weights
