@@ -1,18 +1,22 @@
-"""Files that are there whole or not at all: checkpoints of a training run, and trained networks."""
+"""Files of a run: its folder, networks and checkpoints, which are whole or absent, and metrics."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from at_fused.train.loop import Job, Point
 
 try:
     import fcntl
@@ -20,7 +24,6 @@ except ImportError:  # Windows, where nothing guards a folder
     fcntl = None  # type: ignore[assignment]
 
 _FORMAT = 2
-_NAME = re.compile(r"step-(\d+)\.pt")
 SHA256 = 32  # bytes, at the end of a file
 
 
@@ -33,11 +36,7 @@ class DamagedError(CheckpointError):
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file by way of another that takes its name once it is on the disk.
-
-    Raises:
-        CheckpointError: the disk is full, or the folder may not be written; what was there stays.
-    """
+    """Write a file by way of another that takes its name once it is on the disk."""
     other = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with open(other, "wb") as f:
@@ -58,7 +57,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def save(path: Path, what: str, state: Mapping[str, Any]) -> None:
-    """Writes a state, tensors in plain containers, that ``load`` reads back."""
+    """Write a state, tensors in plain containers, that ``load`` reads back."""
     found = io.BytesIO()
     torch.save({"format": _FORMAT, "what": what, **state}, found)
     write(path, _sealed(found.getvalue()))
@@ -75,9 +74,6 @@ def verify(path: Path) -> bytes:
 
     Torch looks at no checksum, and the CRC-32s of a zip archive leave out its directory, one bit of
     which makes torch.load return other weights.
-
-    Raises:
-        CheckpointError: the file cannot be read, is damaged, or is of another program.
     """
     try:
         content = path.read_bytes()
@@ -91,11 +87,7 @@ def verify(path: Path) -> bytes:
 
 
 def load(path: Path, what: str) -> dict[str, Any]:
-    """The state of a file that ``save`` wrote for the same ``what``.
-
-    Raises:
-        CheckpointError: it is truncated, damaged, of another program, or something else.
-    """
+    """Return the state of a file that ``save`` wrote for the same ``what``."""
     content = io.BytesIO(verify(path))
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
@@ -110,35 +102,25 @@ def load(path: Path, what: str) -> dict[str, Any]:
     return state
 
 
-def _all(folder: Path) -> list[tuple[int, Path]]:
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.glob("step-*.pt")]
-    return sorted((int(name[1]), path) for name, path in found if name)
+def saved_steps(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, the last step's at the end."""
+    return sorted(folder.glob("step-*.pt"), key=lambda path: (len(path.name), path.name))
 
 
 def save_step(folder: Path, step: int, what: str, state: Mapping[str, Any], keep: int) -> None:
-    """Writes the checkpoint of a step; of those in the folder the last ``keep`` stay."""
+    """Write the checkpoint of a step; of those in the folder the last ``keep`` stay."""
     folder.mkdir(parents=True, exist_ok=True)
     save(folder / f"step-{step:08d}.pt", what, state)
-    for _, path in _all(folder)[:-keep]:
+    for path in saved_steps(folder)[:-keep]:
         path.unlink(missing_ok=True)
-
-
-def last(folder: Path) -> Path | None:
-    """The last checkpoint of a folder."""
-    found = _all(folder)
-    return found[-1][1] if found else None
 
 
 def newest(
     folder: Path, what: str, log: Callable[[str], object]
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint of a folder that can be read, and its state; logs those that cannot.
-
-    Raises:
-        CheckpointError: none of them can be, or the last is another's.
-    """
+    """Return the last checkpoint of a folder that can be read, and its state; log the damaged."""
     damaged = []
-    for _, path in reversed(_all(folder)):
+    for path in reversed(saved_steps(folder)):
         try:
             state = load(path, what)
         except DamagedError as error:
@@ -156,20 +138,15 @@ def newest(
 
 
 def tidy(folder: Path) -> None:
-    """Leaves only the last checkpoint, from which more epochs may go on."""
-    for _, path in _all(folder)[:-1]:
-        path.unlink(missing_ok=True)
-    for path in folder.glob("*.tmp-*"):  # of a process that was killed
+    """Leave only the last checkpoint, from which more epochs may go on."""
+    left_over = folder.glob("*.tmp-*")  # of a process that was killed
+    for path in [*saved_steps(folder)[:-1], *left_over]:
         path.unlink(missing_ok=True)
 
 
 @contextmanager
 def claimed(folder: Path | None, fresh: bool) -> Iterator[Path]:
-    """Makes a run's folder, or a new runs/DATE-TIME, and holds it against other programs.
-
-    Raises:
-        CheckpointError: another holds it, or it has files and was to be new.
-    """
+    """Make a run's folder, or a new runs/DATE-TIME, and hold it against other programs."""
     if folder is None:
         folder = _dated()
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,12 +169,52 @@ def claimed(folder: Path | None, fresh: bool) -> Iterator[Path]:
 
 def _dated() -> Path:
     name = time.strftime("%Y%m%d-%H%M%S")
-    number = 1
-    while True:
+    for number in count(1):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        try:
+        with suppress(FileExistsError):
             folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
+            break
+    return folder
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard's files of a run as it goes.
+
+    Args:
+        out: the run's folder.
+        before: the points that an interrupted run had come to. Lines of what was lost since its
+            last checkpoint go, so that no step is there twice.
+    """
+
+    def __init__(self, out: Path, before: Iterable[tuple[Job, list[Point]]]) -> None:
+        self.out, self.file = out, out / "metrics.jsonl"
+        lines = [_line(job, point) for job, points in before for point in points]
+        write(self.file, "".join(lines).encode())
+        self._writer: Any = None  # TensorBoard's, of the job of a name
+        self._name = ""
+
+    def add(self, job: Job, point: Point) -> None:
+        """Add a point of a curve."""
+        try:
+            with open(self.file, "a", encoding="utf-8") as f:
+                f.write(_line(job, point))
+            step = int(point["step"])
+            if self._name != job.name:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.close()
+                folder, self._name = self.out / "tensorboard" / job.name, job.name
+                self._writer = SummaryWriter(str(folder), purge_step=step)
+            for quantity in point.keys() - {"step"}:
+                self._writer.add_scalar(quantity, point[quantity], step)
+        except OSError as error:
+            raise CheckpointError(f"cannot write in {self.out}: {error}") from error
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _line(job: Job, point: Point) -> str:
+    return json.dumps({"run": job.name, "method": job.method, "seed": job.seed, **point}) + "\n"

@@ -1,20 +1,26 @@
-"""Command line of at-fused-train. Imports torch only once the options are known to be good."""
+"""The program at-fused-train. Imports torch only once the options are known to be good."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 from at_fused.train import config as options
-from at_fused.train import rules
-from at_fused.train.config import METHODS, OPTIONS, Config
-from at_fused.train.presets import PRESETS
-from at_fused.train.rules import ConfigError, nearest
+from at_fused.train.config import (
+    METHODS,
+    OPTIONS,
+    PRESETS,
+    Config,
+    ConfigError,
+    is_import,
+    naming,
+    nearest,
+)
 
 PROGRAM = "at-fused-train"
 EXTRA = {
@@ -33,23 +39,11 @@ EVALUATED = (
 TUNABLE = "glibc.malloc.hugetlb"
 
 
-def integer(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from low to high."""
-    return _parser({"kind": "whole", "low": low, "high": high})
-
-
-def _parser(rule: Any) -> Callable[[str], Any]:
-    def parse(word: str) -> Any:
-        try:
-            return rules.read(rule, word)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return parse
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 def require(program: str, *modules: str) -> None:
-    """Ends the program if one of these modules, of the extra, is not installed."""
+    """End the program if one of these modules, of the extra, is not installed."""
     missing = [EXTRA[module] for module in modules if find_spec(module) is None]
     if missing:
         sys.exit(f'{program}: needs {", ".join(missing)}: pip install "at_fused[train]"')
@@ -59,9 +53,8 @@ class _Parser(argparse.ArgumentParser):
     """Names the nearest flag where one does not exist."""
 
     def error(self, message: str) -> NoReturn:
-        words = message.split()
         if message.startswith("unrecognized arguments: --"):
-            flag = words[2].split("=")[0]
+            flag = message.split()[2].split("=")[0]
             message += nearest(flag, self._option_string_actions)
         super().error(message)
 
@@ -71,7 +64,7 @@ def _flag(name: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags; one not given is absent from the namespace, so that files and presets fill it."""
+    """Return all flags; one not given is absent from the namespace: files and presets fill it."""
     parser = _Parser(
         prog=PROGRAM,
         usage=f"{PROGRAM} [OPTION ...]; see --help",
@@ -84,83 +77,64 @@ def build_parser() -> argparse.ArgumentParser:
         + "\n".join(f"  {name:28}{each.about}" for name, each in PRESETS.items()),
     )
     run = parser.add_argument_group("the run")
-    run.add_argument("--out", type=Path, metavar="DIR", help="its folder (runs/DATE-TIME)")
-    run.add_argument(
-        "--resume",
-        type=Path,
-        metavar="DIR",
-        help="go on with the run of a folder, or add methods, seeds or epochs to it",
-    )
-    run.add_argument(
-        "--eval",
-        type=Path,
-        metavar="FILE",
-        help="print the accuracy of a saved network, and train nothing",
-    )
-    run.add_argument(
-        "--config", type=Path, metavar="FILE", help="options as TOML, such as a run's config.toml"
-    )
+    for flag, metavar, text in (
+        ("--out", "DIR", "its folder (runs/DATE-TIME)"),
+        ("--resume", "DIR", "go on with a folder's run, or add methods, seeds or epochs to it"),
+        ("--eval", "FILE", "print the accuracy of a saved network, and train nothing"),
+        ("--config", "FILE", "options as TOML, such as a run's config.toml"),
+    ):
+        run.add_argument(flag, type=Path, metavar=metavar, help=text)
     run.add_argument("--method", metavar="NAME", choices=METHODS, help="--compare with one method")
     run.add_argument(
         "--set",
         action="append",
         metavar="METHOD.OPTION=X",
-        help=f"an option of one method alone ({', '.join(options.OF_A_METHOD)})",
+        help=f"an option of one method alone ({', '.join(options.METHOD_OPTIONS)})",
     )
     defaults = options.resolve()
     given = parser.add_argument_group("options, with the defaults of the preset digits")
-    for name, option in OPTIONS.items():
-        rule, default = option.metadata, getattr(defaults, name)
-        if rule["kind"] == "switch":
-            given.add_argument(
-                _flag(name),
-                action=argparse.BooleanOptionalAction,
-                help=f"{rule['help']} ({default})",
-            )
-            continue
-        if rule["kind"] == "choice":
-            metavar = "|".join(rule["allowed"]) + "|MODULE:FUNCTION" * rule["imports"]
-        else:
-            metavar = {"whole": "N", "real": "X", "several": "A,B"}.get(rule["kind"]) or rule[
-                "shape"
-            ]
+    for name, rule in OPTIONS.items():
+        default = getattr(defaults, name)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        unset = option.default in (None, "", ()) and name != "preset"
-        text = rule["help"] if unset else f"{rule['help']} ({shown})"
-        given.add_argument(_flag(name), type=_parser(rule), metavar=metavar, help=text)
+        unset = rule.default in (None, "", ()) and name != "preset"
+        text = rule.help if unset else f"{rule.help} ({shown})"
+        if isinstance(rule.default, bool):
+            given.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            given.add_argument(_flag(name), type=rule.read, metavar=rule.metavar, help=text)
     return parser
 
 
-def _of_methods(words: list[str]) -> dict[str, dict[str, Any]]:
+# ---- from flags and files to a configuration -----------------------------------------------------
+
+
+def _method_options(words: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the options of --set."""
     found: dict[str, dict[str, Any]] = {}
-    for word in words:
-        place, equals, value = word.partition("=")
-        method, dot, name = place.rpartition(".")
-        if not equals or not dot:
-            raise ConfigError(f"got {word!r}, allowed is METHOD.OPTION=VALUE, such as at.lr=0.1")
-        found.setdefault(method, {}).update([options.of_method(method, name, value, words=True)])
+    with naming("set"):
+        for word in words:
+            place, equals, value = word.partition("=")
+            method, dot, name = place.rpartition(".")
+            if not equals or not dot:
+                raise ConfigError(
+                    f"got {word!r}, allowed is METHOD.OPTION=VALUE, such as at.lr=0.1"
+                )
+            name, value = options.method_option(method, name, value, words=True)
+            found.setdefault(method, {})[name] = value
     return found
 
 
-def settings(given: dict[str, Any], *under: dict[str, Any]) -> Config:
-    """The configuration of the flags, over the file that they name, and other layers.
-
-    Raises:
-        ConfigError: an option is not allowed, or changes nothing in this run.
-    """
-    layers = [*under, *([_read(given["config"])] if "config" in given else [])]
-    flags = {name: given[name] for name in OPTIONS if name in given}
-    if "method" in given:
-        if "compare" in given:
+def _over_layers(flags: dict[str, Any], *layers: dict[str, Any]) -> Config:
+    """Return the configuration of flags over other layers, each of which must change something."""
+    given = {name: flags[name] for name in OPTIONS if name in flags}
+    if "method" in flags:
+        if "compare" in flags:
             raise ConfigError("method: got --method and --compare, allowed is one of them")
-        flags["compare"] = (given["method"],)
-    try:
-        own = _of_methods(given.get("set", []))
-    except ConfigError as error:
-        raise ConfigError(f"set: {error}") from None
-    config = options.resolve(*layers, {**flags, "method": own})
-    for name in flags:
-        if name in OPTIONS and (why := options.unused(config, name, _processes())):
+        given["compare"] = (flags["method"],)
+    own = _method_options(flags.get("set", []))
+    config = options.resolve(*layers, {**given, "method": own})
+    for name in given:
+        if why := options.unused(config, name, _processes()):
             raise ConfigError(f"{name}: changes nothing in this run: {why}")
     if _processes() > 1 and config.nproc not in (1, _processes()):
         raise ConfigError(f"nproc: got {config.nproc}, but the launcher has {_processes()}")
@@ -176,105 +150,31 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _read(path: Path, missing: str = "") -> dict[str, Any]:
-    """The options of a file, which of several processes the first reads: its machine has it."""
-
-    def read() -> str:
-        if missing and not path.is_file():
-            raise ConfigError(missing)
-        return options.read_file(path)
-
-    if _processes() == 1:
-        return options.from_file(path, read())
-    from at_fused.train import parallel
-
-    return options.from_file(path, parallel.text_of_first(read))
+def _file(flags: dict[str, Any]) -> Path | None:
+    return flags["resume"] / "config.toml" if "resume" in flags else flags.get("config")
 
 
-def _resumed(given: dict[str, Any]) -> tuple[Config, Path]:
-    """The configuration of a run that goes on, with what flags add to it."""
-    out: Path = given["resume"]
-    if "out" in given or "config" in given:
+def file_text(flags: dict[str, Any]) -> str | None:
+    """Return the text of the file of options that flags name; None where there is no such flag."""
+    file = _file(flags)
+    if "resume" in flags and file and not file.is_file():
         raise ConfigError(
-            "resume: goes on in a folder, with its config.toml; not with --out, --config"
+            f"resume: got {str(flags['resume'])!r}, which has no config.toml of a run"
         )
-    missing = f"resume: got {str(out)!r}, which has no config.toml of a run"
-    content = _read(out / "config.toml", missing)
-    before = options.resolve(content)
-    if (
-        "epochs" in given
-        and "teacher_epochs" not in given
-        and before.epochs == before.teacher_epochs
-    ):
-        # More epochs are for the students, who have learned from the teacher that is there.
-        content = {**content, "teacher_epochs": before.teacher_epochs}
-    config = settings(given, content)
-    if config.preset != before.preset:
-        raise ConfigError(f"preset: got {config.preset!r}, but the run has {before.preset!r}")
-    if lost := [method for method in before.compare if method not in config.compare]:
-        both = ",".join(dict.fromkeys(before.compare + config.compare))
-        raise ConfigError(
-            f"compare: got {','.join(config.compare)}, but the run has {', '.join(lost)}; methods "
-            f"may be added: --compare {both}"
-        )
-    if config.compare[0] != before.compare[0]:
-        raise ConfigError(
-            f"compare: got {config.compare[0]} first, but the run's baseline is {before.compare[0]}"
-        )
-    for name in ("seeds", "epochs"):
-        old, new = getattr(before, name), getattr(config, name)
-        if new < old:
-            raise ConfigError(f"{name}: got {new}, but the run has {old}; allowed is {old} or more")
-    return config, out
+    return options.read_file(file) if file else None
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of at-fused-train."""
-    try:
-        _main(argv)
-    except KeyboardInterrupt:  # before the training, which has signals of its own
-        sys.exit(130)
-
-
-def _main(argv: list[str] | None) -> None:
-    parser = build_parser()
-    several = _processes() > 1
-    if argv is None and several:
-        # Before they meet, which a second start would have them do twice.
-        _with_large_pages()
-    try:
-        given = vars(parser.parse_args(argv))
-        if "eval" in given:
-            _evaluate(given)
-        config, out = _settled(given)
-    except SystemExit as end:  # argparse has said why
-        if several and end.code:
-            _start(parser, "wrong options")
-        raise
-    except ConfigError as wrong:
-        if several:
-            _start(parser, str(wrong))
-        _refuse(parser, str(wrong))
-    if several:
-        _start(parser, "")
-    require(PROGRAM, *EXTRA)
-    if argv is None:
-        _with_large_pages(config)
-
-    # From here on torch is there.
-    from at_fused.train import main as program
-    from at_fused.train import parallel
-
-    work = (config, out, "resume" in given)
-    if config.nproc > 1 and parallel.place().size == 1:
-        sys.exit(parallel.launch(config.nproc, program.run, *work))
-    parallel.end(program.run(*work))
-
-
-def _settled(given: dict[str, Any]) -> tuple[Config, Path | None]:
-    if "resume" in given:
-        return _resumed(given)
-    config, out = settings(given), given.get("out")
+def configure(flags: dict[str, Any], content: str | None) -> tuple[Config, Path | None]:
+    """Return the configuration of flags and of their file's text, and the folder of the run."""
+    layers = []
+    if file := _file(flags):
+        if content is None:
+            raise ConfigError("the first process has neither --config nor --resume")
+        with naming(file):
+            layers = [options.from_toml(content)]
+    if "resume" in flags:
+        return _resumed(flags, *layers), flags["resume"]
+    config, out = _over_layers(flags, *layers), flags.get("out")
     # With several processes the first looks, once the others can hear of it.
     alone = _processes() == 1
     if alone and out and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -285,38 +185,83 @@ def _settled(given: dict[str, Any]) -> tuple[Config, Path | None]:
     return config, out
 
 
-def _refuse(parser: argparse.ArgumentParser, error: str) -> NoReturn:
-    name, _, rest = error.partition(": ")
-    known = name in {*OPTIONS, "out", "resume", "set", "method", "eval"}
-    parser.error(f"argument {_flag(name)}: {rest}" if known else error)
-
-
-def _start(parser: argparse.ArgumentParser, error: str) -> None:
-    """Tells the other processes, which would wait for this one, and hears from them."""
-    from at_fused.train import parallel
-
-    try:
-        parallel.start(error)
-    except ConfigError as other:
-        _refuse(parser, str(other))
-
-
-def _evaluate(given: dict[str, Any]) -> NoReturn:
-    """Prints the accuracy of a saved network, on the data that it was trained with or others."""
-    flags = {name: given[name] for name in given if name in EVALUATED}
-    if other := sorted({*given} - {*EVALUATED, "eval"}):
+def _resumed(flags: dict[str, Any], content: dict[str, Any]) -> Config:
+    """Return the configuration of a run that goes on, with what flags add to it."""
+    if "out" in flags or "config" in flags:
         raise ConfigError(
-            f"eval: got --eval with {_flag(other[0])}, allowed are "
-            f"{', '.join(map(_flag, EVALUATED))}"
+            "resume: goes on in a folder, with its config.toml; not with --out, --config"
         )
-    require(PROGRAM, *EXTRA)
-    from at_fused.train import main as program
+    before = options.resolve(content)
+    teaches_anew = "teacher_epochs" in flags or before.epochs != before.teacher_epochs
+    if "epochs" in flags and not teaches_anew:
+        # More epochs are for the students, who have learned from the teacher that is there.
+        content = {**content, "teacher_epochs": before.teacher_epochs}
+    config = _over_layers(flags, content)
+    got, had = ",".join(config.compare), ", ".join(before.compare)
+    if config.preset != before.preset:
+        raise ConfigError(f"preset: got {config.preset!r}, but the run has {before.preset!r}")
+    if not {*before.compare} <= {*config.compare}:
+        both = ",".join(dict.fromkeys(before.compare + config.compare))
+        raise ConfigError(
+            f"compare: got {got}, but the run has {had}; methods may be added: --compare {both}"
+        )
+    if config.compare[0] != before.compare[0]:
+        raise ConfigError(
+            f"compare: got {config.compare[0]} first, but the run's baseline is {before.compare[0]}"
+        )
+    for name in ("seeds", "epochs"):
+        old, new = getattr(before, name), getattr(config, name)
+        if new < old:
+            raise ConfigError(f"{name}: got {new}, but the run has {old}; allowed is {old} or more")
+    return config
 
-    sys.exit(program.evaluate(given["eval"], flags))
+
+# ---- the program ---------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run at-fused-train: the entry point."""
+    try:
+        _main(argv)
+    except KeyboardInterrupt:  # before the training, which has signals of its own
+        sys.exit(130)
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = build_parser()
+    if several := _processes() > 1:
+        if argv is None:
+            _with_large_pages()  # before they meet, which a second start would have them do twice
+        from at_fused.train import parallel
+
+        parallel.join()
+        in_all, from_first = parallel.in_all, parallel.from_first
+    else:
+        in_all = from_first = lambda function: function()
+    try:
+        flags = in_all(lambda: vars(parser.parse_args(argv)))
+        if "eval" in flags:
+            sys.exit(_evaluate(flags))
+        content = from_first(lambda: file_text(flags))
+        config, out = in_all(lambda: configure(flags, content))
+    except ConfigError as error:
+        name, _, rest = str(error).partition(": ")
+        known = name in {*OPTIONS, "out", "resume", "set", "method", "eval"}
+        parser.error(f"argument {_flag(name)}: {rest}" if known else str(error))
+    require(PROGRAM, *EXTRA)
+    if argv is None and not several:
+        _with_large_pages(config)
+
+    from at_fused.train import parallel  # and torch
+
+    work = (config, out, "resume" in flags)
+    if config.nproc > 1 and not several:
+        sys.exit(parallel.launch(config.nproc, run, *work))
+    parallel.end(run(*work))
 
 
 def _with_large_pages(config: Config | None = None) -> None:
-    """Starts the program anew with glibc's large pages, which it decides on as it starts."""
+    """Start the program anew with glibc's large pages, which it decides on as it starts."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if TUNABLE in tunables or sys.platform != "linux":
         return
@@ -325,3 +270,118 @@ def _with_large_pages(config: Config | None = None) -> None:
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{TUNABLE}=1"]))
     # As it was started: -m would look for the package in the working folder first.
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """Return the errors that a user can do something about; the rest are defects."""
+    from at_fused.teacher_cache import StaleCacheError
+    from at_fused.train.checkpoints import CheckpointError
+    from at_fused.train.loop import NotFiniteError
+
+    return ConfigError, CheckpointError, NotFiniteError, StaleCacheError, OSError, ImportError
+
+
+def run(config: Config, out: Path | None, resume: bool = False) -> int:
+    """Train and report, in this process; return the exit status."""
+    from at_fused.train import loop, parallel
+    from at_fused.train.experiment import Experiment
+    from at_fused.train.report import Terminal
+
+    terminal, experiment = Terminal(PROGRAM), None
+    try:
+        parallel.join()
+        with closing(terminal), terminal.signals:
+            experiment = Experiment(config, out, fresh=not resume, callbacks=terminal)
+            experiment.run()
+    except loop.Stopped as stopped:
+        if experiment and parallel.first():
+            _say(f"{stopped}; go on with {PROGRAM} --resume {experiment.out}")
+        return stopped.status
+    except parallel.FirstFailedError:
+        return 1
+    except _expected() as error:
+        _say(str(error))
+        return 1
+    except KeyboardInterrupt:  # the second Ctrl-C, or one before or after the training
+        return 130
+    finally:
+        parallel.leave()
+    return 0
+
+
+def _say(text: str) -> None:
+    """Print an error, with the process that has it."""
+    from at_fused.train.parallel import process
+
+    me = process()
+    who = PROGRAM if me.size == 1 else f"{PROGRAM}: process {me.rank} of {me.size}"
+    print(f"\n{who}: {text}", file=sys.stderr)
+
+
+# ---- --eval --------------------------------------------------------------------------------------
+
+
+def _evaluate(flags: dict[str, Any]) -> int:
+    if other := sorted({*flags} - {*EVALUATED, "eval"}):
+        raise ConfigError(
+            f"eval: got --eval with {_flag(other[0])}, allowed are "
+            f"{', '.join(map(_flag, EVALUATED))}"
+        )
+    require(PROGRAM, *EXTRA)
+    path = flags.pop("eval")
+    try:
+        print(evaluate(path, flags))
+    except _expected() as error:
+        _say(str(error))
+        return 1
+    return 0
+
+
+def evaluate(path: Path, given: dict[str, Any]) -> str:
+    """Return a line on the accuracy of a saved network.
+
+    Args:
+        path: its file; one of this program says which network and which data it is of.
+        given: the options that are given, over those of the file.
+    """
+    from at_fused.train.data import read_data
+    from at_fused.train.loop import TOP5_FROM, accuracy
+    from at_fused.train.saved import image_options, open_network, read_weights, same_images
+    from at_fused.train.speed import prepare
+
+    file = read_weights(str(path), "eval")
+    known = image_options(file.state) if file.state else {}
+    if not known and "data" not in given:
+        raise ConfigError(f"data: must be given for {path}, which does not say what its images are")
+    other = given.get("data", known.get("data"))
+    if other != known.get("data"):
+        # Other images, normalised as the network knows them.
+        own = is_import(other)
+        known = {} if own else {n: known[n] for n in ("mean", "std") if n in known}
+        takes, have = len(known.get("mean", ())), 1 if other == "digits" else 3
+        if takes not in (0, have):
+            raise ConfigError(f"{path}: the network takes {takes} channels, {other} have {have}")
+    known = {name: value for name, value in known.items() if value}
+    config = options.resolve(known, given)
+    device = prepare(config)
+    try:
+        data = read_data(config, device, parts=("val",))
+    except (ConfigError, OSError, ImportError) as error:
+        named = [f"{n} {known[n]}" for n in ("data", "root") if n in known.keys() - given]
+        told = f" ({' and '.join(named)} from {path})" if named else ""
+        raise ConfigError(f"{error}{told}") from error
+    model, network = open_network(file, given.get("student", ""), data)
+    found = accuracy(model.to(device), data.evaluate, device)
+    if found is None:
+        raise ConfigError(f"{path}: the network's outputs are not finite")
+    try:
+        said = same_images(file.state, data) if file.state else ""
+    except ValueError as error:  # which was asked for, by flags
+        said = f"; {error}"
+    top5 = f", top-5 {found[1]:.2f} %" if data.classes >= TOP5_FROM else ""
+    left_out = len(data.facts.get("left_out", ()))
+    unread = f" ({left_out} that cannot be read are left out)" if left_out else ""
+    return (
+        f"{path}: {network} on {config.data}, {len(data.evaluate)} images{unread}: "
+        f"accuracy {found[0]:.2f} %{top5}{said}"
+    )

@@ -1,41 +1,72 @@
-"""Training: one loop for the teacher and for every student."""
+"""Training: one loop for the teacher and for every student, by a plan of its steps."""
 
 from __future__ import annotations
 
+import math
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from inspect import signature
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from at_fused import schedules
 from at_fused._models import evaluating
 from at_fused.train import checkpoints, parallel
-from at_fused.train.config import TRANSFER, Config
-from at_fused.train.data import Samples
-from at_fused.train.memory import peak
+from at_fused.train.config import TRANSFER, Config, ConfigError, in_a_line
+from at_fused.train.data import Data, Samples
 from at_fused.train.methods import Batch, Objective, logits_of
-from at_fused.train.plan import Plan
-from at_fused.train.speed import Way
-from at_fused.train.stop import Signals, Stopped
+from at_fused.train.speed import StepMode, peak
 
 EVALUATE_BATCH = 500
 TOP5_FROM = 100  # classes
 GPU_LOOK = 20  # steps between looks at what a GPU has found, each of which waits for it
 PROBE_STEP = 3
+SCHEDULES: dict[str, Callable[[float, float], schedules.Schedule]] = {
+    "constant": lambda beta, steps: schedules.constant(beta),
+    "linear": schedules.linear_decay,
+    "cosine": schedules.cosine,
+}
+Point = dict[str, float]
 
 
 class NotFiniteError(RuntimeError):
     """A loss was inf or nan."""
 
 
-Point = dict[str, float]
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """A signal has ended the run; its state is saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        # As shells have it for Ctrl-C; a sender of SIGTERM got what was asked for.
+        self.status = 130 if number == signal.SIGINT else 0
+
+
+class Signals:
+    """While open, the first signal is noted in ``number``; the second acts as it always does."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: object) -> None:
+        self.number = number
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -48,7 +79,7 @@ class Curve:
     @property
     def chosen(self) -> Point:
         """The point whose weights are kept: the best on the validation share, or the last."""
-        # The first of equal ones, as in Trainer._point.
+        # The first of equal ones, as in Trainer._evaluate.
         if "validation" in self.points[-1]:
             return max(self.points, key=lambda point: point["validation"])
         return self.points[-1]
@@ -56,19 +87,23 @@ class Curve:
 
 @dataclass(frozen=True)
 class Job:
-    """One network to train."""
+    """One network to train, and by which steps."""
 
     name: str
     method: str
     seed: int
     config: Config
-    train: Samples
-    evaluate: Samples
-    validation: Samples | None
-    classes: int
+    plan: Plan
+    data: Data
+    train: Samples  # those of data, or some of them
     checkpoints: Path
     # Everything that makes the network, for its files to be told from others'.
     settings: Mapping[str, Any]
+
+    @property
+    def teaches(self) -> bool:
+        """True for the teacher."""
+        return self.name == "teacher"
 
     @property
     def what(self) -> str:
@@ -76,71 +111,160 @@ class Job:
         return f"checkpoint of {self.name}"
 
 
-@dataclass
-class Watch:
-    """Callbacks of a training."""
+class Callbacks:
+    """What a run calls as it goes, and the signals that it heeds: these show nothing."""
 
-    tick: Callable[[], object]
-    point: Callable[[Job, Point], object]
-    signals: Signals
+    def __init__(self) -> None:
+        self.signals = Signals()
+
+    def log(self, text: str) -> None:
+        """Something went wrong, or was decided."""
+        print(text)
+
+    def begin(self, experiment: Any) -> None:
+        """The run begins, in ``experiment.out``."""
+
+    def end(self, experiment: Any) -> None:
+        """All is trained, and ``experiment.out`` still held."""
+
+    def job(self, job: Job) -> None:
+        """A network's training begins."""
+
+    def step(self) -> None:
+        """A step is done."""
+
+    def skipped(self, steps: int) -> None:
+        """So many steps were done before."""
+
+    def point(self, job: Job, point: Point) -> None:
+        """A network was evaluated."""
+
+
+class Plan:
+    """The steps of a training run over ``samples`` images: batches, augmentation, rate and beta.
+
+    Nothing in it depends on what was before, so a run may go on from any step. An epoch is a
+    permutation of the images, cut into batches; a last one of fewer than two images a process is
+    left out, BatchNorm having nothing to average.
+    """
+
+    def __init__(self, config: Config, samples: int, seed: int, beta: float) -> None:
+        self.config, self.samples, self.seed = config, samples, seed
+        whole, rest = divmod(samples, config.batch_size)
+        self.per_epoch = whole + (rest >= 2 * parallel.size())
+        if self.per_epoch == 0:
+            raise ConfigError(
+                f"batch_size: {samples} images make no batch of two for each of "
+                f"{parallel.size()} processes"
+            )
+        self.steps = self.per_epoch * config.epochs
+        self.beta = SCHEDULES[config.beta_schedule](beta, self.steps)
+
+    def batches(self, epoch: int) -> list[Tensor]:
+        """Return the images' numbers of each of an epoch's batches."""
+        g = torch.Generator().manual_seed(self._seed_of(epoch))
+        order = torch.randperm(self.samples, generator=g)
+        return list(order.split(self.config.batch_size))[: self.per_epoch]
+
+    def augmentation(self, epoch: int) -> int | None:
+        """Return the seed of an epoch's augmentation."""
+        if not self.config.augment:
+            return None
+        # With a cache the same for all students, and again after so many epochs.
+        return epoch % self.config.cache if self.config.cache else self._seed_of(epoch)
+
+    def _seed_of(self, epoch: int) -> int:
+        return self.seed * 1_000_003 + epoch
+
+    def drops(self, step: int) -> int:
+        """Return how often the rate has dropped until a step, counted from 0."""
+        if self.config.lr_schedule != "step":
+            return 0
+        done = step / self.steps
+        return sum(done >= drop - 1e-9 for drop in self.config.lr_drops)
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        config = self.config
+        rise = config.warmup * self.per_epoch
+        warm = min(1.0, (step + 1) / rise) if rise else 1.0
+        if config.lr_schedule == "cosine":
+            return warm * config.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
+        return warm * config.lr * config.lr_factor ** self.drops(step)
+
+    def differs(self, other: Plan, steps: int) -> bool:
+        """Tell whether another plan has other rates or betas in its first steps."""
+        return any(
+            self.lr(step) != other.lr(step) or self.beta(step) != other.beta(step)
+            for step in range(steps)
+        )
 
 
 class Trainer:
-    """A student on its way: ``run`` takes it from where it is to the end."""
+    """A student on its way: ``run`` takes it from where it is to the end.
+
+    Args:
+        job: what to train, and by which steps.
+        student: the network.
+        objective: the method's loss.
+        mode: how its steps run.
+        device: where.
+        callbacks: told of steps and evaluations.
+        metrics: where evaluations are written; None writes none.
+    """
 
     def __init__(
         self,
         job: Job,
         student: nn.Module,
         objective: Objective,
-        plan: Plan,
-        way: Way,
+        mode: StepMode,
         device: torch.device,
-        watch: Watch,
+        callbacks: Callbacks,
+        metrics: checkpoints.Metrics | None = None,
     ) -> None:
-        self.job, self.student, self.objective, self.plan = job, student, objective, plan
-        self.way, self.device, self.watch = way, device, watch
-        self.extra = objective.extra()
-        parameters = [*student.parameters(), *(self.extra.parameters() if self.extra else [])]
-        config = job.config
-        common: Any = {"weight_decay": config.weight_decay, "fused": way.fused or None}
+        self.job, self.plan, self.student, self.objective = job, job.plan, student, objective
+        self.mode, self.device, self.callbacks, self.metrics = mode, device, callbacks, metrics
+        config, extra = job.config, {"extra": objective.extra} if objective.extra else {}
+        networks: dict[str, nn.Module] = {"student": student, **extra}
+        parameters = [p for network in networks.values() for p in network.parameters()]
+        common: Any = {"weight_decay": config.weight_decay, "fused": mode.fused or None}
+        momentum: Any = {"momentum": config.momentum, "nesterov": config.nesterov}
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(parameters, config.lr, **common)
             if config.optimizer == "adamw"
-            else torch.optim.SGD(
-                parameters,
-                config.lr,
-                momentum=config.momentum,
-                nesterov=config.nesterov,
-                **common,
-            )
+            else torch.optim.SGD(parameters, config.lr, **momentum, **common)
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=way.dtype is torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=mode.dtype is torch.float16)
+        # The parts of a checkpoint that keep their own state.
+        self._parts: dict[str, Any] = {
+            **networks,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+        }
         self.step = 0
         self.curve = Curve()
         # Weights of the best point on the validation share.
         self.best: dict[str, Tensor] | None = None
+        # Since the last evaluation: the terms' sums, the steps, and the time of each.
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._since = 0
+        self._steps = 0
         self._ms: list[float] = []
-        self._bad = torch.zeros((), dtype=torch.int64, device=device)
+        self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
 
     # ---- one step ----
 
     def train_step(self, batch: Batch, share: float) -> None:
-        """Forward, backward and update.
-
-        ``share`` is this process's part of the batch, times the number of processes.
-        """
-        if self.way.compile and self.device.type == "cuda":
+        """Take a step; ``share`` is this process's part of the batch, times the processes."""
+        if self.mode.compile and self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         plan, step = self.plan, self.step
         for group in self.optimizer.param_groups:
             group["lr"] = plan.lr(step)
         if self.job.config.reset_momentum and plan.drops(step) > plan.drops(max(0, step - 1)):
             self.optimizer.state.clear()
-        with self.way.autocast(self.device):
-            terms = self.objective(batch, self.plan.beta(self.step))
+        with self.mode.autocast(self.device):
+            terms = self.objective(batch, plan.beta(step))
         self.optimizer.zero_grad()
         self.scaler.scale(terms.loss * share if share != 1 else terms.loss).backward()
         self.scaler.step(self.optimizer)
@@ -148,10 +272,10 @@ class Trainer:
         self.step += 1
         found = torch.stack([x.detach() for x in terms]).double() * share
         self._sums += found
-        self._since += 1
+        self._steps += 1
         # No look at the number itself here, for which a GPU would have to be waited.
-        first = ~found.isfinite().all() & (self._bad == 0)
-        self._bad = torch.where(first, self.step, self._bad)
+        first = ~found.isfinite().all() & (self._first_bad == 0)
+        self._first_bad = torch.where(first, self.step, self._first_bad)
 
     def batches(self, epoch: int) -> Iterator[tuple[Batch, float]]:
         """Yield the rest of an epoch, each batch with this process's ``share`` of it."""
@@ -166,7 +290,7 @@ class Trainer:
     # ---- the run ----
 
     def run(self) -> Curve:
-        """Trains to the end.
+        """Train to the end.
 
         Raises:
             Stopped: a signal came; the state is saved.
@@ -177,66 +301,60 @@ class Trainer:
         for epoch in range(self.step // plan.per_epoch, config.epochs):
             begin = time.perf_counter()
             for batch, share in self.batches(epoch):
-                probe = self.step == PROBE_STEP and not self.curve.peak_bytes
-                if probe:
+                if self.step == PROBE_STEP and not self.curve.peak_bytes:
                     # Of some old gradients the profiler would know the sizes, of others not.
                     self.optimizer.zero_grad()
-                with peak(self.device) if probe else nullcontext() as found:
+                    # And no time is taken: this is slower.
+                    step = partial(self.train_step, batch, share)
+                    self.curve.peak_bytes = peak(self.device, step)
+                else:
                     self.train_step(batch, share)
-                if found is not None:
-                    self.curve.peak_bytes = found.bytes
-                if not probe:  # which is slower
                     self._ms.append((time.perf_counter() - begin) * 1e3)
-                self.watch.tick()
+                self.callbacks.step()
+                last = self.step == plan.steps
                 ended = self.step % plan.per_epoch == 0
-                due = ended and ((epoch + 1) % config.evaluate_every == 0)
-                due = due or self.step == plan.steps
-                self._look(due)
+                due = last or (ended and (epoch + 1) % config.evaluate_every == 0)
+                signalled = self._poll(due)
                 if due:
-                    self._point(epoch + 1)
-                if self.step % config.checkpoint_every == 0 and self.step < plan.steps:
+                    self._evaluate(epoch + 1)
+                if signalled or last or self.step % config.checkpoint_every == 0:
                     self.save()
+                if signalled:
+                    raise Stopped(signalled)
                 begin = time.perf_counter()
-        self.save()
         if self.best:
             self.student.load_state_dict(self.best)
         return self.curve
 
-    def _last_state(self) -> str:
-        last = checkpoints.last(self.job.checkpoints)
-        return f"the last good state is {last}" if last else "no state was saved before"
-
     def _not_finite(self, what: str) -> NotFiniteError:
-        name = "the teacher" if self.job.name == "teacher" else f"method {self.job.method}"
-        remedy = "a lower lr" if self.job.method in ("none", "kd") else "a lower lr or beta"
-        return NotFiniteError(
-            f"{self.job.name} ({name}): {what} not finite; {self._last_state()}; {remedy} may help"
-        )
+        job, states = self.job, checkpoints.saved_steps(self.job.checkpoints)
+        name = "the teacher" if job.teaches else f"method {job.method}"
+        saved = f"the last good state is {states[-1]}" if states else "no state was saved before"
+        remedy = "a lower lr" if job.method in ("none", "kd") else "a lower lr or beta"
+        return NotFiniteError(f"{job.name} ({name}): {what} not finite; {saved}; {remedy} may help")
 
-    def _look(self, due: bool) -> None:
-        """Ends the run where a loss was not finite, or a signal has come to any process."""
+    def _poll(self, due: bool) -> int:
+        """End the run where a loss was not finite; return the signal that has come, or 0."""
         often = self.device.type == "cpu" or self.step % GPU_LOOK == 0
         if not (often or due or self.step % self.job.config.checkpoint_every == 0):
-            return
-        bad = parallel.greatest(int(self._bad), self.device)
+            return 0
+        bad, signalled = parallel.greatest(int(self._first_bad), self.callbacks.signals.number)
         if bad:
             raise self._not_finite(f"the loss of step {bad} is")
-        number = parallel.greatest(self.watch.signals.number, self.device)
-        if number:
-            self.save()
-            raise Stopped(number)
+        return signalled
 
     def _accuracy(self, samples: Samples) -> tuple[float, float]:
-        with self.way.autocast(self.device):
+        with self.mode.autocast(self.device):
             found = accuracy(self.student, samples, self.device)
         if found is None:
             raise self._not_finite(f"after step {self.step} the network's outputs are")
         return found
 
-    def _point(self, epoch: int) -> None:
-        sums = parallel.total([*self._sums.tolist(), float(self._since)], self.device)
+    def _evaluate(self, epoch: int) -> None:
+        data = self.job.data
+        sums = parallel.total([*self._sums.tolist(), float(self._steps)])
         loss, task, soft, transfer = (x / sums[-1] for x in sums[:4])
-        top1, top5 = self._accuracy(self.job.evaluate)
+        top1, top5 = self._accuracy(data.evaluate)
         point = {
             "step": self.step,
             "epoch": epoch,
@@ -249,69 +367,58 @@ class Trainer:
             "lr": self.plan.lr(self.step - 1),
             "ms": statistics.median(self._ms) if self._ms else self.curve.points[-1]["ms"],
         }
-        if self.job.classes >= TOP5_FROM:
+        if data.classes >= TOP5_FROM:
             point["top5"] = top5
-        if self.job.validation is not None:
-            point["validation"], _ = self._accuracy(self.job.validation)
+        if data.validation is not None:
+            point["validation"], _ = self._accuracy(data.validation)
             before = [each["validation"] for each in self.curve.points]
             if point["validation"] > max(before, default=-1.0):
                 self.best = {k: v.clone() for k, v in self.student.state_dict().items()}
         self.curve.points.append(point)
         self._sums.zero_()
-        self._since, self._ms = 0, []
-        parallel.from_first(lambda: self.watch.point(self.job, point))
+        self._steps, self._ms = 0, []
+
+        def tell() -> None:
+            if self.metrics:
+                self.metrics.add(self.job, point)
+            self.callbacks.point(self.job, point)
+
+        parallel.from_first(tell)
 
     # ---- state ----
 
     def save(self) -> None:
-        """Writes a checkpoint."""
-        random = parallel.gather(_random_state(self.device))
-
-        def write() -> None:
-            state: dict[str, Any] = {
-                "settings": self.job.settings,
-                "step": self.step,
-                "student": self.student.state_dict(),
-                "best": self.best,
-                "extra": self.extra.state_dict() if self.extra else {},
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "random": random,
-                "points": self.curve.points,
-                "peak_bytes": self.curve.peak_bytes,
-                "sums": self._sums,
-                "since": self._since,
-                "ms": self._ms,
-            }
-            config = self.job.config
-            checkpoints.save_step(
-                self.job.checkpoints, self.step, self.job.what, state, config.keep
-            )
-
-        parallel.from_first(write)
+        """Write a checkpoint."""
+        random, job = parallel.gather(_random_state(self.device)), self.job
+        state: dict[str, Any] = {
+            "settings": job.settings,
+            "step": self.step,
+            **{name: part.state_dict() for name, part in self._parts.items()},
+            "best": self.best,
+            "random": random,
+            "points": self.curve.points,
+            "peak_bytes": self.curve.peak_bytes,
+            "sums": self._sums,
+            "since": self._steps,
+            "ms": self._ms,
+        }
+        write, keep = checkpoints.save_step, job.config.keep
+        parallel.from_first(lambda: write(job.checkpoints, self.step, job.what, state, keep))
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:
-        """Goes back to the state of a checkpoint.
-
-        Raises:
-            CheckpointError: the file does not fit.
-        """
+        """Go back to the state of a checkpoint."""
         try:
-            self.student.load_state_dict(state["student"])
-            if self.extra:
-                self.extra.load_state_dict(state["extra"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            for name, part in self._parts.items():
+                part.load_state_dict(state[name])
             self.step = int(state["step"])
             self.curve = Curve(list(state["points"]), int(state["peak_bytes"]))
             self.best = state["best"]
             self._sums.copy_(state["sums"])
-            self._since, self._ms = int(state["since"]), list(state["ms"])
-            mine = state["random"][parallel.place().rank % len(state["random"])]
+            self._steps, self._ms = int(state["since"]), list(state["ms"])
+            mine = state["random"][parallel.process().rank % len(state["random"])]
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise checkpoints.CheckpointError(
-                f"{path}: does not fit this run ({reason})"
+                f"{path}: does not fit this run ({in_a_line(error)})"
             ) from error
         _set_random_state(mine, self.device)
 
@@ -319,7 +426,7 @@ class Trainer:
 def accuracy(
     model: nn.Module, samples: Samples, device: torch.device
 ) -> tuple[float, float] | None:
-    """Percent of samples that are classified right, and that are among the first five.
+    """Return the percent of samples that are classified right, and that are among the first five.
 
     None where a logit is not finite.
     """
@@ -331,20 +438,8 @@ def accuracy(
             hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
             bad = (~logits.isfinite()).sum()
             sums += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(y)).to(y), bad])
-    top1, top5, count, wrong = parallel.total(sums.tolist(), device)
+    top1, top5, count, wrong = parallel.total(sums.tolist())
     return None if wrong else (100 * top1 / count, 100 * top5 / count)
-
-
-def distribute(student: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap a network whose batches several processes share: its gradients are averaged."""
-    if parallel.size() == 1 or not any(p.requires_grad for p in student.parameters()):
-        return student
-    where: dict[str, Any] = {"device_ids": [device]} if device.type == "cuda" else {}
-    # Statistics are shared; or each process's own, and then rank 0's are as good as the rest's.
-    names = signature(DistributedDataParallel).parameters
-    new = "forward_sync_buffers"
-    where[new if new in names else "broadcast_buffers"] = False
-    return DistributedDataParallel(student, **where)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ class Batch:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits, in float32, of what a network returns."""
+    """Return the logits, in float32, among what a network returns."""
     logits = _models.logits_of(output)
     if logits is None:
         raise TypeError(f"a network must return logits, got {type(output).__name__}")
@@ -59,36 +60,45 @@ def logits_of(output: Any) -> Tensor:
 class Objective:
     """Cross-entropy with the labels, and the base of the rest: ``none``."""
 
-    def __init__(self, config: Config, networks: Networks, cache: TeacherCache | None) -> None:
-        self.config, self.networks, self.cache = config, networks, cache
-        # Runs ``extra()``; several processes put what averages its gradients here.
-        self.run_extra: Any = None
+    # A network that is trained with the student and thrown away after, and what runs it: several
+    # processes put what averages its gradients there.
+    extra: nn.Module | None = None
+    run_extra: Any = None
 
-    def extra(self) -> nn.Module | None:
-        """Return what is trained with the student and thrown away after."""
-        return None
+    def __init__(
+        self, config: Config, networks: Networks, cache: TeacherCache | None, **options: Any
+    ) -> None:
+        self.config, self.networks, self.cache = config, networks, cache
+        self.prepare(**options)
+
+    def prepare(self) -> None:
+        """Make what the loss needs."""
 
     def close(self) -> None:
-        """Takes hooks away."""
+        """Take the hooks away."""
 
     def student(self, x: Tensor) -> Tensor:
-        """The student's logits, (B, K)."""
+        """Return the student's logits, (B, K)."""
         return logits_of(self.networks.run_student(x))
 
     def task(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The cross-entropy with the labels."""
+        """Return the cross-entropy with the labels."""
         return cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
 
-    def distilled(self, logits: Tensor, wanted: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """KD's loss, and the cross-entropy for the record."""
+    def terms(self, task: Tensor, transfer: Tensor) -> Terms:
+        """Return those of the cross-entropy and a transfer loss."""
+        return Terms(task + transfer, task, task.new_zeros(()), transfer.detach())
+
+    def distilled(self, logits: Tensor, wanted: Tensor, y: Tensor) -> Terms:
+        """Return those of KD's loss, with the cross-entropy for the record."""
         c = self.config
         loss = at_fused.kd_loss(
             logits, wanted, y, T=c.T, alpha=c.alpha, label_smoothing=c.label_smoothing
         )
-        return loss, self.task(logits.detach(), y)
+        return Terms(loss, self.task(logits.detach(), y), loss.detach(), loss.new_zeros(()))
 
     def __call__(self, batch: Batch, beta: float) -> Terms:
-        """The loss of a batch, with the transfer's weight at this step."""
+        """Return the losses of a batch, with the transfer's weight at this step."""
         task = self.task(self.student(batch.x), batch.y)
         return Terms(task, task, *task.new_zeros(2))
 
@@ -96,12 +106,12 @@ class Objective:
 class Distillation(Objective):
     """``kd``: alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy."""
 
-    def __init__(self, config: Config, networks: Networks, cache: TeacherCache | None) -> None:
-        super().__init__(config, networks, cache)
-        self._hash = TeacherHash(networks.teacher)
+    def prepare(self) -> None:
+        """See the base class."""
+        self._hash = TeacherHash(self.networks.teacher)
 
     def teacher(self, batch: Batch) -> Tensor:
-        """The teacher's logits, from the cache where there is one."""
+        """Return the teacher's logits, from the cache where there is one."""
 
         def compute(x: Tensor) -> tuple[list[Tensor], Tensor]:
             with evaluating(self.networks.teacher):
@@ -117,32 +127,23 @@ class Distillation(Objective):
         return logits
 
     def __call__(self, batch: Batch, beta: float) -> Terms:
-        """The loss of a batch."""
+        """See the base class."""
         wanted = self.teacher(batch)
-        loss, task = self.distilled(self.student(batch.x), wanted, batch.y)
-        return Terms(loss, task, loss.detach(), loss.new_zeros(()))
+        return self.distilled(self.student(batch.x), wanted, batch.y)
 
 
 class Attention(Objective):
     """``at``, ``channel-at``: cross-entropy + beta AT; ``at+kd``: KD's loss + beta AT."""
 
-    def __init__(
-        self,
-        config: Config,
-        networks: Networks,
-        cache: TeacherCache | None,
-        *,
-        kd: bool = False,
-        attend: str = "spatial",
-    ) -> None:
-        super().__init__(config, networks, cache)
-        self.kd = kd
+    def prepare(self, kd: bool = False, attend: str = "spatial") -> None:
+        """See the base class."""
+        config, networks, self.kd = self.config, self.networks, kd
         self.at = AttentionTransfer(
             networks.student,
             networks.teacher,
             networks.pairs,
             beta=1.0,
-            cache=cache,
+            cache=self.cache,
             verbose=False,
             p=config.p,
             collapse=config.collapse,
@@ -151,11 +152,11 @@ class Attention(Objective):
         )
 
     def close(self) -> None:
-        """Takes the hooks away."""
+        """Take the hooks away."""
         self.at.remove()
 
     def __call__(self, batch: Batch, beta: float) -> Terms:
-        """The loss of a batch."""
+        """See the base class."""
         index, seed = (None, 0) if self.cache is None else (batch.index, batch.seed)
         self.at.beta = beta
         # The teacher first: its pass then takes memory that the student's graph does not hold yet.
@@ -163,32 +164,9 @@ class Attention(Objective):
         logits = self.student(batch.x)
         transfer = self.at(batch.x, index, seed)
         if not self.kd:
-            task = self.task(logits, batch.y)
-            return Terms(task + transfer, task, task.new_zeros(()), transfer.detach())
-        loss, task = self.distilled(logits, logits_of(self.at.teacher_output), batch.y)
-        return Terms(loss + transfer, task, loss.detach(), transfer.detach())
-
-
-class _Kept:
-    """The outputs of layers, by hooks that keep them."""
-
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
-        self.features: dict[str, Tensor] = {}
-        self.names = names
-        self.handles = [
-            module.register_forward_hook(self._keep(name))
-            for name, module in zip(names, modules_named(model, names), strict=True)
-        ]
-
-    def _keep(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.features[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def take(self) -> list[Tensor]:
-        found, self.features = self.features, {}
-        return [found[name] for name in self.names]
+            return self.terms(self.task(logits, batch.y), transfer)
+        kd = self.distilled(logits, logits_of(self.at.teacher_output), batch.y)
+        return kd._replace(loss=kd.loss + transfer, transfer=transfer.detach())
 
 
 class Features(Objective):
@@ -197,86 +175,89 @@ class Features(Objective):
     f is a 1x1 convolution for each pair whose channels differ, trained with the student.
     """
 
-    def __init__(self, config: Config, networks: Networks, cache: TeacherCache | None) -> None:
-        super().__init__(config, networks, None)
-        self.kept = [
-            _Kept(networks.student, [pair.student for pair in networks.pairs]),
-            _Kept(networks.teacher, [pair.teacher for pair in networks.pairs]),
-        ]
-        x = networks.example
+    def prepare(self) -> None:
+        """See the base class."""
+        networks = self.networks
+        self.students: dict[int, Tensor] = {}
+        self.teachers: dict[int, Tensor] = {}
+        self.handles: list[Any] = []
+        for model, layers, kept in (
+            (networks.student, [pair.student for pair in networks.pairs], self.students),
+            (networks.teacher, [pair.teacher for pair in networks.pairs], self.teachers),
+        ):
+            for i, module in enumerate(modules_named(model, layers)):
+                self.handles.append(module.register_forward_hook(partial(self._keep, kept, i)))
         with evaluating(networks.student), evaluating(networks.teacher):
-            networks.student(x)
-            networks.teacher(x)
-        students, teachers = ([f.shape[1] for f in kept.take()] for kept in self.kept)
-        self.loss = at_fused.FeaturesLoss(students, teachers).to(x.device)
-        self.run_extra = self.loss
+            networks.student(networks.example)
+            networks.teacher(networks.example)
+        channels = [[x.shape[1] for x in each] for each in self._features()]
+        self.extra = at_fused.FeaturesLoss(*channels).to(networks.example.device)
+        self.run_extra = self.extra
 
-    def extra(self) -> nn.Module | None:
-        """The convolutions."""
-        return self.loss
+    @staticmethod
+    def _keep(kept: dict[int, Tensor], i: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        kept[i] = output[0] if isinstance(output, tuple) else output
+
+    def _features(self) -> list[list[Tensor]]:
+        """Return and forget those of the last pass of both networks."""
+        pairs = range(len(self.networks.pairs))
+        return [[kept.pop(i) for i in pairs] for kept in (self.students, self.teachers)]
 
     def close(self) -> None:
-        """Takes the hooks away."""
-        for kept in self.kept:
-            for handle in kept.handles:
-                handle.remove()
+        """Take the hooks away."""
+        for handle in self.handles:
+            handle.remove()
 
     def __call__(self, batch: Batch, beta: float) -> Terms:
-        """The loss of a batch."""
+        """See the base class."""
         with evaluating(self.networks.teacher):
             self.networks.run_teacher(batch.x)
-        wanted = self.kept[1].take()
         task = self.task(self.student(batch.x), batch.y)
-        transfer = beta * self.run_extra(self.kept[0].take(), wanted)
-        return Terms(task + transfer, task, task.new_zeros(()), transfer.detach())
+        return self.terms(task, beta * self.run_extra(*self._features()))
 
 
 class Gradients(Objective):
     """``gradient-at``: cross-entropy + beta/2 |J_S - J_T| of the input gradients J."""
 
-    def __call__(self, batch: Batch, beta: float) -> Terms:
-        """The loss of a batch."""
-
-        def teacher(x: Tensor) -> Tensor:
-            return logits_of(self.networks.run_teacher(x))
-
+    def wanted(self, batch: Batch) -> Tensor:
+        """Return the gradients that the student's are compared with."""
         self.networks.teacher.eval()
-        wanted = at_fused.input_gradient(teacher, batch.x, batch.y)
+        return at_fused.input_gradient(
+            lambda x: logits_of(self.networks.run_teacher(x)), batch.x, batch.y
+        )
+
+    def __call__(self, batch: Batch, beta: float) -> Terms:
+        """See the base class."""
         x = batch.x.detach().requires_grad_()
         logits = self.student(x)
         task = self.task(logits, batch.y)
-        seen = at_fused.input_gradient(logits, x, batch.y, create_graph=True)
-        transfer = beta / 2 * at_fused.gradient_at_loss(seen, wanted)
-        return Terms(task + transfer, task, task.new_zeros(()), transfer.detach())
+        found = at_fused.input_gradient(logits, x, batch.y, create_graph=True)
+        return self.terms(task, beta / 2 * at_fused.gradient_at_loss(found, self.wanted(batch)))
 
 
-class FlipSymmetry(Objective):
+class FlipSymmetry(Gradients):
     """``flip-symmetry``: cross-entropy + beta/2 |J(x) - flip(J(flip(x)))|; no teacher."""
 
-    def __call__(self, batch: Batch, beta: float) -> Terms:
-        """The loss of a batch."""
-        x = batch.x.detach().requires_grad_()
-        logits = self.student(x)
-        task = self.task(logits, batch.y)
-        straight = at_fused.input_gradient(logits, x, batch.y, create_graph=True)
-        flipped = at_fused.input_gradient(self.student, x.flip(-1), batch.y, create_graph=True)
-        transfer = beta / 2 * at_fused.gradient_at_loss(straight, flipped.flip(-1))
-        return Terms(task + transfer, task, task.new_zeros(()), transfer.detach())
+    def wanted(self, batch: Batch) -> Tensor:
+        """Return those of the flipped images, flipped back."""
+        x = batch.x.detach().flip(-1)
+        return at_fused.input_gradient(self.student, x, batch.y, create_graph=True).flip(-1)
 
 
-def objective(
+_OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "none": Objective,
+    "at": Attention,
+    "channel-at": partial(Attention, attend="channel"),
+    "kd": Distillation,
+    "at+kd": partial(Attention, kd=True),
+    "f-actt": Features,
+    "gradient-at": Gradients,
+    "flip-symmetry": FlipSymmetry,
+}
+
+
+def make_objective(
     method: str, config: Config, networks: Networks, cache: TeacherCache | None
 ) -> Objective:
-    """The loss of a method, of ``for_method(config, method)``."""
-    if method == "none":
-        return Objective(config, networks, None)
-    if method == "kd":
-        return Distillation(config, networks, cache)
-    if method == "f-actt":
-        return Features(config, networks, cache)
-    if method == "gradient-at":
-        return Gradients(config, networks, None)
-    if method == "flip-symmetry":
-        return FlipSymmetry(config, networks, None)
-    attend = "channel" if method == "channel-at" else "spatial"
-    return Attention(config, networks, cache, kd=method == "at+kd", attend=attend)
+    """Make the loss of a method, of ``config.for_method(method)``."""
+    return _OBJECTIVES[method](config, networks, cache)

@@ -1,20 +1,86 @@
-"""Networks by name."""
+"""Networks by name, and wide residual networks."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from at_fused.train.rules import ConfigError, imported, in_a_line, nearest
+from at_fused.train.config import ConfigError, imported, in_a_line, nearest
 
-_WRN = re.compile(r"wrn-(\d+)-(\d+)(?:-b(\d+))?")
+_WRN = re.compile(r"wrn-(\d+)-([1-9]\d*)(?:-b([1-9]\d*))?")
 _RESNET = re.compile(r"resnet-(18|34|50)(-cifar|(?<!50)-paper)?")
 SHAPES = (
     "wrn-DEPTH-WIDTH, resnet-18, -34 or -50 with -cifar for small images, resnet-18-paper or "
     "-34-paper, a torchvision model, MODULE:FUNCTION"
 )
+
+
+class Block(nn.Module):
+    """Pre-activation residual block: two times BN, ReLU, 3x3 conv, around a shortcut."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        same = c_in == c_out and stride == 1
+        self.shortcut = None if same else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, Cin, H, W) -> (B, Cout, H/stride, W/stride)."""
+        y = torch.relu(self.bn1(x))
+        # A projection takes the activated input, an identity the raw one: only then does a
+        # chain of identities carry the signal untouched, the point of pre-activation.
+        skip = x if self.shortcut is None else self.shortcut(y)
+        y = torch.relu(self.bn2(self.conv1(y)))
+        residual: Tensor = self.conv2(y)
+        return skip + residual
+
+
+class WRN(nn.Module):
+    """WRN-depth-width of Zagoruyko & Komodakis, "Wide Residual Networks" (BMVC 2016).
+
+    Three groups of (depth - 4) / 6 blocks with base*width, 2*base*width and 4*base*width
+    channels; the second and the third halve the map. base=16 is the published network.
+    """
+
+    def __init__(
+        self, depth: int, width: int, classes: int = 10, in_channels: int = 3, base: int = 16
+    ) -> None:
+        super().__init__()
+        if depth < 10 or depth % 6 != 4:
+            raise ValueError(f"depth must be 6n + 4 with n >= 1 (10, 16, 22, ...), got {depth}")
+        n = (depth - 4) // 6
+        c = base * width
+        self.stem = nn.Conv2d(in_channels, base, 3, padding=1, bias=False)
+        self.groups = nn.ModuleList(
+            nn.Sequential(
+                Block(c_in, c_out, stride), *(Block(c_out, c_out, 1) for _ in range(n - 1))
+            )
+            for c_in, c_out, stride in [(base, c, 1), (c, 2 * c, 2), (2 * c, 4 * c, 2)]
+        )
+        self.bn = nn.BatchNorm2d(4 * c)
+        self.head = nn.Linear(4 * c, classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_in", nonlinearity="relu")
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Logits (B, classes) and the three groups' outputs.
+
+        The features are taken before the next block's BN and ReLU, so they are signed.
+        """
+        x = self.stem(x)
+        g0 = self.groups[0](x)
+        g1 = self.groups[1](g0)
+        g2 = self.groups[2](g1)
+        pooled = torch.relu(self.bn(g2)).mean(dim=(2, 3))
+        return self.head(pooled), (g0, g1, g2)
 
 
 def build(
@@ -24,39 +90,28 @@ def build(
 
     Args:
         name: "wrn-16-2", with "-b8" for half the published base width of 16; "resnet-18",
-            torchvision's; "resnet-18-cifar", the same with a 3x3 stem and no pooling before the
-            first stage; "resnet-18-paper", the authors', the same without BatchNorm in its
-            shortcuts; what torchvision.models calls a classification model; or "MODULE:FUNCTION",
-            of which ``function(num_classes=classes)`` is the network.
-        classes, channels: as above.
-        option: what errors call the name.
-        init: "torch", the weights that the network is made with; "paper", the authors' in their
-            place: weights of BatchNorm uniform in [0, 1], those of convolutions and of the last
-            layer normal with variance 2 / fan_in, biases of BatchNorm and of the last layer 0.
-
-    Raises:
-        ConfigError: there is no network of that name, torchvision is missing, or MODULE:FUNCTION
-            cannot be imported, raises, or returns something else.
+            torchvision's; "resnet-18-cifar", with a 3x3 stem and no pooling; "resnet-18-paper",
+            without BatchNorm in its shortcuts; a classification model of torchvision; or
+            "MODULE:FUNCTION", of which ``function(num_classes=classes)`` is the network.
+        option: the word for the name in errors.
+        init: "torch", the weights that the network is made with; "paper", the authors'.
     """
-    model = _built(name, classes, channels, option)
+    if ":" in name:
+        model = _own(name, classes, option)
+    elif found := _WRN.fullmatch(name):
+        depth, width, base = (int(x) if x else 16 for x in found.groups())
+        try:
+            model = WRN(depth, width, classes, channels, base)
+        except ValueError as error:
+            raise ConfigError(f"{option}: got {name!r}: {error}") from error
+    else:
+        model = _of_torchvision(name, classes, channels, option)
     if init == "paper":
         _draw_as_authors(model)
     return model
 
 
-def _built(name: str, classes: int, channels: int, option: str) -> nn.Module:
-    if ":" in name:
-        return _own(name, classes, option)
-    if found := _WRN.fullmatch(name):
-        from at_fused.train.wrn import WRN
-
-        depth, width, base = (int(x) if x else 16 for x in found.groups())
-        if depth < 10 or depth % 6 != 4 or not width or not base:
-            raise ConfigError(
-                f"{option}: got {name!r}, allowed is a depth of 6n + 4 (10, 16, 22, 28, 40, ...) "
-                "and a width from 1"
-            )
-        return WRN(depth, width, classes, channels, base)
+def _of_torchvision(name: str, classes: int, channels: int, option: str) -> nn.Module:
     models = torchvision_models(name, option)
     resnet = _RESNET.fullmatch(name)
     called = f"resnet{resnet[1]}" if resnet else name
@@ -91,18 +146,14 @@ def torchvision_models(name: str, option: str) -> Any:
 
 
 def _own(name: str, classes: int, option: str) -> nn.Module:
-    function = imported(option, name)
+    function, call = imported(option, name), f"{name}(num_classes={classes})"
     try:
         model = function(num_classes=classes)
     except Exception as error:
-        raise ConfigError(
-            f"{option}: {name}(num_classes={classes}) raises {in_a_line(error)}"
-        ) from error
+        raise ConfigError(f"{option}: {call} raises {in_a_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"{option}: {name}(num_classes={classes}) must return a torch.nn.Module, "
-            f"got {type(model).__name__}"
-        )
+        got = type(model).__name__
+        raise ConfigError(f"{option}: {call} must return a torch.nn.Module, got {got}")
     return model
 
 
@@ -113,7 +164,11 @@ def last_layer(model: nn.Module) -> str:
 
 
 def _draw_as_authors(model: nn.Module) -> None:
-    """Draw the first weights as the authors' utils.py does."""
+    """Draw the first weights as the authors' utils.py does.
+
+    Those of BatchNorm are uniform in [0, 1], those of convolutions and of the last layer normal
+    with variance 2 / fan_in, biases 0.
+    """
     last: Any = model.get_submodule(last_layer(model))
     module: Any
     for module in model.modules():

@@ -1,25 +1,26 @@
-"""Several processes that share each batch: who one is, sums over all, and starting them."""
+"""Several processes that share each batch: who one is, what they agree on, and starting them."""
 
 from __future__ import annotations
 
-import functools
+import atexit
 import gc
-import json
 import logging
 import os
-import pickle
 import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from inspect import signature
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
 
-from at_fused.train.rules import ConfigError
+from at_fused.train.config import ConfigError
 
 # A rank that is gone is noticed at once; this is for one that hangs.
 _TIMEOUT = timedelta(minutes=30)
@@ -27,87 +28,40 @@ _TIMEOUT = timedelta(minutes=30)
 Found = TypeVar("Found")
 
 
-class Place(NamedTuple):
+class FirstFailedError(ConfigError):
+    """The error of the first process, which says it for all."""
+
+
+class Process(NamedTuple):
     """A process among those of a run, and among those of its machine, as torchrun numbers them."""
 
     rank: int = 0
     size: int = 1
-    local: int = 0
+    local_rank: int = 0
     local_size: int = 1
     machine: int = 0
 
 
-def place() -> Place:
-    """This process, by torchrun's environment; alone where there is none."""
-    default = Place()
+def process() -> Process:
+    """Return this process, by torchrun's environment; alone where there is none."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-    return Place(*(int(os.environ.get(n, d)) for n, d in zip(names, default, strict=True)))
+    return Process(*(int(os.environ.get(n, d)) for n, d in zip(names, Process(), strict=True)))
 
 
-@functools.cache
-def _store() -> Any:
-    """The store that the launcher has told of, by which the processes find each other."""
-    here = place()
-    store, _, _ = next(dist.rendezvous("env://", here.rank, here.size, timeout=_TIMEOUT))
-    return store
-
-
-def text_of_first(read: Callable[[], str]) -> str:
-    """The text that the first process reads; it serves before the process group is there.
-
-    Raises:
-        ConfigError: that of the first process, in all of them.
-    """
-    if place().size == 1:
-        return read()
-    if place().rank == 0:
-        try:
-            _tell({"text": read()})
-        except ConfigError as error:
-            _tell({"error": str(error)})
-    answer = json.loads(_store().get("text"))
-    if "error" in answer:
-        raise ConfigError(answer["error"])
-    return answer["text"]
-
-
-def _tell(answer: dict[str, str]) -> None:
-    if not _store().check(["text"]):
-        _store().set("text", json.dumps(answer))
-
-
-def start(error: str) -> None:
-    """Let all processes know that this one starts, or why it does not.
-
-    Raises:
-        ConfigError: that of another process.
-    """
-    here = place()
-    if here.rank == 0:
-        _tell({"error": error or "the first process has neither --config nor --resume"})
-    _store().set(f"start{here.rank}", error)
-    if error:
-        return
-    for rank in range(here.size):
-        if found := _store().get(f"start{rank}").decode():
-            raise ConfigError(f"process {rank}: {found}")
-
-
-def join(device: torch.device) -> None:
-    """Joins the process group, where there are several processes."""
-    if place().size > 1 and not dist.is_initialized():
-        here, backend = place(), "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=_store(), rank=here.rank, world_size=here.size, timeout=_TIMEOUT
-        )
+def join() -> None:
+    """Join the process group, where there are several processes."""
+    if process().size > 1 and not dist.is_initialized():
+        nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        dist.init_process_group(backend, init_method="env://", timeout=_TIMEOUT)
+        atexit.register(leave)
 
 
 def leave() -> None:
-    """Leaves the process group."""
+    """Leave the process group."""
     gc.collect()  # of wrapped networks, which hold it
     if dist.is_initialized():
         dist.destroy_process_group()
-    _store.cache_clear()
 
 
 def size() -> int:
@@ -117,37 +71,32 @@ def size() -> int:
 
 def first() -> bool:
     """Tell the process that writes the files."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return process().rank == 0
+
+
+# ---- what they agree on --------------------------------------------------------------------------
 
 
 def share(rows: Tensor) -> Tensor:
-    """This process's part of a batch: of all parts together each row is in one."""
-    if size() == 1:
-        return rows
-    return rows.tensor_split(size())[dist.get_rank()]
+    """Return this process's part of a batch: of all parts together each row is in one."""
+    return rows if size() == 1 else rows.tensor_split(size())[dist.get_rank()]
 
 
-def total(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sums over all processes."""
-    if size() == 1:
-        return list(values)
-    found = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(found)
-    sums: list[float] = found.tolist()
-    return sums
+def total(values: Sequence[float]) -> list[float]:
+    """Return the sums over all processes."""
+    return [sum(each) for each in zip(*gather(list(values)), strict=True)]
 
 
-def greatest(value: int, device: torch.device) -> int:
-    """The largest over all processes."""
-    if size() == 1:
-        return value
-    found = torch.tensor(value, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+def greatest(*values: int) -> list[int]:
+    """Return the largest of each over all processes."""
+    found = torch.tensor(values)
+    if size() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return list(map(int, found))
 
 
 def gather(value: Any) -> list[Any]:
-    """Each process's value, in the order of ranks."""
+    """Return each process's value, in the order of ranks."""
     if size() == 1:
         return [value]
     found: list[Any] = [None] * size()
@@ -155,25 +104,47 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
+def in_all(function: Callable[[], Found]) -> Found:
+    """Run a function in all processes; where it fails in one, all raise a ConfigError."""
+    found, error, end = None, "", None
+    try:
+        found = function()
+    except ConfigError as wrong:
+        error = str(wrong)
+    except SystemExit as stop:  # argparse has said why
+        error, end = "wrong options" if stop.code else "", stop
+    errors = gather(error)
+    if end:
+        raise end
+    if error:
+        raise ConfigError(error)
+    for rank, text in enumerate(errors):
+        if text:
+            raise ConfigError(f"process {rank}: {text}")
+    return found  # type: ignore[return-value]
+
+
 def from_first(function: Callable[[], Found]) -> Found:
-    """Run a function in the first process alone; all return its result, or raise its error.
+    """Run a function in the first process alone; all return its result.
 
     For what is read from or written to the run's folder, which is that of the first machine.
+    Where it fails, the first raises its error, and the others FirstFailedError.
     """
-    if size() == 1:
-        return function()
-    answer: list[Any] = [None, None]  # the result, the error
+    found, error = None, None
     if first():
         try:
-            answer[0] = function()
-        except Exception as error:
-            answer[1] = _sendable(error)
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        answer[1].of_first = True  # which says it for all
-        raise answer[1]
-    found: Found = answer[0]
-    return found
+            found = function()
+        except Exception as caught:
+            error = caught
+    if size() > 1:
+        answer: list[Any] = [found, error and str(error)]
+        dist.broadcast_object_list(answer)
+        found = answer[0]
+        if answer[1] is not None and not first():
+            raise FirstFailedError(answer[1])
+    if error:
+        raise error
+    return found  # type: ignore[return-value]
 
 
 def same_in_all(values: Mapping[str, object]) -> None:
@@ -188,56 +159,95 @@ def same_in_all(values: Mapping[str, object]) -> None:
                 )
 
 
-def _sendable(error: Exception) -> Exception:
-    """The error, or one with its words where it cannot be pickled."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+# ---- gradients and statistics --------------------------------------------------------------------
 
 
-def wait() -> None:
-    """Returns once all processes are here."""
-    if size() > 1:
-        dist.barrier()
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap a network whose batches several processes share: its gradients are averaged."""
+    if size() == 1 or not any(p.requires_grad for p in model.parameters()):
+        return model
+    where: dict[str, Any] = {"device_ids": [device]} if device.type == "cuda" else {}
+    # Statistics are shared; or each process's own, and then rank 0's are as good as the rest's.
+    names = signature(DistributedDataParallel).parameters
+    new = "forward_sync_buffers"
+    where[new if new in names else "broadcast_buffers"] = False
+    return DistributedDataParallel(model, **where)
+
+
+class SharedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d whose statistics in training mode are those of all processes' images.
+
+    torch.nn.SyncBatchNorm does this on GPUs; it refuses CPU tensors.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same; B may differ between the processes."""
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        count = torch.tensor(float(x.numel() // x.shape[1]), dtype=y.dtype)
+        dist.all_reduce(count)
+        mean = all_reduce(y.sum(dim=(0, 2, 3))) / count
+        centred = y - mean[:, None, None]
+        # Of the centred values: the mean of squares less the squared mean would cancel.
+        variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+        self._follow(mean.detach(), variance.detach() * (count / (count - 1).clamp_min(1)))
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    def _follow(self, mean: Tensor, unbiased: Tensor) -> None:
+        running: Any = (self.num_batches_tracked, self.running_mean, self.running_var)
+        running[0].add_(1)
+        weight = 1.0 / float(running[0]) if self.momentum is None else self.momentum
+        running[1].lerp_(mean, weight)
+        running[2].lerp_(unbiased, weight)
+
+
+def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model with every BatchNorm over all processes, its tensors the same."""
+    if device.type == "cuda":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return converted
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.BatchNorm2d and child.affine and child.track_running_stats:
+                shared = SharedBatchNorm(child.num_features, child.eps, child.momentum)
+                # The very tensors, so that optimizers and checkpoints need not know.
+                shared.weight, shared.bias = child.weight, child.bias
+                shared._buffers.update(child._buffers)
+                shared.train(child.training)
+                setattr(parent, name, shared)
+    return model
+
+
+# ---- --nproc -------------------------------------------------------------------------------------
 
 
 def end(status: int) -> NoReturn:
-    """Ends this process.
+    """End this process.
 
     One of several goes at once: a thread of torch that still asks for Python's lock while the
     interpreter is taken down would abort it, with all its work done.
     """
-    if place().size == 1:
+    if process().size == 1:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-# ---- --nproc -------------------------------------------------------------------------------------
-
-
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    """Return a port of this machine that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     return port
 
 
 def announce(rank: int, count: int, port: int) -> None:
-    """Tells this process its place, by torchrun's environment."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(count),
-        LOCAL_WORLD_SIZE=str(count),
-        GROUP_RANK="0",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    """Tell this process who it is, by torchrun's environment."""
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    where = {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in (here | where).items()})
 
 
 def _member(rank: int, count: int, port: int, run: Callable[..., int], *arguments: Any) -> None:
@@ -248,7 +258,7 @@ def _member(rank: int, count: int, port: int, run: Callable[..., int], *argument
 
 
 def launch(count: int, run: Callable[..., int], *arguments: Any) -> int:
-    """Runs ``run(*arguments)`` in ``count`` processes of this machine; returns the exit status.
+    """Run ``run(*arguments)`` in ``count`` processes of this machine; return the exit status.
 
     The first that fails ends the others; its error is printed. Signals are passed on.
     """
@@ -257,18 +267,15 @@ def launch(count: int, run: Callable[..., int], *arguments: Any) -> int:
 
     # One line of error is enough: not also that the others are ended.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-
-    context = start_processes(
-        _member, (count, free_port(), run, *arguments), count, join=False, start_method="spawn"
-    )
+    given = (count, free_port(), run, *arguments)
+    context = start_processes(_member, given, count, join=False, start_method="spawn")
 
     def forward(number: int, _: object) -> None:
-        for process in context.processes:
-            if process.is_alive() and process.pid:
-                os.kill(process.pid, number)
+        for member in context.processes:
+            if member.is_alive() and member.pid:
+                os.kill(member.pid, number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, forward) for number in numbers}
+    before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         while not context.join():
             pass

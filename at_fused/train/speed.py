@@ -1,39 +1,68 @@
-"""Ways to run a step: precision, layout, compilation, and a teacher without its BatchNorm."""
+"""Step modes: device, precision, layout, compilation, folded BatchNorm; and a step's memory."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.profiler import ProfilerActivity, profile
 
-from at_fused.train.config import Config
+from at_fused.train import parallel
+from at_fused.train.config import Config, ConfigError
 
 # Double backward goes through neither compiled graphs nor, with use, 8 bits of mantissa.
 SECOND_ORDER = ("gradient-at", "flip-symmetry")
 
 
+def prepare(config: Config) -> torch.device:
+    """Return the device of a configuration, with PyTorch's threads and cuDNN set for it."""
+    me, name = parallel.process(), config.device
+    if name == "cuda" and me.size > 1:
+        name = f"cuda:{me.local_rank}"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+            raise ConfigError(
+                f"device: got {name!r}, but PyTorch sees {count} CUDA devices; allowed is {there}"
+            )
+        torch.cuda.set_device(device)
+        exact = config.speed == "exact"
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    elif me.local_size > 1 and device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // me.local_size))
+    return device
+
+
 @dataclass(frozen=True)
-class Way:
-    """A way to run steps: ``speed`` on one device."""
+class StepMode:
+    """The mode that steps run in: ``speed`` on one device."""
 
     dtype: torch.dtype | None = None  # of autocast
     channels_last: bool = False
-    fold: bool = False
+    fold_norms: bool = False  # of the teacher
     fused: bool = False
     compile: bool = False
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """The context that a forward pass runs in."""
+        """Return the context that a forward pass runs in."""
         return torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
 
     def layout(self, model: nn.Module) -> nn.Module:
-        """The model in the layout of this way."""
+        """Return the model in the memory layout of this mode."""
         if not self.channels_last:
             return model
         untyped: Any = model  # not every torch declares this overload
@@ -56,10 +85,14 @@ class Way:
         return run
 
     def __str__(self) -> str:
-        parts = [str(self.dtype or torch.float32).removeprefix("torch.")]
-        names = ("channels_last", "compile")
-        parts += [name for name in names if getattr(self, name)]
-        return ", ".join([*parts, *["folded BatchNorm"] * self.fold, *["fused SGD"] * self.fused])
+        parts = {
+            "channels_last": self.channels_last,
+            "compile": self.compile,
+            "folded BatchNorm": self.fold_norms,
+            "fused SGD": self.fused,
+        }
+        dtype = str(self.dtype or torch.float32).removeprefix("torch.")
+        return ", ".join([dtype, *(name for name, there in parts.items() if there)])
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -70,10 +103,10 @@ def bf16_is_fast(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
-def way(config: Config, device: torch.device, method: str, processes: int) -> Way:
-    """Return the way in which the steps of a method run."""
+def step_mode(config: Config, device: torch.device, method: str, processes: int) -> StepMode:
+    """Return the mode that the steps of a method run in."""
     if config.speed == "exact":
-        return Way()
+        return StepMode()
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes.get(config.speed)
     if config.speed == "auto" and bf16_is_fast(device):
@@ -81,11 +114,11 @@ def way(config: Config, device: torch.device, method: str, processes: int) -> Wa
     second = method in SECOND_ORDER
     # Collectives within a graph, as shared statistics have them, break it into pieces.
     compiles = config.compile and not second and not (processes > 1 and config.sync_norm)
-    return Way(None if second else dtype, True, True, True, compiles)
+    return StepMode(None if second else dtype, True, True, True, compiles)
 
 
 def folded(model: nn.Module, keep: list[str]) -> tuple[nn.Module, int]:
-    """A copy in eval mode whose BatchNorms are in the convolutions before them, and how many.
+    """Return a copy in eval mode, BatchNorms folded into the convolutions before, and their count.
 
     Not those of the layers in ``keep``, whose output is looked at, nor any of a network that
     torch.fx cannot read: that comes back as a plain copy.
@@ -116,3 +149,37 @@ def folded(model: nn.Module, keep: list[str]) -> tuple[nn.Module, int]:
             setattr(model.get_submodule(parent), child, module)
         count += 1
     return model, count
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the profiler's C++ says of itself off the terminal; Python's errors come later."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def peak(device: torch.device, work: Callable[[], object]) -> int:
+    """Return the most bytes that ``work()`` allocates on a device, beyond what was there before."""
+    collects = gc.isenabled()
+    gc.disable()  # which frees what was there before, and that would be taken off
+    try:
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            work()
+            return torch.cuda.max_memory_allocated(device) - before
+        with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+            work()
+    finally:
+        if collects:
+            gc.enable()
+    records = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [record.nbytes() for record in sorted(records, key=lambda e: e.start_ns())]
+    return max(accumulate(sizes), default=0)

@@ -10,8 +10,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from at_fused.train.data.cifar import needs_torchvision
-from at_fused.train.data.samples import OnDemand, Opened, Standardise, seed_of, usable
-from at_fused.train.rules import ConfigError
+from at_fused.train.config import SIZES, Config, ConfigError
+from at_fused.train.data.datasets import needs_torchvision
+from at_fused.train.data.samples import (
+    Data,
+    OnDemand,
+    Pictures,
+    digest_of,
+    normalisation,
+    sample_seed,
+    standardiser,
+    usable_workers,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +46,7 @@ TURNED = range(2, 9)  # EXIF's orientations but the upright one
 def crop_box(
     width: int, height: int, draw: torch.Generator
 ) -> tuple[tuple[int, int, int, int], bool]:
-    """A random part (left, top, right, bottom) of a picture, and whether to mirror it.
+    """Draw a part (left, top, right, bottom) of a picture, and tell if it is to be mirrored.
 
     As torchvision's RandomResizedCrop: a share of the area uniform in SCALE, a ratio of the sides
     log-uniform in RATIO; where none fits in TRIES, the middle of the picture.
@@ -74,15 +83,14 @@ def _white_is_65535(file: Image) -> bool:
 
 
 def decode(path: str, draft: bool = False) -> tuple[Image, list[str]]:
-    """The picture of a file, in RGB, and what was converted.
+    """Return the picture of a file, in RGB, and what was converted.
 
     16-bit grayscale is scaled to 8 bits, what is transparent is laid on white, the EXIF
     orientation is applied; of several frames it is the first. A draft has fewer pixels, where that
     is faster; all bytes are read.
 
     Raises:
-        Exception: Pillow's, and ValueError for pixels whose colours are not known; see
-            :func:`reason_of`.
+        Exception: Pillow's, and ValueError for pixels whose colours are not known.
     """
     from PIL import Image, ImageOps
 
@@ -94,8 +102,7 @@ def decode(path: str, draft: bool = False) -> tuple[Image, list[str]]:
         file = Image.open(opened)
         if draft:
             file.draft(None, (1, 1))
-        frames = getattr(file, "n_frames", 1)
-        done += ["first of several frames"] * (frames > 1)
+        done += ["first of several frames"] * (getattr(file, "n_frames", 1) > 1)
         raw = file.tile[0][3] if file.tile else ""
         full_range = _white_is_65535(file)
         # Pillow turns a TIFF when it loads it, and forgets that it was not upright.
@@ -107,22 +114,21 @@ def decode(path: str, draft: bool = False) -> tuple[Image, list[str]]:
             done.append("unreadable EXIF data")
         picture = ImageOps.exif_transpose(file) if turned else file
         done += ["EXIF orientation"] * turned
-        mode, seen_through = picture.mode, picture.info.get("transparency")
+        mode, transparent = picture.mode, picture.info.get("transparency")
         if mode == "I" or mode.startswith("I;16"):
             if not full_range:
                 raise ValueError("grayscale of more than 8 bits that does not say what white is")
             grey = np.asarray(picture).astype(np.int64)
-            if seen_through is not None:
-                grey[grey == seen_through] = 65535
+            if transparent is not None:
+                grey[grey == transparent] = 65535
             picture = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
             done.append("16-bit grayscale")
         elif picture.has_transparency_data:
-            if seen_through is not None and mode in ("L", "RGB") and raw != mode:
+            if transparent is not None and mode in ("L", "RGB") and raw != mode:
                 raise ValueError(f"a transparent colour among pixels of {raw}, which Pillow misses")
             picture = picture.convert("RGBA")
             if np.asarray(picture)[..., 3].min() < 255:
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
                 done.append("transparency")
         elif mode in ("CMYK", "YCbCr", "LAB"):
             done.append(f"{mode} colours")
@@ -132,7 +138,7 @@ def decode(path: str, draft: bool = False) -> tuple[Image, list[str]]:
 
 
 def reason_of(error: Exception) -> str:
-    """The reason why :func:`decode` failed, in a line."""
+    """Return the reason why :func:`decode` failed, in a line."""
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
@@ -141,163 +147,104 @@ def reason_of(error: Exception) -> str:
     return text or type(error).__name__
 
 
-class _Pictures(Dataset[Tensor | str]):
-    """Pictures (size, size, 3) uint8; see :class:`at_fused.train.data.samples.Reader`."""
+class PictureFiles(Dataset[Any]):
+    """Pictures (size, size, 3) uint8 of files, as :class:`OnDemand` reads them.
+
+    Augmented ones are random parts, half of them mirrored.
+    """
 
     def __init__(self, paths: Sequence[str], size: int) -> None:
         self.paths, self.size = paths, size
 
-    def __getitem__(self, key: tuple[int, int | None]) -> Tensor | str:
-        index, seed = key
+    def __getitem__(self, key: tuple[int, int, int | None]) -> Tensor | str:
+        from torchvision.transforms import functional as tv
+
+        index, number, seed = key
         try:
-            picture, _ = decode(self.paths[index])
+            picture: Any = decode(self.paths[index])[0]
         except Exception as error:
             return f"cannot read the picture {self.paths[index]}: {reason_of(error)}"
-        picture = self._middle(picture) if seed is None else self._random(picture, index, seed)
+        size = [self.size, self.size]
+        if seed is None:
+            picture = tv.resize(picture, [round(self.size * 256 / 224)])
+            picture = tv.center_crop(picture, size)
+        else:
+            draw = torch.Generator().manual_seed(sample_seed(seed, number))
+            width, height = picture.size
+            (left, top, right, bottom), flip = crop_box(width, height, draw)
+            picture = tv.resized_crop(picture, top, left, bottom - top, right - left, size)
+            picture = tv.hflip(picture) if flip else picture
         return torch.from_numpy(np.array(picture))
-
-    def subset(self, index: Tensor) -> _Pictures:
-        return _Pictures([self.paths[i] for i in index.tolist()], self.size)
-
-    def _random(self, picture: Image, index: int, seed: int) -> Image:
-        from PIL.Image import Resampling, Transpose
-
-        draw = torch.Generator().manual_seed(seed_of(seed, index))
-        box, flip = crop_box(*picture.size, draw)
-        picture = picture.crop(box).resize((self.size, self.size), Resampling.BILINEAR)
-        return picture.transpose(Transpose.FLIP_LEFT_RIGHT) if flip else picture
-
-    def _middle(self, picture: Image) -> Image:
-        """As torchvision's Resize(size * 256 / 224) and CenterCrop(size)."""
-        from PIL.Image import Resampling
-
-        short = round(self.size * 256 / 224)
-        w, h = (int(short * side / min(picture.size)) for side in picture.size)
-        left, top = round((w - self.size) / 2), round((h - self.size) / 2)
-        picture = picture.resize((w, h), Resampling.BILINEAR)
-        return picture.crop((left, top, left + self.size, top + self.size))
-
-
-class InFolder(OnDemand):
-    """Pictures on the disk. Augmented ones are random parts, mirrored by half.
-
-    Args:
-        paths: N files.
-        labels: (N,) int64.
-        size: H and W of what batches have.
-        augment: False: no augmentation, whatever the seed.
-        device, channels_last: of the batches.
-        workers: processes that read the files; 0: this one does.
-        mean, std: of each channel, for pixels in [0, 1].
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        labels: Tensor,
-        size: int,
-        augment: bool = False,
-        device: torch.device | str = "cpu",
-        channels_last: bool = False,
-        workers: int = 0,
-        mean: Sequence[float] = MEAN,
-        std: Sequence[float] = STD,
-    ) -> None:
-        finish = Standardise(mean, std, device, channels_last)
-        super().__init__(_Pictures(paths, size), labels, finish, augment, device, workers)
 
 
 # ---- the folder
 
 
-def _class_names(root: Path, part: str) -> list[str]:
-    folder = root / part
+def _class_names(folder: Path) -> list[str]:
     entries = folder.iterdir() if folder.is_dir() else ()
     names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     if not names:
-        layout = "train/<class>/<picture> and val/<class>/<picture> in the root folder"
         found = "no class folders" if folder.is_dir() else "no folder"
-        raise FileNotFoundError(f"data 'folder' needs {layout}; found {found} {folder}")
+        raise FileNotFoundError(
+            "data 'folder' needs train/<class>/<picture> and val/<class>/<picture> in the root "
+            f"folder; found {found} {folder}"
+        )
     return names
 
 
 def _listed(
     root: Path, parts: Sequence[str] = PARTS
 ) -> tuple[list[str], list[list[tuple[str, int]]], dict[str, int]]:
-    """The classes; of each part the pictures' names from the root on, and labels; what is not read.
+    """Return the classes; each part's pictures, from the root on, with labels; what is not read.
 
     The last are counts of files by suffix, without those that torchvision takes for pictures.
     Hidden files and folders are left out, such as .ipynb_checkpoints.
     """
-    names, others = (_class_names(root, part) for part in PARTS)
+    names, others = (_class_names(root / part) for part in PARTS)
     if names != others:
         differ = sorted(set(names) ^ set(others))
         more = ", ..." if len(differ) > 5 else ""
-        raise ValueError(
-            f"train/ and val/ in {root} must have the same classes; only one of them has "
-            f"{', '.join(differ[:5])}{more}"
+        raise ConfigError(
+            f"data 'folder': train/ and val/ in {root} must have the same classes; "
+            f"only one of them has {', '.join(differ[:5])}{more}"
         )
     try:
-        import torchvision
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
     except (ImportError, RuntimeError, OSError) as error:
         raise needs_torchvision("folder", error) from error
-    of = torchvision.datasets.folder
     numbers = {name: number for number, name in enumerate(names)}
     start = len(str(root / "x")) - 1
-
     not_read: Counter[str] = Counter()
 
-    def shown(path: str) -> bool:
+    def is_picture(path: str) -> bool:
         if f"{os.sep}." in path[start - 1 :]:
             return False
-        if not (picture := path.lower().endswith(of.IMG_EXTENSIONS)):
+        if not (picture := path.lower().endswith(IMG_EXTENSIONS)):
             not_read[Path(path).suffix.lower() or "no suffix"] += 1
         return picture
 
-    def part(name: str) -> list[tuple[str, int]]:
-        found = of.make_dataset(root / name, numbers, is_valid_file=shown, allow_empty=True)
-        return [(path[start:], label) for path, label in found]
-
-    return names, [part(name) for name in parts], dict(sorted(not_read.items()))
+    found = [
+        make_dataset(str(root / part), numbers, is_valid_file=is_picture, allow_empty=True)
+        for part in parts
+    ]
+    listed = [[(path[start:], label) for path, label in part] for part in found]
+    return names, listed, dict(sorted(not_read.items()))
 
 
 def _stat(path: Path) -> os.stat_result:
     return path.stat() if path.exists() else path.lstat()  # of a link that leads nowhere
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Results of reading every picture of a folder; ``dataclasses.asdict`` makes JSON of them.
-
-    digest: of names, sizes and times of the files, and of Pillow's version: while it is the same,
-        the files need not be read again.
-    converted: how many pictures were converted, by what was done.
-    unreadable: the reason of each that cannot be read, by its name from the root on.
-    content: sha256 of the bytes of those that can be, in their order.
-    """
-
-    digest: str
-    converted: dict[str, int]
-    unreadable: dict[str, str]
-    content: str = ""
-
-
-class _Inspected(Dataset[tuple[list[str], str, bytes]]):
-    """Conversions of each file's picture; or why it cannot be read; and a digest of its bytes."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[list[str], str, bytes]:
-        path = self.paths[index]
+def _inspected(paths: list[str]) -> list[tuple[list[str], str, bytes]]:
+    """Return each file's conversions, the reason why it cannot be read or "", and a digest."""
+    found: list[tuple[list[str], str, bytes]] = []
+    for path in paths:
         try:
             done = decode(path, draft=True)[1]
-            return done, "", hashlib.sha256(Path(path).read_bytes()).digest()
+            found.append((done, "", hashlib.sha256(Path(path).read_bytes()).digest()))
         except Exception as error:
-            return [], reason_of(error), b""
+            found.append(([], reason_of(error), b""))
+    return found
 
 
 def inspect(
@@ -306,19 +253,10 @@ def inspect(
     *,
     parts: Sequence[str] = PARTS,
     known: Mapping[str, Any] | None = None,
-    tick: Callable[[int], object] = lambda count: None,
 ) -> Pictures:
-    """Read every picture of train/ and val/ once, to find those that cannot be read.
+    """Read every picture of these parts once, to find those that cannot be read.
 
-    Args:
-        root: the folder.
-        workers: processes that read, at most one for each CPU; 0: this one does.
-        parts: ("val",) reads no others.
-        known: what an earlier inspection came to, as a dict: returned, if no file has changed.
-        tick: told of every few pictures that are read, how many.
-
-    Raises:
-        FileNotFoundError, ImportError, ValueError: as :func:`at_fused.train.data.open_data`.
+    ``known``, what an earlier inspection came to as a dict, is returned if no file has changed.
     """
     import PIL
 
@@ -329,64 +267,54 @@ def inspect(
         stat = _stat(folder / name)
         digest.update(os.fsencode(f"{name} {stat.st_size} {stat.st_mtime_ns}\n"))
     key = digest.hexdigest()
-    same = known is not None and known.get("digest") == key
-    if known is not None and same and known.keys() == {each.name for each in fields(Pictures)}:
+    if known and known.get("digest") == key and known.keys() == Pictures.__annotations__.keys():
         return Pictures(**known)
     loader: DataLoader[Any] = DataLoader(
-        _Inspected([str(folder / name) for name in names]),
+        [str(folder / name) for name in names],  # type: ignore[arg-type]
         batch_size=32,
-        collate_fn=list,
-        num_workers=usable(workers),
+        collate_fn=_inspected,
+        num_workers=usable_workers(workers),
         generator=torch.Generator(),
     )
     converted: Counter[str] = Counter()
     reasons: list[str] = []
     content = hashlib.sha256()
-    for found in loader:
+    batches = tqdm(loader, "reading all pictures", unit="batch", leave=False, disable=None)
+    for found in batches:
         for done, reason, own in found:
             converted.update(done)
             reasons.append(reason)
             content.update(own)
-        tick(len(found))
     bad = {name: reason for name, reason in zip(names, reasons, strict=True) if reason}
     return Pictures(key, dict(sorted(converted.items())), bad, content.hexdigest())
 
 
 def check_unreadable(pictures: Pictures, root: str | os.PathLike[str], allowed: int) -> None:
     """Raise ConfigError if more pictures than allowed cannot be read; it names three."""
-    bad = pictures.unreadable
+    bad, folder = pictures.unreadable, Path(root).expanduser().absolute()
     if len(bad) > allowed:
-        folder = Path(root).expanduser().absolute()
-        named = [f"{folder / name} ({reason})" for name, reason in bad.items()]
-        more = ", ..." if len(named) > 3 else ""
+        named = [f"{folder / name} ({reason})" for name, reason in [*bad.items()][:3]]
         raise ConfigError(
             f"data 'folder': {len(bad)} picture{'s' * (len(bad) > 1)} cannot be read, allowed is "
-            f"{allowed}: "
-            f"{', '.join(named[:3])}{more}; --skip-unreadable N leaves up to N of them out"
+            f"{allowed}: {', '.join(named)}{', ...' * (len(bad) > 3)}; --skip-unreadable N leaves "
+            "up to N of them out"
         )
 
 
-def open_folder(
-    root: Path,
-    size: int,
-    device: torch.device | str,
-    channels_last: bool,
-    workers: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    pictures: Pictures | None,
-) -> Opened:
-    """Both parts: those to train with from train/, those to report on from val/.
+def open_folder(config: Config, device: torch.device | str, pictures: Pictures | None) -> Data:
+    """Open both parts: those to train with from train/, those to report on from val/.
 
     Raises:
+        ConfigError: train/ and val/ differ in their classes.
         FileNotFoundError: a folder is missing, or a class has no pictures.
         ImportError: torchvision cannot be imported.
-        ValueError: train/ and val/ differ in their classes.
     """
+    root, size = Path(config.root).expanduser().absolute(), config.image_size or SIZES["folder"]
+    mean, std = normalisation(config, (MEAN, STD))
     names, parts, not_read = _listed(root)
-    found: dict[str, Any] = {"not_read": not_read}
+    facts: dict[str, Any] = {"not_read": not_read}
     if pictures is not None:
-        found |= {"converted": pictures.converted, "left_out": pictures.unreadable}
+        facts |= {"converted": pictures.converted, "left_out": pictures.unreadable}
         parts = [[each for each in part if each[0] not in pictures.unreadable] for part in parts]
     for name, part in zip(PARTS, parts, strict=True):
         if empty := sorted(set(range(len(names))) - {label for _, label in part}):
@@ -397,28 +325,26 @@ def open_folder(
                 + f"; files that are not read: {others}" * bool(others)
             )
 
-    def samples(part: list[tuple[str, int]], augment: bool) -> InFolder:
-        paths = [str(root / path) for path, _ in part]
-        labels = torch.tensor([label for _, label in part], dtype=torch.int64)
-        return InFolder(paths, labels, size, augment, device, channels_last, workers, mean, std)
-
-    train, evaluate = parts
-    return Opened(
-        tuple(names),
-        size,
-        torch.tensor([label for _, label in train], dtype=torch.int64),
-        lambda rows, augment: samples([train[i] for i in rows.tolist()], augment),
-        samples(evaluate, False),
-        mean,
-        std,
-        {key: value for key, value in found.items() if value},
-        [
-            (pictures.content if pictures else "").encode(),
-            # Sizes are what machines may compare of their files: one of them reads the content.
-            *(
-                os.fsencode(f"{name} {_stat(root / name).st_size}\n")
-                for part in parts
-                for name, _ in part
-            ),
-        ],
+    finish = standardiser(mean, std, device, config.speed != "exact")
+    train, evaluate = (
+        OnDemand(
+            PictureFiles([str(root / path) for path, _ in part], size),
+            torch.tensor([label for _, label in part]),
+            finish,
+            augment,
+            device,
+            config.workers,
+        )
+        for part, augment in zip(parts, (True, False), strict=True)
     )
+    # Sizes are what machines may compare of their files: one of them reads the content.
+    sizes = [
+        os.fsencode(f"{path} {_stat(root / path).st_size}\n") for part in parts for path, _ in part
+    ]
+    content = (pictures.content if pictures else "").encode()
+    digest = digest_of(names, train, evaluate, content, *sizes)
+    facts = {key: value for key, value in facts.items() if value}
+    return Data(
+        tuple(names), size, train, evaluate, mean, std, facts=facts, digest=digest,
+        pictures=pictures,
+    )  # fmt: skip

@@ -1,0 +1,392 @@
+"""Attention maps of any model's layers, drawn over the images. Needs matplotlib.
+
+    from at_fused import visualize
+
+    models = {"student": student, "student + AT": student_at, "teacher": teacher}
+    visualize.compare(models, images, ["layer2", "layer3"], path="maps.png")
+
+``python -m at_fused.visualize runs/DATE-TIME`` draws those of a run of at-fused-train.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from at_fused import attention_map
+from at_fused._models import evaluating, modules_named
+from at_fused._numbers import as_python, check_finite, is_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["attention_maps", "compare", "figure", "save"]
+
+Maps = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
+SUFFIXES = (".png", ".svg")
+
+
+def attention_maps(
+    model: nn.Module,
+    images: Tensor,
+    layers: str | Sequence[str],
+    *,
+    normalize: bool = True,
+    **map_options: Any,
+) -> dict[str, Tensor]:
+    """Attention maps of the named layers' outputs, from one forward pass in eval mode.
+
+    ``Q[b, n] = (1/C) sum_c |A[b, c, n]|^p`` of each output A, divided by ``max(||Q[b]||_2, eps)``.
+    The model is left as it was: no hook stays, each module's training mode and the statistics of
+    BatchNorm are kept, no graph is made.
+
+    Args:
+        model: called as ``model(images)``, what it returns does not matter. One that
+            ``torch.compile`` wrapped is taken from before that, since compiled code skips hooks.
+        images: what the model takes, of any dtype.
+        layers: a name, or a list of names, from ``model.named_modules()``. The output of each must
+            be one tensor, and each must run once in a forward pass.
+        normalize: False for the raw Q.
+        map_options: p, collapse, channel_dim, eps and whatever else :func:`at_fused.attention_map`
+            takes, for all layers alike.
+
+    Returns:
+        By name, in the order of ``layers``: (B, H, W), float64 for float64 features, else float32.
+
+    Raises:
+        TypeError: ``model`` is no module, a name is none, a layer's output is not one tensor.
+        ValueError: an unknown name, a layer that does not run or runs more than once, a feature or
+            an option that :func:`at_fused.attention_map` refuses.
+
+    Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, got {type(model).__name__}; for features made in another "
+            "way, give at_fused.attention_map of them to visualize.figure"
+        )
+    layers = as_python("layers", layers)
+    names = [layers] if isinstance(layers, str) else layers
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"layers must be a name or a list or tuple of names, got {layers!r}")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"layers must name at least one layer, and each once, got {layers!r}")
+    maps: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"layer {name!r} ({type(module).__name__}) must give one tensor, got "
+                    f"{type(output).__name__}; name a module within it that does"
+                )
+            # Now, not after the pass: what follows may write into this tensor (ReLU in place).
+            try:
+                maps[name].append(attention_map(output, normalize=normalize, **map_options))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"layer {name!r}: {error}") from error
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in zip(names, modules_named(model, list(names)), strict=True):
+            stack.callback(module.register_forward_hook(keep(name)).remove)
+        stack.enter_context(evaluating(model))
+        model(images)
+    for name, found in maps.items():
+        if len(found) != 1:
+            raise ValueError(
+                f"layer {name!r} must run once in a forward pass, it ran {len(found)} times"
+            )
+    return {name: found[0] for name, found in maps.items()}
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    layers: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+    *,
+    path: str | Path | None = None,
+    **options: Any,
+) -> Figure:
+    """Attention maps of several models on the same images, side by side: a column per model.
+
+    :func:`attention_maps` of each model, then :func:`figure` of them.
+
+    Args:
+        models: by title, in the order of the columns.
+        images: what the models take, (B, 1, H, W) or (B, 3, H, W), floating point.
+        layers: a name or a list of names, or these by the models' titles, where they differ.
+        path: where to write the picture, as .png or .svg.
+        options: those of :func:`figure`; all others are :func:`attention_maps`'s, for every model
+            alike (where they differ, as for a CNN and a ViT, call the two functions).
+
+    Returns:
+        The matplotlib Figure.
+
+    Raises:
+        ImportError, TypeError, ValueError: as the two functions do, and for a ``path`` of another
+            kind or titles in ``layers`` that are not those of ``models``.
+    """
+    _need_matplotlib()
+    if path is not None:
+        _check_path(path)
+    if not isinstance(models, Mapping) or not models:
+        raise TypeError(f"models must be a mapping of titles to modules, got {models!r:.80}")
+    by_model = layers if isinstance(layers, Mapping) else dict.fromkeys(models, layers)
+    if set(by_model) != set(models):
+        raise ValueError(
+            f"layers must have the titles of models, {list(models)}, got {list(by_model)}"
+        )
+    figure_options = {k: options.pop(k) for k in list(options) if k in signature(figure).parameters}
+    maps = {
+        title: attention_maps(model, images, by_model[title], **options)
+        for title, model in models.items()
+    }
+    fig = figure(images, maps, **figure_options)
+    if path is not None:
+        save(fig, path)
+    return fig
+
+
+# ---- the picture
+
+
+def _need_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise ImportError('at_fused.visualize needs matplotlib: pip install "at_fused[train]"')
+
+
+def _check_path(path: str | Path) -> None:
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"path must end in .png or .svg, got {str(path)!r}")
+
+
+def _check_range(name: str, value: object, low: float, high: float) -> float:
+    number = check_finite(name, value)
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")
+    return number
+
+
+def save(fig: Figure, path: str | Path, dpi: float = 120) -> None:
+    """Write a figure as PNG or SVG, by the suffix of ``path``.
+
+    Args:
+        fig: what :func:`figure` or :func:`at_fused.visualize.compare` gave.
+        path: ends in .png or .svg.
+        dpi: pixels per inch of a PNG, from 10 to 10,000.
+
+    Raises:
+        TypeError, ValueError: another suffix, no such number.
+        OSError: the file cannot be written.
+    """
+    _check_path(path)
+    dpi = _check_range("dpi", dpi, 10, 10_000)
+    # Without the date, the same picture is the same file.
+    metadata = {"Date": None} if Path(path).suffix.lower() == ".svg" else None
+    fig.savefig(path, dpi=dpi, metadata=metadata)
+
+
+def _pictures(
+    images: Tensor, mean: float | Sequence[float] | None, std: float | Sequence[float] | None
+) -> Tensor:
+    """Return images as (B, H, W, 1 or 3) in [0, 1]."""
+    got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must be a tensor (B, 1, H, W) or (B, 3, H, W), got {got}")
+    if 0 in images.shape:
+        raise ValueError(f"images must not be empty, got shape {got}")
+    x = images.detach().cpu().double()
+    if images.dtype is torch.uint8:
+        x = x / 255
+    for name, value in (("std", std), ("mean", mean)):
+        if value is None:
+            continue
+        several = as_python(name, value)
+        several = several if isinstance(several, (list, tuple)) else [several]
+        if len(several) not in (1, x.shape[1]):
+            raise ValueError(
+                f"{name} must be a number or one per channel, got {value!r} "
+                f"for {x.shape[1]} channels"
+            )
+        numbers = [check_finite(name, number) for number in several]
+        factor = torch.tensor(numbers, dtype=x.dtype)[:, None, None]
+        x = x * factor if name == "std" else x + factor
+    if mean is None and std is None and not 0 <= x.min() <= x.max() <= 1:
+        x = (x - x.min()) / (x.max() - x.min()).clamp_min(torch.finfo(x.dtype).tiny)
+    return x.clamp(0, 1).movedim(1, -1)
+
+
+def _relative(name: str, attention: Tensor, batch: int) -> Tensor:
+    """Return a map (B, h, w) over its root mean square: sqrt(h w) q, 1 everywhere if it is flat."""
+    got = tuple(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__
+    if not isinstance(got, tuple) or len(got) != 3 or got[0] != batch or 0 in got:
+        raise ValueError(f"{name} must be maps (B, H, W) of the {batch} images, got {got}")
+    attention = attention.detach().cpu().double()
+    if not attention.isfinite().all():
+        raise ValueError(f"{name} must be finite, got inf or nan in it")
+    rms = attention.square().mean(dim=(1, 2), keepdim=True).sqrt()
+    return attention / rms.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _columns(columns: Mapping[str, Maps], batch: int) -> tuple[list[str], list[list[Tensor]]]:
+    """Return names of the stages, and of each column its maps stage by stage."""
+    if not isinstance(columns, Mapping) or not columns:
+        raise ValueError(f"columns must be a mapping of titles to maps, got {columns!r:.80}")
+    names: list[list[str]] = []
+    result: list[list[Tensor]] = []
+    for title, given in columns.items():
+        if not isinstance(given, (Tensor, Mapping, list, tuple)):
+            raise TypeError(
+                f"columns[{title!r}] must be maps, or a mapping or list of them, "
+                f"got {type(given).__name__}"
+            )
+        maps = [given] if isinstance(given, Tensor) else given
+        if not isinstance(maps, Mapping):
+            maps = {f"stage {i + 1}": x for i, x in enumerate(maps)}
+        names.append([str(name) for name in maps])
+        each = [f"columns[{title!r}][{i}]" for i in range(len(maps))]
+        result.append([_relative(n, x, batch) for n, x in zip(each, maps.values(), strict=True)])
+        if not each or len(each) != len(names[0]):
+            raise ValueError(
+                "columns must each have one map per stage, got "
+                f"{len(each)} for {title!r}, {len(names[0])} in the first"
+            )
+    stages = []
+    for i, name in enumerate(names[0]):
+        # One name if all columns agree on it, else only the number; and so for the maps' sizes.
+        stage = name if all(each[i] == name for each in names) else f"stage {i + 1}"
+        sizes = {tuple(each[i].shape[1:]) for each in result}
+        stages.append(stage + ("\n{}x{}".format(*sizes.pop()) if len(sizes) == 1 else ""))
+    return stages, result
+
+
+def _labels(name: str, given: Sequence[str] | None, default: list[str]) -> list[str]:
+    if given is None:
+        return default
+    if not isinstance(given, (list, tuple)) or len(given) != len(default):
+        raise ValueError(f"{name} must be a list of {len(default)} texts, got {given!r}")
+    return [str(text) for text in given]
+
+
+def _wrap(title: str, panel: float) -> str:
+    """Return a title in lines as wide as its panel, at 9 points; a plus stays with what follows."""
+    glued = str(title).replace("+ ", "+\N{NO-BREAK SPACE}")
+    lines = textwrap.fill(glued, max(8, int(panel * 13)))
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def figure(
+    images: Tensor,
+    columns: Mapping[str, Maps],
+    *,
+    stages: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+    across: int = 1,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    alpha: float = 0.7,
+    cmap: str = "viridis",
+    interpolation: str = "bilinear",
+    panel: float = 1.3,
+) -> Figure:
+    """A picture of maps over their images: a row per image and stage, a column per model.
+
+    Each row has the image, then it again under the map of each column. A map is drawn as
+    ``sqrt(h w) q = Q / rms(Q)``, which is 1 everywhere for a flat map whatever its size, so that
+    one colour scale, from 0 to the row's maximum, serves a row. A map's outer edges are the
+    image's: a cell of an (h, w) map covers the H/h x W/w pixels that it stands for, as
+    ``torch.nn.functional.interpolate`` has it with ``align_corners=False``.
+
+    Args:
+        images: (B, 1, H, W) or (B, 3, H, W), floating point or uint8.
+        columns: for each title the maps (B, h, w) of its stages, raw or normalised, any size: what
+            :func:`attention_maps` returns, or a list, or one map.
+        stages: names of the rows; None is the maps' names and sizes where all columns agree, else
+            numbers.
+        names: titles of the images.
+        across: images next to each other; a row is then a stage of that many images.
+        mean, std: what the images were normalised by, a number or one per channel. Without both,
+            images outside [0, 1] (uint8: [0, 255]) are stretched to it, all alike.
+        alpha: opacity of the maps, 0 to 1.
+        cmap: name of a matplotlib colour map.
+        interpolation: "bilinear" between the centres of the cells, or "nearest", which shows them.
+        panel: width of an image in inches, from 0.01 to 100.
+
+    Returns:
+        A matplotlib Figure, unknown to pyplot; :func:`save` writes it.
+
+    Raises:
+        ImportError: no matplotlib.
+        TypeError, ValueError: an argument that is not as above, or does not fit the images.
+
+    Source: the layout of figure 2 of Zagoruyko & Komodakis, ICLR 2017.
+    """
+    _need_matplotlib()
+    from matplotlib.figure import Figure
+
+    alpha, panel = _check_range("alpha", alpha, 0, 1), _check_range("panel", panel, 0.01, 100)
+    across = as_python("across", across)
+    pictures = _pictures(images, mean, std)
+    batch, height, width = pictures.shape[:3]
+    found, maps = _columns(columns, batch)
+    rows = _labels("stages", stages, found)
+    heads = [_wrap(text, panel) for text in _labels("names", names, ["image"] * batch)]
+    titles = [_wrap(title, panel) for title in columns]
+    if not is_whole(across) or across < 1:
+        raise ValueError(f"across must be a whole number >= 1, got {across!r}")
+    across = min(across, batch)
+
+    lines, block = -(-batch // across), 1 + len(maps)
+    # A narrow empty column keeps images apart from each other.
+    ratios = ([1.0] * block + [0.12]) * across
+    shape = (lines * len(rows), len(ratios) - 1)
+    # Inches that text of 9 points takes: names on the left, titles above; 0.8 for the colour bar.
+    left = 0.08 * max(len(part) for text in rows for part in text.split("\n"))
+    above = 0.16 * max(text.count("\n") + 1 for text in heads + titles) + 0.1
+    size = (
+        panel * sum(ratios) + left + 0.8,
+        (panel * height / width + 0.1) * shape[0] + above * lines,
+    )
+    fig = Figure(figsize=size)
+    fig.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    axes = fig.subplots(*shape, squeeze=False, width_ratios=ratios[:-1])
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[], frame_on=False)
+
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    for row, line in enumerate(axes):
+        first, stage = row // len(rows) * across, row % len(rows)
+        shown = range(first, min(first + across, batch))
+        drawn = [column[stage][first : first + across] for column in maps]
+        vmax = max(float(attention.max()) for attention in drawn) or 1.0
+        line[0].set_ylabel(rows[stage], rotation=0, ha="right", va="center", fontsize=9)
+        for n in shown:
+            cells = line[(n - first) * (block + 1) :][:block]
+            for ax in cells:
+                # At half its contrast below a map, else its brightness would pass for attention.
+                picture = pictures[n] if ax is cells[0] else 0.25 + 0.5 * pictures[n]
+                ax.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
+            for ax, column in zip(cells[1:], maps, strict=True):
+                top = ax.imshow(
+                    column[stage][n].numpy(), extent=extent, interpolation=interpolation,
+                    cmap=cmap, vmin=0, vmax=vmax, alpha=alpha,
+                )  # fmt: skip
+            if stage == 0:
+                for ax, title in zip(cells, [heads[n], *titles], strict=True):
+                    ax.set_title(title, fontsize=9)
+        bar = fig.colorbar(top, ax=line, aspect=12, pad=0.01)
+        bar.ax.set_facecolor("0.5")  # as below the maps
+        bar.ax.tick_params(labelsize=8)
+        bar.set_label("attention\n/ its rms", fontsize=8)
+    return fig
