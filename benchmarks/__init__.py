@@ -1,15 +1,11 @@
 """The benchmarks of a checkout: ``python -m benchmarks.report`` runs them and writes the report.
 
-    cases                    the settings, and the programs that are compared on them
-    measure, steps           what is measured, and how; steps of whole networks
-    results                  the rows of a device, as JSON
-    tables, charts, report   what is made of them
-    quick                    a few cases, for scripts/gpu_check.py
-    roofline                 bytes that the CUDA kernels move, counted without a GPU
-    model, kernels           a model of a GPU's time, and the CUDA kernels as its tasks
-    train_step               the authors' recipe and at-fused-train's, step by step
-
-test_benchmarks.py times the same for pytest-benchmark.
+cases            the settings, and the programs that are compared on them
+measure, steps   one timer for all of them; steps of whole networks
+results          the rows of a device, as JSON
+tables, charts   what ``report`` shows of them; ``quick`` measures a few
+roofline         bytes that the CUDA kernels move, counted without a GPU
+train_step       the authors' recipe and at-fused-train's, step by step
 """
 
 import os

@@ -24,16 +24,20 @@ CASES: dict[str, tuple[int, list[tuple[int, int, int]]]] = {
     "ViT-Ti from S, three blocks": (32, [(192, 384, 14)] * 3),
 }
 CANONICAL, TRANSFORMERS = tuple(CASES)[:3], tuple(CASES)[3:]
-LARGE = "ResNet-34 -> 18, batch 128"  # for the model alone
+LARGE = "ResNet-34 -> 18, batch 128"  # whose bytes are only counted
 CASES[LARGE] = 128, CASES[CANONICAL[1]][1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PASSES = ("forward", "forward+backward", "value and gradient")
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 LAYOUTS = tuple(FORMATS)
 TOKENS = ("tokens",)  # (B, 1 + H*W, C), the first that of the class
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-# ---- the popular lines ---------------------------------------------------------------------------
+def backends(device: str) -> list[str]:
+    """The back ends that run at_fused there."""
+    names = ("cpu",) if device == "cpu" else ("cuda", "triton")
+    return [name for name in names if at_fused.backends()[name].available]
 
 
 def popular_at(x: Tensor) -> Tensor:
@@ -61,10 +65,19 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
     return (F.normalize(a.flatten(1)) - F.normalize(b.flatten(1))).pow(2)
 
 
-def added_eps(q: Tensor) -> Tensor:
-    """A map over its norm + 1e-6."""
-    q = q.flatten(1)
-    return q / (q.norm(dim=1, keepdim=True) + 1e-6)
+def token_loss(s: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Tokens without that of the class, of which a mask may leave out more."""
+    a, b = (x[:, 1:].pow(2).mean(2) for x in (s, t))
+    if mask is not None:
+        a, b = a * mask.flatten(1), b * mask.flatten(1)
+    return distance(a, b).mean()
+
+
+def added_eps_loss(s: Tensor, t: Tensor) -> Tensor:
+    """Maps over their norm + 1e-6."""
+    maps = [energy(x).flatten(1) for x in (s, t)]
+    a, b = (q / (q.norm(dim=1, keepdim=True) + 1e-6) for q in maps)
+    return (a - b).pow(2).mean()
 
 
 def interpolated_loss(s: Tensor, t: Tensor) -> Tensor:
@@ -82,9 +95,6 @@ def pooled_loss(s: Tensor, t: Tensor) -> Tensor:
     return distance(energy(s), energy(t)).mean()
 
 
-# ---- the rest of the method ----------------------------------------------------------------------
-
-
 class Variant(NamedTuple):
     """A setting of the method: the popular lines of a pair, and at_loss's options for the same."""
 
@@ -96,29 +106,15 @@ class Variant(NamedTuple):
     cases: tuple[str, ...] = CANONICAL
     layouts: tuple[str, ...] = LAYOUTS
 
-    def popular(
-        self,
-        students: list[Tensor],
-        teachers: list[Tensor],
-        mask: list[Tensor] | None = None,
-        sample_weights: Tensor | None = None,
-    ) -> Tensor:
+    def popular(self, students: list[Tensor], teachers: list[Tensor], **extra: Any) -> Tensor:
         """The popular lines over all stages; by sample, if they give a loss for each."""
-        sides = [students, teachers] + [mask] * (mask is not None)
-        more = [sample_weights] * (sample_weights is not None)
-        return sum(self.eager(*stage, *more) for stage in zip(*sides, strict=True))
+        sides = [students, teachers, *(extra[name] for name in ("mask",) if name in extra)]
+        weights = [extra[name] for name in ("sample_weights",) if name in extra]
+        return sum(self.eager(*stage, *weights) for stage in zip(*sides, strict=True))
 
     def ours(self) -> Callable[..., Tensor]:
         """The same by at_fused."""
         return partial(at_fused.at_loss, **self.options)
-
-
-def token_loss(s: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Tokens without that of the class, of which a mask may leave out more."""
-    a, b = (x[:, 1:].pow(2).mean(2) for x in (s, t))
-    if mask is not None:
-        a, b = a * mask.flatten(1), b * mask.flatten(1)
-    return distance(a, b).mean()
 
 
 AT_LOSS = Variant(popular_at_loss, {})
@@ -136,10 +132,7 @@ VARIANTS = {
     "loss of each sample": Variant(
         lambda s, t: distance(energy(s), energy(t)).mean(1), {"reduction": "sample"}
     ),
-    "eps added": Variant(
-        lambda s, t: (added_eps(energy(s)) - added_eps(energy(t))).pow(2).mean(),
-        {"eps": 1e-6, "eps_mode": "add"},
-    ),
+    "eps added": Variant(added_eps_loss, {"eps": 1e-6, "eps_mode": "add"}),
     "max": Variant(
         lambda s, t: distance(s.pow(2).max(1).values, t.pow(2).max(1).values).mean(),
         {"collapse": "max"},
@@ -154,7 +147,10 @@ VARIANTS = {
 }
 
 
-# ---- inputs --------------------------------------------------------------------------------------
+def rivals(variant: Variant = AT_LOSS) -> dict[str, Callable[..., Tensor]]:
+    """What is compared with at_fused; torch.compile anew each time, for the exact shapes."""
+    torch._dynamo.reset()
+    return {"eager": variant.popular, "compile": torch.compile(variant.popular, dynamic=False)}
 
 
 class Inputs(NamedTuple):
@@ -175,6 +171,7 @@ class Inputs(NamedTuple):
         variant: Variant = AT_LOSS,
     ) -> Inputs:
         """Those of a case, by its name or as CASES has it; ``share`` divides the batch."""
+        torch.manual_seed(0)
         batch, stages = CASES[case] if isinstance(case, str) else case
         batch //= share
 
@@ -184,18 +181,15 @@ class Inputs(NamedTuple):
             x = torch.randn(batch, channels, side, side)
             return x.to(DTYPES[dtype], memory_format=FORMATS[layout])
 
-        of_student, of_teacher = variant.halved
+        s_part, t_part = variant.halved
         with torch.device(device):
-            students = [feature(c, h // of_student) for c, _, h in stages]
+            students = [feature(c, h // s_part).requires_grad_() for c, _, h in stages]
             teachers = [
-                feature(c if variant.same_channels else d, h // of_teacher) for c, d, h in stages
+                feature(c if variant.same_channels else d, h // t_part) for c, d, h in stages
             ]
-            extra: dict[str, Any] = {}
-            if variant.extra == "mask":
-                extra["mask"] = [torch.rand(batch, h, h) < 0.7 for *_, h in stages]
-            elif variant.extra:
-                extra[variant.extra] = torch.rand(batch)
-        return cls([x.requires_grad_() for x in students], teachers, extra)
+            masks = [torch.rand(batch, h, h) < 0.7 for *_, h in stages]
+            extra = {"mask": masks, "sample_weights": torch.rand(batch)}
+        return cls(students, teachers, {k: x for k, x in extra.items() if k == variant.extra})
 
     def floors(self) -> dict[str, int]:
         """Bytes that each pass has to read and write, at the least.
@@ -206,23 +200,16 @@ class Inputs(NamedTuple):
         s, t = (sum(x.nbytes for x in side) for side in (self.students, self.teachers))
         maps = sum(4 * x[:, 0].numel() for x in self.students)
         forward, backward = s + t + 2 * maps, s + maps + s
-        return {
-            "read": s + t,
-            "forward": forward,
-            "backward": backward,
-            "forward+backward": forward + backward,
-            "value and gradient": s + t + s,
-        }
+        both = {"forward": forward, "backward": backward, "forward+backward": forward + backward}
+        return {"read": s + t, **both, "value and gradient": s + t + s}
 
     def read_all(self, joined: bool = False) -> Callable[[], None]:
         """One pass over all bytes and next to no arithmetic: the floor of the forward pass.
 
         Of a copy of all in one tensor if ``joined``: one launch.
         """
-        flat = [
-            x.detach().permute(0, 2, 3, 1) if not x.is_contiguous() else x.detach()
-            for x in self.students + self.teachers
-        ]
+        features = [x.detach() for x in self.students + self.teachers]
+        flat = [x if x.is_contiguous() else x.permute(0, 2, 3, 1) for x in features]
         words = [x.reshape(-1).view(torch.int32) for x in flat]
         if joined:
             words = [torch.cat(words)]
@@ -236,26 +223,10 @@ class Inputs(NamedTuple):
     def step(self, loss: Callable[..., Tensor], backward: bool = True) -> Callable[[], object]:
         """The forward pass, or forward and backward, with ``loss``."""
 
-        def forward() -> Tensor:
-            return loss(self.students, self.teachers, **self.extra)
-
-        def both() -> object:
-            found = forward()
+        def run() -> object:
+            found = loss(self.students, self.teachers, **self.extra)
+            if not backward:
+                return found
             return torch.autograd.grad(found.sum() if found.dim() else found, self.students)
 
-        return both if backward else forward
-
-
-def rivals(variant: Variant = AT_LOSS) -> dict[str, Callable[..., Tensor]]:
-    """What is compared with at_fused; torch.compile anew each time, for the exact shapes."""
-    torch._dynamo.reset()
-    return {"eager": variant.popular, "compile": torch.compile(variant.popular, dynamic=False)}
-
-
-def backends(device: str) -> list[str]:
-    """What runs at_fused there."""
-    names = ("cpu",) if device == "cpu" else ("cuda", "triton")
-    return [name for name in names if at_fused.backends()[name].available]
-
-
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        return run

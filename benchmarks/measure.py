@@ -22,7 +22,7 @@ import torch
 
 import at_fused
 from at_fused import _ops
-from at_fused.train.memory import peak
+from at_fused.train.speed import peak
 from benchmarks import steps as training
 from benchmarks.cases import (
     AT_LOSS,
@@ -44,10 +44,11 @@ Row = dict[str, Any]
 OTHER_BYTES = 256 << 20  # several times any second-level cache
 REPEATS = 8  # of a program in its graph
 HOST_CYCLES = 2_000_000  # about a millisecond of a GPU's clock
+OWN_ROUNDS = 12
 TWO_PASSES = PASSES[:2]  # that the others have
 
 
-# ---- how -----------------------------------------------------------------------------------------
+# ---- the timer -----------------------------------------------------------------------------------
 
 
 class Clock:
@@ -58,8 +59,8 @@ class Clock:
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
 
-    def floors(self, count: int) -> dict[str, Program]:
-        """Name what is timed beside programs that have to move so many bytes."""
+    def copies(self, count: int) -> dict[str, Program]:
+        """Programs that have to move so many bytes, by name."""
         return {}
 
     def prepare(self, program: Program) -> tuple[Program, str]:
@@ -94,7 +95,7 @@ class Graphs(Clock):
         self._failed: list[torch.cuda.CUDAGraph] = []
         self._reads, _ = self.prepare(lambda: None)
 
-    def floors(self, count: int) -> dict[str, Program]:
+    def copies(self, count: int) -> dict[str, Program]:
         """A copy that reads half of the bytes and writes the other."""
         source = torch.zeros(count // 2, device=self._device, dtype=torch.uint8)
         return {"copy": partial(torch.empty_like(source).copy_, source)}
@@ -148,10 +149,9 @@ class Allocations(Clock):
         """The most of a run."""
         # Twice: the profiler knows the sizes of what it has seen allocated. Only so do the
         # gradients that the first run leaves count as freed in the second, every time.
-        for _ in range(2):
-            with peak(torch.device(self._device)) as found:
-                program()
-        return found.bytes
+        device = torch.device(self._device)
+        peak(device, program)
+        return peak(device, program)
 
 
 @cache
@@ -171,6 +171,12 @@ class Comparison(NamedTuple):
     seconds: float = 1.0  # of measuring, about
     name: str = "backend"  # what the contexts are
 
+    def beside_copies(self, count: int) -> Comparison:
+        """Add programs that have to move so many bytes, if the meter has any."""
+        copies = self.meter.copies(count)
+        moved = self.what["bytes"] | dict.fromkeys(copies, count)
+        return self._replace(what=self.what | {"bytes": moved}, others=self.others | copies)
+
     def rows(self) -> list[Row]:
         """A row for each context, with the medians of some rounds.
 
@@ -179,7 +185,8 @@ class Comparison(NamedTuple):
         """
         programs = {(name, None): run for name, run in self.others.items()}
         programs |= {(name, key): run for key in self.under for name, run in self.ours.items()}
-        uncaptured = {}
+        uncaptured: dict[tuple[str, Any], str] = {}
+        found: dict[tuple[str, Any], list[float]] = {each: [] for each in programs}
 
         def chosen(key: Any) -> AbstractContextManager[object]:
             return self.under[key]() if key else nullcontext()
@@ -194,24 +201,21 @@ class Comparison(NamedTuple):
             if why:
                 uncaptured[name, key] = why
             once(name, key)  # compiles, and fills the allocator
-        begin = time.perf_counter()
-        found = {each: [once(*each)] for each in programs}
-        round_of = time.perf_counter() - begin
-        rounds = max(self.meter.least, min(self.meter.most, int(self.seconds / round_of)))
-        order, shuffle = list(programs), random.Random(0).shuffle
-        for _ in range(rounds - 1):
+        order, shuffle, rounds = list(programs), random.Random(0).shuffle, 0
+        end = time.perf_counter() + self.seconds
+        while rounds < self.meter.least or (time.perf_counter() < end and rounds < self.meter.most):
             shuffle(order)
             for each in order:
                 found[each].append(once(*each))
+            rounds += 1
         medians = {each: round(statistics.median(values), 6) for each, values in found.items()}
 
         def row(key: Any) -> Row:
             def its(found: dict[tuple[str, Any], Any]) -> dict[str, Any]:
                 return {name: value for (name, of), value in found.items() if of in (None, key)}
 
-            head = {**self.what, self.name: key, "rounds": rounds}
-            notes = {"uncaptured": its(uncaptured)} if its(uncaptured) else {}
-            return {**head, self.meter.unit: its(medians), **notes}
+            head = {**self.what, self.name: key, "rounds": rounds, self.meter.unit: its(medians)}
+            return head | ({"uncaptured": its(uncaptured)} if its(uncaptured) else {})
 
         return [row(key) for key in self.under]
 
@@ -223,63 +227,58 @@ def on(device: str) -> dict[str, Callable[[], AbstractContextManager[object]]]:
     return {name: partial(at_fused.use_backend, name) if several else nullcontext for name in names}
 
 
-# ---- what ----------------------------------------------------------------------------------------
+# ---- the parts: tables.py says what they are -----------------------------------------------------
+
+
+def compared(
+    device: str,
+    what: Row,
+    inputs: Inputs,
+    *floor: str,
+    variant: Variant = AT_LOSS,
+    backward: bool = True,
+    meter: Clock | None = None,
+    seconds: float = 1.0,
+) -> Comparison:
+    """at_fused, its rivals, and "floor" if it is asked for."""
+    others = {name: inputs.step(loss, backward) for name, loss in rivals(variant).items()}
+    others |= {name: inputs.read_all(device == "cuda") for name in floor}
+    ours = {"at_fused": inputs.step(variant.ours(), backward)}
+    return Comparison(what, others, ours, meter or clock(device), on(device), seconds)
 
 
 def at_loss(device: str, case: str, dtype: str, layout: str, direction: str) -> Comparison:
-    """A pass of a canonical case; value and gradient against forward and backward of the others."""
-    torch.manual_seed(0)
     inputs = Inputs.make(case, dtype, layout, device)
-    floors, backward = inputs.floors(), direction != PASSES[0]
-    meter = clock(device)
-    copies = meter.floors(floors[direction])
-    bytes_ = {"floor": floors["read"], "at_fused": floors[direction]}
-    bytes_ |= dict.fromkeys(copies, floors[direction])
-    what = {"case": case[0], "dtype": dtype, "layout": layout, "pass": direction, "bytes": bytes_}
-    others = {name: inputs.step(loss, backward) for name, loss in rivals().items()}
-    others |= {"floor": inputs.read_all(device == "cuda"), **copies}
-    ours: Program = partial(at_fused.at_value_and_grad, inputs.students, inputs.teachers)
-    if direction in TWO_PASSES:
-        ours = inputs.step(at_fused.at_loss, backward)
-    return Comparison(what, others, {"at_fused": ours}, meter, on(device), 2.0)
-
-
-def forward_and_backward(
-    device: str, what: Row, inputs: Inputs, meter: Clock, *floor: str, variant: Variant = AT_LOSS
-) -> Comparison:
-    """Forward and backward of all programs."""
-    others = {name: inputs.step(loss) for name, loss in rivals(variant).items()}
-    others |= {name: inputs.read_all(device == "cuda") for name in floor}
-    ours = {"at_fused": inputs.step(variant.ours())}
-    return Comparison(what, others, ours, meter, on(device))
+    floors, backward = inputs.floors(), direction != "forward"
+    what = {"case": case[0], "dtype": dtype, "layout": layout, "pass": direction}
+    what |= {"bytes": {"floor": floors["read"], "at_fused": floors[direction]}}
+    found = compared(device, what, inputs, "floor", backward=backward, seconds=2.0)
+    if direction not in TWO_PASSES:
+        both = partial(at_fused.at_value_and_grad, inputs.students, inputs.teachers)
+        found.ours["at_fused"] = both
+    return found.beside_copies(floors[direction])
 
 
 def size(device: str, batch: int, channels: int) -> Comparison:
-    """One pair of 28x28."""
     inputs = Inputs.make((batch, [(channels, channels, 28)]), device=device)
     what = {"shape": [batch, channels, 28, 28], "bytes": inputs.floors()["read"]}
-    return forward_and_backward(device, what, inputs, clock(device), "floor")
+    return compared(device, what, inputs, "floor")
 
 
 def memory(device: str, share: int) -> Comparison:
-    """The most that forward and backward of case b allocate, at a share of its batch."""
     inputs = Inputs.make(CANONICAL[1], device=device, share=share)
     gradient = sum(x.nbytes for x in inputs.students)
     what = {"case": "b", "batch": len(inputs.students[0]), "gradient": gradient}
-    return forward_and_backward(device, what, inputs, Allocations(device))
+    return compared(device, what, inputs, meter=Allocations(device))
 
 
 def method(device: str, name: str, case: str, dtype: str, layout: str) -> Comparison:
-    """A variant of the method."""
-    torch.manual_seed(0)
-    variant = VARIANTS[name]
-    inputs = Inputs.make(case, dtype, layout, device, variant=variant)
+    inputs = Inputs.make(case, dtype, layout, device, variant=VARIANTS[name])
     what = {"variant": name, "case": case, "dtype": dtype, "layout": layout}
-    return forward_and_backward(device, what, inputs, clock(device), variant=variant)
+    return compared(device, what, inputs, variant=VARIANTS[name])
 
 
 def threads(device: str, case: str) -> Comparison:
-    """From one thread to all of the CPU's."""
     most = torch.get_num_threads()
 
     @contextmanager
@@ -290,7 +289,7 @@ def threads(device: str, case: str) -> Comparison:
         torch.set_num_threads(most)
 
     inputs = Inputs.make(case)
-    programs = {name: inputs.step(at_fused.at_loss, name != PASSES[0]) for name in TWO_PASSES}
+    programs = {name: inputs.step(at_fused.at_loss, name != "forward") for name in TWO_PASSES}
     programs["floor"] = inputs.read_all()
     counts = sorted({*(2**k for k in range(most.bit_length())), most})
     under = {count: partial(awake, count) for count in counts}
@@ -299,8 +298,8 @@ def threads(device: str, case: str) -> Comparison:
 
 
 def call(device: str, pairs: int, direction: str) -> Comparison:
-    """The host's time for a call of tiny features, by its clock."""
-    inputs, backward = Inputs.make((4, [(8, 8, 4)] * pairs), device=device), direction != PASSES[0]
+    """The host's time, by its clock."""
+    inputs, backward = Inputs.make((4, [(8, 8, 4)] * pairs), device=device), direction != "forward"
     what = {"pairs": pairs, "shape": [4, 8, 4, 4], "pass": direction}
     others = {"eager": inputs.step(popular_losses, backward)}
     ours = {"at_fused": inputs.step(at_fused.at_loss, backward)}
@@ -308,11 +307,7 @@ def call(device: str, pairs: int, direction: str) -> Comparison:
 
 
 def step(device: str, name: str) -> Comparison:
-    """Training steps of a pair of networks; what they hold, and what in them is AT, is found here.
-
-    The popular lines' and the drop-in's own time is that of their calls alone, on features like the
-    networks'. AttentionTransfer's is taken within the step, by the host's clock: on the CPU.
-    """
+    """What the steps hold, and what in them is attention transfer, is found here."""
     torch.manual_seed(0)
     with torch.device(device):
         networks = training.NETWORKS[name]()
@@ -323,7 +318,7 @@ def step(device: str, name: str) -> Comparison:
     losses = {"eager": popular_losses, "drop-in": at_fused.at_loss}
     alone = {key: features.step(loss) for key, loss in losses.items()}
     (own,) = Comparison({}, alone, {}, clock(device), {"auto": nullcontext}, 2.0).rows()
-    what["own"] = {key: own["ms"][key] for key in losses}
+    what["own"] = own["ms"]
     if device == "cpu":
         found = training.own_seconds(networks, OWN_ROUNDS)
         what["own"]["tap"] = statistics.median(seconds for _, seconds in found) * 1e3
@@ -333,22 +328,11 @@ def step(device: str, name: str) -> Comparison:
 
 
 def tap(device: str, case: str, dtype: str, layout: str) -> Comparison:
-    """The map's gradient added in place, against a gradient of its own that autograd adds.
-
-    "backward" is the drop-in's gradient alone.
-    """
-    torch.manual_seed(0)
+    """The drop-in and eager make a gradient, then add it; "backward" is the drop-in's gradient."""
     features = [x.detach() for x in Inputs.make(case, dtype, layout, device).students]
     gradients = [torch.randn_like(x) for x in features]
     of_maps = [torch.randn(len(x), x[0, 0].numel(), device=device) for x in features]
-    once, meter = sum(x.nbytes for x in features), clock(device)
-    backward = 2 * once + sum(q.nbytes for q in of_maps)
-    copies = meter.floors(once + backward)
-    bytes_ = {
-        "tap": once + backward,
-        "backward": backward,
-        **dict.fromkeys(copies, once + backward),
-    }
+    once, maps = (sum(x.nbytes for x in each) for each in (features, of_maps))
 
     def in_place() -> None:
         for g, x, q in zip(gradients, features, of_maps, strict=True):
@@ -369,22 +353,20 @@ def tap(device: str, case: str, dtype: str, layout: str) -> Comparison:
             for x, q in zip(features, of_maps, strict=True)
         ]
 
-    what = {"case": case[0], "dtype": dtype, "layout": layout, "bytes": bytes_}
+    what = {"case": case[0], "dtype": dtype, "layout": layout}
+    what |= {"bytes": {"tap": 3 * once + maps, "backward": 2 * once + maps}}
     fused = {"tap": in_place, "drop-in": partial(added, drop_in), "backward": drop_in}
-    others = {"eager": partial(added, eager), **copies}
-    return Comparison(what, others, fused, meter, on(device))
+    others = {"eager": partial(added, eager)}
+    found = Comparison(what, others, fused, clock(device), on(device))
+    return found.beside_copies(3 * once + maps)
 
 
 KINDS = list(itertools.product(CANONICAL, DTYPES, LAYOUTS))
-OWN_ROUNDS = 12
 # Name -> what is compared, and its settings.
 PARTS: dict[str, tuple[Callable[..., Comparison], Sequence[Sequence[Any]]]] = {
     "cases": (at_loss, [(*kind, direction) for kind in KINDS for direction in PASSES]),
     # Batch and channels: from 6 kB to 206 MB.
-    "sizes": (
-        size,
-        [(1, 1), (4, 1), (4, 4), *((32, c) for c in (2, 8, 32, 128, 512, 1024))],
-    ),
+    "sizes": (size, [(1, 1), (4, 1), (4, 4), *((32, c) for c in (2, 8, 32, 128, 512, 1024))]),
     "memory": (memory, [(8,), (4,), (2,), (1,)]),
     "threads": (threads, [(case,) for case in CANONICAL]),
     "calls": (call, list(itertools.product((1, 3), TWO_PASSES))),

@@ -9,46 +9,33 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks import results
+from benchmarks import results, tables
 from benchmarks.cases import CANONICAL, PASSES
 from benchmarks.measure import PARTS, Row
 
-KINDS = [
-    (case, *kind) for kind in (("fp32", "NCHW"), ("bf16", "channels_last")) for case in CANONICAL
-]
-SETTINGS = {
-    "cases": [(*kind, direction) for kind in KINDS for direction in PASSES],
-    "taps": KINDS,
-    "calls": PARTS["calls"][1],
-}
+TWO = (("fp32", "NCHW"), ("bf16", "channels_last"))
+KINDS = [(case, *kind) for kind in TWO for case in CANONICAL]
+CASES = [(*kind, direction) for kind in KINDS for direction in PASSES]
+SETTINGS = {"cases": CASES, "taps": KINDS, "calls": PARTS["calls"][1]}
 
 
-def line(row: Row) -> str:
-    """A row in words: microseconds, and the share of a copy's rate where that is known."""
-    ms, moved = row["ms"], row.get("bytes", {})
-    what = [f"{key} {value}" for key, value in row.items() if not isinstance(value, dict)]
-    cells = []
-    for name, time in ms.items():
-        share = ""
-        if "copy" in moved and name in moved:
-            share = f" ({moved[name] / time * ms['copy'] / moved['copy']:.0%})"
-        cells.append(f"{name} {1e3 * time:.1f}{share}")
-    notes = [f"{name} not captured: {why}" for name, why in row.get("uncaptured", {}).items()]
-    return f"{', '.join(what)}: {'; '.join([', '.join(cells), *notes])}"
+def lines(part: str, rows: list[Row]) -> list[str]:
+    """The table of the report, and why some times are not of a CUDA graph."""
+    found = {(name, why) for row in rows for name, why in row.get("uncaptured", {}).items()}
+    return [*tables.PARTS[part][1](rows), *(f"\\* {name}: {why}" for name, why in sorted(found))]
 
 
 def main(device: str, file: str, most: str = "100") -> None:
-    """Entry point."""
     found = results.begin(device)
     print(results.describe(found), flush=True)
     for part, settings in SETTINGS.items():
-        found["parts"][part] = []
-        print(f"{part}, us", flush=True)
-        for setting in settings[: int(most)]:
-            rows = PARTS[part][0](device, *setting)._replace(seconds=0.5).rows()
-            print(*map(line, rows), sep="\n", flush=True)
-            found["parts"][part] += rows
-            results.write(Path(file), found)
+        rows = found["parts"][part] = []
+        try:
+            for setting in settings[: int(most)]:
+                rows += PARTS[part][0](device, *setting)._replace(seconds=0.5).rows()
+                results.write(Path(file), found)
+        finally:  # when it is interrupted as well
+            print("", tables.PARTS[part][0], "", *lines(part, rows), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,13 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Container, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
 
 from benchmarks import ROOT, charts, measure, results, roofline, tables
 from benchmarks.cases import CANONICAL, CASES, DEVICES
-from benchmarks.results import FOLDER, MODEL, Result, ResultError
-from benchmarks.roofline import Count, Model, Row
+from benchmarks.results import FOLDER, Result, ResultError
 from benchmarks.steps import NETWORKS
 
 README = ROOT / "README.md"
@@ -51,11 +46,9 @@ else is said, MB of 10^6 bytes. The cases, of which all stages are one call:
 {chr(10).join(f"- {case}, batch {CASES[case][0]}" for case in CANONICAL)}
 """
 
-# ---- measuring -----------------------------------------------------------------------------------
-
 
 def measured(device: str, parts: Sequence[str], folder: Path) -> None:
-    """Measures parts of a device, and saves it after each."""
+    """Measure parts of a device, and save it after each."""
     result = results.begin(device)
     if set(parts) != set(measure.PARTS):
         result = results.resume(result, folder)
@@ -69,84 +62,45 @@ def measured(device: str, parts: Sequence[str], folder: Path) -> None:
             print(f"{result['device']}: {part}, {seconds:.0f} s, in {path}", flush=True)
 
 
-# ---- the report ----------------------------------------------------------------------------------
-
-
-def pictures(found: dict[str, Result], model: Model) -> dict[str, tuple[Callable[[], Figure], Any]]:
-    """Name -> how to draw it, and what from."""
-    drawn: dict[str, tuple[Callable[[], Figure], Any]] = {}
-    for name, result in found.items():
-        for part in DRAWN.keys() & result["parts"].keys():
-            drawn[f"{name}-{part}"] = partial(DRAWN[part], result), result
-        if result["kind"] == "cuda" and "cases" in result["parts"]:
-            drawn[f"{name}-roofline"] = partial(charts.roofline, model, result), [model, result]
-    drawn["roofline"] = partial(charts.roofline, model), model
-    return drawn
-
-
-def device_section(name: str, result: Result, pictured: Container[str]) -> list[str]:
+def device_section(name: str, result: Result) -> list[str]:
     """All of a device's tables and pictures."""
     lines = [f"## {name}", "", f"{results.describe(result)}.", ""]
-    for part, shown in tables.PARTS.items():
+    for part, (title, table) in tables.PARTS.items():
         if rows := result["parts"].get(part):
-            lines += [f"### {shown.title}", "", shown.note, ""]
-            if f"{name}-{part}" in pictured:
-                lines += [f"![{shown.title}, {result['device']}]({name}-{part}.png)", ""]
-            lines += [*shown.table(rows), ""]
-    if f"{name}-roofline" in pictured:
-        lines += ["### Roofline", "", f"![Roofline, {result['device']}]({name}-roofline.png)", ""]
+            lines += [f"### {title}", "", tables.note(part), ""]
+            if part in DRAWN:
+                lines += [f"![{title}, {result['device']}]({name}-{part}.png)", ""]
+            lines += [*table(rows), ""]
     return lines
 
 
-def model_sentence(model: Model) -> str:
-    """What was counted, in short."""
-
-    def span(count_of: Callable[[Row], Count]) -> str:
-        counts = [count_of(row) for row in model.rows]
-        to_floor = [count.bytes / row.floor for count, row in zip(counts, model.rows, strict=True)]
-        launches = sorted({count.launches for count in counts})
-        several = f"{launches[0]} to {launches[-1]} launches" if launches[1:] else "one launch"
-        return f"{min(to_floor):.2f} to {max(to_floor):.2f} in {several}"
-
-    return (
-        "Bytes moved, over those that a pass (forward, backward, or value and gradient, of any "
-        f"case) has to read and write: at_fused {span(lambda row: row.counted)}, "
-        f"torch.compile {span(lambda row: row.compiled)}, eager {span(lambda row: row.eager)}."
-    )
-
-
-def text(found: dict[str, Result], model: Model, pictured: Container[str]) -> str:
-    """report.md, with the pictures that there are."""
-    cases = {f"[{r['device']}](#{n})": r["parts"].get("cases", []) for n, r in found.items()}
+def text(found: dict[str, Result], counted: roofline.Counts) -> str:
+    """report.md."""
     lines = [INTRODUCTION]
-    if len(found) > 1:
-        lines += ["Geometric means of their ratios:", "", *tables.summary(cases), ""]
     for name, result in found.items():
-        lines += device_section(name, result, pictured)
+        lines += device_section(name, result)
     lines += [
         "## The CUDA kernels, counted without a GPU",
         "",
-        f"{model_sentence(model)} Every figure, and how they are counted, is in "
-        "[roofline.md](roofline.md). The picture takes its times from a model, not from a GPU.",
-        "",
-        "![Roofline of the CUDA kernels, a model](roofline.png)",
+        f"{roofline.sentence(counted)} Every figure, and how they are counted, is in "
+        "[roofline.md](roofline.md).",
     ]
     return "\n".join(lines) + "\n"
 
 
-def in_readme(readme: str, found: dict[str, Result], model: Model) -> str:
+def in_readme(readme: str, found: dict[str, Result], counted: roofline.Counts) -> str:
     """README.md with what is between its markers made anew."""
 
     def block(match: re.Match[str]) -> str:
         begin, part, name, end = match.groups()
-        if name == MODEL:
-            return f"{begin}{model_sentence(model)}\n{end}"
+        if name == roofline.FILE.stem:
+            return f"{begin}{roofline.sentence(counted)}\n{end}"
         if name not in found:
             raise ResultError(f"README.md shows benchmarks/results/{name}.json, which is not there")
-        shown = tables.PARTS[part or "cases"]
-        lines = shown.table(found[name]["parts"].get(part or "cases", []))
+        title, table = tables.PARTS[part or "cases"]
+        lines = table(found[name]["parts"].get(part or "cases", []))
         if not part:
-            picture = f"![{shown.title}](benchmarks/results/{name}-cases.png)"
+            picture = f"![{title}](benchmarks/results/{name}-cases.png)"
             lines = [f"{results.describe(found[name])}:", "", *lines, "", picture]
         return "\n".join([begin.rstrip(), *lines, end])
 
@@ -154,29 +108,26 @@ def in_readme(readme: str, found: dict[str, Result], model: Model) -> str:
 
 
 def merge(folder: Path, readme: Path) -> None:
-    """Writes the report and its pictures, and the README's part."""
-    found, model = results.load_all(folder), roofline.load(folder / f"{MODEL}.json")
+    """Write the report and its pictures, and the README's part."""
+    found, counted = results.load_all(folder), roofline.load(folder / roofline.FILE.name)
     if not found:
         raise ResultError(f"no results in {folder}")
-    shown = in_readme(readme.read_text(), found, model)
-    drawn = pictures(found, model)
-    for name, (draw, source) in drawn.items():
-        charts.save(draw(), folder / f"{name}.png", source)
-    (folder / "report.md").write_text(text(found, model, drawn))
+    shown = in_readme(readme.read_text(), found, counted)
+    for name, result in found.items():
+        for part in DRAWN.keys() & result["parts"].keys():
+            charts.save(DRAWN[part](result), folder / f"{name}-{part}.png", result)
+    (folder / "report.md").write_text(text(found, counted))
     readme.write_text(shown)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     choice = parser.add_mutually_exclusive_group()
     parts = list(measure.PARTS)
-    choice.add_argument(
-        "--only", nargs="+", choices=parts, default=parts, help="parts to measure (all)"
-    )
-    parser.add_argument(
-        "--device", nargs="+", choices=DEVICES, default=DEVICES, help="what to measure (all)"
-    )
+    some = {"nargs": "+", "choices": parts, "default": parts}
+    choice.add_argument("--only", help="parts to measure (all)", **some)
+    some = {"nargs": "+", "choices": DEVICES, "default": DEVICES}
+    parser.add_argument("--device", help="what to measure (all)", **some)
     choice.add_argument("--merge", action="store_true", help="measure nothing")
     given = parser.parse_args(arguments)
     try:

@@ -8,9 +8,7 @@ import json
 import math
 import platform
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +16,17 @@ import torch
 
 import at_fused
 from benchmarks import ROOT, tables
-from benchmarks.cases import CANONICAL, DTYPES, LAYOUTS, PASSES, backends
-from benchmarks.measure import Row
+from benchmarks.cases import backends
 
 Result = dict[str, Any]
 
 SCHEMA = 1
 FOLDER = ROOT / "benchmarks/results"
-MODEL = "roofline"  # roofline.py's file there, which is no device's
-
-# What a result must hold beside the rows.
-HEAD = {
-    "device": str,
-    "kind": str,
-    "threads": int,
-    "cache": int,  # bytes of the last level, 0 where the system does not tell
-    "system": str,
-    "commit": str,
-    "date": str,
-    "versions": dict,
-    "backends": dict,
-    "parts": dict,
-}
+NO_DEVICE = re.compile("roofline|gpu_check_.*")  # other files there
 
 
 class ResultError(ValueError):
     """A file that is no result, or not one that goes with the rest."""
-
-
-# ---- this machine --------------------------------------------------------------------------------
 
 
 def processor() -> str:
@@ -68,32 +48,28 @@ def last_level_cache() -> int:
 
 def commit() -> str:
     """Of the checkout; "-dirty" where what is measured is not what was committed."""
-
-    def git(*arguments: str) -> str:
-        if not shutil.which("git"):
-            return ""
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    name = git("rev-parse", "--short", "HEAD")
-    measured = ("at_fused", "csrc", "setup.py", ":(glob)benchmarks/*.py")
-    changed = git("status", "--porcelain", "--", *measured)
-    return (name or "unknown") + "-dirty" * bool(changed)
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    name = ["git", "rev-parse", "--short", "HEAD"]
+    measured = ["at_fused", "csrc", "setup.py", ":(glob)benchmarks/*.py"]
+    changes = ["git", "status", "--porcelain", "--", *measured]
+    try:
+        name, changed = (subprocess.run(each, **options).stdout.strip() for each in (name, changes))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name + "-dirty" * bool(changed)
 
 
 def begin(device: str) -> Result:
     """A result without a row, of "cpu" or "cuda"."""
-    table = at_fused.backends()
-    on = {name: table[name].reason for name in backends(device)}
+    on = {name: at_fused.backends()[name].reason for name in backends(device)}
     if not on:
-        names = ("cpu",) if device == "cpu" else ("cuda", "triton")
-        reasons = "; ".join(f"{name}: {table[name].reason}" for name in names)
+        reasons = "; ".join(f"{name}: {row.reason}" for name, row in at_fused.backends().items())
         raise ResultError(f"nothing to measure on {device}: no back end runs ({reasons})")
+    gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
     versions = {"at_fused": at_fused.__version__, "torch": torch.__version__}
     versions["Python"] = platform.python_version()
-    if device == "cuda":
+    if gpu:
         versions["CUDA" if torch.version.cuda else "HIP"] = torch.version.cuda or torch.version.hip
-    gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
     return {
         "schema": SCHEMA,
         "device": gpu.name if gpu else processor(),
@@ -124,22 +100,14 @@ def describe(result: Result) -> str:
     return f"{', '.join(machine)}; {programs}; {result['date']}"
 
 
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def slug(device: str) -> str:
-    """The name of a device's file."""
-    plain = re.sub(r"\((r|tm|c)\)|\bcpu\b|@.*", " ", device.lower())
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-
-
 def path_of(result: Result, folder: Path) -> Path:
-    """Where it is kept."""
-    return folder / f"{slug(result['device'])}.json"
+    """Where it is kept, by its device's name."""
+    name = re.sub(r"\((r|tm|c)\)|\bcpu\b|@.*", " ", result["device"].lower())
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.json"
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """Writes JSON whose "parts" are lists of rows, a row in a line."""
+    """Write JSON whose "parts" are lists of rows, a row in a line."""
     parts = ",\n".join(
         f'  "{name}": [\n' + ",\n".join(f"   {json.dumps(row)}" for row in rows) + "\n  ]"
         for name, rows in found["parts"].items()
@@ -148,53 +116,27 @@ def write(path: Path, found: dict[str, Any]) -> None:
     path.write_text(head[: -len("\n}")] + f',\n "parts": {{\n{parts}\n }}\n}}\n')
 
 
-def measured(row: Row) -> Iterator[Any]:
-    """All times and sizes of a row."""
-    for unit in ("ms", "own", "bytes", "gradient"):
-        found = row.get(unit, {})
-        yield from found.values() if isinstance(found, dict) else [found]
-
-
-def check(found: Any) -> None:
-    """Refuses what is no result: what its tables cannot be made of."""
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise ResultError(f"'schema' must be {SCHEMA}, else measure again")
-    for key, kind in HEAD.items():
-        if type(found.get(key)) is not kind:
-            raise ResultError(f"{key!r} must be there, and {kind.__name__}")
-    for part, rows in found["parts"].items():
-        if part not in tables.PARTS or not isinstance(rows, list) or not rows:
-            raise ResultError(f"{part!r} must be one of {', '.join(tables.PARTS)}, a list of rows")
-        try:
-            for number in (n for row in rows for n in measured(row)):
-                if type(number) not in (int, float) or not 0 < number < math.inf:
-                    raise ResultError(f"part {part!r}: a time or size of {number!r}")
-            tables.PARTS[part].table(rows)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ResultError(f"part {part!r}: a row without what is shown: {error!r}") from error
-    keys = ("case", "dtype", "layout", "pass", "backend")
-    there = {tuple(row[key] for key in keys) for row in found["parts"].get("cases", [])}
-    names = [name[0] for name in CANONICAL]
-    for setting in itertools.product(names, DTYPES, LAYOUTS, PASSES, found["backends"]):
-        if there and setting not in there:
-            raise ResultError(f"part 'cases' has no row of {', '.join(setting)}")
-
-
 def load(path: Path) -> Result:
-    """A result that has been saved."""
+    """Read a result that has been saved, of which its tables can be made."""
     try:
         found = json.loads(path.read_text())
-        check(found)
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{path}: not a result: {error}") from error
+        if found["schema"] != SCHEMA:
+            raise ValueError(f"'schema' must be {SCHEMA}, else measure again")
+        describe(found)
+        for part, rows in found["parts"].items():
+            tables.PARTS[part][1](rows)
+            for ms in itertools.chain(*(row.get("ms", {}).values() for row in rows)):
+                if not 0 < ms < math.inf:
+                    raise ValueError(f"part {part!r}: a time of {ms!r} ms")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ResultError(f"{path}: not a result: {error!r}") from error
     return found
 
 
 def load_all(folder: Path) -> dict[str, Result]:
-    """Those of all devices, by the names of their files; a gpu_check's rows are of few cases."""
+    """Those of all devices, by the names of their files."""
     paths = sorted(folder.glob("*.json"))
-    others = re.compile(rf"{MODEL}|gpu_check_.*")
-    return {path.stem: load(path) for path in paths if not others.fullmatch(path.stem)}
+    return {path.stem: load(path) for path in paths if not NO_DEVICE.fullmatch(path.stem)}
 
 
 def resume(new: Result, folder: Path) -> Result:
@@ -203,9 +145,9 @@ def resume(new: Result, folder: Path) -> Result:
     if not path.exists():
         return new
     old = load(path)
-    for key in HEAD.keys() - {"parts", "date"}:
-        if old[key] != new[key]:
+    for key in new.keys() - {"parts", "date"}:
+        if old.get(key) != new[key]:
             raise ResultError(
-                f"{path}: {key} was {old[key]!r} and is {new[key]!r}: measure all parts again"
+                f"{path}: {key} was {old.get(key)!r} and is {new[key]!r}: measure all parts again"
             )
     return new | {"parts": old["parts"]}

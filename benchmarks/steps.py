@@ -1,8 +1,5 @@
 """Whole training steps, a student's and a teacher's, with and without attention transfer.
 
-    wrn      WRN-16-2 -> WRN-16-1, batch 128, 32x32
-    resnet   ResNet-34 -> ResNet-18 (torchvision's), batch 16, 224x224
-
 Programs: the step "without" (the teacher runs, as for any distillation, and nothing comes of it),
 with the popular lines ("eager"), with ``at_loss`` ("drop-in") and with ``AttentionTransfer``
 ("tap"); "prepared" is the last with the teacher before the student, "alone" has no teacher.
@@ -22,19 +19,12 @@ from torch import Tensor, nn
 
 import at_fused
 from at_fused import AttentionTransfer
-from at_fused._hooks import _Hook
 from at_fused._ops import loss, tap
-from at_fused.train.wrn import WRN
+from at_fused.train.networks import WRN
 from benchmarks.cases import popular_losses
 
 BETA = 1e3
 Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
-Program = Callable[[], object]
-
-
-def logits_of(output: Any) -> Tensor:
-    """The first of what a network returns, the rest of which is not kept."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 class Networks(NamedTuple):
@@ -52,7 +42,9 @@ class Networks(NamedTuple):
 
     def step(self, transfer: Callable[[], Tensor | float] | None = None) -> None:
         """Forward and backward; the optimizer is the same for all."""
-        total = F.cross_entropy(logits_of(self.student(self.x)), self.y)
+        output = self.student(self.x)  # the rest of what it returns is not kept
+        output = output[0] if isinstance(output, tuple) else output
+        total = F.cross_entropy(output, self.y)
         if transfer:
             total = total + transfer()
         self.student.zero_grad(set_to_none=True)
@@ -86,11 +78,9 @@ def kept_features(model: nn.Module, layers: list[str]) -> Iterator[list[Tensor]]
         model.get_submodule(name).register_forward_hook(lambda m, a, out: features.append(out))
         for name in layers
     ]
-    try:
-        yield features
-    finally:
-        for handle in handles:
-            handle.remove()
+    yield features
+    for handle in handles:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -103,7 +93,7 @@ def features_of(networks: Networks) -> tuple[list[Tensor], list[Tensor]]:
     return [x.requires_grad_() for x in features], targets
 
 
-def programs(networks: Networks) -> dict[str, Program]:
+def programs(networks: Networks) -> dict[str, Callable[[], object]]:
     """Steps to compare, on the same networks; hooks are there for the one step."""
     student, teacher, x, _, layers = networks
 
@@ -133,44 +123,39 @@ def programs(networks: Networks) -> dict[str, Program]:
     }
 
 
-# ---- what of a step's time is attention transfer -------------------------------------------------
-
-
-def timed(spent: list[float], owner: Any, name: str, sign: int = 1) -> Any:
-    """Appends the seconds of a function's calls while the result, a context, is open."""
-    function = getattr(owner, name)
-
-    def run(*arguments: Any, **keywords: Any) -> Any:
-        begin = time.perf_counter()
-        result = function(*arguments, **keywords)
-        spent.append(sign * (time.perf_counter() - begin))
-        return result
-
-    static = isinstance(owner.__dict__[name], staticmethod)
-    return mock.patch.object(owner, name, staticmethod(run) if static else run)
-
-
 def own_seconds(networks: Networks, rounds: int) -> list[tuple[float, float]]:
     """Of each step its time, and that of all which is attention transfer's: hooks, loss, gradients.
 
     By the clock around each part, so that it needs no difference of two long times.
     """
-    at = networks.attention_transfer()
-    networks.step(lambda: at(networks.x))
     spent: list[float] = []
-    found = []
+
+    def timed(function: Callable[..., Any], sign: int = 1) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            begin = time.perf_counter()
+            result = function(*arguments, **keywords)
+            spent.append(sign * (time.perf_counter() - begin))
+            return result
+
+        return run
+
+    at, found = networks.attention_transfer(), []
+    call = timed(at)
+    for network in (networks.student, networks.teacher):
+        for name in networks.layers:
+            hooks = network.get_submodule(name)._forward_hooks
+            hooks.update({key: timed(hook) for key, hook in hooks.items()})
+    backward, tapped = loss._MapLoss.backward, tap.attention_tap_backward_
     with (
-        timed(spent, _Hook, "__call__"),
-        timed(spent, AttentionTransfer, "__call__"),
-        timed(spent, AttentionTransfer, "_run_teacher", -1),
-        timed(spent, loss._MapLoss, "backward"),
+        mock.patch.object(at, "_run_teacher", timed(at._run_teacher, -1)),
+        mock.patch.object(loss._MapLoss, "backward", staticmethod(timed(backward))),
         # Not the tap's own backward: it counts references, and another frame would hold some.
-        timed(spent, tap, "attention_tap_backward_"),
+        mock.patch.object(tap, "attention_tap_backward_", timed(tapped)),
     ):
-        for _ in range(rounds):
+        for _ in range(rounds + 1):
             spent.clear()
             begin = time.perf_counter()
-            networks.step(lambda: at(networks.x))
+            networks.step(lambda: call(networks.x))
             found.append((time.perf_counter() - begin, sum(spent)))
     at.remove()
-    return found
+    return found[1:]  # the first allocates

@@ -5,6 +5,7 @@ The closing tables are made of interleaved rounds; pytest-benchmark then times a
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,40 +15,36 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import results, tables
 from benchmarks.cases import DEVICES
-from benchmarks.measure import PARTS, Row
+from benchmarks.measure import PARTS
 
-TIMED = ("cases", "sizes", "calls", "methods", "steps", "taps")
 SETTINGS = [
     pytest.param(device, part, setting, id="-".join(map(str, (device, part, *setting))))
     for device in DEVICES
-    for part in TIMED
+    for part in ("cases", "sizes", "calls", "methods", "steps", "taps")
     for setting in PARTS[part][1]
 ]
 
 
 @pytest.fixture(scope="session")
-def found(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], list[Row]]]:
+def found(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], list[Any]]]:
     """(device, part) -> the rows that the tests have found, shown at the end as in the report."""
-    every: dict[tuple[str, str], list[Row]] = {}
+    every: dict[tuple[str, str], list[Any]] = defaultdict(list)
     yield every
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
         for (device, part), rows in every.items():
-            print(f"\n{tables.PARTS[part].title}: {results.describe(results.begin(device))}\n")
-            print(*tables.PARTS[part].table(rows), sep="\n")
+            title, table = tables.PARTS[part]
+            print(f"\n{title}: {results.describe(results.begin(device))}\n")
+            print(*table(rows), sep="\n")
 
 
 @pytest.mark.parametrize(("device", "part", "setting"), SETTINGS)
 def test_time(
-    benchmark: BenchmarkFixture,
-    found: dict[tuple[str, str], list[Row]],
-    device: str,
-    part: str,
-    setting: tuple[Any],
+    benchmark: BenchmarkFixture, found: Any, device: str, part: str, setting: tuple[Any]
 ) -> None:
     comparison = PARTS[part][0](device, *setting)
     rows = comparison.rows()
-    found.setdefault((device, part), []).extend(rows)
+    found[device, part] += rows
     benchmark.group = part
     benchmark.extra_info["rows"] = rows
-    run = comparison.ours["tap" if "tap" in comparison.ours else "at_fused"]
+    run = comparison.ours["tap" if part in ("steps", "taps") else "at_fused"]
     benchmark.pedantic(lambda: (run(), device == "cpu" or torch.cuda.synchronize()), rounds=8)

@@ -12,38 +12,35 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain, count
+from contextlib import nullcontext
+from itertools import chain, count, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from at_fused.train.cli import TUNABLE
 from at_fused.train.config import resolve
 from at_fused.train.data import Data
 from at_fused.train.data.samples import InMemory
 from at_fused.train.experiment import Experiment
-from at_fused.train.loop import Watch
-from at_fused.train.stop import Signals
-from at_fused.train.wrn import WRN
+from at_fused.train.networks import WRN
 from benchmarks import ROOT
 from benchmarks.cases import popular_losses
+from benchmarks.measure import Clock, Comparison
 from benchmarks.tables import markdown
 
-BATCH, STEPS, WARM_UP, TURNS, WORKERS = 128, 12, 3, 12, 4
-IMAGES = 12_800
-CACHED_IMAGES = 1_280
+BATCH, STEPS, WORKERS = 128, 12, 4
+IMAGES, CACHED_IMAGES = 12_800, 1_280
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 BETA = 1e3
 # What it is -> at-fused-train's options for it; the recipe has none.
@@ -64,42 +61,18 @@ def pixels(images: int) -> Tensor:
     return torch.randint(256, (images, 32, 32, 3), generator=g).to(torch.uint8)
 
 
-# ---- the authors' recipe -------------------------------------------------------------------------
-
-
-class Pictures(Dataset[Any]):
-    """Random images, as the authors' program reads and changes them."""
-
-    def __init__(self) -> None:
-        from torchvision import transforms as t
-
-        self.array, self.labels = pixels(IMAGES).numpy(), torch.randint(10, (IMAGES,))
-        normalize = t.Normalize(MEAN, STD)
-        pad, crop = t.Pad(4, padding_mode="reflect"), t.RandomCrop(32)
-        self.augment = t.Compose([pad, t.RandomHorizontalFlip(), crop, t.ToTensor(), normalize])
-
-    def __len__(self) -> int:
-        """As many as are read in an epoch."""
-        return IMAGES
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image and its label."""
-        from PIL import Image
-
-        return self.augment(Image.fromarray(self.array[index])), int(self.labels[index])
-
-
 def read() -> Iterator[Any]:
-    """Batches (x, y) for ever."""
-    while True:
-        yield from DataLoader(Pictures(), BATCH, shuffle=True, num_workers=WORKERS, drop_last=True)
+    """Batches of random images for ever, read as the authors' program reads CIFAR-10."""
+    from torchvision import datasets
+    from torchvision import transforms as t
 
-
-def at_hand() -> Iterator[Any]:
-    """The same batch for ever."""
-    batch = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
-    while True:
-        yield batch
+    data = datasets.CIFAR10.__new__(datasets.CIFAR10)  # which needs no files so
+    data.data, data.targets = pixels(IMAGES).numpy(), torch.randint(10, (IMAGES,)).tolist()
+    pad, crop = t.Pad(4, padding_mode="reflect"), t.RandomCrop(32)
+    changes = [pad, t.RandomHorizontalFlip(), crop, t.ToTensor(), t.Normalize(MEAN, STD)]
+    data.transform, data.target_transform = t.Compose(changes), None
+    batches = DataLoader(data, BATCH, shuffle=True, num_workers=WORKERS, drop_last=True)
+    return chain.from_iterable(repeat(batches))
 
 
 def recipe(batches: Iterator[Any]) -> Callable[[], None]:
@@ -120,9 +93,6 @@ def recipe(batches: Iterator[Any]) -> Callable[[], None]:
     return step
 
 
-# ---- ours ----------------------------------------------------------------------------------------
-
-
 def ours(options: dict[str, Any], folder: str) -> Callable[[], None]:
     """A step of at-fused-train."""
     config = resolve({"preset": "cifar-wrn-16-1-from-16-2", "compare": ("at",)}, options)
@@ -130,11 +100,11 @@ def ours(options: dict[str, Any], folder: str) -> Callable[[], None]:
     labels, last = torch.randint(10, (images,)), config.speed != "exact"
     samples = InMemory(pixels(images), labels, MEAN, STD, 4, True, channels_last=last)
     names = tuple(map(str, range(10)))
-    data = Data(10, 3, 32, names, samples, samples, MEAN, STD)
+    data = Data(names, 32, samples, samples, MEAN, STD)
     experiment = Experiment(config, Path(folder), data=data)
-    *_, (job, plan) = experiment.jobs()
+    *_, job = experiment.jobs()
     experiment.teacher.eval().requires_grad_(False)
-    trainer = experiment.trainer(job, plan, Watch(lambda: None, lambda *_: None, Signals()))
+    trainer = experiment.trainer(job)
     trainer.student.train()
     batches = chain.from_iterable(trainer.batches(epoch) for epoch in count())
 
@@ -146,14 +116,14 @@ def ours(options: dict[str, Any], folder: str) -> Callable[[], None]:
     return step
 
 
-# ---- in turns ------------------------------------------------------------------------------------
-
-
 def work(name: str) -> None:
-    """A program that runs some steps for each line it reads, and writes their time."""
+    """Run as many steps as each line asks for, and write their time."""
     with tempfile.TemporaryDirectory() as folder:
-        options = PROGRAMS[name]
-        step = ours(options, folder) if options else recipe(read() if name == RECIPE else at_hand())
+        if options := PROGRAMS[name]:
+            step = ours(options, folder)
+        else:
+            batch = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
+            step = recipe(read() if name == RECIPE else repeat(batch))
         for line in sys.stdin:
             begin = time.perf_counter()
             for _ in range(int(line)):
@@ -161,65 +131,57 @@ def work(name: str) -> None:
             print(time.perf_counter() - begin, flush=True)
 
 
-class Program:
-    """A process that works in turns with others."""
+def start(name: str) -> subprocess.Popen[str]:
+    """Start a process that works."""
+    environment = dict(os.environ)
+    if PROGRAMS[name].get("speed", "exact") != "exact":
+        environment["GLIBC_TUNABLES"] = f"{TUNABLE}=1"  # as the program itself does
+    command = [sys.executable, "-m", "benchmarks.train_step", "--work", name]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
-    def __init__(self, name: str) -> None:
-        environment = dict(os.environ)
-        if PROGRAMS[name].get("speed", "exact") != "exact":
-            environment["GLIBC_TUNABLES"] = f"{TUNABLE}=1"  # as the program itself does
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train_step", "--work", name],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-        self.seconds: list[float] = []
 
-    def run(self, steps: int) -> float:
-        """The seconds of some steps. Out of its turn it stands still, with all that it started.
+class Turns(Clock):
+    """Milliseconds of a step of a process, which stands still out of its turn with all it started.
 
-        Else the recipe's workers would read its images in the others' time.
-        """
-        os.killpg(self.process.pid, signal.SIGCONT)
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        seconds = float(self.process.stdout.readline())
-        os.killpg(self.process.pid, signal.SIGSTOP)
-        return seconds
+    Else the recipe's workers would read its images in the others' time.
+    """
+
+    def __init__(self, turns: int) -> None:
+        super().__init__()
+        self.least = self.most = turns
+
+    def take(self, run: Any) -> float:
+        """Some steps, after one for what the others have left in the caches."""
+        os.killpg(run.pid, signal.SIGCONT)
+        for steps in (1, STEPS):
+            run.stdin.write(f"{steps}\n")
+            run.stdin.flush()
+            seconds = float(run.stdout.readline())
+        os.killpg(run.pid, signal.SIGSTOP)
+        return 1e3 * seconds / STEPS
 
 
 def compare(turns: int) -> None:
-    """Prints images per second of all programs, and their ratios to the recipe."""
-    programs = {name: Program(name) for name in PROGRAMS}
-    for program in programs.values():
-        program.run(WARM_UP)
-    order, shuffle = list(programs), random.Random(0).shuffle
-    for _ in range(turns):
-        shuffle(order)
-        for name in order:
-            programs[name].run(1)  # what the others have left in the caches
-            programs[name].seconds.append(programs[name].run(STEPS) / STEPS)
-    for program in programs.values():
-        os.killpg(program.process.pid, signal.SIGKILL)
-    median = {name: statistics.median(p.seconds) for name, p in programs.items()}
+    """Print images per second of all programs, and their ratios to the recipe."""
+    processes: dict[str, Any] = {name: start(name) for name in PROGRAMS}
+    try:
+        always = {"cpu": nullcontext}
+        (row,) = Comparison({}, processes, {}, Turns(turns), always).rows()
+    finally:
+        for process in processes.values():
+            os.killpg(process.pid, signal.SIGKILL)
     lines = []
-    for name, seconds in median.items():
-        ratios = [f"{median[other] / seconds:.2f}x" for other in (RECIPE, AT_HAND)]
-        lines.append(("cpu", name, f"{1e3 * seconds:.0f}", f"{BATCH / seconds:.0f}", *ratios))
+    for name, ms in row["ms"].items():
+        ratios = [f"{row['ms'][other] / ms:.2f}x" for other in (RECIPE, AT_HAND)]
+        lines.append(("cpu", name, f"{ms:.0f}", f"{1e3 * BATCH / ms:.0f}", *ratios))
     heads = "program | ms a step | images/s | to the recipe | to the same, its images at hand"
     print(*markdown(heads, 1, lines), sep="\n")
 
 
 def main() -> None:
-    """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=TURNS, help=f"of each program ({TURNS})")
+    parser.add_argument("--turns", type=int, default=12, help="of each program (12)")
     parser.add_argument("--work", choices=PROGRAMS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.work:

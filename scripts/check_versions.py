@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "g++-11"  # that README names
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TOOLS = ("build", "setuptools", "ninja", "pybind11", "numpy", "pytest", "hypothesis")
-TESTS = ("test_contract.py", "test_operators.py")
+TESTS = ("tests/core/test_contract.py", "tests/core/test_operators.py")
 
 # Who has the libraries or asked for none is not warned, and has the popular lines' numbers.
 SMOKE = """
@@ -54,18 +54,16 @@ assert ("installed with AT_FUSED_CPP=0" in "\\n".join(lines())) == (not librarie
 if "_cuda" in libraries and torch.version.cuda:
     assert users()["cuda"] == "cuda", table["cuda"].reason
 
-def loss(s, t):
-    a, b = (F.normalize(x.double().pow(2).mean(1).flatten(1)) for x in (s, t))
-    return (a - b).pow(2).mean()
-
 torch.manual_seed(0)
 s, t = torch.randn(4, 8, 7, 7, requires_grad=True), torch.randn(4, 16, 7, 7)
-right = [loss(s, t).float(), *torch.autograd.grad(loss(s, t), s)]
+a, b = (F.normalize(x.double().pow(2).mean(1).flatten(1)) for x in (s, t))
+right = (a - b).pow(2).mean()
+right = [right.float(), *torch.autograd.grad(right, s)]
 for name in ["cpu", "eager"] if libraries else ["eager"]:
     with at_fused.use_backend(name):
-        found = at_fused.at_loss(s, t)
-        both = [found, *torch.autograd.grad(found, s)]
-        torch.testing.assert_close(both, right, rtol=1e-4, atol=1e-9)
+        loss = at_fused.at_loss(s, t)
+    found = [loss, *torch.autograd.grad(loss, s)]
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-9)
 """
 
 METADATA = "import packaging.metadata as m, sys; m.Metadata.from_email(sys.argv[1], validate=True)"
@@ -82,7 +80,7 @@ def check(holds: bool, message: str) -> None:
 
 
 def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """What a command prints; it has to succeed."""
+    """Return what a command prints; it has to succeed."""
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(command, cwd=cwd, env=env, check=False, **out)
     check(done.returncode == 0, f"$ {shlex.join(map(str, command))}\n{done.stdout}")
@@ -93,13 +91,13 @@ FAILED: list[str] = []
 
 
 def attempt(what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What a check returns. Prints why it failed, and goes on with None."""
-    start, found, state = time.monotonic(), None, "ok"
+    """Return what a check returns. If it fails, print why and go on with None."""
+    start = time.monotonic()
     try:
-        found = function(*arguments, **options)
+        found, state = function(*arguments, **options), "ok"
     except CheckError as error:
         print(error)
-        state = "FAILED"
+        found, state = None, "FAILED"
         FAILED.append(what)
     print(f"{state}: {what}, {time.monotonic() - start:.0f} s", flush=True)
     return found
@@ -137,10 +135,9 @@ class Environment:
         return {path for path in paths if "__pycache__" not in path or "at_fused" in path}
 
     def has_nvcc(self) -> bool:
-        """Whether there is an nvcc that fits this torch."""
-        if not self.cuda or shutil.which("nvcc") is None:
-            return False
-        return f"release {self.cuda.split('.')[0]}." in run("nvcc", "--version")
+        """Tell whether there is an nvcc that fits this torch."""
+        there = self.cuda and shutil.which("nvcc")
+        return bool(there) and f"release {self.cuda.split('.')[0]}." in run("nvcc", "--version")
 
 
 class Build(NamedTuple):
@@ -203,10 +200,9 @@ def try_out(env: Environment, build: Build, source: Path) -> None:
     try:
         env.call("-c", SMOKE, *build.libraries)
         if build.libraries:
-            tests = [source / "tests" / name for name in TESTS]
-            # What CUDA's kernels do in the harness, no version of torch has a part in.
-            selection = ("-q", "-p", "no:cacheprovider", "-k", "not simt")
-            env.call("-m", "pytest", *selection, *tests, tools=True)
+            # What CUDA's kernels do in the emulator, no version of torch has a part in.
+            selection = ("-q", "-p", "no:cacheprovider", "-k", "not emulator")
+            env.call("-m", "pytest", *selection, *(source / name for name in TESTS), tools=True)
     finally:
         env.pip("uninstall", "-y", "at_fused")
     wrong = sorted(env.files() ^ before)
@@ -231,17 +227,16 @@ def check_python(python: str, torches: list[str], work: Path, oldest: str | None
     environments = [Environment(work, python, torch) for torch in torches]
     first, last = environments[0], environments[-1]
     sdist, source = make_sdist(first)
-    builds = []
+    no_cuda = {"AT_FUSED_CUDA": "0"}
+    wheels: list[tuple[Environment, str, frozenset[str], dict[str, str]]] = []
     for env in environments:
-        kinds = {"CUDA": CUDA, "CPU": CPU} if env.has_nvcc() else {"CPU": CPU}
-        for label, libraries in kinds.items():
-            switch = {"AT_FUSED_CUDA": "1" if libraries == CUDA else "0"}
-            what = f"Python {python}: {label} wheel by {env.torch}"
-            builds.append(attempt(what, make_wheel, env, source, label, libraries, **switch))
-    if oldest:
-        switch = {"AT_FUSED_CUDA": "0", "CXX": oldest}
-        what = f"Python {python}: CPU wheel by {oldest}"
-        builds.append(attempt(what, make_wheel, first, source, oldest, CPU, **switch))
+        wheels += [(env, "CUDA", CUDA, {"AT_FUSED_CUDA": "1"})] * env.has_nvcc()
+        wheels += [(env, "CPU", CPU, no_cuda)]
+    wheels += [(first, oldest, CPU, no_cuda | {"CXX": oldest})] if oldest else []
+    builds = []
+    for env, label, libraries, switches in wheels:
+        what = f"Python {python}: {label} wheel by {env.torch}"
+        builds.append(attempt(what, make_wheel, env, source, label, libraries, **switches))
     for env, build in itertools.product(environments, filter(None, builds)):
         what = f"Python {python}: {build.name} under {env.torch}"
         attempt(what, try_out, env, build, source)
@@ -251,7 +246,7 @@ def check_python(python: str, torches: list[str], work: Path, oldest: str | None
 
 
 def at_hand(python: str) -> bool:
-    """Whether there is such a Python, and not only a name that stands in for one."""
+    """Tell a Python that is there from a name that stands in for one."""
     try:
         return bool(run(f"python{python}", "--version"))
     except (OSError, CheckError):
@@ -271,8 +266,7 @@ def main() -> int:
     oldest = OLDEST if shutil.which(OLDEST) else None
     print(f"not at hand: Python {', '.join(missing) or 'none'}{'' if oldest else f'; {OLDEST}'}")
     for python in pythons:
-        folder = tempfile.TemporaryDirectory(prefix="at_fused-versions-")
-        with folder as work:
+        with tempfile.TemporaryDirectory(prefix="at_fused-versions-") as work:
             what = f"Python {python}, all of it"
             attempt(what, check_python, python, options.torch, Path(work), oldest)
         oldest = None  # once is enough

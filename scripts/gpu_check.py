@@ -32,9 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,9 +65,9 @@ class Part(NamedTuple):
     """Commands that run at once, and the seconds they may take."""
 
     title: str
-    seconds: int
+    seconds: float
     commands: list[Sequence[str]]
-    environment: Mapping[str, str] = MappingProxyType({})
+    environment: dict[str, str] = {}  # noqa: RUF012
     lines: int = 120  # of the end of what each says, for the report
 
 
@@ -79,22 +78,19 @@ class Done(NamedTuple):
     said: str
 
 
-def last_line(done: Done) -> str:
-    """The reason of a command that failed, as far as it gave one."""
-    return [f"status {done.status}", *done.said.strip().splitlines()][-1]
-
-
 def refuse(why: str) -> None:
-    """Ends with status 2."""
+    """End with status 2."""
     print(f"gpu_check: {why}", file=sys.stderr)
     sys.exit(2)
 
 
 def run(part: Part) -> list[Done]:
-    """Runs the commands of a part, each in a process group that is killed when its time is over."""
+    """Run the commands of a part, each in a process group that is killed when its time is over."""
     end, grace = time.monotonic() + part.seconds, min(GRACE, part.seconds / 2)
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder, str(i)) for i in range(len(part.commands))]
+    options = {"cwd": ROOT, "env": {**os.environ, **SET, **part.environment}}
+    options |= {"stderr": subprocess.STDOUT, "start_new_session": True}
+    with contextlib.ExitStack() as files:
+        logs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in part.commands]
         started: list[subprocess.Popen[bytes]] = []
 
         def wait(until: float) -> list[int | None]:
@@ -110,19 +106,16 @@ def run(part: Part) -> list[Done]:
 
         try:
             for command, log in zip(part.commands, logs, strict=True):
-                environment = {**os.environ, **SET, **part.environment}
-                with log.open("w") as out:
-                    both = {"stdout": out, "stderr": subprocess.STDOUT}
-                    options = {"cwd": ROOT, "env": environment, "start_new_session": True}
-                    started.append(subprocess.Popen(command, **both, **options))
+                started.append(subprocess.Popen(command, stdout=log, **options))
             statuses = wait(end - grace)
             send(signal.SIGINT)
             wait(end)
         finally:
             send(signal.SIGKILL)
             wait(math.inf)
-        said = [log.read_text(errors="replace") for log in logs]
-    return list(map(Done, statuses, said))
+        for log in logs:
+            log.seek(0)
+        return [Done(status, log.read()) for status, log in zip(statuses, logs, strict=True)]
 
 
 def tests(processes: int, parts: int, *choice: str) -> list[list[str]]:
@@ -151,7 +144,7 @@ def parts(rows: Path) -> list[Part]:
     checks = [*under(*sanitizer, "--tool=memcheck"), *under(*sanitizer, "--tool=racecheck")]
     # Not from the caching allocator, whose large blocks would hide accesses past a tensor's end.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    every = ["tests/test_gpu.py", "tests/test_triton.py"]
+    every = ["tests/kernels/test_gpu.py", "tests/kernels/test_triton.py"]
     smoke = tests(8, 8, "-m", "smoke", "-k", "not triton", every[0])
     contract = tests(14, 14, "-m", "not smoke", "-k", "not triton", every[0])
     triton = tests(8, 8, "-m", "smoke", "-k", "triton", every[0])
@@ -172,7 +165,7 @@ def verdict(part: Part, done: list[Done]) -> tuple[bool, str]:
     if not part.commands:
         return True, "not there"
     if any(each.status is None for each in done):
-        return False, f"not done in {part.seconds} s"
+        return False, f"not done in {part.seconds:.0f} s"
     of_tests = "pytest" in part.commands[0]
     good = (0, 5) if of_tests else (0,)  # 5: no test is in this share of them
     bad = [each for each in done if each.status not in good]
@@ -198,41 +191,43 @@ def sums() -> dict[str, str]:
     return {"sources": f"sha256 {sources.hexdigest()}", **found, "devices": devices}
 
 
+def command(title: str, seconds: float, *arguments: str, **environment: str) -> str:
+    """Return what Python prints that must not fail."""
+    (done,) = run(Part(title, seconds, [[sys.executable, *arguments]], environment))
+    if done.status != 0:
+        print(done.said)
+        refuse(f"{title}: {[f'status {done.status}', *done.said.strip().splitlines()][-1]}")
+    return done.said
+
+
 def build() -> None:
-    """Builds libraries that are missing, or that it has not built of these sources."""
+    """Build libraries that are missing, or that it has not built of these sources."""
     built, found = ROOT / "build/gpu_check.json", sums()
     there = all(any(name.startswith(f"{library}.") for name in found) for library in LIBRARIES)
     if there and (DRY_RUN or (built.exists() and json.loads(built.read_text()) == found)):
         return
     print(f"{ROOT / 'at_fused'} has no libraries built here of these sources: building", flush=True)
-    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
-    (done,) = run(Part("Build", 1800, [command], {"AT_FUSED_CUDA": str(int(not DRY_RUN))}))
-    if done.status != 0:
-        print(done.said)
-        refuse(f"cannot build: {last_line(done)}")
+    cuda = str(int(not DRY_RUN))
+    command(
+        "cannot build", 1800, "setup.py", "build_ext", "--inplace", "--force", AT_FUSED_CUDA=cuda
+    )
     if not DRY_RUN:
         built.parent.mkdir(exist_ok=True)
         built.write_text(json.dumps(sums(), indent=1))
 
 
 def prepare(only_build: bool) -> str:
-    """Builds what it has to; returns what is in use."""
+    """Build what it has to; return what is in use."""
     names = "torch", "pytest", "numpy", "setuptools"  # the last for torch's C++ extensions
-    missing = [name for name in names if not importlib.util.find_spec(name)]
-    if missing:
+    if missing := [name for name in names if not importlib.util.find_spec(name)]:
         refuse(f"{sys.executable} has no {', '.join(missing)}")
     import torch
 
     if not (DRY_RUN or only_build or torch.cuda.is_available()):
         refuse(f"torch {torch.__version__} sees no GPU")
     build()
-    found = "".join(f"{name:10} {of}\n" for name, of in sums().items())
-    if only_build:
-        return found
-    (done,) = run(Part("In use", 120, [[sys.executable, "-c", IN_USE]]))
-    if done.status != 0:
-        refuse(last_line(done))
-    return done.said + found
+    in_use = "" if only_build else command("cannot begin", 120, "-c", IN_USE)
+    return in_use + "".join(f"{name:10} {of}\n" for name, of in sums().items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -252,34 +247,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     device = "dry run" if DRY_RUN else torch.cuda.get_device_name()
     today = datetime.date.today().isoformat()
-    out = given.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    report = out / f"gpu_check_{re.sub(r'[^A-Za-z0-9]+', '-', device)}_{today}.md"
+    name = f"gpu_check_{re.sub(r'[^A-Za-z0-9]+', '-', device)}_{today}.md"
+    report = given.out.resolve() / name
+    report.parent.mkdir(parents=True, exist_ok=True)
     if report.exists():
         refuse(f"{report} is there: move it away, or give another --out")
     report.write_text(f"# at_fused on {device}, {today}\n\n```\n{in_use}```\n")
-
-    def say(text: str) -> None:
-        with report.open("a") as file:
-            file.write(text)
-
     end, results, well = time.monotonic(), [], True
     for part in parts(report.with_suffix(".json")):
         begin = time.monotonic()
         end += part.seconds * PATIENCE  # what one leaves over the next may take
-        part = part._replace(seconds=max(0, round(end - begin)))
+        part = part._replace(seconds=max(0, end - begin))
         done = run(part)
         good, words = verdict(part, done)
         well = well and good
         results.append(f"{part.title}, {time.monotonic() - begin:.0f} s: {words}")
         print(results[-1], flush=True)
-        say(f"\n## {results[-1]}\n")
-        for command, each in zip(part.commands, done, strict=True):
-            of_tests = "pytest" in command
-            short = of_tests and each.status in (0, 5)
-            lines = each.said.splitlines()[-2 if short else -part.lines :]
-            say("\n".join(["", "```", f"$ {' '.join(command)}", *lines, "```", ""]))
-    say("\n".join(["\n## Result\n", *(f"- {line}" for line in results), ""]))
+        lines = [f"\n## {results[-1]}"]
+        for arguments, each in zip(part.commands, done, strict=True):
+            short = "pytest" in arguments and each.status in (0, 5)
+            said = each.said.splitlines()[-2 if short else -part.lines :]
+            lines += ["", "```", f"$ {' '.join(arguments)}", *said, "```"]
+        with report.open("a") as file:
+            print(*lines, sep="\n", file=file)
+    with report.open("a") as file:
+        print("\n## Result\n", *(f"- {line}" for line in results), sep="\n", file=file)
     print(f"report: {report}")
     return int(not well)
 

@@ -3,16 +3,18 @@
     python scripts/measure_errors.py [BACKEND ...]
 
 Prints two tables, the worst over all cases on each back end that this machine has (and on the CUDA
-kernels in the tests' harness, "harness", if asked for), beside the bounds that the tests assert.
+kernels in the tests' emulator, "emulator", if asked for), beside the bounds that the tests assert.
 A few minutes; Triton's interpreter is as slow.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ if not torch.cuda.is_available():
 
 import at_fused
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
 from reference import (
     EXACT_ROUNDING,
     GRADIENT_TOLERANCE,
@@ -57,10 +59,8 @@ def errors(s: Tensor, t: Tensor, p: float, form: str) -> Errors:
     right = reference_loss(wide[:1], wide[1:], p=p, form=form)
     found = torch.autograd.grad(loss * 2.0**10, leaves)  # as loss scaling does, for fp16
     exact = torch.autograd.grad(right * 2.0**10, wide)
-    worst = max(
-        float((a.double() - b).abs().max() / b.abs().max())
-        for a, b in zip(found, exact, strict=True)
-    )
+    pairs = zip(found, exact, strict=True)
+    worst = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
     value = abs(loss.item() - right.item()) / right.item()
     return Errors(value, worst, least_distance(wide[:1], wide[1:], p=p))
 
@@ -68,17 +68,13 @@ def errors(s: Tensor, t: Tensor, p: float, form: str) -> Errors:
 def cases(repeats: int) -> Iterator[tuple[Tensor, Tensor, float, str]]:
     """Independent features in float64, planar and interleaved."""
     for seed in range(repeats):
-        generator = torch.Generator().manual_seed(seed)
-        for b, cs, ct, h, w in SIZES:
-            for p in POWERS:
-                s, t = (
-                    torch.randn(b, c, h, w, generator=generator, dtype=torch.float64)
-                    for c in (cs, ct)
-                )
-                if seed % 2:
-                    s, t = (x.to(memory_format=torch.channels_last) for x in (s, t))
-                for form in ("code", "paper"):
-                    yield s, t, p, form
+        random = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+        for (b, *channels, h, w), p in itertools.product(SIZES, POWERS):
+            s, t = (random(b, c, h, w, dtype=torch.float64) for c in channels)
+            if seed % 2:
+                s, t = (x.to(memory_format=torch.channels_last) for x in (s, t))
+            for form in ("code", "paper"):
+                yield s, t, p, form
 
 
 def independent(dtype: torch.dtype, repeats: int) -> Errors:
@@ -88,55 +84,46 @@ def independent(dtype: torch.dtype, repeats: int) -> Errors:
     return Errors(max(values), max(gradients), min(distances))
 
 
-def alike(dtype: torch.dtype, repeats: int) -> Errors:
+def alike(dtype: torch.dtype) -> Errors:
     """The worst errors, times the distance, of teachers that are students but for a little."""
     found = []
-    for s, _, p, form in cases(repeats):
-        for apart in APART:
-            near = (s * (1 + apart * torch.randn(s.shape, dtype=s.dtype))).to(dtype)
-            found.append(errors(s.to(dtype), near, p, form))
-    return Errors(
-        max(e.value * e.distance for e in found),
-        max(e.gradient * e.distance for e in found),
-        min(e.distance for e in found),
-    )
+    for (s, _, p, form), apart in itertools.product(cases(1), APART):
+        near = (s * (1 + apart * torch.randn(s.shape, dtype=s.dtype))).to(dtype)
+        e = errors(s.to(dtype), near, p, form)
+        found.append((e.value * e.distance, e.gradient * e.distance, e.distance))
+    values, gradients, distances = zip(*found, strict=True)
+    return Errors(max(values), max(gradients), min(distances))
 
 
 def on(name: str) -> AbstractContextManager[object]:
-    """A back end, or "harness"."""
-    if name != "harness":
+    """A back end, or "emulator"."""
+    if name != "emulator":
         return at_fused.use_backend(name)
-    from simt_backend import simt
+    from cuda_emulator import emulated
 
-    return simt(multiprocessors=4)
+    return emulated(multiprocessors=4)
 
 
 def main() -> None:
-    """Prints the tables."""
+    """Print the tables."""
     torch.manual_seed(0)
     names = sys.argv[1:] or [name for name, row in at_fused.backends().items() if row.available]
     print("| dtype | back end | value | bound | gradient | bound |\n|---|---|--:|--:|--:|--:|")
-    for dtype in DTYPES:
-        for name in names:
-            with on(name):
-                worst = independent(dtype, 1 if name in ("harness", "triton") else 4)
-            exact = dtype == torch.float64
-            bounds = VALUE_TOLERANCE[exact], GRADIENT_TOLERANCE[dtype]
-            print(
-                f"| {str(dtype)[6:]} | {name} | {worst.value:.1e} | {bounds[0]:.0e} "
-                f"| {worst.gradient:.1e} | {bounds[1]:.1e} |"
-            )
+    for dtype, name in itertools.product(DTYPES, names):
+        with on(name):
+            worst = independent(dtype, 1 if name in ("emulator", "triton") else 4)
+        bounds = VALUE_TOLERANCE[dtype == torch.float64], GRADIENT_TOLERANCE[dtype]
+        value, gradient = f"{worst.value:.1e} | {bounds[0]:.0e}", f"{worst.gradient:.1e}"
+        print(f"| {str(dtype)[6:]} | {name} | {value} | {gradient} | {bounds[1]:.1e} |")
     print("\n| dtype | back end | value times d | bound | gradient times d | bound | least d |")
     print("|---|---|--:|--:|--:|--:|--:|")
-    for dtype in DTYPES[:2]:
-        for name in names:
-            with on(name):
-                worst = alike(dtype, 1)
-            rounding = EXACT_ROUNDING if dtype == torch.float64 else ROUNDING
-            print(
-                f"| {str(dtype)[6:]} | {name} | {worst.value:.1e} | {2 * rounding:.0e} "
-                f"| {worst.gradient:.1e} | {4 * rounding:.0e} | {worst.distance:.0e} |"
-            )
+    for dtype, name in itertools.product(DTYPES[:2], names):
+        with on(name):
+            worst = alike(dtype)
+        unit = EXACT_ROUNDING if dtype == torch.float64 else ROUNDING
+        value, gradient = f"{worst.value:.1e} | {2 * unit:.0e}", f"{worst.gradient:.1e}"
+        tail = f"{4 * unit:.0e} | {worst.distance:.0e}"
+        print(f"| {str(dtype)[6:]} | {name} | {value} | {gradient} | {tail} |")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from torchvision import models
 from vit_pytorch.simple_vit_with_register_tokens import SimpleViT as ViTWithRegisters
 
 from at_fused import match_layers
-from at_fused._match import Found
 from at_fused._models import arguments_of, tensors_in
-from at_fused._observe import Call, Given, Run, observed, written
+from at_fused._observe import GivenLayout, ModuleCall, ObservedRun, observe, written
+from at_fused.layers import NetworkStages, parts
 
 LARGEST = 1.2e8  # parameters
 PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
@@ -40,8 +41,6 @@ def image(size: int) -> Tensor:
     """Return two images."""
     return torch.randn(2, 3, size, size)
 
-
-# ---- the networks --------------------------------------------------------------------------------
 
 TIMM = {
     224: """beit_base_patch16_224 cait_xxs24_224 convit_tiny davit_tiny deit_tiny_patch16_224
@@ -79,61 +78,41 @@ _VIT = {
 _PATCHES = {**_VIT, "image_size": 64, "patch_size": 8}
 _STAGES = {"depths": [2, 2, 2, 2], "hidden_sizes": [24, 32, 40, 48]}
 _SWIN = {"image_size": 64, "patch_size": 2, "embed_dim": 24, "depths": [2, 2, 2]}
-TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Any]] = {
-    "ViTForImageClassification": ("ViTConfig", _PATCHES, image(64)),
-    "DeiTForImageClassification": ("DeiTConfig", _PATCHES, image(64)),
-    "BeitForImageClassification": ("BeitConfig", _PATCHES, image(64)),
-    "Dinov2ForImageClassification": ("Dinov2Config", _PATCHES, image(64)),
-    "Dinov2WithRegistersModel": ("Dinov2WithRegistersConfig", _PATCHES, image(64)),
-    "CLIPVisionModel": ("CLIPVisionConfig", _PATCHES, image(64)),
-    "SiglipVisionModel": ("SiglipVisionConfig", _PATCHES, image(64)),
-    "ViTMAEModel": ("ViTMAEConfig", {**_PATCHES, "mask_ratio": 0.0}, image(64)),
-    "YolosModel": ("YolosConfig", {**_PATCHES, "image_size": [64, 64]}, image(64)),
-    "SwinForImageClassification": (
-        "SwinConfig", {**_SWIN, "num_heads": [2, 2, 2], "window_size": 4}, image(64),
-    ),
-    "Swinv2ForImageClassification": (
-        "Swinv2Config", {**_SWIN, "num_heads": [2, 2, 2], "window_size": 4}, image(64),
-    ),
-    "FocalNetForImageClassification": (
-        "FocalNetConfig",
-        {**_SWIN, "hidden_sizes": [24, 48, 96], "focal_levels": [2] * 3, "focal_windows": [3] * 3},
-        image(64),
-    ),
-    "ConvNextForImageClassification": ("ConvNextConfig", _STAGES, image(64)),
-    "ResNetForImageClassification": ("ResNetConfig", {**_STAGES, "embedding_size": 16}, image(64)),
-    "RegNetForImageClassification": (
-        "RegNetConfig", {**_STAGES, "embedding_size": 16, "groups_width": 8}, image(64),
-    ),
-    "MobileNetV2ForImageClassification": (
-        "MobileNetV2Config", {"depth_multiplier": 0.35}, image(64),
-    ),
-    "MobileViTForImageClassification": ("MobileViTConfig", {"image_size": 64}, image(64)),
-    "PvtV2ForImageClassification": ("PvtV2Config", {"image_size": 64}, image(64)),
-    "PoolFormerForImageClassification": ("PoolFormerConfig", {}, image(64)),
-    "SegformerForSemanticSegmentation": ("SegformerConfig", {}, image(64)),
-    "HieraForImageClassification": (
-        "HieraConfig", {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 2, 2, 1]}, image(64),
-    ),
-    "VideoMAEModel": (
-        "VideoMAEConfig", {**_PATCHES, "num_frames": 4}, torch.randn(2, 4, 3, 64, 64),
-    ),
-    "TimesformerModel": (
-        "TimesformerConfig", {**_PATCHES, "num_frames": 4}, torch.randn(2, 4, 3, 64, 64),
-    ),
-    "ASTModel": (
-        "ASTConfig", {**_VIT, "max_length": 64, "num_mel_bins": 32}, torch.randn(2, 64, 32),
-    ),
-    "Wav2Vec2Model": (
-        "Wav2Vec2Config",
-        {**_VIT, "num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 15},
-        torch.randn(2, 4000),
-    ),
-    "BertModel": ("BertConfig", {**_VIT, "vocab_size": 50}, torch.randint(50, (2, 12))),
-    "LlamaModel": (
-        "LlamaConfig", {**_VIT, "vocab_size": 50}, {"input_ids": torch.randint(50, (2, 12))},
-    ),
-}  # fmt: skip
+_WINDOWS = {**_SWIN, "num_heads": [2, 2, 2], "window_size": 4}
+_FOCI = {"hidden_sizes": [24, 48, 96], "focal_levels": [2] * 3, "focal_windows": [3] * 3}
+_HIERA = {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 2, 2, 1]}
+_WAVES = {**_VIT, "num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 15}
+IMAGE = image(64)
+# Options of the configuration, and an example.
+TRANSFORMERS: dict[str, tuple[dict[str, Any], Any]] = {
+    "ViTForImageClassification": (_PATCHES, IMAGE),
+    "DeiTForImageClassification": (_PATCHES, IMAGE),
+    "BeitForImageClassification": (_PATCHES, IMAGE),
+    "Dinov2ForImageClassification": (_PATCHES, IMAGE),
+    "Dinov2WithRegistersModel": (_PATCHES, IMAGE),
+    "CLIPVisionModel": (_PATCHES, IMAGE),
+    "SiglipVisionModel": (_PATCHES, IMAGE),
+    "ViTMAEModel": ({**_PATCHES, "mask_ratio": 0.0}, IMAGE),
+    "YolosModel": ({**_PATCHES, "image_size": [64, 64]}, IMAGE),
+    "SwinForImageClassification": (_WINDOWS, IMAGE),
+    "Swinv2ForImageClassification": (_WINDOWS, IMAGE),
+    "FocalNetForImageClassification": ({**_SWIN, **_FOCI}, IMAGE),
+    "ConvNextForImageClassification": (_STAGES, IMAGE),
+    "ResNetForImageClassification": ({**_STAGES, "embedding_size": 16}, IMAGE),
+    "RegNetForImageClassification": ({**_STAGES, "embedding_size": 16, "groups_width": 8}, IMAGE),
+    "MobileNetV2ForImageClassification": ({"depth_multiplier": 0.35}, IMAGE),
+    "MobileViTForImageClassification": ({"image_size": 64}, IMAGE),
+    "PvtV2ForImageClassification": ({"image_size": 64}, IMAGE),
+    "PoolFormerForImageClassification": ({}, IMAGE),
+    "SegformerForSemanticSegmentation": ({}, IMAGE),
+    "HieraForImageClassification": (_HIERA, IMAGE),
+    "VideoMAEModel": ({**_PATCHES, "num_frames": 4}, torch.randn(2, 4, 3, 64, 64)),
+    "TimesformerModel": ({**_PATCHES, "num_frames": 4}, torch.randn(2, 4, 3, 64, 64)),
+    "ASTModel": ({**_VIT, "max_length": 64, "num_mel_bins": 32}, torch.randn(2, 64, 32)),
+    "Wav2Vec2Model": (_WAVES, torch.randn(2, 4000)),
+    "BertModel": ({**_VIT, "vocab_size": 50}, torch.randint(50, (2, 12))),
+    "LlamaModel": ({**_VIT, "vocab_size": 50}, {"input_ids": torch.randint(50, (2, 12))}),
+}
 SMP = {
     "Unet": "resnet18", "UnetPlusPlus": "resnet18", "FPN": "efficientnet-b0",
     "DeepLabV3Plus": "resnet18", "Segformer": "mit_b0",
@@ -157,46 +136,42 @@ def one_dimensional(width: int) -> nn.Module:
 def networks() -> dict[str, dict[str, Network]]:
     """The networks by where they come from, each with an example of its input."""
 
-    def timm_model(name: str, size: int) -> Network:
-        return (lambda: timm.create_model(name)), image(SIZES.get(name, size))
-
     def of_torchvision(name: str, example: Any) -> Network:
         backbone = {"weights_backbone": None} if name in SEGMENTATION.split() else {}
-        return (lambda: models.get_model(name, weights=None, **backbone)), example
+        return partial(models.get_model, name, weights=None, **backbone), example
 
     def of_transformers(name: str) -> Network:
-        config, options, example = TRANSFORMERS[name]
+        options, example = TRANSFORMERS[name]
         of_class = getattr(transformers, name)
-        return (lambda: of_class(getattr(transformers, config)(**options))), example
+        return (lambda: of_class(of_class.config_class(**options))), example
 
-    clip = torch.randn(2, 3, 8, 64, 64)
     torchvision = {n: image(size) for size, names in TORCHVISION.items() for n in names.split()}
     torchvision |= {name: image(96) for name in SEGMENTATION.split()}
-    torchvision |= dict.fromkeys(VIDEO.split(), clip)
-    detector: Network = (
-        lambda: models.detection.fasterrcnn_resnet50_fpn(
-            weights=None, weights_backbone=None, min_size=96, max_size=96
-        ),
-        [torch.randn(3, 96, 96), torch.randn(3, 96, 96)],
+    torchvision |= dict.fromkeys(VIDEO.split(), torch.randn(2, 3, 8, 64, 64))
+    of_detector: dict[str, Any] = {"weights": None, "weights_backbone": None}
+    detector = partial(
+        models.detection.fasterrcnn_resnet50_fpn, **of_detector, min_size=96, max_size=96
     )
     return {
-        "timm": {n: timm_model(n, size) for size, names in TIMM.items() for n in names.split()},
+        "timm": {
+            name: (partial(timm.create_model, name), image(SIZES.get(name, size)))
+            for size, names in TIMM.items()
+            for name in names.split()
+        },
         "torchvision": {n: of_torchvision(n, x) for n, x in torchvision.items()}
-        | {"fasterrcnn_resnet50_fpn": detector},
+        | {"fasterrcnn_resnet50_fpn": (detector, [torch.randn(3, 96, 96) for _ in range(2)])},
         "transformers": {name: of_transformers(name) for name in TRANSFORMERS},
         "segmentation_models_pytorch": {
             f"{name}, {encoder}": (
-                lambda name=name, encoder=encoder: getattr(smp, name)(
-                    encoder, encoder_weights=None
-                ),
+                partial(getattr(smp, name), encoder, encoder_weights=None),
                 image(96),
             )
             for name, encoder in SMP.items()
         },
         "vit-pytorch": {
-            "ViT": (lambda: vit_pytorch.ViT(**_OWN), image(64)),
-            "SimpleViT": (lambda: vit_pytorch.SimpleViT(**_OWN), image(64)),
-            "SimpleViT with registers": (lambda: ViTWithRegisters(**_OWN), image(64)),
+            "ViT": (lambda: vit_pytorch.ViT(**_OWN), IMAGE),
+            "SimpleViT": (lambda: vit_pytorch.SimpleViT(**_OWN), IMAGE),
+            "SimpleViT with registers": (lambda: ViTWithRegisters(**_OWN), IMAGE),
         },
         "torch": {"1-D convolutions": (lambda: one_dimensional(8), torch.randn(2, 2, 256))},
     }
@@ -220,25 +195,22 @@ ACROSS = [
 ]
 
 
-# ---- tables --------------------------------------------------------------------------------------
-
-
 def row(name: str, network: Network) -> str:
     """Describe what is found in a network."""
     make, example = network
     torch.manual_seed(0)
     shapes = ", ".join("x".join(map(str, x.shape[1:])) for x in tensors_in(example))
     try:
-        found = Found(observed(make(), arguments_of(example), Given()))
+        found = NetworkStages(observe(make(), arguments_of(example), GivenLayout()))
     except ValueError as error:
         return f"| {name} | {shapes} | refused: {error} | |"
-    if not found.stages:
-        return f"| {name} | {shapes} | refused: {found.said()} | |"
-    chosen = [stage.last for stage in found.stages]
+    if not found.blocks:
+        return f"| {name} | {shapes} | refused: {found.described()} | |"
+    chosen = [blocks[-1] for blocks in found.blocks.values()]
     layers = ", ".join(f"`{call.name}` {written(call.size or ())}" for call in chosen)
     forms = ", ".join(sorted({call.described("C") for call in chosen}))
-    if len(found.stages) == 1:
-        layers += f", the last of {len(found.stages[0].parts())}"
+    if len(chosen) == 1:
+        layers += f", the last of {len(parts(*found.blocks.values()))}"
     return f"| {name} | {shapes} | {layers} | {forms} |"
 
 
@@ -257,15 +229,15 @@ def pairs_of(student: Network, teacher: Network) -> str:
 def page() -> str:
     """Return all of the page but its last section."""
     found = networks()
-    parts = [INTRODUCTION]
+    lines = [INTRODUCTION]
     for source, of_source in found.items():
-        parts += [f"\n## {source}\n", "| network | input | layers and their maps | features |"]
-        parts += ["|---|---|---|---|", *(row(name, each) for name, each in of_source.items())]
-    parts.append("\n## Across families\n")
+        lines += [f"\n## {source}\n", "| network | input | layers and their maps | features |"]
+        lines += ["|---|---|---|---|", *(row(name, each) for name, each in of_source.items())]
+    lines.append("\n## Across families\n")
     for of_student, student, of_teacher, teacher in ACROSS:
         pair = found[of_student][student], found[of_teacher][teacher]
-        parts.append(f"{student} <- {teacher}\n\n{pairs_of(*pair)}\n")
-    return "\n".join(parts)
+        lines.append(f"{student} <- {teacher}\n\n{pairs_of(*pair)}\n")
+    return "\n".join(lines)
 
 
 INTRODUCTION = """# Layers found in networks
@@ -279,20 +251,17 @@ by `scripts/networks.py`; the tests compare this page with what the script finds
 SWEEP = "## One of each of timm's families"
 
 
-# ---- all of timm's families ----------------------------------------------------------------------
-
-
-def judged(run: Run, x: Tensor, calls: list[Call]) -> str:
+def judged(run: ObservedRun, x: Tensor, calls: list[ModuleCall]) -> str:
     """Tell whether each map changes most where the image was changed."""
 
     def maps(x: Tensor) -> list[Tensor]:
         placed = []
-        for call, y in zip(calls, run._features(calls, arguments_of(x)), strict=True):
+        for call, y in zip(calls, run.features(calls, arguments_of(x)), strict=True):
             layout, y = call.layout, y.double()
             assert layout
             if layout.channel_dim == -1:
                 y = y[:, layout.skip_tokens :].movedim(-1, 1)
-            placed.append(y.flatten(2).unflatten(2, layout.size))
+            placed.append(y.flatten(2).unflatten(2, call.size or ()))
         return placed
 
     height, width = x.shape[-2:]
@@ -338,14 +307,14 @@ def judge(name: str) -> str:
     x = torch.randn(2, *(config.input_size if config else (3, 224, 224)))
     torch.manual_seed(0)
     try:
-        run = observed(timm.create_model(name), arguments_of(x), Given())
-        stages = Found(run).stages
+        run = observe(timm.create_model(name), arguments_of(x), GivenLayout())
+        stages = list(NetworkStages(run).blocks.values())
     except ValueError:
         return "refused"
     if not stages:
         return "refused"
     alone = len(stages) == 1
-    return judged(run, x, [stage.parts()[0] if alone else stage.last for stage in stages])
+    return judged(run, x, [parts(each)[0] if alone else each[-1] for each in stages])
 
 
 if __name__ == "__main__":
