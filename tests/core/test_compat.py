@@ -1,0 +1,412 @@
+"""The losses of published programs: each against its formula, as that program computes it.
+
+And convert_beta: the losses of two programs have one gradient, or it says why they cannot.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import at_fused
+from at_fused import compat
+
+Side = list[Tensor]
+Pairs = tuple[Side, Side]
+Loss = Callable[[Side, Side, float], Tensor]
+
+
+def aberhu_trainer(s: Side, t: Side, beta: float) -> Tensor:
+    losses = [compat.aberhu_at_loss(a, b) for a, b in zip(s, t, strict=True)]
+    return sum(losses) / len(losses) * beta
+
+
+# As convert_beta names them: sums of squares, and of norms.
+SQUARED: dict[str, Loss] = {
+    "authors": lambda s, t, beta: beta * compat.authors_at_loss(s, t),
+    "repdistiller": lambda s, t, beta: beta * sum(compat.RepDistillerAttention()(s, t)),
+    "mdistiller": lambda s, t, beta: compat.mdistiller_at_loss(s, t, feat_weight=beta),
+    "torchdistill-code": lambda s, t, beta: beta * compat.torchdistill_at_loss(s, t),
+    "at_loss-code": lambda s, t, beta: beta * at_fused.at_loss(s, t),
+    "aberhu": aberhu_trainer,
+    "tensorflow-zoo": compat.tensorflow_zoo_at_loss,
+    "paper-squared": lambda s, t, beta: compat.paper_at_loss(s, t, beta, squared=True),
+}
+NORM: dict[str, Loss] = {
+    "torchdistill-paper": lambda s, t, beta: beta * compat.torchdistill_at_loss(s, t, "paper"),
+    "at_loss-paper": lambda s, t, beta: beta * at_fused.at_loss(s, t, form="paper"),
+    "paper": lambda s, t, beta: compat.paper_at_loss(s, t, beta),
+    "paper-mean": lambda s, t, beta: compat.paper_at_loss(s, t, beta, batch="mean"),
+}
+PROGRAMS = SQUARED | NORM
+
+# (B, C of the student, C of the teacher, H, W) of each pair
+EQUAL = {
+    "square": [(3, 4, 7, 8, 8), (3, 8, 5, 4, 4)],
+    "not square": [(2, 3, 3, 5, 9), (2, 6, 1, 7, 2), (2, 4, 4, 1, 6)],
+    "batch of one": [(1, 5, 2, 3, 3)],
+}
+
+
+def pairs_of(sizes: Sequence[tuple[int, ...]], scale: float = 1.0) -> Pairs:
+    students = [scale * torch.randn(b, c, h, w, dtype=torch.float64) for b, c, _, h, w in sizes]
+    teachers = [scale * torch.randn(b, c, h, w, dtype=torch.float64) for b, _, c, h, w in sizes]
+    for x in students + teachers:
+        x.requires_grad_()
+    return students, teachers
+
+
+def assert_same_gradients(found: Tensor, right: Tensor, pairs: Pairs, rtol: float) -> None:
+    leaves = [*pairs[0], *pairs[1]]
+    ours = torch.autograd.grad(found, leaves, retain_graph=True)
+    theirs = torch.autograd.grad(right, leaves, retain_graph=True)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= rtol * b.abs().max() + 1e-18
+        assert b.abs().max() > 0
+
+
+def assert_same(found: Tensor, right: Tensor, pairs: Pairs, rtol: float = 1e-12) -> None:
+    """Compare the value and both gradients, to rounding."""
+    assert found.shape == right.shape == ()
+    torch.testing.assert_close(found, right, rtol=rtol, atol=0)
+    assert_same_gradients(found, right, pairs, rtol)
+
+
+# ---- one formula each ----------------------------------------------------------------------------
+
+
+def flat(x: Tensor, p: float) -> Tensor:
+    """Return mean_c x^p, without an absolute value, flattened and normalised."""
+    return F.normalize(x.pow(p).mean(1).flatten(1))
+
+
+def mean_of_squares(s: Tensor, t: Tensor, p: float = 2.0) -> Tensor:
+    return (flat(s, p) - flat(t, p)).square().mean()
+
+
+def sum_of_norms(s: Tensor, t: Tensor) -> Tensor:
+    s, t = (F.normalize(x.square().sum(1).flatten(1)) for x in (s, t))
+    return (s - t).norm(dim=1).sum()
+
+
+def aberhu(s: Tensor, t: Tensor, p: float = 2.0) -> Tensor:
+    maps = [x.abs().pow(p).sum(1, keepdim=True) for x in (s, t)]
+    return F.mse_loss(*(q / (q.norm(dim=(2, 3), keepdim=True) + 1e-6) for q in maps))
+
+
+def tensorflow_zoo(s: Tensor, t: Tensor) -> Tensor:
+    maps = [x.square().mean(1) for x in (s, t)]
+    norms = [q.square().sum((1, 2), keepdim=True).clamp(min=1e-12).rsqrt() for q in maps]
+    return (maps[0] * norms[0] - maps[1] * norms[1]).square().mean() / 2
+
+
+def paper(s: Tensor, t: Tensor, p: float = 2.0, collapse: str = "sum", power: int = 1) -> Tensor:
+    powers = [x.abs().pow(p) for x in (s, t)]
+    maps = [(x.sum(1) if collapse == "sum" else x.amax(1)).flatten(1) for x in powers]
+    s, t = (q / q.norm(dim=1, keepdim=True) for q in maps)
+    return (s - t).norm(dim=1).pow(power).sum() / 2
+
+
+# Of a pair: of all programs, but those of mean_of_squares.
+FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "aberhu": aberhu,
+    "tensorflow-zoo": tensorflow_zoo,
+    "paper-squared": lambda s, t: paper(s, t, power=2),
+    "torchdistill-paper": lambda s, t: sum_of_norms(s, t) / len(s),
+    "at_loss-paper": lambda s, t: sum_of_norms(s, t) / len(s),
+    "paper": paper,
+    "paper-mean": lambda s, t: paper(s, t) / len(s),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 3e-4])  # 3e-4: maps in which the epsilons count
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("sizes", EQUAL.values(), ids=EQUAL)
+def test_each_program_has_its_formula(
+    sizes: list[tuple[int, ...]], name: str, scale: float
+) -> None:
+    pairs = pairs_of(sizes)
+    s, t = ([x * scale for x in side] for side in pairs)
+    losses = [FORMULAS.get(name, mean_of_squares)(a, b) for a, b in zip(s, t, strict=True)]
+    count = len(losses) if name == "aberhu" else 1
+    assert_same(PROGRAMS[name](s, t, 5.0), 5.0 * sum(losses) / count, pairs)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.5, 4.0])
+def test_powers_and_layouts(p: float) -> None:
+    (s,), (t,) = pairs = pairs_of([(3, 4, 7, 5, 9)])
+    assert_same(compat.aberhu_at_loss(s, t, p), aberhu(s, t, p), pairs)
+    for collapse in ("sum", "max"):
+        right = paper(s, t, p, collapse)
+        assert_same(compat.paper_at_loss(s, t, 1.0, p=p, collapse=collapse), right, pairs)
+    last = (x.movedim(1, -1) for x in (s, t))
+    found = compat.tensorflow_zoo_at_loss(*last, 1.0, channel_dim=-1)
+    assert_same(found, tensorflow_zoo(s, t), pairs)
+
+
+def test_weights_and_betas_of_pairs() -> None:
+    s, t = pairs_of(EQUAL["not square"])
+    numbers = [1.0, 0.25, 3.0]
+    for mode, pair, divisor in (("code", mean_of_squares, 1), ("paper", sum_of_norms, len(s[0]))):
+        right = sum(n * pair(a, b) / divisor for n, a, b in zip(numbers, s, t, strict=True))
+        assert_same(compat.torchdistill_at_loss(s, t, mode, numbers), right, (s, t))
+    right = sum(n * paper(a, b) for n, a, b in zip(numbers, s, t, strict=True))
+    assert_same(compat.paper_at_loss(s, t, numbers), right, (s, t))
+    assert_same(compat.authors_at_loss(s[0], t[0]), mean_of_squares(s[0], t[0]), (s[:1], t[:1]))
+
+
+def pooled_pair(s: Tensor, t: Tensor, p: int) -> Tensor:
+    """Pool to (height, height) of the lower map, as RepDistiller and mdistiller do."""
+    height = min(s.shape[2], t.shape[2])
+    s, t = (
+        F.adaptive_avg_pool2d(x, (height, height)) if x.shape[2] > height else x for x in (s, t)
+    )
+    return mean_of_squares(s, t, p)
+
+
+# (B, C, H, W) of the student and of the teacher
+POOLED = {
+    "student larger": ((3, 4, 8, 8), (3, 6, 4, 4)),
+    "teacher larger, to a square": ((2, 4, 4, 4), (2, 3, 9, 5)),
+    "to one position less": ((2, 4, 3, 3), (2, 2, 2, 2)),
+    "equal, not square": ((2, 3, 3, 7), (2, 5, 3, 7)),
+}
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("shapes", POOLED.values(), ids=POOLED)
+def test_repdistiller_and_mdistiller(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]], p: int
+) -> None:
+    s, t = (
+        [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in side]
+        for side in (shapes, shapes[::-1])
+    )
+    right = [pooled_pair(a, b, p) for a, b in zip(s, t, strict=True)]
+    found = compat.RepDistillerAttention(p)(s, t)
+    assert isinstance(found, list)
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in right], rel=1e-12)
+    assert_same(sum(found), sum(right), (s, t))
+    ours = compat.mdistiller_at_loss(s, t, p, feat_weight=1000.0)
+    assert_same(ours, 1000 * sum(right), (s, t))
+
+
+def test_paper_with_maps_of_different_sizes() -> None:
+    s = torch.randn(2, 3, 6, 4, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(2, 5, 3, 7, dtype=torch.float64, requires_grad=True)
+    q_t = t.pow(2).sum(1, keepdim=True)
+    q_t = F.interpolate(q_t, size=(6, 4), mode="bilinear", align_corners=False)
+    right = 0.1 * paper(s, q_t.sqrt())
+    assert_same(compat.paper_at_loss(s, t, 0.1), right, ([s], [t]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("p", [1.0, 2.0, 4.0])
+def test_paper_is_defined_for_zero_and_equal_maps(p: float, dtype: torch.dtype) -> None:
+    """It has no epsilon."""
+    s, t = torch.randn(3, 4, 5, 5).to(dtype), torch.randn(3, 2, 5, 5).to(dtype)
+    s[0] = t[1] = 0
+    s[2] = t[2] = 1
+    s.requires_grad_()
+    t.requires_grad_()
+    loss = compat.paper_at_loss(s, t, 2.0, p=p)
+    assert loss.item() == pytest.approx(2, abs=1e-5)  # each zero map is at distance 1 of a unit one
+    for x in torch.autograd.grad(loss, (s, t)):
+        assert torch.isfinite(x).all()
+        assert x[2].abs().max() == 0
+        assert x[:2].abs().amin(0).max() == 0
+    pairs = pairs_of([(2, 3, 4, 5, 5)])
+    small = [[x * 1e-30 for x in side] for side in pairs]
+    assert_same(compat.paper_at_loss(*small, 1.0), compat.paper_at_loss(*pairs, 1.0), pairs)
+
+
+# ---- what the originals take ---------------------------------------------------------------------
+
+
+X, Y = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 8, 8)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_nothing_is_broadcast_stretched_or_cut_short(name: str) -> None:
+    loss = PROGRAMS[name]
+    with pytest.raises(ValueError, match="same batch size, got 1 and 2"):
+        loss([X[:1]], [Y], 1.0)
+    other = torch.randn(2, 3, 4, 16)  # as many positions are not the same positions
+    if name.startswith("paper"):  # which interpolates
+        assert torch.isfinite(loss([other], [Y], 1.0))
+    else:
+        with pytest.raises(ValueError, match="4x16 and 8x8"):
+            loss([other], [Y], 1.0)
+    if name != "aberhu":  # of one pair
+        with pytest.raises(ValueError, match="same number of tensors, got 2 and 1"):
+            loss([X, X], [Y], 1.0)
+
+
+def test_pooling_where_the_original_stops_or_stretches() -> None:
+    # An original of (height, height) cannot compare these: ours pools to 4x2.
+    s, t = torch.randn(2, 3, 8, 4).double(), torch.randn(2, 3, 4, 2).double()
+    with pytest.raises(RuntimeError):
+        pooled_pair(s, t, 2)
+    right = mean_of_squares(F.adaptive_avg_pool2d(s, (4, 2)), t)
+    torch.testing.assert_close(compat.mdistiller_at_loss(s, t), right)
+    # It stretches a width of 4 to 8 here.
+    narrow = torch.randn(2, 3, 16, 4)
+    assert torch.isfinite(pooled_pair(narrow, X, 2))
+    for shape in ((2, 3, 16, 4), (2, 3, 4, 16)):
+        with pytest.raises(
+            ValueError, match="pair 0 must be of one size, or one of them the larger"
+        ):
+            compat.RepDistillerAttention()([torch.randn(shape)], [X])
+
+
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_no_formula_breaks_a_compiled_graph(dynamic: bool) -> None:
+    s, t = pairs_of([(3, 4, 7, 8, 8), (3, 8, 5, 8, 8)])
+
+    def every(s: list[Tensor], t: list[Tensor]) -> Tensor:
+        pooled = compat.RepDistillerAttention(3)(s, [t[0], t[1][..., :4, :4]])
+        others = ("authors", "torchdistill-paper", "aberhu", "tensorflow-zoo", "paper")
+        return sum(pooled) + sum(PROGRAMS[name](s, t, 0.5) for name in others)
+
+    compiled = torch.compile(every, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    found, right = compiled(s, t), every(s, t)
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(torch.autograd.grad(found, s + t), torch.autograd.grad(right, s + t))
+
+
+# ---- convert_beta --------------------------------------------------------------------------------
+
+# AberHu's epsilon shrinks maps by this much: 1e-6 of a norm of 1e4 here.
+TOLERANCE = 1e-9
+
+
+def large(batch: int, *sizes: tuple[int, int]) -> Pairs:
+    """Features next to which no epsilon counts."""
+    return pairs_of([(batch, 3, 5, *size) for size in sizes], scale=40.0)
+
+
+@pytest.mark.parametrize("source", PROGRAMS)
+def test_exact_conversions(source: str) -> None:
+    alike = SQUARED if source in SQUARED else NORM
+    # Among the squared forms only a sum over positions tells sizes apart.
+    for sizes in ([(6, 6)], [(4, 7), (4, 7)], [(8, 8), (3, 5), (2, 2)]):
+        s, t = large(3, *sizes)
+        shapes = [x.shape for x in s]
+        for target in alike:
+            single = len(set(sizes)) == 1 or "paper-squared" not in (source, target)
+            if not single and source != target:
+                with pytest.raises(ValueError, match=r"no single beta.*pair_betas"):
+                    compat.convert_beta(1e3, source, target, shapes)
+                continue
+            beta = compat.convert_beta(1e3, source, target, shapes)
+            assert beta > 0
+            assert_same(alike[target](s, t, beta), alike[source](s, t, 1e3), (s, t), TOLERANCE)
+            back = compat.convert_beta(beta, target, source, shapes)
+            assert back == pytest.approx(1e3, rel=3e-16)
+
+
+def test_numbers_by_hand() -> None:
+    assert all(f'"{name}"' in compat.convert_beta.__doc__ for name in PROGRAMS)
+    shapes = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8)]
+    convert = compat.convert_beta
+    assert convert(1000, "authors", "repdistiller", shapes) == 1000
+    assert convert(1000, "authors", "tensorflow-zoo", shapes) == 2000
+    assert convert(1000, "authors", "aberhu", shapes) == 3000
+    assert convert(1000, "aberhu", "authors", shapes) == 1000 / 3
+    assert convert(0.1, "paper", "torchdistill-paper", shapes) == 0.1 * 64
+    assert convert(0.1, "paper-mean", "at_loss-paper", shapes) == 0.05
+    assert convert(-1000, "authors", "mdistiller", shapes) == -1000
+    assert convert(0, "paper", "at_loss-paper", shapes) == 0
+    largest = sys.float_info.max
+    assert convert(-largest / 2, "authors", "aberhu", shapes[:2]) == -largest
+    # The paper's rule of 1e3 / (N B) for each layer, without the half.
+    assert compat.pair_betas(500, "authors", "paper-squared", shapes) == [
+        1e3 / (n * 128) for n in (1024, 256, 64)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("authors", "paper-squared"),
+        ("paper-squared", "at_loss-code"),
+        ("authors", "at_loss-paper"),
+    ],
+)
+def test_a_beta_for_each_pair(source: str, target: str) -> None:
+    s, t = large(1, (8, 8), (3, 5))
+    arguments: list[Any] = [1e3, source, target, [x.shape for x in s]]
+    if target in NORM:
+        arguments.append(at_fused.at_loss(s, t, form="paper", reduction="none").tolist())
+    betas = compat.pair_betas(*arguments)
+    found = [PROGRAMS[target]([a], [b], beta) for a, b, beta in zip(s, t, betas, strict=True)]
+    assert_same_gradients(sum(found), PROGRAMS[source](s, t, 1e3), (s, t), TOLERANCE)
+    with pytest.raises(ValueError, match="no single beta"):
+        compat.convert_beta(*arguments)
+
+
+@pytest.mark.parametrize("source", SQUARED)
+@pytest.mark.parametrize("target", NORM)
+def test_squares_and_norms_agree_at_one_distance(source: str, target: str) -> None:
+    s, t = large(1, (4, 6))
+    # Three samples at one distance.
+    distance = at_fused.at_loss(s, t, form="paper").item()
+    s, t = ([x.detach().repeat(3, 1, 1, 1).requires_grad_() for x in side] for side in (s, t))
+    shapes = [x.shape for x in s]
+    beta = compat.convert_beta(1e3, source, target, shapes, distance=distance)
+    assert_same_gradients(NORM[target](s, t, beta), SQUARED[source](s, t, 1e3), (s, t), TOLERANCE)
+    back = compat.convert_beta(beta, target, source, shapes, distance=distance)
+    assert back == pytest.approx(1e3, rel=1e-15)
+    assert_same_gradients(SQUARED[source](s, t, back), NORM[target](s, t, beta), (s, t), TOLERANCE)
+    with pytest.raises(ValueError, match=r"no exact conversion exists.*distance="):
+        compat.convert_beta(1e3, source, target, shapes)
+    with pytest.raises(ValueError, match=r"no exact conversion exists.*distance="):
+        compat.convert_beta(1e3, target, source, shapes)
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+SHAPES = [(8, 4, 6, 6)]
+TWO_BATCHES = [(8, 4, 6, 6), (4, 4, 6, 6)]
+ERRORS: dict[str, tuple[Any, ...]] = {
+    "p must be a whole number with absolute=False, got 1.5": (compat.RepDistillerAttention, 1.5),
+    "g_s must be a list": (compat.RepDistillerAttention(), X, Y),
+    "mode must be 'code' or 'paper', got 'eq2'": (compat.torchdistill_at_loss, X, Y, "eq2"),
+    "one batch size.*got 2 and, in pair 1, 1": (
+        *(compat.torchdistill_at_loss, [X, X[:1]], [Y, Y[:1]], "paper"),
+    ),
+    "must be a tensor, of one pair, got list": (compat.aberhu_at_loss, [X], [Y]),
+    "beta must be one number, or one per pair, got 2 for 1": (compat.paper_at_loss, X, Y, [1, 1]),
+    "batch must be 'sum' or 'mean', got 'no'": (partial(compat.paper_at_loss, batch="no"), X, Y, 1),
+    "squared must be True or False, got int": (partial(compat.paper_at_loss, squared=2), X, Y, 1),
+}
+CONVERSIONS: dict[str, tuple[Any, ...]] = {
+    "source must be one of authors, .*": (1.0, "author", "paper", SHAPES),
+    "target must be one of.*got None": (1.0, "paper", None, SHAPES),
+    r"beta must be at most 8.98847e\+307 either way.*'aberhu'.*got 1e\+308": (
+        *(1e308, "authors", "aberhu", SHAPES * 2),
+    ),
+    r"at most 1.23358e-17 either way.*got -1.0": (-1.0, "paper", "authors", SHAPES, 5e-324),
+    r"shapes\[0\].*True": (1.0, "paper", "paper", [(8, 4, True, 6)]),
+    r"shapes must be a list.*got tensor\(": (1.0, "paper", "paper", torch.ones(3)),
+    r"shapes\[0\].*got \(6, 6\)": (1.0, "paper", "paper", [(6, 6)]),
+    "one batch size, got 8 and, in pair 1, 4": (1.0, "paper", "paper", TWO_BATCHES),
+    "between 'authors' and 'aberhu'.*exact, got 0.5": (1.0, "authors", "aberhu", SHAPES, 0.5),
+    "at most 2, got 2.1": (1.0, "authors", "paper", SHAPES, 2.1),
+    "distance must be one .* got 2 for 1 pairs": (1.0, "authors", "paper", SHAPES, [0.5, 0.5]),
+}
+ERRORS |= {message: (compat.convert_beta, *given) for message, given in CONVERSIONS.items()}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors(message: str) -> None:
+    call, *given = ERRORS[message]
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(*given)

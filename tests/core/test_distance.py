@@ -1,0 +1,152 @@
+"""Full-activation transfer against the formula in float64. More: test_properties.py."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_losses import DTYPES, leaves_and_doubles, rounding_of
+from torch import Tensor
+
+import at_fused
+
+
+def reference(
+    s: list[Tensor],
+    t: list[Tensor],
+    weights: list[float] | None = None,
+    form: str = "mean",
+    reduction: str = "sum",
+) -> Tensor:
+    parts = []
+    for i, (x, y) in enumerate(zip(s, t, strict=True)):
+        squares = (x - y).flatten(1).square().sum(1)
+        share = x[0].numel() if form == "mean" else 1
+        parts.append(squares.mean() / share * (weights[i] if weights else 1.0))
+    return sum(parts) if reduction == "sum" else torch.stack(parts)
+
+
+def assert_matches(s: list[Tensor], t: list[Tensor], **options: Any) -> None:
+    """The loss, and the gradients of both sides."""
+    (leaves, doubles), n = leaves_and_doubles(*s, *t), len(s)
+    found = at_fused.features_loss(leaves[:n], leaves[n:], **options)
+    right = reference(doubles[:n], doubles[n:], **options)
+    wide = any(x.dtype == torch.float64 for x in leaves)
+    assert found.dtype == (torch.float64 if wide else torch.float32)
+    torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=0)
+    above = torch.linspace(1, 2, found.numel(), dtype=found.dtype).reshape(found.shape)
+    gradients = torch.autograd.grad(found, leaves, above)
+    expected = torch.autograd.grad(right, doubles, above.double())
+    for x, g, r in zip(leaves, gradients, expected, strict=True):
+        assert g.dtype == x.dtype
+        assert (g.double() - r).abs().max() <= rounding_of(g.dtype, 1e-6) * r.abs().max()
+
+
+@pytest.mark.parametrize("form", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 1), (4, 3, 8, 8), (2, 3, 2, 3, 2, 2), (1, 70001)], ids=str)
+def test_shapes(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> None:
+    s, t = torch.randn(shape).to(dtype), torch.randn(shape)
+    assert_matches([s], [t], form=form)
+    one = at_fused.features_loss(s, t, form=form, reduction="none")
+    assert torch.equal(one, at_fused.features_loss([s], [t], form=form, reduction="none"))
+
+
+@pytest.mark.parametrize("form", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.25, -3.0, 0.0]], ids=str)
+def test_a_list(form: str, reduction: str, weights: list[float] | None) -> None:
+    shapes = [(2, 3, 8, 8), (2, 40), (2, 5, 7), (2, 16, 4, 4)]
+    s = [torch.randn(shape) for shape in shapes]
+    s[3] = s[3].half().to(memory_format=torch.channels_last)
+    t = [torch.randn_like(x) for x in s]
+    assert_matches(s, t, form=form, reduction=reduction, weights=weights)
+    t[1] = t[1].double()
+    assert_matches(s, t, form=form, reduction=reduction, weights=weights)
+
+
+def test_the_range() -> None:
+    """Sums of squares up to 3e38; beyond the loss is inf, and its gradient right."""
+    near, far = torch.full((2, 100), 4e17), torch.full((2, 100), 3e18)
+    assert_matches([near], [-near])
+    s = far.requires_grad_()
+    loss = at_fused.features_loss(s, -far.detach())
+    assert loss.item() == torch.inf
+    (g,) = torch.autograd.grad(loss, s)
+    torch.testing.assert_close(g, torch.full_like(g, 2 * 6e18 / 200))
+
+
+def test_equal_features_have_a_second_derivative() -> None:
+    s, v = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    gradient = torch.func.grad(lambda x: at_fused.features_loss(x, s))
+    assert not gradient(s).any()
+    torch.testing.assert_close(torch.func.jvp(gradient, (s,), (v,))[1], v / 12)
+
+
+def test_the_module_projects_where_channels_differ() -> None:
+    module = at_fused.FeaturesLoss([4, 8], [6, 8])
+    s = [torch.randn(2, 4, 5, 5), torch.randn(2, 8, 3, 3)]
+    t = [torch.randn(2, 6, 5, 5), torch.randn(2, 8, 3, 3)]
+    (weight,) = module.parameters()
+    assert weight.shape == (6, 4, 1, 1)
+    right = F.mse_loss(F.conv2d(s[0], weight), t[0]) + F.mse_loss(s[1], t[1])
+    torch.testing.assert_close(module(s, t), right)
+    torch.testing.assert_close(copy.deepcopy(module)(s, t), right)
+    module(s, t).backward()
+    assert weight.grad.abs().sum() > 0
+    single = at_fused.FeaturesLoss(4, 6, form="sum")
+    assert single(s[0], t[0]).ndim == 0
+    assert "form='sum'" in repr(single)
+
+
+X = torch.randn(2, 3, 4)
+
+ERRORS: list[tuple[Any, Any, type[Exception], str]] = [
+    (X, [X], TypeError, "both be tensors or both be sequences.*Tensor and list"),
+    ([], [], ValueError, "student must not be an empty list"),
+    ([X, X], [X], ValueError, "same number of tensors, got 2 and 1"),
+    (X, X[:, :2], ValueError, r"pair 0.*same shape, got \(2, 3, 4\) and \(2, 2, 4\)"),
+    ([X, X[:1]], [X, X[:1]], ValueError, "same batch size, got 2 and, in pair 1, 1"),
+    (X, X.to("meta"), ValueError, "teacher of pair 0 is on meta, the first student on cpu"),
+    (X[0, 0], X[0, 0], ValueError, r"student must have a batch dimension.*\(4,\)"),
+]
+
+
+@pytest.mark.parametrize(("student", "teacher", "error", "message"), ERRORS, ids=range(len(ERRORS)))
+def test_errors(student: Any, teacher: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        at_fused.features_loss(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("channels", "error", "message"),
+    [
+        ((4, [6]), TypeError, "both be ints or both be sequences, got int and list"),
+        (([4], [6, 7]), ValueError, "same length, not 0, got 1 and 2"),
+        (([], []), ValueError, "same length, not 0, got 0 and 0"),
+        ((0, 6), ValueError, "student_channels must be >= 1, got 0"),
+        ((4, 6.0), TypeError, "teacher_channels must be an int.*got float"),
+        ((4, "6"), TypeError, "teacher_channels must be an int.*got str"),
+    ],
+    ids=str,
+)
+def test_wrong_channels(channels: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        at_fused.FeaturesLoss(*channels)
+
+
+def test_errors_of_the_module() -> None:
+    with pytest.raises(ValueError, match=r"student must have 1 features.*got 2"):
+        at_fused.FeaturesLoss([3], [3])([X[..., None]] * 2, [X[..., None]] * 2)
+    # Features without a batch, or of other channels than the module's.
+    for c, t, student in ((2, 5, X), (3, 5, X), (2, 2, X), (4, 5, X[..., None])):
+        message = rf"student must be \(B, {c}, H, W\), got shape \(2, 3"
+        with pytest.raises(ValueError, match=message):
+            at_fused.FeaturesLoss(c, t)(student, X)
+    with pytest.raises(TypeError, match=r"student\[0\] must be a tensor, got NoneType"):
+        at_fused.FeaturesLoss([3], [3])([None], [X])
+    with pytest.raises(ValueError, match="form must be 'mean' or 'sum'"):
+        at_fused.FeaturesLoss(3, 3, form=torch.ones(2))

@@ -1,0 +1,305 @@
+"""The operators of maps, on every back end: sums, maxima, their gradients, and losses of maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from back_ends import opcheck, slow
+from layouts import DTYPES, LAYOUTS, SHAPES, STRIDES, features, strided_views
+from matrix import crossed
+from operator_reference import (
+    MAP_LOSS,
+    assert_gradient_matches,
+    assert_map_loss_matches,
+    assert_maps_match,
+    raw_maps,
+    reference_map,
+    reference_map_loss,
+    reference_slope,
+)
+from torch import Tensor
+
+from at_fused import _ops
+
+COLLAPSES = ["mean", "sum", "max"]
+EXPONENTS = [2.0, 1.0, 3.0, 4.0, 2.5]
+
+
+# ---- maps ----------------------------------------------------------------------------------------
+
+
+@crossed(p=EXPONENTS, collapse=COLLAPSES, dtype=DTYPES, layout=LAYOUTS)
+def test_maps(backend: str, p: float, collapse: str, dtype: torch.dtype, layout: str) -> None:
+    assert_maps_match([features(2, 11, 13, 9, layout=layout, dtype=dtype)], p, collapse)
+
+
+@crossed(collapse=["mean", "max"], layout=LAYOUTS)
+def test_shapes_of_maps(backend: str, collapse: str, layout: str) -> None:
+    for shape in SHAPES:
+        x = features(*shape, layout=layout)
+        for p in (3.0, 1.0):
+            assert_maps_match([x], p, collapse)
+
+
+@pytest.mark.parametrize("collapse", ["mean", "max"])
+def test_lists(backend: str, collapse: str) -> None:
+    xs = [
+        features(4, 8, 16, 16),
+        features(4, 16, 8, 8, layout="interleaved"),
+        features(3, 30, 9, dtype=torch.bfloat16),
+        features(2, 70, 7, 7),
+        features(2, 3, 4, 5, 6, dtype=torch.float64),
+    ]
+    assert_maps_match(xs, 2.0, collapse)
+    # More than a launch carries.
+    count = 17 if slow(backend) else 67
+    xs = [features(1, 2 + i % 3, 4 + i % 2, 5) for i in range(count)]
+    assert_maps_match(xs, 2.0, collapse)
+
+
+@pytest.mark.parametrize("collapse", ["mean", "max"])
+def test_strides_of_maps(backend: str, collapse: str) -> None:
+    for p in (2.0, 1.0):
+        assert_maps_match(strided_views(), p, collapse)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_equal_channels_the_first_wins(backend: str, layout: str) -> None:
+    for shape in ((2, 24, 3, 4), (2, 16, 7, 7), (1, 300, 1, 5)):
+        x = STRIDES[layout](torch.randint(-2, 3, shape).float())
+        x[:, :, -1] = 0  # all alike
+        for dtype in DTYPES:
+            _, channels = _ops.attention_map([x.to(dtype)], 2.0, "max")
+            assert torch.equal(channels.long(), reference_map(x, 2.0, "max")[1])
+
+
+@crossed(dtype=DTYPES, layout=LAYOUTS)
+def test_a_nan_wins_and_infinity_is_a_number(backend: str, dtype: torch.dtype, layout: str) -> None:
+    for c, h, w in ((20, 3, 4), (16, 7, 7), (300, 1, 2)):
+        x = features(2, c, h, w, layout=layout, dtype=dtype)
+        x[0, 7, 0, 1] = x[0, 9, 0, 1] = math.nan
+        x[0, 2, 0, 1] = x[1, 6, 0, 0] = math.inf
+        x[1, 5, 0, 0] = -math.inf
+        q, channels = _ops.attention_map([x], 3.0, "max")
+        assert torch.isnan(q[0, 1])
+        assert channels[0, 1] == 7
+        assert q[1, 0] == math.inf
+        assert channels[1, 0] == 5
+    # Powers beyond the largest number are all infinite, and still have one winner.
+    x = torch.tensor([1e30, -2e30, 3e30]).view(1, 3, 1)
+    q, channel = _ops.attention_map([x], 4.0, "max")
+    assert (q.item(), channel.item()) == (math.inf, 2)
+
+
+def test_powers_keep_their_digits(backend: str) -> None:
+    """Those of any exponent, over fp32's whole range."""
+    for p in (1.1, 1.5, 1.9, 2.7, 3.0, 5.0, 6.0, 7.7, 31.3):
+        largest = math.log10(3e38 ** (1 / p)) - 0.1
+        x = torch.cat([torch.logspace(-44, largest, 1000), torch.linspace(0.5, 1.5, 1000)])
+        x = torch.cat([x, torch.tensor([0.0, 1.0])]).view(1, 1, -1)
+        (q,) = _ops.attention_map([x], p, "sum")
+        (g,) = _ops.attention_map_backward([-x], [torch.ones_like(q)], None, [0], p)
+        rounding = 5e-7 if backend == "eager" else 2e-7  # torch's power takes the exponent in fp32
+        for found, right in ((q, x.double().pow(p)), (-g, x.double().pow(p - 1))):
+            found, right = found.flatten(), right.flatten()
+            normal = right > 1e-37  # less have fewer digits, or are 0
+            assert ((found - right).abs() <= rounding * max(p, 10) * right)[normal].all()
+            assert (found[~normal] <= 1.1e-37).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_infinity_and_nan(backend: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0], dtype=dtype)
+    x = x.view(1, 1, -1)
+    for p in EXPONENTS:
+        (found,) = _ops.attention_map([x], p, "sum")
+        right = x.double().abs().pow(p).to(found.dtype).flatten(1)
+        torch.testing.assert_close(found, right, equal_nan=True)
+        (found,) = _ops.attention_map_backward([x], [torch.ones_like(found)], None, [0], p)
+        right = (x.double().abs().pow(p - 1) * x.double().sign()).to(dtype)
+        # The sign of NaN is NaN here or there, and 0 in torch; the map is NaN in any case.
+        known = ~x.isnan()
+        torch.testing.assert_close(found[known], right[known])
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+# The loss's gradient for two pairs of three samples, in the strides that autograd may give.
+LOSS_GRADIENTS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "none": lambda g: None,
+    "one": lambda g: g[0, 0],
+    "of pairs": lambda g: g[0, :2],
+    "of samples": lambda g: g[:2, :3].contiguous(),
+    "transposed": lambda g: g[:3, :2].t(),
+    "steps": lambda g: g[:2, ::2],
+    "expanded pairs": lambda g: g[:1, :3].expand(2, 3),
+    "expanded samples": lambda g: g[:2, :1].expand(2, 3),
+}
+
+
+@crossed(
+    above=list(LOSS_GRADIENTS),
+    layout=[*LAYOUTS, "tokens"],
+    collapse=["sum", "max"],
+    dtype=[torch.float64, torch.float32, torch.bfloat16],
+)
+def test_gradients_times_that_of_the_loss(
+    backend: str, above: str, layout: str, collapse: str, dtype: torch.dtype
+) -> None:
+    if layout == "tokens":
+        xs = [features(3, 40, 12, layout="interleaved"), features(3, 5, 30, dtype=dtype)]
+        skips = [2, 0]
+    else:
+        xs = [features(3, 6, 9, 8, layout=layout), features(3, 5, 4, 7, layout=layout, dtype=dtype)]
+        skips = []
+    mapped = [x[:, :, n:] for x, n in zip(xs, skips or [0, 0], strict=True)]
+    ks = [torch.randn_like(q) for q in _ops.attention_map(xs, 3.0, "sum", skips)]
+    winners = [reference_map(x, 3.0, collapse)[1] for x in mapped]
+    channels = [c.int() for c in winners] if collapse == "max" else []
+    for wide in (torch.float32, torch.float64):
+        loss_gradient = LOSS_GRADIENTS[above](torch.randn(6, 6, dtype=wide))
+        each = torch.ones(()) if loss_gradient is None else loss_gradient
+        factors = (each if each.dim() == 2 else each.view(-1, 1)).expand(2, 3)
+        found = _ops.attention_map_backward(xs, ks, loss_gradient, [1, 0], 3.0, skips, channels)
+        for i, (x, k, g) in enumerate(zip(xs, ks, found, strict=True)):
+            right = torch.zeros_like(x, dtype=torch.float64)
+            slope = reference_slope(
+                mapped[i], k.double() * factors[1 - i].unsqueeze(1), 3.0, winners[i]
+            )
+            right[:, :, x.shape[2] - mapped[i].shape[2] :] = slope
+            assert_gradient_matches(g, right, x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_channels_that_did_not_win_have_none_of_a_nan(backend: str, layout: str) -> None:
+    x = features(2, 6, 4, 4, layout=layout)
+    q, channels = _ops.attention_map([x], 2.0, "max")
+    k = torch.full_like(q, math.nan)
+    (g,) = _ops.attention_map_backward([x], [k], None, [0], 2.0, [], [channels])
+    assert torch.isnan(g).sum() == q.numel()
+    assert (g[~torch.isnan(g)] == 0).all()
+    # No channel at all has these numbers.
+    channels = torch.tensor([-1, 6, -6, 2**31 - 1]).repeat(2, 4).int()
+    (g,) = _ops.attention_map_backward([x], [k], None, [0], 2.0, [], [channels])
+    assert (g == 0).all()
+
+
+@pytest.mark.parametrize("collapse", ["mean", "max"])
+def test_second_derivatives(fast_backend: str, collapse: str) -> None:
+    x = features(1, 3, 3, 4, dtype=torch.float64).requires_grad_()
+
+    def first_map(x: Tensor) -> Tensor:
+        return _ops.attention_map([x], 3.0, collapse)[0]
+
+    assert torch.autograd.gradcheck(first_map, (x,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(first_map, (x,), fast_mode=True)
+
+
+# ---- the loss of maps ----------------------------------------------------------------------------
+
+
+@crossed(
+    reduction=["sum", "none", "sample"],
+    form=["code", "paper"],
+    eps_mode=["add", "max"],
+    eps=[1e-6, 1e-12, 2.0],
+)
+def test_map_loss(backend: str, form: str, eps_mode: str, eps: float, reduction: str) -> None:
+    shapes = [(3, 7), (3, 300), (3, 64), (3, 2)]
+    for weights in ([], [1.0, 0.25, -3.0, 0.0]):
+        for dtypes in ((torch.float32,) * 2, (torch.float32, torch.float64), (torch.float64,) * 2):
+            maps = (raw_maps(*shapes, dtype=dtype) for dtype in dtypes)
+            assert_map_loss_matches(*maps, weights, form, reduction, eps_mode, eps)
+
+
+def test_map_loss_of_many_samples_and_pairs(backend: str) -> None:
+    samples, pairs = (70, 17) if slow(backend) else (300, 37)
+    many = raw_maps((samples, 5)), raw_maps((samples, 5))
+    for reduction in ("sum", "sample"):
+        assert_map_loss_matches(*many, [2.0], "code", reduction, "max", 1e-12)
+        students, teachers = (raw_maps(*[(2, 3 + i % 4) for i in range(pairs)]) for _ in range(2))
+        weights = [1.0 + i for i in range(pairs)]
+        assert_map_loss_matches(students, teachers, weights, "paper", reduction, "add", 1e-6)
+    batches = raw_maps((3, 9), (1, 4), (260, 2)), raw_maps((3, 9), (1, 4), (260, 2))
+    for reduction in ("sum", "none"):
+        assert_map_loss_matches(*batches, [], "paper", reduction, "max", 1e-12)
+
+
+def test_map_loss_of_strided_maps(backend: str) -> None:
+    base = raw_maps((12, 40))[0]
+    students, teachers = [base[::2, 3:23], base.t()[:5]], [base[6:, ::2], base[:5, :12]]
+    assert_map_loss_matches(students, teachers, [], "code", "none", "max", 1e-12)
+
+
+@crossed(form=["code", "paper"], eps_mode=["max", "add"])
+def test_zero_and_equal_maps(backend: str, form: str, eps_mode: str) -> None:
+    options = form, "sample", eps_mode, 1e-3
+    s, t = raw_maps((4, 6))[0], raw_maps((4, 6))[0]
+    s[0] = 0
+    s[1] = t[1] = 0
+    s[2] = t[2]
+    t[3] *= 1e-6  # below eps
+    loss, (ks, kt) = MAP_LOSS([s], [t], [], *options, True, True)
+    assert torch.isfinite(ks).all()
+    assert torch.isfinite(kt).all()
+    assert (loss[0, 1:3] == 0).all()
+    assert (ks[1:3] == 0).all()
+    assert (kt[1:3] == 0).all()
+    # Without the samples where the formula written out divides 0 by 0.
+    assert_map_loss_matches([s[3:]], [t[3:]], [], *options)
+    right = reference_map_loss([s], [t], [], *options)
+    torch.testing.assert_close(loss.double(), right, rtol=1e-6, atol=0)
+    # A zero map is divided by eps, whatever it is.
+    near = torch.full_like(s[:1], 1e-12).double().requires_grad_()
+    (slope,) = torch.autograd.grad(reference_map_loss([near], [t[:1]], [], *options).sum(), near)
+    assert (ks[0].double() - slope[0]).abs().max() <= 1e-4 * slope.abs().max()
+
+
+def test_nan_and_infinite_maps(backend: str) -> None:
+    for value in (math.nan, math.inf):
+        for eps_mode in ("max", "add"):
+            s, t = raw_maps((3, 6), (3, 6))
+            s[1, 2] = value
+            loss, (k,) = MAP_LOSS([s], [t], [], "code", "sample", eps_mode, 1e-6, True, False)
+            assert torch.isnan(loss[0]).tolist() == [False, True, False]
+            assert torch.isnan(k[1]).any()
+            assert torch.isfinite(k[::2]).all()
+
+
+def test_map_loss_gradients_only_where_asked_for(backend: str) -> None:
+    s, t = raw_maps((3, 6), (2, 4)), raw_maps((3, 6), (2, 4))
+    options = [], "code", "sum", "max", 1e-12
+    both = MAP_LOSS(s, t, *options, True, True)[1]
+    assert MAP_LOSS(s, t, *options, False, False)[1] == []
+    for i, flags in enumerate(((True, False), (False, True))):
+        found = MAP_LOSS(s, t, *options, *flags)[1]
+        assert all(map(torch.equal, found, both[2 * i : 2 * i + 2]))
+        assert len(found) == 2
+
+
+# ---- PyTorch's machinery -------------------------------------------------------------------------
+
+
+@crossed(gradient=[None, 2.0, [2.0, 3.0]], collapse=["max", "mean"])
+def test_opcheck_maps(backend: str, collapse: str, gradient: float | list[float] | None) -> None:
+    xs = [torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)]
+    operators = torch.ops.at_fused
+    opcheck(backend, operators.attention_map, (xs, 2.0, collapse))
+    maps = _ops.attention_map([x.detach() for x in xs], 2.0, collapse)
+    ks = [q.requires_grad_() for q in maps[:2]]
+    above = None if gradient is None else torch.tensor(gradient)
+    arguments = (xs, ks, above, [1, 0], 2.0, [], maps[2:])
+    opcheck(backend, operators.attention_map_backward, arguments)
+
+
+@pytest.mark.parametrize(
+    "reduction",
+    ["sample", *(pytest.param(r, marks=pytest.mark.exhaustive) for r in ("sum", "none"))],
+)
+def test_opcheck_map_loss(backend: str, reduction: str) -> None:
+    maps = [[q.requires_grad_() for q in raw_maps((2, 6), (2, 4))] for _ in range(2)]
+    options = [1.0, 0.5], "code", reduction, "add", 1e-6, True, True
+    opcheck(backend, torch.ops.at_fused.map_loss, (*maps, *options))

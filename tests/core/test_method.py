@@ -1,0 +1,447 @@
+"""The method through the public functions: what generated calls (test_properties) would miss."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from layouts import DTYPES, LAYOUTS
+from matrix import crossed
+from reference import THROUGH_MAPS, assert_matches_reference, expected_loss, feature
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import at_fused
+
+# ---- every option --------------------------------------------------------------------------------
+
+OPTIONS: dict[str, dict[str, Any]] = THROUGH_MAPS | {
+    "max, p=1": {"collapse": "max", "p": 1.0},
+    "max, p=2.5": {"collapse": "max", "p": 2.5, "form": "paper"},
+    "signed, p=1": {"absolute": False, "p": 1.0, "collapse": "sum"},
+    "signed, p=2": {"absolute": False, "p": 2.0},
+    "signed, p=5": {"absolute": False, "p": 5.0, "form": "paper"},
+    "channel": {"attend": "channel"},
+    "channel, paper": {"attend": "channel", "form": "paper", "p": 1.0},
+    "channel, max": {"attend": "channel", "collapse": "max"},
+    "both": {"attend": "both"},
+    "both, max": {"attend": "both", "collapse": "max"},
+    "both, maps": {"attend": "both", "resize": "maps"},
+    "both, signed": {"attend": "both", "absolute": False, "p": 3.0},
+}
+
+
+@crossed(options=OPTIONS, dtype=DTYPES, layout=LAYOUTS)
+def test_the_method(backend: str, options: str, dtype: torch.dtype, layout: str) -> None:
+    given = OPTIONS[options]
+    s = feature(3, 20, 5, 7, layout=layout, dtype=dtype)
+    any_size = "resize" in given or given.get("attend") == "channel"
+    size = (8, 4) if any_size else (5, 7)
+    t = feature(3, 20 if "attend" in given else 33, *size, dtype=dtype)
+    assert_matches_reference([s], [t], **given)
+
+
+def test_the_gradient_of_a_maximum_goes_to_the_first_channel(backend: str) -> None:
+    x = torch.zeros(2, 5, 3, 4)
+    x[:, 1], x[:, 3] = -2.0, 2.0
+    x[1, 4] = 2.0
+    x.requires_grad_()
+    q = at_fused.attention_map(x, collapse="max")
+    assert torch.equal(q, torch.full((2, 3, 4), 4.0))
+    q.sum().backward()
+    expected = torch.zeros(2, 5, 3, 4)
+    expected[:, 1] = -4.0
+    assert torch.equal(x.grad, expected)
+
+
+def test_a_maximum_of_nan_is_nan(backend: str) -> None:
+    for layout in LAYOUTS:
+        x = feature(2, 6, 3, 5, layout=layout, dtype=torch.float32)
+        x[1, 4, 2, 1] = float("nan")
+        q = at_fused.attention_map(x, collapse="max")
+        assert torch.isnan(q).nonzero().tolist() == [[1, 2, 1]]
+
+
+RESIZES = [
+    ((3, 4, 8, 8), (3, 6, 4, 4)),
+    ((3, 4, 4, 4), (3, 6, 8, 8)),
+    ((2, 5, 13, 9), (2, 3, 7, 5)),  # windows that overlap
+    ((2, 5, 8, 3), (2, 3, 4, 6)),  # each side has the larger one of the sizes
+    ((2, 5, 1, 6), (2, 3, 5, 6)),
+    ((2, 20, 40), (2, 12, 7)),
+    ((2, 3, 4, 6, 5), (2, 4, 2, 5, 5)),
+    ((1, 3, 9000), (1, 2, 3)),  # windows that are large
+    ((1, 3, 75, 80), (1, 2, 74, 79)),  # and many
+    ((1, 3, 20, 22, 20), (1, 2, 10, 21, 10)),
+]
+
+
+@crossed(shapes=RESIZES, resize=["maps", "features"], dtype=DTYPES)
+def test_resizing(
+    fast_backend: str, resize: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
+) -> None:
+    s, t = (feature(*x, layout=y, dtype=dtype) for x, y in zip(shapes, LAYOUTS, strict=True))
+    assert_matches_reference([s], [t], resize=resize)
+    assert_matches_reference([s], [t], resize=resize, collapse="max", p=1.0, form="paper")
+
+
+@pytest.mark.parametrize(
+    ("size", "other"),
+    [((371,), (15,)), ((15,), (371,)), ((371, 3), (15, 5)), ((90, 71), (31, 7))],
+    ids=str,
+)
+def test_gradients_through_wide_maps(
+    fast_backend: str, size: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    """In fp32 a position's weights would be off by the rounding of its number, to 2e-5."""
+    pair = feature(2, 3, *size, dtype=torch.float32), feature(2, 4, *other, dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in pair]
+    doubles = [x.detach().double().requires_grad_() for x in pair]
+    found = torch.autograd.grad(at_fused.at_loss(*leaves, resize="maps"), leaves)
+    right = torch.autograd.grad(expected_loss(*doubles, resize="maps").mean(), doubles)
+    for g, r in zip(found, right, strict=True):
+        assert (g - r).abs().max() < 2e-6 * r.abs().max()
+
+
+def test_nan_and_infinity_stay_in_their_windows(backend: str) -> None:
+    s, t = torch.randn(3, 4, 6, 6, requires_grad=True), torch.randn(3, 5, 3, 3)
+    with torch.no_grad():
+        s[0, 1, 2, 2], s[1, 1, 2, 2] = float("nan"), float("inf")
+    loss = at_fused.at_loss(s, t, resize="features", reduction="sample")
+    assert loss.isnan().tolist() == [[True, True, False]]
+    (gradient,) = torch.autograd.grad(loss.nansum(), s)
+    assert gradient[2].isfinite().all()
+    assert gradient[2].any()
+
+
+def test_a_list_whose_pairs_differ_in_what_is_resized(backend: str) -> None:
+    students = [feature(2, 3, 8, 8), feature(2, 5, 4, 4), feature(2, 4, 3, 5)]
+    teachers = [feature(2, 4, 4, 4), feature(2, 5, 4, 4), feature(2, 6, 6, 10)]
+    for resize in ("maps", "features"):
+        assert_matches_reference(students, teachers, resize=resize, reduction="none")
+
+
+def test_special_values_of_signed_powers(backend: str) -> None:
+    x = torch.zeros(1, 3, 5)
+    x[0, 0] = torch.tensor([float("nan"), float("inf"), -float("inf"), -2.0, 0.0])
+    x[0, 1, 2] = 1
+    x.requires_grad_()
+    for p in (1.0, 3.0, 2.0**24 + 1):
+        q = at_fused.attention_map(x, p=p, collapse="sum", absolute=False)
+        assert q[0, 0].isnan()
+        assert q[0, 1:3].tolist() == [float("inf"), -float("inf")]
+        assert q[0, 3] == (-(2.0**p) if p < 4 else -float("inf"))
+        (gradient,) = torch.autograd.grad(q[0, 4], x)
+        assert (gradient[0, :, 4] == (p == 1)).all()
+
+
+def test_a_zero_map_with_an_epsilon_that_is_added(backend: str) -> None:
+    s, t = torch.zeros(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    at_fused.at_loss(s, t, eps_mode="add", eps=1e-6, p=1.0).backward()
+    assert torch.equal(s.grad, torch.zeros_like(s))
+
+
+# ---- tokens, masks, weights of samples -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("resize", ["maps", "features"])
+def test_tokens_against_a_convolution(backend: str, resize: str) -> None:
+    tokens, maps = [feature(2, 1 + 12, 8)], [feature(2, 5, 6, 8)]
+    of_teacher = {"channel_dim": (1, -1), "skip_tokens": 1, "map_size": (3, 4)}
+    assert_matches_reference(maps, tokens, resize=resize, **of_teacher)
+    of_student = {"channel_dim": (-1, 1), "skip_tokens": (1, 0), "map_size": ((3, 4), None)}
+    assert_matches_reference(tokens, maps, resize=resize, **of_student)
+
+
+def test_skipped_tokens_of_one_side(backend: str) -> None:
+    s, t = feature(3, 14, 5, dtype=torch.float32), feature(3, 12, 8, dtype=torch.float32)
+    options = {"channel_dim": -1, "skip_tokens": (2, 0), "map_size": (3, 4)}
+    assert_matches_reference([s], [t], mask=torch.rand(3, 3, 4) > 0.3, form="paper", **options)
+
+
+@pytest.mark.parametrize("resize", ["maps", "features"])
+def test_a_mask_of_any_size(backend: str, resize: str) -> None:
+    s, t = feature(3, 4, 8, 6), feature(3, 5, 4, 9)
+    for size in ((8, 6), (4, 6), (32, 24), (7, 5)):
+        for mask in (torch.rand(3, *size), torch.rand(3, *size) > 0.3):
+            assert_matches_reference([s], [t], mask=[mask], resize=resize, form="paper")
+
+
+def test_what_a_mask_leaves_out_has_no_gradient(backend: str) -> None:
+    mask = torch.ones(2, 4, 4)
+    mask[:, :, 3] = 0
+    s, t = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    at_fused.at_loss(s, t, mask=mask).backward()
+    assert not s.grad[..., 3].any()
+    assert s.grad[..., :3].all()
+    changed = t.clone()
+    changed[..., 3] = 7
+    assert torch.equal(at_fused.at_loss(s, t, mask=mask), at_fused.at_loss(s, changed, mask=mask))
+
+
+@crossed(attend=["spatial", "channel", "both"], reduction=["sum", "none", "sample"])
+def test_weights_of_samples(backend: str, attend: str, reduction: str) -> None:
+    pairs = [feature(4, 3, 5, 5) for _ in range(2)], [feature(4, 3, 5, 5) for _ in range(2)]
+    options = {"attend": attend, "reduction": reduction}
+    assert_matches_reference(*pairs, sample_weights=torch.tensor([1.0, 0.0, 0.5, 2.0]), **options)
+
+
+# ---- all of it in one operator -------------------------------------------------------------------
+
+# Two pairs: sizes of their maps, channels of both sides.
+PAIRS = [((5, 7), 20, 9), ((4, 3), 6, 17)]
+PLACES = ("planar", "interleaved", "tokens")
+SKIPS = 2, 1  # tokens of students and teachers
+FACTORS: dict[str, dict[str, Any]] = {
+    "sample": {"reduction": "sample", "weights": [2.0, -0.5]},
+    "weights of samples": {"reduction": "none", "sample_weights": True},
+    "added": {"eps_mode": "add", "eps": 0.3},
+    "mask": {"mask": "bool"},
+    "float masks, sample": {"mask": "float", "reduction": "sample", "eps_mode": "add", "eps": 0.3},
+    "all": {"mask": "bool", "sample_weights": True, "weights": [0.5, -2.0], "collapse": "sum"},
+    "all, p=3": {"mask": "bool", "sample_weights": True, "weights": [-1.0, 2.0], "p": 3.0},
+    "mask, none": {"mask": "float", "reduction": "none", "p": 1.0},
+}
+
+
+def placed_pairs(
+    place: str, dtype: torch.dtype, pairs: Any = PAIRS
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Students and teachers as at_loss takes them: of four dimensions, or tokens."""
+    sides: tuple[list[Tensor], list[Tensor]] = [], []
+    for (h, w), *channels in pairs:
+        for side, c, skip in zip(sides, channels, SKIPS, strict=True):
+            if place == "tokens":
+                side.append(feature(3, skip + h * w, c, dtype=dtype))
+            else:
+                side.append(feature(3, c, h, w, layout=place, dtype=dtype))
+    return sides
+
+
+def masks_of_pairs(kind: str, place: str, pairs: Any = PAIRS) -> list[Tensor]:
+    """One of each pair; of the second sample nothing is left."""
+    masks = [torch.rand(3, *size) for size, *_ in pairs]
+    masks = [mask > 0.3 if kind == "bool" else mask for mask in masks]
+    for mask in masks:
+        mask[1] = 0
+    return [mask.flatten(1) for mask in masks] if place == "tokens" else masks
+
+
+def of_layout(place: str) -> dict[str, Any]:
+    return {"channel_dim": -1, "skip_tokens": SKIPS} if place == "tokens" else {}
+
+
+def made(factors: str, place: str) -> dict[str, Any]:
+    """Options of FACTORS, with tensors."""
+    options = FACTORS[factors] | of_layout(place)
+    if "mask" in options:
+        options["mask"] = masks_of_pairs(options["mask"], place)
+    if "sample_weights" in options:
+        options["sample_weights"] = torch.tensor([1.0, 0.0, 0.25])
+    return options
+
+
+@crossed(factors=FACTORS, dtype=DTYPES, place=PLACES)
+def test_factors(backend: str, dtype: torch.dtype, place: str, factors: str) -> None:
+    pairs = placed_pairs(place, dtype)
+    for form in ("code", "paper"):
+        assert_matches_reference(*pairs, form=form, **made(factors, place))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_factors_with_a_gradient_of_one_side(backend: str, place: str) -> None:
+    for factors in ("added", "float masks, sample", "all"):
+        for student_grad in (True, False):
+            options = made(factors, place) | {"student_grad": student_grad}
+            pairs = placed_pairs(place, torch.float32)
+            assert_matches_reference(*pairs, teacher_grad=not student_grad, **options)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_masks_of_samples_that_are_cut(backend: str, place: str) -> None:
+    """A sample that several tasks, blocks or programs share, and whole ones."""
+    pairs = [*PAIRS[:1], ((64, 80), 24, 40)]
+    students, teachers = placed_pairs(place, torch.float32, pairs)
+    masks = masks_of_pairs("float", place, pairs)
+    students[1], teachers[1], masks[1] = students[1][:1], teachers[1][:1], masks[1][:1]
+    masks[1].view(1, -1)[:, : 7 * 80] = 0
+    options = {"mask": masks, "reduction": "none", "form": "paper"}
+    assert_matches_reference(students, teachers, **options, **of_layout(place))
+
+
+class Recorded(TorchDispatchMode):
+    """The operators that the dispatcher runs, and the elements that each of them makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        new = [
+            x for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, Tensor)
+        ]
+        made = 0 if function.is_view else sum(x.numel() for x in new)
+        self.calls.append((str(function), made))
+        return found
+
+    def ours(self) -> list[str]:
+        return [name.split(".")[1] for name, _ in self.calls if name.startswith("at_fused")]
+
+
+@crossed(factors=FACTORS, place=PLACES)
+def test_one_operator_each_way(backend: str, place: str, factors: str) -> None:
+    students, teachers = placed_pairs(place, torch.float32)
+    students = [x.requires_grad_() for x in students]
+    options = made(factors, place)
+    largest = max(size[0] * size[1] * 3 for size, *_ in PAIRS)
+    with Recorded() as forward:
+        loss = at_fused.at_loss(students, teachers, **options).sum()
+    with Recorded() as backward:
+        torch.autograd.grad(loss, students)
+    with Recorded() as both:
+        at_fused.at_value_and_grad(students, teachers, **options)
+    assert forward.ours() == ["at_loss"]
+    assert backward.ours() == ["attention_map_backward"]
+    assert both.ours() == ["at_value_and_grad"]
+    # Nothing else makes more than a map.
+    for name, made_elements in forward.calls + backward.calls + both.calls:
+        assert name.startswith("at_fused") or made_elements <= largest, name
+
+
+# ---- teachers under inference_mode ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["one operator", *THROUGH_MAPS])
+def test_teachers_under_inference_mode(backend: str, name: str) -> None:
+    options = THROUGH_MAPS.get(name, {})
+    s = feature(2, 5, 4, 4).requires_grad_()
+    with torch.inference_mode():
+        t = feature(2, 5, *((3, 5) if "resize" in options else (4, 4)))
+        # Of the maps' dtype and size: used as they are.
+        mask, weights = torch.rand(2, 4, 4).double(), torch.rand(2).double()
+    calls: list[tuple[Any, Any, dict[str, Any]]] = [
+        (s, t, options),
+        (s, t, options | {"mask": mask}),
+        (s, t, options | {"sample_weights": weights}),
+    ]
+    if "resize" not in options and "absolute" not in options:
+        calls.append((s, t, options | {"attend": "both"}))
+        # A list of which one student is nobody's to train.
+        calls.append(([s, t], [t, t], options))
+        calls.append((s[..., 0], t[..., 0], options | {"channel_dim": -1, "skip_tokens": 1}))
+    for student, teacher, given in calls:
+        call = student, teacher, given
+        plain = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, call)
+        losses = [at_fused.at_loss(x, y, **o).sum() for x, y, o in (call, plain)]
+        torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+        found, right = (torch.autograd.grad(loss, s)[0] for loss in losses)
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-15)
+        value, _ = at_fused.at_value_and_grad(student, teacher, **given)
+        torch.testing.assert_close(value.sum(), losses[1].detach())
+
+
+def test_maps_under_inference_mode(backend: str) -> None:
+    s = feature(2, 5, 4, 4).requires_grad_()
+    for size in ((4, 4), (3, 5)):
+        with torch.inference_mode():
+            t = feature(2, 5, *size)
+            q = at_fused.attention_tap(t)[1]
+            mask = torch.rand(2, 4, 4).double()
+        for options in ({}, {"form": "paper", "reduction": "none"}, {"mask": mask}):
+            options = {**options, "resize": "maps"}
+            loss = at_fused.map_loss(at_fused.attention_tap(s)[1], q, **options).sum()
+            if "mask" in options:
+                options["mask"] = mask.clone()
+            right = at_fused.at_loss(s, t.clone(), **options).sum()
+            torch.testing.assert_close(loss, right, rtol=1e-12, atol=0)
+            (g,) = torch.autograd.grad(loss, s, create_graph=True)
+            torch.testing.assert_close(g, *torch.autograd.grad(right, s), rtol=1e-9, atol=1e-15)
+            # Twice: the graph of the gradient reads what was saved.
+            assert torch.autograd.grad(g.square().sum(), s)[0].any()
+
+
+# ---- derivatives, other callers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", THROUGH_MAPS)
+def test_first_and_second_derivatives(fast_backend: str, options: str) -> None:
+    s = feature(2, 3, 3, 4).requires_grad_()
+    size = (2, 5) if "resize" in THROUGH_MAPS[options] else (3, 4)
+    t = feature(2, 2, *size).requires_grad_()
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return at_fused.at_loss([s, s], [t, t], **THROUGH_MAPS[options])
+
+    assert torch.autograd.gradcheck(loss, (s, t), fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss, (s, t), fast_mode=True)
+
+
+@pytest.mark.parametrize("options", ["max", "added", "signed features", "sample"])
+def test_compile_fullgraph_of_the_method(options: str) -> None:
+    s = torch.randn(2, 3, 6, 6, requires_grad=True)
+    t = torch.randn(2, 5, *((4, 3) if "resize" in THROUGH_MAPS[options] else (6, 6)))
+
+    def step(s: Tensor, t: Tensor) -> Tensor:
+        return at_fused.at_loss(s * 2, t, **THROUGH_MAPS[options]).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    found, right = compiled(s, t), step(s, t)
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(torch.autograd.grad(found, s), torch.autograd.grad(right, s))
+
+
+def test_a_teachers_features_are_not_kept_alive(backend: str) -> None:
+    s, t = torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(2, 5, 3, 3)
+    for resize in (None, "maps", "features"):
+        for collapse in ("mean", "max"):
+            u = t.clone() if resize else torch.randn_like(s)
+            alive = weakref.ref(u)
+            loss = at_fused.at_loss(s, u, resize=resize, collapse=collapse)
+            del u
+            assert alive() is None
+            loss.backward()
+
+
+def test_module_takes_what_belongs_to_a_batch_in_its_call() -> None:
+    s, t = feature(3, 4, 5, 6), feature(3, 5, 5, 6)
+    module = at_fused.ATLoss(collapse="max", resize="maps")
+    mask, weights = torch.rand(3, 5, 6), torch.rand(3)
+    options = {"collapse": "max", "resize": "maps", "mask": mask, "sample_weights": weights}
+    assert torch.equal(module(s, t, mask, weights), at_fused.at_loss(s, t, **options))
+    for name in ("mask", "power"):
+        with pytest.raises(TypeError, match=f"takes no option '{name}'"):
+            at_fused.ATLoss(**{name: 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_second_derivative_with_a_mask_and_a_wider_teacher(
+    backend: str, dtype: torch.dtype
+) -> None:
+    s, t, mask = feature(2, 3, 4, 4, dtype=dtype), feature(2, 5, 4, 4), torch.rand(2, 4, 4)
+    for given in (mask, mask > 0.3):
+        found = []
+        for x in (s.clone().requires_grad_(), s.double().requires_grad_()):
+            loss = at_fused.at_loss(x, t, mask=given)
+            (g,) = torch.autograd.grad(loss, x, create_graph=True)
+            found.append(torch.autograd.grad((g.double() * t[:, :3]).sum(), x)[0].double())
+        share = {torch.float32: 2e-5, torch.float16: 2**-9}[dtype]
+        assert (found[0] - found[1]).abs().max() < share * found[1].abs().max()
+
+
+def test_a_masks_gradient_with_a_map_of_inference_mode(backend: str) -> None:
+    s, t, mask = feature(2, 3, 4, 4), feature(2, 5, 4, 4), feature(2, 4, 4).abs()
+    with torch.inference_mode():
+        q = at_fused.attention_map(t)
+    gradients = []
+    for other in (q, q.clone()):
+        m = mask.clone().requires_grad_()
+        loss = at_fused.map_loss(at_fused.attention_map(s), other, mask=m)
+        gradients += torch.autograd.grad(loss, m)
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().max() > 0

@@ -1,0 +1,160 @@
+"""Options that are numbers of NumPy or torch, arrays, or lists of another kind: Python's own."""
+
+from __future__ import annotations
+
+from collections import UserList  # a sequence that is no list, as OmegaConf's
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transfer_networks import GROUPS, networks
+
+import at_fused
+from at_fused import compat, schedules, visualize
+
+Convert = Callable[[Any], Any]
+
+
+def every_number(make: Convert) -> Convert:
+    """Numbers of another kind, and a sequence of these for a list."""
+
+    def convert(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return UserList(map(convert, x))
+        return make(x) if isinstance(x, (int, float)) else x
+
+    return convert
+
+
+def arrays(make: Convert) -> Convert:
+    """An array for a number, and for a list of numbers."""
+
+    def convert(x: Any) -> Any:
+        several = isinstance(x, (list, tuple))
+        if several and not all(isinstance(n, (int, float)) for n in x):
+            return [convert(n) for n in x]
+        return x if isinstance(x, (str, type(None))) else make(x)
+
+    return convert
+
+
+KINDS: dict[str, Convert] = {
+    "float32": every_number(lambda x: np.int64(x) if isinstance(x, int) else np.float32(x)),
+    "float64": every_number(lambda x: np.int64(x) if isinstance(x, int) else np.float64(x)),
+    "arrays of a number": every_number(np.array),
+    "tensors of a number": every_number(torch.tensor),
+    "arrays": arrays(np.array),
+    "tensors": arrays(torch.tensor),
+}
+X, Y = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+TOKENS = torch.randn(2, 17, 3)
+Q = X.square().mean(1)
+LOGITS, LABELS = torch.randn(2, 5), torch.tensor([1, 3])
+LOSS = {"p": 3.0, "eps": 0.5, "weights": [2.0]}
+SIDES = {"channel_dim": (1, -1), "skip_tokens": (0, 1), "map_size": (None, (4, 4))}
+ONE_SIDE = {"channel_dim": -1, "skip_tokens": 1, "map_size": [4, 4]}
+AT_LOSS: list[tuple[Any, ...]] = [(X, Y, LOSS), (X, TOKENS, SIDES), (TOKENS, TOKENS, ONE_SIDE)]
+CALLS: list[Callable[[Convert], Any]] = [
+    *(
+        lambda c, f=f, s=s, t=t, o=o: f(s, t, **{name: c(value) for name, value in o.items()})
+        for f in (at_fused.at_loss, at_fused.at_value_and_grad)
+        for s, t, o in AT_LOSS
+    ),
+    lambda c: at_fused.at_value_and_grad(X, Y, scale=c(2.0))[1],
+    lambda c: at_fused.at(X, p=c(4), eps=c(0.25), channel_dim=c(1)),
+    lambda c: at_fused.attention_map(TOKENS, **{n: c(value) for n, value in ONE_SIDE.items()}),
+    lambda c: at_fused.attention_tap(X, p=c(3), absolute=False)[1],
+    lambda c: at_fused.map_loss(Q, Q + 1, eps=c(0.5), weights=c([3])),
+    lambda c: at_fused.ATLoss(**{n: c(value) for n, value in LOSS.items()})(X, Y),
+    lambda c: repr(at_fused.ATLoss(**{n: c(value) for n, value in LOSS.items()})),
+    lambda c: at_fused.kd_loss(LOGITS, LOGITS + X[:, 0, 0, :1], LABELS, c(2), c(0.5)),
+    lambda c: at_fused.kd_loss(
+        LOGITS, LOGITS, LABELS, label_smoothing=c(0.25), ignore_index=c(3), alpha=c(0)
+    ),
+    lambda c: repr(at_fused.KDLoss(c(2.0), c(0.5), label_smoothing=c(0.25), ignore_index=c(7))),
+    lambda c: at_fused.features_loss([X, X], [Y, X], weights=c([0.5, 2])),
+    lambda c: repr(at_fused.FeaturesLoss(c([3, 4]), c([3, 5]), weights=c([0.5, 2]))),
+    lambda c: repr(at_fused.FeaturesLoss(c(3), c(5))),
+    lambda c: compat.convert_beta(c(2.0), "authors", "aberhu", [X.shape]),
+    lambda c: compat.convert_beta(2.0, "authors", "paper", [X.shape], c(0.5)),
+    lambda c: compat.paper_at_loss([X, Y], [Y, X + 1], c([0.5, 2.0])),
+    lambda c: compat.paper_at_loss(X, Y, c(0.5), p=c(3.0)),
+    lambda c: compat.mdistiller_at_loss(X, Y, c(3), c(1000.0)),
+    lambda c: compat.RepDistillerAttention(c(3))([X], [Y])[0],
+    lambda c: repr(compat.RepDistillerAttention(c(3))),
+    lambda c: compat.tensorflow_zoo_at_loss(X, Y, c(0.5), c(1)),
+    lambda c: schedules.constant(c(0.5))(c(2)),
+    lambda c: schedules.linear_decay(c(8.0), c(4), c(1.0))(c(2)),
+    lambda c: schedules.cosine(c(8.0), c(4))(c(1.5)),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", CALLS, ids=range(len(CALLS)))
+def test_numbers_of_any_kind(call: Callable[[Convert], Any], kind: str) -> None:
+    expected, found = call(lambda x: x), call(KINDS[kind])
+    assert type(found) is type(expected)
+    if isinstance(expected, (Tensor, tuple)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_transfer(kind: str, tmp_path: Path) -> None:
+    student, teacher, x, _ = networks()
+    losses = []
+    for c in (lambda x: x, KINDS[kind]):
+        options = {"p": 3.0, "eps": 0.5, "weights": [1.0, 0.5, 2.0], "channel_dim": (1, 1)}
+        at = at_fused.AttentionTransfer(
+            *(student, teacher, c(GROUPS)),
+            beta=c(2.0),
+            cache=at_fused.TeacherCache(tmp_path, samples=c(10)),
+            **{name: c(value) for name, value in options.items()},
+        )
+        for _ in range(2):
+            student(x)
+            losses.append(at(x, c([7, 2, 9, 0]), seed=c(3)))
+        at.beta = c(4.0)
+        losses.append(at.beta)
+        losses.append(repr(at))
+        at.remove()
+    assert losses[:4] == losses[4:]
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("-seed3")
+
+
+def test_names_of_layers_and_sides_of_tokens() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    assert list(visualize.attention_maps(net, X, UserList(["0", "1"]))) == ["0", "1"]
+    student, teacher, x, _ = networks()
+    pairs = UserList([UserList(["groups.0", "groups.0"]), "groups.1"])
+    at = at_fused.AttentionTransfer(student, teacher, pairs, beta=1.0)
+    assert at.pairs == [(g, g) for g in GROUPS[:2]]
+    sides = {"channel_dim": np.array([1, 1]), "skip_tokens": torch.tensor(0)}
+    found = at_fused.match_layers(student, teacher, x, verbose=False, **sides)
+    assert found == [(g, g) for g in GROUPS]
+
+
+def test_pictures() -> None:
+    images, maps = X.clamp(0, 1), {"net": {"a": Q}}
+    options = {"alpha": 0.5, "panel": 1.0, "across": 2, "mean": [0.5, 0.5, 0.5], "std": 0.25}
+    places = []
+    for c in (lambda x: x, KINDS["float32"], KINDS["tensors"]):
+        fig = visualize.figure(images, maps, **{name: c(x) for name, x in options.items()})
+        places.append([axes.get_position().bounds for axes in fig.axes])
+    assert places[0] == places[1] == places[2]
+
+
+def test_compiled() -> None:
+    torch._dynamo.reset()
+    options = {"p": torch.tensor(3.0), "weights": np.array([0.5]), "channel_dim": np.int64(1)}
+    loss = at_fused.ATLoss(**options)
+    fast = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(fast(X, Y), at_fused.at_loss(X, Y, p=3.0, weights=[0.5]))
+    kd = torch.compile(at_fused.KDLoss(np.float32(2)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(kd(LOGITS, LOGITS * 2), at_fused.kd_loss(LOGITS, LOGITS * 2, T=2.0))

@@ -1,0 +1,571 @@
+"""The teacher's cache: what is stored is given back bit for bit, or refused, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from outside import output_of
+from test_train_parallel import together
+from torch import Tensor, nn
+from train_runs import die_before, ended, in_child
+
+from at_fused import TeacherCache, teacher_cache
+from at_fused.teacher_cache import StaleCacheError, TeacherHash, teacher_hash
+
+SAMPLES = 12
+NAME = "0123456789abcdef-more"
+Result = tuple[list[Tensor], Tensor | None]
+X = torch.randn(SAMPLES, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+class Teacher:
+    """Maps and logits of each row alone, so that a batch's are the same in any batch."""
+
+    def __init__(self, factor: float | Tensor = 1.0) -> None:
+        self.factor, self.given = factor, []
+
+    def __call__(self, x: Tensor) -> Result:
+        self.given.append(x)
+        rows = x.flatten(1) * self.factor
+        return [rows, rows[:, :8].reshape(-1, 2, 4).double()], rows[:, :5].half()
+
+
+def never(x: Tensor) -> Result:
+    raise AssertionError("all of these are stored")
+
+
+def check(found: Result, right: Result) -> None:
+    """The same bits, dtypes, shapes and devices."""
+    (maps, logits), (right_maps, right_logits) = found, right
+    assert (logits is None) == (right_logits is None)
+    for a, b in zip([*maps, logits], [*right_maps, right_logits], strict=True):
+        if a is not None:
+            assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
+            assert not a.requires_grad
+            assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> TeacherCache:
+    return TeacherCache(tmp_path / "cache", SAMPLES)
+
+
+def filled(cache: TeacherCache) -> Path:
+    """The file of a cache, in which all samples are stored."""
+    cache.fetch(Teacher(), X, range(SAMPLES), identity=NAME)
+    return Path(cache._folder) / f"{NAME[:16]}-seed0"
+
+
+# ---- what comes back -----------------------------------------------------------------------------
+
+
+def test_any_sequence_of_batches(cache: TeacherCache) -> None:
+    """Against a dict: the first row that a sample is given stays, of each teacher and seed."""
+    draw = random.Random(0)
+    right: dict[tuple[str, int], dict[int, list[float]]] = {}
+    for call in range(1, 100):
+        batch = draw.choices(range(SAMPLES), k=draw.randint(1, 6))
+        if call % 20 == 0:
+            batch = [*range(SAMPLES)]
+        key = identity, seed = draw.choice("ab") * 64, draw.randint(-1, 2)
+        known = right.setdefault(key, {})
+        absent = [i for i in batch if i not in known]
+        teacher, given = Teacher(call + torch.arange(len(absent))[:, None] / 8), X[batch]
+        found = cache.fetch(
+            teacher if absent else never,
+            given,
+            draw.choice((list, torch.tensor))(batch),
+            identity=identity,
+            seed=seed,
+        )
+        if absent:
+            assert torch.equal(teacher.given[0], X[absent])
+            assert (teacher.given[0] is given) == (absent == batch)
+        for i, factor in zip(absent, teacher.factor.tolist(), strict=True):
+            known.setdefault(i, factor)
+        check(found, Teacher(torch.tensor([known[i] for i in batch]))(given))
+        assert cache.stored(identity, seed) == len(known)
+        for mine in (*found[0], found[1]):
+            mine.zero_()
+    assert min(map(len, right.values())) > 6
+    assert cache.stored("ab", 99) == 0
+
+
+DTYPES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("logits", [*DTYPES[1:4], None], ids=str)
+@pytest.mark.parametrize("maps", [torch.float32, torch.float64], ids=str)
+def test_the_bits_come_back(
+    cache: TeacherCache, maps: torch.dtype, logits: torch.dtype | None
+) -> None:
+    def bits(dtype: torch.dtype, *shape: int) -> Tensor:
+        """Return NaNs with payloads, infinities, subnormal numbers, both zeros."""
+        raw = torch.randint(0, 256, (4, *shape, dtype.itemsize), dtype=torch.uint8)
+        raw[0], raw[1] = 0xFF, 0
+        return raw.view(dtype)[..., 0]
+
+    scores = bits(logits, 9) if logits else None
+    for seed, stages in enumerate([[bits(maps, 7), bits(maps, 1, 3, 2), bits(maps)], []]):
+        if stages or logits:
+            for compute in (lambda x, stages=stages: (stages, scores), never):
+                found = cache.fetch(compute, X[:4], [11, 0, 5, 6], identity=NAME, seed=seed)
+                check(found, (stages, scores))
+    alone = cache.fetch(never, X[2:3], [5], identity=NAME)
+    rows = cache.fetch(never, X[:4], [11, 0, 5, 6], identity=NAME)
+    check((alone[0], None), ([x[2:3] for x in rows[0]], None))
+
+
+def test_modes_and_the_default_device(cache: TeacherCache) -> None:
+    x = X.clone().requires_grad_()
+    with torch.inference_mode():
+        cache.fetch(Teacher(), x[:2], [0, 1], identity=NAME)
+    for _ in range(2):
+        with torch.device("meta"):
+            found = cache.fetch(Teacher(), x[:4], range(4), identity=NAME)
+        check(found, Teacher()(X[:4]))
+
+
+def test_repr_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = TeacherCache("a/b", samples=2**40)
+    assert repr(cache) == f"TeacherCache('{tmp_path}/a/b', samples={2**40})"
+    monkeypatch.chdir("/")
+    cache.fetch(Teacher(), X[:3], [0, 1, 2**40 - 1], identity=NAME)
+    assert os.listdir(tmp_path / "a/b") == ["0123456789abcdef-seed0"]
+    assert (tmp_path / "a/b/0123456789abcdef-seed0").stat().st_size < 50_000
+    other = pickle.loads(pickle.dumps(cache))
+    assert repr(other) == repr(cache)
+    assert other.stored(NAME) == 3
+
+
+# ---- inputs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_changed_byte_is_another_input_and_other_strides_are_not(
+    cache: TeacherCache, dtype: torch.dtype
+) -> None:
+    raw = torch.randint(0, 256, (3, 5, 2, 2 * dtype.itemsize), dtype=torch.uint8)
+    x = raw.view(dtype)
+    right = [torch.ones(3, 2)], None
+    with pytest.raises(StaleCacheError, match="sample 7 is not the input"):
+        cache.fetch(lambda x: right, x, [2, 7, 7], identity=NAME)
+    assert cache.stored(NAME) == 0
+    cache.fetch(lambda x: right, x, [6, 2, 9], identity=NAME)
+    for place in range(raw[0].numel()):
+        changed = raw.clone()
+        changed[1].view(-1)[place] ^= 1 << place % 8
+        message = "sample 2 is not the input that the cache was made from .1 of 3.*random.*seed="
+        with pytest.raises(StaleCacheError, match=message):
+            cache.fetch(never, changed.view(dtype), [6, 2, 9], identity=NAME)
+    assert cache.stored(NAME) == 3
+    last = torch.stack([x, x], 3)[..., 0, :].contiguous(memory_format=torch.channels_last)
+    odd = torch.stack([x, x], 4)[..., 1]
+    for same in (last, odd, x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)):
+        check(cache.fetch(never, same, [6, 2, 9], identity=NAME), right)
+
+
+def test_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored caches have these numbers: others need another format."""
+    x = torch.arange(8, dtype=torch.float32).view(2, 4)
+    right = ["ab6b9cbd706f5765", "650c7b1169c4fbcf"]
+    assert [mark.hex() for mark in teacher_cache._fingerprints(x)] == right
+    monkeypatch.setattr(teacher_cache, "_CHUNK", 1)
+    assert [mark.hex() for mark in teacher_cache._fingerprints(x)] == right
+    x = torch.randn(1, 4, 6)
+    others = [x, x.view(1, 6, 4), x.view(1, 24), x.view(torch.int32), x.view(torch.uint8)]
+    signs = [1.0 - 2.0 * torch.tensor([n >> k & 1 for k in range(24)]) for n in range(1, 300)]
+    others += [x * sign.view(1, 4, 6) for sign in signs]
+    assert len({mark for y in others for mark in teacher_cache._fingerprints(y)}) == len(others)
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def sql(file: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(file)) as database, database:
+        for statement in statements:
+            database.execute(statement)
+
+
+def row(change: str, number: int = 4) -> Callable[[Path], None]:
+    return lambda file: sql(file, f"UPDATE cache SET {change} WHERE number = {number}")
+
+
+def folder_in_its_place(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+# What is done to the file, and the refusal. A sample's number is in its checksum.
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a file of the user": (lambda f: f.write_text("mine" * 99), "a whole database, found file is "),
+    "a folder of format 1": (folder_in_its_place, "expected a file, found a folder, as earlier"),
+    "description": (row("record = substr(record, 2)", -1), "record -1 as its checksum says"),
+    "no description": (lambda f: sql(f, "DELETE FROM cache WHERE number = -1"), "found None"),
+    "row": (row("record = substr(record, 1, 99) || x'00'"), "record 4 as its checksum says"),
+    "number": (row("record = 7"), "record 4 as its checksum says"),
+    "moved": (row("record = (SELECT record FROM cache WHERE number = 5)"), "record 4 as its check"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_refused_and_stays(cache: TeacherCache, case: str) -> None:
+    change, message = DAMAGE[case]
+    file = filled(cache)
+    change(file)
+    before = file.is_file() and file.read_bytes()
+    for batch in (range(SAMPLES), [4, 4]):
+        with pytest.raises(StaleCacheError, match=f"{file}: .*{message}.* delete it, give"):
+            cache.fetch(Teacher(2), X[list(batch)], batch, identity=NAME)
+    if "record 4" in message:
+        check(cache.fetch(never, X[5:], range(5, SAMPLES), identity=NAME), Teacher()(X[5:]))
+    else:
+        with pytest.raises(StaleCacheError):
+            cache.stored(NAME)
+    assert (file.is_file() and file.read_bytes()) == before
+
+
+def test_no_damage_gives_wrong_values(cache: TeacherCache) -> None:
+    """A changed, lost or zeroed stretch of the file is refused, or its samples computed again."""
+    file, draw = filled(cache), random.Random(0)
+    whole, refused = file.read_bytes(), []
+    for count in range(120):
+        at = draw.randrange(len(whole))
+        end = whole[at + 300 :]
+        bit = bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
+        damaged = (bit, bytes(300) + end, b"", whole[:300] + end)[count % 4]
+        file.write_bytes(whole[:at] + damaged)
+        try:
+            check(cache.fetch(Teacher(), X, range(SAMPLES), identity=NAME), Teacher()(X))
+        except (StaleCacheError, OSError) as error:
+            refused.append(str(error))
+    assert len(refused) > 30
+    assert all(message.startswith(f"{file}: ") for message in refused)
+
+
+def test_a_cache_of_something_else_is_refused(
+    cache: TeacherCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = filled(cache)
+    with pytest.raises(StaleCacheError, match=f"{file}: expected samples 13, found 12"):
+        TeacherCache(cache._folder, 13).fetch(never, X[:1], [0], identity=NAME)
+    with pytest.raises(StaleCacheError, match=f"expected identity '{NAME}x', found '{NAME}'"):
+        cache.fetch(never, X[:1], [0], identity=f"{NAME}x")
+    monkeypatch.setattr(teacher_cache, "_FORMAT", 3)
+    with pytest.raises(StaleCacheError, match="expected format 3, found 2"):
+        cache.stored(NAME)
+
+
+def test_other_maps_than_stored_ones_are_refused(cache: TeacherCache) -> None:
+    filled(cache).unlink()  # a deleted file is made anew
+    assert cache.stored(NAME) == 0
+    (a, b), logits = Teacher()(X[:2])
+    cache.fetch(Teacher(), X[2:4], [2, 3], identity=NAME)
+    for other in (
+        ([a.reshape(-1, 6, 8), b], logits),
+        ([a, b.float()], logits),
+        ([a], logits),
+        ([a, b], None),
+    ):
+        with pytest.raises(StaleCacheError, match=r"expected arrays \{'map0'.*found \{"):
+            cache.fetch(lambda _, other=other: other, X[:4], range(4), identity=NAME)
+    assert cache.stored(NAME) == 2
+
+
+def test_a_full_disk_is_an_error_and_stores_nothing(
+    cache: TeacherCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sqlite3.connect
+
+    def small(*args: Any, **options: Any) -> sqlite3.Connection:
+        database = connect(*args, **options)
+        database.execute("PRAGMA max_page_count = 2")
+        return database
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", small)
+        with pytest.raises(OSError, match=f"{cache._folder}/.* is full; free some space, give an"):
+            cache.fetch(lambda x: ([torch.ones(12, 4000)], None), X, range(12), identity=NAME)
+    assert cache.stored(NAME) == 0
+    check(cache.fetch(Teacher(), X, range(SAMPLES), identity=NAME), Teacher()(X))
+
+
+# ---- other processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theirs", [[3, 1], [0, 1, 2, 3]], ids=["some", "all"])
+def test_what_another_process_stores_meanwhile_stays(
+    cache: TeacherCache, theirs: list[int]
+) -> None:
+    def compute(given: Tensor) -> Result:
+        cache.fetch(Teacher(2), X[theirs], theirs, identity=NAME)
+        return Teacher()(given)
+
+    factors = torch.tensor([[2.0 if i in theirs else 1.0] for i in range(4)])
+    for function in (compute, never):
+        check(cache.fetch(function, X[:4], range(4), identity=NAME), Teacher(factors)(X[:4]))
+    # Another input is refused.
+    theirs[:] = [5]
+    with pytest.raises(StaleCacheError, match="sample 5 is not the input"):
+        cache.fetch(compute, X[6:7], [5], identity=NAME)
+
+
+@pytest.mark.parametrize("samples", [4, 8], ids=["to read", "to write"])
+def test_who_comes_while_another_writes_waits(cache: TeacherCache, samples: int) -> None:
+    found = []
+    batch = {"x": X[:samples], "index": range(samples), "identity": NAME}
+    cache.fetch(Teacher(), X[:4], range(4), identity=NAME)
+    thread = threading.Thread(target=lambda: found.append(cache.fetch(Teacher(), **batch)))
+    with closing(sqlite3.connect(Path(cache._folder) / f"{NAME[:16]}-seed0")) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        thread.start()
+        thread.join(0.3)
+        assert found == []
+        database.rollback()
+        thread.join(60)
+    check(found[0], Teacher()(X[:samples]))
+
+
+def test_processes_that_fill_one_cache(cache: TeacherCache) -> None:
+    def child(rank: int) -> None:
+        draw = random.Random(rank)
+        for _ in range(30):
+            batch = draw.choices(range(SAMPLES), k=3)
+            check(cache.fetch(Teacher(), X[batch], batch, identity=NAME), Teacher()(X[batch]))
+
+    children = [in_child(lambda rank=rank: child(rank)) for rank in range(3)]
+    assert [ended(each) for each in children] == [0, 0, 0]
+    assert cache.stored(NAME) == SAMPLES
+
+
+def test_pickled_to_a_fresh_process(cache: TeacherCache, tmp_path: Path) -> None:
+    """Also: a teacher's hash is the same there, whatever Python's own hashes are seeded with."""
+    model = net().bfloat16()
+    cache.fetch(Teacher(), X, range(SAMPLES), identity=teacher_hash(model, "p", 2))
+    (tmp_path / "given").write_bytes(pickle.dumps((cache, X, model)))
+    code = """
+import pickle
+from at_fused.teacher_cache import teacher_hash
+cache, x, model = pickle.load(open("given", "rb"))
+found = cache.fetch(None.__eq__, x, range(12), identity=teacher_hash(model, "p", 2))
+pickle.dump(found, open("found", "wb"))
+"""
+    output_of(tmp_path, "-c", code, PYTHONHASHSEED="5")
+    check(pickle.loads((tmp_path / "found").read_bytes()), Teacher()(X))
+
+
+@pytest.mark.parametrize("at", [0, 1, 4, 8, 9, 17, 18])
+def test_killed_at_any_step(cache: TeacherCache, at: int) -> None:
+    """Checksums are made of what is stored, 9 records, and then of what is read back."""
+
+    def child() -> None:
+        die_before(at, (teacher_cache, "_checksum"))
+        cache.fetch(Teacher(), X[:8], range(8), identity=NAME)
+
+    assert ended(in_child(child)) == (-signal.SIGKILL if at < 18 else 0)
+    assert cache.stored(NAME) == (8 if at == 18 else 0)
+    check(cache.fetch(Teacher(), X, range(SAMPLES), identity=NAME), Teacher()(X))
+
+
+# ---- the teacher's hash --------------------------------------------------------------------------
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
+
+
+def test_what_the_hash_leaves_out() -> None:
+    class Shown(nn.Module):
+        def extra_repr(self) -> str:
+            return f"f={object()!r}"
+
+    model = net()
+    right = teacher_hash(model, "p", 2)
+    assert len(right) == 64
+    assert set(right) <= set("0123456789abcdef")
+    model.eval().requires_grad_(False)
+    model[0].register_forward_hook(lambda *_: None)
+    model[1].register_forward_pre_hook(lambda *_: None)
+    assert teacher_hash(model, "p", 2) == TeacherHash(model)("p", 2) == right
+    assert teacher_hash(net().to(memory_format=torch.channels_last), "p", 2) == right
+    two = [nn.Sequential(nn.ParameterList([torch.ones(2)]), Shown()) for _ in range(2)]
+    assert teacher_hash(two[0]) == teacher_hash(two[1])
+    shown = [(), (1,), ("1",), (1.0,), (1, 2), ((1, 2),)]
+    assert len({teacher_hash(model, *options) for options in shown}) == len(shown)
+    with pytest.raises(ValueError, match="options must be the same in every process, got"):
+        teacher_hash(model, object())
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got int"):
+        teacher_hash(3)
+
+
+def test_an_unchanged_teacher_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, digest = [], teacher_cache._digest
+    monkeypatch.setattr(teacher_cache, "_digest", lambda m: (times.append(1), digest(m))[1])
+    model = net().eval()
+    memo = TeacherHash(model)
+    right = memo("a")
+    model(torch.randn(1, 3, 5, 5))
+    assert memo("b") != right
+    model.train().requires_grad_(False)
+    assert memo("a") == right
+    assert len(times) == 1
+    assert pickle.loads(pickle.dumps(memo))("a") == right
+
+
+NOTICED: dict[str, Callable[[nn.Sequential], Any]] = {
+    "in place": lambda m: m[0].weight.detach().view(-1)[7].add_(1e-6),
+    "optimiser": lambda m: torch._foreach_add_([p.detach() for p in m.parameters()], 1.0),
+    "load_state_dict": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
+    "statistics": lambda m: m.train()(torch.randn(2, 3, 5, 5)),
+    "data": lambda m: setattr(m[0].weight, "data", m[0].weight.data + 1),
+    "parameter": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach() + 1)),
+    "new buffer": lambda m: m[2].register_buffer("more", torch.zeros(1), persistent=False),
+    "shape": lambda m: setattr(m[0].weight, "data", m[0].weight.data.reshape(4, 27, 1, 1)),
+    "strides": lambda m: setattr(m[0].weight, "data", m[0].weight.data.transpose(2, 3)),
+    "offset": lambda m: setattr(m[0].bias, "data", m[0].weight.data.view(-1)[4:8]),
+    "dtype": lambda m: m.half(),
+    "there and back": lambda m: m.half().float(),
+    "module": lambda m: m.__setitem__(2, nn.Tanh()),
+    "order": lambda m: m.__init__(m[0], m[2], m[1], m[3]),
+    "more": lambda m: m.append(nn.ReLU()),
+    "again": lambda m: m.append(m[2]),
+    "no bias": lambda m: m[0].register_parameter("bias", None),
+}
+# What torch does not count: another TeacherHash is for these.
+UNNOTICED: dict[str, Callable[[nn.Sequential], Any]] = {
+    "in place through data": lambda m: m[0].bias.data.view(torch.int32)[3].bitwise_xor_(1),
+    "attribute": lambda m: setattr(m[0], "stride", (2, 2)),
+}
+
+
+@pytest.mark.parametrize("case", [*NOTICED, *UNNOTICED])
+def test_a_changed_teacher_is_hashed_again(case: str) -> None:
+    model = net()
+    memo = TeacherHash(model)
+    before = memo()
+    (NOTICED | UNNOTICED)[case](model)
+    right = teacher_hash(model)
+    assert right != before
+    assert memo() == (right if case in NOTICED else before)
+
+
+def test_a_new_object_never_passes_for_an_old_one() -> None:
+    """Where it has the address of one that is gone, as memory is used again."""
+    model = net()
+    memo = TeacherHash(model)
+    before, module = memo(), id(model[2])
+    storage = model[0].weight.untyped_storage()._cdata
+    for _ in range(100):
+        model[2] = nn.Tanh()
+        if id(model[2]) == module:
+            break
+    assert id(model[2]) == module
+    assert memo() != before
+    model[0].weight.data = torch.zeros(4, 3, 3, 3)
+    later = [torch.zeros(4, 3, 3, 3).untyped_storage() for _ in range(300)]
+    assert storage not in {each._cdata for each in later}
+
+
+def test_tied_parameters_count_by_each_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    tied = teacher_hash(model)
+    model[1].weight = nn.Parameter(model[0].weight.detach().clone())
+    assert teacher_hash(model) == tied
+    model[1].weight = None
+    assert teacher_hash(model) != tied
+
+
+def test_a_sharded_teacher_is_refused() -> None:
+    """A process has a part of its weights, and would run it alone for what is not stored."""
+
+    def member(rank: int) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        teacher = fully_shard(nn.Linear(2, 3), mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(TypeError, match=r"'weight' must be .* of its own, got DTensor"):
+            teacher_hash(teacher)
+
+    assert together(2, member) == [0, 0]
+
+
+def test_a_teacher_made_in_inference_mode() -> None:
+    """Its tensors have no versions: hashed each time."""
+    with torch.inference_mode():
+        model = net()
+        memo = TeacherHash(model)
+        before = memo()
+        model[0].weight.add_(1)
+        assert memo() != before
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+M = torch.ones(2, 3)
+ERRORS: dict[str, dict[str, Any]] = {
+    "all of these are stored": {"compute": never},
+    "compute must be a function, got int": {"compute": 3},
+    "x must be a tensor, got list": {"x": [1]},
+    "x must be a dense tensor": {"x": torch.eye(2).to_sparse()},
+    r"x must be \(B, ...\) and not empty": {"x": M[:0]},
+    "index must be a tensor or .* ints, got tensor": {"index": M[:, 0]},
+    r"index must be .*, got \[\[0\], \[1\]\]": {"index": [[0], [1]]},
+    r"index must be \(B,\), here \(2,\), got 1 numb": {"index": [0]},
+    r"in \[0, 12\), got 12": {"index": torch.tensor([0, 12])},
+    r"in \[0, 12\), got -1": {"index": torch.tensor([0, -1])},
+    "identity must be a str, got int": {"identity": 3},
+    "identity must be letters, digits, '-' and '_', got '../a'": {"identity": "../a"},
+    "seed must be an int, got float": {"seed": 1.0},
+}
+RETURNED: dict[str, Any] = {
+    r"compute must return \(list or tuple of maps, .*got list": [M],
+    r"compute must return .*got \(Tensor, NoneType\)": (M, None),
+    "compute must return maps or logits": ([], None),
+    "map1 must be float32 or float64": ([M, M.half()], None),
+    r"map0 must be \(2, ...\).*\(1, 3\)": ([M[:1]], None),
+    "logits must be float32, float16": ([M], M.long()),
+    r"logits must be \(2, K\)": ([M], M[:, 0]),
+}
+
+
+@pytest.mark.parametrize("message", [*ERRORS, *RETURNED])
+def test_errors(cache: TeacherCache, message: str) -> None:
+    given = {"x": X[:2], "index": [0, 1], "identity": NAME}
+    given |= ERRORS.get(message, {"compute": lambda x: RETURNED[message]})
+    with pytest.raises((TypeError, ValueError, AssertionError), match=message):
+        cache.fetch(**{"compute": Teacher(), **given})
+    assert os.listdir(cache._folder) == []
+
+
+def test_errors_of_the_constructor(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder, samples, message in [
+        ("new", 0, "samples must be an int >= 1 .*, got 0"),
+        ("new", 2**63, "samples must be an int .* below 2.63, got 9223372036854775808"),
+        ("new", 2.0, "samples must be an int >= 1, got float"),
+        ("new", True, "samples must be an int >= 1, got bool"),
+        ("file", 1, "folder must be a folder, got a file in"),
+        ("file/under", 1, "folder must be a folder, got a file in"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            TeacherCache(tmp_path / folder, samples)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(TypeError, match="folder must be a str or a path, got int"):
+        TeacherCache(3, 1)
+    assert issubclass(StaleCacheError, RuntimeError)

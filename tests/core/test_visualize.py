@@ -1,0 +1,365 @@
+"""at_fused.visualize: the maps it takes from a model; what lies where in its picture, how drawn."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from at_fused import attention_map, visualize
+
+
+class Minus1(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 1
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class Net(nn.Module):
+    """Outputs known in closed form: of images x, "a" gives x - 1, "b" its 2x2 means."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.a, self.relu, self.norm = Minus1(), nn.ReLU(inplace=True), nn.BatchNorm2d(3)
+        self.b, self.pair, self.unused = nn.AvgPool2d(2), Pair(), nn.Identity()
+        self.fails = fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        self.b(y)
+        self.norm(self.relu(y))
+        if self.fails:
+            raise ArithmeticError("on the way")
+        return self.relu(self.pair(y)[0])
+
+
+X, Q = torch.rand(2, 3, 4, 4), torch.rand(2, 2, 2)
+
+
+def unit(q: Tensor) -> Tensor:
+    return q / q.flatten(1).norm(dim=1)[:, None, None]
+
+
+# ---- the maps ------------------------------------------------------------------------------------
+
+
+def test_maps_are_those_of_the_named_outputs() -> None:
+    x = torch.randn(4, 3, 6, 8)
+    maps = visualize.attention_maps(Net(), x, ["b", "a"])
+    assert list(maps) == ["b", "a"]
+    # Before the ReLU that then writes into the same tensor.
+    torch.testing.assert_close(maps["a"], unit((x - 1).square().mean(1)))
+    torch.testing.assert_close(
+        maps["b"], unit((nn.functional.avg_pool2d(x, 2) - 1).square().mean(1))
+    )
+    only = visualize.attention_maps(Net(), x, "a", normalize=False, p=3, collapse="sum")
+    torch.testing.assert_close(only["a"], (x - 1).abs().pow(3).sum(1))
+
+
+def test_options_reach_attention_map() -> None:
+    """Of tokens behind a class token; of a model that is compiled, as it was before."""
+    tokens, model = torch.randn(2, 1 + 6, 5), nn.Sequential(nn.Identity())
+    options: dict[str, Any] = {"channel_dim": -1, "skip_tokens": 1, "map_size": (2, 3)}
+    for each in (model, torch.compile(model)):
+        got = visualize.attention_maps(each, tokens, "0", **options)["0"]
+        torch.testing.assert_close(got, attention_map(tokens, normalize=True, **options))
+
+
+@pytest.mark.parametrize(
+    ("fails", "layers", "error"),
+    [
+        (False, ["a", "b"], None),
+        (True, ["a", "b"], ArithmeticError),
+        (False, ["a", "pair"], TypeError),  # its hook fails
+        (False, ["a", "no such"], ValueError),
+    ],
+)
+def test_the_model_is_left_as_it_was(fails: bool, layers: list[str], error: Any) -> None:
+    net = Net(fails)
+    net.b.eval()  # a mixture, as where a part is frozen
+    modes = [m.training for m in net.modules()]
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with pytest.raises(error) if error else nullcontext():
+        maps = visualize.attention_maps(net, x, layers)
+        assert not any(q.requires_grad for q in maps.values())
+    assert not any(m._forward_hooks for m in net.modules())
+    assert [m.training for m in net.modules()] == modes
+    assert torch.is_grad_enabled()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "options", "message"),
+    [
+        (Net(), "aa", {}, r"layers: Net has no module 'aa'; near: a; all 6 are in"),
+        (Net(), [], {}, r"at least one layer, and each once, got \[\]"),
+        (Net(), ["a", "a"], {}, r"each once, got \['a', 'a'\]"),
+        (Net(), 3, {}, r"layers must be a name or a list or tuple of names, got 3"),
+        (Net(), "pair", {}, r"layer 'pair' \(Pair\) must give one tensor, got tuple; name a mod"),
+        (Net(), "relu", {}, r"layer 'relu' must run once in a forward pass, it ran 2 times"),
+        (Net(), "unused", {}, r"layer 'unused' must run once in a forward pass, it ran 0 times"),
+        (Net(), "a", {"p": 0.5}, r"layer 'a': p must be a finite number >= 1, got 0.5"),
+        (Net(), "a", {"q": 1}, r"layer 'a': .*unexpected keyword argument 'q'"),
+        (nn.Sequential(nn.Flatten()), "0", {}, r"layer '0': x must be .*got shape \(1, 48\)"),
+        (unit, "a", {}, r"model must be an nn.Module, got function"),
+    ],
+)
+def test_refusals_of_maps(model: Any, layers: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        visualize.attention_maps(model, torch.randn(1, 3, 4, 4), layers, **options)
+
+
+# ---- models side by side -------------------------------------------------------------------------
+
+
+def test_compare_draws_each_model_in_its_column(tmp_path: Path) -> None:
+    class Twice(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(2 * x)
+
+    x = torch.rand(2, 3, 4, 6)
+    models = {"one": Net(), "two": Twice()}
+    fig = visualize.compare(models, x, ["a", "b"], path=tmp_path / "maps.png", p=4, panel=1)
+    axes = np.array(fig.axes[:12]).reshape(4, 3)
+    for n in range(2):
+        for k in (1, 2):
+            q = (k * x[n] - 1).pow(4).mean(0)
+            expected = q / q.square().mean().sqrt()
+            np.testing.assert_allclose(axes[2 * n][k].images[1].get_array(), expected, rtol=1e-4)
+    by_model = visualize.compare(models, x, {"one": "a", "two": ["b"]})
+    assert [ax.images[1].get_array().shape for ax in by_model.axes[1:3]] == [(4, 6), (2, 3)]
+    for bad in ({"one": "a"}, {"one": "a", "three": "a"}):
+        with pytest.raises(ValueError, match=r"layers must have the titles of models, \['one'"):
+            visualize.compare(models, x, bad)
+    with pytest.raises(TypeError, match="models must be a mapping of titles to modules"):
+        visualize.compare(Net(), x, "a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["maps.pdf", "maps", "png"])
+def test_another_suffix_is_refused_before_anything_runs(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"path must end in .png or .svg, got '.*{name}'"):
+        visualize.compare({"m": Net(fails=True)}, X, "a", path=tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "at_fused.visualize.find_spec", lambda m: None if m == "matplotlib" else find_spec(m)
+    )
+    for call in (
+        lambda: visualize.figure(X, {"m": Q}),
+        lambda: visualize.compare({"m": Net(fails=True)}, X, "a"),
+    ):
+        with pytest.raises(ImportError, match=r'pip install "at_fused\[train\]"'):
+            call()
+    assert visualize.attention_maps(Net(), X, "a")
+
+
+# ---- the picture ---------------------------------------------------------------------------------
+
+
+def panels(fig: Figure, shape: tuple[int, int]) -> np.ndarray:
+    """The figure's axes, with the empty ones between images."""
+    return np.array(fig.axes[: shape[0] * shape[1]]).reshape(shape)
+
+
+def shown(ax: Any) -> list[np.ndarray]:
+    return [np.asarray(image.get_array()) for image in ax.images]
+
+
+@pytest.mark.parametrize(("across", "lines", "width"), [(1, 3, 3), (2, 2, 7)])
+def test_the_right_map_is_under_the_right_image(across: int, lines: int, width: int) -> None:
+    images = torch.rand(3, 3, 6, 8)
+    columns = {"one": torch.rand(2, 3, 3, 4), "two": torch.rand(2, 3, 6, 8)}
+    fig = visualize.figure(
+        images, {k: list(v) for k, v in columns.items()}, across=across, names=["x", "y", "z"]
+    )
+    axes = panels(fig, (2 * lines, width))
+    for n in range(3):
+        line, place = divmod(n, across)
+        for stage in range(2):
+            picture, *cells = axes[2 * line + stage][4 * place :][:3]
+            (alone,) = shown(picture)
+            np.testing.assert_allclose(alone, images[n].movedim(0, -1), atol=1e-6)
+            for cell, maps in zip(cells, columns.values(), strict=True):
+                below, top = shown(cell)
+                np.testing.assert_allclose(below, 0.25 + 0.5 * alone, atol=1e-6)
+                q = maps[stage, n]
+                np.testing.assert_allclose(top, q / q.square().mean().sqrt(), rtol=1e-5)
+                assert cell.images[1].get_extent() == picture.images[0].get_extent()
+        heads = [ax.get_title() for ax in axes[2 * line][4 * place :][:3]]
+        assert heads == ["xyz"[n], "one", "two"]
+    empty = sum(not ax.images and ax not in axes[:, 3::4] for ax in axes.flat)
+    assert empty == (6 if across == 2 else 0)
+
+
+def test_one_scale_a_row_from_0_to_its_maximum() -> None:
+    maps = {"one": torch.rand(2, 4, 2, 2).unbind(), "two": torch.rand(2, 4, 5, 5).unbind()}
+    fig = visualize.figure(torch.rand(4, 1, 4, 4), maps, across=2)
+    axes, bars = panels(fig, (4, 7)), fig.axes[28:]
+    assert len(bars) == 4
+    tops = []
+    for row, bar in zip(axes, bars, strict=True):
+        drawn = [ax.images[1] for ax in row if len(ax.images) == 2]
+        top = max(float(np.max(image.get_array())) for image in drawn)
+        assert len(drawn) == 4
+        assert {image.get_clim() for image in drawn} == {(0.0, top)}
+        assert bar.get_ylim() == (0.0, top)
+        tops.append(top)
+    assert len(set(tops)) == 4  # each row its own
+
+
+def test_the_scale_of_a_map_is_flat_is_1() -> None:
+    q = torch.rand(1, 3, 3)
+    maps = {"raw": q * 1e6, "unit": q / q.norm(), "flat": torch.full((1, 7, 7), 3.0), "zero": q * 0}
+    fig = visualize.figure(X[:1, :1], maps)
+    raw, normalised, flat, zero = (shown(ax)[1] for ax in fig.axes[1:5])
+    np.testing.assert_allclose(raw, normalised, rtol=1e-5)
+    np.testing.assert_allclose(flat, 1.0)
+    np.testing.assert_allclose(zero, 0.0)
+    only_zero = visualize.figure(X[:1, :1], {"zero": q * 0})
+    assert only_zero.axes[1].images[1].get_clim() == (0, 1)
+
+
+def rendered(fig: Figure, ax: Any) -> Tensor:
+    """Red in [0, 1] of the pixels within an axes, (h, w)."""
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())
+    box = ax.get_window_extent()
+    left, right = round(box.x0), round(box.x1)
+    top, bottom = round(pixels.shape[0] - box.y1), round(pixels.shape[0] - box.y0)
+    return torch.from_numpy(pixels[top:bottom, left:right, 0] / 255.0)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize("hot", [(0, 0), (1, 2)])
+def test_a_cell_covers_its_part_of_the_image(interpolation: str, hot: tuple[int, int]) -> None:
+    q = torch.zeros(1, 3, 4)
+    q[0][hot] = 1
+    options: dict[str, Any] = {"interpolation": interpolation, "alpha": 1, "cmap": "gray"}
+    fig = visualize.figure(torch.rand(1, 1, 24, 32), {"m": q}, panel=3, **options)
+    got = rendered(fig, fig.axes[1])
+    h, w = got.shape
+    assert h > 150
+    mode = {"mode": "bilinear", "align_corners": False} if interpolation == "bilinear" else {}
+    expected = interpolate(q[None], size=(h, w), **mode)[0, 0].double()
+    # A pixel off at an edge is allowed, half a cell (a tenth of the panel) is not.
+    assert (got - expected).abs().mean() < 0.012
+
+
+def test_images_are_shown_as_they_were_before_normalisation() -> None:
+    original = torch.rand(2, 3, 4, 4)
+    q = torch.rand(2, 2, 2)
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    given = (original - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+    def first(images: Tensor, **options: Any) -> np.ndarray:
+        return shown(visualize.figure(images, {"m": q}, **options).axes[0])[0]
+
+    expected = original[0].movedim(0, -1).numpy()
+    np.testing.assert_allclose(first(original), expected, atol=1e-6)
+    np.testing.assert_allclose(first(given, mean=mean, std=std), expected, atol=1e-6)
+    np.testing.assert_allclose(first(original / 2 - 1, mean=1, std=1), expected / 2, atol=1e-6)
+    low, high = original.min(), original.max()
+    stretched = ((original[0] - low) / (high - low)).movedim(0, -1).numpy()
+    np.testing.assert_allclose(first(original * 5 - 2), stretched, atol=1e-5)
+    grey = torch.tensor([0, 51, 255, 102], dtype=torch.uint8).reshape(1, 1, 2, 2).expand(2, 1, 2, 2)
+    np.testing.assert_allclose(first(grey), [[0, 0.2], [1, 0.4]])
+
+
+def test_labels_are_legible() -> None:
+    maps = {
+        name: {"encoder.layers.encoder_layer_11": q, "encoder.layers.encoder_layer_3.ln_2": q}
+        for name in ("student alone", "student + AT, eager", "teacher (WRN-40-2)")
+        for q in [torch.rand(2, 3, 3)]
+    }
+    images = torch.rand(2, 3, 6, 8)
+    fig = visualize.figure(images, maps, across=2, names=["a brown bear"] * 2, panel=0.95)
+    FigureCanvasAgg(fig).draw()
+    texts = [t for ax in fig.axes for t in (ax.title, ax.yaxis.label) if t.get_text()]
+    assert len(texts) == 2 * 4 + 2 + 2  # titles, rows, colour bars
+    boxes = [t.get_window_extent() for t in texts]
+    for i, (text, box) in enumerate(zip(texts, boxes, strict=True)):
+        assert text.get_fontsize() >= 8
+        assert min(box.x0, box.y0, fig.bbox.x1 - box.x1, fig.bbox.y1 - box.y1) >= 0
+        assert not any(box.overlaps(other) for other in boxes[:i]), text.get_text()
+    assert texts[0].get_text() == "a brown bear"
+    assert fig.axes[0].get_ylabel() == "encoder.layers.encoder_layer_11\n3x3"
+
+
+def test_rows_are_numbered_where_names_or_sizes_differ() -> None:
+    a, b = torch.rand(1, 4, 4), torch.rand(1, 2, 2)
+    x = torch.rand(1, 1, 4, 4)
+
+    def rows(*columns: Any, **options: Any) -> list[str]:
+        fig = visualize.figure(x, dict(zip("st", columns, strict=True)), **options)
+        return [fig.axes[0].get_ylabel(), fig.axes[3].get_ylabel()]
+
+    assert rows({"u": a, "v": b}, {"u": a, "w": b}) == ["u\n4x4", "stage 2\n2x2"]
+    assert rows([a, b], [b, b]) == ["stage 1", "stage 2\n2x2"]
+    assert rows([a, b], [b, b], stages=["early", "late"]) == ["early", "late"]
+
+
+@pytest.mark.parametrize(
+    ("images", "columns", "options", "message"),
+    [
+        (X[0], {"m": Q}, {}, r"images must be a tensor \(B, 1, H, W\) or .*got \(3, 4, 4\)"),
+        ([X], {"m": Q}, {}, r"images must be .*got list"),
+        (X[:0], {"m": Q}, {}, r"images must not be empty"),
+        (X, Q, {}, r"columns must be a mapping of titles to maps"),
+        (X, {"m": Q[:1]}, {}, r"columns\['m'\]\[0\] must be maps \(B, H, W\) of the 2 images"),
+        (X, {"m": [Q, Q.flatten(1)]}, {}, r"columns\['m'\]\[1\] must be maps .*got \(2, 4\)"),
+        (X, {"m": [Q], "n": [Q, Q]}, {}, r"one map per stage, got 2 for 'n', 1 in the first"),
+        (X, {"m": Q[:, :0]}, {}, r"columns\['m'\]\[0\] must be maps .*got \(2, 0, 2\)"),
+        (X, {"m": None}, {}, r"columns\['m'\] must be maps, or a mapping or .*, got None"),
+        (X, {"m": []}, {}, r"one map per stage, got 0 for 'm'"),
+        (X, {"m": Q / 0}, {}, r"columns\['m'\]\[0\] must be finite"),
+        (X, {"m": Q}, {"stages": ["a", "b"]}, r"stages must be a list of 1 texts"),
+        (X, {"m": Q}, {"names": "ab"}, r"names must be a list of 2 texts, got 'ab'"),
+        (X, {"m": Q}, {"across": True}, r"across must be a whole number >= 1, got True"),
+        *((X, {"m": Q}, {n: "1"}, f"{n} must be a number") for n in ("mean", "std", "panel")),
+        (X, {"m": Q}, {"std": [1.0, 1.0, True]}, r"std must be a number, got bool"),
+        (X, {"m": Q}, {"mean": torch.tensor(torch.inf)}, r"mean must be finite"),
+        (X, {"m": Q}, {"alpha": 1.5}, r"alpha must be from 0 to 1, got 1.5"),
+        (X, {"m": Q}, {"panel": 1e308}, r"panel must be from 0.01 to 100, got 1e\+308"),
+        (X, {"m": Q}, {"mean": [1, 2]}, r"mean must be a number or one per channel, got \[1, 2\]"),
+    ],
+)
+def test_refusals_of_the_picture(
+    images: Any, columns: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        visualize.figure(images, columns, **options)
+
+
+def test_png_and_svg_are_written(tmp_path: Path) -> None:
+    fig = visualize.figure(X, {"a title": Q}, panel=1)
+    for dpi, message in ((True, "a number, got bool"), (0, "from 10 to 10000, got 0")):
+        with pytest.raises((TypeError, ValueError), match=f"dpi must be {message}"):
+            visualize.save(fig, tmp_path / "maps.png", dpi=dpi)
+    assert not any(tmp_path.iterdir())
+    visualize.save(fig, tmp_path / "maps.png")
+    height, width, _ = matplotlib.image.imread(tmp_path / "maps.png").shape
+    assert [width, height] == pytest.approx(fig.get_size_inches() * 120, abs=1)
+    visualize.save(fig, str(tmp_path / "maps.SVG"))
+    root = ElementTree.parse(tmp_path / "maps.SVG").getroot()
+    assert root.tag.endswith("}svg")
+    # Per row: the image twice, the map, the colour bar.
+    assert sum(e.tag.endswith("}image") for e in root.iter()) >= 2 * 3

@@ -1,0 +1,234 @@
+"""scripts/gpu_check.py: a dry run of it, on the CPU; how it ends; what it starts on a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import outside
+import pytest
+import torch
+
+import at_fused
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import gpu_check
+from gpu_check import Done, Part
+
+# Missing on a machine with torch, pytest and numpy alone.
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+MISSING = "hypothesis xdist torchdistill torchvision matplotlib PIL tqdm scipy sklearn".split()
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in MISSING else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """This checkout with the package in use, which may be an installed one, in its place."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for item in gpu_check.ROOT.iterdir():
+        if item.name not in ("at_fused", "scripts", ".git"):
+            (folder / item.name).symlink_to(item)
+    (folder / "at_fused").symlink_to(Path(at_fused.__file__).parent)
+    shutil.copytree(gpu_check.ROOT / "scripts", folder / "scripts")
+    return folder
+
+
+@pytest.mark.exhaustive
+def test_a_dry_run_goes_through_every_part(tmp_path: Path, checkout: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    with_nothing = {"PYTHONPATH": str(tmp_path), "AT_FUSED_GPU_DRY_RUN": "1"}
+    script = str(checkout / "scripts/gpu_check.py")
+    said = outside.output_of(tmp_path, script, "--out", "reports", **with_nothing)
+    (report,) = (tmp_path / "reports").glob("gpu_check_*.md")
+    text = report.read_text()
+    titles = [part.title for part in gpu_check.parts(report)]
+    assert said.count(": passed\n") == len(titles) == 6
+    assert all(f"\n## {title}, " in text and f"\n- {title}, " in text for title in titles)
+    found = json.loads(report.with_suffix(".json").read_text())["parts"]
+    assert found.keys() == {"cases", "taps", "calls"}
+    assert all(row["ms"] for rows in found.values() for row in rows)
+
+
+def test_parts_that_fail_or_hang_do_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "prepare", lambda only_build: "what is in use\n")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretend(R) GPU 9")
+    hangs = "import time, signal; print('here', flush=True); {}; time.sleep(1e6)"
+    deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    bad = [
+        Part("Hangs", 4, [python(hangs.format("pass")), python(hangs.format(deaf))]),
+        Part("Fails", 60, [python("print(1 / 0)"), python("")]),
+        Part("Absent", 60, []),
+    ]
+    for parts, status in ((bad[2:], 0), (bad, 1)):
+        monkeypatch.setattr(gpu_check, "parts", lambda rows, parts=parts: parts)
+        assert gpu_check.main(["--out", str(tmp_path / str(status))]) == status
+    said = capsys.readouterr().out
+    assert "s: status 1\n" in said
+    assert "s: not done in 4 s\n" in said
+    assert said.count("s: not there\n") == 2
+    (report,) = tmp_path.glob("1/gpu_check_Pretend-R-GPU-9_*.md")
+    with pytest.raises(SystemExit):  # it would be lost
+        gpu_check.main(["--out", str(report.parent)])
+    assert "is there: move it away" in capsys.readouterr().err
+    text = report.read_text()
+    assert "what is in use" in text
+    assert "ZeroDivisionError" in text
+    assert text.count("\nhere\n") == 2
+    assert text.count("\nKeyboardInterrupt\n") == 1  # where it hangs
+
+
+def test_nothing_is_left_running_when_it_is_ended(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(gpu_check.__file__).parent)!r})
+import gpu_check, torch
+gpu_check.prepare = lambda only_build: ""
+torch.cuda.get_device_name = lambda: "GPU"
+sleeps = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(1e6)"
+gpu_check.ROOT = gpu_check.Path({str(tmp_path)!r})
+gpu_check.parts = lambda rows: [gpu_check.Part("", 600, [[sys.executable, "-c", sleeps]])]
+gpu_check.main(["--out", {str(tmp_path)!r}])
+"""
+    process = subprocess.Popen(python(code), stderr=subprocess.PIPE)
+    file = tmp_path / "pid"
+    while not (file.exists() and file.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert b"KeyboardInterrupt" in process.communicate()[1]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)
+
+
+def test_no_test_and_no_permission() -> None:
+    pytest_part = Part("", 9, [["python", "-m", "pytest"]] * 2)
+    for part, done, good in (
+        (pytest_part, [Done(0, "3 passed"), Done(5, "no tests ran")], True),
+        (pytest_part, [Done(5, "no tests ran")] * 2, False),
+        (pytest_part, [Done(0, "3 passed"), Done(1, "2 passed, 1 failed")], False),
+        (pytest_part, [Done(0, "3 passed"), Done(None, "")], False),
+        (Part("ncu", 9, [["ncu"]]), [Done(1, "==ERROR== ERR_NVGPUCTRPERM - ...")], True),
+        (Part("ncu", 9, [["ncu"]]), [Done(0, "==WARNING== No kernels were profiled.")], False),
+        (Part("ncu", 9, [["ncu"]]), [Done(0, "at_loss_kernel (1, 1, 1)")], True),
+        (Part("", 9, [["ncu"]]), [Done(5, "")], False),
+    ):
+        assert gpu_check.verdict(part, done)[0] == good, done
+
+
+def test_it_says_why_it_cannot_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            gpu_check.main(arguments)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused().endswith("sees no GPU\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    (tmp_path / "at_fused").mkdir()
+    (tmp_path / "setup.py").write_text("import pybind99")
+    assert refused() == "gpu_check: cannot build: ModuleNotFoundError: No module named 'pybind99'\n"
+    # A build that does what it should; what it has made is then looked at.
+    build = "import os, pathlib; assert os.environ['AT_FUSED_CUDA'] == '1'\n" + (
+        "for name in ('_cpu', '_cuda'): pathlib.Path(f'at_fused/{name}.abi3.so').write_text('x')"
+    )
+    (tmp_path / "setup.py").write_text(build)
+    monkeypatch.setattr(gpu_check, "IN_USE", "raise SystemExit('not in use')")
+    assert refused() == "gpu_check: cannot begin: not in use\n"
+    # It builds again, without a GPU as well, whenever these sources did not make what lies there.
+    (tmp_path / "csrc").mkdir()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for changed, builds in (("", 0), ("csrc/x.cuh", 1), ("", 0), ("at_fused/_cuda.abi3.so", 1)):
+        if changed:
+            (tmp_path / changed).write_text("changed")
+        assert gpu_check.main(["--build"]) == 0
+        said = capsys.readouterr().out
+        assert said.count(": building\n") == builds, changed
+        assert "_cuda.abi3.so sha256 2d711642" in said
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    assert refused().endswith("has no torch, pytest, numpy, setuptools\n")
+
+
+def test_what_it_starts_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tool in ("ncu", "compute-sanitizer"):
+        (tmp_path / tool).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    parts = gpu_check.parts(tmp_path / "rows.json")
+    smoke, _, contract, ncu, sanitizer, triton = parts
+    assert sum(part.seconds for part in parts) == 8 * 60
+
+    def shards(part: Part) -> list[str]:
+        return [command[command.index("--shard") + 1] for command in part.commands]
+
+    eight = [f"{i}/8" for i in range(8)]
+    assert shards(smoke) == eight
+    assert shards(contract) == [f"{i}/14" for i in range(14)]
+    assert shards(triton) == [*eight, *(f"{i}/30" for i in range(6))]
+    for part, tool in ((ncu, "ncu"), (sanitizer, "compute-sanitizer")):
+        for command in part.commands:
+            assert command[0] == str(tmp_path / tool)
+            assert command[-3:-1] == ["scripts/gpu_driver.py", "cuda"]
+
+
+def test_ncu_is_asked_for_our_kernels() -> None:
+    sources = "".join(file.read_text() for file in outside.ROOT.glob("csrc/cuda/*.cu"))
+    names = re.findall(r"^ *(\w+_kernel)\(const __grid_constant__", sources, re.M)
+    assert len(names) == sources.count("__global__") == 9
+    assert all(re.fullmatch(gpu_check.OURS, name) for name in names)
+    for theirs in ("vectorized_elementwise_kernel", "reduce_kernel", "max_pool_forward_nchw"):
+        assert not re.fullmatch(gpu_check.OURS, theirs)
+
+
+def test_a_shard_says_at_once_why_a_test_fails(tmp_path: Path, checkout: Path) -> None:
+    bad = "def test_a(): assert 1 == 2\ndef test_b(): pass\ndef test_c(): os.kill(os.getpid(), 9)"
+    (tmp_path / "test_x.py").write_text(f"import os\n{bad}")
+    paths = checkout, outside.TESTS, outside.SUPPORT
+    tests = {**gpu_check.SET, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    done = outside.run(
+        tmp_path, *gpu_check.PYTEST, "-p", "conftest", "--shard", "0/2", "test_x.py", **tests
+    )
+    assert done.returncode == -9
+    assert "E   assert 1 == 2" in done.stdout
+
+
+@pytest.mark.exhaustive
+def test_shards_are_even(checkout: Path) -> None:
+    def of(shard: int) -> list[str]:
+        choice = f"-m|smoke|-k|not triton|--shard|{shard}/4|tests/kernels/test_gpu.py".split("|")
+        options = "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"
+        alone = {"AT_FUSED_GPU_DRY_RUN": "1", "PYTHONPATH": str(checkout)}
+        said = outside.output_of(checkout, *options, *choice, **alone)
+        return re.findall("^tests/.*::.*$", said, re.M)
+
+    shards = [of(i) for i in range(4)]
+    names = [name for shard in shards for name in shard]
+    assert len(names) == len(set(names)) > 30
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    # The longest are spread, over 4 and so over gpu_check's 8.
+    assert all(sum("max-autotune" in name for name in shard) <= 1 for shard in shards)

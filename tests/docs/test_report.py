@@ -1,0 +1,299 @@
+"""The benchmark report: what is committed is what the program makes of the committed figures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pretend_cuda
+import pytest
+import torch
+from outside import output_of
+from PIL import Image
+
+from at_fused.backends import users
+
+sys.path.append(str(Path(__file__).parents[2]))
+from benchmarks import ROOT, charts, measure, quick, report, results, roofline, steps, tables
+from benchmarks.cases import AT_LOSS, CASES, DEVICES, TRANSFORMERS, VARIANTS, Inputs, Variant
+from benchmarks.measure import Clock, Comparison
+from benchmarks.results import FOLDER, Result
+
+FOUND = results.load_all(FOLDER)
+COUNTS = roofline.load()
+SHOWN = [name for _, _, name, _ in report.MARKED.findall(report.README.read_text())]
+
+
+def cpu() -> Result:
+    """One with all parts: the README's."""
+    return copy.deepcopy(next(FOUND[name] for name in SHOWN if name in FOUND))
+
+
+def gpu() -> Result:
+    """A device that is not there: the figures of the README's, on two back ends."""
+    pretend = cpu() | {"device": "Pretend(R) GPU 9", "kind": "cuda"}
+    pretend["backends"] = {"cuda": "CUDA kernels", "triton": "Triton kernels"}
+    parts = pretend["parts"]
+    del parts["threads"]
+    for name, rows in parts.items():
+        parts[name] = [row | {"backend": on} for row in rows for on in pretend["backends"]]
+    for row in parts["cases"]:
+        row["bytes"] = row["bytes"] | {"copy": 2**29}
+        row["ms"] = row["ms"] | {"copy": 100.0}
+    for row in parts["steps"]:
+        row["own"] = {name: ms for name, ms in row["own"].items() if name != "tap"}
+        row.pop("share")
+    return pretend
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Results of one device, and a README; the program's own for the test."""
+    shutil.copy(roofline.FILE, tmp_path)
+    results.write(results.path_of(cpu(), tmp_path), cpu())
+    name = results.path_of(cpu(), tmp_path).stem
+    readme = f"before\n<!-- from benchmarks/results/{name}.json -->\nold\n<!-- end -->\nafter\n"
+    (tmp_path / "README.md").write_text(readme)
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    return tmp_path
+
+
+# ---- what is committed ---------------------------------------------------------------------------
+
+
+def test_the_report_is_made_of_the_results() -> None:
+    assert (FOLDER / "report.md").read_text() == report.text(FOUND, COUNTS)
+    assert roofline.FILE.with_suffix(".md").read_text() == roofline.text(COUNTS)
+    text = report.README.read_text()
+    assert report.in_readme(text, FOUND, COUNTS) == text
+    assert len(SHOWN) == 3 == text.count("<!-- end -->")
+    (picture,) = {f"benchmarks/results/{name}-cases.png" for name in SHOWN if name in FOUND}
+    assert f"({picture})" in text
+
+
+def test_the_pictures_were_drawn_from_the_results() -> None:
+    for name, result in FOUND.items():
+        for part in report.DRAWN:
+            with Image.open(FOLDER / f"{name}-{part}.png") as picture:
+                assert picture.text["Description"] == charts.digest(result), (name, part)
+
+
+# ---- several devices -----------------------------------------------------------------------------
+
+
+def test_devices_are_merged(folder: Path) -> None:
+    report.main(["--merge"])
+    alone = (folder / "README.md").read_text()
+    assert alone.startswith("before\n<!-- from")
+    assert alone.endswith("<!-- end -->\nafter\n")
+    assert "\nold\n" not in alone
+    assert alone.count("\n| a |") == 4
+
+    results.write(results.path_of(gpu(), folder), gpu())
+    for _ in range(2):  # again, over what is there
+        report.main(["--merge"])
+        assert (folder / "README.md").read_text() == alone
+        text = (folder / "report.md").read_text()
+        assert "## pretend-gpu-9\n" in text
+        assert "| a | fp32 | NCHW | triton |" in text
+        assert "of copy" in text
+        assert "(pretend-gpu-9-cases.png)" in text
+        with Image.open(folder / "pretend-gpu-9-cases.png") as picture:
+            assert picture.size > (600, 300)
+
+
+def test_ratios_are_the_others_over_ours() -> None:
+    row = {"backend": "cpu", "case": "a", "dtype": "fp32", "layout": "NCHW", "pass": "forward"}
+    ms = [{"floor": 1, "at_fused": 2, "compile": 3, "eager": 8}]
+    ms += [{"floor": 1, "at_fused": 1, "compile": 3, "eager": 9}]
+    text = tables.cases([row | {"ms": ms[0]}, row | {"case": "b", "ms": ms[1]}])
+    assert "| a | fp32 | NCHW | 1.00 | 2.00 | 4.0x | 1.5x |" in text
+    assert "| forward | 2 | 6.0x | 4.0x | 2.1x | 1.5x |" in text
+
+
+# ---- files that are not results ------------------------------------------------------------------
+
+
+def damaged(change: Callable[[Result], Any]) -> str:
+    found = cpu()
+    change(found)
+    return json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("damaged.json", damaged(lambda r: None)[:-100]),
+        ("damaged.json", damaged(lambda r: r.update(schema=0))),
+        ("damaged.json", damaged(lambda r: r["parts"]["calls"].append(3))),
+        ("damaged.json", damaged(lambda r: r["parts"]["cases"][0]["ms"].update(eager=-1.0))),
+        ("damaged.json", damaged(lambda r: r["parts"].update(other=[]))),
+        ("roofline.json", '{"parts": {"rows": [{}], "methods": []}}'),
+    ],
+)
+def test_damaged_files_are_refused(folder: Path, file: str, text: str) -> None:
+    (folder / file).write_text(text)
+    with pytest.raises(SystemExit, match=rf"benchmarks\.report: .*{file}: not ") as error:
+        report.main(["--merge"])
+    assert "\n" not in str(error.value)
+    assert "old" in (folder / "README.md").read_text()
+    assert not (folder / "report.md").exists()
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rounds of small inputs, and nothing compiled: what is timed is not at stake."""
+    monkeypatch.setattr(Clock, "least", 1)
+    monkeypatch.setattr(Clock, "most", 1)
+    for case in CASES:
+        stages = [(2, 3, 14)] if case in TRANSFORMERS else [(4, 6, 8), (2, 2, 4)]
+        monkeypatch.setitem(CASES, case, (8, stages))
+    first = {setting[0]: setting for setting in reversed(measure.PARTS["methods"][1])}
+    small = {"sizes": [(1, 1), (4, 2)], "methods": list(first.values()), "steps": [("wrn",)]}
+    for part, settings in small.items():
+        monkeypatch.setitem(measure.PARTS, part, (measure.PARTS[part][0], settings))
+    monkeypatch.setattr(measure, "OWN_ROUNDS", 1)
+    monkeypatch.setattr(steps, "NETWORKS", {"wrn": lambda: steps.wrn(batch=2)})
+    monkeypatch.setattr(report, "NETWORKS", steps.NETWORKS)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("variant", [AT_LOSS, *VARIANTS.values()], ids=["at_loss", *VARIANTS])
+def test_the_popular_lines_compute_what_at_fused_does(variant: Variant) -> None:
+    for case in variant.cases:
+        for layout in variant.layouts:
+            inputs = Inputs.make(case, "fp32", layout, variant=variant)
+            both = variant.popular, variant.ours()
+            values = [inputs.step(loss, backward=False)().sum() for loss in both]
+            gradients = [inputs.step(loss)() for loss in both]
+            torch.testing.assert_close(*values, rtol=1e-5, atol=0)
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("tiny")
+def test_the_program_measures_all_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results.path_of(cpu(), folder).unlink()
+    (folder / "README.md").write_text("shows nothing\n")
+    report.main([])
+    found = results.load_all(folder)
+    assert sorted(result["kind"] for result in found.values()) == sorted(DEVICES)
+    for result in found.values():
+        there = set(measure.PARTS) - set(measure.ON_CPU_ONLY if result["kind"] == "cuda" else ())
+        assert result["parts"].keys() == there
+    text = (folder / "report.md").read_text()
+    assert all(f"### {title}\n" in text for title, _ in tables.PARTS.values())
+    assert "calls, 0 s" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_parts_are_measured_beside_those_of_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results.path_of(cpu(), folder).unlink()
+    (folder / "README.md").write_text("shows nothing\n")
+    report.main(["--only", "calls"])
+    report.main(["--only", "taps"])
+    for result in results.load_all(folder).values():
+        assert list(result["parts"]) == ["calls", "taps"]
+    monkeypatch.setattr(results, "commit", lambda: "another")
+    with pytest.raises(SystemExit, match=r"\.json: commit was .*: measure all parts again"):
+        report.main(["--only", "sizes"])
+
+
+def test_each_back_end_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "backends", lambda device: ["cpu", "eager"])
+    ran = []
+    programs = [{name: lambda: ran.append(users()["cpu"])} for name in ("eager", "at_fused")]
+    found = Comparison({"shape": [1]}, *programs, Clock(), measure.on("cpu"), 0).rows()
+    assert [row["backend"] for row in found] == ["cpu", "eager"]
+    assert all(row["shape"] == [1] and row["ms"].keys() == {"eager", "at_fused"} for row in found)
+    assert found[0]["ms"]["eager"] == found[1]["ms"]["eager"]
+    # The rival and ours on the fastest, ours on the other.
+    assert sorted(ran) == sorted(["cpu", "cpu", "eager"] * (len(ran) // 3))
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> measure.Graphs:
+    """A GPU's meter, on stand-ins whose time is the operators that graphs run."""
+    pretend_cuda.install(monkeypatch)
+    monkeypatch.setattr(measure, "OTHER_BYTES", 64)
+    meter = measure.Graphs("cpu")
+    monkeypatch.setattr(measure, "clock", lambda device: meter)
+    return meter
+
+
+def test_a_graph_is_replayed_without_the_host(graphs: measure.Graphs) -> None:
+    x, ran = torch.zeros(4), []
+    run, why = graphs.prepare(lambda: ran.append(x.add_(1).mul_(1)))
+    assert (len(ran), why) == (2 * measure.REPEATS, "")  # once before
+    assert graphs.take(run) == graphs.take(run) == 2  # without the reads of other data
+    assert len(ran) == 2 * measure.REPEATS
+    assert x[0] == 4 * measure.REPEATS
+
+
+def test_what_cannot_be_captured_is_said(graphs: measure.Graphs) -> None:
+    x = torch.ones(4)
+    programs = {"eager": lambda: x.sum().item()}, {"at_fused": lambda: x.abs().neg()}
+    (row,) = Comparison({}, *programs, graphs, measure.on("cpu"), 0).rows()
+    assert row["uncaptured"] == {"eager": "operation not permitted when stream is capturing"}
+    assert row["ms"]["at_fused"] == 2
+    assert graphs.prepare(programs[1]["at_fused"])[1] == ""
+    shown = row | {"ms": {"eager": 4.0, "at_fused": 2.0}}
+    assert tables.times(shown, "eager", "at_fused") == ["4.00*", "2.00"]
+    assert tables.to(shown, ["eager"]) == ["2.0x*"]
+    shown |= {"pairs": 1, "shape": [1], "pass": "forward"}
+    reason = "\\* eager: operation not permitted when stream is capturing"
+    assert quick.lines("calls", [shown])[-1] == reason
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "ours"), [("cases", ("forward",), "at_fused"), ("taps", (), "tap")]
+)
+def test_a_gpu_is_compared_with_a_copy_of_as_many_bytes(
+    graphs: measure.Graphs, part: str, setting: tuple[str, ...], ours: str
+) -> None:
+    found = measure.PARTS[part][0]("cpu", *measure.KINDS[0], *setting)
+    copy = found.others["copy"]
+    assert 2 * copy.args[0].nbytes == found.what["bytes"]["copy"] == found.what["bytes"][ours]
+    assert graphs.take(graphs.prepare(copy)[0]) == 1
+    assert tables.of_copy(found.what | {"ms": {"copy": 1.0, ours: 2.0}}, ours) == ["50%"]
+
+
+def test_one_read_of_a_list_is_one_launch(graphs: measure.Graphs) -> None:
+    inputs = Inputs.make((2, [(4, 6, 8), (2, 2, 4)]), layout="channels_last")
+    assert graphs.take(graphs.prepare(inputs.read_all(joined=True))[0]) == 1
+    assert graphs.take(graphs.prepare(inputs.read_all())[0]) == 4
+
+
+def test_memory_is_the_gradient_and_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    (found,) = measure.memory("cpu", 8).rows()
+    assert found["gradient"] < found["bytes"]["at_fused"] < 1.1 * found["gradient"]
+    assert found["bytes"]["eager"] > 2 * found["gradient"]
+
+
+def test_the_installed_package_is_measured(tmp_path: Path) -> None:
+    """Not what is in the checkout, which comes first on the path and may have no libraries."""
+    files = {
+        "checkout/benchmarks/__init__.py": (ROOT / "benchmarks/__init__.py").read_text(),
+        "checkout/benchmarks/which.py": "import at_fused\n",
+        "checkout/at_fused/__init__.py": "print('the source')",
+        "installed/at_fused/__init__.py": "print('the installed')",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    installed = {"PYTHONPATH": str(tmp_path / "installed")}
+    said = output_of(tmp_path / "checkout", "-m", "benchmarks.which", **installed)
+    assert said == "the installed\n"

@@ -1,0 +1,227 @@
+// Kernels with a planted bug each, which every seed must bring to light, and right ones, of which
+// no seed may report anything.
+#include <cuda_runtime.h>
+
+#include <vector>
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+
+template <class T>
+__device__ T* shared() {
+  return reinterpret_cast<T*>(emulator::dynamic_shared());
+}
+
+// ---- shared memory ------------------------------------------------------------------------------
+
+__global__ void missing_barrier(float* out) {
+  auto* s = shared<float>();
+  s[threadIdx.x] = 1;
+  __syncthreads();
+  s[threadIdx.x] = 2;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = s[(threadIdx.x + 32) % blockDim.x];
+}
+
+// The second round's writes meet the first round's reads.
+__global__ void missing_second_barrier(float* out) {
+  auto* s = shared<float>();
+  float sum = 0;
+  for (int round = 0; round < 2; ++round) {
+    s[threadIdx.x] = 1;
+    __syncthreads();
+    sum += s[(threadIdx.x + 32) % blockDim.x];
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
+__global__ void race_in_warp(float* out) {
+  auto* s = shared<float>();
+  s[threadIdx.x] = 1;
+  __syncthreads();
+  s[threadIdx.x] = 2;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = s[threadIdx.x ^ 1];
+}
+
+// A shuffle orders no memory.
+__global__ void shuffle_for_barrier(float* out) {
+  auto* s = shared<float>();
+  s[threadIdx.x] = 1;
+  int lane = __shfl_xor_sync(kAll, static_cast<int>(threadIdx.x), 1);
+  out[blockIdx.x * blockDim.x + threadIdx.x] = s[lane];
+}
+
+__global__ void off_by_one(float* out) {
+  auto* s = shared<float>();
+  s[threadIdx.x] = 1;
+  __syncthreads();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = s[threadIdx.x + 1];
+}
+
+// Two lanes' halves of a word are no race.
+__global__ void halves(const unsigned short* in, unsigned short* out) {
+  auto* s = shared<unsigned short>();
+  s[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = s[threadIdx.x ^ 1];
+}
+
+// ---- barriers and shuffles ----------------------------------------------------------------------
+
+__global__ void divergent_barriers(int* out) {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+    out[threadIdx.x] = 1;
+  } else {
+    out[threadIdx.x] = 2;
+    __syncthreads();
+  }
+}
+
+__global__ void mask_lacks_caller(int* out) {
+  out[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, static_cast<int>(threadIdx.x), 1);
+}
+
+__global__ void mask_lacks_source(int* out) {
+  out[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, 1, 16);
+}
+
+__global__ void mask_of_ended(int* out) {
+  if (threadIdx.x >= 16) return;
+  out[threadIdx.x] = __shfl_xor_sync(kAll, 1, 1);
+}
+
+__global__ void shuffle_against_barrier(int* out) {
+  if (threadIdx.x % 32 == 7) __syncthreads();
+  out[threadIdx.x] = __shfl_xor_sync(kAll, 1, 1);
+  if (threadIdx.x % 32 != 7) __syncthreads();
+}
+
+// ---- global memory ------------------------------------------------------------------------------
+
+__global__ void misaligned(const int* in, uint4* out) {
+  out[threadIdx.x] = *reinterpret_cast<const uint4*>(in + threadIdx.x);
+}
+
+__global__ void misaligned_members(const int* in, int* out) {
+  uint4 v = *reinterpret_cast<const uint4*>(in + threadIdx.x);
+  out[threadIdx.x] = static_cast<int>(v.x + v.y * v.z + v.w);
+}
+
+__global__ void global_race(int* out) { out[0] = static_cast<int>(threadIdx.x); }
+
+__global__ void read_then_written(int* data, int* out) {
+  out[threadIdx.x] = data[threadIdx.x ^ 32];
+  data[threadIdx.x] = 1;
+}
+
+__global__ void neighbour_block(int* data, int* out) {
+  data[blockIdx.x] = 1;
+  out[blockIdx.x] = data[blockIdx.x ^ 1];
+}
+
+__global__ void copy16(const uint4* in, uint4* out) {
+  unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+  if (at < 1000) out[at] = __ldg(in + at);
+}
+
+enum class Bug { kNone, kNoRelease, kNoAcquire, kNoBarrier, kLateRead };
+
+// The last block to arrive adds up what the others wrote.
+__global__ void hand_over(Bug bug, int* partial, unsigned* counter, int* out) {
+  auto* last = shared<int>();
+  unsigned mine = blockIdx.x * blockDim.x + threadIdx.x;
+  partial[mine] = 1;
+  if (bug != Bug::kNoBarrier) __syncthreads();
+  if (threadIdx.x == 0) {
+    auto order = bug == Bug::kNoRelease   ? std::memory_order_acquire
+                 : bug == Bug::kNoAcquire ? std::memory_order_release
+                                          : std::memory_order_acq_rel;
+    *last = emulator::atomic_add(counter, 1u, order) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (*last) {
+    int total = 0;
+    for (unsigned at = threadIdx.x; at < gridDim.x * blockDim.x; at += blockDim.x) {
+      total += partial[at];
+      partial[at] = 0;
+    }
+    out[threadIdx.x] = total;
+  } else if (bug == Bug::kLateRead) {
+    out[mine] = partial[mine];
+  }
+}
+
+__global__ void in_order(unsigned* out, unsigned* next) {
+  if (threadIdx.x == 0) out[blockIdx.x] = emulator::atomic_add(next, 1u, std::memory_order_relaxed);
+}
+
+// ---- cases --------------------------------------------------------------------------------------
+
+template <class... Exp, class... Act>
+int run(unsigned grid, unsigned block, size_t shared_bytes, void (*kernel)(Exp...), Act&&... args) {
+  cudaLaunchConfig_t config{grid, block, shared_bytes, nullptr};
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Act>(args)...);
+}
+
+int run_hand_over(Bug bug) {
+  std::vector<int> partial(8 * 64), out(8 * 64);
+  unsigned counter = 0;
+  if (int error = run(8, 64, 16, hand_over, bug, partial.data(), &counter, out.data()))
+    return error;
+  return out[63] == 8 ? 0 : -1;
+}
+
+}  // namespace
+
+// Exported under its name: returns a cudaError_t, or -1 for a wrong result. The library's own
+// memory is not watched, so what the kernels use lies on the heap.
+#define CASE(name) EXPORTED int name()
+#define NEW(type) std::vector<type>(4096).data()
+
+CASE(wrong_missing_barrier) { return run(2, 64, 256, missing_barrier, NEW(float)); }
+CASE(wrong_missing_second_barrier) { return run(2, 64, 256, missing_second_barrier, NEW(float)); }
+CASE(wrong_race_in_warp) { return run(2, 64, 256, race_in_warp, NEW(float)); }
+CASE(wrong_shuffle_for_barrier) { return run(2, 64, 256, shuffle_for_barrier, NEW(float)); }
+CASE(wrong_off_by_one) { return run(2, 64, 256, off_by_one, NEW(float)); }
+CASE(wrong_uninitialised) { return run(2, 64, 512, off_by_one, NEW(float)); }
+CASE(wrong_divergent_barriers) { return run(1, 64, 0, divergent_barriers, NEW(int)); }
+CASE(wrong_mask_lacks_caller) { return run(1, 32, 0, mask_lacks_caller, NEW(int)); }
+CASE(wrong_mask_lacks_source) { return run(1, 16, 0, mask_lacks_source, NEW(int)); }
+CASE(wrong_mask_of_ended) { return run(1, 32, 0, mask_of_ended, NEW(int)); }
+CASE(wrong_mask_of_missing) { return run(1, 16, 0, mask_of_ended, NEW(int)); }
+CASE(wrong_shuffle_against_barrier) { return run(1, 32, 0, shuffle_against_barrier, NEW(int)); }
+CASE(wrong_misaligned) { return run(1, 32, 0, misaligned, NEW(int), NEW(uint4)); }
+CASE(wrong_misaligned_members) { return run(1, 32, 0, misaligned_members, NEW(int), NEW(int)); }
+CASE(wrong_global_race) { return run(1, 64, 0, global_race, NEW(int)); }
+CASE(wrong_read_then_written) { return run(1, 64, 0, read_then_written, NEW(int), NEW(int)); }
+CASE(wrong_neighbour_block) { return run(2, 1, 0, neighbour_block, NEW(int), NEW(int)); }
+CASE(wrong_no_release) { return run_hand_over(Bug::kNoRelease); }
+CASE(wrong_no_acquire) { return run_hand_over(Bug::kNoAcquire); }
+CASE(wrong_no_barrier) { return run_hand_over(Bug::kNoBarrier); }
+CASE(wrong_late_read) { return run_hand_over(Bug::kLateRead); }
+
+CASE(right_hand_over) { return run_hand_over(Bug::kNone); }
+CASE(right_copy16) { return run(16, 64, 1024, copy16, NEW(uint4), NEW(uint4)); }
+CASE(right_halves) { return run(1, 64, 128, halves, NEW(unsigned short), NEW(unsigned short)); }
+
+// 1 if the blocks of a grid, one resident at a time, start in ascending order, 0 if not.
+CASE(blocks_in_order) {
+  std::vector<unsigned> out(64);
+  unsigned next = 0;
+  if (run(64, 32, 0, in_order, out.data(), &next)) return -1;
+  for (unsigned b = 0; b < 64; ++b)
+    if (out[b] != b) return 0;
+  return 1;
+}
+
+EXPORTED int start(unsigned grid, unsigned block, unsigned shared_bytes) {
+  unsigned out[1], next = 0;
+  return run(grid, block, shared_bytes, in_order, out, &next);
+}
+EXPORTED int allow(int shared_bytes) {
+  return cudaFuncSetAttribute(in_order, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+}
+EXPORTED int last_error() { return cudaGetLastError(); }

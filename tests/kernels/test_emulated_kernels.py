@@ -1,0 +1,267 @@
+"""The CUDA kernels in the emulator: schedules, widths of access, bytes, launches, their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cuda_emulator import Emulator, emulated
+from reference import loss_arguments
+from torch import Tensor
+
+import at_fused
+from at_fused import _ops
+
+MAP_LOSS = torch.ops.at_fused.map_loss.default
+LOSS: tuple[Any, ...] = [], "paper", "sum", "add", 1e-6, True, True
+TAPS = _ops.attention_tap_backward, _ops.attention_tap_backward_
+
+
+@pytest.fixture
+def emulator() -> Iterator[Emulator]:
+    with emulated(multiprocessors=132) as emulator:
+        yield emulator
+
+
+# ---- schedules -----------------------------------------------------------------------------------
+
+
+def everything(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    """All that the kernels compute, from calls one after the other."""
+    plain = [x.detach() for x in students]
+    masks = [torch.linspace(0, 1, x[:, 0].numel()).view_as(x[:, 0]) for x in plain]
+    results = _ops.attention_map(plain, 2.0, "mean")
+    for options in ({}, {"mask": masks, "form": "paper", "eps_mode": "add", "eps": 0.1}):
+        loss = at_fused.at_loss(students, teachers, reduction="none", **options)
+        value, direct = at_fused.at_value_and_grad(students, teachers, **options)
+        gradients = torch.autograd.grad(loss.sum(), students + teachers)
+        results += [loss.detach(), *gradients, value, *direct]
+    alike = [plain[0]] * 2, [x.detach() for x in teachers[:1] * 2]
+    value, direct = at_fused.at_value_and_grad(*alike, reduction="sample")
+    results += [value, *direct]
+    for collapse in ("max", "sum"):
+        found = _ops.attention_map(plain, 3.0, collapse)
+        maps, channels = found[: len(plain)], found[len(plain) :]
+        above, pairs = torch.arange(1.0, 1.0 + len(plain)), [*range(len(plain))]
+        value, ks = MAP_LOSS(maps, maps[:1] + [q + 1 for q in maps[1:]], *LOSS)
+        results += [*found, value, *ks]
+        results += _ops.attention_map_backward(plain, maps, above, pairs, 3.0, [], channels)
+        for i, x in enumerate(plain):
+            g, won = torch.ones_like(x), channels[i] if channels else None
+            results += [TAPS[0](g, x, maps[i], 3.0, collapse, won)]
+            TAPS[1](g, x, maps[i], 3.0, collapse, won)
+            results += [g]
+    return results
+
+
+@pytest.mark.parametrize("multiprocessors", [132, 1])
+@pytest.mark.parametrize(
+    "seeds", [range(4), pytest.param(range(4, 12), marks=pytest.mark.exhaustive)], ids=str
+)
+def test_same_bits_whatever_the_schedule(multiprocessors: int, seeds: range) -> None:
+    """Threads, warps and blocks in other orders, one block at a time or many."""
+    shapes = [(2, 24, 30, 31), (3, 5, 7, 7), (1, 64, 20, 16)]
+    students = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    students[2] = students[2].detach().to(memory_format=torch.channels_last).requires_grad_()
+    teachers = [torch.randn(b, 9, h, w, requires_grad=True) for b, _, h, w in shapes]
+    first = None
+    for seed in seeds:
+        order = {"seed": seed, "resident": (1, 2, 4, 16)[seed % 4], "shuffle": bool(seed % 2)}
+        with emulated(multiprocessors=multiprocessors, shared=40 << 10, **order):
+            found = everything(students, teachers)
+        first = first or found
+        assert all(map(torch.equal, first, found)), seed
+
+
+def test_calls_from_many_threads_agree(emulator: Emulator) -> None:
+    s, t = torch.randn(4, 8, 10, 10), torch.randn(4, 8, 10, 10)
+
+    def work(i: int) -> Tensor:
+        x = (s * (1 + i % 3)).requires_grad_()
+        at_fused.at_loss(x, t).backward()
+        return x.grad * (1 + i % 3)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(work, range(16)))
+    for gradient in results:
+        torch.testing.assert_close(gradient, results[0], rtol=1e-5, atol=1e-9)
+
+
+# ---- what is moved, and how ----------------------------------------------------------------------
+
+QUICK = (
+    [(4, 64, 7, 7), torch.float32, False],
+    [(2, 32, 14, 14), torch.bfloat16, True],
+    [(1, 48, 56, 56), torch.float64, False],
+)
+ALL = [
+    [size, dtype, last]
+    for size in ((4, 64, 7, 7), (2, 32, 14, 14), (1, 48, 56, 56))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    for last in (False, True)
+]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(case, marks=[pytest.mark.exhaustive] * (case not in QUICK)) for case in ALL
+    ],
+    ids=lambda case: f"{'x'.join(map(str, case[0]))}-{str(case[1])[6:]}-{case[2]}",
+)
+def x(request: pytest.FixtureRequest) -> Tensor:
+    """A feature of some size, dtype and layout."""
+    size, dtype, last = request.param
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.randn(size).to(dtype, memory_format=layout)
+
+
+def test_features_move_in_128_bits(emulator: Emulator, x: Tensor) -> None:
+    arguments = loss_arguments([x], [x.clone()])
+    at_loss = partial(torch.ops.at_fused.at_loss, *arguments, True, False)
+    (loss, maps), forward = emulator.counted(at_loss)
+    assert forward.launches == 1
+    assert 16 * forward.loads[4] == 2 * x.nbytes
+    sweep = partial(_ops.attention_map_backward, [x], maps[:1], loss, [0], 2.0)
+    _, backward = emulator.counted(sweep)
+    assert backward.launches == 1
+    assert 16 * backward.loads[4] == x.nbytes
+    assert 16 * backward.stores[4] == backward.store_bytes == x.nbytes
+    _, both = emulator.counted(partial(_ops.at_value_and_grad, *arguments, 1.0, None))
+    on_chip = both.max_dynamic_shared >= x[0].nbytes
+    # A student that does not fit is read again, by a launch of its own.
+    assert both.launches == (1 if on_chip else 2)
+    assert 16 * both.loads[4] == (2 if on_chip else 3) * x.nbytes
+    assert 16 * both.stores[4] == x.nbytes
+
+
+def test_maxima_move_in_128_bits(emulator: Emulator, x: Tensor) -> None:
+    (q, channels), forward = emulator.counted(partial(_ops.attention_map, [x], 3.0, "max"))
+    assert forward.launches == 1
+    assert 16 * forward.loads[4] == forward.load_bytes == x.nbytes
+    sweep = partial(_ops.attention_map_backward, [x], [q], None, [0], 3.0, [], [channels])
+    _, backward = emulator.counted(sweep)
+    assert backward.launches == 1
+    assert 16 * backward.stores[4] == backward.store_bytes == x.nbytes
+    assert backward.loads[4] == 0
+    if x.element_size() == 2:  # nothing else has this width
+        assert backward.loads[1] == q.numel()  # a feature's winners, each once
+
+
+def test_a_tap_reads_twice_and_writes_once(emulator: Emulator, x: Tensor) -> None:
+    g, wide = torch.randn_like(x), torch.promote_types(x.dtype, torch.float32)
+    k = torch.randn(len(x), x[0, 0].numel(), dtype=wide)
+    for tap in TAPS:
+        _, found = emulator.counted(partial(tap, g, x, k, 3.0, "mean"))
+        assert found.launches == 1
+        assert 16 * found.loads[4] == 2 * x.nbytes
+        assert 16 * found.stores[4] == found.store_bytes == x.nbytes
+        assert found.distinct_load_bytes == 2 * x.nbytes + k.nbytes
+        assert found.distinct_store_bytes == x.nbytes
+        assert found.atomics == 0
+
+
+def test_a_tap_of_maxima_touches_the_winners(emulator: Emulator, x: Tensor) -> None:
+    g = torch.randn_like(x)
+    q, channels = _ops.attention_map([x], 2.0, "max")
+    won = q.numel() * x.itemsize
+    new, in_place = (
+        emulator.counted(partial(tap, g, x, q, 2.0, "max", channels))[1] for tap in TAPS
+    )
+    assert in_place.launches == new.launches == 1
+    assert in_place.store_bytes == won
+    assert in_place.distinct_load_bytes == 2 * won + channels.nbytes + q.nbytes
+    assert 16 * new.loads[4] == 16 * new.stores[4] == x.nbytes
+    assert new.store_bytes == x.nbytes + won
+    assert new.distinct_store_bytes == x.nbytes
+    assert new.distinct_load_bytes == x.nbytes + won + channels.nbytes + q.nbytes
+
+
+def test_a_list_of_maps_takes_one_launch(emulator: Emulator) -> None:
+    xs = [torch.randn(2, 3, 4 + i, 4) for i in range(6)]
+    for collapse in ("mean", "max"):
+        found, forward = emulator.counted(partial(_ops.attention_map, xs, 2.0, collapse))
+        rest = found[:6], None, [0] * 6, 2.0, [], found[6:]
+        _, backward = emulator.counted(partial(_ops.attention_map_backward, xs, *rest))
+        assert forward.launches == backward.launches == 1
+    _, c = emulator.counted(partial(MAP_LOSS, found[:6], found[:6], *LOSS))
+    assert c.launches == 1
+    _, c = emulator.counted(partial(at_fused.at_loss, xs * 6, xs * 6))
+    assert c.launches == 3  # 16 pairs each
+
+
+def test_masked_tokens_take_one_launch_each_way(emulator: Emulator) -> None:
+    """A skipped token is not read, whatever the options."""
+    xs, ys = ([torch.randn(2, 13, c) for c in sizes] for sizes in ((16, 8), (24, 8)))
+    for x in xs:
+        x.requires_grad_()
+    masked = {"channel_dim": -1, "skip_tokens": 1, "mask": torch.rand(2, 12) > 0.5}
+    for more in ({}, {"reduction": "sample", "eps_mode": "add", "eps": 0.1}):
+        options = {**masked, **more}
+        loss, forward = emulator.counted(partial(at_fused.at_loss, xs, ys, **options))
+        assert forward.launches == 1
+        read = sum(x[:, 1:].nbytes for x in (*xs, *ys))
+        assert read <= forward.distinct_load_bytes < read + 2048
+        _, backward = emulator.counted(partial(torch.autograd.grad, loss.sum(), xs))
+        assert backward.launches == 1
+        assert backward.store_bytes == sum(x[:, 1:].nbytes for x in xs)
+        _, both = emulator.counted(partial(at_fused.at_value_and_grad, xs, ys, **options))
+        assert both.launches == 1
+
+
+def test_features_that_are_not_aligned_move_in_elements(emulator: Emulator) -> None:
+    aligned, x = torch.randn(2, 8, 8, 8), torch.randn(2 * 8 * 64 + 1)[1:].view(2, 8, 8, 8)
+    _, found = emulator.counted(partial(_ops.attention_map, [x], 2.0, "mean"))
+    assert (4 * found.loads[2], found.loads[4]) == (x.nbytes, 0)
+    # A tap moves both in elements where one is not aligned.
+    for tap in TAPS:
+        for both in ((x, aligned), (aligned, x)):
+            _, found = emulator.counted(partial(tap, *both, torch.randn(2, 64), 2.0, "mean"))
+            assert found.loads[4] == found.stores[4] == 0
+            assert found.store_bytes == x.nbytes
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def test_a_launch_that_fails_is_a_python_error(emulator: Emulator) -> None:
+    s, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    expected = at_fused.at_loss(s, t)
+    large = torch.randn(1, 3, 60, 60)
+    devices = (
+        ({emulator.COMPUTE_CAPABILITY_MAJOR: 7}, s, r"compute capability 8\.0 or later"),
+        (
+            {emulator.SHARED_WITHOUT_ASKING: 4096, emulator.SHARED_PER_BLOCK: 4096},
+            large,
+            "at_loss_kernel: cudaErrorInvalidValue",  # a launch that the device refuses
+        ),
+    )
+    usual = {emulator.COMPUTE_CAPABILITY_MAJOR: 9, emulator.SHARED_WITHOUT_ASKING: 48 << 10}
+    for attributes, x, message in devices:
+        try:
+            for attribute, value in attributes.items():
+                emulator.set_attribute(attribute, value)
+            with pytest.raises(RuntimeError, match=message):
+                at_fused.at_loss(x, x)
+        finally:
+            for attribute, value in (usual | {emulator.SHARED_PER_BLOCK: 232448}).items():
+                emulator.set_attribute(attribute, value)
+    torch.testing.assert_close(at_fused.at_loss(s, t), expected, rtol=0, atol=0)
+
+
+def test_sizes_beyond_the_kernels_are_refused(emulator: Emulator) -> None:
+    many = torch.randn(1, 1, 1, 1).expand(2**31, 1, 1, 1)
+    with pytest.raises(RuntimeError, match=r"at most 2\^30 samples, got"):
+        at_fused.at_loss(many, many)
+    huge = torch.randn(1, 3, 1, 1).expand(1, 3, 2**16, 2**15)
+    long = torch.empty(1, 2**30 + 1, 1, dtype=torch.float16)
+    for call in (
+        partial(_ops.attention_map, [huge], 2.0, "mean"),
+        partial(_ops.attention_map, [huge], 2.0, "max"),
+        partial(TAPS[0], long, long, torch.ones(1, 1), 2.0, "mean"),
+    ):
+        with pytest.raises(RuntimeError, match=r"at most 2\^30 channels and 2\^30 positions"):
+            call()

@@ -1,0 +1,130 @@
+"""The Triton back end's own ways: how it cuts work, launches it, and copies nothing.
+
+On a GPU, or else under the interpreter. What it computes is the contract's, of every back end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from reference import loss_arguments
+from torch import Tensor
+
+from at_fused.backends import triton as backend
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from at_fused.backends.triton import launch, loss
+from at_fused.backends.triton.tiles import double, double_of, number, number_of
+
+LAYOUTS = ["planar", "interleaved"]
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    with torch.device("cpu" if backend.interpreted() else "cuda"):
+        yield
+
+
+def feature(*shape: int, layout: str = "planar", dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(shape).to(dtype)
+    return x if layout == "planar" else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def results(layout: str) -> list[Tensor]:
+    """All that the operators on lists return for one list of unequal pairs."""
+    torch.manual_seed(0)
+    sizes, dtypes = ((11, 13), (3, 5), (2, 4)), (torch.float32, torch.float64, torch.bfloat16)
+    s = [feature(2, 12, *n, layout=layout, dtype=d) for n, d in zip(sizes, dtypes, strict=True)]
+    t = [feature(2, 9, *n) for n in sizes]
+    maps = backend.attention_map([*s, *t], 2.0, "mean")
+    masks = [torch.rand_like(q) for q in maps[:3]]
+    winners = backend.attention_map(s, 2.0, "max")[3:]
+    summed, slopes = backend.map_loss(
+        maps[:3], maps[3:], [], "code", "sum", "max", 1e-6, True, True
+    )
+    found = [*maps, *winners, summed, *slopes]
+    for channels in ([], winners):
+        found += backend.attention_map_backward(s, slopes[:3], None, [0, 1, 2], 2.0, (), channels)
+    for arguments in (
+        loss_arguments(s, t, form="paper", p=3.0, collapse="sum", weights=[1.0, 0.5, -2.0]),
+        loss_arguments(s, t, masks=masks, reduction="sample", eps_mode="add", eps=0.3),
+    ):
+        value, gradients = backend.at_value_and_grad(*arguments, 8.0, None)
+        total, coefficients = backend.at_loss(*arguments, True, True)
+        found += [value, *gradients, total, *coefficients]
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_lists_of_several_launches_and_samples_of_several_programs(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = results(layout)
+    monkeypatch.setattr(launch, "MAX_ENTRIES", 2)
+    monkeypatch.setattr(launch, "_PIECE_BYTES", 1024)
+    monkeypatch.setattr(launch, "processors", lambda _: 10**6)
+    monkeypatch.setattr(loss, "_WHOLE_BYTES", 1024)
+    pieces = results(layout)
+    torch.testing.assert_close(pieces, whole)
+    # In whatever order the programs come.
+    assert all(map(torch.equal, results(layout), pieces))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("collapse", ["mean", "max"])
+def test_taps_are_one_launch_without_copies(
+    collapse: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches: list[Any] = []
+    monkeypatch.setattr(launch, "start", lambda *call, **_: launches.append(call[2]))
+    gradient, x = (feature(2, 12, 5, 6, layout=layout)[:, 2:9] for _ in range(2))
+    q = torch.ones(2, 30)
+    arguments = x, q, 2.0, collapse, q.int() if collapse == "max" else None
+    backend.attention_tap_backward_(gradient, *arguments)
+    result = backend.attention_tap_backward(gradient, *arguments)
+    ((in_place, *_),), ((apart, *_),) = launches
+    assert in_place.feature.data is x
+    assert in_place.coefficients is q
+    assert in_place.gradient.data is in_place.addend.data is gradient
+    # All is copied where only the winners change.
+    assert apart.gradient.data is result
+    assert apart.addend.data is (result if collapse == "max" else gradient)
+
+
+@triton.jit
+def _unpack(record, whole, real):  # type: ignore[no-untyped-def]
+    tl.store(whole, number(record[0]))
+    tl.store(real, double(record[1]))
+
+
+@pytest.mark.parametrize("n", [0, 1, 16, 2**31 - 1])
+def test_scalars_arrive_as_they_are(n: int) -> None:
+    whole, real = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.float64)
+    for x in (0.0, 1.0, -1 / 3, 5e-324, -1.7e308, float("inf")):
+        launch.start(_unpack, 1, (number_of(n), double_of(x)), whole, real)
+        assert (whole.item(), real.item()) == (n, x)
+
+
+def test_triton_is_not_imported_with_the_package() -> None:
+    code = "import sys, torch; had = 'triton' in sys.modules; import at_fused; " + (
+        "from at_fused.backends import triton; assert had or 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not backend.interpreted()
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        backend.attention_map([torch.randn(1, 2, 3, device="cpu")], 2.0, "mean")

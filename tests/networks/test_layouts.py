@@ -1,0 +1,662 @@
+"""The layers that AttentionTransfer chooses, and how it reads their features, or refuses to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transfer_networks import BETA, loss_once
+
+from at_fused import AttentionTransfer, TeacherCache, at_loss, match_layers
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small are slower on more. In float64 no rounding is near a tolerance."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Convolve(nn.Module):
+    """A residual block of channels first."""
+
+    def __init__(self, c: int, c_out: int, stride: int = 1, rank: int = 2) -> None:
+        super().__init__()
+        make, norm = getattr(nn, f"Conv{rank}d"), getattr(nn, f"BatchNorm{rank}d")
+        self.conv = nn.Sequential(make(c, c_out, 3, stride, 1), norm(c_out), nn.ReLU())
+        self.out = nn.Sequential(make(c_out, c_out, 3, 1, 1), norm(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.out(self.conv(x)))
+
+
+class Mix(nn.Module):
+    """A block of channels last: no convolution, any number of dimensions."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.mix = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.GELU())
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.GELU(), nn.Linear(2 * c, c)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x)
+        return x + self.mlp(x)
+
+
+class Net(nn.Module):
+    """Blocks of one size, in a layout: what was embedded goes through them."""
+
+    def __init__(
+        self, embed: nn.Module, blocks: list[nn.Module], lay: Callable[..., Tensor]
+    ) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.lay = embed, nn.ModuleList(blocks), lay
+        width = getattr(embed, "out_channels", None) or getattr(embed, "embedding_dim", 0)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lay(self.embed(x), self.token)
+        for block in self.blocks:
+            x = block(x)
+        return x.flatten(1)
+
+
+def tokens(before: int, after: int = 0) -> Callable[..., Tensor]:
+    def lay(x: Tensor, token: Tensor) -> Tensor:
+        patches = x.flatten(2).mT
+        extra = token.expand(len(x), -1, -1)
+        return torch.cat([extra] * before + [patches] + [extra] * after, 1)
+
+    return lay
+
+
+def as_it_is(x: Tensor, token: Tensor) -> Tensor:
+    return x
+
+
+def last(x: Tensor, token: Tensor) -> Tensor:
+    return x.movedim(1, -1)
+
+
+def of_first(x: Tensor) -> Tensor:
+    return x.pow(2).mean(1).flatten(1)
+
+
+def of_last(skip: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.pow(2).mean(-1).flatten(1)[:, skip:]
+
+
+_DATA = torch.Generator().manual_seed(0)
+
+
+def data(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_DATA, dtype=torch.float64)
+
+
+IMAGE, SIGNAL, CLIP = data(2, 3, 24, 32), data(4, 2, 64), data(2, 3, 4, 16, 16)
+WORDS, SQUARE = torch.randint(30, (3, 12), generator=_DATA), data(2, 3, 32, 32)
+Patch, Clip = (lambda c: nn.Conv2d(3, c, 4, 4)), (lambda c: nn.Conv3d(3, c, (2, 4, 4), (2, 4, 4)))
+
+
+def mixing(embed: Any, lay: Any) -> Callable[[int], Net]:
+    return lambda c: Net(embed(c), [Mix(c), Mix(c)], lay)
+
+
+def convolving(embed: Any, rank: int) -> Callable[[int], Net]:
+    return lambda c: Net(embed(c), [Convolve(c, c, 1, rank), Convolve(c, c, 1, rank)], as_it_is)
+
+
+def vit(c: int, *between: nn.Module) -> Net:
+    return Net(Patch(c), [Mix(c), *between, Mix(c)], tokens(1))
+
+
+# A network of a width, its input, the map of its features by hand, and how they are described.
+LAYOUTS: dict[str, tuple[Callable[[int], Net], Tensor, Callable[[Tensor], Tensor], str]] = {
+    "maps": (convolving(Patch, 2), IMAGE, of_first, "(B, {c}, H, W)"),
+    "maps, channels last": (mixing(Patch, last), IMAGE, of_last(0), "(B, H, W, {c})"),
+    "patches": (mixing(Patch, tokens(0)), IMAGE, of_last(0), "(B, N, {c})"),
+    "a class token": (mixing(Patch, tokens(1)), IMAGE, of_last(1), "(B, 1+48, {c})"),
+    "and distillation": (mixing(Patch, tokens(2)), IMAGE, of_last(2), "(B, 2+48, {c})"),
+    "and registers": (mixing(Patch, tokens(5)), IMAGE, of_last(5), "(B, 5+48, {c})"),
+    "a signal": (convolving(lambda c: nn.Conv1d(2, c, 4, 4), 1), SIGNAL, of_first, "(B, {c}, L)"),
+    "words": (
+        mixing(lambda c: nn.Embedding(30, c), lambda x, token: x), WORDS, of_last(0), "(B, N, {c})",
+    ),
+    "video": (convolving(Clip, 3), CLIP, of_first, "(B, {c}, T, H, W)"),
+    "video, channels last": (mixing(Clip, last), CLIP, of_last(0), "(B, T, H, W, {c})"),
+    "video tokens": (mixing(Clip, tokens(1)), CLIP, of_last(1), "(B, 1+32, {c})"),
+}  # fmt: skip
+
+
+def features_of(model: Net, x: Tensor) -> list[Tensor]:
+    """Return what each block gives."""
+    features = [model.lay(model.embed(x), model.token)]
+    for block in model.blocks:
+        features.append(block(features[-1]))
+    return features[1:]
+
+
+def by_hand(student: Net, teacher: Net, x: Tensor, map_of: Callable[[Tensor], Tensor]) -> Tensor:
+    s, t = (
+        [torch.nn.functional.normalize(map_of(feature)) for feature in features_of(model, x)]
+        for model in (student, teacher)
+    )
+    return BETA * sum((a - b.detach()).pow(2).mean() for a, b in zip(s, t, strict=True))
+
+
+COMPILED = ("a class token",)
+
+
+@pytest.mark.parametrize(
+    ("layout", "how"),
+    [
+        *((layout, how) for layout in LAYOUTS for how in ("example", "names", "names and example")),
+        *(
+            pytest.param(x, "compiled", marks=[pytest.mark.exhaustive] * (x not in COMPILED))
+            for x in LAYOUTS
+        ),
+    ],
+)
+def test_values_and_gradients(layout: str, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    make, x, map_of, described = LAYOUTS[layout]
+    student, teacher = make(8).eval(), make(12).eval()
+    expected = by_hand(student, teacher, x, map_of)
+    right = torch.autograd.grad(expected, list(student.parameters()), allow_unused=True)
+    names = ["blocks.0", "blocks.1"]
+    model: Any = student
+    if how == "compiled":
+        torch._dynamo.reset()
+        model = torch.compile(student, backend="aot_eager", fullgraph=True)
+    given = {"layers": None if how == "example" else names, "example": x if "ex" in how else None}
+    at = AttentionTransfer(model, teacher, beta=BETA, **given)
+    assert at.pairs == [(name, name) for name in names]
+    if how == "example":
+        printed = capsys.readouterr().out.splitlines()[1:3]
+        for width in (8, 12):
+            assert all(described.format(c=width) in line for line in printed)
+    for _ in range(3):  # the first pass of named layers is another than those after it
+        model(x)
+        loss = at(x)
+        torch.testing.assert_close(loss, expected)
+        found = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True)
+        torch.testing.assert_close(found, right)
+
+
+def test_tokens_of_a_map() -> None:
+    """Grids that are no squares, one against a network of maps, the other against a ViT."""
+    make, x, *_ = LAYOUTS["and registers"]
+    coarse = mixing(lambda c: nn.Conv2d(3, c, 8, 8), tokens(1))
+    student, maps, small = make(8).eval(), LAYOUTS["maps"][0](12).eval(), coarse(12).eval()
+    s, of_maps, of_small = (features_of(model, x)[1] for model in (student, maps, small))
+    s, t = s[:, 5:].mT.unflatten(2, (6, 8)), of_small[:, 1:].mT.unflatten(2, (3, 4))
+    for teacher, feature, resize in ((maps, of_maps, None), (small, t, "maps")):
+        options = {"weights": [0.0, 1.0], "resize": resize, "example": x}
+        expected = BETA * at_loss(s, feature, resize=resize)
+        torch.testing.assert_close(loss_once(student, teacher, x, **options), expected)
+
+
+class Prepend(nn.Module):
+    """A class token that is put before the patches between two blocks."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.token.expand(len(x), -1, -1), x), 1)
+
+
+def test_a_class_token_that_comes_later() -> None:
+    """All patches count where a network has put its class token only before later layers."""
+    networks = [Net(Patch(c), [Mix(c), Prepend(c), Mix(c)], tokens(0)) for c in (8, 12)]
+    for i, skip in ((0, 0), (2, 1)):
+        found = loss_once(*networks, IMAGE, [f"blocks.{i}"])
+        features = [features_of(model, IMAGE)[i] for model in networks]
+        expected = BETA * at_loss(*features, channel_dim=-1, skip_tokens=skip)
+        torch.testing.assert_close(found, expected)
+
+
+def shuffled(x: Tensor, token: Tensor) -> Tensor:
+    """Lay patches in an order of their own."""
+    x = x.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 3, 5, 1)
+    return x.flatten(1, 4)
+
+
+def sequence_first() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return Step(lambda embed, run, x: run(embed(x).transpose(0, 1)), nn.Linear(6, 8), encoder)
+
+
+def two_branches() -> nn.Module:
+    branches = [nn.Sequential(Convolve(3, 4, 2), Convolve(4, 8, 2)) for _ in "ab"]
+    return Step(lambda a, b, x: a(x) + b(x), *branches)
+
+
+def pooled() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1))
+
+
+def ends_in_norm() -> Net:
+    """A ViT whose blocks end in a LayerNorm, after which all positions are alike."""
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in "ab"]
+    return Net(Patch(8), layers, tokens(1))
+
+
+class Step(nn.Module):
+    """A function as a block, or a whole network around some modules."""
+
+    def __init__(self, step: Callable[..., Tensor], *modules: nn.Module) -> None:
+        super().__init__()
+        self.step = step
+        for i, module in enumerate(modules):
+            self.add_module(f"part{i}", module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(*self.children(), x)
+
+
+def moving(move: Callable[[Tensor], Tensor]) -> Callable[[], Net]:
+    return lambda: Net(Patch(8), [Mix(8), Step(move), Mix(8)], tokens(0))
+
+
+def by_columns(x: Tensor, token: Tensor) -> Tensor:
+    return x.transpose(2, 3).flatten(2).mT
+
+
+def test_as_many_channels_as_rows_and_columns() -> None:
+    """A map that follows the image shows that a block has turned its feature back, or not."""
+
+    def block(back: bool) -> nn.Module:
+        def step(conv: nn.Module, mix: nn.Module, x: Tensor) -> Tensor:
+            x = mix(conv(x).movedim(1, -1))
+            return x.movedim(-1, 1) if back else x
+
+        return Step(step, nn.Conv2d(16, 16, 3, 1, 1), Mix(16))
+
+    x = torch.randn(2, 3, 64, 64)
+    for back, channel_dim in ((True, 1), (False, -1)):
+        networks = [Net(Patch(16), [block(back)], as_it_is) for _ in "ab"]
+        features = [model(x).view(2, 16, 16, 16) for model in networks]
+        expected = BETA * at_loss(*features, channel_dim=channel_dim)
+        for given in ({"example": x}, {"layers": ["blocks.0"]}):
+            torch.testing.assert_close(loss_once(*networks, x, **given), expected)
+
+
+# ---- the choice ----------------------------------------------------------------------------------
+
+
+class Trunk(nn.Module):
+    """Stages at halves of the size; the stem and the last layer are made as its blocks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Convolve(3, 4, 2)
+        self.stages = nn.ModuleList(
+            nn.Sequential(Convolve(c, 2 * c, 2), Convolve(2 * c, 2 * c)) for c in (4, 8, 16)
+        )
+        self.final_conv = Convolve(32, 40)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        found = [self.stem(x)]
+        for stage in self.stages:
+            found.append(stage(found[-1]))
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.final_conv(self.features(x)[-1])
+
+
+class Segments(nn.Module):
+    """A network around a trunk that gives all its features, with a decoder and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = Step(Trunk.features, Trunk())
+        self.decode = nn.Sequential(Convolve(32, 8), nn.Upsample(scale_factor=2), Convolve(8, 8))
+        self.classifier = nn.Sequential(Convolve(32, 16), Convolve(16, 16), nn.Conv2d(16, 5, 1))
+
+    def forward(self, pixels: Tensor) -> Any:
+        last = self.trunk(x=pixels)[-1]
+        return {"out": self.classifier(last), "up": self.decode(last)}
+
+
+# docs/networks.md has what is chosen in networks that people have.
+CHOSEN: list[tuple[Callable[[], nn.Module], list[str]]] = [
+    (Trunk, ["stages.0", "stages.1", "stages.2"]),
+    (Segments, [f"trunk.part0.stages.{i}" for i in range(3)]),
+    # A norm after the last block is none of it; a block that ends in one has no other end.
+    (lambda: Net(Patch(8), [nn.Sequential(Mix(8), nn.LayerNorm(8))], tokens(1)), ["blocks.0.0"]),
+]
+
+
+@pytest.mark.parametrize(("make", "names"), CHOSEN)
+def test_blocks_are_chosen(make: Any, names: list[str]) -> None:
+    pairs = match_layers(make(), make(), SQUARE, verbose=False)
+    assert pairs == [(name, name) for name in names]
+
+
+def test_blocks_of_one_size_are_paired_at_proportional_depth() -> None:
+    small, large = vit(8, *(Mix(8) for _ in range(4))), vit(12, *(Mix(12) for _ in range(10)))
+    pairs = match_layers(small, large, IMAGE, verbose=False)
+    expected = [(0, 2), (2, 5), (3, 8), (5, 11)]
+    assert pairs == [(f"blocks.{s}", f"blocks.{t}") for s, t in expected]
+    assert match_layers(vit(8), Trunk(), IMAGE, verbose=False) == [("blocks.1", "stages.0")]
+
+
+def test_a_layer_that_is_changed_afterwards(capsys: pytest.CaptureFixture[str]) -> None:
+    class Linear(Convolve):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.conv(x))
+
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = Convolve(3, 4, 2), Linear(4, 8, 2), Convolve(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(nn.functional.relu(self.b(self.a(x)), inplace=True))
+
+    student, teacher = Changes(), Changes()
+    at = AttentionTransfer(student, teacher, example=IMAGE, beta=1.0)
+    assert at.pairs == [("a", "a"), ("c", "c")]
+    message = "left out of the student: b (what follows changes its output in place)"
+    assert message in capsys.readouterr().out
+    (student(IMAGE).sum() + at(IMAGE)).backward()
+    with pytest.raises(ValueError, match=r"the student's 'b'.*changes its output in place"):
+        AttentionTransfer(student, teacher, ["b"], example=IMAGE, beta=1.0)
+
+
+def test_the_choice_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    match_layers(LAYOUTS["and registers"][0](8), Trunk(), torch.randn(2, 3, 32, 32))
+    assert capsys.readouterr().out.splitlines() == [
+        "map  student   features      teacher   features",
+        "8x8  blocks.1  (B, 5+64, 8)  stages.0  (B, 8, H, W)",
+        "left out of the teacher: stages.1 (the other network has no stage of 4x4)",
+        "left out of the teacher: stages.2 (the other network has no stage of 2x2)",
+        "left out of the teacher: stem, final_conv (outside of the stages)",
+    ]
+    match_layers(Trunk(), Trunk(), IMAGE, verbose=False)
+    assert not capsys.readouterr().out
+
+
+# ---- examples and passes -------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Takes several inputs, in any form."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.net = vit(c)
+
+    def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        return self.net(pixels * mask)
+
+
+@pytest.mark.parametrize("batch", [(IMAGE, IMAGE > 0), {"mask": IMAGE > 0, "pixels": IMAGE}])
+def test_examples_of_several_inputs(batch: Any) -> None:
+    student, teacher = Masked(8), Masked(12)
+    layers = ["net.blocks.0", "net.blocks.1"]
+    expected = by_hand(student.net, teacher.net, IMAGE * (IMAGE > 0), of_last(1))
+    for given in ({"layers": layers}, {"example": batch}):
+        torch.testing.assert_close(loss_once(student, teacher, batch, **given), expected)
+    assert match_layers(student, teacher, batch) == [(name, name) for name in layers]
+
+
+# ---- evidence that could be misread --------------------------------------------------------------
+
+
+class WithLabels(Masked):
+    def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        return self.net(pixels)
+
+
+INNER: dict[str, Any] = {"norm": nn.BatchNorm1d, "convolution": lambda c: nn.Conv1d(c, c, 1)}
+
+
+@pytest.mark.parametrize("kind", [*INNER, "labels"])
+def test_lengths_of_other_things_are_no_grids(kind: str) -> None:
+    """49 = 1 + 48 tokens are as long as a norm over tokens, and as another input."""
+
+    def make(c: int) -> Any:
+        if kind not in INNER:
+            return WithLabels(c)
+        return vit(c, Step(lambda module, x: module(x.mT).mT, INNER[kind](c))).eval()
+
+    student, teacher = make(8), make(12)
+    of_labels = kind == "labels"
+    batch = (IMAGE, torch.ones(2, 49)) if of_labels else (IMAGE,)
+    nets = [model.net if of_labels else model for model in (student, teacher)]
+    layer = "net.blocks.0" if of_labels else "blocks.0"
+    assert (layer, layer) in match_layers(student, teacher, batch, verbose=False)
+    for example in (None, batch):
+        found = loss_once(student, teacher, batch, [layer], example=example)
+        torch.testing.assert_close(found, loss_of_first_blocks(*nets))
+
+
+def loss_of_first_blocks(*networks: Net) -> Tensor:
+    features = [features_of(net, IMAGE)[0] for net in networks]
+    return BETA * at_loss(*features, channel_dim=-1, skip_tokens=1)
+
+
+def squares(make: Callable[[int], nn.Module], *given: Any) -> tuple[Any, ...]:
+    return lambda: make(64), SQUARE, "blocks.0", *given
+
+
+NAMED_ALONE = ("part1", "1", "blocks.2")  # match_layers chooses others, or none
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "layer", "options", "message"),
+    [
+        squares(lambda c: Net(Patch(c), [Mix(c)], tokens(0, 4)), {}, "last 4 of its 68 tokens are"),
+        squares(lambda c: vit(c), {"skip_tokens": 65}, "leaves none of its 65"),
+        squares(LAYOUTS["maps"][0], {"channel_dim": -1}, "would be 64x8 for an image of 32x32"),
+        squares(LAYOUTS["maps, channels last"][0], {"channel_dim": 1}, "would be 8x64 for"),
+        squares(lambda c: Net(Patch(c), [Mix(c)], shuffled), {}, "do not lie as the image"),
+        (lambda: Net(Patch(8), [Mix(8)], by_columns), IMAGE, "blocks.0", {}, "do not lie as the"),
+        (moving(lambda x: x.flip(1)), IMAGE, "blocks.2", {}, "do not lie as the image"),
+        (moving(lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1)), IMAGE, "blocks.2", {}, "not lie"),
+        (sequence_first, data(3, 12, 6), "part1", {}, r"batch does not come first in \(12, 3"),
+        (pooled, IMAGE, "1", {}, "has a single position"),
+        (two_branches, IMAGE, None, {}, "'part0' and 'part1' have the same stages"),
+        (lambda: nn.Sequential(nn.Linear(3, 4)), data(2, 3), None, {}, "no layer .* gives feat"),
+        (ends_in_norm, IMAGE, None, {}, r"student none \(blocks.1: it ends in a LayerNorm"),
+        (Trunk, IMAGE, None, {"resize": "features"}, "must be None or 'maps', got 'features'"),
+    ],
+    ids=range(14),
+)
+def test_refused(make: Any, x: Tensor, layer: str | None, options: Any, message: str) -> None:
+    student, teacher = make(), make()
+    if layer not in NAMED_ALONE:
+        with pytest.raises(ValueError, match=message):
+            match_layers(student, teacher, x, **options)
+    if layer:
+        with pytest.raises(ValueError, match=f"the student's '{layer}'.*{message}"):
+            loss_once(student, teacher, x, [layer], **options)
+
+
+def test_other_proportions_than_the_examples() -> None:
+    student, teacher = vit(8), nn.Sequential(nn.Conv2d(3, 4, 4, 4))
+    for x in (torch.randn(2, 3, 16, 64), torch.randn(2, 3, 48, 48)):
+        size = (x.shape[2] // 4, x.shape[3] // 4)
+        feature = student(x).view(2, -1, 8)[:, 1:].mT.unflatten(2, size)
+        found = loss_once(student, teacher, x, [("blocks.1", "0")], example=SQUARE)
+        torch.testing.assert_close(found, BETA * at_loss(feature, teacher(x)))
+
+
+# ---- passes without an example -------------------------------------------------------------------
+
+
+BLOCKS = ["blocks.0", "blocks.1"]
+
+
+def expected_of(student: Net, teacher: Net, x: Tensor) -> Tensor:
+    return by_hand(student, teacher, x, of_last(1))
+
+
+def test_named_layers_are_read_in_the_pass_itself() -> None:
+    """No other pass runs, which own hooks, buffers and random numbers would notice."""
+    student, teacher, second = vit(8), vit(12), vit(16)
+    passes, kept = [0], {}
+    student.register_forward_pre_hook(lambda *_: passes.append(1))
+    student.blocks[0].register_forward_hook(lambda m, args, y: kept.update(y=y))
+    first, other = (AttentionTransfer(student, t, BLOCKS, beta=BETA) for t in (teacher, second))
+    student(IMAGE)
+    losses = first(IMAGE.clone()), other(IMAGE.clone())
+    assert sum(passes) == 1
+    assert kept["y"].requires_grad
+    expected = expected_of(student, teacher, IMAGE), expected_of(student, second, IMAGE)
+    torch.testing.assert_close(losses, expected)
+
+
+WAYS = ["inference", "compiled blocks", "expanded", "mutual", "replica", "another example"]
+
+
+@pytest.mark.parametrize("way", [*WAYS, "checkpoint", "checkpointed blocks"])
+def test_first_passes(way: str) -> None:
+    student, teacher, x, run = vit(8), vit(12), IMAGE, Net.__call__
+    if way == "expanded":
+        x = IMAGE[:, :1].expand(-1, 3, -1, -1).requires_grad_()
+    expected = expected_of(student, teacher, x)
+    right = torch.autograd.grad(expected, list(student.parameters()), retain_graph=True)
+    if way == "compiled blocks":
+        torch._dynamo.reset()
+        for block in student.blocks:
+            block.compile(backend="eager", fullgraph=True)
+    at = AttentionTransfer(student, teacher, BLOCKS, beta=BETA)
+    if way == "inference":
+        with torch.inference_mode():
+            at.prepare(x)
+    elif way == "mutual":
+        other = AttentionTransfer(teacher, student, BLOCKS, beta=BETA)
+        teacher(x)
+    elif way == "checkpointed blocks":
+        for block in student.blocks:
+            plain = block.forward
+            block.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=False)
+    elif way == "replica":  # is no evidence
+        run = Net._replicate_for_data_parallel(student)
+        run._modules, run.token = student._modules, student.token
+    for _ in range(2):
+        if way == "checkpoint":
+            checkpoint(student, x, use_reentrant=False)
+        else:
+            run(x) if way == "replica" else student(x)
+        if way == "another example":
+            match_layers(student, teacher, torch.randn(2, 3, 24, 32), verbose=False)
+        loss = at(x)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, list(student.parameters())), right)
+    if way == "mutual":
+        torch.testing.assert_close(other(x), expected)
+
+
+def test_a_checkpoint_around_a_part_of_a_block() -> None:
+    student, teacher = vit(8), vit(12)
+    at = AttentionTransfer(student, teacher, ["blocks.0.mix", "blocks.1"], beta=BETA)
+    for block in student.blocks:
+        plain = block.forward
+        block.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=False)
+    student(IMAGE)
+    torch.autograd.grad(at(IMAGE), list(student.parameters()))
+
+
+def test_an_example_leaves_no_trace() -> None:
+    class Draws(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return super().forward(x + 0 * torch.randn_like(x))
+
+    networks = [Draws(Patch(8), [Mix(8)], by_columns) for _ in "ab"]
+    for model in networks:
+        model.register_buffer("count", torch.zeros(()))
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="do not lie as the image"):
+        match_layers(*networks, IMAGE)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [int(model.count) for model in networks] == [0, 0]
+
+
+def test_a_full_cache_reads_tokens_as_an_empty_one(tmp_path: Path) -> None:
+    """The teacher's 2x8 tokens would pass for 4x4."""
+    x, teacher = torch.randn(4, 3, 8, 32), Net(Patch(12), [Mix(12)], tokens(0))
+    student, losses = nn.Sequential(nn.Conv2d(3, 4, 2, 2)), []
+    options: dict[str, Any] = {"layers": [("0", "blocks.0")], "beta": BETA, "resize": "maps"}
+    for cache in (TeacherCache(tmp_path, samples=4), TeacherCache(tmp_path, samples=4), None):
+        at = AttentionTransfer(student, teacher, cache=cache, **options)
+        student(x)
+        losses.append(at(x, range(4)) if cache else at(x))
+        at.remove()
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_a_mask_of_pixels_for_tokens_of_both() -> None:
+    student, teacher, mask = vit(8), vit(12), torch.rand(2, 24, 32) > 0.5
+    maps = [m(IMAGE).view(2, 49, -1)[:, 1:].mT.unflatten(2, (6, 8)) for m in (student, teacher)]
+    found = loss_once(student, teacher, IMAGE, ["blocks.1"], mask=mask)
+    torch.testing.assert_close(found, BETA * at_loss(*maps, mask=mask))
+
+
+def test_markers_that_hand_their_input_on() -> None:
+    networks = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity()) for _ in "ab"]
+    expected = BETA * at_loss(*(model(IMAGE) for model in networks))
+    torch.testing.assert_close(loss_once(*networks, IMAGE, ["1"]), expected)
+
+
+def test_an_observation_ends() -> None:
+    """Neither an interrupt nor a network that calls itself leaves anything on, nor a removal."""
+
+    class Calls(Net):
+        stop = deep = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.stop:
+                raise KeyboardInterrupt
+            if self.deep:
+                self.deep = False
+                return super().forward(x) + self(x.flip(-1))
+            return super().forward(x)
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in student.modules())
+
+    student, teacher = Calls(Patch(8), [Mix(8)], tokens(1)), vit(12)
+    at = AttentionTransfer(student, teacher, ["blocks.0"], beta=BETA)
+    before = hooks()
+    student.stop = True
+    with pytest.raises(KeyboardInterrupt):
+        student(IMAGE)
+    student.stop, student.deep = False, True
+    student(IMAGE)
+    assert hooks() == before
+    assert not torch.overrides._get_current_function_mode_stack()
+    student(IMAGE)
+    torch.testing.assert_close(at(IMAGE), loss_of_first_blocks(student, teacher))
+    at.remove()
+    assert hooks() == 0
+
+
+def test_changes_in_place_after_a_layer_in_a_first_pass() -> None:
+    class Changes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](self.lay(self.embed(x), self.token))
+            x[:, 1:5] = 0
+            return x.flatten(1)
+
+    plain, changing = vit(8), Changes(Patch(8), [Mix(8)], tokens(1))
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss_once(changing, plain, IMAGE, ["blocks.0"])
+    expected = loss_of_first_blocks(plain, changing)
+    torch.testing.assert_close(loss_once(plain, changing, IMAGE, ["blocks.0"]), expected)

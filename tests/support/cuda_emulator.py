@@ -1,0 +1,142 @@
+"""The package's CUDA kernels as a back end for CPU tensors: compiled as C++ and emulated.
+
+    callbacks   every access of a kernel is watched: races, uninitialised or misaligned accesses
+    sanitizers  AddressSanitizer and UndefinedBehaviorSanitizer over kernels and operators: for a
+                Python in which these are loaded (test_sanitizers.py)
+
+The library registers the operators under ``at_fused_emulated``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TypeVar
+
+import torch
+from native import built
+from outside import ROOT, TESTS
+from torch.utils import cpp_extension
+
+from at_fused.backends import OPERATORS, override
+
+T = TypeVar("T")
+
+EMULATOR = TESTS / "kernels/emulator"
+CUDA = ROOT / "csrc/cuda"
+MODE = os.environ.get("AT_FUSED_EMULATOR", "callbacks")
+
+COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-DAT_FUSED_EMULATED"]
+COMMON += ["-Wno-unknown-pragmas", "-Wno-attributes"]
+COMMON += [f"-I{EMULATOR / 'include'}", f"-I{EMULATOR}"]
+# Splitting of 16-byte accesses would hide them from the alignment check and the counters.
+WATCHED = ["-O1", "-fno-tree-sra", "-fno-tree-fre", "-fsanitize=thread"]
+WATCHED += ["--param=tsan-instrument-func-entry-exit=0"]
+# Checks of addresses are calls, which are compiled in a third of the time.
+SANITIZED = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZED += ["--param=asan-instrumentation-with-call-threshold=0"]
+
+
+def build(
+    name: str, mode: str, kernels: list[Path], host: list[Path], link: list[str], *options: str
+) -> Path:
+    """Build a library of the emulator, kernels and host code, once for what it is made of."""
+    for_kernels, for_host = (WATCHED, ["-O2"]) if mode == "callbacks" else (SANITIZED, SANITIZED)
+    jobs = [(file, [*COMMON, *options, *for_kernels, "-x", "c++"]) for file in kernels]
+    host = [*host, *sorted(EMULATOR.glob("*.cpp"))]
+    jobs += [(file, [*COMMON, *options, *for_host]) for file in host]
+    link = ["-shared", "-ldl", *["-fsanitize=address,undefined"] * (mode == "sanitizers"), *link]
+    folders = EMULATOR, EMULATOR / "include", *{file.parent for file in kernels}, ROOT / "csrc"
+    headers = [file for folder in folders for file in folder.glob("*.*h")]
+    return built(f"{name}_{mode}", jobs, link, headers, torch.__version__)
+
+
+def build_operators(mode: str = MODE) -> Path:
+    """Build the kernels and operators of csrc/cuda."""
+    kernels, host = sorted(CUDA.glob("*.cu")), sorted(CUDA.glob("*.cpp"))
+    include = [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    stable = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    return build("emulated", mode, kernels, host, libraries, stable, *include)
+
+
+class Counters(ctypes.Structure):
+    """Fields of ``emulator_counters_t`` in emulator.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("launches", "load_bytes", "store_bytes", "atomics")),
+        ("loads", ctypes.c_uint64 * 5),
+        ("stores", ctypes.c_uint64 * 5),
+        *((f"distinct_{name}_bytes", ctypes.c_uint64) for name in ("load", "store")),
+        ("max_dynamic_shared", ctypes.c_uint64),
+    )
+
+
+class Emulator(ctypes.CDLL):
+    """A library of kernels, with the emulator's own functions."""
+
+    # cudaDeviceAttr
+    SHARED_WITHOUT_ASKING, MULTIPROCESSORS, COMPUTE_CAPABILITY_MAJOR = 8, 16, 75
+    SHARED_PER_MULTIPROCESSOR, SHARED_PER_BLOCK = 81, 97
+
+    def schedule(self, seed: int = 0, resident: int = 4, shuffle: bool = False) -> None:
+        """Choose how threads take turns, and how many blocks are resident at a time."""
+        self.emulator_schedule(ctypes.c_uint64(seed), resident, shuffle)
+
+    def set_attribute(self, attribute: int, value: int) -> None:
+        """Make the device another."""
+        self.emulator_set_attribute(attribute, value)
+
+    def counted(self, call: Callable[[], T]) -> tuple[T, Counters]:
+        """Return what a call returns, and the counters of its launches."""
+        counters = Counters()
+        self.emulator_take_counters(ctypes.byref(counters))
+        result = call()
+        self.emulator_take_counters(ctypes.byref(counters))
+        return result, counters
+
+    def error(self) -> str:
+        """Return what the last launch reported."""
+        function = self.emulator_last_error
+        function.restype = ctypes.c_char_p
+        return function().decode()
+
+
+@cache
+def load() -> tuple[Emulator, SimpleNamespace]:
+    """The emulator, and the operators that run in it."""
+    library = str(build_operators())
+    define = torch.library.Library("at_fused_emulated", "DEF")
+    for name in OPERATORS:
+        schema = str(getattr(torch.ops.at_fused, name).default._schema)
+        define.define(schema.removeprefix("at_fused::"))
+    torch.ops.load_library(library)
+    functions = {name: getattr(torch.ops.at_fused_emulated, name).default for name in OPERATORS}
+    return Emulator(library), SimpleNamespace(library=define, **functions)
+
+
+@contextmanager
+def emulated(
+    multiprocessors: int = 132,
+    shared: int = 232448,
+    seed: int = 0,
+    resident: int = 4,
+    shuffle: bool = False,
+) -> Iterator[Emulator]:
+    """Run CPU tensors on the CUDA kernels, on a device of the given size."""
+    emulator, functions = load()
+    emulator.schedule(seed, resident, shuffle)
+    emulator.set_attribute(Emulator.MULTIPROCESSORS, multiprocessors)
+    emulator.set_attribute(Emulator.SHARED_PER_BLOCK, shared)
+    emulator.set_attribute(Emulator.SHARED_PER_MULTIPROCESSOR, shared + 1024)
+    library = override(functions, ("CPU",))
+    try:
+        yield emulator
+    finally:
+        library._destroy()
+    assert not emulator.error()

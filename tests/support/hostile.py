@@ -1,0 +1,279 @@
+"""Calls operators with arguments that no caller of this package passes: ``hostile.py SEED COUNT``.
+
+Every argument of a right call may be replaced by one of its kind that is wrong, odd or huge. What
+comes must be an exception, or what plain PyTorch gives. A crash is the end of this process, which
+test_abuse.py and test_sanitizers.py wait for: each call is printed before it is made, and can be
+repeated alone: ``hostile.py SEED 1 BACKEND NUMBER``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from back_ends import use
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import at_fused
+from at_fused.backends import OPERATORS
+
+warnings.simplefilter("ignore")
+# What a wrong argument may raise: torch's own checks and conversions among it.
+ERRORS = (RuntimeError, ValueError, TypeError, LookupError, MemoryError, OverflowError)
+# AddressSanitizer ends the process where memory runs out.
+HUGE = (2**62,) if "asan" in os.environ.get("LD_PRELOAD", "") else (2**31, 2**33, 2**40, 2**62)
+
+
+# ---- right calls ---------------------------------------------------------------------------------
+
+
+DTYPES = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def feature(r: random.Random, b: int, spatial: tuple[int, ...]) -> Tensor:
+    return torch.randn(b, r.choice((1, 3, 5, 17, 40)), *spatial).to(r.choice(DTYPES))
+
+
+def wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def map_for(x: Tensor, skip: int = 0) -> Tensor:
+    return torch.randn(x.shape[0], math.prod(x.shape[2:]) - skip, dtype=wide(x))
+
+
+def channels_for(x: Tensor, skip: int = 0) -> Tensor:
+    return torch.randint(x.shape[1], map_for(x, skip).shape, dtype=torch.int32)
+
+
+def right_call(name: str, r: random.Random) -> list[Any]:
+    """Arguments that the operator takes."""
+    b, n = r.randint(1, 4), r.randint(1, 3)
+    sizes = [tuple(r.randint(1, 9) for _ in range(r.randint(1, 3))) for _ in range(n)]
+    xs, ys = ([feature(r, b, size) for size in sizes] for _ in range(2))
+    x, p, collapse = xs[0], r.choice((1.0, 2.0, 2.5, 4.0)), r.choice(("mean", "sum"))
+    above = r.choice((None, torch.randn(()), torch.randn(n), torch.randn(n, b)))
+    skips = [r.randint(0, x.shape[2] - 1) if x.dim() == 3 else 0 for x in xs]
+    skips = skips if r.random() < 0.5 else []
+    each = list(zip(xs, skips or [0] * n, strict=True))
+    if name == "attention_map":
+        return [xs, p, r.choice((collapse, "max")), skips]
+    if name == "attention_map_backward":
+        channels = [channels_for(*x) for x in each] if r.random() < 0.5 else []
+        return [xs, [map_for(*x) for x in each], above, list(range(n)), p, skips, channels]
+    if name.startswith("attention_tap_backward"):
+        maximum = r.random() < 0.3
+        rest = ("max", channels_for(x)) if maximum else (collapse, None)
+        return [torch.randn_like(x), x, map_for(x), p, *rest]
+    weights = r.choice(([], [1.0] * n, [-0.5] * n))
+    options = r.choice(("code", "paper")), r.choice(("sum", "none", "sample"))
+    options += r.choice(("max", "add")), 1e-12
+    flags = r.random() < 0.5, r.random() < 0.5
+    if name == "map_loss":
+        maps = [[map_for(x) for x in xs] for _ in range(2)]
+        return [*maps, weights, *options, *flags]
+    masks = [
+        torch.rand(map_for(*x).shape, dtype=torch.promote_types(wide(x[0]), wide(y)))
+        for x, y in zip(each, ys, strict=True)
+    ]
+    rest = flags if name == "at_loss" else (2.0, above)
+    return [xs, ys, r.choice(([], masks)), weights, skips * 2, p, collapse, *options, *rest]
+
+
+# ---- wrong arguments -----------------------------------------------------------------------------
+
+
+def overlapping(x: Tensor) -> Tensor:
+    """The same sizes, every stride 1."""
+    return torch.randn(sum(x.shape) + 1).to(x.dtype).as_strided(x.shape, [1] * x.dim())
+
+
+def expanded(x: Tensor, r: random.Random, *sizes: int) -> Tensor:
+    """With another size of the first dimension, or of one behind the second, without memory."""
+    d = r.choice([d for d in range(max(1, x.dim())) if d != 1])
+    shape = [*x.shape[:d], r.choice(sizes), *x.shape[d + 1 :]]
+    return torch.ones(1, dtype=x.dtype).expand(shape)
+
+
+SPECIAL = (math.nan, math.inf, -math.inf, 1e30, 65504.0, 1e-45, -0.0)
+ODD: list[Callable[[Tensor, random.Random], Any]] = [
+    lambda x, r: x.flatten(),
+    lambda x, r: x.reshape(x.shape + (1,) * r.randint(1, 5)),
+    lambda x, r: x.reshape(-1)[0],
+    lambda x, r: x.flatten(1) if x.dim() > 1 else x,
+    lambda x, r: x[:0],
+    lambda x, r: x[..., :0],
+    lambda x, r: x[:1],
+    lambda x, r: torch.cat([x, x]),
+    lambda x, r: torch.cat([x, x], -1) if x.dim() else x,
+    lambda x, r: x.to(r.choice((torch.int64, torch.int32, torch.uint8, torch.bool, torch.int8))),
+    lambda x, r: x.to(r.choice((torch.complex64, torch.complex128))),
+    lambda x, r: x.to(r.choice(DTYPES)),
+    lambda x, r: x.to(torch.float8_e5m2) if x.is_floating_point() else x,
+    lambda x, r: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8),
+    lambda x, r: x.to_sparse(),
+    lambda x, r: x.flatten(1).to_sparse_csr() if x.dim() > 1 else x,
+    lambda x, r: x.float().to_mkldnn(),
+    lambda x, r: torch.nested.nested_tensor([x, x[:1]]) if x.dim() else x,
+    lambda x, r: x.to("meta"),
+    lambda x, r: x.detach().requires_grad_() if x.is_floating_point() else x,
+    lambda x, r: torch.complex(x.float(), x.float()).conj().imag.to(x.dtype),
+    lambda x, r: torch._efficientzerotensor(x.shape),
+    lambda x, r: overlapping(x),
+    lambda x, r: x[:1].expand(x.shape) if x.dim() else x,
+    lambda x, r: x.transpose(0, -1) if x.dim() else x,
+    lambda x, r: x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() else x,
+    lambda x, r: x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x),
+    lambda x, r: torch.full_like(x, r.choice(SPECIAL)) if x.is_floating_point() else x,
+    lambda x, r: torch.full_like(x, r.choice((-1, 2**31 - 1, -(2**31), 99))),
+    lambda x, r: torch.nn.Parameter(x) if x.is_floating_point() else x,
+    lambda x, r: expanded(x, r, *HUGE),
+]
+FLOATS = (*SPECIAL, 0.0, -1.0, 0.5, 1e308, 5e-324, 1e39, 3.0, 7.0)
+INTS = (-1, 0, 1, 2, 7, 10**6, 2**31, 2**63 - 1, -(2**63), 2**63)
+STRINGS = ("", "mean", "sum", "max", "none", "sample", "code", "paper", "add", "mean\0", "x" * 4096)
+
+
+def wrong(value: Any, kind: str, r: random.Random) -> Any:
+    """Something else of an argument's kind."""
+    if isinstance(value, Tensor):
+        return r.choice(ODD)(value, r)
+    if isinstance(value, list):
+        return wrong_list(value, kind, r)
+    if isinstance(value, bool):
+        return not value
+    if "Tensor" in kind:  # None where a tensor may be
+        return r.choice((torch.randn(()), torch.randn(3), torch.zeros(4, dtype=torch.int64)))
+    return r.choice({"float": FLOATS, "int": INTS, "str": STRINGS}[kind])
+
+
+def wrong_list(values: list[Any], kind: str, r: random.Random) -> list[Any]:
+    if not values and "Tensor" in kind:
+        return values
+    values = values or [1]
+    i = r.randrange(len(values))
+    kind = "Tensor" if "Tensor" in kind else "float" if "float" in kind else "int"
+    changed = [*values[:i], wrong(values[i], kind, r), *values[i + 1 :]]
+    return r.choice(([], values[:-1], values * r.choice((2, 23)), changed, changed, changed))
+
+
+def overlap(arguments: list[Any], r: random.Random) -> None:
+    """Gives two tensors parts of one memory."""
+    where = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.dtype == torch.float]
+    if len(where) < 2:
+        return
+    chosen = r.sample(where, 2)
+    memory = torch.randn(max(arguments[i].numel() for i in chosen) + 4)
+    for i in chosen:
+        begin, shape = r.randint(0, 4), arguments[i].shape
+        arguments[i] = memory[begin : begin + shape.numel()].view(shape)
+
+
+# ---- calls ---------------------------------------------------------------------------------------
+
+
+def hostile_call(name: str, r: random.Random) -> list[Any]:
+    arguments = right_call(name, r)
+    kinds = [str(a.type) for a in getattr(torch.ops.at_fused, name).default._schema.arguments]
+    if r.random() < 0.15:
+        overlap(arguments, r)
+    for _ in range(r.choice((0, 1, 1, 1, 2, 3))):
+        i = r.randrange(len(arguments))
+        try:
+            arguments[i] = wrong(arguments[i], kinds[i], r)
+        except ERRORS:
+            continue  # torch has no such tensor
+    return arguments
+
+
+def tensors_of(*values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def results_of(name: str, arguments: list[Any]) -> list[Tensor] | Exception:
+    """What a call gives, gradients and all, or raises."""
+    try:
+        given = getattr(torch.ops.at_fused, name).default(*arguments)
+        found = tensors_of(arguments[0] if given is None else given)
+        leaves = [x for x in tensors_of(arguments) if x.requires_grad and x.is_leaf]
+        roots = [x.double().sum() for x in found if x.requires_grad]
+        if leaves and roots:
+            total = torch.stack(roots).sum()
+            found += tensors_of(torch.autograd.grad(total, leaves, allow_unused=True))
+        return [x.detach() for x in found]
+    except ERRORS as error:
+        return error
+
+
+def differ(found: list[Tensor], right: list[Tensor]) -> bool:
+    """Whether a result is another than plain PyTorch's; sums of infinities have no one result."""
+    if [(x.shape, x.dtype) for x in found] != [(x.shape, x.dtype) for x in right]:
+        return True
+    for x, y in zip(found, right, strict=True):
+        if not x.numel() or x.is_meta or y.is_meta:
+            continue
+        bound = 0.02 * y.double().abs().max() + 1e-6
+        if (
+            x.isfinite().all()
+            and bound.isfinite()
+            and (x.double() - y.double()).abs().max() > bound
+        ):
+            return True
+    return False
+
+
+def described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        kind = f"{str(value.dtype)[6:]}@{value.device.type}{'*' * value.requires_grad}"
+        if value.is_nested:
+            return f"nested {kind}"
+        strides = tuple(value.stride()) if value.layout is torch.strided else value.layout
+        return f"{kind}{tuple(value.shape)}/{strides}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(described, value))}]"
+    return repr(value)[:40]
+
+
+def is_right(i: int, seed: int) -> bool | None:
+    """Whether a call gave what plain PyTorch gives; None where it raised."""
+    r = random.Random(f"{seed}/{i}")
+    torch.manual_seed(r.randrange(2**31))
+    name = r.choice(OPERATORS)
+    arguments = hostile_call(name, r)
+    print(f"{i}: {name}({', '.join(map(described, arguments))})", flush=True)
+    try:
+        same = copy.deepcopy(arguments)
+    except ERRORS:
+        same = None
+    found = results_of(name, arguments)
+    if isinstance(found, Exception):
+        return None
+    if same is None:
+        return True
+    with at_fused.use_backend("eager"):
+        right = results_of(name, same)
+    if isinstance(right, Exception) or not differ(found, right):
+        return True
+    print(f"   WRONG {found}, right {right}", flush=True)
+    return False
+
+
+def main(seed: int, count: int, backend: str = "cpu", first: int = 0) -> int:
+    with use(backend):
+        rights = [is_right(i, seed) for i in range(first, first + count)]
+    raised, wrong_results = rights.count(None), rights.count(False)
+    print(f"{count} calls of {backend}, {raised} raised, {wrong_results} wrong", flush=True)
+    return bool(wrong_results)
+
+
+if __name__ == "__main__":
+    seed, count, *rest = sys.argv[1:]
+    sys.exit(main(int(seed), int(count), *rest[:1], *map(int, rest[1:])))

@@ -1,0 +1,80 @@
+"""Features of every dtype, in memory in every way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LAYOUTS = ("planar", "interleaved")
+LAST = torch.channels_last
+# (B, C, *spatial)
+SHAPES = [
+    (3, 5, 29),
+    (2, 7, 5, 6, 7),
+    (2, 4, 3, 1, 5),
+    (2, 3, 2, 3, 2, 2),
+    (1, 1, 9, 8),
+    (3, 5, 1, 1),
+    (4, 8, 1, 2),
+    (2, 15, 13, 1),
+    (70, 4, 3, 3),  # several samples in a task
+    (1, 300, 2, 3),
+    (2, 70, 7, 7),
+    (2, 64, 14, 14),
+    (1, 2, 9000),
+    (1, 24, 64, 80),  # one sample in several tasks
+    (1, 64, 40, 64),  # in several turns of a block of the CUDA kernels
+    (1, 2048, 7, 7),  # rows of several channels in several tasks
+]
+
+
+def features(*shape: int, layout: str = "planar", dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(*shape, dtype=torch.float64).to(dtype)
+    return x if layout == "planar" else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def padded(x: Tensor, *pads: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """The values of ``x`` inside a larger tensor: ``pads`` before and after C, H and W."""
+    sizes = [n + a + b for n, a, b in zip(x.shape[1:], pads[::2], pads[1::2], strict=True)]
+    view = x.new_full((len(x), *sizes), 7.0).contiguous(memory_format=layout)
+    for d, (n, a) in enumerate(zip(x.shape[1:], pads[::2], strict=True)):
+        view = view.narrow(1 + d, a, n)
+    return view.copy_(x)
+
+
+# The same values of (B, C, H, W) elsewhere in memory.
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "planar": lambda x: x.contiguous(),
+    "interleaved": lambda x: x.contiguous(memory_format=LAST),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "channel slice": lambda x: padded(x, 2, 1, 0, 0, 0, 0),
+    "channels apart": lambda x: padded(x, 0, 0, 0, 1, 0, 0),
+    "crop": lambda x: padded(x, 0, 0, 1, 2, 2, 0),
+    "interleaved slice": lambda x: padded(x, 1, 3, 0, 0, 0, 0, layout=LAST),
+    "aligned slice": lambda x: padded(x, 8, 8, 0, 0, 0, 0, layout=LAST),
+    "unaligned": lambda x: x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x),
+    "batch innermost": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+}
+
+
+def strided_views() -> list[Tensor]:
+    """Features of all strides: those of STRIDES, steps, parts and expanded ones."""
+    x = torch.randn(4, 12, 9, 10)
+    last = x.contiguous(memory_format=LAST)
+    return [
+        *(move(x) for move in STRIDES.values()),
+        x[::2],
+        x[:, :, ::2, ::3],
+        x.transpose(1, 2),
+        x[:1].expand_as(x),
+        x[:, :1].expand_as(x),
+        x[:, :, :1, :1].expand_as(x),
+        torch.randn(x.numel() + 3)[3:].view_as(x),
+        last[:, :, 2:, :5],
+        last[:, 3:4],
+        x[:, :, 3:4, :],
+        x[:, :, :, 3:4],
+    ]

@@ -1,0 +1,284 @@
+"""The networks of at-fused-train, and the forms of them that run a step faster."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pictures import needs_torchvision
+from torch import Tensor, nn
+
+from at_fused.train import speed
+from at_fused.train.config import ConfigError, resolve
+from at_fused.train.networks import WRN, build, count_parameters
+from at_fused.train.speed import StepMode, folded, step_mode
+from at_fused.visualize import attention_maps
+
+CPU = torch.device("cpu")
+
+
+# ---- WRN
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "millions"), [(16, 1, 0.18), (16, 2, 0.69), (40, 1, 0.56), (40, 2, 2.24)]
+)
+def test_wrn_has_the_published_size(depth: int, width: int, millions: float) -> None:
+    assert count_parameters(WRN(depth, width)) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+def test_wrn_shapes() -> None:
+    logits, features = build("wrn-16-2-b4", classes=7, channels=1)(torch.randn(2, 1, 16, 16))
+    assert logits.shape == (2, 7)
+    assert [tuple(g.shape[1:]) for g in features] == [(8, 16, 16), (16, 8, 8), (32, 4, 4)]
+    assert all(g.min() < 0 < g.max() for g in features)
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(logits.sum(), features))
+
+
+# ---- the others
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "millions"),
+    [
+        ("resnet-18", 64, 11.69),
+        ("resnet-50", 64, 25.56),
+        ("resnet-18-cifar", 32, 11.68),
+        ("mobilenet_v3_small", 64, 2.54),
+    ],
+)
+@needs_torchvision
+def test_torchvisions_networks_by_name(name: str, size: int, millions: float) -> None:
+    model = build(name, 1000, 3)
+    assert count_parameters(model) / 1e6 == pytest.approx(millions, abs=0.006)
+    assert model.eval()(torch.randn(2, 3, size, size)).shape == (2, 1000)
+
+
+@needs_torchvision
+def test_a_small_resnet_keeps_small_images() -> None:
+    maps = attention_maps(build("resnet-18-cifar", 10, 1), torch.randn(1, 1, 32, 32),
+                          [f"layer{i}" for i in range(1, 5)])  # fmt: skip
+    assert [len(q[0]) for q in maps.values()] == [32, 16, 8, 4]
+
+
+@needs_torchvision
+@pytest.mark.parametrize(
+    ("name", "channels", "message"),
+    [
+        ("resnet-19", 3, r"student: got 'resnet-19', allowed is wrn-DEPTH"),
+        ("mobilenet_v7", 3, "did you mean mobilenet_v2"),
+        ("resnet-18", 1, "takes images of 3 channels, these have 1"),
+        ("resnet-50-paper", 3, "allowed is .*MODULE:FUNCTION; did you mean resnet-18-paper"),
+        ("no_module:f", 3, "student: 'no_module:f' cannot be imported: ModuleNotFoundError: No"),
+        ("own_networks:nett", 3, "AttributeError: module 'own_networks' has no attribute 'nett'"),
+        ("own_networks:", 3, "'own_networks:' cannot be imported: AttributeError"),
+        (":net", 3, "':net' cannot be imported: ValueError: Empty module name"),
+        ("own_stops:net", 3, "'own_stops:net' cannot be imported: SystemExit: 3"),
+        ("own_networks:sizes", 3, "'own_networks:sizes' must be a function, got list"),
+        ("own_networks:raises", 3, r"raises\(num_classes=7\) raises KeyError: 'x'"),
+        ("own_networks:plain", 3, r"raises TypeError: plain\(\) got an unexpected"),
+        ("own_networks:dict", 3, r"must return a torch.nn.Module, got dict"),
+    ],
+)
+def test_a_wrong_name_is_one_clear_error(
+    name: str, channels: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_networks(tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=message) as error:
+        build(name, 7, channels, "student")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ConfigError, match=r"needs torchvision.*at_fused\[train\]"):
+        build("resnet-18", 10, 3)
+
+
+@needs_torchvision
+def test_the_authors_shortcuts_have_no_norm() -> None:
+    plain, paper = build("resnet-18", 10, 3), build("resnet-18-paper", 10, 3)
+    shortcuts = [f"layer{i}.0.downsample" for i in (2, 3, 4)]
+    for path in shortcuts:
+        conv, _ = plain.get_submodule(path)
+        assert repr(paper.get_submodule(path)) == repr(conv)
+    # Nothing else differs.
+    others = [{k for k in m.state_dict() if "downsample" not in k} for m in (plain, paper)]
+    assert others[0] == others[1]
+    assert paper(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "name", ["wrn-16-2", pytest.param("resnet-18-paper", marks=needs_torchvision)]
+)
+def test_the_authors_first_weights(name: str) -> None:
+    """As utils.py of their program has them; torch's where nothing else is asked for."""
+    torch.manual_seed(0)
+    paper, plain = build(name, 100, 3, init="paper"), build(name, 100, 3)
+    found = [m for m in paper.modules() if isinstance(m, nn.BatchNorm2d)]
+    weights = torch.cat([m.weight for m in found])
+    # Uniform in [0, 1]: its mean, its variance, its ends.
+    slack = 4 / math.sqrt(len(weights))
+    assert weights.mean().item() == pytest.approx(1 / 2, abs=slack / math.sqrt(12))
+    assert weights.var().item() == pytest.approx(1 / 12, abs=slack * 0.075)
+    assert 0 <= weights.min() < 0.02
+    assert 0.98 < weights.max() <= 1
+    assert all(not m.bias.any() and (m.momentum, m.eps) == (0.1, 1e-5) for m in found)
+    assert all((m.weight == 1).all() for m in plain.modules() if isinstance(m, nn.BatchNorm2d))
+    layers = [m for m in paper.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for m in layers:
+        w = m.weight.detach()
+        # He's: normal, of variance 2 / fan_in.
+        wanted, n = math.sqrt(2 / w[0].numel()), w.numel()
+        assert w.std().item() == pytest.approx(wanted, rel=4 / math.sqrt(2 * n))
+        assert abs(w.mean().item()) < 4 * wanted / math.sqrt(n)
+        if n > 4000:
+            assert (w.abs() > 2 * wanted).double().mean().item() == pytest.approx(0.0455, abs=0.014)
+    assert isinstance(layers[-1], nn.Linear)
+    assert not layers[-1].bias.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param("torchvision.models:resnet18", "ResNet", marks=needs_torchvision),
+        ("timm.models:resnet10t", "ResNet"),
+        ("own_networks:Tiny.of", "Tiny"),
+        ("own_networks:Tiny", "Tiny"),
+    ],
+)
+def test_a_network_by_its_import_path(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    own_networks(tmp_path, monkeypatch)
+    model = build(name, 7, 3)
+    assert type(model).__name__ == kind
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def own_networks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's modules in the working folder, which nothing but the program puts on the path."""
+    folder.joinpath("own_networks.py").write_text(
+        "import builtins\nfrom torch import nn\nsizes, dict = [1], builtins.dict\n"
+        "class Tiny(nn.Sequential):\n"
+        "    def __init__(self, num_classes):\n"
+        "        super().__init__(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(4, num_classes))\n"
+        "    of = classmethod(lambda cls, num_classes: cls(num_classes))\n"
+        "def raises(num_classes): return {}['x']\n"
+        "def plain(): pass\n"
+    )
+    folder.joinpath("own_stops.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("own_networks", "own_stops"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+# ---- BatchNorm within the convolutions
+
+
+def warmed(model: nn.Module, x: Tensor) -> nn.Module:
+    """With statistics and affine parameters that are not the initial ones."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(x)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "before", "after"),
+    [
+        # The second norm of each block follows a convolution; the first, and the last, a sum.
+        ("wrn-16-2", ["groups.0", "groups.1", "groups.2"], 13, 7),
+        pytest.param("resnet-18", ["layer1", "layer4"], 20, 0, marks=needs_torchvision),
+    ],
+)
+def test_folding_changes_rounding_alone(
+    name: str, layers: list[str], before: int, after: int
+) -> None:
+    x = torch.randn(4, 3, 64, 64)
+    model = warmed(build(name, 10, 3), x)
+    lean, count = folded(model, layers)
+    norms = [sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) for net in (model, lean)]
+    assert (norms, count) == ([before, after], before - after)
+    with torch.no_grad():
+        torch.testing.assert_close(lean(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_that_is_looked_at_keeps_its_output() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    model = warmed(nn.Sequential(inner, nn.BatchNorm2d(5), nn.ReLU()), x)
+    for keep, count in ([], 2), (["0.0"], 1), (["0"], 1), (["0.1"], 1), (["1"], 1):
+        lean, found = folded(model, keep)
+        assert found == count, keep
+        torch.testing.assert_close(lean(x), model(x), rtol=1e-4, atol=1e-5)
+        for name in keep:
+            a, b = (attention_maps(m, x, name, normalize=False)[name] for m in (model, lean))
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_folded_is_left() -> None:
+    class Shared(nn.Module):
+        """One convolution that runs twice, and one whose output goes two ways."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+            self.n, self.m = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.n(self.a(self.a(x)))
+            y = self.b(x)
+            return y + self.m(y)
+
+    class Branching(nn.Module):
+        """A network that torch.fx cannot read."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x) if x.sum() > 0 else x
+
+    for model in (Shared(), Branching()):
+        lean, count = folded(model.eval(), [])
+        assert count == 0
+        x = torch.randn(2, 3, 6, 6)
+        assert torch.equal(lean(x), model(x))
+
+
+# ---- which way a step runs
+
+
+def test_speed_says_how_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(method: str = "at", processes: int = 1, **options: Any) -> StepMode:
+        return step_mode(resolve(options), CPU, method, processes)
+
+    monkeypatch.setattr(speed, "bf16_is_fast", lambda device: True)
+    auto = of(speed="auto")
+    assert auto == StepMode(torch.bfloat16, True, True, True, True)
+    assert str(auto) == "bfloat16, channels_last, compile, folded BatchNorm, fused SGD"
+    monkeypatch.setattr(speed, "bf16_is_fast", lambda device: False)
+    dtypes = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    assert {name: of(speed=name).dtype for name in dtypes} == dtypes
+    assert of(speed="exact") == StepMode()
+    # Double backward: neither a graph nor 8 bits.
+    second = of("gradient-at", speed="bf16")
+    assert (second.dtype, second.compile, second.channels_last) == (None, False, True)
+    assert not of(speed="fp32", compile=False).compile
+    assert not of(processes=2, speed="fp32").compile
+    assert of(processes=2, speed="fp32", sync_norm=False).compile

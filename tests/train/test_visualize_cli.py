@@ -1,0 +1,186 @@
+"""python -m at_fused.visualize: a run of at-fused-train as a picture."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pictures import Noise, needs_torchvision, open_data, save_network, write_pictures
+
+from at_fused import visualize
+from at_fused.train import checkpoints
+from at_fused.train.config import resolve, to_toml
+from at_fused.train.data import inspect
+from at_fused.train.networks import build
+from at_fused.train.saved import load_network
+from at_fused.visualize.__main__ import main, of_a_run, titles
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as at-fused-train leaves it, of networks that never trained."""
+    folder = tmp_path_factory.mktemp("visualize") / "run"
+    folder.mkdir()
+    torch.manual_seed(0)
+
+    def save(path: Path, network: str, size: int, name: str) -> None:
+        data = open_data("digits", image_size=size)
+        save_network(path, network, build(network, 10, 1), data, run=name)
+
+    for name in ("none-seed0", "at-seed0", "at+kd-seed0", "none-seed1"):
+        save(folder / f"student_{name}.pt", "wrn-10-1-b4", 12, name)
+    save(folder / "teacher.pt", "wrn-16-1-b8", 12, "teacher")
+    save(folder / "larger.pt", "wrn-10-1-b4", 16, "at-seed0")
+    config = resolve({"image_size": 12})
+    (folder / "config.toml").write_text(to_toml(config))
+    layers = [[f"groups.{i}"] * 2 for i in range(3)]
+    (folder / "run.json").write_text(json.dumps({"layers": layers}))
+    return folder
+
+
+def test_a_run_is_drawn_by_the_command(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "maps.svg"
+    files = [str(run / f"student_{name}.pt") for name in ("at+kd-seed0", "none-seed0")]
+    monkeypatch.setattr(sys, "argv", [".", *files, f"--out={out}", "--images=1", "--layers=stem"])
+    monkeypatch.delitem(sys.modules, "at_fused.visualize.__main__")
+    runpy.run_module("at_fused.visualize", run_name="__main__")  # as python -m does
+    assert capsys.readouterr() == (f"{out}\n", "")
+    # Text is drawn as paths, each said in a comment.
+    assert all(f"<!-- {text} -->" in out.read_text() for text in ("AT + KD", "stem", "12x12"))
+
+
+def test_columns_are_the_networks_and_rows_the_digits(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, save = [], visualize.save
+    monkeypatch.setattr(visualize, "save", lambda *given: (saved.append(given), save(*given)))
+    main([str(run), "--images", "3"])
+    assert (run / "attention.png").stat().st_size > 10_000
+    ((fig, _),) = saved
+    axes = np.array(fig.axes[: 6 * 9]).reshape(6, 9)
+    data = open_data("digits", image_size=12)
+    ((images, labels, _),) = data.evaluate.batches([torch.arange(3)], None)
+    first = [str(int(label)) for label in labels]
+    heads = ["student\nalone", "AT", "teacher"]
+    assert [ax.get_title() for ax in axes[0]] == [first[0], *heads, "", first[1], *heads]
+    assert [ax.get_title() for ax in axes[3]] == [first[2], *heads, *[""] * 5]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == [
+        f"groups.{i}\n{size}x{size}" for i, size in enumerate((12, 6, 3))
+    ] * 2
+    # The features that the networks return are those that were drawn, each network's its own.
+    for place, path in enumerate(of_a_run(run), start=1):
+        model, _ = load_network(path)
+        with torch.no_grad():
+            _, features = model(images)
+        for stage, feature in enumerate(features):
+            q = feature[2].square().mean(0)
+            drawn = axes[3 + stage][place].images[1].get_array()
+            np.testing.assert_allclose(drawn, q / q.square().mean().sqrt(), rtol=1e-4)
+
+
+@needs_torchvision
+@pytest.mark.parametrize("own", [False, True])
+def test_images_are_the_runs(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without those that it left out, and as it normalised them; or one's own, from 0 to 1."""
+    shown: list[Any] = []
+    draw = visualize.figure
+    monkeypatch.setattr(
+        visualize, "figure", lambda *x, **y: (shown.append((x[0], y)), draw(*x, **y))[1]
+    )
+    mean, std = (0.4, 0.5, 0.6), (0.3, 0.3, 0.2)
+    options: dict[str, Any] = {"data": "folder", "root": "pets", "mean": mean, "std": std}
+    monkeypatch.chdir(tmp_path)
+    if own:
+        options = {"data": "pets:data"}
+        noise = Noise(12, ["ant", "bee", "cat"], made=lambda x: x[:1])
+        pets = SimpleNamespace(data=lambda root: [noise] * 2)
+        monkeypatch.setitem(sys.modules, "pets", pets)
+        data = open_data("pets:data", "")
+    else:
+        for part in ("train", "val"):
+            write_pictures(tmp_path / "pets", part, ("ant", "bee"), 3)
+        (tmp_path / "pets/val/ant/0.png").write_bytes(b"no picture")
+        pictures = inspect("pets")
+        (tmp_path / "pictures.json").write_text(json.dumps(asdict(pictures)))
+        options["image_size"] = 8
+        data = open_data("folder", "pets", image_size=8, mean=mean, std=std, pictures=pictures)
+    path, name = tmp_path / "student_at-seed0.pt", "wrn-10-1-b4"
+
+    def save() -> None:
+        model = build(name, data.classes, data.channels)
+        save_network(path, name, model, data, images=options, run="at-seed0")
+
+    save()
+    (tmp_path / "config.toml").write_text(to_toml(resolve(options)))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    main([str(path), "--images=3", "--layers=stem"])
+    ((images, drawn),) = shown
+    ((expected, _, _),) = data.evaluate.batches([torch.arange(3)], None)
+    assert torch.equal(images, expected)
+    assert drawn["names"] == (["ant", "bee", "cat"] if own else ["ant", "ant", "bee"])
+    assert (drawn["mean"], drawn["std"]) == ((None, None) if own else (mean, std))
+    if own:
+        noise.made = lambda x: x
+        data, message = open_data("pets:data", ""), "images must be a tensor (B, 1, H, W) or "
+        save()
+    else:
+        message = "cannot read the picture "
+        for picture in (tmp_path / "pets/val/ant").iterdir():
+            picture.write_bytes(b"damaged since")
+    with pytest.raises(SystemExit):
+        main([str(path), "--layers=stem"])
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_titles_tell_files_apart() -> None:
+    def of(*names: str) -> list[str]:
+        return titles([Path("run") / f"{name}.pt" for name in names])
+
+    seeds = of("student_none-seed0", "student_none-seed12", "teacher", "mine")
+    assert seeds == ["student alone, seed 0", "student alone, seed 12", "teacher", "mine"]
+    assert of("student_at+kd-seed0", "teacher") == ["AT + KD", "teacher"]
+    assert of("teacher", "../b/teacher") == ["run/teacher.pt", "run/../b/teacher.pt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN/none.pt"], "RUN/none.pt: No such file"),
+        (["RUN/text.pt"], "RUN/text.pt: truncated, damaged, or no file of at-fused-train"),
+        (["RUN/other.pt"], "RUN/other.pt: truncated, damaged, or no file of at-fused-train"),
+        (["RUN/wrong.pt"], "RUN/wrong.pt: no network of at-fused-train (Error(s)"),
+        (["RUN/teacher.pt", "RUN/larger.pt"], "images of one size for all, got [12, 16]"),
+        (["RUN/teacher.pt", "RUN/teacher.pt"], "a file is given twice"),
+        (["RUN", "--layers", "group.0"], "layers: WRN has no module 'group.0'"),
+        (["RUN", "--layers", "head"], "layer 'head': x must be (B, C, H, W)"),
+        (["RUN", "--images", "0"], "argument --images: got '0', allowed is a whole number from 1"),
+        (["RUN", "--out", "RUN/maps.pdf"], "argument --out: got 'RUN/maps.pdf', allowed is a .png"),
+        (["RUN", "--out", "RUN/no/maps.png"], "argument --out: got 'RUN/no/maps.png', allowed is"),
+        ([], "the following arguments are required: CHECKPOINT"),
+    ],
+)
+def test_a_bad_argument_is_one_clear_error(
+    arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "text.pt").write_text("no weights")
+    torch.save({"weights": torch.ones(2)}, run / "other.pt")
+    saved = torch.load(run / "teacher.pt", weights_only=True)
+    checkpoints.save(run / "wrong.pt", "network", saved | {"network": "wrn-16-2"})
+    with pytest.raises(SystemExit) as stop:
+        main([a.replace("RUN", str(run)) for a in arguments])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.replace("RUN", str(run)) in last
