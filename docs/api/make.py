@@ -13,7 +13,8 @@ from typing import Any
 
 import pdoc
 
-from at_fused.train import cli, visualize_cli
+from at_fused.train import cli
+from at_fused.visualize.__main__ import build_parser
 
 OUT = Path(__file__).parents[2] / "site"
 PAGES = (
@@ -26,7 +27,7 @@ PAGES = (
     "at_fused.info",
     "at_fused.train",
 )
-HELP = {"at_fused.visualize": visualize_cli.build_parser, "at_fused.train": cli.build_parser}
+HELP = {"at_fused.visualize": build_parser, "at_fused.train": cli.build_parser}
 
 
 def page_of(name: str) -> pdoc.doc.Module:
