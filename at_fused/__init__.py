@@ -91,7 +91,7 @@ class _Package(ModuleType):
 
     @backends.setter
     def backends(self, module: object) -> None:
-        """What the import system sets once the sub-package of that name is imported."""
+        """Ignore what the import system sets once the sub-package of that name is imported."""
 
 
 sys.modules[__name__].__class__ = _Package

@@ -147,7 +147,7 @@ def gradient_at_loss(student: Tensor, teacher: Tensor, *, form: str = "paper") -
 def flip_symmetry_loss(
     model: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, *, form: str = "paper"
 ) -> Tensor:
-    """How much a network's attention changes when the image is flipped, without a teacher.
+    """Change of a network's attention when the image is flipped, without a teacher.
 
     The distance of :func:`gradient_at_loss` between J(x) and the flipped J(flip(x)), where flip
     reverses the last dimension, W:

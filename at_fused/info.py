@@ -19,7 +19,7 @@ from at_fused.backends.compiled import build_info, nothing_compiled
 
 
 def _choice(device: str) -> str:
-    """What runs a device's tensors, and why nothing faster does."""
+    """Return the back end of a device's tensors, and why nothing faster runs there."""
     chosen, table, order = users()[device], backends(), candidates(device)
     passed = order[: order.index(chosen)] if chosen in order else ()
     why = "".join(f"; not on {name}: {table[name].reason}" for name in passed)

@@ -1,4 +1,4 @@
-"""How the weight beta of a distillation term changes over training: functions of the step.
+"""Schedules of beta, the weight of a distillation term: functions of the step.
 
     beta = schedules.linear_decay(1000.0, steps=epochs * len(loader))
     loss = cross_entropy + beta(step) * at_fused.at_loss(student, teacher)
@@ -34,7 +34,7 @@ def constant(beta: float) -> Schedule:
 
 
 def linear_decay(beta: float, steps: float, end: float = 0.0) -> Schedule:
-    """From beta to ``end`` along a line: beta + (end - beta) * step / steps.
+    """Lead beta to ``end`` along a line: beta + (end - beta) * step / steps.
 
     Args:
         beta, end: finite numbers, the values at step 0 and from ``steps`` on.
@@ -51,7 +51,7 @@ def linear_decay(beta: float, steps: float, end: float = 0.0) -> Schedule:
 
 
 def cosine(beta: float, steps: float, end: float = 0.0) -> Schedule:
-    """From beta to ``end`` along half a cosine: end + (beta - end) (1 + cos(pi step / steps)) / 2.
+    """Lead beta to ``end`` by half a cosine: end + (beta - end) (1 + cos(pi step / steps)) / 2.
 
     Args:
         beta, steps, end: as in :func:`linear_decay`.

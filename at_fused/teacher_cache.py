@@ -55,7 +55,7 @@ Arrays = dict[str, list[Any]]
 
 
 class StaleCacheError(RuntimeError):
-    """What is stored is damaged, or was made from something else."""
+    """A cache that is damaged, or was made from something else."""
 
 
 # ---- which teacher, which input ------------------------------------------------------------------
@@ -403,7 +403,7 @@ class TeacherCache:
         return list(found.values()), logits
 
     def stored(self, identity: str, seed: int = 0) -> int:
-        """How many samples are stored for a teacher and a seed.
+        """Count the samples that are stored for a teacher and a seed.
 
         Args:
             identity, seed: as in :meth:`fetch`.

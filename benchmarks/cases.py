@@ -148,7 +148,7 @@ VARIANTS = {
 
 
 def rivals(variant: Variant = AT_LOSS) -> dict[str, Callable[..., Tensor]]:
-    """What is compared with at_fused; torch.compile anew each time, for the exact shapes."""
+    """Return what is compared with at_fused; torch.compile anew each time, for the exact shapes."""
     torch._dynamo.reset()
     return {"eager": variant.popular, "compile": torch.compile(variant.popular, dynamic=False)}
 

@@ -47,7 +47,7 @@ def last_level_cache() -> int:
 
 
 def commit() -> str:
-    """Of the checkout; "-dirty" where what is measured is not what was committed."""
+    """Return the checkout's commit; "-dirty" where something else is measured."""
     options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
     name = ["git", "rev-parse", "--short", "HEAD"]
     measured = ["at_fused", "csrc", "setup.py", ":(glob)benchmarks/*.py"]
@@ -86,7 +86,7 @@ def begin(device: str) -> Result:
 
 
 def describe(result: Result) -> str:
-    """What the figures are of, in a line."""
+    """Describe in a line what was measured."""
     versions = dict(result["versions"])
     machine = [result["device"]]
     if result["kind"] == "cpu":
@@ -101,7 +101,7 @@ def describe(result: Result) -> str:
 
 
 def path_of(result: Result, folder: Path) -> Path:
-    """Where it is kept, by its device's name."""
+    """Return the file's path, named after the device."""
     name = re.sub(r"\((r|tm|c)\)|\bcpu\b|@.*", " ", result["device"].lower())
     return folder / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.json"
 

@@ -243,7 +243,7 @@ def load(path: Path = FILE) -> Counts:
 
 
 def sentence(found: Counts) -> str:
-    """What was counted, in short."""
+    """Say in short what was counted."""
 
     def span(program: str) -> str:
         to_floor = [row[program][0] / row["floor"] for row in found["rows"]]

@@ -85,7 +85,7 @@ def kept_features(model: nn.Module, layers: list[str]) -> Iterator[list[Tensor]]
 
 @torch.no_grad()
 def features_of(networks: Networks) -> tuple[list[Tensor], list[Tensor]]:
-    """What the layers give, as leaves of their own; the student's want gradients."""
+    """Return the layers' features as leaves of their own; the student's want gradients."""
     student, teacher, x, _, layers = networks
     with kept_features(student, layers) as features, kept_features(teacher, layers) as targets:
         student(x)

@@ -58,7 +58,7 @@ def times(row: Row, *programs: str) -> list[str]:
 
 
 def to(row: Row, rivals: Sequence[str] = RIVALS, program: str = "at_fused") -> list[str]:
-    """How many times as long the rivals take."""
+    """Return how many times as long the rivals take."""
     ratios = [(rival, row["ms"][rival] / row["ms"][program]) for rival in rivals]
     return [f"{ratio:.1f}x{star(row, rival, program)}" for rival, ratio in ratios]
 

@@ -119,7 +119,7 @@ def run(part: Part) -> list[Done]:
 
 
 def tests(processes: int, parts: int, *choice: str) -> list[list[str]]:
-    """As many processes, each with one of so many parts of the tests."""
+    """Run several processes, each with its part of the tests."""
     if DRY_RUN:
         processes, parts = 2, 14
     return [[sys.executable, *PYTEST, "--shard", f"{i}/{parts}", *choice] for i in range(processes)]

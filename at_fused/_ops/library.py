@@ -44,7 +44,7 @@ def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_one_device(*groups: Sequence[Tensor | None]) -> None:
-    """For fake kernels, which run wherever one tensor of a call is without data."""
+    """Refuse several devices: fake kernels run wherever one tensor is without data."""
     devices = {x.device for group in groups for x in group if x is not None}
     if len(devices) > 1:
         found = " and ".join(sorted(map(str, devices)))

@@ -1,4 +1,4 @@
-"""Whether a backward may write into the gradient that it received.
+"""Ownership of a gradient: a backward may write into one that nobody else holds.
 
 Autograd gives no promise: the tensor may be what another branch of an addition still waits for,
 what a hook keeps, what the user asked to capture. Each of these holds a reference, and all that can
@@ -34,7 +34,7 @@ _observed: list[Counts] | None = None
 
 
 def may_write(gradient: Tensor, like: Tensor) -> bool:
-    """Whether ``gradient`` belongs to nobody else, and lies in memory as ``like`` does.
+    """Return True if ``gradient`` has no other holder, and lies in memory as ``like`` does.
 
     For the ``backward`` of the Function that was given to ``calibrate``, on its first argument.
     """
@@ -79,7 +79,7 @@ def calibrate(tap: Tap) -> None:
 
 
 def _undisturbed() -> bool:
-    """Whether nothing looks on that might hold references of its own."""
+    """Return True if nothing looks on that might hold references of its own."""
     # Not with the package: importing it brings in nothing that torch has not loaded itself.
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._device import DeviceContext

@@ -1,4 +1,4 @@
-"""What runs the operators: which back ends there are, which can be used here, which is in use.
+"""Back ends, which run the operators: those there are, can be used here, and are in use.
 
     cpu      the compiled C++ library (csrc/cpu), CPU tensors
     cuda     the compiled CUDA library (csrc/cuda), CUDA tensors

@@ -40,7 +40,7 @@ def reason() -> str:
 
 
 def wide(x: Tensor) -> Tensor:
-    """In fp64, where there is one."""
+    """Return x in fp64, where there is one."""
     return x.to(wide_dtype(x))
 
 
@@ -228,7 +228,7 @@ def pair_loss(
 
 
 def sample_weight(weights: list[float], i: int, batch: int, reduction: str) -> float:
-    """What a sample of pair ``i`` counts in the result."""
+    """Return the factor of a sample's loss in the result."""
     weight = weights[i] if weights else 1.0
     return weight if reduction == "sample" else weight / batch
 

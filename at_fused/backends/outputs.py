@@ -1,4 +1,4 @@
-"""What the operators return, whichever back end runs them: dtypes and strides."""
+"""Dtypes and strides of the operators' results, on every back end."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Job:
 
 
 class Callbacks:
-    """What a run calls as it goes, and the signals that it heeds: these show nothing."""
+    """Callbacks of a run, and the signals that it heeds; these show nothing."""
 
     def __init__(self) -> None:
         self.signals = Signals()
