@@ -52,7 +52,8 @@ from at_fused.backends import eager
 from at_fused.backends.outputs import accumulate_dtype, laid_out_as
 
 _FP32_MAX = torch.finfo(torch.float32).max
-_DEFAULTS = LossArguments()
+_OF_OPERATORS = len(LossOptions._fields)  # so many arguments, the first ones
+_OTHER_DEFAULTS = LossArguments()[_OF_OPERATORS:]
 
 
 class LossInputs(NamedTuple):
@@ -128,12 +129,7 @@ def map_loss(student: Any, teacher: Any, arguments: LossArguments) -> Tensor:
     """Return the loss of raw maps (B, *spatial)."""
     check_options(arguments._asdict(), CHOICES | {"resize": (None, "maps")})
     students, teachers = paired(student, teacher, check_map)
-    return loss_of_maps(_inputs(students, teachers, arguments))
-
-
-def loss_of_maps(inputs: LossInputs) -> Tensor:
-    """Return the loss of raw maps, which stand as features of one channel."""
-    students, teachers = inputs.students, inputs.teachers
+    inputs = _inputs(students, teachers, arguments)
     check_sizes(students, teachers, inputs.resize, of_maps=True)
     return _compare(inputs, [x.flatten(1) for x in students + teachers])
 
@@ -159,9 +155,9 @@ def _unchecked(
         or type(teachers) not in (list, tuple)
         or type(arguments.p) not in (float, int)
         or type(arguments.eps) not in (float, int)
-        or any(type(option) is not str for option in arguments[1:5])
+        or any(type(option) is not str for option in arguments[1:5])  # collapse to eps_mode
         or arguments.collapse == "max"
-        or not all(map(operator.is_, arguments[6:], _DEFAULTS[6:]))
+        or not all(map(operator.is_, arguments[_OF_OPERATORS:], _OTHER_DEFAULTS))
     ):
         return None
     try:
@@ -171,7 +167,7 @@ def _unchecked(
                 return None
             if s.layout is not torch.strided or t.layout is not torch.strided:
                 return None
-        return call(students, teachers, [], [], [], *arguments[:6], *more)
+        return call(students, teachers, [], [], [], *arguments[:_OF_OPERATORS], *more)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
 
@@ -180,7 +176,10 @@ def _checked(student: Any, teacher: Any, arguments: LossArguments) -> LossInputs
     """Check the arguments of ``at_loss``, and bring its features to (B, C, *spatial)."""
     check_options(arguments._asdict())
     layouts = feature_layouts(
-        *arguments[9:12], has_tokens=(_may_have_tokens(student), _may_have_tokens(teacher))
+        arguments.channel_dim,
+        arguments.skip_tokens,
+        arguments.map_size,
+        has_tokens=(_may_have_tokens(student), _may_have_tokens(teacher)),
     )
     given = [*paired(student, teacher)]
     students, teachers = (
