@@ -310,7 +310,7 @@ class Experiment:
     # ---- what is there ----
 
     def _file(self, job: Job) -> Path:
-        if job.teaches:
+        if job.is_teacher:
             return self.out / "teacher.pt"
         return self.out / ("search" if job.seed >= SEARCH_SEED else "") / f"student_{job.name}.pt"
 
@@ -394,7 +394,7 @@ class Experiment:
             self._out = parallel.from_first(
                 lambda: held.enter_context(checkpoints.claimed(self._out, self.fresh))
             )
-            parallel.from_first(self._begin)
+            parallel.from_first(self._take_stock)
             if self._metrics:
                 held.callback(self._metrics.close)
             self.callbacks.begin(self)
@@ -414,7 +414,7 @@ class Experiment:
         facts = json.dumps(self.result.facts, indent=2) + "\n"
         checkpoints.write(self.out / "run.json", facts.encode())
 
-    def _begin(self) -> None:
+    def _take_stock(self) -> None:
         """Read what the run had come to, all before anything is written, and begin its files."""
         before = []
         more = 0  # the epochs of a teacher that is to have more
@@ -429,10 +429,10 @@ class Experiment:
             if finished:
                 weights = state.pop("model")
                 self._finished[job.name] = state
-            if job.teaches and finished:
+            if job.is_teacher and finished:
                 self.teacher.load_state_dict(weights)
                 self._teacher_weights = TeacherHash(self.teacher.eval())()
-            elif job.teaches:
+            elif job.is_teacher:
                 more = state["settings"]["epochs"] if self._file(job).is_file() else 0
             elif more and job.method in NEEDS_TEACHER:
                 raise CheckpointError(
@@ -494,7 +494,7 @@ class Experiment:
             finally:
                 trainer.objective.close()
             parallel.from_first(lambda: self._save_trained(job, curve, model))
-        if job.teaches:
+        if job.is_teacher:
             # Statistics that processes keep apart are the first's, as in its file.
             self.teacher.load_state_dict(parallel.from_first(lambda: _weights(model)))
             self.teacher.eval().requires_grad_(False)
@@ -506,7 +506,7 @@ class Experiment:
             self.result.students[job.method].append(curve)
 
     def _save_trained(self, job: Job, curve: Curve, model: nn.Module) -> None:
-        path, side = self._file(job), "teacher" if job.teaches else "student"
+        path, side = self._file(job), "teacher" if job.is_teacher else "student"
         path.parent.mkdir(exist_ok=True)
         facts = {"points": curve.points, "peak_bytes": curve.peak_bytes, "run": job.name}
         facts |= {"method": job.method, "seed": job.seed, "settings": job.settings}
@@ -517,8 +517,8 @@ class Experiment:
 
     def trainer(self, job: Job, compiles: bool = True) -> Trainer:
         """Make the trainer of a job's network, at its start."""
-        side = "teacher" if job.teaches else "student"
-        mode = self._mode("teacher" if job.teaches else job.method)
+        side = "teacher" if job.is_teacher else "student"
+        mode = self._mode("teacher" if job.is_teacher else job.method)
         mode = replace(mode, compile=mode.compile and compiles)
         student = mode.layout(self._network(side, job.seed))
         if parallel.size() > 1 and self.config.sync_norm:
@@ -545,7 +545,7 @@ class Experiment:
             # Weights are alike in all processes; what dropout draws is not.
             torch.manual_seed(job.seed * parallel.size() + parallel.process().rank)
         trainer = Trainer(job, student, objective, mode, self.device, self.callbacks, self._metrics)
-        if mode.compile and (error := self._first_error(trainer)):
+        if mode.compile and (error := self._compile_error(trainer)):
             objective.close()
             self.callbacks.log(f"{job.name}: torch.compile failed, going on without: {error}")
             return self.trainer(job, compiles=False)
@@ -561,7 +561,7 @@ class Experiment:
         folder = f"cache/machine{machine}" if machine else "cache"
         return TeacherCache(self.out / folder / which, len(job.train))
 
-    def _first_error(self, trainer: Trainer) -> str | None:
+    def _compile_error(self, trainer: Trainer) -> str | None:
         """Compile by one step that leaves no trace; return why that failed."""
         state = {k: v.clone() for k, v in trainer.student.state_dict().items()}
         random = torch.get_rng_state()

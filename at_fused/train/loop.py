@@ -101,7 +101,7 @@ class Job:
     settings: Mapping[str, Any]
 
     @property
-    def teaches(self) -> bool:
+    def is_teacher(self) -> bool:
         """True for the teacher."""
         return self.name == "teacher"
 
@@ -328,7 +328,7 @@ class Trainer:
 
     def _not_finite(self, what: str) -> NotFiniteError:
         job, states = self.job, checkpoints.saved_steps(self.job.checkpoints)
-        name = "the teacher" if job.teaches else f"method {job.method}"
+        name = "the teacher" if job.is_teacher else f"method {job.method}"
         saved = f"the last good state is {states[-1]}" if states else "no state was saved before"
         remedy = "a lower lr" if job.method in ("none", "kd") else "a lower lr or beta"
         return NotFiniteError(f"{job.name} ({name}): {what} not finite; {saved}; {remedy} may help")

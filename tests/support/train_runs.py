@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ def stop_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     train_step = Trainer.train_step
 
     def signalled(self: Trainer, *arguments: Any) -> None:
-        if self.step == step and not self.job.teaches:
+        if self.step == step and not self.job.is_teacher:
             self.callbacks.signals.number = signal.SIGTERM
         train_step(self, *arguments)
 
@@ -90,15 +91,11 @@ def stop_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def training(out: Path, *words: str) -> subprocess.Popen[str]:
-    """The program in a process, once its first student has come to another point of its curve."""
+    """Start the program; return once its first student has come to another point of its curve."""
     file = out / "metrics.jsonl"
     before = len(metrics(out)) if file.is_file() else 1
-    process = subprocess.Popen(
-        [sys.executable, "-m", "at_fused.train", *words],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "at_fused.train", *words]
+    process = subprocess.Popen(command, stderr=PIPE, stdout=PIPE, text=True)
     deadline = time.monotonic() + 90
     while not file.is_file() or len(file.read_text().splitlines()) <= before:
         assert time.monotonic() < deadline
@@ -108,7 +105,7 @@ def training(out: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def in_child(function: Any) -> int:
-    """A forked process that runs a function and ends; its number.
+    """Fork a process that runs a function and ends; return its number.
 
     Forked, because importing torch takes longer than the runs do; of threads, which a fork does not
     survive, these runs have one.
@@ -126,7 +123,7 @@ def in_child(function: Any) -> int:
 
 
 def ended(child: int) -> int:
-    """Waits for it; its exit status, or minus the number of the signal that ended it."""
+    """Wait for it; return its exit status, or minus the number of the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -27,11 +27,12 @@ Constants = tuple[float, ...]
 class Samples(ABC):
     """N labelled pictures. Those that are not augmented are the same whatever the seed."""
 
-    labels: Tensor
-    """(N,) int64, on the CPU."""
-    _rows: Tensor
-    """(N,), where they lie among the pictures that were opened."""
-    _augment: bool
+    def __init__(self, labels: Tensor, augment: bool, device: torch.device | str) -> None:
+        self.labels = labels
+        """(N,) int64, on the CPU."""
+        # (N,), where they lie among the pictures that were opened.
+        self._rows = torch.arange(len(labels))
+        self._augment, self._device = augment, torch.device(device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,7 +44,6 @@ class Samples(ABC):
         part._augment = self._augment and augment
         return part
 
-    @abstractmethod
     def batches(
         self, chunks: Sequence[Tensor], seed: int | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -56,7 +56,16 @@ class Samples(ABC):
 
         Yields:
             x (B, C, H, W) float32, standardised, and y (B,) int64, on the device; and the chunk.
+
+        Raises:
+            ConfigError: a picture cannot be read; names it.
         """
+        pictures = self._read(chunks, seed if self._augment else None)
+        for index, x in zip(chunks, pictures, strict=True):
+            yield x, self.labels[index].to(self._device), index
+
+    @abstractmethod
+    def _read(self, chunks: Sequence[Tensor], seed: int | None) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,7 @@ class InMemory(Samples):
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> None:
-        self.labels, self._rows, self._augment = labels, torch.arange(len(labels)), True
+        super().__init__(labels, True, device)
         padded = np.pad(pixels.numpy(), ((0, 0), (pad, pad), (pad, pad), (0, 0)), "reflect")
         self._pixels = torch.from_numpy(padded).contiguous().to(device)
         self._pad, self._flip = pad, flip
@@ -195,25 +204,22 @@ class InMemory(Samples):
                 corners = torch.randint(2 * pad + 1, (2, n), generator=g)
                 if self._flip:
                     flips = torch.rand(n, generator=g) < 0.5
-            device = self._pixels.device
-            self._drawn = (seed, n), corners.to(device), flips.to(device)
+            self._drawn = (seed, n), corners.to(self._device), flips.to(self._device)
         return self._drawn[1:]
 
-    def batches(
-        self, chunks: Sequence[Tensor], seed: int | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """See the base class."""
-        device = self._pixels.device
+    def _read(self, chunks: Sequence[Tensor], seed: int | None) -> Iterator[Tensor]:
+        device = self._device
         height, width = (size - 2 * self._pad for size in self._pixels.shape[1:3])
         down, right = torch.arange(height, device=device), torch.arange(width, device=device)
-        (top, left), flips = self._draw(seed if self._augment else None)
+        (top, left), flips = self._draw(seed)
         for index in chunks:
-            y = self.labels[index]  # on the CPU, where a number out of range is a plain IndexError
+            # On the CPU first, where a number out of range is a plain IndexError.
             n, picture = (i.to(device)[:, None] for i in (index, self._rows[index]))
             rows = top[n] + down
             cols = left[n] + torch.where(flips[n], right.flip(0), right)
-            x = self._pixels[picture[:, :, None], rows[:, :, None], cols[:, None]]
-            yield self._standardise(x), y.to(device), index
+            yield self._standardise(
+                self._pixels[picture[:, :, None], rows[:, :, None], cols[:, None]]
+            )
 
 
 class OnDemand(Samples):
@@ -232,15 +238,11 @@ class OnDemand(Samples):
         device: torch.device | str,
         workers: int,
     ) -> None:
-        self.labels, self._rows, self._augment = labels, torch.arange(len(labels)), augment
+        super().__init__(labels, augment, device)
         self._pictures, self._finish = pictures, finish
-        self._device, self._workers = torch.device(device), usable_workers(workers)
+        self._workers = usable_workers(workers)
 
-    def batches(
-        self, chunks: Sequence[Tensor], seed: int | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """See the base class."""
-        seed = seed if self._augment else None
+    def _read(self, chunks: Sequence[Tensor], seed: int | None) -> Iterator[Tensor]:
         numbers = [(self._rows[chunk].tolist(), chunk.tolist()) for chunk in chunks]
         loader: DataLoader[Any] = DataLoader(
             self._pictures,
@@ -251,11 +253,10 @@ class OnDemand(Samples):
             # Its own, or it would draw the workers' seeds from the global one.
             generator=torch.Generator(),
         )
-        for index, x in zip(chunks, loader, strict=True):
+        for x in loader:
             if isinstance(x, str):  # not raised in a worker, whose traceback would come with it
                 raise ConfigError(x)
-            x = self._finish(x.to(self._device, non_blocking=True))
-            yield x, self.labels[index].to(self._device), index
+            yield self._finish(x.to(self._device, non_blocking=True))
 
 
 def _stacked(pictures: list[Any]) -> Tensor | str:
