@@ -155,7 +155,8 @@ def _unchecked(
         or type(teachers) not in (list, tuple)
         or type(arguments.p) not in (float, int)
         or type(arguments.eps) not in (float, int)
-        or any(type(option) is not str for option in arguments[1:5])  # collapse to eps_mode
+        or not type(arguments.collapse) is type(arguments.form) is str
+        or not type(arguments.reduction) is type(arguments.eps_mode) is str
         or arguments.collapse == "max"
         or not all(map(operator.is_, arguments[_OF_OPERATORS:], _OTHER_DEFAULTS))
     ):
