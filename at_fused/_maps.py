@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from at_fused import _ops
-from at_fused._options import FeatureLayout, channels_as_positions
+from at_fused._options import FeatureLayout
 from at_fused.backends import eager
 from at_fused.backends.outputs import accumulate_dtype
 
@@ -38,9 +38,7 @@ def attention_tap(
 ) -> tuple[Tensor, Tensor]:
     """Return the feature itself, to be used in its place, and its raw map (B, N)."""
     if keeps_sign(p, absolute):
-        feature = layout.to_channels_first(x)
-        feature = channels_as_positions(feature) if of_channels else feature
-        return x, _signed_map(feature, p, collapse)
+        return x, _signed_map(layout.view(x, of_channels), p, collapse)
     return _ops.attention_tap(x, p, collapse, layout, of_channels)
 
 

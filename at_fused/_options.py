@@ -90,6 +90,11 @@ class FeatureLayout(NamedTuple):
             )
         return tokens.transpose(1, 2).unflatten(2, tuple(self.map_size))
 
+    def view(self, x: Tensor, of_channels: bool) -> Tensor:
+        """Return the feature as its map reads it: channel attention has channels as positions."""
+        x = self.to_channels_first(x)
+        return channels_as_positions(x) if of_channels else x
+
     def restore(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Return the gradient of ``to_channels_first(x)`` as that of x: 0 for skipped tokens."""
         if not self.has_tokens(x):

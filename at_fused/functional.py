@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from at_fused import _loss, _maps
 from at_fused._arguments import CHOICES, check_kept, check_options, layout_of_one
 from at_fused._numbers import kind
-from at_fused._options import LossArguments, MapSize, MapSizes, Sides, channels_as_positions
+from at_fused._options import LossArguments, MapSize, MapSizes, Sides
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -277,9 +277,7 @@ def attention_map(
         eps_mode=eps_mode,
     )
     feature, layout = layout_of_one(x, channel_dim, skip_tokens, map_size)
-    feature = layout.to_channels_first(feature)
-    if attend == "channel":
-        feature = channels_as_positions(feature)
+    feature = layout.view(feature, attend == "channel")
     (raw,) = _maps.attention_maps([feature], float(p), collapse, absolute)
     q = _maps.normalized(raw, float(eps), eps_mode) if normalize else raw
     return q.view(x.shape[0], *feature.shape[2:])
@@ -341,10 +339,9 @@ def attention_tap(
         eps_mode=eps_mode,
     )
     _, layout = layout_of_one(x, channel_dim, skip_tokens, map_size)
-    spatial = layout.to_channels_first(x).shape[2:]
     y, raw = _maps.attention_tap(x, float(p), collapse, absolute, layout, attend == "channel")
     q = _maps.normalized(raw, float(eps), eps_mode) if normalize else raw
-    return y, q if attend == "channel" else q.view(x.shape[0], *spatial)
+    return y, q if attend == "channel" else q.view(x.shape[0], *layout.size(x.shape))
 
 
 def map_loss(

@@ -29,7 +29,7 @@ from at_fused._ops.library import (
     tracks,
     transformed,
 )
-from at_fused._options import FeatureLayout, channels_as_positions
+from at_fused._options import FeatureLayout
 from at_fused.backends import eager
 
 _ARGUMENTS = "Tensor feature, Tensor map_gradient, float p, str collapse, Tensor? channels=None"
@@ -101,8 +101,7 @@ class _Tapped(NamedTuple):
 
     def view(self, x: Tensor) -> Tensor:
         """Return x, or its gradient, as (B, C, *spatial) of the map, without skipped tokens."""
-        x = self.layout.to_channels_first(x)
-        return channels_as_positions(x) if self.of_channels else x
+        return self.layout.view(x, self.of_channels)
 
     def restore(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Return the gradient of ``view(x)`` as that of x."""
