@@ -352,7 +352,7 @@ class LayerTap(Hook):
     ) -> None:
         self.number, self.name, self.last, self.options = number, layer.name, last, o
         self.layout = layer.layout
-        # That of features which certainly have channels first.
+        # The rank of a feature whose channels certainly come first.
         self.rank = rank_of_maps(layer.module) if given.channel_dim != -1 else None
         # torch.compile with dynamic=True takes a float for a variable, a text for a constant.
         self.p = repr(o.p)

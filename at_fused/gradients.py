@@ -78,7 +78,7 @@ def input_gradient(
         raise TypeError(f"model must be a module, a function or logits, got {kind(model)}")
     else:
         with torch.enable_grad():
-            # Where x is itself computed, a J with a graph depends on what it was computed from.
+            # A J with a graph depends on the origin of an x that is itself computed.
             computed = x.requires_grad and create_graph
             x = x.view_as(x) if computed else savable(x).detach().requires_grad_()
             logits = model(x)

@@ -307,7 +307,7 @@ def call(device: str, pairs: int, direction: str) -> Comparison:
 
 
 def step(device: str, name: str) -> Comparison:
-    """What the steps hold, and what in them is attention transfer, is found here."""
+    """Compare whole training steps, their memory, and the share of attention transfer in them."""
     torch.manual_seed(0)
     with torch.device(device):
         networks = training.NETWORKS[name]()

@@ -564,7 +564,7 @@ class Preset:
 
     about: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    # Of each method, and of "teacher": test error in percent, top-1 and (ImageNet) top-5.
+    # Test error in percent, top-1 and (ImageNet) top-5, by method and for "teacher".
     published: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -593,7 +593,7 @@ _DIGITS: dict[str, Any] = {
 }
 _QUICK = {"seeds": 2, "epochs": 140, "teacher_epochs": 6, "teacher": "wrn-10-2"}
 
-# Of the paper, and of the authors' program.
+# Options of the paper and of the authors' program.
 _PAPER: dict[str, Any] = {"init": "paper", "lr_schedule": "step", "reset_momentum": True}
 # Section 4.1 and the program, which drops the rate at the beginning of epochs 60, 120 and 160,
 # counted from 1. That beta decays with KD is said in the paper, not how.

@@ -189,7 +189,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
         dist.all_reduce(count)
         mean = all_reduce(y.sum(dim=(0, 2, 3))) / count
         centred = y - mean[:, None, None]
-        # Of the centred values: the mean of squares less the squared mean would cancel.
+        # From centred values: the mean of squares less the squared mean would cancel.
         variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
         self._follow(mean.detach(), variance.detach() * (count / (count - 1).clamp_min(1)))
         scale = torch.rsqrt(variance + self.eps) * self.weight

@@ -224,7 +224,7 @@ def _tap(
     check_tap(gradient, feature, map_gradient, p, collapse, channels)
     if target is gradient:
         check_apart(gradient)
-        # What may lie where the gradient is written is read from a copy.
+        # Read a copy of anything that may lie where the gradient is written.
         feature, map_gradient = _apart(feature, gradient), _apart(map_gradient, gradient)
         channels = None if channels is None else _apart(channels, gradient)
     with launch.on_device(feature):

@@ -155,7 +155,7 @@ def standardiser(
     white = torch.tensor(255.0, device=device)
 
     def in_rows(x: Tensor) -> Tensor:
-        # Of W * C numbers: with C of them, in the inner loop, the CPU is slow.
+        # Rows have W * C numbers: an inner loop of C numbers is slow on a CPU.
         width = x.shape[2]
         rows = x.flatten(2).float().div_(white).sub_(means.repeat(width)).div_(stds.repeat(width))
         return rows.view(x.shape).permute(0, 3, 1, 2)
