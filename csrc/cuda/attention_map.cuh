@@ -1,8 +1,7 @@
 // The attention map of a tile: some positions of one sample, all of its channels.
 #pragma once
 
-#include "block.cuh"
-#include "numbers.cuh"
+#include "kernel.cuh"
 
 namespace at_fused {
 
@@ -12,13 +11,6 @@ struct Tile {
   int32_t begin, end;  // positions
   char* scratch;
 };
-
-// Of a task, by its number in the launch.
-__device__ __forceinline__ Tile tile_of(const MapFeature& feature, int task, char* scratch) {
-  const int local = task - feature.first_task;
-  const int begin = local % feature.pieces * feature.positions;
-  return {local / feature.pieces, begin, min(begin + feature.positions, feature.view.N), scratch};
-}
 
 // What the values of a position become is a State of the tile's collector: take() adds a value of a
 // channel, put() is given what came of all. Threads that share a position meet(). In rows of
@@ -94,33 +86,16 @@ __device__ __forceinline__ void map_tile_planar(const View& x, const Tile& tile,
             [&](int u, int j, auto value) { collect.take(total[j], value, row + u * height); });
       }
     }
-    if (height == 1 && per_row == 1) {
-      if (column < columns) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) collect.put(column * V + j, total[j]);
-      }
-      continue;
-    }
-    // First within each warp, then over warps, and over the channels of a row.
-    for (int d = lanes; d < 32; d *= 2) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) meet(total[j], from_lane(total[j], d));
-    }
     __syncthreads();  // the last chunk's may still be read
-    const int strip = lanes < 32 ? 32 : lanes, width = lanes * V;
-    if (threadIdx.x % strip < lanes) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        scratch[threadIdx.x / strip * width + tx * V + j] = total[j];
-      }
-    }
+    for (int j = 0; j < V; ++j) scratch[threadIdx.x * V + j] = total[j];
     __syncthreads();
-    const int count = (columns - begin < lanes ? columns - begin : lanes) * V / per_row;
+    const int width = lanes * V, count = min(columns - begin, lanes) * V / per_row;
     for (int n = threadIdx.x; n < count; n += kThreads) {
       State all{};
-      for (int s = 0; s < kThreads / strip; ++s) {
+      for (int y = 0; y < height; ++y) {
         for (int f = 0; f < per_row; ++f) {
-          meet(all, as_channel(scratch[s * width + f * count + n], f, per_row));
+          meet(all, as_channel(scratch[y * width + f * count + n], f, per_row));
         }
       }
       collect.put(begin * V + n, all);

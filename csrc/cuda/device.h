@@ -4,10 +4,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <optional>
-#include <vector>
-
-#include "../tensors.h"
+#include "../operators.h"
 #include "plan.h"
 
 #if defined(AT_FUSED_EMULATED)  // the kernels run on the CPU: tests/kernels/emulator
@@ -28,51 +25,46 @@ inline void check_cuda(cudaError_t error) {
 // Makes a device current for a scope, with its current stream.
 class OnDevice {
  public:
+  void* stream = nullptr;
+  Limits limits;
+
   explicit OnDevice(Device device)
-#if defined(AT_FUSED_EMULATED)
-  {
-    STD_TORCH_CHECK(device.type == aoti_torch_device_type_cpu(), "at_fused: not a CPU tensor");
-  }
-#else
+#if !defined(AT_FUSED_EMULATED)
       : guard_(device.index) {
     // The CUDA runtime in this library has a current device of its own.
     check_cuda(cudaSetDevice(device.index));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream_));
-  }
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
+#else
+  {
 #endif
-  void* stream() const { return stream_; }
+    const auto attribute = [&](cudaDeviceAttr which) {
+      int value = 0;
+      check_cuda(cudaDeviceGetAttribute(&value, which, device.index));
+      return value;
+    };
+    STD_TORCH_CHECK(attribute(cudaDevAttrComputeCapabilityMajor) >= 8,
+                    "at_fused: the CUDA kernels need a device of compute capability 8.0 or later; "
+                    "at_fused.use_backend(\"triton\") or \"eager\" runs on others");
+    limits = {attribute(cudaDevAttrMultiProcessorCount),
+              attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+              attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  }
 
- private:
+  Launch launch(int64_t blocks, int64_t shared_bytes, bool fp64) const {
+    STD_TORCH_CHECK(blocks <= kMaxBlocks, "at_fused: too many blocks for one launch: ", blocks);
+    return {blocks, shared_bytes, limits.shared_bytes_per_block, fp64, stream};
+  }
+
 #if !defined(AT_FUSED_EMULATED)
+ private:
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
-  void* stream_ = nullptr;
 };
 
-inline Limits ask_limits(int device) {
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, which, device));
-    return value;
-  };
-  STD_TORCH_CHECK(attribute(cudaDevAttrComputeCapabilityMajor) >= 8,
-                  "at_fused: the CUDA kernels need a device of compute capability 8.0 or later; "
-                  "at_fused.use_backend(\"triton\") or \"eager\" runs on others");
-  return {attribute(cudaDevAttrMultiProcessorCount),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
-}
-
-inline Limits limits_of(Device device) {
-#if defined(AT_FUSED_EMULATED)  // tests change the device
-  return ask_limits(0);
-#else
-  static thread_local std::vector<std::optional<Limits> > known;
-  const size_t at = size_t(device.index);
-  if (known.size() <= at) known.resize(at + 1);
-  if (!known[at]) known[at] = ask_limits(device.index);
-  return *known[at];
-#endif
+inline void check_extent(const Feature& x, int64_t samples) {
+  STD_TORCH_CHECK(x.C <= kMaxExtent && x.N <= kMaxExtent,
+                  "at_fused: at most 2^30 channels and 2^30 positions, got ", x.C, " and ", x.N);
+  STD_TORCH_CHECK(samples <= kMaxExtent, "at_fused: at most 2^30 samples, got ", samples);
 }
 
 }  // namespace at_fused

@@ -1,8 +1,14 @@
 // Maps of a list of features: of sums, and of maxima.
 #include "attention_map.cuh"
-#include "launch.cuh"
 
 namespace at_fused {
+
+// Of a block's task.
+__device__ __forceinline__ Tile tile_of(const MapFeature& feature, char* scratch) {
+  const int local = blockIdx.x - feature.first_task;
+  const int begin = local % feature.pieces * feature.positions;
+  return {local / feature.pieces, begin, min(begin + feature.positions, feature.view.N), scratch};
+}
 
 // Raw maps of a list of features.
 template <class E, bool fp64>
@@ -10,7 +16,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
     attention_map_kernel(const __grid_constant__ MapParams params) {
   AT_FUSED_DYNAMIC_SHARED(bytes);
   const MapFeature& feature = params.features[member_of(params.features, params.count, blockIdx.x)];
-  const Tile tile = tile_of(feature, blockIdx.x, bytes);
+  const Tile tile = tile_of(feature, bytes);
   const int64_t size = accumulate_size(feature.view.dtype == Dtype::float64);
   map_tile<E, fp64, false>(
       feature.view, tile, params.p, feature.scale, nullptr,
@@ -76,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
     max_map_kernel(const __grid_constant__ MapParams params) {
   AT_FUSED_DYNAMIC_SHARED(bytes);
   const MapFeature& feature = params.features[member_of(params.features, params.count, blockIdx.x)];
-  const Tile tile = tile_of(feature, blockIdx.x, bytes);
+  const Tile tile = tile_of(feature, bytes);
   const int64_t first = int64_t(tile.b) * feature.view.N + tile.begin;
   with_dtype<fp64>(feature.view.dtype, [&](auto element) {
     using T = decltype(element);

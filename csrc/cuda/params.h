@@ -10,19 +10,19 @@ namespace at_fused {
 
 constexpr int kThreads = 256;  // of every block
 // Blocks that run on a multiprocessor at a time, for which the kernels leave registers; fewer where
-// samples take its shared memory anyway.
+// they keep samples in its shared memory, or have more under way.
 constexpr int kBlocksPerMultiprocessor = 3;
-constexpr int kGradientBlocks = 2;  // at the least, with a sample of each kept on chip
-constexpr int kVectorBytes = 16;    // of the widest load
+constexpr int kGradientBlocks = 2;
+constexpr int kVectorBytes = 16;  // of the widest load
 // Of a block's shared memory.
-constexpr int32_t kControlBytes = 384;   // block.cuh: Control
+constexpr int32_t kControlBytes = 256;   // kernel.cuh: Control
 constexpr int32_t kScratchBytes = 8192;  // attention_map.cuh: a value per thread and element
 constexpr int32_t kMaximumBytes = 2 * kScratchBytes;  // likewise, with the channel of each
 constexpr int32_t kSharedBytesWithoutAsking = 48 << 10;
 
 constexpr int kLaunchBytes = 4096;  // of structs that every launch may carry
 constexpr int kMaxPairs = 16;       // of one launch; longer lists take several
-constexpr int kMaxFeatures = 29;    // likewise
+constexpr int kMaxFeatures = 24;    // likewise
 
 // How a block reads a feature. A row is all positions of `channels_per_row` channels (planar) or
 // the channels of a position (interleaved).
@@ -41,22 +41,23 @@ struct View {
   Access access;
 };
 
-// A sweep over the elements of a sample, cut into row_pieces x column_pieces blocks.
-struct Sweep {
-  void* out;
+// A tensor of a feature's shape and layout that moves in the same vectors: its gradient.
+struct Target {
+  void* data;
   int64_t batch, line;
-  int32_t lanes;
-  int32_t row_pieces, rows;        // rows in a piece
-  int32_t column_pieces, columns;  // vectors in a piece
 };
 
-struct MapFeature {
+// What a member of a list has of its launch's tasks.
+struct Tasks {
+  int64_t tasks, bytes_of_task;
+  int32_t first_task;
+};
+
+struct MapFeature : Tasks {
   View view;
   void* map;
   int32_t* channels;  // that won each position's maximum, if the map is one
   double scale;
-  int32_t B;
-  int32_t first_task;
   int32_t pieces, positions;  // of a sample, and of a piece
 };
 
@@ -66,62 +67,63 @@ struct MapParams {
   MapFeature features[kMaxFeatures];
 };
 
-struct SweepFeature {
+// A gradient, made in row_pieces x column_pieces pieces of a sample.
+struct SweepFeature : Tasks {
   View view;
-  Sweep sweep;
+  Target out;
+  Target add;  // what the gradient is added to, which may be `out`; null: nothing
   const void* k;
-  const int32_t* channels;    // as in MapFeature
-  const void* loss_gradient;  // of this feature's pair; null is 1
-  int32_t first_task;
-  int32_t samples, B;  // in a task, and in all
+  const int32_t* channels;         // as in MapFeature
+  const void* loss_gradient;       // of this feature's pair; null is 1
+  int32_t samples, B;              // in a task, and in all
+  int32_t row_pieces, rows;        // rows in a piece
+  int32_t column_pieces, columns;  // vectors in a piece
 };
 
 struct SweepParams {
   double p;
+  double scale;         // of the gradients, as each feature's loss_gradient
   int64_t sample_step;  // from one sample's loss gradient to the next; 0: they have one
   int32_t count;
   bool loss_gradient_fp64;
   SweepFeature features[kMaxFeatures];
 };
 
-// A sweep that adds `scale` times its gradient to another one, which may be what it writes.
-struct TapParams {
-  double p, scale;
-  const void* gradient;
-  int64_t batch, line;
-  SweepFeature feature;
+enum Side { kStudent, kTeacher };
+
+struct PairSide {
+  View view;
+  void* maps;    // (B, N); null where nobody needs them
+  double scale;  // of the channel sums
 };
 
-struct PairParams {
-  View student, teacher;
-  void* student_maps;  // (B, N); null where nobody needs them
-  void* teacher_maps;
-  const void* mask;                     // (B, N), fp64 where a side is; null: ones
-  double student_scale, teacher_scale;  // of the channel sums
-  double weight;                        // of a sample
-  // The student's gradient, where a whole sample stays on chip and is swept at once. Without `out`
-  // the coefficients are all that the launch makes.
-  Sweep sweep;
+struct PairParams : Tasks {
+  PairSide sides[2];
+  const void* mask;  // (B, N), fp64 where a side is; null: ones
+  double weight;     // of a sample
+  // The student's gradient, where a whole sample stays on chip and is swept at once. Without it the
+  // coefficients are all that the launch makes.
+  Target out;
   const void* loss_gradient;  // null is 1
   int32_t number;             // in the list
   int32_t B;
-  int32_t first_task, first_sample;
+  int32_t first_sample;
   int32_t samples;            // whole samples of a task; 0: samples are shared by several blocks
-  int32_t pieces, positions;  // of both maps of a shared sample, and of a piece
+  int32_t pieces, positions;  // of each map of a sample, and of a piece
 };
 
 struct LossParams {
   double p, eps;
-  double scale;         // of the gradients, as each pair's loss_gradient
-  int64_t sample_step;  // as in SweepParams
+  double scale;         // as in SweepParams
+  int64_t sample_step;  // likewise
   bool loss_gradient_fp64;
+  bool gradient[2];  // the maps that are left become coefficients
   Form form;
   EpsMode eps_mode;
   int32_t count, samples;  // pairs, and samples in all of them
-  bool student_grad, teacher_grad;
-  bool add;         // sum over pairs; else a loss for each
-  bool of_samples;  // a loss for each sample: neither is summed
-  bool continues;   // a launch before this one began the sum
+  bool add;                // sum over pairs; else a loss for each
+  bool of_samples;         // a loss for each sample: neither is summed
+  bool continues;          // a launch before this one began the sum
   bool loss_fp64;
   void* loss;
   // The workspace. The counters are 0 before a launch.
@@ -129,7 +131,7 @@ struct LossParams {
   uint32_t* arrived;   // pieces of each shared sample
   double* sample_losses;
   double* sum;
-  int32_t map_bytes;  // shared memory for the two maps of a sample; 0: too large for it
+  int32_t map_bytes;  // shared memory for the two maps of a whole sample
   PairParams pairs[kMaxPairs];
 };
 
@@ -138,15 +140,14 @@ static_assert(sizeof(LossParams) <= kLaunchBytes);
 
 struct Launch {
   int64_t blocks;
-  int32_t shared_bytes;
-  bool fp64;  // some tensor is
+  int64_t shared_bytes, most_shared_bytes;  // of a block, and that the device lets one have
+  bool fp64;                                // some tensor is
   void* stream;
 };
 
-// Features with channels have maps of maxima: all of a launch, or none.
+// Features with channels have maps of maxima, those with `add` are taps: all of a launch, or none.
 void launch_attention_map(const MapParams& params, const Launch& launch);
 void launch_attention_map_backward(const SweepParams& params, const Launch& launch);
-void launch_attention_tap_backward(const TapParams& params, const Launch& launch);
 void launch_map_loss(const LossParams& params, const Launch& launch);
 void launch_at_loss(const LossParams& params, const Launch& launch);
 void launch_at_value_and_grad(const LossParams& params, const Launch& launch);

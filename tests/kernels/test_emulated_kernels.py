@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from cuda_emulator import Emulator, emulated
+from matrix import crossed
 from reference import loss_arguments
 from torch import Tensor
 
@@ -70,56 +70,25 @@ def test_same_bits_whatever_the_schedule(multiprocessors: int, seeds: range) -> 
     teachers = [torch.randn(b, 9, h, w, requires_grad=True) for b, _, h, w in shapes]
     first = None
     for seed in seeds:
-        order = {"seed": seed, "resident": (1, 2, 4, 16)[seed % 4], "shuffle": bool(seed % 2)}
-        with emulated(multiprocessors=multiprocessors, shared=40 << 10, **order):
+        resident = (1, 2, 4, 16)[seed % 4]
+        with emulated(multiprocessors, 40 << 10, seed, resident):
             found = everything(students, teachers)
         first = first or found
         assert all(map(torch.equal, first, found)), seed
 
 
-def test_calls_from_many_threads_agree(emulator: Emulator) -> None:
-    s, t = torch.randn(4, 8, 10, 10), torch.randn(4, 8, 10, 10)
-
-    def work(i: int) -> Tensor:
-        x = (s * (1 + i % 3)).requires_grad_()
-        at_fused.at_loss(x, t).backward()
-        return x.grad * (1 + i % 3)
-
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(work, range(16)))
-    for gradient in results:
-        torch.testing.assert_close(gradient, results[0], rtol=1e-5, atol=1e-9)
-
-
 # ---- what is moved, and how ----------------------------------------------------------------------
 
-QUICK = (
-    [(4, 64, 7, 7), torch.float32, False],
-    [(2, 32, 14, 14), torch.bfloat16, True],
-    [(1, 48, 56, 56), torch.float64, False],
+every = crossed(
+    size=[(4, 64, 7, 7), (2, 32, 14, 14), (1, 48, 56, 56)],
+    dtype=[torch.float32, torch.bfloat16, torch.float64, torch.float16],
+    layout=[torch.contiguous_format, torch.channels_last],
 )
-ALL = [
-    [size, dtype, last]
-    for size in ((4, 64, 7, 7), (2, 32, 14, 14), (1, 48, 56, 56))
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    for last in (False, True)
-]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(case, marks=[pytest.mark.exhaustive] * (case not in QUICK)) for case in ALL
-    ],
-    ids=lambda case: f"{'x'.join(map(str, case[0]))}-{str(case[1])[6:]}-{case[2]}",
-)
-def x(request: pytest.FixtureRequest) -> Tensor:
-    """A feature of some size, dtype and layout."""
-    size, dtype, last = request.param
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.randn(size).to(dtype, memory_format=layout)
-
-
-def test_features_move_in_128_bits(emulator: Emulator, x: Tensor) -> None:
+@every
+def test_features_move_in_128_bits(emulator: Emulator, size: Any, dtype: Any, layout: Any) -> None:
+    x = torch.randn(size).to(dtype, memory_format=layout)
     arguments = loss_arguments([x], [x.clone()])
     at_loss = partial(torch.ops.at_fused.at_loss, *arguments, True, False)
     (loss, maps), forward = emulator.counted(at_loss)
@@ -138,20 +107,11 @@ def test_features_move_in_128_bits(emulator: Emulator, x: Tensor) -> None:
     assert 16 * both.stores[4] == x.nbytes
 
 
-def test_maxima_move_in_128_bits(emulator: Emulator, x: Tensor) -> None:
-    (q, channels), forward = emulator.counted(partial(_ops.attention_map, [x], 3.0, "max"))
-    assert forward.launches == 1
-    assert 16 * forward.loads[4] == forward.load_bytes == x.nbytes
-    sweep = partial(_ops.attention_map_backward, [x], [q], None, [0], 3.0, [], [channels])
-    _, backward = emulator.counted(sweep)
-    assert backward.launches == 1
-    assert 16 * backward.stores[4] == backward.store_bytes == x.nbytes
-    assert backward.loads[4] == 0
-    if x.element_size() == 2:  # nothing else has this width
-        assert backward.loads[1] == q.numel()  # a feature's winners, each once
-
-
-def test_a_tap_reads_twice_and_writes_once(emulator: Emulator, x: Tensor) -> None:
+@every
+def test_a_tap_reads_twice_and_writes_once(
+    emulator: Emulator, size: Any, dtype: Any, layout: Any
+) -> None:
+    x = torch.randn(size).to(dtype, memory_format=layout)
     g, wide = torch.randn_like(x), torch.promote_types(x.dtype, torch.float32)
     k = torch.randn(len(x), x[0, 0].numel(), dtype=wide)
     for tap in TAPS:
@@ -164,20 +124,26 @@ def test_a_tap_reads_twice_and_writes_once(emulator: Emulator, x: Tensor) -> Non
         assert found.atomics == 0
 
 
-def test_a_tap_of_maxima_touches_the_winners(emulator: Emulator, x: Tensor) -> None:
+@every
+def test_maxima_touch_the_winners(emulator: Emulator, size: Any, dtype: Any, layout: Any) -> None:
+    x = torch.randn(size).to(dtype, memory_format=layout)
+    (q, channels), forward = emulator.counted(partial(_ops.attention_map, [x], 2.0, "max"))
+    assert 16 * forward.loads[4] == forward.load_bytes == x.nbytes
+    sweep = partial(_ops.attention_map_backward, [x], [q], None, [0], 2.0, [], [channels])
     g = torch.randn_like(x)
-    q, channels = _ops.attention_map([x], 2.0, "max")
+    calls = [sweep, *(partial(tap, g, x, q, 2.0, "max", channels) for tap in TAPS)]
+    plain, new, in_place = (emulator.counted(call)[1] for call in calls)
+    assert forward.launches == plain.launches == new.launches == in_place.launches == 1
     won = q.numel() * x.itemsize
-    new, in_place = (
-        emulator.counted(partial(tap, g, x, q, 2.0, "max", channels))[1] for tap in TAPS
-    )
-    assert in_place.launches == new.launches == 1
+    read = won + channels.nbytes + q.nbytes
+    assert plain.distinct_load_bytes == read
+    assert new.distinct_load_bytes == read + x.nbytes
+    assert in_place.distinct_load_bytes == read + won
     assert in_place.store_bytes == won
-    assert in_place.distinct_load_bytes == 2 * won + channels.nbytes + q.nbytes
-    assert 16 * new.loads[4] == 16 * new.stores[4] == x.nbytes
-    assert new.store_bytes == x.nbytes + won
-    assert new.distinct_store_bytes == x.nbytes
-    assert new.distinct_load_bytes == x.nbytes + won + channels.nbytes + q.nbytes
+    assert 16 * new.loads[4] == x.nbytes
+    for found in (plain, new):
+        assert 16 * found.stores[4] == found.distinct_store_bytes == x.nbytes
+        assert found.store_bytes == x.nbytes + won
 
 
 def test_a_list_of_maps_takes_one_launch(emulator: Emulator) -> None:
@@ -228,28 +194,19 @@ def test_features_that_are_not_aligned_move_in_elements(emulator: Emulator) -> N
 
 
 def test_a_launch_that_fails_is_a_python_error(emulator: Emulator) -> None:
-    s, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    expected = at_fused.at_loss(s, t)
-    large = torch.randn(1, 3, 60, 60)
-    devices = (
-        ({emulator.COMPUTE_CAPABILITY_MAJOR: 7}, s, r"compute capability 8\.0 or later"),
-        (
-            {emulator.SHARED_WITHOUT_ASKING: 4096, emulator.SHARED_PER_BLOCK: 4096},
-            large,
-            "at_loss_kernel: cudaErrorInvalidValue",  # a launch that the device refuses
-        ),
-    )
-    usual = {emulator.COMPUTE_CAPABILITY_MAJOR: 9, emulator.SHARED_WITHOUT_ASKING: 48 << 10}
-    for attributes, x, message in devices:
+    x, y = torch.randn(2, 1, 3, 60, 60)
+    expected = at_fused.at_loss(x, y)
+    for attribute, value, usual, message in (
+        (emulator.COMPUTE_CAPABILITY_MAJOR, 7, 9, r"compute capability 8\.0 or later"),
+        (emulator.SHARED_WITHOUT_ASKING, 4 << 10, 48 << 10, "at_loss_kernel: cudaErrorInvalidV"),
+    ):
+        emulator.set_attribute(attribute, value)
         try:
-            for attribute, value in attributes.items():
-                emulator.set_attribute(attribute, value)
             with pytest.raises(RuntimeError, match=message):
-                at_fused.at_loss(x, x)
+                at_fused.at_loss(x, y)
         finally:
-            for attribute, value in (usual | {emulator.SHARED_PER_BLOCK: 232448}).items():
-                emulator.set_attribute(attribute, value)
-    torch.testing.assert_close(at_fused.at_loss(s, t), expected, rtol=0, atol=0)
+            emulator.set_attribute(attribute, usual)
+    torch.testing.assert_close(at_fused.at_loss(x, y), expected, rtol=0, atol=0)
 
 
 def test_sizes_beyond_the_kernels_are_refused(emulator: Emulator) -> None:

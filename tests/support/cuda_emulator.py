@@ -84,9 +84,9 @@ class Emulator(ctypes.CDLL):
     SHARED_WITHOUT_ASKING, MULTIPROCESSORS, COMPUTE_CAPABILITY_MAJOR = 8, 16, 75
     SHARED_PER_MULTIPROCESSOR, SHARED_PER_BLOCK = 81, 97
 
-    def schedule(self, seed: int = 0, resident: int = 4, shuffle: bool = False) -> None:
-        """Choose how threads take turns, and how many blocks are resident at a time."""
-        self.emulator_schedule(ctypes.c_uint64(seed), resident, shuffle)
+    def schedule(self, seed: int = 0, resident: int = 4) -> None:
+        """Choose how threads and blocks take turns, and how many blocks are resident at a time."""
+        self.emulator_schedule(ctypes.c_uint64(seed), resident)
 
     def set_attribute(self, attribute: int, value: int) -> None:
         """Make the device another."""
@@ -122,15 +122,11 @@ def load() -> tuple[Emulator, SimpleNamespace]:
 
 @contextmanager
 def emulated(
-    multiprocessors: int = 132,
-    shared: int = 232448,
-    seed: int = 0,
-    resident: int = 4,
-    shuffle: bool = False,
+    multiprocessors: int = 132, shared: int = 232448, seed: int = 0, resident: int = 4
 ) -> Iterator[Emulator]:
     """Run CPU tensors on the CUDA kernels, on a device of the given size."""
     emulator, functions = load()
-    emulator.schedule(seed, resident, shuffle)
+    emulator.schedule(seed, resident)
     emulator.set_attribute(Emulator.MULTIPROCESSORS, multiprocessors)
     emulator.set_attribute(Emulator.SHARED_PER_BLOCK, shared)
     emulator.set_attribute(Emulator.SHARED_PER_MULTIPROCESSOR, shared + 1024)

@@ -67,9 +67,8 @@ class Access(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """params.h: Sweep, without what it writes to."""
+    """params.h: the pieces of SweepFeature."""
 
-    lanes: int
     row_pieces: int
     rows: int
     column_pieces: int
@@ -84,11 +83,12 @@ class Member(NamedTuple):
     tasks: int
     bytes_of_task: int  # read, at the most
     samples: int  # whole ones of a task; of pairs 0: they are shared
-    pieces: int  # of a sample's map, or of both maps of a shared one
+    pieces: int  # of a sample's map
     positions: int  # of a piece
     student: Access  # or the feature
     teacher: Access | None = None
-    sweep: Sweep | None = None  # of the gradient that this launch writes
+    sweep: Sweep | None = None
+    kept: bool = False  # on chip, where its gradient is made as well
 
 
 class Launch(NamedTuple):
@@ -100,26 +100,20 @@ class Launch(NamedTuple):
     kept_bytes: int = 0
 
 
-def _given(features: Sequence[Feature]) -> Any:
-    flat = [number for x in features for number in x]
-    return (ctypes.c_int64 * len(flat))(*flat)
+def _given(features: Sequence[Feature] | None) -> Any:
+    flat = [number for x in features or () for number in x]
+    return (ctypes.c_int64 * len(flat))(*flat) if features else None
 
 
-def _called(name: str, count: int, *arguments: Any) -> Iterator[int]:
+def _called(name: str, *arguments: Any, count: int) -> Iterator[int]:
     out = (ctypes.c_int64 * (3 + 24 * count))()
     getattr(_functions(), f"plan_{name}_c")(count, *arguments, out)
     return iter(out)
 
 
-def _taken(numbers: Iterator[int], count: int) -> list[int]:
-    return list(itertools.islice(numbers, count))
-
-
-def plan_maps(features: Sequence[Feature], limits: Limits) -> Launch:
-    """The launch of attention_map."""
-    numbers = _called("maps", len(features), _given(features), ctypes.byref(limits))
-    members = [Member(*_taken(numbers, 7), student=Access(*_taken(numbers, 3))) for _ in features]
-    return Launch(members, 8192)
+def _member(numbers: Iterator[int]) -> Member:
+    first = list(itertools.islice(numbers, 7))
+    return Member(*first, student=Access(*itertools.islice(numbers, 3)))
 
 
 def plan_sweeps(
@@ -129,18 +123,10 @@ def plan_sweeps(
     addends: Sequence[Feature] | None = None,
 ) -> Launch:
     """The launch of attention_map_backward, or of a tap's with what it is added to."""
-    added = _given(addends) if addends else None
-    given = _given(features), _given(outs), added, ctypes.byref(limits)
-    numbers = _called("sweeps", len(features), *given)
+    given = map(_given, (features, outs, addends))
+    numbers = _called("sweeps", *given, ctypes.byref(limits), count=len(features))
     return Launch(
-        [
-            Member(
-                *_taken(numbers, 7),
-                student=Access(*_taken(numbers, 3)),
-                sweep=Sweep(*_taken(numbers, 5)),
-            )
-            for _ in features
-        ]
+        [_member(numbers)._replace(sweep=Sweep(*itertools.islice(numbers, 4))) for _ in features]
     )
 
 
@@ -151,27 +137,14 @@ def plan_pairs(
     outs: Sequence[Feature] | None = None,
     fp64: bool = False,
 ) -> Launch:
-    """The launch of at_loss; with ``outs`` the first of at_value_and_grad."""
-    out = _given(outs) if outs else None
-    given = _given(students), _given(teachers), out, ctypes.c_bool(fp64), ctypes.byref(limits)
-    numbers = _called("pairs", len(students), *given)
-    shared = _taken(numbers, 3)
-    members = []
-    for _ in students:
-        member = Member(
-            *_taken(numbers, 7),
-            student=Access(*_taken(numbers, 3)),
-            teacher=Access(*_taken(numbers, 3)),
+    """The launch of at_loss; with ``outs`` of at_value_and_grad."""
+    given = *map(_given, (students, teachers, outs)), ctypes.c_bool(fp64)
+    numbers = _called("pairs", *given, ctypes.byref(limits), count=len(students))
+    shared = list(itertools.islice(numbers, 3))
+    members = [
+        _member(numbers)._replace(
+            teacher=Access(*itertools.islice(numbers, 3)), kept=bool(next(numbers))
         )
-        (swept,), sweep = _taken(numbers, 1), Sweep(*_taken(numbers, 5))
-        members.append(member._replace(sweep=sweep if swept else None))
+        for _ in students
+    ]
     return Launch(members, *shared)
-
-
-def plan_map_loss(student: Feature, teacher: Feature, limits: Limits) -> tuple[int, int]:
-    """Tasks of map_loss for a pair of maps, and the samples of each."""
-    samples = ctypes.c_int64()
-    call = _functions().plan_map_loss_c
-    call.restype = ctypes.c_int64
-    given = _given([student]), _given([teacher]), ctypes.byref(limits), ctypes.byref(samples)
-    return call(*given), samples.value

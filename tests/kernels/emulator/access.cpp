@@ -80,24 +80,14 @@ bool is_watched(uintptr_t address) {
   return state.stacks.has(stack) && !state.stacks.has(address);
 }
 
-void touch(void* p, size_t size, Access access, void* pc) {
+void touch(void* p, size_t size, Access access) {
   auto a = reinterpret_cast<uintptr_t>(p);
-  if (!is_watched(a)) return;
-  state.access_pc = pc;
-  track(a, size, access);
-  state.access_pc = nullptr;
+  if (is_watched(a)) track(a, size, access);
 }
 
-// Of unknown alignment: in the largest aligned pieces.
-void touch_range(void* p, size_t size, Access access, void* pc) {
-  while (size) {
-    auto a = reinterpret_cast<uintptr_t>(p);
-    size_t piece = a & 15 ? size_t{1} << std::countr_zero(a & 15) : 16;
-    while (piece > size) piece /= 2;
-    touch(p, piece, access, pc);
-    p = static_cast<char*>(p) + piece;
-    size -= piece;
-  }
+// Of unknown alignment, which kernels have only for what they do not share.
+void touch_range(void* p, size_t size, Access access) {
+  for (size_t i = 0; i < size; ++i) touch(static_cast<char*>(p) + i, 1, access);
 }
 
 }  // namespace
@@ -106,9 +96,9 @@ void touch_range(void* p, size_t size, Access access, void* pc) {
 
 // g++ -fsanitize=thread makes kernels call these at each load and store. Hidden, so that they bind
 // within this library, whatever else the process holds.
-#define ON(name, check, size, access)                                                \
-  extern "C" __attribute__((visibility("hidden"))) void __tsan_##name {              \
-    emulator::check(p, size, emulator::Access::access, __builtin_return_address(0)); \
+#define ON(name, check, size, access)                                   \
+  extern "C" __attribute__((visibility("hidden"))) void __tsan_##name { \
+    emulator::check(p, size, emulator::Access::access);                 \
   }
 #define ON_SIZE(n)                                      \
   ON(read##n(void* p), touch, n, kRead)                 \

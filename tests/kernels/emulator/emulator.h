@@ -22,8 +22,8 @@ struct emulator_counters_t {
 };
 
 #define EMULATOR_API __attribute__((visibility("default")))
-// So many blocks are resident at a time, and start in ascending order or shuffled.
-EMULATOR_API void emulator_schedule(uint64_t seed, int resident_blocks, int shuffle_blocks);
+// So many blocks are resident at a time, and start in ascending order, of odd seeds shuffled.
+EMULATOR_API void emulator_schedule(uint64_t seed, int resident_blocks);
 // attribute: a cudaDeviceAttr.
 EMULATOR_API void emulator_set_attribute(int attribute, int value);
 // Returns the totals since the last call.

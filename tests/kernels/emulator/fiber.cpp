@@ -1,4 +1,4 @@
-#include "fiber.h"
+#include "state.h"
 
 #if defined(__x86_64__)
 extern "C" __attribute__((visibility("hidden"))) void emulator_switch_stack(void** save, void* to);

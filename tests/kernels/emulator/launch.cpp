@@ -14,29 +14,13 @@ namespace emulator {
 namespace {
 
 constexpr size_t kSharedSlot = 512 << 10, kSharedGap = 128 << 10;
+constexpr int kMaxResident = 16;
 
-// An H100's.
-const std::unordered_map<int, int> kAttributes = {
-    {cudaDevAttrMaxSharedMemoryPerBlock, 48 << 10},
-    {cudaDevAttrMultiProcessorCount, 132},
-    {cudaDevAttrComputeCapabilityMajor, 9},
-    {cudaDevAttrMaxSharedMemoryPerMultiprocessor, 233472},
-    {cudaDevAttrMaxSharedMemoryPerBlockOptin, 232448},
-};
-
-bool grow(Region& region, size_t bytes) {
-  if (region.size >= bytes) return true;
-  if (region.size) {
-#if EMULATOR_ASAN
-    // The marks of stacks would stay for whatever is mapped here next.
-    ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(region.begin), region.size);
-#endif
-    munmap(reinterpret_cast<void*>(region.begin), region.size);
-  }
+Region reserve(size_t bytes) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  region = p == MAP_FAILED ? Region{} : Region{reinterpret_cast<uintptr_t>(p), bytes};
-  return region.size > 0;
+  if (p == MAP_FAILED) std::abort();
+  return {reinterpret_cast<uintptr_t>(p), bytes};
 }
 
 void start(Block& b, size_t slot, uint32_t index) {
@@ -48,16 +32,8 @@ void start(Block& b, size_t slot, uint32_t index) {
   b.known = nullptr;
   b.shadow.reset();
   size_t bytes = shape.dynamic_shared;
-#if EMULATOR_ASAN
-  std::free(b.shared);
-  // Exactly as large as asked for, for AddressSanitizer to see what lies beyond.
-  void* exact = nullptr;
-  if (bytes && posix_memalign(&exact, 128, bytes) != 0) std::abort();
-  b.shared = static_cast<char*>(exact);
-#else
   b.shared = reinterpret_cast<char*>(state.shared_region.begin + slot * kSharedSlot + kSharedGap);
   b.shared_cells.assign((bytes + 3) / 4, Cell{});
-#endif
   if (bytes) std::memset(b.shared, 0xff, bytes);
   b.threads.resize(shape.block);
   b.warps.resize((shape.block + 31) / 32);
@@ -77,7 +53,6 @@ void start(Block& b, size_t slot, uint32_t index) {
     t.lane = i % 32;
     t.id = 1 + (index << 10 | i);
     prepare(t.context, stack, kStackBytes, number, run_body);
-    std::memcpy(stack, &kCanary, sizeof kCanary);
   }
 }
 
@@ -100,16 +75,17 @@ void run_grid() {
 }
 
 cudaError_t prepare_launch(const void* kernel, const LaunchShape& shape) {
-  // The limit of blocks is the emulator's own.
-  if (shape.grid == 0 || shape.grid >= 1u << 21 || shape.block == 0 || shape.block > kMaxThreads)
-    return cudaErrorInvalidConfiguration;
   int most =
       std::max(device_attribute(cudaDevAttrMaxSharedMemoryPerBlock), state.max_shared[kernel]);
-  if (shape.dynamic_shared > static_cast<size_t>(most)) return cudaErrorInvalidValue;
+  // The limit of blocks is the emulator's own.
+  if (shape.grid == 0 || shape.grid >= 1u << 21 || shape.block == 0 || shape.block > kMaxThreads ||
+      shape.dynamic_shared > static_cast<size_t>(most))
+    return cudaErrorInvalidValue;
   size_t resident = std::min(shape.grid, static_cast<uint32_t>(state.resident));
-  if (!grow(state.stacks, resident * shape.block * kStackBytes) ||
-      !grow(state.shared_region, resident * kSharedSlot))
-    return cudaErrorMemoryAllocation;
+  if (state.stacks.size == 0) {
+    state.stacks = reserve(kMaxResident * kMaxThreads * kStackBytes);
+    state.shared_region = reserve(kMaxResident * kSharedSlot);
+  }
   state.shape = shape;
   state.random = (state.seed + 1) * 0x9e3779b97f4a7c15ull | 1;
   state.seed = state.random >> 1;  // another order at the next launch
@@ -143,10 +119,7 @@ int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), vo
   return state.last_error = state.failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
-int device_attribute(int attribute) {
-  auto set = state.attributes.find(attribute);
-  return set == state.attributes.end() ? kAttributes.at(attribute) : set->second;
-}
+int device_attribute(int attribute) { return state.attributes.at(attribute); }
 
 int set_max_dynamic_shared(const void* kernel, int bytes) {
   std::lock_guard lock(state.mutex);
@@ -165,10 +138,10 @@ int take_last_error() {
 
 using emulator::state;
 
-void emulator_schedule(uint64_t seed, int resident_blocks, int shuffle_blocks) {
+void emulator_schedule(uint64_t seed, int resident_blocks) {
   state.seed = seed;
-  state.resident = resident_blocks;
-  state.shuffle = shuffle_blocks != 0;
+  state.shuffle = seed % 2 == 1;
+  state.resident = std::min(resident_blocks, emulator::kMaxResident);
 }
 
 void emulator_set_attribute(int attribute, int value) { state.attributes[attribute] = value; }

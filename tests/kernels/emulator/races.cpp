@@ -1,5 +1,3 @@
-#include "races.h"
-
 #include <algorithm>
 
 #include "state.h"

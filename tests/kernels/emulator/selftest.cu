@@ -154,10 +154,6 @@ __global__ void hand_over(Bug bug, int* partial, unsigned* counter, int* out) {
   }
 }
 
-__global__ void in_order(unsigned* out, unsigned* next) {
-  if (threadIdx.x == 0) out[blockIdx.x] = emulator::atomic_add(next, 1u, std::memory_order_relaxed);
-}
-
 // ---- cases --------------------------------------------------------------------------------------
 
 template <class... Exp, class... Act>
@@ -206,22 +202,3 @@ CASE(wrong_late_read) { return run_hand_over(Bug::kLateRead); }
 CASE(right_hand_over) { return run_hand_over(Bug::kNone); }
 CASE(right_copy16) { return run(16, 64, 1024, copy16, NEW(uint4), NEW(uint4)); }
 CASE(right_halves) { return run(1, 64, 128, halves, NEW(unsigned short), NEW(unsigned short)); }
-
-// 1 if the blocks of a grid, one resident at a time, start in ascending order, 0 if not.
-CASE(blocks_in_order) {
-  std::vector<unsigned> out(64);
-  unsigned next = 0;
-  if (run(64, 32, 0, in_order, out.data(), &next)) return -1;
-  for (unsigned b = 0; b < 64; ++b)
-    if (out[b] != b) return 0;
-  return 1;
-}
-
-EXPORTED int start(unsigned grid, unsigned block, unsigned shared_bytes) {
-  unsigned out[1], next = 0;
-  return run(grid, block, shared_bytes, in_order, out, &next);
-}
-EXPORTED int allow(int shared_bytes) {
-  return cudaFuncSetAttribute(in_order, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-}
-EXPORTED int last_error() { return cudaGetLastError(); }

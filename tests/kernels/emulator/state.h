@@ -1,7 +1,10 @@
 // The state of the emulator.
 #pragma once
 
+#include <array>
 #include <cstdlib>
+#include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -9,18 +12,103 @@
 #include <vector>
 
 #include "emulator.h"
-#include "fiber.h"
-#include "races.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define EMULATOR_ASAN 1
+#else
+#define EMULATOR_ASAN 0
+#endif
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
 
 namespace emulator {
 
-inline constexpr int kMaxThreads = 1024;
-inline constexpr size_t kStackBytes = EMULATOR_ASAN ? 256 << 10 : 64 << 10;
-inline constexpr uint64_t kCanary = 0x5ca1ab1e0ddba11d;  // at each stack's end
-inline constexpr bool kTrack = !EMULATOR_ASAN;
-
 struct Block;
 struct Warp;
+struct Thread;
+
+// ---- stacks: fiber.cpp --------------------------------------------------------------------------
+
+struct Context {
+#if defined(__x86_64__)
+  void* sp;
+#else
+  ucontext_t context;
+#endif
+  const void* bottom;  // for AddressSanitizer
+  size_t size;
+};
+
+// The stack will call entry, which must not return, at the first switch to it.
+void prepare(Context& c, char* bottom, size_t size, size_t number, void (*entry)());
+// What entry must call first.
+void entered();
+// last: nothing will switch back to from.
+void switch_context(Context& from, Context& to, bool last);
+
+// ---- who last wrote and read each byte, and what orders these accesses: races.cpp
+// -----------------
+
+enum class Access { kRead, kWrite, kAtomic };
+
+// An access. A block's time advances at its barriers and at each release by one of its threads.
+struct Moment {
+  uint32_t thread;  // 1 + block << 10 | thread in the block; 0: nobody
+  uint32_t time : 30;
+  uint32_t several : 1;  // of other threads of the block too, since its last barrier
+  uint32_t atomic : 1;
+
+  uint32_t block() const { return (thread - 1) >> 10; }
+};
+
+// What a thread knows of other blocks: all accesses before a time, by block, and single threads'
+// up to a time.
+struct Clock {
+  std::vector<uint32_t> blocks;
+  std::map<uint32_t, uint32_t> threads;
+
+  bool covers(const Moment& m) const;
+  void add_block(uint32_t block, uint32_t before);
+  void add_thread(uint32_t thread, uint32_t time);
+  void join(const Clock& other);
+};
+using ClockRef = std::shared_ptr<const Clock>;
+
+ClockRef joined(const ClockRef& a, const ClockRef& b);
+
+// The accesses of four bytes, or of two. A third block's reading takes the place of the second's: a
+// write that is ordered after those kept, and not after one forgotten, goes unnoticed.
+struct Cell {
+  Moment written;
+  std::array<Moment, 2> read;   // by a block each
+  std::array<Cell, 2>* halves;  // once a thread uses two of the four bytes
+};
+
+class Shadow {
+ public:
+  explicit Shadow(bool shared) : shared_(shared) {}
+  // cells: those of the aligned four bytes at address on.
+  void access(Cell* cells, uintptr_t address, size_t size, Access access, Thread& t);
+  void reset() { halves_.clear(); }
+
+ private:
+  void check(Cell& c, uintptr_t address, Access access, Thread& t);
+  [[noreturn]] void race(const char* mine, const char* theirs, const Moment& other,
+                         uintptr_t address, const Thread& t);
+
+  bool shared_;
+  std::deque<std::array<Cell, 2>> halves_;
+};
+
+// ---- what runs ----------------------------------------------------------------------------------
+
+inline constexpr int kMaxThreads = 1024;
+inline constexpr size_t kStackBytes = EMULATOR_ASAN ? 256 << 10 : 64 << 10;
+inline constexpr bool kTrack = !EMULATOR_ASAN;
 
 struct Thread {
   Context context;
@@ -51,10 +139,6 @@ struct Block {
   char* shared = nullptr;
   std::vector<Cell> shared_cells;
   Shadow shadow{true};
-
-  ~Block() {
-    if (EMULATOR_ASAN) std::free(shared);
-  }
 };
 
 struct Region {
@@ -75,7 +159,9 @@ struct State {
   uint64_t seed = 0, random = 0;
   int resident = 4;
   bool shuffle = false;
-  std::unordered_map<int, int> attributes;
+  // cudaDeviceAttr and values, at first an H100's.
+  std::unordered_map<int, int> attributes{
+      {8, 48 << 10}, {16, 132}, {75, 9}, {81, 233472}, {97, 232448}};
   std::unordered_map<const void*, int> max_shared;
   std::string error;
   int last_error = 0;
@@ -95,7 +181,6 @@ struct State {
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
   std::array<std::pair<uintptr_t, Page*>, 256> recent_pages;
   std::unordered_map<const void*, ClockRef> released;  // by the counter that was added to
-  void* access_pc = nullptr;                           // of the access under way
 };
 extern State state;
 

@@ -1,6 +1,4 @@
 // Which thread runs next, what threads do together, and the reports.
-#include <dlfcn.h>
-
 #include <bit>
 #include <cstdarg>
 #include <cstdio>
@@ -80,15 +78,6 @@ std::string describe(const Site& site) {
 void report(const Thread& t, const std::string& text) {
   state.failed = true;
   state.error = "emulator: " + text + ", " + describe_thread(t.id);
-  Dl_info info;
-  if (void* pc = std::exchange(state.access_pc, nullptr); pc && dladdr(pc, &info)) {
-    char place[64];
-    // addr2line finds the call at the address before the one it returns to.
-    std::snprintf(
-        place, sizeof place, "+0x%zx",
-        static_cast<size_t>(static_cast<char*>(pc) - static_cast<char*>(info.dli_fbase) - 1));
-    state.error += std::string(", at ") + info.dli_fname + place;
-  }
   if (t.site.line()) state.error += ", last synchronised at " + describe(t.site);
 }
 
@@ -143,8 +132,6 @@ void complete_barrier(Block& b) {
 
 void end_thread(Thread& t) {
   Block& b = *t.block;
-  if (std::memcmp(t.context.bottom, &kCanary, sizeof kCanary) != 0)
-    fail("stack overflow", "more than %zu bytes", kStackBytes);
   t.warp->ended |= 1u << t.lane;
   if (t.warp->in_shuffle) {
     const Thread& o = t.warp->threads[std::countr_zero(t.warp->in_shuffle)];

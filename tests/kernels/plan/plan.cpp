@@ -1,5 +1,5 @@
 // csrc/cuda/plan.h for ctypes: what it decides about the list of one launch, as numbers.
-#include "../../../csrc/cuda/plan.h"
+#include "../../../csrc/cuda/plan_features.h"
 
 using namespace at_fused;
 
@@ -32,37 +32,21 @@ struct Out {
     for (int64_t value : values) *to++ = value;
   }
   void put(const Access& a) { put({a.vector, a.channels_per_row, a.lanes}); }
-  void put(const Sweep& s) { put({s.lanes, s.row_pieces, s.rows, s.column_pieces, s.columns}); }
 };
 
 template <class Member>
 void put_tasks(Out& out, int64_t number, const Member& member, int64_t samples, int64_t pieces,
                int64_t positions) {
-  out.put({number, member.first_task, tasks_of(member), bytes_of_task(member), samples, pieces,
-           positions});
+  out.put(
+      {number, member.first_task, member.tasks, member.bytes_of_task, samples, pieces, positions});
 }
 
 }  // namespace
 
 extern "C" {
 
-// A member's number, which sorting would lose, is where its map would be, or its coefficients.
-void plan_maps_c(int count, const int64_t* numbers, const Limits* limits, int64_t* to) {
-  const std::vector<Feature> features = list(count, numbers);
-  std::vector<MapFeature> members(count);
-  for (int i = 0; i < count; ++i) {
-    plan_map(members[i], features[i], total_bytes(features), *limits);
-    members[i].map = reinterpret_cast<void*>(intptr_t(i));
-  }
-  number_tasks(members.data(), count);
-  Out out{to};
-  for (const MapFeature& member : members) {
-    put_tasks(out, intptr_t(member.map), member, 1, member.pieces, member.positions);
-    out.put(member.view.access);
-  }
-}
-
-// `addends` may be null.
+// A member's number, which sorting would lose, is where its coefficients would be. `addends` may be
+// null.
 void plan_sweeps_c(int count, const int64_t* numbers, const int64_t* outs, const int64_t* addends,
                    const Limits* limits, int64_t* to) {
   const std::vector<Feature> features = list(count, numbers), written = list(count, outs);
@@ -78,7 +62,7 @@ void plan_sweeps_c(int count, const int64_t* numbers, const int64_t* outs, const
   for (const SweepFeature& member : members) {
     put_tasks(out, intptr_t(member.k), member, member.samples, 1, member.view.N);
     out.put(member.view.access);
-    out.put(member.sweep);
+    out.put({member.row_pieces, member.rows, member.column_pieces, member.columns});
   }
 }
 
@@ -90,7 +74,7 @@ void plan_pairs_c(int count, const int64_t* students, const int64_t* teachers, c
   std::vector<PairParams> members(count);
   std::vector<Pair> pairs;
   for (int i = 0; i < count; ++i) pairs.push_back({s[i], t[i]});
-  const OnChip chip = plan_pairs(members.data(), pairs.data(), count,
+  const OnChip chip = plan_pairs(members.data(), pairs.data(), count, false,
                                  outs ? written.data() : nullptr, fp64, *limits);
   for (int i = 0; i < count; ++i) members[i].number = i;
   number_tasks(members.data(), count);
@@ -99,20 +83,10 @@ void plan_pairs_c(int count, const int64_t* students, const int64_t* teachers, c
            chip.kept_bytes});
   for (const PairParams& pair : members) {
     put_tasks(out, pair.number, pair, pair.samples, pair.pieces, pair.positions);
-    out.put(pair.student.access);
-    out.put(pair.teacher.access);
-    out.put({pair.sweep.out != nullptr});
-    out.put(pair.sweep);
+    out.put(pair.sides[kStudent].view.access);
+    out.put(pair.sides[kTeacher].view.access);
+    out.put({pair.out.data != nullptr});
   }
-}
-
-// The tasks of a pair of raw maps, and the samples of each.
-int64_t plan_map_loss_c(const int64_t* student, const int64_t* teacher, const Limits* limits,
-                        int64_t* samples) {
-  PairParams pair{};
-  plan_map_loss(pair, {feature(student), feature(teacher)}, *limits);
-  *samples = pair.samples;
-  return tasks_of(pair);
 }
 
 }  // extern "C"

@@ -2,7 +2,6 @@
 // it, and the emulator runs them.
 #pragma once
 
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <tuple>
@@ -56,10 +55,7 @@ __forceinline__ T __ldg(const T* p) {
   return *p;
 }
 
-__forceinline__ unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
-__forceinline__ float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }
 __forceinline__ constexpr int min(int a, int b) { return b < a ? b : a; }
-__forceinline__ constexpr int max(int a, int b) { return b < a ? a : b; }
 
 // ---- for the host -------------------------------------------------------------------------------
 
@@ -67,8 +63,6 @@ __forceinline__ constexpr int max(int a, int b) { return b < a ? a : b; }
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
-  cudaErrorMemoryAllocation = 2,
-  cudaErrorInvalidConfiguration = 9,
   cudaErrorLaunchFailure = 719,
 };
 
@@ -91,11 +85,9 @@ struct cudaLaunchConfig_t {
 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess                     ? "cudaSuccess"
-         : error == cudaErrorInvalidValue         ? "cudaErrorInvalidValue"
-         : error == cudaErrorMemoryAllocation     ? "cudaErrorMemoryAllocation"
-         : error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration"
-                                                  : emulator_last_error();
+  return error == cudaSuccess             ? "cudaSuccess"
+         : error == cudaErrorInvalidValue ? "cudaErrorInvalidValue"
+                                          : emulator_last_error();
 }
 
 inline cudaError_t cudaGetLastError() {
@@ -116,11 +108,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulator::LaunchShape shape{config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes};
   return static_cast<cudaError_t>(emulator::launch(reinterpret_cast<const void*>(kernel), shape,
                                                    body, static_cast<void*>(&call), sizeof(call)));
-}
-
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
