@@ -17,29 +17,28 @@ struct LossGradient {
   bool fp64 = false;
   int64_t pair_stride = 0, sample_stride = 0;
 
-  LossGradient(const std::optional<Tensor>& gradient, const Ints& pairs, const Tensors& features) {
+  // `pairs` numbers each feature's pair; empty: 0, 1, 2 ...
+  LossGradient(const std::optional<Tensor>& gradient, const Tensors& features,
+               const Ints& pairs = {}) {
     if (!gradient) return;
     const int64_t rank = gradient->dim();
-    STD_TORCH_CHECK(rank <= 2 && device_of(*gradient) == device_of(features[0]),
-                    "at_fused: the loss gradient must be a scalar, (pairs,) or (pairs, B), on the "
-                    "inputs' device");
-    fp64 = gradient->scalar_type() == ScalarType::Double;
-    STD_TORCH_CHECK(fp64 || gradient->scalar_type() == ScalarType::Float,
-                    "at_fused: the loss gradient must be float32 or float64");
+    const ScalarType dtype = gradient->scalar_type();
+    fp64 = dtype == ScalarType::Double;
+    STD_TORCH_CHECK(rank <= 2 && (fp64 || dtype == ScalarType::Float) &&
+                        device_of(*gradient) == device_of(features[0]),
+                    "at_fused: the loss gradient must be a scalar, (pairs,) or (pairs, B), float32 "
+                    "or float64, on the inputs' device");
     data = gradient->const_data_ptr();
-    if (rank == 0) return;
-    pair_stride = gradient->stride(0);
-    for (int64_t pair : pairs) {
-      STD_TORCH_CHECK(pair >= 0 && pair < gradient->size(0), "at_fused: pair number ", pair,
-                      " is out of range");
-    }
-    if (rank == 1) return;
-    sample_stride = gradient->stride(1);
-    for (const Tensor& feature : features) {
-      STD_TORCH_CHECK(gradient->size(1) == feature.size(0),
+    if (rank > 0) pair_stride = gradient->stride(0);
+    if (rank > 1) sample_stride = gradient->stride(1);
+    for (size_t i = 0; i < features.size(); ++i) {
+      const int64_t pair = pairs.empty() ? int64_t(i) : pairs[i];
+      STD_TORCH_CHECK(rank == 0 || (pair >= 0 && pair < gradient->size(0)),
+                      "at_fused: the loss gradient has no value for pair number ", pair);
+      STD_TORCH_CHECK(rank < 2 || gradient->size(1) == features[i].size(0),
                       "at_fused: a loss gradient (pairs, B) must have the batch size of the "
                       "features, ",
-                      feature.size(0), ", got ", gradient->size(1));
+                      features[i].size(0), ", got ", gradient->size(1));
     }
   }
 
@@ -53,6 +52,18 @@ struct LossGradient {
   }
 };
 
+// Finds what a gradient is written to, in its feature's layout: `out` itself, or, where it has
+// strides of another or of none (H and W transposed, say), a plain tensor, which takes a plain
+// feature too.
+inline Tensor written_for(const Tensor& out, Tensor& tensor, Feature& feature, Feature& written) {
+  if (describe(out, written) && written.layout == feature.layout) return out;
+  tensor = torch::stable::contiguous(tensor);
+  Tensor plain = torch::stable::new_empty(tensor, tensor.sizes());
+  describe(tensor, feature);
+  describe(plain, written);
+  return plain;
+}
+
 // New gradients for a list of features, with the strides that a caller was promised, and the
 // tensors that are written for them in a layout that is the feature's own: the same, or plainer
 // ones.
@@ -61,23 +72,14 @@ class Gradients {
   std::vector<Feature> features, out;
 
   // Features without a native layout are replaced by copies. The gradient of skipped tokens is 0.
-  explicit Gradients(Tensors& tensors, const Ints& skip_tokens = {}) {
-    check_skip_tokens(skip_tokens, tensors.size());
+  // The tensors are the first of `listed` ones that skip_tokens may have a number for.
+  Gradients(Tensors& tensors, const Ints& skip_tokens, size_t listed) {
     for (size_t i = 0; i < tensors.size(); ++i) {
-      const int64_t first = skipped(skip_tokens, i, tensors[i]);
+      const int64_t first = skipped(skip_tokens, listed, i, tensors[i]);
       const Tensor given = tensors[i];
       Feature feature = native_feature(tensors[i], device_of(tensors[0])), written;
-      // A feature that was copied to have a layout need not have the strides of `given`.
-      results_.push_back(given.get() == tensors[i].get() ? new_like(given, feature)
-                                                         : torch::stable::empty_like(given));
-      written_.push_back(results_[i]);
-      // Strides that no layout has (H and W transposed, say) are written through a plain tensor.
-      if (!describe(written_[i], written) || written.layout != feature.layout) {
-        tensors[i] = torch::stable::contiguous(tensors[i]);
-        written_[i] = torch::stable::new_empty(tensors[i], tensors[i].sizes());
-        describe(tensors[i], feature);
-        describe(written_[i], written);
-      }
+      results_.push_back(new_like(given));
+      written_.push_back(written_for(results_[i], tensors[i], feature, written));
       if (first > 0) {
         Tensor zeros = torch::stable::narrow(written_[i], 2, 0, first);
         torch::stable::zero_(zeros);
@@ -86,8 +88,6 @@ class Gradients {
       out.push_back(without_first(written, first));
     }
   }
-
-  const Tensor& written(size_t i) const { return written_[i]; }
 
   Tensors finish() {
     for (size_t i = 0; i < written_.size(); ++i) {
@@ -103,9 +103,9 @@ class Gradients {
 // ---- maps that come with features -------------------------------------------------------------
 
 // A map (B, N) of a feature, contiguous.
-inline Maps contiguous_map(Tensor& map, const Feature& feature, Device device, bool dtype_fits,
+inline Maps contiguous_map(Tensor& map, const Feature& feature, Device device, ScalarType dtype,
                            const char* wrong) {
-  STD_TORCH_CHECK(dtype_fits && map.dim() == 2 && map.size(0) == feature.B &&
+  STD_TORCH_CHECK(map.scalar_type() == dtype && map.dim() == 2 && map.size(0) == feature.B &&
                       map.size(1) == feature.N && device_of(map) == device,
                   wrong);
   if (!map.is_contiguous()) map = torch::stable::contiguous(map);
@@ -113,33 +113,27 @@ inline Maps contiguous_map(Tensor& map, const Feature& feature, Device device, b
 }
 
 inline Maps coefficient_map(Tensor& map, const Feature& feature, Device device) {
-  const ScalarType dtype = accumulates_fp64(feature) ? ScalarType::Double : ScalarType::Float;
-  return contiguous_map(map, feature, device, map.scalar_type() == dtype,
+  return contiguous_map(map, feature, device, accumulate_dtype(accumulates_fp64(feature)),
                         "at_fused: a coefficient map must be (B, N), float64 for float64 features "
                         "and float32 otherwise");
 }
 
 // The channels that won each position's maximum.
 inline Maps channel_map(Tensor& map, const Feature& feature, Device device) {
-  return contiguous_map(map, feature, device, map.scalar_type() == ScalarType::Int,
+  return contiguous_map(map, feature, device, ScalarType::Int,
                         "at_fused: a map of channels must be (B, N) of int32");
 }
 
 // ---- gradients that are written in place ------------------------------------------------------
 
-// The stride and size of every dimension of more than one, the innermost first.
-inline std::vector<std::pair<int64_t, int64_t>> extents(const Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> extents;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) extents.emplace_back(tensor.stride(d), tensor.size(d));
+inline void check_no_overlap(const Tensor& gradient) {
+  std::vector<std::pair<int64_t, int64_t>> extents;  // strides and sizes
+  for (int64_t d = 0; d < gradient.dim(); ++d) {
+    if (gradient.size(d) > 1) extents.emplace_back(gradient.stride(d), gradient.size(d));
   }
   std::sort(extents.begin(), extents.end());
-  return extents;
-}
-
-inline void check_no_overlap(const Tensor& gradient) {
   int64_t reach = 1;
-  for (const auto& [stride, size] : extents(gradient)) {
+  for (const auto& [stride, size] : extents) {
     STD_TORCH_CHECK(stride >= reach,
                     "at_fused: a gradient that is written in place must not be expanded, nor "
                     "overlap itself");
@@ -147,19 +141,15 @@ inline void check_no_overlap(const Tensor& gradient) {
   }
 }
 
-// The addresses from a tensor's first byte to behind its last.
-inline std::pair<uintptr_t, uintptr_t> bytes_of(const Tensor& tensor) {
-  int64_t last = 0;
-  for (const auto& [stride, size] : extents(tensor)) last += (size - 1) * stride;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  return {begin, begin + uintptr_t(last + 1) * tensor.element_size()};
+inline const char* memory_of(const Tensor& tensor) {
+  int64_t offset = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  return static_cast<const char*>(tensor.const_data_ptr()) - offset * tensor.element_size();
 }
 
 // What may lie where the gradient is written is read from a copy.
 inline void read_before(const Tensor& gradient, Tensor& read) {
-  const auto [begin, end] = bytes_of(gradient);
-  const auto [first, last] = bytes_of(read);
-  if (first < end && begin < last) read = torch::stable::clone(read);
+  if (memory_of(read) == memory_of(gradient)) read = torch::stable::clone(read);
 }
 
 }  // namespace at_fused

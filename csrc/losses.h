@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <initializer_list>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -84,9 +83,8 @@ struct LossArguments {
     const size_t n = student.size();
     STD_TORCH_CHECK(masks.empty() || masks.size() == n, "at_fused: a mask per pair, got ",
                     masks.size(), " for ", n);
-    check_skip_tokens(skip_tokens, 2 * n);
     const auto feature_of = [&](Tensor& tensor, size_t at) {
-      const int64_t first = skipped(skip_tokens, at, tensor);
+      const int64_t first = skipped(skip_tokens, 2 * n, at, tensor);
       return without_first(native_feature(tensor, device), first);
     };
     for (size_t i = 0; i < n; ++i) {
@@ -96,9 +94,7 @@ struct LossArguments {
       pair.student_scale = collapse_scale(collapsed, pair.student);
       pair.teacher_scale = collapse_scale(collapsed, pair.teacher);
       if (!masks.empty()) {
-        pair.mask = contiguous_map(masks[i], pair.student, device,
-                                   masks[i].scalar_type() ==
-                                       (pair.fp64() ? ScalarType::Double : ScalarType::Float),
+        pair.mask = contiguous_map(masks[i], pair.student, device, accumulate_dtype(pair.fp64()),
                                    "at_fused: a mask must be (B, N) on the features' device, "
                                    "float64 where a feature of the pair is and float32 otherwise")
                         .first;
@@ -110,16 +106,15 @@ struct LossArguments {
   // Maps that are not contiguous are replaced by copies.
   void take_maps(Tensors& student, Tensors& teacher) {
     for (size_t i = 0; i < student.size(); ++i) {
-      const int64_t B = student[i].size(0);
       const auto feature_of = [&](Tensor& map) {
+        const ScalarType dtype = map.scalar_type();
         STD_TORCH_CHECK(map.dim() == 2 && map.numel() > 0 && device_of(map) == device &&
-                            (map.scalar_type() == ScalarType::Float ||
-                             map.scalar_type() == ScalarType::Double) &&
-                            map.size(0) == B && map.size(1) == student[i].size(1),
+                            (dtype == ScalarType::Float || dtype == ScalarType::Double) &&
+                            map.size(0) == student[i].size(0) && map.size(1) == student[i].size(1),
                         "at_fused: maps must be (B, N), not empty, float32 or float64, on one "
                         "device, and both of a pair of one size");
         if (!map.is_contiguous()) map = torch::stable::contiguous(map);
-        const int64_t N = map.size(1);
+        const int64_t B = map.size(0), N = map.size(1);
         return Feature{map.const_data_ptr(), dtype_of(map), Layout::planar, B, 1, N, N, N};
       };
       const Feature of_student = feature_of(student[i]);
@@ -172,26 +167,20 @@ inline std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, Ten
   Tensor result = compute_loss(loss, student_grad, teacher_grad, maps, teacher_maps);
   // With a gradient to come both sides' maps are kept: k where it is asked for, else the raw map,
   // which a second derivative needs (and which is cheaper to keep than the features).
-  for (Tensor& map : teacher_maps) maps.push_back(std::move(map));
-  if (!student_grad && !teacher_grad) maps.clear();
-  return {std::move(result), std::move(maps)};
+  if (!student_grad && !teacher_grad) return {result, {}};
+  maps.insert(maps.end(), teacher_maps.begin(), teacher_maps.end());
+  return {result, maps};
 }
 
 inline std::tuple<Tensor, Tensors> at_value_and_grad(
     Tensors student, Tensors teacher, Tensors masks, Weights weights, Ints skip_tokens, double p,
     std::string collapse, std::string form, std::string reduction, std::string eps_mode, double eps,
     double scale, std::optional<Tensor> loss_gradient) {
-  const size_t n = student.size();
   LossArguments loss(student, teacher, weights, form, reduction, eps_mode, eps);
-  check_skip_tokens(skip_tokens, 2 * n);
-  const Ints of_students(skip_tokens.begin(),
-                         skip_tokens.begin() + int64_t(skip_tokens.empty() ? 0 : n));
   // First: they settle in which layout a student is read.
-  Gradients gradients(student, of_students);
+  Gradients gradients(student, skip_tokens, 2 * student.size());
   loss.take_features(student, teacher, masks, skip_tokens, p, collapse);
-  Ints numbers(n);
-  std::iota(numbers.begin(), numbers.end(), 0);
-  const LossGradient above(loss_gradient, numbers, student);
+  const LossGradient above(loss_gradient, student);
   Tensor result = compute_value_and_grad(loss, gradients, above, scale);
   return {std::move(result), gradients.finish()};
 }
@@ -206,14 +195,13 @@ inline std::tuple<Tensor, Tensors> map_loss(Tensors student, Tensors teacher, We
   const auto new_maps = [&](bool wanted, Feature Pair::* side) {
     std::vector<Maps> maps(loss.pairs.size());
     for (size_t i = 0; wanted && i < maps.size(); ++i) {
-      results.push_back(new_map(loss.pairs[i].*side, loss.device));
-      maps[i] = Maps(results.back());
+      maps[i] = Maps(results.emplace_back(new_map(loss.pairs[i].*side, loss.device)));
     }
     return maps;
   };
   const std::vector<Maps> of_students = new_maps(student_grad, &Pair::student);
   const std::vector<Maps> of_teachers = new_maps(teacher_grad, &Pair::teacher);
-  return {compute_map_loss(loss, of_students, of_teachers), std::move(results)};
+  return {compute_map_loss(loss, of_students, of_teachers), results};
 }
 
 }  // namespace at_fused

@@ -32,18 +32,14 @@ inline Device device_of(const Tensor& tensor) {
 // ---- tensors as features ----------------------------------------------------------------------
 
 inline Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::Half:
-      return Dtype::float16;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "at_fused: features must be float16, bfloat16, float32 or float64");
-  }
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                      dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "at_fused: features must be float16, bfloat16, float32 or float64");
+  return dtype == ScalarType::Float    ? Dtype::float32
+         : dtype == ScalarType::Double ? Dtype::float64
+         : dtype == ScalarType::Half   ? Dtype::float16
+                                       : Dtype::bfloat16;
 }
 
 // The strides of (B, C, *spatial) as those of (B, C, N); false where no native layout has them.
@@ -75,15 +71,14 @@ inline bool describe(const Tensor& tensor, Feature& feature) {
 inline Feature native_feature(Tensor& tensor, Device device) {
   STD_TORCH_CHECK(tensor.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
   STD_TORCH_CHECK(tensor.numel() > 0, "at_fused: features must not be empty");
-  // An expanded tensor may have more elements than any memory: few enough here that sums of bytes,
-  // of lists too, are never beyond 64 bits.
+  // An expanded tensor may have more elements than any memory: sums of bytes stay below 64 bits.
   STD_TORCH_CHECK(tensor.numel() <= int64_t(1) << 44, "at_fused: at most 2^44 elements, got ",
                   tensor.numel());
   STD_TORCH_CHECK(device_of(tensor) == device, "at_fused: all features must be on the same device");
   Feature feature;
   if (!describe(tensor, feature)) {
     tensor = torch::stable::contiguous(tensor);
-    STD_TORCH_CHECK(describe(tensor, feature), "at_fused: a contiguous copy has no layout");
+    describe(tensor, feature);
   }
   return feature;
 }
@@ -94,20 +89,17 @@ inline int64_t total_bytes(const std::vector<Feature>& features) {
   return total;
 }
 
-// How many tokens in front of a feature (B, C, N) have no part in its map.
-inline int64_t skipped(const Ints& skip_tokens, size_t at, const Tensor& feature) {
+// How many tokens in front of a feature (B, C, N), number `at` of a list, have no part in its map.
+inline int64_t skipped(const Ints& skip_tokens, size_t features, size_t at, const Tensor& feature) {
   if (skip_tokens.empty()) return 0;
+  STD_TORCH_CHECK(skip_tokens.size() == features,
+                  "at_fused: skip_tokens must have one number per feature, got ",
+                  skip_tokens.size(), " for ", features);
   const int64_t count = skip_tokens[at];
   STD_TORCH_CHECK(
       count == 0 || (feature.dim() == 3 && count > 0 && count < feature.size(2)),
       "at_fused: skip_tokens must be >= 0 and leave a token of a feature (B, C, N), got ", count);
   return count;
-}
-
-inline void check_skip_tokens(const Ints& skip_tokens, size_t features) {
-  STD_TORCH_CHECK(skip_tokens.empty() || skip_tokens.size() == features,
-                  "at_fused: skip_tokens must have one number per feature, got ",
-                  skip_tokens.size(), " for ", features);
 }
 
 // ---- new tensors ------------------------------------------------------------------------------
@@ -122,12 +114,12 @@ inline std::string last_reason() {
 
 // torch::stable::new_empty and empty_like look their operators up by name in every call, which for
 // a list of small features takes longer than the arithmetic.
-inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* strides, int32_t dtype,
-                         Device device) {
+inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* strides,
+                         ScalarType dtype, Device device) {
+  using torch::stable::detail::from, torch::stable::detail::to;
   AtenTensorHandle handle = nullptr;
-  const auto error =
-      aoti_torch_empty_strided(rank, sizes, strides, dtype, device.type, device.index, &handle);
-  if (error) {
+  if (aoti_torch_empty_strided(rank, sizes, strides, to<int32_t>(from(dtype)), device.type,
+                               device.index, &handle)) {
     int64_t count = 1;
     for (int64_t d = 0; d < rank; ++d) count *= sizes[d];
     STD_TORCH_CHECK(false, "at_fused: no result of ", count, " elements: ", last_reason());
@@ -136,26 +128,26 @@ inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* stri
 }
 
 // torch.empty_like: the strides of a dense tensor, those that empty_like finds for any other.
-inline Tensor new_like(const Tensor& tensor, const Feature& feature) {
-  if (feature.line != line_length(feature) || feature.batch != feature.C * feature.N) {
+inline Tensor new_like(const Tensor& tensor) {
+  Feature feature;
+  if (tensor.dim() < 3 || !describe(tensor, feature) || feature.line != line_length(feature) ||
+      feature.batch != feature.C * feature.N) {
     return torch::stable::empty_like(tensor);
   }
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return new_tensor(tensor.dim(), tensor.sizes().data(), tensor.strides().data(), dtype,
-                    device_of(tensor));
+  return new_tensor(tensor.dim(), tensor.sizes().data(), tensor.strides().data(),
+                    tensor.scalar_type(), device_of(tensor));
 }
 
-inline int32_t accumulate_dtype(bool fp64) {
-  return fp64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+inline ScalarType accumulate_dtype(bool fp64) {
+  return fp64 ? ScalarType::Double : ScalarType::Float;
 }
 
 // A map (B, N) of a feature: of values, or of channels.
 inline Tensor new_map(const Feature& feature, Device device, bool of_channels = false) {
   const int64_t sizes[] = {feature.B, feature.N}, strides[] = {feature.N, 1};
-  const int32_t dtype =
-      of_channels ? aoti_torch_dtype_int32() : accumulate_dtype(accumulates_fp64(feature));
-  return new_tensor(2, sizes, strides, dtype, device);
+  return new_tensor(2, sizes, strides,
+                    of_channels ? ScalarType::Int : accumulate_dtype(accumulates_fp64(feature)),
+                    device);
 }
 
 // The map of each sample in such a tensor.
@@ -168,6 +160,7 @@ struct Maps {
       : first(static_cast<char*>(maps.mutable_data_ptr())),
         bytes(maps.size(1) * int64_t(maps.element_size())) {}
   void* of(int64_t b) const { return first ? first + b * bytes : nullptr; }
+  int32_t* channels(int64_t b) const { return static_cast<int32_t*>(of(b)); }
 };
 
 }  // namespace at_fused

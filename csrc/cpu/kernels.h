@@ -26,6 +26,19 @@ struct SampleLoss {
   double student_scale, teacher_scale;  // d Q / d |A|^p times p: p / C for mean, p for sum
 };
 
+// out[b, c, n] = gradient * k[n] * |A|^(p-1) * sign(A) for the lines [begin, end) of sample b:
+// channels in planar, positions in interleaved. It is added to `add`, which may be `out`, unless
+// that is null; with `channels` only those have a gradient. All have one layout and dtype.
+struct Sweep {
+  const Feature &feature, &out;
+  const Feature* add;
+  int64_t b, begin, end;
+  double p, gradient;
+  const void* k;
+  const int32_t* channels;
+  bool stream;  // past the caches
+};
+
 struct Kernels {
   const char* name;
 
@@ -37,12 +50,7 @@ struct Kernels {
   // Normalises both maps of a sample, returns its share of the loss and leaves k = dL/dQ * scale.
   double (*sample_loss)(const SampleLoss& sample);
 
-  // out[b, c, n] = gradient * k[n] * |A|^(p-1) * sign(A) for the lines [begin, end) of a sample:
-  // channels in planar, positions in interleaved. It is added to `add`, which may be `out`, unless
-  // that is null; with `channels` only those have a gradient. All have one layout and dtype.
-  void (*sweep)(const Feature& feature, const Feature* add, int64_t b, int64_t begin, int64_t end,
-                double p, double gradient, const void* k, const int32_t* channels,
-                const Feature& out, bool stream);
+  void (*sweep)(const Sweep& sweep);
 };
 
 extern const Kernels kernels_baseline;

@@ -2,7 +2,5 @@
 #define AT_FUSED_VECTOR_BYTES 64
 #include "kernels_table.h"
 
-namespace at_fused {
-const Kernels kernels_avx512 = table("avx512");
-}  // namespace at_fused
+const at_fused::Kernels at_fused::kernels_avx512 = table("avx512");
 #endif

@@ -2,6 +2,4 @@
 #define AT_FUSED_VECTOR_BYTES 16
 #include "kernels_table.h"
 
-namespace at_fused {
-const Kernels kernels_baseline = table("baseline");
-}  // namespace at_fused
+const at_fused::Kernels at_fused::kernels_baseline = table("baseline");

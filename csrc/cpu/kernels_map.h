@@ -1,8 +1,7 @@
 // Sums over channels: the attention map of some positions.
 #pragma once
 
-#include "kernels.h"
-#include "numbers.h"
+#include "elements.h"
 
 namespace at_fused {
 namespace {
@@ -12,7 +11,6 @@ namespace {
 struct Ahead {
   int64_t distance = 0, step = 0;  // bytes, from the rows at work and for each step through them
 
-  Ahead() = default;
   Ahead(int64_t rows_bytes, int64_t steps) {
     constexpr int64_t latency = 8192;  // bytes that are read while memory answers
     if (rows_bytes == 0 || steps == 0) return;
@@ -28,34 +26,34 @@ AT_FUSED_INLINE void add_channels(const T* x, int64_t line, int64_t n, P p, bool
                                   Ahead ahead, A* map) {
   constexpr int width = lanes<A>;
   const char* next = reinterpret_cast<const char*>(x) + ahead.distance;
-  const auto block = [&](auto&& read_channel, Vec<A> before) AT_FUSED_LAMBDA {
-    Vec<A> total = p.power(read_channel(x));
-    for (int r = 1; r < rows; ++r) total += p.power(read_channel(x + r * line));
-    return (before + total) * scale;
+  const auto before = [&](int64_t at, int count) AT_FUSED_LAMBDA {
+    return first ? Vec<A>{} : load_up_to(map + at, count);
   };
   int64_t i = 0;
   for (; i + 2 * width <= n; i += 2 * width) {
-    for (const char* end = next + ahead.step; next < end; next += kCacheLine) {
+    for (const char* end = next + (rows == 8 ? ahead.step : 0); next < end; next += kCacheLine) {
       __builtin_prefetch(next, 0, 2);
     }
-    Both<Vec<A>> totals{};
-    for (int r = 0; r < rows; ++r) {
+    Both<Vec<A>> totals = load_both(x + i);
+    totals.low = p.power(totals.low), totals.high = p.power(totals.high);
+    for (int r = 1; r < rows; ++r) {
       const Both<Vec<A>> channel = load_both(x + r * line + i);
-      totals.low = r == 0 ? p.power(channel.low) : totals.low + p.power(channel.low);
-      totals.high = r == 0 ? p.power(channel.high) : totals.high + p.power(channel.high);
+      totals.low += p.power(channel.low), totals.high += p.power(channel.high);
     }
-    store(map + i, ((first ? Vec<A>{} : load(map + i)) + totals.low) * scale);
-    store(map + i + width, ((first ? Vec<A>{} : load(map + i + width)) + totals.high) * scale);
+    store(map + i, (before(i, width) + totals.low) * scale);
+    store(map + i + width, (before(i + width, width) + totals.high) * scale);
   }
-  for (; i + width <= n; i += width) {
-    store(map + i, block([&](const T* c) AT_FUSED_LAMBDA { return load(c + i); },
-                         first ? Vec<A>{} : load(map + i)));
-  }
+  // Without a branch in between: multiplications and additions are fused within a block of code.
+  const auto add_few = [&](int count, auto&& read_few) AT_FUSED_LAMBDA {
+    const Vec<A> sums = before(i, count);
+    Vec<A> total = p.power(read_few(x + i));
+    for (int r = 1; r < rows; ++r) total += p.power(read_few(x + r * line + i));
+    store_up_to(map + i, (sums + total) * scale, count);
+    i += count;
+  };
+  while (i + width <= n) add_few(width, [](const T* c) AT_FUSED_LAMBDA { return load(c); });
   if (const int rest = int(n - i)) {
-    const Vec<A> value =
-        block([&](const T* c) AT_FUSED_LAMBDA { return load_partial(c + i, rest); },
-              first ? Vec<A>{} : load_partial(map + i, rest));
-    store_partial(map + i, value, rest);
+    add_few(rest, [=](const T* c) AT_FUSED_LAMBDA { return load_partial(c, rest); });
   }
 }
 
@@ -66,15 +64,15 @@ void attention_map_planar(const T* x, int64_t C, int64_t line, int64_t n, P p, A
     const int64_t count = n - i < tile ? n - i : tile;
     const Ahead ahead(8 * line * int64_t(sizeof(T)), count / (2 * lanes<A>));
     int64_t c = 0;
-    const auto add = [&](auto rows, Ahead next) {
+    const auto add = [&](auto rows) {
       for (; c + rows <= C; c += rows) {
         add_channels<rows>(x + c * line + i, line, count, p, c == 0, c + rows == C ? scale : A(1),
-                           next, map + i);
+                           ahead, map + i);
       }
     };
-    add(std::integral_constant<int, 8>{}, ahead);
-    add(std::integral_constant<int, 4>{}, Ahead{});
-    add(std::integral_constant<int, 1>{}, Ahead{});
+    add(std::integral_constant<int, 8>{});
+    add(std::integral_constant<int, 4>{});
+    add(std::integral_constant<int, 1>{});
   }
 }
 
@@ -83,6 +81,7 @@ void attention_map_planar(const T* x, int64_t C, int64_t line, int64_t n, P p, A
 template <int vectors, class T, class A, class P>
 AT_FUSED_INLINE Vec<A> add_position(const T* x, int64_t C, P p) {
   constexpr int width = lanes<A>;
+  if (vectors == 1 && C == width) return p.power(load(x));
   Vec<A> total[4] = {};
   int64_t c = 0;
   const auto add_both = [&](int u, const T* from) AT_FUSED_LAMBDA {
@@ -107,6 +106,12 @@ AT_FUSED_INLINE Vec<A> add_position(const T* x, int64_t C, P p) {
   return vectors >= 0 && vectors <= 2 ? first : first + (total[2] + total[3]);
 }
 
+// The lanes of the lower and the upper half in turns.
+template <class V, int... i>
+AT_FUSED_INLINE V alternate(V v, std::integer_sequence<int, i...>) {
+  return shuffle<(i / 2 + i % 2 * int(sizeof...(i) / 2))...>(v, v);
+}
+
 // Positions of one vector of bf16 channels each, one behind the other: two are loaded at once and
 // their channels added up in pairs, which spares a level of the sums.
 template <class P>
@@ -125,35 +130,26 @@ void attention_map_pairs(const BFloat16* x, int64_t n, P p, float scale, float* 
       std::memcpy(padded, x + (count - 1) * width, width * sizeof(BFloat16));
       totals[count / 2] = add_two(padded);
     }
-    const Vec<float> sums = alternate(sum_each<float, half>(totals)) * scale;
-    count == width ? store(map, sums) : store_partial(map, sums, count);
+    const Vec<float> sums =
+        alternate(sum_each<float, half>(totals), std::make_integer_sequence<int, width>{}) * scale;
+    store_up_to(map, sums, count);
   }
 }
 
 template <int vectors, class T, class A, class P>
 void interleaved_map(const T* x, int64_t C, int64_t line, int64_t n, P p, A scale, A* map) {
   constexpr int width = lanes<A>;
-  const bool dense = vectors == 1 && C == width && line == C;
   if constexpr (vectors == 1 && std::is_same_v<T, BFloat16>) {
-    if (dense) return attention_map_pairs(x, n, p, scale, map);
+    if (C == width && line == C) return attention_map_pairs(x, n, p, scale, map);
   }
-  for (; n >= width; n -= width, map += width) {
+  const auto add = [&](int count) AT_FUSED_LAMBDA {
     Vec<A> totals[width];
-    if (dense) {
-      for (int j = 0; j < width; j += 2, x += 2 * width) {
-        const Both<Vec<A>> positions = load_both(x);
-        totals[j] = p.power(positions.low), totals[j + 1] = p.power(positions.high);
-      }
-    } else {
-      for (int j = 0; j < width; ++j, x += line) totals[j] = add_position<vectors, T, A>(x, C, p);
-    }
-    store(map, sum_each<A>(totals) * scale);
-  }
-  if (n > 0) {
-    Vec<A> totals[width] = {};
-    for (int j = 0; j < n; ++j, x += line) totals[j] = add_position<vectors, T, A>(x, C, p);
-    store_partial(map, sum_each<A>(totals) * scale, int(n));
-  }
+    for (int j = count; j < width; ++j) totals[j] = Vec<A>{};
+    for (int j = 0; j < count; ++j, x += line) totals[j] = add_position<vectors, T, A>(x, C, p);
+    store_up_to(map, sum_each<A>(totals) * scale, count);
+  };
+  for (; n >= width; n -= width, map += width) add(width);
+  if (n > 0) add(int(n));
 }
 
 // With the number of vectors of channels known to the compiler, if it is at most four.

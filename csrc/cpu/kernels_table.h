@@ -5,33 +5,6 @@
 // bits for any number of threads: a partial vector does the arithmetic of a full one.
 #pragma once
 
-// Headers first: only code of this file alone may be compiled for the level (see kernels.h).
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <utility>
-
-#include "kernels.h"
-
-#if defined(__clang__)
-#if AT_FUSED_VECTOR_BYTES == 64
-#pragma clang attribute push(                                                    \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-    apply_to = function)
-#elif AT_FUSED_VECTOR_BYTES == 32
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#endif
-#elif AT_FUSED_VECTOR_BYTES == 64
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#elif AT_FUSED_VECTOR_BYTES == 32
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
 #include "kernels_loss.h"
 #include "kernels_map.h"
 #include "kernels_max.h"
@@ -49,9 +22,10 @@ void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end
     const int64_t C = feature.C, line = feature.line, n = end - begin;
     const T* x = static_cast<const T*>(sample_of(feature, b)) + begin * (planar ? 1 : line);
     A* out = static_cast<A*>(map) + begin;
-    if (channels) return max_map(feature, x, n, p, out, channels + begin);
-    with_exponent<A>(p, [&](auto exponent) {
-      if (planar) {
+    with_exponent(p, [&](auto exponent) {
+      if (channels) {
+        max_map(feature, x, n, exponent, out, channels + begin);
+      } else if (planar) {
         attention_map_planar<T, A>(x, C, line, n, exponent, A(scale), out);
       } else {
         attention_map_interleaved<T, A>(x, C, line, n, exponent, A(scale), out);
@@ -60,34 +34,21 @@ void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end
   });
 }
 
-void sweep(const Feature& feature, const Feature* add, int64_t b, int64_t begin, int64_t end,
-           double p, double gradient, const void* k, const int32_t* channels, const Feature& out,
-           bool stream) {
-  with_dtype(feature.dtype, [&](auto element, auto accumulator) {
+void sweep(const Sweep& sweep) {
+  with_dtype(sweep.feature.dtype, [&](auto element, auto accumulator) {
     using T = decltype(element);
     using A = decltype(accumulator);
-    const A* map = static_cast<const A*>(k);
-    if (channels) {
-      return with_few_exponents<A>(p, [&](auto exponent) {
-        sweep_maxima<T, A>(feature, add, out, b, begin, end, exponent, A(gradient), map, channels);
-      });
-    }
-    const auto first = [&](const Feature& x) {
-      return static_cast<T*>(const_cast<void*>(sample_of(x, b))) + begin * x.line;
-    };
-    const A* factors = feature.layout == Layout::planar ? map : map + begin;
-    const auto sweep_with = [&](auto exponent, auto addend) {
-      sweep_lines<T, A>(feature, first(feature), first(out), out.line, end - begin, exponent,
-                        A(gradient), factors, stream, addend);
-    };
-    if (add) {
-      with_few_exponents<A>(
-          p, [&](auto exponent) { sweep_with(exponent, Addend<T>{first(*add), add->line}); });
-    } else {
-      with_exponent<A>(p, [&](auto exponent) { sweep_with(exponent, Nothing{}); });
-    }
+    with_exponent(sweep.p, [&](auto exponent) {
+      if (sweep.channels) {
+        sweep_maxima<T, A>(sweep, exponent);
+      } else if (sweep.add) {
+        sweep_lines<true, T, A>(sweep, exponent);
+      } else {
+        sweep_lines<false, T, A>(sweep, exponent);
+      }
+    });
   });
-  if (stream) streaming_fence();
+  if (sweep.stream) streaming_fence();
 }
 
 constexpr Kernels table(const char* name) { return {name, attention_map, sample_loss, sweep}; }

@@ -7,7 +7,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <fstream>
-#include <memory>
+#include <functional>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -39,15 +40,15 @@ std::vector<const Kernels*> usable_kernels() {
 
 // AT_FUSED_CPU_ISA asks for a lower level than the highest, for tests and comparisons.
 const Kernels& kernels() {
-  static const Kernels& chosen = [&]() -> const Kernels& {
+  static const Kernels* chosen = [] {
     const std::vector<const Kernels*> usable = usable_kernels();
     const char* wanted = std::getenv("AT_FUSED_CPU_ISA");
     for (const Kernels* level : usable) {
-      if (wanted && std::string(wanted) == level->name) return *level;
+      if (wanted && std::string(wanted) == level->name) return level;
     }
-    return *usable.back();
+    return usable.back();
   }();
-  return chosen;
+  return *chosen;
 }
 
 std::string cpu_isa() { return kernels().name; }
@@ -68,39 +69,31 @@ struct Task {
 };
 
 constexpr int64_t kSerialBytes = 1 << 16;  // below this a second thread costs more than it brings
-constexpr int64_t kUsualCacheBytes = 32 << 20;
-constexpr int64_t kPositionStep = 256;  // a cut through a row keeps runs of at least this length
+constexpr int64_t kPositionStep = 256;     // a cut through a row keeps runs of at least this length
 
-// Bytes of a task: several tasks per thread, so that unequal ones even out, but none so large that
-// a thread waits long for the last, nor so small that handing it out costs more than it brings.
-int64_t task_bytes(int64_t total_bytes) {
-  const int64_t tasks = 4 * int64_t(torch::stable::get_num_threads());
-  return std::clamp<int64_t>(total_bytes / tasks, kSerialBytes / 2, 8 << 20);
-}
-
-// Cuts B samples of `lines` lines into tasks of about `bytes`, along samples while they are small
-// and in multiples of `step` lines where one alone is larger.
-void cut(std::vector<Task>& tasks, size_t number, int64_t B, int64_t lines, int64_t sample_bytes,
-         int64_t bytes, int64_t step) {
+// Cuts B samples of `lines` lines, of a list of `total` bytes, along samples while they are small
+// and in multiples of `step` lines where one alone is large. Several tasks per thread, so that
+// unequal ones even out, but none so large that a thread waits long for the last, nor so small that
+// handing it out costs more than it brings.
+void cut(std::vector<Task>& tasks, int64_t total, size_t number, int64_t B, int64_t lines,
+         int64_t sample_bytes, int64_t step) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t bytes = std::clamp<int64_t>(total / (4 * threads), kSerialBytes / 2, 8 << 20);
   const int64_t parts = (sample_bytes + bytes / 2) / bytes;
+  int64_t samples = std::max<int64_t>(1, bytes / sample_bytes), count = lines;
   if (parts > 1 && lines > step) {
-    const int64_t count = std::max<int64_t>(1, (lines / parts + step - 1) / step) * step;
-    for (int64_t b = 0; b < B; ++b) {
-      for (int64_t begin = 0; begin < lines; begin += count) {
-        tasks.push_back({number, b, b + 1, begin, std::min(begin + count, lines)});
-      }
-    }
-    return;
+    samples = 1;
+    count = std::max<int64_t>(1, (lines / parts + step - 1) / step) * step;
   }
-  const int64_t samples = std::max<int64_t>(1, bytes / sample_bytes);
   for (int64_t b = 0; b < B; b += samples) {
-    tasks.push_back({number, b, std::min(b + samples, B), 0, lines});
+    for (int64_t begin = 0; begin < lines; begin += count) {
+      tasks.push_back({number, b, std::min(b + samples, B), begin, std::min(begin + count, lines)});
+    }
   }
 }
 
-// Cuts a feature of a list of `total` bytes along its lines.
-void cut_lines(std::vector<Task>& tasks, size_t number, const Feature& feature, int64_t total) {
-  cut(tasks, number, feature.B, lines(feature), sample_bytes(feature), task_bytes(total), 1);
+void cut_lines(std::vector<Task>& tasks, int64_t total, size_t number, const Feature& feature) {
+  cut(tasks, total, number, feature.B, lines(feature), sample_bytes(feature), 1);
 }
 
 // Runs f(task) for every task; idle threads take the next one. Who runs a task never changes what
@@ -120,35 +113,37 @@ void run(const std::vector<Task>& tasks, int64_t total_bytes, const F& f) {
   }
 }
 
-#if defined(__linux__)
+// Runs f(task, b) for every sample of every task.
+template <class F>
+void run_samples(const std::vector<Task>& tasks, int64_t total_bytes, const F& f) {
+  run(tasks, total_bytes, [&](const Task& task) {
+    for (int64_t b = task.b0; b < task.b1; ++b) f(task, b);
+  });
+}
+
 // Fresh memory of this size is bound by page faults, one in 4 KiB; asked for 2 MiB pages before it
 // is first written it is not.
-void advise_huge_pages(const Feature& feature) {
+void advise_huge_pages([[maybe_unused]] const Feature& feature) {
+#if defined(__linux__)
   constexpr uintptr_t huge = 2 << 20;
   const uintptr_t first = reinterpret_cast<uintptr_t>(feature.data);
   const uintptr_t begin = (first + huge - 1) / huge * huge;
   const uintptr_t end = (first + total_bytes(feature)) / huge * huge;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
-// The cache that cores share. sysconf adds up those of a socket on some processors.
-int64_t last_level_cache_bytes() {
-  static const int64_t bytes = [] {
-    int64_t kib = 0;
-    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kib;
-    return kib > 0 ? kib << 10 : kUsualCacheBytes;
-  }();
-  return bytes;
-}
-#else
-void advise_huge_pages(const Feature&) {}
-int64_t last_level_cache_bytes() { return kUsualCacheBytes; }
 #endif
+}
 
-// Returns true for gradients too large for the cache. One that fits beside its features and a third
-// tensor (the teacher's, or the gradient from above) is left there for the next operator; each line
-// of a larger one would be read before it is written.
-bool writes_past_caches(int64_t bytes) { return 3 * bytes > last_level_cache_bytes(); }
+// Returns true for gradients too large for the cache that cores share. One that fits beside its
+// features and a third tensor (the teacher's, or the gradient from above) is left there for the
+// next operator; each line of a larger one would be read before it is written.
+bool writes_past_caches(int64_t bytes) {
+  static const int64_t cache_kib = [] {
+    int64_t kib = 32 << 10;  // where Linux does not say; sysconf would add up those of a socket
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kib;
+    return kib;
+  }();
+  return 3 * bytes > cache_kib << 10;
+}
 
 // ---- losses -----------------------------------------------------------------------------------
 
@@ -157,19 +152,15 @@ using Losses = std::vector<std::vector<double>>;  // of each pair's samples
 // Reduces them as asked for: added in order, so that neither threads nor tasks can change a bit.
 Tensor reduced(const LossArguments& loss, const Losses& losses) {
   std::vector<double> values;
+  double total = 0;
   for (const std::vector<double>& of_samples : losses) {
-    if (loss.reduction == Reduction::sample) {
-      values.insert(values.end(), of_samples.begin(), of_samples.end());
-      continue;
-    }
-    double of_pair = 0;
-    for (double value : of_samples) of_pair += value;
-    if (loss.reduction == Reduction::none || values.empty()) {
-      values.push_back(of_pair);
-    } else {
-      values[0] += of_pair;
-    }
+    const double of_pair = std::accumulate(of_samples.begin(), of_samples.end(), 0.0);
+    total += of_pair;
+    if (loss.reduction == Reduction::none) values.push_back(of_pair);
+    if (loss.reduction != Reduction::sample) continue;
+    values.insert(values.end(), of_samples.begin(), of_samples.end());
   }
+  if (loss.reduction == Reduction::sum) values.push_back(total);
   Tensor result = loss.new_loss();
   for (size_t i = 0; i < values.size(); ++i) {
     store_loss(result.mutable_data_ptr(), loss.fp64, int64_t(i), values[i]);
@@ -187,143 +178,103 @@ double sample_loss(const LossArguments& loss, size_t number, const void* student
        loss.sample_weight(number), loss.p * pair.student_scale, loss.p * pair.teacher_scale});
 }
 
-// Multiplies a map, or its coefficients, by the sample's mask.
-void apply_mask(const Pair& pair, int64_t b, bool map_fp64, void* map) {
+// Multiplies a feature's map, or its coefficients, by the sample's mask.
+void apply_mask(const Pair& pair, const Feature& feature, int64_t b, void* map) {
   if (!pair.mask) return;
-  const int64_t N = pair.student.N;
-  const auto multiply = [&](auto* values, const auto* factors) {
-    for (int64_t n = 0; n < N; ++n) values[n] *= factors[b * N + n];
+  const auto multiply = [&](auto* values) {
+    for (int64_t n = 0; n < feature.N; ++n) {
+      values[n] *= factor_of(pair.mask, pair.fp64(), b * feature.N + n);
+    }
   };
-  if (map_fp64) {
-    multiply(static_cast<double*>(map), static_cast<const double*>(pair.mask));
-  } else if (pair.fp64()) {
-    multiply(static_cast<float*>(map), static_cast<const double*>(pair.mask));
-  } else {
-    multiply(static_cast<float*>(map), static_cast<const float*>(pair.mask));
-  }
+  accumulates_fp64(feature) ? multiply(static_cast<double*>(map))
+                            : multiply(static_cast<float*>(map));
 }
 
-// Pairs of features at work.
-class PairsAtWork {
- public:
-  std::vector<Task> tasks;  // over positions
-  int64_t total = 0;        // bytes that will be read
-  std::vector<Maps> student_maps;
+using SweepTask = std::function<void(const Task&, int64_t)>;
 
-  PairsAtWork(const LossArguments& loss, bool student_grad, bool teacher_grad, Tensors& students,
-              Tensors& teachers)
-      : loss_(loss),
-        student_grad_(student_grad),
-        teacher_grad_(teacher_grad),
-        missing_(loss.pairs.size()) {
-    for (const Pair& pair : loss.pairs) {
-      student_maps.emplace_back(students.emplace_back(new_map(pair.student, loss.device)));
-      teacher_maps_.emplace_back(teachers.emplace_back(new_map(pair.teacher, loss.device)));
-      losses_.emplace_back(pair.student.B);
-      total += pair.student.B * pair.bytes_of_sample();
-    }
-    for (size_t i = 0; i < loss.pairs.size(); ++i) {
-      const Feature& student = loss.pairs[i].student;
-      const size_t before = tasks.size();
-      cut(tasks, i, student.B, student.N, loss.pairs[i].bytes_of_sample(), task_bytes(total),
-          kPositionStep);
-      if (tasks[before].end == student.N) continue;
-      const int64_t pieces = int64_t(tasks.size() - before) / student.B;
-      missing_[i].reset(new std::atomic<int64_t>[student.B]);
-      for (int64_t b = 0; b < student.B; ++b) missing_[i][b] = pieces;
-    }
+// The losses of pairs of features, and their maps: coefficient maps where a gradient is asked for.
+// `sweep(task, b)` writes the gradient of the student's lines, as soon as its coefficients are
+// there.
+Tensor run_pairs(const LossArguments& loss, bool student_grad, bool teacher_grad, Tensors& students,
+                 Tensors& teachers, const SweepTask& sweep = nullptr) {
+  std::vector<Maps> student_maps, teacher_maps;
+  Losses losses;
+  int64_t total = 0;
+  for (const Pair& pair : loss.pairs) {
+    student_maps.emplace_back(students.emplace_back(new_map(pair.student, loss.device)));
+    teacher_maps.emplace_back(teachers.emplace_back(new_map(pair.teacher, loss.device)));
+    losses.emplace_back(pair.student.B);
+    total += pair.student.B * pair.bytes_of_sample();
   }
-
-  // Returns true for pairs whose samples are cut into pieces.
-  bool is_cut(size_t number) const { return missing_[number] != nullptr; }
-
-  // The maps of a task's samples [b0, b1), and losses and coefficient maps of those that are whole
-  // with them.
-  void run(const Task& task, int64_t b0, int64_t b1) {
-    const Pair& pair = loss_.pairs[task.number];
-    // Two long runs through memory, the student's last: the backward pass reads it again.
-    for (int64_t b = b0; b < b1; ++b) {
-      kernels().attention_map(pair.teacher, b, task.begin, task.end, loss_.p, pair.teacher_scale,
-                              teacher_maps_[task.number].of(b), nullptr);
-    }
-    for (int64_t b = b0; b < b1; ++b) {
-      kernels().attention_map(pair.student, b, task.begin, task.end, loss_.p, pair.student_scale,
-                              student_maps[task.number].of(b), nullptr);
-    }
-    for (int64_t b = b0; b < b1; ++b) finish_sample(task.number, b);
+  // Samples that are larger than a task are cut into pieces for all threads: their losses wait for
+  // all maps, and their gradients for all losses.
+  std::vector<Task> tasks, large, large_lines;
+  for (size_t i = 0; i < loss.pairs.size(); ++i) {
+    const Feature& student = loss.pairs[i].student;
+    cut(tasks, total, i, student.B, student.N, loss.pairs[i].bytes_of_sample(), kPositionStep);
+    if (tasks.back().begin == 0) continue;
+    for (int64_t b = 0; b < student.B; ++b) large.push_back({i, b, b + 1, 0, student.N});
+    cut_lines(large_lines, total, i, student);
   }
-
-  Tensor total_loss() const { return reduced(loss_, losses_); }
-
- private:
-  void finish_sample(size_t number, int64_t b) {
-    // The thread that brings the last piece of a sample finishes it, and must see all the others'.
-    if (is_cut(number) && missing_[number][b].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-    const Pair& pair = loss_.pairs[number];
-    const bool student_fp64 = accumulates_fp64(pair.student);
-    const bool teacher_fp64 = accumulates_fp64(pair.teacher);
-    void* student = student_maps[number].of(b);
-    void* teacher = teacher_maps_[number].of(b);
-    apply_mask(pair, b, student_fp64, student);
-    apply_mask(pair, b, teacher_fp64, teacher);
-    losses_[number][b] =
-        sample_loss(loss_, number, student, teacher, student_grad_ ? student : nullptr,
-                    teacher_grad_ ? teacher : nullptr);
-    if (student_grad_) apply_mask(pair, b, student_fp64, student);
-    if (teacher_grad_) apply_mask(pair, b, teacher_fp64, teacher);
-  }
-
-  const LossArguments& loss_;
-  bool student_grad_, teacher_grad_;
-  std::vector<Maps> teacher_maps_;
-  std::vector<std::unique_ptr<std::atomic<int64_t>[]>>
-      missing_;  // pieces of each sample that is cut
-  Losses losses_;
-};
+  const auto find_loss = [&](const Task& task, int64_t b) {
+    const Pair& pair = loss.pairs[task.number];
+    void* student = student_maps[task.number].of(b);
+    void* teacher = teacher_maps[task.number].of(b);
+    apply_mask(pair, pair.student, b, student);
+    apply_mask(pair, pair.teacher, b, teacher);
+    losses[task.number][b] =
+        sample_loss(loss, task.number, student, teacher, student_grad ? student : nullptr,
+                    teacher_grad ? teacher : nullptr);
+    if (student_grad) apply_mask(pair, pair.student, b, student);
+    if (teacher_grad) apply_mask(pair, pair.teacher, b, teacher);
+  };
+  run(tasks, total, [&](const Task& task) {
+    const Pair& pair = loss.pairs[task.number];
+    // With a sweep sample by sample: the student's is read again while it is in the second-level
+    // cache. Else two long runs through memory, the student's last, as a backward pass reads it.
+    const int64_t step = sweep ? 1 : task.b1 - task.b0;
+    for (int64_t first = task.b0; first < task.b1; first += step) {
+      const int64_t end = first + step;
+      for (const bool teacher : {true, false}) {
+        const Feature& x = teacher ? pair.teacher : pair.student;
+        const double scale = teacher ? pair.teacher_scale : pair.student_scale;
+        const Maps& maps = (teacher ? teacher_maps : student_maps)[task.number];
+        for (int64_t b = first; b < end; ++b) {
+          kernels().attention_map(x, b, task.begin, task.end, loss.p, scale, maps.of(b), nullptr);
+        }
+      }
+      if (task.end - task.begin < pair.student.N) continue;
+      for (int64_t b = first; b < end; ++b) find_loss(task, b);
+      if (sweep) sweep({task.number, first, end, 0, lines(pair.student)}, first);
+    }
+  });
+  run_samples(large, total, find_loss);
+  if (sweep) run_samples(large_lines, total, sweep);
+  return reduced(loss, losses);
+}
 
 }  // namespace
 
 Tensor compute_loss(const LossArguments& loss, bool student_grad, bool teacher_grad,
                     Tensors& student_maps, Tensors& teacher_maps) {
-  PairsAtWork pairs(loss, student_grad, teacher_grad, student_maps, teacher_maps);
-  run(pairs.tasks, pairs.total, [&](const Task& task) { pairs.run(task, task.b0, task.b1); });
-  return pairs.total_loss();
+  return run_pairs(loss, student_grad, teacher_grad, student_maps, teacher_maps);
 }
 
 Tensor compute_value_and_grad(const LossArguments& loss, const Gradients& gradients,
                               const LossGradient& loss_gradient, double scale) {
-  Tensors student_maps, teacher_maps;
-  PairsAtWork pairs(loss, true, false, student_maps, teacher_maps);
-  int64_t student_total = 0;
+  int64_t total = 0;
   for (const Feature& out : gradients.out) {
     advise_huge_pages(out);
-    student_total += total_bytes(out);
+    total += total_bytes(out);
   }
-  const bool stream = writes_past_caches(student_total);
-  const auto sweep = [&](const Task& task, int64_t b) {
-    kernels().sweep(gradients.features[task.number], nullptr, b, task.begin, task.end, loss.p,
-                    scale * loss_gradient.value(task.number, b),
-                    pairs.student_maps[task.number].of(b), nullptr, gradients.out[task.number],
-                    stream);
-  };
-  run(pairs.tasks, pairs.total, [&](const Task& task) {
-    if (pairs.is_cut(task.number)) return pairs.run(task, task.b0, task.b1);
-    // Sample by sample: the student's is read again while it is in the second-level cache.
-    const Task of_lines{task.number, 0, 0, 0, lines(gradients.features[task.number])};
-    for (int64_t b = task.b0; b < task.b1; ++b) {
-      pairs.run(task, b, b + 1);
-      sweep(of_lines, b);
-    }
+  const bool stream = writes_past_caches(total);
+  Tensors student_maps, teacher_maps;
+  return run_pairs(loss, true, false, student_maps, teacher_maps, [&](const Task& task, int64_t b) {
+    const size_t i = task.number;
+    kernels().sweep({gradients.features[i], gradients.out[i], nullptr, b, task.begin, task.end,
+                     loss.p, scale * loss_gradient.value(int64_t(i), b),
+                     Maps(student_maps[i]).of(b), nullptr, stream});
   });
-  // A sample that was cut is too large for that cache: all threads share its gradient.
-  std::vector<Task> rest;
-  for (size_t i = 0; i < gradients.features.size(); ++i) {
-    if (pairs.is_cut(i)) cut_lines(rest, i, gradients.features[i], student_total);
-  }
-  run(rest, student_total, [&](const Task& task) {
-    for (int64_t b = task.b0; b < task.b1; ++b) sweep(task, b);
-  });
-  return pairs.total_loss();
 }
 
 Tensor compute_map_loss(const LossArguments& loss, const std::vector<Maps>& student_maps,
@@ -335,15 +286,13 @@ Tensor compute_map_loss(const LossArguments& loss, const std::vector<Maps>& stud
   for (size_t i = 0; i < loss.pairs.size(); ++i) {
     const Pair& pair = loss.pairs[i];
     losses.emplace_back(pair.student.B);
-    cut(tasks, i, pair.student.B, 1, pair.bytes_of_sample(), task_bytes(total), 1);
+    cut(tasks, total, i, pair.student.B, 1, pair.bytes_of_sample(), 1);
   }
-  run(tasks, total, [&](const Task& task) {
-    const Pair& pair = loss.pairs[task.number];
-    for (int64_t b = task.b0; b < task.b1; ++b) {
-      losses[task.number][b] =
-          sample_loss(loss, task.number, sample_of(pair.student, b), sample_of(pair.teacher, b),
-                      student_maps[task.number].of(b), teacher_maps[task.number].of(b));
-    }
+  run_samples(tasks, total, [&](const Task& task, int64_t b) {
+    const size_t i = task.number;
+    losses[i][b] = sample_loss(loss, i, sample_of(loss.pairs[i].student, b),
+                               sample_of(loss.pairs[i].teacher, b), student_maps[i].of(b),
+                               teacher_maps[i].of(b));
   });
   return reduced(loss, losses);
 }
@@ -355,16 +304,14 @@ void compute_maps(const MapArguments& arguments) {
   const int64_t total = total_bytes(features);
   std::vector<Task> tasks;
   for (size_t i = 0; i < features.size(); ++i) {
-    cut(tasks, i, features[i].B, features[i].N, sample_bytes(features[i]), task_bytes(total),
-        kPositionStep);
+    const Feature& x = features[i];
+    cut(tasks, total, i, x.B, x.N, sample_bytes(x), kPositionStep);
   }
-  run(tasks, total, [&](const Task& task) {
+  run_samples(tasks, total, [&](const Task& task, int64_t b) {
     const size_t i = task.number;
-    for (int64_t b = task.b0; b < task.b1; ++b) {
-      kernels().attention_map(features[i], b, task.begin, task.end, arguments.p,
-                              collapse_scale(arguments.collapse, features[i]),
-                              arguments.maps[i].of(b), arguments.channels_of(i, b));
-    }
+    kernels().attention_map(features[i], b, task.begin, task.end, arguments.p,
+                            collapse_scale(arguments.collapse, features[i]),
+                            arguments.maps[i].of(b), arguments.channels[i].channels(b));
   });
 }
 
@@ -375,16 +322,14 @@ void compute_gradients(const SweepArguments& arguments) {
   std::vector<Task> tasks;
   for (size_t i = 0; i < features.size(); ++i) {
     advise_huge_pages(out[i]);
-    cut_lines(tasks, i, features[i], total);
+    cut_lines(tasks, total, i, features[i]);
   }
   const bool stream = writes_past_caches(total);
-  run(tasks, total, [&](const Task& task) {
+  run_samples(tasks, total, [&](const Task& task, int64_t b) {
     const size_t i = task.number;
-    for (int64_t b = task.b0; b < task.b1; ++b) {
-      kernels().sweep(features[i], nullptr, b, task.begin, task.end, arguments.p,
-                      arguments.loss_gradient.value(arguments.pairs[i], b), arguments.k[i].of(b),
-                      arguments.channels_of(i, b), out[i], stream);
-    }
+    kernels().sweep({features[i], out[i], nullptr, b, task.begin, task.end, arguments.p,
+                     arguments.loss_gradient.value(arguments.pairs[i], b), arguments.k[i].of(b),
+                     arguments.channels[i].channels(b), stream});
   });
 }
 
@@ -394,15 +339,12 @@ void compute_tap(const Tap& tap) {
   const int64_t total = total_bytes(feature);
   if (!in_place) advise_huge_pages(tap.out);
   std::vector<Task> tasks;
-  cut_lines(tasks, 0, feature, total);
+  cut_lines(tasks, total, 0, feature);
   // In place a line is in the cache when it is written.
   const bool stream = !in_place && !maximum && writes_past_caches(total);
-  run(tasks, total, [&](const Task& task) {
-    for (int64_t b = task.b0; b < task.b1; ++b) {
-      kernels().sweep(feature, &tap.gradient, b, task.begin, task.end, tap.p, tap.scale,
-                      tap.k.of(b), static_cast<const int32_t*>(tap.channels.of(b)), tap.out,
-                      stream);
-    }
+  run_samples(tasks, total, [&](const Task& task, int64_t b) {
+    kernels().sweep({feature, tap.out, &tap.gradient, b, task.begin, task.end, tap.p, tap.scale,
+                     tap.k.of(b), tap.channels.channels(b), stream});
   });
 }
 

@@ -24,10 +24,9 @@ def run(command: Sequence[str | Path]) -> None:
 def once(
     name: str, made_of: Iterable[object], files: Iterable[Path], make: Callable[[Path], None]
 ) -> Path:
-    """What ``make`` leaves at the path it is given, beside which it may leave what it likes.
+    """What ``make`` leaves at the path it is given, kept by the hash of what it is made of.
 
-    Kept by the hash of what it is made of: of texts, and of files' contents. Of several processes
-    that want it one makes it, with all cores, and the others wait.
+    Beside that path it may leave what it likes. Of several processes one makes it, the others wait.
     """
     found = hashlib.sha256(repr(list(made_of)).encode())
     for file in sorted(set(files)):
@@ -51,16 +50,12 @@ def built(
     headers: Iterable[Path],
     key: str = "",
 ) -> Path:
-    """What the linker makes of the files, each compiled with its options.
-
-    Made of the sources, the headers, and ``key`` for what is none of them.
-    """
+    """What the linker makes of the files, each compiled with its options."""
 
     def make(made: Path) -> None:
         def compile_one(job: tuple[Path, Sequence[str]]) -> Path:
-            file, options = job
-            compiled = made.with_name(f"{file.name}.o")
-            run([COMPILER, *options, "-c", file, "-o", compiled])
+            compiled = made.with_name(f"{job[0].name}.o")
+            run([COMPILER, *job[1], "-c", job[0], "-o", compiled])
             return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -3,8 +3,8 @@
     address  AddressSanitizer and UndefinedBehaviorSanitizer
     thread   ThreadSanitizer
 
-Of the instruction-set levels only the baseline is built: sanitizers do not see what masked loads
-and stores of the others touch (guarded.py has pages for these), and one takes a minute.
+Only the baseline is built: sanitizers do not see what masked loads and stores of the other levels
+touch (guarded.py has pages for these).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils import cpp_extension
 
 import at_fused
 
-SOURCES = TESTS / "kernels/sanitizers"
+STAND_INS = TESTS / "kernels/sanitizers/stand_ins.cpp"
 CSRC = ROOT / "csrc"
 
 # This keeps the compiler short: checks of addresses are calls, and of all of "undefined" kernels
@@ -36,26 +36,17 @@ SUPPRESSIONS = "race:_dl_deallocate_tls\ncalled_from_lib:libtorch_cpu.so\n"
 
 def build(mode: str) -> Path:
     """The library, built if need be."""
-    options = ["-std=c++20", "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden"]
-    options += [
-        "-fno-math-errno",
-        "-ffp-contract=fast",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    ]
+    options = ["-std=c++20", "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
+    options += ["-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     options += [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
     options += ["-fno-sanitize-recover=all", CALLS]
-    files = [SOURCES / "levels.cpp"]
-    files += [SOURCES / "threads.cpp"] * (mode == "thread")
-    files += [f for f in sorted(CSRC.glob("cpu/*.cpp")) if not f.stem.endswith(("avx2", "avx512"))]
-
-    def checked(file: Path) -> str:
-        return (KERNELS if file.stem.endswith("_baseline") else OPERATORS)[mode]
-
+    checked = dict.fromkeys((STAND_INS, CSRC / "cpu/operators.cpp"), OPERATORS[mode])
+    checked[CSRC / "cpu/kernels_baseline.cpp"] = KERNELS[mode]
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     return built(
         f"cpu_{mode}",
-        [(file, [*options, f"-fsanitize={checked(file)}"]) for file in files],
-        # What it defines itself (threads.cpp) comes before what torch does.
+        [(file, [*options, f"-fsanitize={checks}"]) for file, checks in checked.items()],
+        # What it defines itself (stand_ins.cpp) comes before what torch does.
         ["-shared", "-Wl,-Bsymbolic", f"-fsanitize={OPERATORS[mode]}", *libraries],
         [*CSRC.glob("*.h"), *CSRC.glob("cpu/*.h")],
         torch.__version__,
@@ -64,12 +55,8 @@ def build(mode: str) -> Path:
 
 def preloaded(mode: str) -> str:
     """What must be loaded before Python, which was built without them."""
-    return " ".join(
-        subprocess.run(
-            [COMPILER, f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in PRELOADED[mode]
-    )
+    asked = [[COMPILER, f"-print-file-name=lib{name}.so"] for name in PRELOADED[mode]]
+    return " ".join(subprocess.check_output(ask, text=True).strip() for ask in asked)
 
 
 def package(mode: str, folder: Path) -> dict[str, str]:

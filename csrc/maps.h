@@ -1,0 +1,141 @@
+// The operators for maps, their gradients and the tap, on every device: as those for losses
+// (losses.h).
+#pragma once
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "losses.h"
+
+namespace at_fused {
+
+// ---- maps -------------------------------------------------------------------------------------
+
+struct MapArguments {
+  std::vector<Feature> features;
+  std::vector<Maps> maps, channels;  // with "max" the channels that won, else null
+  double p;
+  Collapse collapse;
+  Device device;
+};
+
+void compute_maps(const MapArguments& arguments);
+
+inline Tensors attention_map(Tensors tensors, double p, std::string collapse, Ints skip_tokens) {
+  check_exponent(p);
+  const Collapse collapsed = collapse_of(collapse);
+  if (tensors.empty()) return {};
+  MapArguments arguments{{}, {}, {}, p, collapsed, device_of(tensors[0])};
+  Tensors results, channels;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t first = skipped(skip_tokens, tensors.size(), i, tensors[i]);
+    const Feature feature = without_first(native_feature(tensors[i], arguments.device), first);
+    arguments.features.push_back(feature);
+    arguments.maps.emplace_back(results.emplace_back(new_map(feature, arguments.device)));
+    Maps& won = arguments.channels.emplace_back();
+    if (collapsed != Collapse::max) continue;
+    won = Maps(channels.emplace_back(new_map(feature, arguments.device, true)));
+  }
+  results.insert(results.end(), channels.begin(), channels.end());
+  compute_maps(arguments);
+  return results;
+}
+
+// ---- gradients of maps ------------------------------------------------------------------------
+
+struct SweepArguments {
+  const Gradients& gradients;
+  const LossGradient& loss_gradient;
+  const Ints& pairs;              // the number of each feature's pair
+  std::vector<Maps> k, channels;  // coefficients; with "max" the channels of them, else null
+  double p;
+  Device device;
+};
+
+void compute_gradients(const SweepArguments& arguments);
+
+inline Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
+                                      std::optional<Tensor> loss_gradient, Ints pairs, double p,
+                                      Ints skip_tokens, Tensors channels) {
+  const size_t n = tensors.size();
+  STD_TORCH_CHECK(coefficients.size() == n, "at_fused: a coefficient map per feature");
+  STD_TORCH_CHECK(channels.empty() || channels.size() == n,
+                  "at_fused: a map of channels per feature, or none");
+  STD_TORCH_CHECK(pairs.size() == n, "at_fused: a pair number per feature");
+  check_exponent(p);
+  if (n == 0) return {};
+  const LossGradient above(loss_gradient, tensors, pairs);
+  Gradients gradients(tensors, skip_tokens, n);
+  SweepArguments arguments{gradients, above, pairs, {}, {}, p, device_of(tensors[0])};
+  for (size_t i = 0; i < n; ++i) {
+    const Feature& feature = gradients.features[i];
+    arguments.k.push_back(coefficient_map(coefficients[i], feature, arguments.device));
+    Maps& won = arguments.channels.emplace_back();
+    if (!channels.empty()) won = channel_map(channels[i], feature, arguments.device);
+  }
+  compute_gradients(arguments);
+  return gradients.finish();
+}
+
+// ---- the tap ----------------------------------------------------------------------------------
+
+// out = gradient + scale * k[n] * |x|^(p-1) * sign(x), in one layout. `out` may be `gradient`.
+struct Tap {
+  Feature feature, gradient, out;
+  Maps k, channels;  // the map's gradient, and with "max" the channels that have it
+  double p, scale;
+  Device device;
+};
+
+void compute_tap(const Tap& tap);
+
+inline Tensor tap_backward(bool in_place, Tensor gradient, Tensor feature, Tensor map_gradient,
+                           double p, const std::string& collapse, std::optional<Tensor> channels) {
+  const Collapse collapsed = collapse_of(collapse);
+  check_exponent(p);
+  STD_TORCH_CHECK(feature.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
+  bool same = gradient.dim() == feature.dim();
+  for (int64_t d = 0; same && d < feature.dim(); ++d) same = gradient.size(d) == feature.size(d);
+  STD_TORCH_CHECK(same && gradient.scalar_type() == feature.scalar_type() &&
+                      device_of(gradient) == device_of(feature),
+                  "at_fused: a gradient must have the shape, dtype and device of its feature");
+  STD_TORCH_CHECK((collapsed == Collapse::max) == channels.has_value(),
+                  "at_fused: a map of channels belongs to collapse 'max', and to no other");
+  const Tensor given = feature;
+  Tap tap{};
+  tap.device = device_of(feature);
+  tap.feature = native_feature(feature, tap.device);
+  Tensor out = in_place ? gradient : new_like(given);
+  const Tensor written = written_for(out, feature, tap.feature, tap.out);
+  if (!describe(gradient, tap.gradient) || tap.gradient.layout != tap.feature.layout) {
+    Tensor copy = torch::stable::empty_like(written);
+    torch::stable::copy_(copy, gradient);
+    gradient = copy;
+    describe(gradient, tap.gradient);
+  }
+  tap.p = p;
+  tap.scale = p * collapse_scale(collapsed, tap.feature);
+  tap.k = coefficient_map(map_gradient, tap.feature, tap.device);
+  if (channels) tap.channels = channel_map(*channels, tap.feature, tap.device);
+  compute_tap(tap);
+  if (written.get() != out.get()) torch::stable::copy_(out, written);
+  return out;
+}
+
+inline Tensor attention_tap_backward(Tensor gradient, Tensor feature, Tensor map_gradient, double p,
+                                     std::string collapse, std::optional<Tensor> channels) {
+  return tap_backward(false, gradient, feature, map_gradient, p, collapse, channels);
+}
+
+inline void attention_tap_backward_(Tensor gradient, Tensor feature, Tensor map_gradient, double p,
+                                    std::string collapse, std::optional<Tensor> channels) {
+  check_no_overlap(gradient);
+  read_before(gradient, feature);
+  read_before(gradient, map_gradient);
+  if (channels) read_before(gradient, *channels);
+  tap_backward(true, gradient, feature, map_gradient, p, collapse, channels);
+}
+
+}  // namespace at_fused
