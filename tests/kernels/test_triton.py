@@ -9,10 +9,12 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from outside import SUPPORT, output_of
 from reference import loss_arguments
 from torch import Tensor
 
@@ -73,7 +75,6 @@ def test_lists_of_several_launches_and_samples_of_several_programs(
     whole = results(layout)
     monkeypatch.setattr(launch, "MAX_ENTRIES", 2)
     monkeypatch.setattr(launch, "_PIECE_BYTES", 1024)
-    monkeypatch.setattr(launch, "processors", lambda _: 10**6)
     monkeypatch.setattr(loss, "_WHOLE_BYTES", 1024)
     pieces = results(layout)
     torch.testing.assert_close(pieces, whole)
@@ -100,6 +101,11 @@ def test_taps_are_one_launch_without_copies(
     # All is copied where only the winners change.
     assert apart.gradient.data is result
     assert apart.addend.data is (result if collapse == "max" else gradient)
+
+
+def test_nothing_beyond_a_tensor_is_touched(tmp_path: Path) -> None:
+    arguments = str(SUPPORT / "guarded.py"), "42", "triton"
+    assert "nothing" in output_of(tmp_path, *arguments, TRITON_INTERPRET="1")
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def rows() -> list[dict[str, Any]]:
 def test_one_kernel_serves_all_batch_sizes() -> None:
     kernels = printed("--kernels")
     assert len(kernels) >= 18  # six operators, three lists
-    # One for whole samples, and one for samples that are cut.
+    # One for a loss's gradient that lies on 16 bytes, and one for any other.
     assert {name: n for name, n in kernels.items() if n > 2} == {}
 
 

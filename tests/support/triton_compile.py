@@ -185,7 +185,7 @@ class Variant(NamedTuple):
             "map": (True, False),
             "loss": (True, False),
             "value and gradient": (True, True),
-            "backward": (every, True),
+            "backward": (every, every),
             "tap": (every, every),
             "map loss": (False, False),
         }[self.operator]

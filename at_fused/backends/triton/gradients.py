@@ -15,7 +15,7 @@ from torch import Tensor
 from at_fused.backends import eager
 from at_fused.backends.checks import check_apart, check_attention_map_backward, check_tap
 from at_fused.backends.triton import launch
-from at_fused.backends.triton.launch import constexpr, feature_of, layout_of, with_gradient
+from at_fused.backends.triton.launch import constexpr, feature_of, gradient_of, layout_of
 from at_fused.backends.triton.tiles import (
     Feature,
     addresses,
@@ -29,6 +29,7 @@ from at_fused.backends.triton.tiles import (
     program_of,
     slope,
     store_gradient,
+    times_above,
 )
 
 _WINNERS = 128  # of a program: scattered as they are, one to a thread
@@ -38,7 +39,7 @@ class Sweep(NamedTuple):
     """A feature whose gradient is wanted, plus ``addend`` where there is one.
 
     The two may be one: an element is written where it was read. With ``winners`` only the channels
-    named there have a gradient; the addend is the gradient then, of which no more is touched.
+    named there are written; an addend is the gradient's own memory then.
     """
 
     feature: Feature
@@ -52,43 +53,21 @@ class Sweep(NamedTuple):
 
 
 @triton.jit
-def _load_winners(feature, winners, b, n, first, end):
-    """Return the channels that won, where they are within [first, end), and x there."""
-    positions = positions_of(feature)
-    winner = tl.load(winners + b.to(tl.int64) * positions + n, mask=n < positions, other=-1)
-    here = (winner >= first) & (winner < end)
-    x = tl.load(addresses(feature, b, winner, n), mask=here, other=0.0)
-    return winner, here, x
-
-
-@triton.jit
-def _store_winners(feature, gradient, winners, k, b, first, n, P: tl.constexpr):
-    """As ``store_gradient``, for the winners of one tile and 0 elsewhere."""
-    c = first + tl.arange(0, feature.BLOCK_C)
-    channels = channels_of(feature)
-    end = tl.minimum(first + feature.BLOCK_C, channels)
-    winner, _, x = _load_winners(feature, winners, b, n, first, end)
-    only = k * slope(x.to(k.dtype), P)
-    result = tl.where(c[:, None] == winner[None, :], only[None, :], 0.0)
-    tl.store(
-        addresses(gradient, b, c[:, None], n[None, :]),
-        result.to(gradient.data.dtype.element_ty),
-        mask=(c < channels)[:, None] & (n < positions_of(feature))[None, :],
-    )
-
-
-@triton.jit
-def _add_to_winners(feature, gradient, winners, k, b, n, P: tl.constexpr):
-    """Add to the winners at positions n; no more is read or written."""
-    winner, here, x = _load_winners(feature, winners, b, n, 0, channels_of(feature))
-    place = addresses(gradient, b, winner, n)
-    before = tl.load(place, mask=here, other=0.0)
-    result = k * slope(x.to(k.dtype), P) + before.to(k.dtype)
+def _store_winners(feature, gradient, addend, winners, k, b, n, P: tl.constexpr):
+    """As ``store_gradient``, at the winners of positions n; no more is read or written."""
+    inside = n < positions_of(feature)
+    c = tl.load(winners + b.to(tl.int64) * positions_of(feature) + n, mask=inside, other=-1)
+    here = (c >= 0) & (c < channels_of(feature))
+    x = tl.load(addresses(feature, b, c, n), mask=here, other=0.0)
+    result = k * slope(x.to(k.dtype), P)
+    place = addresses(gradient, b, c, n)
+    if addend is not None:
+        result += tl.load(place, mask=here, other=0.0).to(k.dtype)
     tl.store(place, result.to(gradient.data.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def _sweep_tile(entry, program, factor, loss_gradient, pair_step, sample_step, P: tl.constexpr):
+def _sweep_tile(entry, program, factor, above, P: tl.constexpr):
     rest = program // number(entry.tiles_n)
     b = rest // number(entry.tiles_c)
     first = rest % number(entry.tiles_c) * entry.feature.BLOCK_C
@@ -96,37 +75,24 @@ def _sweep_tile(entry, program, factor, loss_gradient, pair_step, sample_step, P
     n += tl.arange(0, entry.feature.BLOCK_N)
     positions = positions_of(entry.feature)
     k = tl.load(entry.coefficients + b.to(tl.int64) * positions + n, mask=n < positions, other=0.0)
-    if factor is not None:
-        k *= double(factor).to(k.dtype)
-    if loss_gradient is not None:
-        above = loss_gradient + number(entry.pair) * pair_step + b * sample_step
-        k *= tl.load(above).to(k.dtype)
+    k *= double(factor).to(k.dtype)
+    k = times_above(k, above, entry.pair, b)
     if entry.winners is None:
         c = first + tl.arange(0, entry.feature.BLOCK_C)
         store_gradient(entry.feature, entry.gradient, k, b, c, n, P, entry.addend)
-    elif entry.addend is None:
-        _store_winners(entry.feature, entry.gradient, entry.winners, k, b, first, n, P)
     else:
-        _add_to_winners(entry.feature, entry.gradient, entry.winners, k, b, n, P)
+        _store_winners(entry.feature, entry.gradient, entry.addend, entry.winners, k, b, n, P)
 
 
-@triton.jit(do_not_specialize=["loss_gradient", "pair_step", "sample_step"])
-def sweep_kernel(entries, factor, loss_gradient, pair_step, sample_step, P: tl.constexpr):
+@triton.jit
+def sweep_kernel(entries, factor, above, P: tl.constexpr):
     """The gradients of a list of features (``Sweep``), a tile to a program.
 
-    Coefficients are multiplied by ``factor`` and by the gradients of their losses, if given.
+    Coefficients are multiplied by ``factor``, and by the gradients of their losses if given.
     """
     for i in tl.static_range(len(entries)):
         if is_mine(entries[i]):
-            _sweep_tile(
-                entries[i].record,
-                program_of(entries[i]),
-                factor,
-                loss_gradient,
-                pair_step,
-                sample_step,
-                P,
-            )
+            _sweep_tile(entries[i].record, program_of(entries[i]), factor, above, P)
 
 
 def _work(
@@ -142,10 +108,9 @@ def _work(
     tiles_c = -(-feature.data.shape[1] // feature.BLOCK_C.value)
     if winners is not None:
         winners = winners.contiguous()
-        if addend is not None:
-            tiles_c = 1
-            block = min(launch.power_of_2(positions), _WINNERS)
-            feature = feature._replace(BLOCK_N=constexpr(block))
+        tiles_c = 1
+        block = min(launch.power_of_2(positions), _WINNERS)
+        feature = feature._replace(BLOCK_N=constexpr(block))
     tiles_n = -(-positions // feature.BLOCK_N.value)
     numbers = map(number_of, (pair, tiles_c, tiles_n))
     entry = Sweep(feature, gradient, addend, coefficients.contiguous(), winners, *numbers)
@@ -164,10 +129,12 @@ def sweep(
     """Write the gradients of features to targets of their shapes."""
     work = []
     for i, (x, target) in enumerate(zip(features, targets, strict=True)):
-        records = with_gradient(feature_of(x, p), target, p)
+        gradient = gradient_of(target, p)
+        if channels:
+            gradient.data.zero_()
         winners = channels[i] if channels else None
-        work.append(_work(*records, None, coefficients[i], winners, pairs[i]))
-    launch.start_list(sweep_kernel, work, None, *launch.with_steps(loss_gradient), P=p)
+        work.append(_work(feature_of(x, p), gradient, None, coefficients[i], winners, pairs[i]))
+    launch.start_list(sweep_kernel, work, double_of(1.0), launch.above_of(loss_gradient), P=p)
     for (entry, _), target in zip(work, targets, strict=True):
         launch.copy_back(entry.gradient, target)
 
@@ -228,26 +195,20 @@ def _tap(
         feature, map_gradient = _apart(feature, gradient), _apart(map_gradient, gradient)
         channels = None if channels is None else _apart(channels, gradient)
     with launch.on_device(feature):
-        x, out = with_gradient(feature_of(feature, p), target, p)
-        addend = layout_of(gradient, p)
+        out, addend = gradient_of(target, p), layout_of(gradient, p)
         # In a copy only the winners are left to change.
-        if channels is not None or addend is None or addend.PLANAR.value != x.PLANAR.value:
+        if channels is not None or addend is None:
             addend = out
             if out.data is not gradient:
                 out.data.copy_(gradient)
-        work = _work(x, out, addend, map_gradient, channels)
+        work = _work(feature_of(feature, p), out, addend, map_gradient, channels)
         factor = double_of(p * eager.collapse_scale(feature, collapse))
-        launch.start_list(sweep_kernel, [work], factor, *launch.with_steps(None), P=p)
+        launch.start_list(sweep_kernel, [work], factor, None, P=p)
         launch.copy_back(out, target)
-
-
-def _bytes(x: Tensor) -> tuple[int, int]:
-    """Addresses of a tensor's first element and of the end."""
-    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def _apart(x: Tensor, written: Tensor) -> Tensor:
     """Return the tensor, or a copy where it shares memory with what is written."""
-    (begin, end), (first, last) = _bytes(x), _bytes(written)
-    return x.clone() if begin < last and first < end else x
+    mine, its = x.untyped_storage(), written.untyped_storage()
+    begin, first = mine.data_ptr(), its.data_ptr()
+    return x.clone() if begin < first + its.nbytes() and first < begin + mine.nbytes() else x

@@ -15,14 +15,14 @@ from torch import Tensor
 from at_fused.backends import eager
 from at_fused.backends.checks import require
 from at_fused.backends.triton import interpreted
-from at_fused.backends.triton.tiles import Entry, Feature, number_of
+from at_fused.backends.triton.tiles import Above, Entry, Feature, number_of
 
 # A launch compiles the body once per entry; and a kernel's arguments may take 4 KB.
 MAX_ENTRIES = 8
 
 _TILE = 4096  # elements of a tile: 32 to a thread
 _ROW_BYTES = 512  # of a tile along the contiguous dimension
-_PIECE_BYTES = 64 * 1024  # at least this much to a program, where samples are cut
+_PIECE_BYTES = 64 * 1024  # about this much to a program, where samples are cut
 
 constexpr = functools.lru_cache(maxsize=4096, typed=True)(tl.constexpr)  # True is not 1
 
@@ -93,16 +93,9 @@ def feature_of(x: Tensor, p: float, halvings: int = 0) -> Feature:
     return found
 
 
-def with_gradient(feature: Feature, target: Tensor, p: float) -> tuple[Feature, Feature]:
-    """Return the records of a feature and of its gradient, which lie in one layout.
-
-    Where the target lies in another, both are copies; ``copy_back`` writes the target then.
-    """
-    gradient = layout_of(target, p)
-    if gradient is None or gradient.PLANAR.value != feature.PLANAR.value:
-        x = feature.data.contiguous()
-        feature, gradient = feature_of(x, p), feature_of(x.new_empty(x.shape), p)
-    return feature, gradient
+def gradient_of(target: Tensor, p: float) -> Feature:
+    """Make the record of a gradient to be written; ``copy_back`` brings it to odd strides."""
+    return layout_of(target, p) or feature_of(target.new_empty(target.shape), p)
 
 
 def copy_back(gradient: Feature, target: Tensor) -> None:
@@ -127,24 +120,10 @@ def new_gradients(
 # ---- cutting -------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
-def processors(device: torch.device) -> int:
-    """Count multiprocessors; as many as an H100's in the interpreter."""
-    if device.type != "cuda":
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def piece_bytes(features: list[Tensor]) -> int:
-    """Return how much of a list a program should have."""
-    total = sum(x.nbytes for x in features)
-    return max(_PIECE_BYTES, total // (8 * processors(features[0].device)))
-
-
-def cut(positions: int, size: int, piece: int, step: int) -> tuple[int, int]:
+def cut(positions: int, size: int, step: int) -> tuple[int, int]:
     """Return the pieces of a sample of ``size`` bytes, and the steps of each along positions."""
     steps = -(-positions // step)
-    each = -(-steps // min(-(-size // piece), steps))
+    each = -(-steps // min(-(-size // _PIECE_BYTES), steps))
     return -(-steps // each), each
 
 
@@ -189,8 +168,9 @@ def start_list(
         start(kernel, programs, tuple(entries), *arguments, **constants)
 
 
-def with_steps(loss_gradient: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """Return a loss gradient and its strides from pair to pair and sample to sample; 0 for none."""
-    strides = () if loss_gradient is None else loss_gradient.stride()
-    pair, sample = (*strides, 0, 0)[:2]
-    return loss_gradient, pair, sample
+def above_of(loss_gradient: Tensor | None) -> Above | None:
+    """Make the record of the gradients that come from above."""
+    if loss_gradient is None:
+        return None
+    pair, sample = (*loss_gradient.stride(), 0, 0)[:2]
+    return Above(loss_gradient, number_of(pair), number_of(sample))

@@ -36,6 +36,7 @@ from at_fused.backends.triton.tiles import (
     program_of,
     store_gradient,
     store_map,
+    times_above,
 )
 
 _WHOLE_BYTES = 512 * 1024  # a sample up to this size is not cut where its gradient follows
@@ -68,34 +69,15 @@ def _sweep_sample(pair, b, P: tl.constexpr):
 
 
 @triton.jit
-def _loss_of_pair(
-    pair,
-    program,
-    call,
-    scale,
-    loss_gradient,
-    pair_step,
-    sample_step,
-    P: tl.constexpr,
-    MEAN: tl.constexpr,
-    CUT: tl.constexpr,
-):
+def _loss_of_pair(pair, program, call, scale, above, P: tl.constexpr, MEAN: tl.constexpr):
     pieces = number(pair.pieces)
     span = number(pair.steps) * pair.STEP
     b = program // pieces
     begin = program % pieces * span
     store_map(pair.student, pair.maps.student, b, begin, span, P, MEAN)
     store_map(pair.teacher, pair.maps.teacher, b, begin, span, P, MEAN)
-    mine = True
-    if CUT:
-        mine = is_last(call.counters + number(pair.maps.first_sample) + b, pieces)
-    else:
-        tl.debug_barrier()
-    if mine:
-        factor = double(scale)
-        if loss_gradient is not None:
-            above = loss_gradient + number(pair.maps.number) * pair_step + b * sample_step
-            factor *= tl.load(above).to(tl.float64)
+    if is_last(call.counters + number(pair.maps.first_sample) + b, pieces):
+        factor = times_above(double(scale), above, pair.maps.number, b)
         s_factor = factor * P
         t_factor = factor * P
         if MEAN:
@@ -108,37 +90,15 @@ def _loss_of_pair(
         add_up(pair.maps, call, b, value)
 
 
-@triton.jit(do_not_specialize=["loss_gradient", "pair_step", "sample_step"])
-def loss_kernel(
-    entries,
-    call,
-    scale,
-    loss_gradient,
-    pair_step,
-    sample_step,
-    P: tl.constexpr,
-    MEAN: tl.constexpr,
-    CUT: tl.constexpr,
-):
+@triton.jit
+def loss_kernel(entries, call, scale, above, P: tl.constexpr, MEAN: tl.constexpr):
     """Maps, losses, coefficients, and gradients where an entry (``Pair``) has a place for them.
 
-    A program has a whole sample, or with CUT a piece of one: the last of a sample's programs
-    finishes it.
+    A program has a sample, or a piece of one: the last of a sample's programs finishes it.
     """
     for i in tl.static_range(len(entries)):
         if is_mine(entries[i]):
-            _loss_of_pair(
-                entries[i].record,
-                program_of(entries[i]),
-                call,
-                scale,
-                loss_gradient,
-                pair_step,
-                sample_step,
-                P,
-                MEAN,
-                CUT,
-            )
+            _loss_of_pair(entries[i].record, program_of(entries[i]), call, scale, above, P, MEAN)
 
 
 # ---- the host's side -----------------------------------------------------------------------------
@@ -150,17 +110,14 @@ def at_loss(
     masks: list[Tensor],
     weights: list[float],
     skip_tokens: list[int],
-    p: float,
-    collapse: str,
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
-    student_grad: bool,
-    teacher_grad: bool,
+    *rest: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss of all pairs, and what the backward pass needs of them (see ``_ops``)."""
-    options = LossOptions(p, collapse, form, reduction, eps_mode, eps)
+    """Return the loss of all pairs, and what the backward pass needs of them (see ``_ops``).
+
+    The rest are ``LossOptions`` and which sides have a gradient.
+    """
+    *given, student_grad, teacher_grad = rest
+    options = LossOptions(*given)
     check_at_loss(student, teacher, masks, weights, skip_tokens, options)
     with launch.on_device(student[0]):
         features = eager.without_first([*student, *teacher], skip_tokens)
@@ -175,21 +132,15 @@ def at_value_and_grad(
     masks: list[Tensor],
     weights: list[float],
     skip_tokens: list[int],
-    p: float,
-    collapse: str,
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
-    scale: float,
-    loss_gradient: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss of all pairs, and the students' gradients times ``scale * loss_gradient``.
 
-    A launch for each MAX_ENTRIES pairs; more for pairs of few and large samples, whose gradients
-    are swept for themselves.
+    The rest are ``LossOptions``, ``scale`` and ``loss_gradient``. A launch for each MAX_ENTRIES
+    pairs; more for pairs of large samples, whose gradients are swept for themselves.
     """
-    options = LossOptions(p, collapse, form, reduction, eps_mode, eps)
+    *given, scale, loss_gradient = rest
+    options = LossOptions(*given)
     check_at_loss(student, teacher, masks, weights, skip_tokens, options, loss_gradient)
     with launch.on_device(student[0]):
         features = eager.without_first([*student, *teacher], skip_tokens)
@@ -198,7 +149,7 @@ def at_value_and_grad(
             features, masks, weights, options, (True, False), targets, scale, loss_gradient
         )
         xs, ks, outs = ([tensors[i] for i in left] for tensors in (features, maps, targets))
-        sweep(xs, ks, outs, None, left, p)
+        sweep(xs, ks, outs, None, left, options.p)
     return loss, gradients
 
 
@@ -221,8 +172,6 @@ def _forward(
     count = len(features) // 2
     maps = [new_map(x) for x in features]
     coefficients = [q if grads[i // count] else None for i, q in enumerate(maps)]
-    piece = launch.piece_bytes(features)
-    enough = 2 * launch.processors(features[0].device)
     work: list[tuple[Pair, int]] = []
     left: list[int] = []
     for i, pair in enumerate(map_pairs(maps, coefficients, masks, weights, reduction)):
@@ -230,29 +179,20 @@ def _forward(
         step = max(student.BLOCK_N.value, teacher.BLOCK_N.value)
         batch, positions = maps[i].shape
         size = (features[i].nbytes + features[count + i].nbytes) // batch
-        wanted, gradient = piece, None
-        if targets and (size <= _WHOLE_BYTES or batch >= enough):
-            wanted = size
-            student, gradient = launch.with_gradient(student, targets[i], p)
+        pieces, steps = launch.cut(positions, size, step)
+        gradient = None
+        if targets and size <= _WHOLE_BYTES:
+            pieces, steps = 1, -(-positions // step)
+            gradient = launch.gradient_of(targets[i], p)
         elif targets:
             left.append(i)
-        pieces, steps = launch.cut(positions, size, wanted, step)
         numbers = number_of(pieces), number_of(steps)
         entry = Pair(pair, student, teacher, gradient, *numbers, launch.constexpr(step))
         work.append((entry, batch * pieces))
-    # One kernel for all of a list: with the number of its samples some pairs are cut, or are not.
-    some_cut = any(programs > q.shape[0] for (_, programs), q in zip(work, maps, strict=False))
-    call = loss_call(features, form, reduction, eps_mode, eps, some_cut)
-    launch.start_list(
-        loss_kernel,
-        work,
-        call,
-        double_of(scale),
-        *launch.with_steps(loss_gradient),
-        P=p,
-        MEAN=collapse == "mean",
-        CUT=some_cut,
-    )
+    call = loss_call(features, form, reduction, eps_mode, eps)
+    above = launch.above_of(loss_gradient)
+    constants = {"P": p, "MEAN": collapse == "mean"}
+    launch.start_list(loss_kernel, work, call, double_of(scale), above, **constants)
     for i, (entry, _) in enumerate(work):
         if targets and entry.gradient:
             launch.copy_back(entry.gradient, targets[i])

@@ -55,7 +55,7 @@ class LossCall(NamedTuple):
 
     loss: Tensor
     losses: Tensor
-    counters: Tensor | None
+    counters: Tensor
     eps: tuple[int, int]  # by ``double_of``
     samples: int  # this and the next by ``number_of``
     pairs: int
@@ -261,21 +261,18 @@ def map_pairs(
 
 
 def loss_call(
-    tensors: list[Tensor], form: str, reduction: str, eps_mode: str, eps: float, cut: bool = False
+    tensors: list[Tensor], form: str, reduction: str, eps_mode: str, eps: float
 ) -> LossCall:
-    """Make the record of a list of pairs, students first; with ``cut`` pieces are counted too."""
+    """Make the record of a list of pairs, students first."""
     count = len(tensors) // 2
     samples = sum(x.shape[0] for x in tensors[:count])
     shape = {"sum": (), "none": (count,), "sample": (count, tensors[0].shape[0])}
     losses = tensors[0].new_empty(samples + count, dtype=torch.float64)
-    counters = None
-    if cut or reduction != "sample":
-        counters = losses.new_zeros(samples + count + 1, dtype=torch.int32)
     flags = form == "paper", eps_mode == "add", reduction == "sum", reduction == "sample"
     return LossCall(
         losses.new_empty(shape[reduction], dtype=accumulate_dtype(*tensors)),
         losses,
-        counters,
+        losses.new_zeros(samples + count + 1, dtype=torch.int32),
         double_of(eps),
         number_of(samples),
         number_of(count),

@@ -120,14 +120,13 @@ def attention_map(
     maps = [new_map(x) for x in features]
     winners = [torch.empty_like(q, dtype=torch.int32) for q in maps] if largest else []
     with launch.on_device(features[0]):
-        piece = launch.piece_bytes(features)
         work = []
         for i, (x, q) in enumerate(zip(features, maps, strict=True)):
             # The channels take as many registers again as their values.
             feature = launch.feature_of(x, p, int(largest))
             batch, positions = q.shape
             size = x.nbytes // batch
-            pieces, tiles = launch.cut(positions, size, piece, feature.BLOCK_N.value)
+            pieces, tiles = launch.cut(positions, size, feature.BLOCK_N.value)
             numbers = number_of(pieces), number_of(tiles)
             entry = Map(feature, q, winners[i] if largest else None, *numbers)
             work.append((entry, batch * pieces))

@@ -77,6 +77,26 @@ def program_of(entry):
     return tl.program_id(0) - number(entry.first_program)
 
 
+# ---- the gradient from above ---------------------------------------------------------------------
+
+
+class Above(NamedTuple):
+    """A loss's gradient: one, or one of each pair, or of each sample; steps by ``number_of``."""
+
+    data: Any
+    pair_step: int
+    sample_step: int
+
+
+@triton.jit
+def times_above(k, above, pair, b):
+    """Multiply by the gradient of the loss of a pair's sample, where there is one."""
+    if above is not None:
+        place = number(pair) * number(above.pair_step) + b * number(above.sample_step)
+        k *= tl.load(above.data + place).to(k.dtype)
+    return k
+
+
 # ---- features ------------------------------------------------------------------------------------
 
 
