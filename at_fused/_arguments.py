@@ -1,16 +1,16 @@
-"""Arguments of the public functions: checked, and features brought to (B, C, *spatial)."""
+"""Arguments of the public functions: one error that names what is wrong, or what was given."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from at_fused._numbers import as_python, check_finite, check_number, is_whole, kind
-from at_fused._options import CHANNELS_FIRST, FeatureLayout
+from at_fused._numbers import as_python, check_finite, check_number, kind
+from at_fused._options import MapSizes, Sides
 from at_fused._warnings import warn
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -22,6 +22,30 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "attend": ("spatial", "channel", "both"),
     "eps_mode": ("max", "add"),
 }
+
+
+class PairOptions(TypedDict, total=False):
+    """The keyword arguments of ``at_loss`` that say what is compared, and how."""
+
+    p: float
+    collapse: str
+    form: str
+    weights: Sequence[float] | None
+    resize: str | None
+    attend: str
+    absolute: bool
+    eps: float
+    eps_mode: str
+
+
+class ATOptions(PairOptions, total=False):
+    """The keyword arguments of ``at_loss`` that do not belong to a batch."""
+
+    reduction: str
+    channel_dim: Sides
+    skip_tokens: Sides
+    map_size: MapSizes
+
 
 # ---- options -------------------------------------------------------------------------------------
 
@@ -69,25 +93,6 @@ def check_spatial(attend: str | None, **options: object) -> None:
     for name, value in options.items():
         if value is not None and attend == "channel":
             raise ValueError(f"{name} is for spatial attention, got attend='channel'")
-
-
-def check_kept(
-    owner: str,
-    options: Mapping[str, Any],
-    allowed: Collection[str],
-    choices: Mapping[str, tuple[str | None, ...]] = CHOICES,
-) -> dict[str, Any]:
-    """Return options kept for later calls, checked as far as that goes without features."""
-    options = {name: as_python(name, value) for name, value in options.items()}
-    for name in options:
-        if name not in allowed:
-            raise TypeError(f"{owner} takes no option {name!r}")
-    check_options(options, choices)
-    feature_layouts(
-        options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size")
-    )
-    pair_weights(options.get("weights"), None)
-    return options
 
 
 def pair_weights(weights: Sequence[float] | None, count: int | None) -> list[float]:
@@ -272,42 +277,24 @@ def size_of(x: Tensor) -> str:
     return "x".join(str(int(n)) for n in x.shape[2:])
 
 
-def check_sizes(
-    students: list[Tensor], teachers: list[Tensor], resize: str | None, of_maps: bool = False
-) -> bool:
-    """Return True if the maps of all pairs agree in size; raise where they may not differ.
-
-    ``of_maps``: these are maps, whose features are out of reach.
-    """
+def check_sizes(students: list[Tensor], teachers: list[Tensor], resize: str | None) -> bool:
+    """Return True if the maps of all pairs agree in size; raise where they may not differ."""
     same = True
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         positions = s.shape[2:]
         if positions != t.shape[2:]:
             same = False
             if resize is None or s.dim() != t.dim():
+                advice = "resize='maps' or, of at_loss, resize='features' makes them one"
+                if s.dim() != t.dim():
+                    advice = "of one rank: tokens (B, N, C) take channel_dim=-1, map_size=(H, W)"
                 raise ValueError(
                     f"student and teacher of pair {i} must have the same map size (H x W), got "
-                    f"{size_of(s)} and {size_of(t)}; {_to_one_size(s, t, of_maps)}"
+                    f"{size_of(s)} and {size_of(t)}; choose layers of one map size; {advice}"
                 )
         if positions.numel() == 1:
             _warn_single_position(i)
     return same
-
-
-def _to_one_size(student: Tensor, teacher: Tensor, of_maps: bool) -> str:
-    """Return the advice for a pair of different map sizes, which names the options' owner."""
-    if student.dim() == teacher.dim() and of_maps:
-        advice = "with map_loss and AttentionTransfer resize='maps' interpolates the teacher's map"
-    elif student.dim() == teacher.dim():
-        advice = (
-            "with at_loss resize='maps' interpolates the teacher's map, and resize='features' "
-            "pools the larger features"
-        )
-    elif 3 in (student.dim(), teacher.dim()) and not of_maps:
-        advice = "with at_loss tokens (B, N, C) take channel_dim=-1 and map_size=(H, W)"
-    else:
-        return "choose layers whose maps have as many dimensions"
-    return f"choose layers of one map size; {advice}"
 
 
 def check_channels(students: list[Tensor], teachers: list[Tensor]) -> None:
@@ -332,101 +319,6 @@ def _warn_single_position(i: int) -> None:
             f"pair {i} has maps of a single position: normalised they are all 1, and the loss of "
             "this pair is 0 whatever the features"
         )
-
-
-# ---- layouts of features -------------------------------------------------------------------------
-
-
-def feature_layouts(
-    channel_dim: Any,
-    skip_tokens: Any,
-    map_size: Any,
-    has_tokens: tuple[bool, bool] = (True, True),
-) -> tuple[FeatureLayout, FeatureLayout]:
-    """Return the student's and the teacher's layout, from one value for both or a pair of them.
-
-    ``has_tokens``: which side has features (B, N, C), as far as that is known. An option of tokens
-    that no side can use is an error; one given for both may serve one alone.
-    """
-    channel_dim = as_python("channel_dim", channel_dim)
-    skip_tokens = as_python("skip_tokens", skip_tokens)
-    map_size = as_python("map_size", map_size)
-    dims, skips = both("channel_dim", channel_dim), both("skip_tokens", skip_tokens)
-    sizes = both_sizes(map_size)
-    found = [_layout(*each) for each in zip(dims, skips, sizes, strict=True)]
-    tokens = [n.channel_dim != 1 and has for n, has in zip(found, has_tokens, strict=True)]
-    for name, value, each in (("skip_tokens", skip_tokens, skips), ("map_size", map_size, sizes)):
-        lacking = [n for n, has in zip(("student", "teacher"), tokens, strict=True) if not has]
-        rule = f"take channel_dim=-1 (here {channel_dim!r}); {' and '.join(lacking)} has none"
-        check_for_tokens(name, value, each, tokens, rule)
-    student, teacher = (layout if layout.channel_dim != 1 else CHANNELS_FIRST for layout in found)
-    return student, teacher
-
-
-def check_for_tokens(
-    name: str, value: Any, each: Sequence[Any], tokens: Sequence[bool], rule: str
-) -> None:
-    """Raise where an option of tokens is for a side without any; one for both may be for one."""
-    lost = [bool(own) and not has for own, has in zip(each, tokens, strict=True)]
-    if all(lost) or (any(lost) and each[0] is not value):
-        raise ValueError(
-            f"{name} is for token features (B, N, C), which {rule}, got {name}={value!r}"
-        )
-
-
-def both(name: str, value: Any) -> tuple[Any, Any]:
-    """Return a value for both sides, or one for each."""
-    if not isinstance(value, (tuple, list)):
-        return value, value
-    if len(value) != 2:
-        raise ValueError(f"{name} must be one value or (student's, teacher's), got {value!r:.80}")
-    return value[0], value[1]
-
-
-def both_sizes(map_size: Any) -> tuple[Any, Any]:
-    """Return a map size for both sides, or one for each; either may be None."""
-    sized = isinstance(map_size, (tuple, list))
-    if sized and any(n is None or isinstance(n, (tuple, list)) for n in map_size):
-        return both("map_size", map_size)
-    return map_size, map_size
-
-
-def _layout(channel_dim: Any, skip_tokens: Any, map_size: Any) -> FeatureLayout:
-    for name, value in (("channel_dim", channel_dim), ("skip_tokens", skip_tokens)):
-        if not is_whole(value):
-            raise TypeError(f"{name} must be a whole number, got {kind(value)}")
-    if channel_dim not in (1, -1):
-        raise ValueError(f"channel_dim must be 1 or -1, got {channel_dim}")
-    if skip_tokens < 0:
-        raise ValueError(f"skip_tokens must be >= 0, got {skip_tokens}")
-    if map_size is not None:
-        several = map_size if isinstance(map_size, (tuple, list)) else ()
-        wrong = [n for n in several if not (is_whole(n) and n > 0)]
-        if wrong or not 1 <= len(several) <= 3:
-            found = f", in which {wrong[0]!r} is not one" if wrong else ""
-            raise ValueError(
-                f"map_size must be one to three whole numbers > 0, got {map_size!r}{found}"
-            )
-    return FeatureLayout(channel_dim, skip_tokens, map_size)
-
-
-def layout_of_one(
-    x: object, channel_dim: Any, skip_tokens: Any, map_size: Any
-) -> tuple[Tensor, FeatureLayout]:
-    """Return one feature, checked, and its layout."""
-    feature = check_feature("x", x)
-    channel_dim = as_python("channel_dim", channel_dim)
-    skip_tokens = as_python("skip_tokens", skip_tokens)
-    map_size = as_python("map_size", map_size)
-    several = isinstance(channel_dim, (tuple, list)) or isinstance(skip_tokens, (tuple, list))
-    if several or both_sizes(map_size)[0] is not map_size:
-        raise ValueError(
-            "channel_dim, skip_tokens and map_size must be one value each for one feature, got "
-            f"{channel_dim!r}, {skip_tokens!r} and {map_size!r}"
-        )
-    has_tokens = feature.dim() == 3
-    layouts = feature_layouts(channel_dim, skip_tokens, map_size, (has_tokens, has_tokens))
-    return feature, layouts[0]
 
 
 # ---- factors -------------------------------------------------------------------------------------

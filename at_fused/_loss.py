@@ -2,9 +2,7 @@
 
 Most options are one operator (``at_loss``). ``collapse="max"``, maps of different sizes and signed
 powers are two, ``attention_map`` and ``map_loss``, with torch's own operators between them for what
-concerns the maps alone, a C-th of the features. Where taps made the maps, the second is all that is
-left. ``resize="features"`` pools with torch's operator first, and leaves pairs of one size to
-whatever the other options take.
+concerns the maps alone. ``resize="features"`` pools with torch's operator before all that.
 """
 
 from __future__ import annotations
@@ -26,34 +24,108 @@ from at_fused._arguments import (
     check_options,
     check_sample_weights,
     check_sizes,
-    feature_layouts,
     gradient_scale,
     pair_weights,
     paired,
     savable,
 )
-from at_fused._maps import (
-    attention_maps,
-    interpolate,
-    keeps_sign,
-    pool,
-    pool_backward,
-    resized_mask,
-    signed_gradients,
-)
-from at_fused._options import (
+from at_fused._layouts import (
     CHANNELS_FIRST,
     FeatureLayout,
-    LossArguments,
-    LossOptions,
     channels_as_positions,
+    feature_layouts,
 )
-from at_fused.backends import eager
+from at_fused._maps import attention_maps, interpolate, keeps_sign, pool, resized_mask
+from at_fused._options import LossArguments, LossOptions
 from at_fused.backends.outputs import accumulate_dtype, laid_out_as
 
 _FP32_MAX = torch.finfo(torch.float32).max
-_OF_OPERATORS = len(LossOptions._fields)  # so many arguments, the first ones
-_OTHER_DEFAULTS = LossArguments()[_OF_OPERATORS:]
+_OTHER_DEFAULTS = LossArguments()[len(LossOptions._fields) :]
+
+
+# ---- the public functions ------------------------------------------------------------------------
+
+
+def at_loss(student: Any, teacher: Any, arguments: tuple[Any, ...]) -> Tensor:
+    """Return the loss of features; ``arguments`` in the order of ``LossArguments``."""
+    found = _unchecked(_ops.at_loss, student, teacher, arguments)
+    return found[0] if found else _loss(_checked(student, teacher, LossArguments(*arguments)))
+
+
+def at_value_and_grad(
+    student: Any, teacher: Any, arguments: tuple[Any, ...], scale: float | Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss, and the students' gradients times ``scale``, without a graph."""
+    if isinstance(scale, (float, int)) and abs(scale) <= _FP32_MAX and type(scale) is not bool:
+        found = _unchecked(_ops.at_value_and_grad, student, teacher, arguments, scale, None)
+        if found:
+            return found
+    inputs = _checked(student, teacher, LossArguments(*arguments))
+    features = inputs.students + inputs.teachers
+    factor, above = gradient_scale(scale, features[0].device, accumulate_dtype(*features))
+    given = [student] if isinstance(student, Tensor) else list(student)
+    one_operator = inputs.attend == "spatial" and inputs.is_fused()
+    if one_operator and check_sizes(inputs.students, inputs.teachers, inputs.resize):
+        loss, gradients = _fused_value_and_grad(inputs, factor, above)
+        pairs = zip(gradients, given, strict=True)
+        gradients = [inputs.layout.restore(g, x) for g, x in pairs]
+    else:
+        loss, gradients = _differentiated(given, teacher, arguments, factor, above)
+    return loss, [laid_out_as(x, g) for g, x in zip(gradients, given, strict=True)]
+
+
+def map_loss(student: Any, teacher: Any, arguments: LossArguments) -> Tensor:
+    """Return the loss of raw maps (B, *spatial)."""
+    check_options(arguments._asdict(), CHOICES | {"resize": (None, "maps")})
+    return map_loss_of_checked_options(student, teacher, arguments)
+
+
+def map_loss_of_checked_options(student: Any, teacher: Any, arguments: LossArguments) -> Tensor:
+    """Return the loss of raw maps, of options that ``check_options`` has let pass before."""
+    students, teachers = paired(student, teacher, check_map)
+    inputs = _inputs(students, teachers, arguments)
+    check_sizes(students, teachers, inputs.resize)
+    return _compare(inputs, [x.flatten(1) for x in students + teachers])
+
+
+# ---- ordinary pairs ------------------------------------------------------------------------------
+
+
+def _unchecked(
+    call: Callable[..., Any], student: Any, teacher: Any, arguments: tuple[Any, ...], *more: Any
+) -> Any:
+    """Return what an operator makes of ordinary pairs, handed to it as they are.
+
+    On small features most of a call's time is Python's. The operator checks what memory needs; here
+    is what it would take and ``at_loss`` does not. After None ``_checked`` says what is wrong, if
+    anything.
+    """
+    if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+        student, teacher = [student], [teacher]
+    p, collapse, form, reduction, eps_mode, eps, *others = arguments
+    if (
+        torch.compiler.is_compiling()
+        or type(student) not in (list, tuple)
+        or type(teacher) not in (list, tuple)
+        or type(p) not in (float, int)
+        or type(eps) not in (float, int)
+        or not type(collapse) is type(form) is type(reduction) is type(eps_mode) is str
+        or collapse == "max"
+        or not all(map(operator.is_, others, _OTHER_DEFAULTS))
+    ):
+        return None
+    try:
+        for s, t in zip(student, teacher, strict=True):
+            size = s.shape[2:]
+            if t.shape[2:] != size or size.numel() == 1 or not 3 <= s.dim() <= 5:
+                return None
+        options = p, collapse, form, reduction, eps_mode, eps
+        return call(student, teacher, [], [], [], *options, *more)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+# ---- all others: checked -------------------------------------------------------------------------
 
 
 class LossInputs(NamedTuple):
@@ -67,18 +139,14 @@ class LossInputs(NamedTuple):
     teachers: list[Tensor]
     weights: list[float]
     options: LossOptions
-    masks: list[Tensor] | None = None
-    sample_weights: Tensor | None = None
-    resize: str | None = None
-    absolute: bool = True
-    attend: str = "spatial"
-    layout: FeatureLayout = CHANNELS_FIRST  # the students'
+    masks: list[Tensor] | None
+    sample_weights: Tensor | None
+    resize: str | None
+    absolute: bool
+    attend: str
+    layout: FeatureLayout  # the students'
     whole: list[Tensor] = []  # noqa: RUF012 - never changed
     skip_tokens: list[int] = []  # noqa: RUF012
-
-    def features(self) -> list[Tensor]:
-        """Return the features as the operators take them."""
-        return self.whole or self.students + self.teachers
 
     def is_fused(self) -> bool:
         """Return True where one operator does all of it, for maps that agree in size."""
@@ -88,89 +156,24 @@ class LossInputs(NamedTuple):
             and not (self.masks and any(mask.requires_grad for mask in self.masks))
         )
 
+    def features(self) -> list[Tensor]:
+        """Return the features as the operators take them."""
+        return self.whole or self.students + self.teachers
+
+    def operator_arguments(self) -> tuple[Any, ...]:
+        """Return the arguments of the operator ``at_loss``."""
+        n, features = len(self.students), self.features()
+        masks = [
+            resized_mask(mask, s.shape[2:], accumulate_dtype(s, t))
+            for mask, s, t in zip(self.masks or [], self.students, self.teachers, strict=False)
+        ]
+        lists = features[:n], features[n:], masks, self.weights, self.skip_tokens
+        return *lists, *self.operator_options()
+
     def operator_options(self) -> LossOptions:
         """Return the operators' options: weights of samples come before their mean."""
-        by_sample = self.sample_weights is not None
-        return self.options._replace(reduction="sample") if by_sample else self.options
-
-
-# ---- the public functions ------------------------------------------------------------------------
-
-
-def at_loss(student: Any, teacher: Any, arguments: LossArguments) -> Tensor:
-    """Return the loss of features."""
-    loss = _unchecked(_ops.at_loss, student, teacher, arguments)
-    return _loss(_checked(student, teacher, arguments)) if loss is None else loss
-
-
-def at_value_and_grad(
-    student: Any, teacher: Any, arguments: LossArguments, scale: float | Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss, and the students' gradients times ``scale``, without a graph."""
-    if isinstance(scale, (float, int)) and abs(scale) <= _FP32_MAX and type(scale) is not bool:
-        found = _unchecked(_ops.at_value_and_grad, student, teacher, arguments, scale, None)
-        if found is not None:
-            return found
-    inputs = _checked(student, teacher, arguments)
-    features = inputs.students + inputs.teachers
-    dtype = accumulate_dtype(*features)
-    factor, loss_gradient = gradient_scale(scale, features[0].device, dtype)
-    given = [student] if isinstance(student, Tensor) else student
-    with torch.no_grad():
-        loss, gradients = _value_and_grad(inputs, factor, loss_gradient)
-        gradients = [
-            laid_out_as(x, inputs.layout.restore(g, x))
-            for g, x in zip(gradients, given, strict=True)
-        ]
-    return loss, gradients
-
-
-def map_loss(student: Any, teacher: Any, arguments: LossArguments) -> Tensor:
-    """Return the loss of raw maps (B, *spatial)."""
-    check_options(arguments._asdict(), CHOICES | {"resize": (None, "maps")})
-    students, teachers = paired(student, teacher, check_map)
-    inputs = _inputs(students, teachers, arguments)
-    check_sizes(students, teachers, inputs.resize, of_maps=True)
-    return _compare(inputs, [x.flatten(1) for x in students + teachers])
-
-
-# ---- arguments -----------------------------------------------------------------------------------
-
-
-def _unchecked(
-    call: Callable[..., Any], student: Any, teacher: Any, arguments: LossArguments, *more: Any
-) -> Any:
-    """Return what an operator makes of ordinary pairs, handed to it as they are.
-
-    On small features most of a call's time is Python's. The operator checks what memory needs; here
-    is what it would take and ``at_loss`` does not. After None ``_checked`` says what is wrong, if
-    anything.
-    """
-    single = isinstance(student, Tensor) and isinstance(teacher, Tensor)
-    students = [student] if single else student
-    teachers = [teacher] if single else teacher
-    if (
-        torch.compiler.is_compiling()
-        or type(students) not in (list, tuple)
-        or type(teachers) not in (list, tuple)
-        or type(arguments.p) not in (float, int)
-        or type(arguments.eps) not in (float, int)
-        or not type(arguments.collapse) is type(arguments.form) is str
-        or not type(arguments.reduction) is type(arguments.eps_mode) is str
-        or arguments.collapse == "max"
-        or not all(map(operator.is_, arguments[_OF_OPERATORS:], _OTHER_DEFAULTS))
-    ):
-        return None
-    try:
-        for s, t in zip(students, teachers, strict=True):
-            size = s.shape[2:]
-            if t.shape[2:] != size or size.numel() == 1 or not 3 <= s.dim() <= 5:
-                return None
-            if s.layout is not torch.strided or t.layout is not torch.strided:
-                return None
-        return call(students, teachers, [], [], [], *arguments[:_OF_OPERATORS], *more)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None
+        weighted = self.sample_weights is not None
+        return self.options._replace(reduction="sample") if weighted else self.options
 
 
 def _checked(student: Any, teacher: Any, arguments: LossArguments) -> LossInputs:
@@ -182,7 +185,7 @@ def _checked(student: Any, teacher: Any, arguments: LossArguments) -> LossInputs
         arguments.map_size,
         has_tokens=(_may_have_tokens(student), _may_have_tokens(teacher)),
     )
-    given = [*paired(student, teacher)]
+    given = paired(student, teacher)
     students, teachers = (
         [layout.to_channels_first(x, f"{side} of pair {i}") for i, x in enumerate(features)]
         for side, layout, features in zip(("student", "teacher"), layouts, given, strict=True)
@@ -218,7 +221,7 @@ def _inputs(
         students,
         teachers,
         pair_weights(arguments.weights, len(students)),
-        arguments.options(),
+        LossOptions(float(arguments.p), *arguments[1:5], float(arguments.eps)),
         check_masks(arguments.mask, students, layout.skip_tokens),
         check_sample_weights(arguments.sample_weights, students),
         arguments.resize,
@@ -232,26 +235,10 @@ def _inputs(
 
 
 def _loss(inputs: LossInputs) -> Tensor:
-    parts = _spatial(inputs)
-    if len(parts) == 1:
-        return _spatial_loss(parts[0])
-    spatial, channel = parts
-    if inputs.resize is None and inputs.options.reduction == "sum" and not inputs.whole:
-        # One call for both.
-        both = inputs._replace(
-            students=spatial.students + channel.students,
-            teachers=spatial.teachers + channel.teachers,
-            weights=inputs.weights * 2,
-        )
-        return _spatial_loss(both)
-    return _spatial_loss(channel) + _spatial_loss(spatial)
-
-
-def _spatial(inputs: LossInputs) -> list[LossInputs]:
-    """Return inputs of spatial attention: channel attention is the other layout's."""
     if inputs.attend == "spatial":
-        return [inputs]
+        return _spatial_loss(inputs)
     check_channels(inputs.students, inputs.teachers)
+    # Channel attention is spatial attention of the transposed views.
     channel = inputs._replace(
         students=[channels_as_positions(x) for x in inputs.students],
         teachers=[channels_as_positions(x) for x in inputs.teachers],
@@ -259,28 +246,54 @@ def _spatial(inputs: LossInputs) -> list[LossInputs]:
         skip_tokens=[],
         resize=None,
     )
-    return [channel] if inputs.attend == "channel" else [inputs, channel]
+    if inputs.attend == "channel":
+        return _spatial_loss(channel)
+    if inputs.resize is None and inputs.options.reduction == "sum" and not inputs.whole:
+        # One call for both.
+        both = inputs._replace(
+            students=inputs.students + channel.students,
+            teachers=inputs.teachers + channel.teachers,
+            weights=inputs.weights * 2,
+        )
+        return _spatial_loss(both)
+    return _spatial_loss(channel) + _spatial_loss(inputs)
 
 
 def _spatial_loss(inputs: LossInputs) -> Tensor:
     same = check_sizes(inputs.students, inputs.teachers, inputs.resize)
     if inputs.resize == "features" and not same:
         inputs, same = _pooled(inputs), True
-    n, features = len(inputs.students), inputs.features()
     if same and inputs.is_fused():
-        lists = features[:n], features[n:], _flat_masks(inputs), inputs.weights, inputs.skip_tokens
-        return _reduce(inputs, _ops.at_loss(*lists, *inputs.operator_options()))
+        return _reduce(inputs, _ops.at_loss(*inputs.operator_arguments())[0])
     p, collapse = inputs.options[:2]
     return _compare(
-        inputs, attention_maps(features, p, collapse, inputs.absolute, inputs.skip_tokens)
+        inputs, attention_maps(inputs.features(), p, collapse, inputs.absolute, inputs.skip_tokens)
     )
 
 
-def _compare(inputs: LossInputs, raw: list[Tensor]) -> Tensor:
-    """Return the loss of raw maps (B, N), the students' first."""
-    n, (_, _, *options) = len(inputs.students), inputs.operator_options()
-    maps, _ = _maps_to_compare(inputs, raw)
-    return _reduce(inputs, _ops.map_loss(maps[:n], maps[n:], inputs.weights, *options))
+def _pooled(inputs: LossInputs) -> LossInputs:
+    """Average both features of a pair to the smaller size in each dimension."""
+    students, teachers = [], []
+    for s, t in zip(inputs.students, inputs.teachers, strict=True):
+        size = [min(n, m) for n, m in zip(s.shape[2:], t.shape[2:], strict=True)]
+        students.append(pool(s, size))
+        teachers.append(pool(t, size))
+    return inputs._replace(students=students, teachers=teachers, whole=[], skip_tokens=[])
+
+
+def _compare(inputs: LossInputs, maps: list[Tensor]) -> Tensor:
+    """Return the loss of raw maps (B, N), the students' first, resized to theirs and masked."""
+    n = len(inputs.students)
+    sizes = [x.shape[2:] for x in inputs.students]
+    given = [x.shape[2:] for x in inputs.teachers]
+    maps = maps[:n] + [interpolate(*each) for each in zip(maps[n:], given, sizes, strict=True)]
+    if inputs.masks is not None:
+        maps = [
+            savable(q) * resized_mask(mask, size, q.dtype)
+            for q, mask, size in zip(maps, inputs.masks * 2, sizes * 2, strict=True)
+        ]
+    options = inputs.operator_options()[2:]
+    return _reduce(inputs, _ops.map_loss(maps[:n], maps[n:], inputs.weights, *options)[0])
 
 
 def _reduce(inputs: LossInputs, loss: Tensor) -> Tensor:
@@ -298,112 +311,42 @@ def _reduce(inputs: LossInputs, loss: Tensor) -> Tensor:
 # ---- value and gradient --------------------------------------------------------------------------
 
 
-def _value_and_grad(
-    inputs: LossInputs, scale: float, loss_gradient: Tensor | None
+@torch.no_grad()
+def _fused_value_and_grad(
+    inputs: LossInputs, scale: float, above: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss, and the gradient of its sum for the students, channels first.
-
-    Skipped tokens may be there, in front. The gradient is multiplied by ``scale`` and
-    ``loss_gradient``, a scalar.
-    """
-    if inputs.attend == "spatial":
-        return _spatial_value_and_grad(inputs, scale, loss_gradient)
-    losses: list[Tensor] = []
-    gradients: list[list[Tensor]] = []
-    for part in _spatial(inputs._replace(whole=[], skip_tokens=[])):
-        loss, found = _spatial_value_and_grad(part, scale, loss_gradient)
-        if part.students is not inputs.students:  # the transposed views of channel attention
-            pairs = zip(found, inputs.students, strict=True)
-            found = [g.transpose(1, 2).reshape(x.shape) for g, x in pairs]
-        losses.append(loss)
-        gradients.append(found)
-    return sum(losses[1:], losses[0]), [sum(g[1:], g[0]) for g in zip(*gradients, strict=True)]
-
-
-def _spatial_value_and_grad(
-    inputs: LossInputs, scale: float, loss_gradient: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    same = check_sizes(inputs.students, inputs.teachers, inputs.resize)
-    given = inputs.features()
-    if inputs.resize == "features" and not same:
-        given, inputs, same = inputs.students, _pooled(inputs), True
-    n, features = len(inputs.students), inputs.features()
+    """Return the loss and its gradient times ``scale`` and ``above``, by one operator."""
     if inputs.sample_weights is not None:
-        weights = inputs.sample_weights.to(accumulate_dtype(*features)).expand(n, -1)
+        dtype = accumulate_dtype(*inputs.students, *inputs.teachers)
+        weights = inputs.sample_weights.to(dtype).expand(len(inputs.students), -1)
         by_sample = inputs.options.reduction == "sample"
         weights = weights if by_sample else weights / weights.shape[1]
-        loss_gradient = weights if loss_gradient is None else weights * loss_gradient
-    if same and inputs.is_fused():
-        lists = features[:n], features[n:], _flat_masks(inputs), inputs.weights, inputs.skip_tokens
-        loss, gradients = _ops.at_value_and_grad(
-            *lists, *inputs.operator_options(), scale, loss_gradient
-        )
-    else:
-        loss, gradients = _through_maps(inputs, scale, loss_gradient)
-    gradients = [pool_backward(g, x).to(x.dtype) for g, x in zip(gradients, given, strict=False)]
+        above = weights if above is None else weights * above
+    loss, gradients = _ops.at_value_and_grad(*inputs.operator_arguments(), scale, above)
     return _reduce(inputs, loss), gradients
 
 
-def _through_maps(
-    inputs: LossInputs, scale: float, loss_gradient: Tensor | None
+def _differentiated(
+    students: list[Tensor],
+    teacher: Any,
+    arguments: tuple[Any, ...],
+    scale: float,
+    above: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the operator's loss and the students' gradients, with what maps alone take between."""
-    n, features = len(inputs.students), inputs.features()
-    p, collapse, *options = inputs.operator_options()
-    signed = keeps_sign(p, inputs.absolute)
-    found = (
-        attention_maps(features, p, collapse, False, inputs.skip_tokens)
-        if signed
-        else _ops.attention_map(features, p, collapse, inputs.skip_tokens)
-    )
-    maps, masks = _maps_to_compare(inputs, found[: 2 * n])
-    loss, slopes = _ops.map_value_and_grad(maps[:n], maps[n:], inputs.weights, *options)
-    students, skips = features[:n], inputs.skip_tokens[:n]
-    coefficients = [
-        k * scale * (p * eager.collapse_scale(x, collapse))
-        for x, k in zip(students, slopes, strict=True)
-    ]
-    if masks:
-        coefficients = [k * m for k, m in zip(coefficients, masks, strict=False)]
-    if signed:
-        return loss, signed_gradients(students, coefficients, loss_gradient, p, skips)
-    pairs, channels = list(range(n)), found[2 * n : 3 * n]
-    return loss, _ops.attention_map_backward(
-        students, coefficients, loss_gradient, pairs, p, skips, channels
-    )
+    """Return what ``_fused_value_and_grad`` does, by autograd, with options that it does not take.
 
-
-# ---- between features and maps -------------------------------------------------------------------
-
-
-def _pooled(inputs: LossInputs) -> LossInputs:
-    """Average both features of a pair to the smaller size in each dimension."""
-    students, teachers = [], []
-    for s, t in zip(inputs.students, inputs.teachers, strict=True):
-        size = [min(n, m) for n, m in zip(s.shape[2:], t.shape[2:], strict=True)]
-        students.append(pool(s, size))
-        teachers.append(pool(t, size))
-    return inputs._replace(students=students, teachers=teachers, whole=[], skip_tokens=[])
-
-
-def _maps_to_compare(inputs: LossInputs, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Bring raw maps to the students' sizes and mask them; also return the masks, if any."""
-    n = len(inputs.students)
-    sizes = [x.shape[2:] for x in inputs.students]
-    given = [x.shape[2:] for x in inputs.teachers]
-    maps = maps[:n] + [interpolate(*each) for each in zip(maps[n:], given, sizes, strict=True)]
-    if inputs.masks is None:
-        return maps, []
-    masks = [
-        resized_mask(mask, size, q.dtype)
-        for mask, size, q in zip(inputs.masks * 2, sizes * 2, maps, strict=True)
-    ]
-    return [savable(q) * mask for q, mask in zip(maps, masks, strict=True)], masks
-
-
-def _flat_masks(inputs: LossInputs) -> list[Tensor]:
-    """Return each pair's mask as (B, N), as the operator takes it; nothing where there is none."""
-    return [
-        resized_mask(mask, s.shape[2:], accumulate_dtype(s, t))
-        for mask, s, t in zip(inputs.masks or [], inputs.students, inputs.teachers, strict=False)
-    ]
+    With gradients for the features as they are given.
+    """
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "at_value_and_grad is exported with options that one operator takes, and with these is "
+            "not; export at_loss in its place"
+        )
+    teachers = [teacher] if isinstance(teacher, Tensor) else teacher
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [
+            (x.clone() if x.is_inference() else x.detach()).requires_grad_() for x in students
+        ]
+        loss = at_loss(leaves, teachers, arguments)
+        factor = torch.full_like(loss, scale) if above is None else above.expand_as(loss)
+        return loss.detach(), [*torch.autograd.grad(loss, leaves, factor)]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from at_fused import _ops
-from at_fused._options import FeatureLayout
+from at_fused._layouts import FeatureLayout
 from at_fused.backends import eager
 from at_fused.backends.outputs import accumulate_dtype
 
@@ -58,45 +58,12 @@ def _signed_map(x: Tensor, p: float, collapse: str) -> Tensor:
     return powers.mean(1) if collapse == "mean" else powers.sum(1)
 
 
-def signed_gradients(
-    features: list[Tensor],
-    coefficients: list[Tensor],
-    loss_gradient: Tensor | None,
-    p: float,
-    skip_tokens: list[int],
-) -> list[Tensor]:
-    """Compute what ``attention_map_backward`` does, for odd powers that keep their sign."""
-    gradients = []
-    for i, x in enumerate(eager.without_first(features, skip_tokens)):
-        k = eager.times_loss_gradient(coefficients[i], loss_gradient, i)
-        slope = x.flatten(2).to(k.dtype) ** (p - 1)
-        gradient = (k.unsqueeze(1) * slope).to(x.dtype).view(x.shape)
-        skip = skip_tokens[i] if skip_tokens else 0
-        gradients.append(F.pad(gradient, (skip, 0)) if skip else gradient)
-    return gradients
-
-
 def pool(x: Tensor, size: list[int]) -> Tensor:
     """Pool adaptively, 16 bits in fp32: torch would round the means to 16 bits."""
     if list(x.shape[2:]) == size:
         return x
     pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
     return pools[len(size)](x.to(accumulate_dtype(x)), size)  # type: ignore[arg-type]
-
-
-def pool_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """Compute the gradient of ``_pool`` for x, of which only shape, strides and dtype are read."""
-    if gradient.shape == x.shape:
-        return gradient
-    if gradient.dtype != x.dtype:  # 16 bits, pooled in fp32
-        x = torch.empty_like(x, dtype=gradient.dtype)
-    aten = torch.ops.aten
-    if x.dim() == 3:
-        row = aten._adaptive_avg_pool2d_backward(gradient.unsqueeze(2), x.unsqueeze(2))
-        return row.squeeze(2)
-    if x.dim() == 4:
-        return aten._adaptive_avg_pool2d_backward(gradient, x)
-    return aten._adaptive_avg_pool3d_backward(gradient, x)
 
 
 def interpolate(maps: Tensor, size: Sequence[int], target: Sequence[int]) -> Tensor:

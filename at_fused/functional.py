@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
 from at_fused import _loss, _maps
-from at_fused._arguments import CHOICES, check_kept, check_options, layout_of_one
-from at_fused._numbers import kind
+from at_fused._arguments import ATOptions
+from at_fused._layouts import check_kept, layout_of_one
 from at_fused._options import LossArguments, MapSize, MapSizes, Sides
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Features = TypeVar("Features", Tensor, Sequence[Tensor])
-
-
-class PairOptions(TypedDict, total=False):
-    """The keyword arguments of ``at_loss`` that say what is compared, and how."""
-
-    p: float
-    collapse: str
-    form: str
-    weights: Sequence[float] | None
-    resize: str | None
-    attend: str
-    absolute: bool
-    eps: float
-    eps_mode: str
-
-
-class ATOptions(PairOptions, total=False):
-    """The keyword arguments of ``at_loss`` that do not belong to a batch."""
-
-    reduction: str
-    channel_dim: Sides
-    skip_tokens: Sides
-    map_size: MapSizes
 
 
 def at_loss(
@@ -75,12 +52,11 @@ def at_loss(
         student: (B, C, H, W), or a list or tuple of such features, one per stage. Also (B, C, L)
             and (B, C, D, H, W). float32, float64, float16 or bfloat16, any strides; NCHW and
             channels_last are read as they lie.
-        teacher: (B, C, H, W) as above, as many features, each with the B of its partner, and its H
-            and W unless ``resize`` says otherwise; C and dtype may differ.
+        teacher: as many features, each with the B of its partner, and its H and W unless ``resize``
+            says otherwise; C and dtype may differ.
         p: exponent, any finite number >= 1; 1, 2 and 4 are fastest.
-        collapse: "mean" divides the sum over channels by C, "sum" does not (the normalised map
-            differs by rounding and by what eps means only), "max" takes ``max_c |A|^p`` (F_max^p);
-            its gradient goes to the first of the largest channels.
+        collapse: "mean" divides the sum over channels by C, "sum" does not (which changes but what
+            eps means), "max" takes ``max_c |A|^p``; its gradient goes to the first of the largest.
         form: "code" or "paper", as above.
         weights: one finite factor per pair; None is 1 for all.
         reduction: "sum" over the pairs, "none" for one value per pair, or "sample" for one per
@@ -88,9 +64,8 @@ def at_loss(
         resize: what to do with maps of different sizes. None raises; "maps" interpolates the
             teacher's raw map (bilinearly, ``align_corners=False``) to the student's size (the
             paper); "features" pools the larger features to the smaller size in each dimension
-            before the power (torch's ``adaptive_avg_pool``, as RepDistiller and mdistiller; in
-            float32 at least). This makes tensors of the pooled size, for 16-bit features also
-            one of the larger feature's in float32.
+            before the power (torch's ``adaptive_avg_pool``, as RepDistiller and mdistiller), in
+            float32 at least, for which 16-bit features are copied.
         attend: "spatial"; "channel" swaps the roles of channels and positions (one weight per
             channel, ``Q[b, c] = (1/N) sum_n |A[b, c, n]|^p``: equal C, any H x W); "both" is the
             sum of the two.
@@ -101,9 +76,8 @@ def at_loss(
         mask: (B, H, W), bool or float, or a list of one per pair: a factor for the raw maps of
             both sides, such as 0 at padding. Another size is averaged to the map's.
         sample_weights: (B,), a factor for each sample's loss; the mean still divides by B.
-        absolute: False for ``A^p`` in place of ``|A|^p``, which differs for odd p (whole numbers
-            only, and not with "max"). An odd p is computed by plain PyTorch then, with its time and
-            its temporaries of the features' size.
+        absolute: False for ``A^p`` in place of ``|A|^p`` (whole p only, and not with "max"). An odd
+            p is plain PyTorch then, with its time and its temporaries of the features' size.
         eps: lower bound of the norm, > 0.
         eps_mode: "max" as above, or "add" for ``Q / (||Q||_2 + eps)``.
 
@@ -119,11 +93,10 @@ def at_loss(
 
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
-    # By position, which takes half the time of names.
-    of_operators = p, collapse, form, reduction, eps_mode, eps
-    of_features = weights, resize, attend, channel_dim, skip_tokens, map_size
-    arguments = LossArguments(*of_operators, *of_features, mask, sample_weights, absolute)
-    return _loss.at_loss(student, teacher, arguments)
+    # A plain tuple in the order of LossArguments: of a tiny pair's time most is Python's.
+    options = p, collapse, form, reduction, eps_mode, eps, weights, resize, attend
+    layout = channel_dim, skip_tokens, map_size
+    return _loss.at_loss(student, teacher, (*options, *layout, mask, sample_weights, absolute))
 
 
 class ATLoss(nn.Module):
@@ -132,9 +105,9 @@ class ATLoss(nn.Module):
     The formula is that of :func:`at_fused.at_loss`. Has no parameters.
 
     Args:
-        options: the keyword arguments of :func:`at_fused.at_loss`, which documents them, but for
-            ``mask`` and ``sample_weights``, which belong to a batch and are given in the call. They
-            are checked here, once, and can be read back from the attribute of this name.
+        options: keyword arguments of :func:`at_fused.at_loss`, but for ``mask`` and
+            ``sample_weights``, which belong to a batch and are given in the call. They are checked
+            here, once, and can be read back from the attribute of this name.
 
     Raises:
         TypeError, ValueError: an option that does not exist, or is not allowed.
@@ -182,16 +155,16 @@ def at_value_and_grad(
 ) -> tuple[Tensor, Features]:
     """The loss of :func:`at_loss` and its gradient for the student, in one call.
 
-    ``(L, scale * dL/dS)``, where forward and backward one after the other would read S twice (and
-    do, with ``collapse="max"``, maps of different sizes, a mask that requires a gradient, odd
-    powers without ``absolute``, and on a GPU for samples that do not fit on chip, see
-    docs/kernels.md). For loops that put gradients together themselves:
+    ``(L, scale * dL/dS)``, where forward and backward one after the other would read S twice. For
+    loops that put gradients together themselves:
 
         loss, gradients = at_value_and_grad(features, teacher_features, scale=beta)
         torch.autograd.backward([task_loss, *features], [None, *gradients])
 
     Neither result is part of a graph: nothing is differentiated through this call. It does not
-    matter whether the features require gradients.
+    matter whether the features require gradients. It is ``at_loss`` and its backward, and cannot be
+    exported nor compiled in one graph, with ``collapse="max"``, maps of different sizes, channel
+    attention, a mask that requires a gradient, and odd powers without ``absolute``.
 
     Args:
         student, teacher, mask, sample_weights, options: as in :func:`at_loss`.
@@ -214,18 +187,6 @@ def at_value_and_grad(
     arguments = LossArguments(mask=mask, sample_weights=sample_weights, **options)
     loss, gradients = _loss.at_value_and_grad(student, teacher, arguments, scale)
     return loss, gradients[0] if isinstance(student, Tensor) else gradients
-
-
-def _check_map_options(normalize: object, **options: Any) -> None:
-    """Check the options of one map."""
-    check_options(options, CHOICES | {"attend": ("spatial", "channel")})
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be True or False, got {kind(normalize)}")
-    eps, eps_mode = options["eps"], options["eps_mode"]
-    if not normalize and (eps, eps_mode) != (1e-12, "max"):
-        raise ValueError(
-            f"eps and eps_mode are for normalize=True, got {eps!r} and {eps_mode!r} without it"
-        )
 
 
 def attention_map(
@@ -266,18 +227,10 @@ def attention_map(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
     """
-    _check_map_options(
-        normalize,
-        p=p,
-        collapse=collapse,
-        attend=attend,
-        map_size=map_size,
-        absolute=absolute,
-        eps=eps,
-        eps_mode=eps_mode,
-    )
-    feature, layout = layout_of_one(x, channel_dim, skip_tokens, map_size)
-    feature = layout.view(feature, attend == "channel")
+    options = {"p": p, "collapse": collapse, "attend": attend, "absolute": absolute}
+    options |= {"normalize": normalize, "eps": eps, "eps_mode": eps_mode}
+    layout = layout_of_one(x, channel_dim, skip_tokens, map_size, options)
+    feature = layout.view(x, attend == "channel")
     (raw,) = _maps.attention_maps([feature], float(p), collapse, absolute)
     q = _maps.normalized(raw, float(eps), eps_mode) if normalize else raw
     return q.view(x.shape[0], *feature.shape[2:])
@@ -308,10 +261,9 @@ def attention_tap(
         dL/dx[b, c, n] = dL/dx' + scale * p * dL/dQ[b, n] * |x|^(p-1) * sign(x)
 
     with a scale of 1/C for ``collapse="mean"``, else 1, and for "max" in the largest channel alone;
-    in place where that gradient is nobody else's: no other branch of the graph, hook, view or
-    capture holds it. Otherwise, and with ``create_graph``, the result is a new tensor. So the loss
-    costs no feature-sized memory, and a teacher's feature need not outlive its map. With
-    ``absolute=False`` an odd p is plain PyTorch, whose gradients autograd adds up.
+    in place where no other branch of the graph, hook, view or capture holds that gradient, else,
+    and with ``create_graph``, in a new tensor. So the loss costs no feature-sized memory, and a
+    teacher's feature need not outlive its map.
 
     Args:
         x: as in :func:`attention_map`.
@@ -328,17 +280,9 @@ def attention_tap(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1 (F_sum, F_sum^p, F_max^p).
     """
-    _check_map_options(
-        normalize,
-        p=p,
-        collapse=collapse,
-        attend=attend,
-        map_size=map_size,
-        absolute=absolute,
-        eps=eps,
-        eps_mode=eps_mode,
-    )
-    _, layout = layout_of_one(x, channel_dim, skip_tokens, map_size)
+    options = {"p": p, "collapse": collapse, "attend": attend, "absolute": absolute}
+    options |= {"normalize": normalize, "eps": eps, "eps_mode": eps_mode}
+    layout = layout_of_one(x, channel_dim, skip_tokens, map_size, options)
     y, raw = _maps.attention_tap(x, float(p), collapse, absolute, layout, attend == "channel")
     q = _maps.normalized(raw, float(eps), eps_mode) if normalize else raw
     return y, q if attend == "channel" else q.view(x.shape[0], *layout.size(x.shape))
@@ -381,17 +325,9 @@ def map_loss(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1.
     """
-    arguments = LossArguments(
-        form=form,
-        reduction=reduction,
-        eps_mode=eps_mode,
-        eps=eps,
-        weights=weights,
-        resize=resize,
-        mask=mask,
-        sample_weights=sample_weights,
-    )
-    return _loss.map_loss(student, teacher, arguments)
+    given = LossArguments(form=form, reduction=reduction, eps_mode=eps_mode, eps=eps)
+    given = given._replace(weights=weights, resize=resize, mask=mask, sample_weights=sample_weights)
+    return _loss.map_loss(student, teacher, given)
 
 
 def at(

@@ -22,14 +22,15 @@ operators = torch.ops.at_fused
 
 
 def define(schema: str) -> None:
-    """Define an operator; every device has the function of that name in ``backends.eager``."""
+    """Define an operator; every device, and none, has its function in ``backends.eager``."""
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema[: schema.index("(")]
     library.impl(name, getattr(eager, name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"at_fused::{name}", getattr(eager, name), lib=library)
 
 
-def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register an operator's autograd; return what calls the operator.
+def entry(name: str, function: Callable[..., Any], *last: Any) -> Callable[..., Any]:
+    """Register an operator's autograd; return what calls the operator, with ``last`` at the end.
 
     A graph that is being compiled or exported holds the operator itself.
     """
@@ -38,17 +39,9 @@ def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     operator = getattr(operators, name).default
 
     def call(*arguments: Any) -> Any:
-        return (operator if torch.compiler.is_compiling() else function)(*arguments)
+        return (operator if torch.compiler.is_compiling() else function)(*arguments, *last)
 
     return call
-
-
-def check_one_device(*groups: Sequence[Tensor | None]) -> None:
-    """Refuse several devices: fake kernels run wherever one tensor is without data."""
-    devices = {x.device for group in groups for x in group if x is not None}
-    if len(devices) > 1:
-        found = " and ".join(sorted(map(str, devices)))
-        raise RuntimeError(f"at_fused: all tensors must be on one device, got {found}")
 
 
 def transformed() -> bool:

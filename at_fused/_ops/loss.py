@@ -1,4 +1,4 @@
-"""Losses of maps and of features: schema, fake kernel and autograd of each operator.
+"""Losses of maps and of features: schema and autograd of each operator.
 
     map_loss            the loss of a list of pairs of raw maps, and their gradients
     at_loss             the loss of a list of pairs of features, in one pass over them
@@ -23,218 +23,157 @@ the raw map, masked, of the other. Where autograd follows a side, its graph has 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from at_fused._ops.attention import attention_map, attention_map_backward, fake_map
+from at_fused._ops.attention import attention_map, attention_map_backward
 from at_fused._ops.library import (
     apply,
     below_autograd,
-    check_one_device,
     define,
     entry,
-    library,
     operators,
     save,
     tracks,
     transformed,
 )
-from at_fused._options import LossOptions
 from at_fused.backends import eager
-from at_fused.backends.outputs import accumulate_dtype
 
-define(
-    "map_loss(Tensor[] student, Tensor[] teacher, float[] weights, str form, str reduction,"
-    " str eps_mode, float eps, bool student_grad, bool teacher_grad) -> (Tensor, Tensor[])"
-)
+_PAIRS, _OPTIONS = "Tensor[] student, Tensor[] teacher", "str form, str reduction, str eps_mode"
+_GRADS = "bool student_grad, bool teacher_grad"
 _FEATURES = (
-    "Tensor[] student, Tensor[] teacher, Tensor[] masks, float[] weights, int[] skip_tokens,"
-    " float p, str collapse, str form, str reduction, str eps_mode, float eps"
+    f"{_PAIRS}, Tensor[] masks, float[] weights, int[] skip_tokens, float p, str collapse,"
+    f" {_OPTIONS}, float eps"
 )
-define(f"at_loss({_FEATURES}, bool student_grad, bool teacher_grad) -> (Tensor, Tensor[])")
-define(f"at_value_and_grad({_FEATURES}, float scale, Tensor? loss_gradient) -> (Tensor, Tensor[])")
+_RESULT = "(Tensor, Tensor[])"
+_ASK_NOTHING = False, False  # autograd asks for the maps that it needs
+define(f"map_loss({_PAIRS}, float[] weights, {_OPTIONS}, float eps, {_GRADS}) -> {_RESULT}")
+define(f"at_loss({_FEATURES}, {_GRADS}) -> {_RESULT}")
+define(f"at_value_and_grad({_FEATURES}, float scale, Tensor? loss_gradient) -> {_RESULT}")
 
 
-# ---- fake kernels --------------------------------------------------------------------------------
+# ---- the loss of features ------------------------------------------------------------------------
 
 
-def _fake_loss(
-    student: list[Tensor], teacher: list[Tensor], reduction: str, *more: Tensor | None
-) -> Tensor:
-    check_one_device(student, teacher, more)
-    shape = {"sum": (), "none": (len(student),), "sample": (len(student), student[0].shape[0])}
-    return student[0].new_empty(shape[reduction], dtype=accumulate_dtype(*student, *teacher))
-
-
-@torch.library.register_fake("at_fused::map_loss", lib=library)
-def _(student: list[Tensor], teacher: list[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
-    _, _, reduction, _, _, student_grad, teacher_grad = rest
-    maps = (student if student_grad else []) + (teacher if teacher_grad else [])
-    return _fake_loss(student, teacher, reduction), [q.new_empty(q.shape) for q in maps]
-
-
-@torch.library.register_fake("at_fused::at_loss", lib=library)
-def _(
+def _at_loss_autograd(
     student: list[Tensor], teacher: list[Tensor], masks: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    _, skip_tokens, *options, student_grad, teacher_grad = rest
-    loss = _fake_loss(student, teacher, LossOptions(*options).reduction, *masks)
-    if not (student_grad or teacher_grad):
-        return loss, []
-    return loss, [fake_map(x) for x in eager.without_first([*student, *teacher], skip_tokens)]
+    tracked = tracks(student), tracks(teacher)
+    followed = tracked[0] or tracked[1]
+    if transformed() or (followed and (rest[-2] or rest[-1])):
+        # The second: the maps of a traced backward have a gradient, too.
+        return eager.at_loss(student, teacher, masks, *rest)
+    if tracks(masks):
+        raise RuntimeError(
+            "at_fused::at_loss has no derivative for masks: multiply the maps for map_loss instead"
+        )
+    if followed:
+        rest = *rest[:-2], *tracked
+        return apply(_ATLoss, len(student), rest, *student, *teacher, *masks), []
+    return below_autograd(operators.at_loss.default, student, teacher, masks, *rest)
 
 
-@torch.library.register_fake("at_fused::at_value_and_grad", lib=library)
-def _(
-    student: list[Tensor], teacher: list[Tensor], masks: list[Tensor], *rest: Any
+class _ATLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pairs: int, rest: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+        features, masks = tensors[: 2 * pairs], tensors[2 * pairs :]
+        loss, maps = below_autograd(
+            operators.at_loss.default, features[:pairs], features[pairs:], masks, *rest
+        )
+        student_grad, teacher_grad = rest[-2:]
+        # A side without a gradient is remembered by its maps alone: its features may die.
+        kept = range(0 if student_grad else pairs, 2 * pairs if teacher_grad else pairs)
+        ctx.pairs, ctx.rest, ctx.kept = pairs, rest, kept
+        save(ctx, *features[kept.start : kept.stop], *maps, *masks)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        pairs, kept = ctx.pairs, ctx.kept
+        _, skips, p, *_ = ctx.rest
+        saved = ctx.saved_tensors
+        features, maps = saved[: len(kept)], saved[len(kept) : len(kept) + 2 * pairs]
+        masks = saved[len(kept) + 2 * pairs :]
+        if torch.is_grad_enabled():
+            maps = _coefficients(ctx, features, maps, masks)
+        wanted = [i for i in kept if ctx.needs_input_grad[2 + i]]
+        found = attention_map_backward(
+            [features[i - kept.start] for i in wanted],
+            [maps[i] for i in wanted],
+            loss_gradient,
+            [i % pairs for i in wanted],
+            p,
+            [skips[i] for i in wanted] if skips else [],
+            [],
+        )
+        gradients: list[Tensor | None] = [None] * (2 * pairs + len(masks))
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+        return None, None, *gradients
+
+
+def _coefficients(
+    ctx: Any, features: Sequence[Tensor], maps: Sequence[Tensor], masks: Sequence[Tensor]
+) -> list[Tensor]:
+    """Compute the coefficient maps of ``at_loss`` with a graph, for a second derivative."""
+    pairs, kept = ctx.pairs, ctx.kept
+    weights, skips, p, collapse, *rest = ctx.rest
+    maps = [*maps]
+    maps[kept.start : kept.stop] = attention_map(
+        [*features], p, collapse, [skips[i] for i in kept] if skips else []
+    )
+    for i in kept if masks else ():
+        maps[i] = maps[i] * masks[i % pairs].to(maps[i].dtype)
+    _, found = eager.map_loss(maps[:pairs], maps[pairs:], weights, *rest)
+    for i, x, k in zip(kept, features, found, strict=True):
+        k = k * (p * eager.collapse_scale(x, collapse))
+        maps[i] = k * masks[i % pairs].to(k.dtype) if masks else k
+    return maps
+
+
+# ---- the loss of maps ----------------------------------------------------------------------------
+
+
+def _map_loss_autograd(
+    student: list[Tensor], teacher: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    _, _, *options, _, loss_gradient = rest
-    reduction = LossOptions(*options).reduction
-    loss = _fake_loss(student, teacher, reduction, *masks, loss_gradient)
-    return loss, [torch.empty_like(x) for x in student]
-
-
-# ---- autograd ------------------------------------------------------------------------------------
+    tracked = tracks(student), tracks(teacher)
+    if transformed() or (any(tracked) and any(rest[-2:])):
+        return eager.map_loss(student, teacher, *rest)
+    if any(tracked):
+        rest = *rest[:-2], *tracked
+        return apply(_MapLoss, len(student), rest, *student, *teacher), []
+    return below_autograd(operators.map_loss.default, student, teacher, *rest)
 
 
 class _MapLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pairs: int, options: tuple[Any, ...], *maps: Tensor) -> Tensor:
+    def forward(ctx: Any, pairs: int, rest: tuple[Any, ...], *maps: Tensor) -> Tensor:
         operator = operators.map_loss.default
-        loss, found = below_autograd(operator, list(maps[:pairs]), list(maps[pairs:]), *options)
-        ctx.pairs, ctx.options = pairs, options
+        loss, found = below_autograd(operator, maps[:pairs], maps[pairs:], *rest)
+        ctx.pairs, ctx.rest = pairs, rest
         save(ctx, *maps, *found)
         return loss
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         pairs = ctx.pairs
-        _, _, reduction, _, _, student_grad, teacher_grad = ctx.options
+        *_, student_grad, teacher_grad = ctx.rest
         saved = ctx.saved_tensors  # once: a checkpoint gives each tensor a single time
         maps, found = saved[: 2 * pairs], saved[2 * pairs :]
         if torch.is_grad_enabled():
             # With a graph, for a second derivative.
-            found = eager.map_loss(list(maps[:pairs]), list(maps[pairs:]), *ctx.options)[1]
+            found = eager.map_loss(list(maps[:pairs]), list(maps[pairs:]), *ctx.rest)[1]
         sides = [*range(pairs)] * student_grad + [*range(pairs, 2 * pairs)] * teacher_grad
         gradients: list[Tensor | None] = [None] * (2 * pairs)
         for i, k in zip(sides, found, strict=True):
-            g = loss_gradient if reduction == "sum" else loss_gradient[i % pairs]
-            g = g.unsqueeze(1) if reduction == "sample" else g
-            gradients[i] = k * g.to(k.dtype)
+            gradients[i] = eager.times_loss_gradient(k, loss_gradient.to(k.dtype), i % pairs)
         return None, None, *gradients
 
 
-class Call(NamedTuple):
-    """A call of ``at_loss`` without its tensors: students, teachers, and perhaps masks."""
-
-    pairs: int
-    weights: list[float]
-    skip_tokens: list[int]
-    options: LossOptions
-    student_grad: bool
-    teacher_grad: bool
-
-    def kept(self) -> range:
-        """Return the numbers of the features of the sides whose gradient is asked for."""
-        begin = 0 if self.student_grad else self.pairs
-        return range(begin, 2 * self.pairs if self.teacher_grad else self.pairs)
-
-    def skip_of(self, numbers: Sequence[int]) -> list[int]:
-        """Return ``skip_tokens`` of some of the features."""
-        return [self.skip_tokens[i] for i in numbers] if self.skip_tokens else []
-
-
-class _ATLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor:
-        pairs, weights, skip_tokens, options, *grads = call
-        features, masks = tensors[: 2 * pairs], list(tensors[2 * pairs :])
-        sides = list(features[:pairs]), list(features[pairs:])
-        loss, maps = below_autograd(
-            operators.at_loss.default, *sides, masks, weights, skip_tokens, *options, *grads
-        )
-        ctx.call = call
-        # A side without a gradient is remembered by its maps alone: its features may die.
-        kept = call.kept()
-        save(ctx, *features[kept.start : kept.stop], *maps, *masks)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
-        kept, count = call.kept(), 2 * call.pairs
-        saved = ctx.saved_tensors
-        features = saved[: len(kept)]
-        maps, masks = saved[len(kept) : len(kept) + count], saved[len(kept) + count :]
-        if torch.is_grad_enabled():
-            maps = _coefficients(call, features, maps, masks)
-        wanted = [i for i in kept if ctx.needs_input_grad[1 + i]]
-        found = attention_map_backward(
-            [features[i - kept.start] for i in wanted],
-            [maps[i] for i in wanted],
-            loss_gradient,
-            [i % call.pairs for i in wanted],
-            call.options.p,
-            call.skip_of(wanted),
-            [],
-        )
-        gradients: list[Tensor | None] = [None] * count
-        for i, gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
-        return None, *gradients, *(None for _ in masks)
-
-
-def _coefficients(
-    call: Call, features: Sequence[Tensor], maps: Sequence[Tensor], masks: Sequence[Tensor]
-) -> list[Tensor]:
-    """Compute the coefficient maps of ``at_loss`` with a graph, for a second derivative."""
-    options, kept = call.options, call.kept()
-    raw = [*maps]
-    found = attention_map([*features], options.p, options.collapse, call.skip_of(kept))
-    for i, q in zip(kept, found, strict=True):
-        raw[i] = q * masks[i % call.pairs].to(q.dtype) if masks else q
-    students, teachers = raw[: call.pairs], raw[call.pairs :]
-    _, coefficients = eager.map_loss(
-        students, teachers, call.weights, *options[2:], call.student_grad, call.teacher_grad
-    )
-    result = [*maps]
-    for i, x, k in zip(kept, features, coefficients, strict=True):
-        k = k * (options.p * eager.collapse_scale(x, options.collapse))
-        result[i] = k * masks[i % call.pairs].to(k.dtype) if masks else k
-    return result
-
-
-def _map_loss_autograd(
-    student: list[Tensor], teacher: list[Tensor], *rest: Any
-) -> tuple[Tensor, list[Tensor]]:
-    *options, student_grad, teacher_grad = rest
-    tracked = tracks(student), tracks(teacher)
-    if transformed() or ((student_grad or teacher_grad) and any(tracked)):
-        # The second: the maps of a traced backward have a gradient, too.
-        return eager.map_loss(student, teacher, *rest)
-    if any(tracked):
-        options += tracked
-        return apply(_MapLoss, len(student), options, *student, *teacher), []
-    return below_autograd(operators.map_loss.default, student, teacher, *rest)
-
-
-def _at_loss_autograd(
-    student: list[Tensor], teacher: list[Tensor], masks: list[Tensor], *rest: Any
-) -> tuple[Tensor, list[Tensor]]:
-    weights, skip_tokens, *options, student_grad, teacher_grad = rest
-    tracked = tracks(student), tracks(teacher)
-    if transformed() or ((student_grad or teacher_grad) and any(tracked)):
-        return eager.at_loss(student, teacher, masks, *rest)
-    if tracks(masks):
-        raise RuntimeError(
-            "at_fused::at_loss has no derivative for masks: multiply the maps for map_loss instead"
-        )
-    if any(tracked):
-        call = Call(len(student), weights, skip_tokens, LossOptions(*options), *tracked)
-        return apply(_ATLoss, call, *student, *teacher, *masks), []
-    return below_autograd(operators.at_loss.default, student, teacher, masks, *rest)
+# ---- value and gradient --------------------------------------------------------------------------
 
 
 def _at_value_and_grad_autograd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -244,21 +183,6 @@ def _at_value_and_grad_autograd(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     return below_autograd(operators.at_value_and_grad.default, *arguments)
 
 
-_map_loss = entry("map_loss", _map_loss_autograd)
-_at_loss = entry("at_loss", _at_loss_autograd)
+at_loss = entry("at_loss", _at_loss_autograd, *_ASK_NOTHING)
+map_loss = entry("map_loss", _map_loss_autograd, *_ASK_NOTHING)
 at_value_and_grad = entry("at_value_and_grad", _at_value_and_grad_autograd)
-
-
-def map_loss(*arguments: Any) -> Tensor:
-    """Return the loss of ``torch.ops.at_fused.map_loss``; autograd asks for what gradients need."""
-    return _map_loss(*arguments, False, False)[0]
-
-
-def map_value_and_grad(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss of ``torch.ops.at_fused.map_loss`` and dL/dQ of the students' maps."""
-    return _map_loss(*arguments, True, False)
-
-
-def at_loss(*arguments: Any) -> Tensor:
-    """Return the loss of ``torch.ops.at_fused.at_loss``; autograd asks for what gradients need."""
-    return _at_loss(*arguments, False, False)[0]

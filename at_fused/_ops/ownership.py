@@ -1,18 +1,14 @@
 """Ownership of a gradient: a backward may write into one that nobody else holds.
 
-Autograd gives no promise: the tensor may be what another branch of an addition still waits for,
-what a hook keeps, what the user asked to capture. Each of these holds a reference, and all that can
-hold one are counted:
+Autograd gives no promise: another branch of an addition may still wait for the tensor, a hook keep
+it, the user have asked for it. Each of these holds a reference, and all that can hold one are
+counted: owners of the tensor in C++ (a branch, a capture, a saved variable) and in Python (hooks,
+closures, frames); those of its storage in C++ (views, aliases) and in Python.
 
-    the tensor's use count      owners in C++: a branch, a capture, a saved variable
-    Python's reference count    hooks, closures and frames that keep the object
-    the storage's use count     views, detached aliases, other tensors over the same memory
-    and its reference count     those who keep the storage as an object of Python
-
-Use counts are what the engine itself asks for before it adds one gradient into another. How many
-references a gradient has that is nobody else's depends on the versions of torch and Python, so they
-are counted once, on one that is known to be free; the same run shows that each kind of holder
-changes a count. Where it does not, or later a count is another one, nothing is written in place.
+The number of references to a gradient that is nobody else's depends on the versions of torch and
+Python. So they are counted once, on one that is known to be free; the same run shows that each kind
+of holder changes a count. Where it does not, or later a count is another one, nothing is written in
+place.
 """
 
 from __future__ import annotations

@@ -16,42 +16,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from at_fused._layouts import FeatureLayout
 from at_fused._ops import ownership
 from at_fused._ops.attention import map_gradients_backward
 from at_fused._ops.library import (
     apply,
     below_autograd,
-    check_one_device,
     define,
     entry,
-    library,
     operators,
     tracks,
     transformed,
 )
-from at_fused._options import FeatureLayout
 from at_fused.backends import eager
 
 _ARGUMENTS = "Tensor feature, Tensor map_gradient, float p, str collapse, Tensor? channels=None"
 define(f"attention_tap_backward(Tensor gradient, {_ARGUMENTS}) -> Tensor")
 define(f"attention_tap_backward_(Tensor(a!) gradient, {_ARGUMENTS}) -> ()")
-
-
-# ---- fake kernels --------------------------------------------------------------------------------
-
-
-def _check_devices(*arguments: Any, **named: Any) -> None:
-    tensors = [x for x in (*arguments, *named.values()) if isinstance(x, Tensor)]
-    check_one_device(tensors)
-
-
-@torch.library.register_fake("at_fused::attention_tap_backward", lib=library)
-def _(gradient: Tensor, feature: Tensor, *rest: Any, **named: Any) -> Tensor:
-    _check_devices(gradient, feature, *rest, **named)
-    return torch.empty_like(feature)
-
-
-torch.library.register_fake("at_fused::attention_tap_backward_", _check_devices, lib=library)
 
 
 # ---- autograd of the operators -------------------------------------------------------------------

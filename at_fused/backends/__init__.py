@@ -12,7 +12,6 @@ The dispatcher picks: a back end is a set of kernels registered for a device, th
 from __future__ import annotations
 
 import warnings
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +21,9 @@ from at_fused.backends import eager, triton
 from at_fused.backends.compiled import cpu, cuda
 
 # What a back end provides: a kernel for each of the operators in _ops, under its name.
-OPERATORS = (
-    "attention_map",
-    "attention_map_backward",
-    "attention_tap_backward",
-    "attention_tap_backward_",
-    "map_loss",
-    "at_loss",
-    "at_value_and_grad",
-)
+OPERATORS: tuple[str, ...] = "attention_map", "attention_map_backward"
+OPERATORS += "attention_tap_backward", "attention_tap_backward_"
+OPERATORS += "map_loss", "at_loss", "at_value_and_grad"
 
 
 class Backend(NamedTuple):
@@ -125,11 +118,10 @@ def _force(name: str) -> None:
     global _forced, _override
     if _override is not None:
         _override._destroy()
-        _override = None
+    _forced, _override = name, None
     if name in ("triton", "eager"):  # a compiled library's kernels are the fastest as they are
         keys = tuple(device.upper() for device in _forced_devices(name) if device != "other")
         _override = override(_TABLE[name][0], keys)
-    _forced = name
 
 
 class use_backend:  # noqa: N801 - used like torch.no_grad
@@ -159,10 +151,5 @@ class use_backend:  # noqa: N801 - used like torch.no_grad
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         _force(self._previous)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ def _shape_of_map(x: Tensor) -> tuple[int, int]:
     return x.shape[0], math.prod(x.shape[2:])
 
 
+def _check_choice(name: str, value: str) -> None:
+    require(value in CHOICES[name], f"{name} must be {one_of(CHOICES[name])}, got {value!r}")
+
+
 # ---- features and maps ---------------------------------------------------------------------------
 
 
@@ -52,9 +57,10 @@ def check_attention_map(
         require(x.device == features[0].device, "all features must be on the same device")
     require(1 <= p < math.inf, f"p must be a finite number >= 1, got {p}")
     _check_choice("collapse", collapse)
+    count = len(skip_tokens)
     require(
-        len(skip_tokens) in (0, len(features)),
-        f"skip_tokens must have one number per feature, got {len(skip_tokens)} for {len(features)}",
+        count in (0, len(features)),
+        f"skip_tokens must have one number per feature, got {count} for {len(features)}",
     )
     for x, skip in zip(features, skip_tokens, strict=False):
         require(
@@ -63,14 +69,11 @@ def check_attention_map(
         )
 
 
-def _check_choice(name: str, value: str) -> None:
-    allowed = CHOICES[name]
-    require(value in allowed, f"{name} must be {one_of(allowed)}, got {value!r}")
-
-
 def _check_loss_gradient(
-    gradient: Tensor, pairs: Sequence[int], features: Sequence[Tensor]
+    gradient: Tensor | None, pairs: Sequence[int], features: Sequence[Tensor]
 ) -> None:
+    if gradient is None or not features:
+        return
     require(
         gradient.dim() <= 2 and gradient.dtype in _WIDE and gradient.device == features[0].device,
         "the loss gradient must be a scalar, (pairs,) or (pairs, B), float32 or float64, on the "
@@ -113,23 +116,14 @@ def check_attention_map_backward(
         "a coefficient map and a pair number per feature, and a map of channels or none",
     )
     winners: Sequence[Tensor | None] = channels or [None] * count
-    for x, k, named in zip(
-        without_first(features, skip_tokens), coefficients, winners, strict=True
-    ):
-        _check_map(x, k, named)
-    if features and loss_gradient is not None:
-        _check_loss_gradient(loss_gradient, pairs, features)
+    for each in zip(without_first(features, skip_tokens), coefficients, winners, strict=True):
+        _check_map(*each)
+    _check_loss_gradient(loss_gradient, pairs, features)
 
 
-def check_tap(
-    gradient: Tensor,
-    feature: Tensor,
-    map_gradient: Tensor,
-    p: float,
-    collapse: str,
-    channels: Tensor | None,
-) -> None:
+def check_tap(gradient: Tensor, feature: Tensor, map_gradient: Tensor, *rest: Any) -> None:
     """Check a gradient, its feature, and the gradient of the feature's map."""
+    p, collapse, channels = rest
     check_attention_map([feature], p, collapse, [])
     require(
         (gradient.shape, gradient.dtype, gradient.device)
@@ -147,26 +141,20 @@ def check_apart(gradient: Tensor) -> None:
     """Check that no two elements of what is written in place lie in one place."""
     reach = 1
     for step, size in sorted(zip(gradient.stride(), gradient.shape, strict=True)):
-        if size > 1:
-            require(
-                step >= reach,
-                "a gradient that is written in place must not be expanded, nor overlap itself",
-            )
-            reach += (size - 1) * step
+        require(
+            size < 2 or step >= reach,
+            "a gradient that is written in place must not be expanded, nor overlap itself",
+        )
+        reach += (size - 1) * step
 
 
 # ---- losses --------------------------------------------------------------------------------------
 
 
 def _check_pairs(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    weights: Sequence[float],
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[float], *options: Any
 ) -> None:
+    form, reduction, eps_mode, eps = options
     n = len(student)
     require(
         n > 0 and len(teacher) == n, f"as many teachers as students, got {n} and {len(teacher)}"
@@ -175,11 +163,10 @@ def _check_pairs(
     for name, value in (("form", form), ("reduction", reduction), ("eps_mode", eps_mode)):
         _check_choice(name, value)
     require(0 < eps < math.inf, f"eps must be a finite number > 0, got {eps}")
-    for x in student:
-        require(
-            reduction != "sample" or x.shape[:1] == student[0].shape[:1],
-            "a loss for each sample needs pairs of one batch size",
-        )
+    one_batch = all(x.shape[:1] == student[0].shape[:1] for x in student)
+    require(
+        reduction != "sample" or one_batch, "a loss for each sample needs pairs of one batch size"
+    )
 
 
 def check_at_loss(
@@ -193,47 +180,38 @@ def check_at_loss(
 ) -> None:
     """Check the pairs of a loss, their masks, and its options."""
     _check_pairs(student, teacher, weights, *options[2:])
-    features = [*student, *teacher]
+    features, count = [*student, *teacher], len(student)
     check_attention_map(features, options.p, options.collapse, skip_tokens)
     require(options.collapse != "max", "collapse must be 'mean' or 'sum' here")
-    require(len(masks) in (0, len(student)), f"a mask per pair, got {len(masks)}")
+    require(len(masks) in (0, count), f"a mask per pair, got {len(masks)}")
     mapped = without_first(features, skip_tokens)
-    for i, (s, t) in enumerate(zip(mapped[: len(student)], mapped[len(student) :], strict=True)):
+    for i, (s, t) in enumerate(zip(mapped[:count], mapped[count:], strict=True)):
         shape = _shape_of_map(s)
         require(
             shape == _shape_of_map(t),
             "student and teacher of a pair must have the same B and positions",
         )
+        right = shape, s.device, accumulate_dtype(s, t)
         require(
-            not masks
-            or (masks[i].shape, masks[i].device, masks[i].dtype)
-            == (shape, s.device, accumulate_dtype(s, t)),
+            not masks or (masks[i].shape, masks[i].device, masks[i].dtype) == right,
             "a mask must be (B, N) on the features' device, float64 where a feature of the pair is "
             "and float32 otherwise",
         )
-    if loss_gradient is not None:
-        _check_loss_gradient(loss_gradient, range(len(student)), student)
+    _check_loss_gradient(loss_gradient, range(count), student)
 
 
 def check_map_loss(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    weights: Sequence[float],
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[float], *options: Any
 ) -> None:
     """Check the pairs of a loss of maps, and its options."""
-    _check_pairs(student, teacher, weights, form, reduction, eps_mode, eps)
-    for s, t in zip(student, teacher, strict=True):
-        for q in (s, t):
-            require(
-                q.dim() == 2
-                and q.numel() > 0
-                and q.device == student[0].device
-                and q.dtype in _WIDE
-                and q.shape == s.shape,
-                "maps must be (B, N), not empty, float32 or float64, on one device, and both of a "
-                "pair of one size",
-            )
+    _check_pairs(student, teacher, weights, *options)
+    for i, q in enumerate([*student, *teacher]):
+        require(
+            q.dim() == 2
+            and q.numel() > 0
+            and q.device == student[0].device
+            and q.dtype in _WIDE
+            and q.shape == student[i % len(student)].shape,
+            "maps must be (B, N), not empty, float32 or float64, on one device, and both of a "
+            "pair of one size",
+        )

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
-from importlib.metadata import Distribution, distributions
+from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import torch
 
@@ -134,26 +131,10 @@ def nothing_compiled() -> Nothing | None:
     """Return why there is nothing compiled in this package; None where there is something."""
     if any(_FOLDER.glob("*.so")):
         return None
-    other = None
-    for installed in distributions(name="at_fused"):
-        folder = _folder_of(installed)
-        if folder != _FOLDER:
-            other = other or (folder if folder.is_dir() else None)
-        # So are all wheels without libraries; for Windows there are no others.
-        elif os.name != "nt" and "Root-Is-Purelib: true" in (installed.read_text("WHEEL") or ""):
-            return Nothing("installed with AT_FUSED_CPP=0", wanted=True)
-    sources = (_FOLDER.parent / "csrc").is_dir()
-    install = f"pip install -e {_FOLDER.parent}"
-    if other:
-        reason = f"imported in place of the package in {other}; run in another folder"
-        return Nothing(f"{reason}, or {install}" if sources else reason, wanted=False)
-    reason = f"these are the sources; {install}" if sources else "it is damaged; install it again"
-    return Nothing(reason, wanted=False)
-
-
-def _folder_of(installed: Distribution) -> Path:
-    """Return the package of this record: next to it, or where an editable one points."""
-    origin = json.loads(installed.read_text("direct_url.json") or "{}")
-    if origin.get("dir_info", {}).get("editable"):
-        return Path(url2pathname(urlparse(origin["url"]).path), "at_fused").resolve()
-    return Path(str(installed.locate_file("at_fused"))).resolve()
+    wheels = [each.read_text("WHEEL") or "" for each in distributions(name="at_fused")]
+    if any("Root-Is-Purelib: true" in wheel for wheel in wheels):
+        return Nothing("installed with AT_FUSED_CPP=0", wanted=True)
+    if not (_FOLDER.parent / "csrc").is_dir():
+        return Nothing("it is damaged; install it again", wanted=False)
+    advice = f"run in another folder, or pip install -e {_FOLDER.parent}"
+    return Nothing(f"these are the sources; {advice}", wanted=False)

@@ -8,6 +8,7 @@ fp16, bf16 and fp32 are computed in fp32, fp64 in fp64.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from at_fused.backends.checks import (
     check_tap,
     without_first,
 )
-from at_fused.backends.outputs import accumulate_dtype, laid_out_as, wide_dtype
+from at_fused.backends.outputs import accumulate_dtype, laid_out_as
 
 
 def loaded() -> bool:
@@ -40,8 +41,8 @@ def reason() -> str:
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return x in fp64, where there is one."""
-    return x.to(wide_dtype(x))
+    """Return x in fp64, or on Apple's GPUs, which have none, in fp32."""
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def collapse_scale(x: Tensor, collapse: str) -> float:
@@ -135,44 +136,29 @@ def _sweep(x: Tensor, k: Tensor, p: float, channels: Tensor | None) -> Tensor:
 # ---- taps ----------------------------------------------------------------------------------------
 
 
+def attention_tap_backward(gradient: Tensor, feature: Tensor, *rest: Any) -> Tensor:
+    """G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A), in the feature's dtype and layout."""
+    return torch.empty_like(feature).copy_(_tapped(gradient, feature, *rest))
+
+
+def attention_tap_backward_(gradient: Tensor, *rest: Any) -> None:
+    """``attention_tap_backward``, written into ``gradient``."""
+    added = _tapped(gradient, *rest)
+    check_apart(gradient)
+    gradient.copy_(added)
+
+
 def _tapped(
     gradient: Tensor,
     feature: Tensor,
     map_gradient: Tensor,
     p: float,
     collapse: str,
-    channels: Tensor | None,
+    channels: Tensor | None = None,
 ) -> Tensor:
     check_tap(gradient, feature, map_gradient, p, collapse, channels)
     k = map_gradient * (p * collapse_scale(feature, collapse))
     return gradient.to(k.dtype) + _sweep(feature.to(k.dtype), k, p, channels)
-
-
-def attention_tap_backward(
-    gradient: Tensor,
-    feature: Tensor,
-    map_gradient: Tensor,
-    p: float,
-    collapse: str,
-    channels: Tensor | None = None,
-) -> Tensor:
-    """G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A), in the feature's dtype and layout."""
-    added = _tapped(gradient, feature, map_gradient, p, collapse, channels)
-    return torch.empty_like(feature).copy_(added)
-
-
-def attention_tap_backward_(
-    gradient: Tensor,
-    feature: Tensor,
-    map_gradient: Tensor,
-    p: float,
-    collapse: str,
-    channels: Tensor | None = None,
-) -> None:
-    """``attention_tap_backward``, written into ``gradient``."""
-    added = _tapped(gradient, feature, map_gradient, p, collapse, channels)
-    check_apart(gradient)
-    gradient.copy_(added)
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -234,17 +220,10 @@ def sample_weight(weights: list[float], i: int, batch: int, reduction: str) -> f
 
 
 def map_loss(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    weights: list[float],
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
-    student_grad: bool,
-    teacher_grad: bool,
+    student: list[Tensor], teacher: list[Tensor], weights: list[float], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of all pairs of raw maps (B, N), and dL/dQ of the sides asked for."""
+    form, reduction, eps_mode, eps, student_grad, teacher_grad = rest
     check_map_loss(student, teacher, weights, form, reduction, eps_mode, eps)
     losses, student_maps, teacher_maps = [], [], []
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
@@ -265,30 +244,24 @@ def at_loss(
     masks: list[Tensor],
     weights: list[float],
     skip_tokens: list[int],
-    p: float,
-    collapse: str,
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
-    student_grad: bool,
-    teacher_grad: bool,
+    *rest: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of all pairs, and what the backward pass needs of them (see ``_ops``)."""
-    options = LossOptions(p, collapse, form, reduction, eps_mode, eps)
+    *values, student_grad, teacher_grad = rest
+    options = LossOptions(*values)
     check_at_loss(student, teacher, masks, weights, skip_tokens, options)
     count = len(student)
     features, factors = [*student, *teacher], [*masks, *masks]
-    maps = attention_map(features, p, collapse, skip_tokens)
+    maps = attention_map(features, *options[:2], skip_tokens)
     if masks:
         maps = [q * m.to(q.dtype) for q, m in zip(maps, factors, strict=True)]
-    rest = weights, form, reduction, eps_mode, eps, student_grad, teacher_grad
-    loss, coefficients = map_loss(maps[:count], maps[count:], *rest)
+    loss, coefficients = map_loss(
+        maps[:count], maps[count:], weights, *options[2:], student_grad, teacher_grad
+    )
     if not (student_grad or teacher_grad):
         return loss, []
-    first = 0 if student_grad else count
-    for i, k in enumerate(coefficients, first):
-        k = k * (p * collapse_scale(features[i], collapse))
+    for i, k in enumerate(coefficients, 0 if student_grad else count):
+        k = k * (options.p * collapse_scale(features[i], options.collapse))
         maps[i] = k * factors[i].to(k.dtype) if masks else k
     return loss, maps
 
@@ -299,30 +272,13 @@ def at_value_and_grad(
     masks: list[Tensor],
     weights: list[float],
     skip_tokens: list[int],
-    p: float,
-    collapse: str,
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
-    scale: float,
-    loss_gradient: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of all pairs, and the students' gradients times ``scale * loss_gradient``."""
+    *options, scale, loss_gradient = rest
+    loss, maps = at_loss(student, teacher, masks, weights, skip_tokens, *options, True, False)
     count = len(student)
-    options = p, collapse, form, reduction, eps_mode, eps
-    loss, maps = at_loss(
-        student,
-        teacher,
-        masks,
-        weights,
-        skip_tokens,
-        *options,
-        student_grad=True,
-        teacher_grad=False,
-    )
     coefficients = [k * scale for k in maps[:count]]
-    pairs = list(range(count))
-    return loss, attention_map_backward(
-        student, coefficients, loss_gradient, pairs, p, skip_tokens[:count]
-    )
+    pairs, skips = list(range(count)), skip_tokens[:count]
+    p = options[0]
+    return loss, attention_map_backward(student, coefficients, loss_gradient, pairs, p, skips)

@@ -18,8 +18,3 @@ def laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
     if stride == x.stride() or stride == torch.empty_like(x, device="meta").stride():
         return gradient
     return torch.empty_like(x).copy_(gradient)
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """fp64, for what needs it whatever the dtype; fp32 on Apple's GPUs, which have none."""
-    return torch.float32 if x.device.type == "mps" else torch.float64

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def test_hostile_arguments(tmp_path: Path, backend: str, seed: int, count: int) 
     "level", [LEVEL, *(pytest.param(level, marks=exhaustive) for level in LEVELS)]
 )
 def test_nothing_beyond_a_tensor_is_touched(tmp_path: Path, level: str) -> None:
-    arguments = str(SUPPORT / "guarded.py"), "3000"
+    arguments = str(SUPPORT / "guarded.py"), "3000", "cpu"
     assert "nothing" in output_of(tmp_path, *arguments, AT_FUSED_CPU_ISA=level)
 
 
@@ -54,9 +53,7 @@ MANY_CHANNELS = torch.ones(1).expand(1, 2**62, 1)
     [
         (lambda: at_fused.attention_map(HUGE), "at most 2\\^31 - 1 positions|memory"),
         (lambda: at_fused.at_loss(HUGE, HUGE), "memory|failed"),
-        (lambda: at_fused.at_value_and_grad(HUGE, HUGE), "memory|failed"),
         (lambda: at_fused.features_loss(HUGE, HUGE), "memory|failed"),
-        (lambda: at_fused.kd_loss(HUGE[0], HUGE[0]), "memory|failed"),
         (lambda: at_fused.attention_map(MANY_CHANNELS), "at most 2\\^44"),
         (lambda: at_fused.at_loss(MANY_CHANNELS, MANY_CHANNELS), "at most 2\\^44"),
     ],
@@ -81,6 +78,13 @@ def pages(field):
     gc.collect()
     return int(open("/proc/self/statm").read().split()[field]) * resource.getpagesize()
 
+def raises(call, *errors):
+    try:
+        call()
+    except errors:
+        return
+    raise AssertionError("no error")
+
 torch.set_num_threads(1)
 """
 
@@ -88,7 +92,6 @@ NO_MEMORY = f"""{MEMORY}
 size = 2**27
 small = torch.randn(1, 1, 64, 64)
 student = small.expand(1, size // 4 // 64**2, 64, 64).requires_grad_()  # a gradient of that size
-expected = at_fused.at_loss(small, small * small)
 
 def tapped():
     y, q = at_fused.attention_tap(student)
@@ -97,7 +100,6 @@ def tapped():
 calls = [
     lambda: at_fused.at_loss(student, small).backward(),
     lambda: at_fused.at_loss(student, small, collapse="max").backward(),
-    lambda: at_fused.at_loss(student, student.detach(), attend="channel").backward(),
     lambda: at_fused.at_value_and_grad(student, small),
     tapped,
 ]
@@ -106,16 +108,11 @@ for call in calls:
     student.grad = None
 resource.setrlimit(resource.RLIMIT_AS, (pages(0) + size // 2, -1))
 for again in range(6):
-    for i, call in enumerate(calls):
-        try:
-            call()
-        except (RuntimeError, MemoryError):
-            continue
-        raise AssertionError(f"call {{i}} found memory")
+    for call in calls:
+        raises(call, RuntimeError, MemoryError)
     if again == 1:
         before = pages(1)  # with what errors need the first time
 assert pages(1) - before < 2**20, pages(1) - before
-assert torch.equal(at_fused.at_loss(small, small * small), expected)
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 calls[0]()
 assert student.grad.abs().sum() > 0
@@ -123,23 +120,19 @@ print("nothing is lost")
 """
 
 FLAT = f"""{MEMORY}
-def fail(*arguments, **options):
-    try:
-        at_fused.at_loss(*arguments, **options)
-    except (ValueError, TypeError):
-        return
-    raise AssertionError
-
 x = torch.randn(2, 4, 3, 3)
-calls = [*works((2, 3, 5, 4)), lambda: fail(x, x[:1]), lambda: fail(x, x, p=0.5)]
+calls = [
+    *works((2, 3, 5, 4)),
+    lambda: raises(lambda: at_fused.at_loss(x, x[:1]), ValueError),
+    lambda: raises(lambda: at_fused.at_loss(x, x, p=0.5), ValueError),
+]
 rounds = int(sys.argv[1])
 for call in calls * (rounds // 4):
     call()
 before = pages(1)
 for call in calls * rounds:
     call()
-grown = pages(1) - before
-assert grown < 2**20, grown
+assert pages(1) - before < 2**20, pages(1) - before
 print("nothing is lost")
 """
 
@@ -176,16 +169,11 @@ print("both")
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_fork_after_threads_were_used(tmp_path: Path) -> None:
     assert "both" in output_of(tmp_path, "-c", FORK)
 
 
 SUBINTERPRETER = """
-import sys
-if "first" in sys.argv:
-    import torch, at_fused
-    at_fused.at_loss
 try:
     import _interpreters
 except ImportError:
@@ -204,9 +192,8 @@ print("refused")
 """
 
 
-@pytest.mark.parametrize("order", ["later", pytest.param("first", marks=exhaustive)])
-def test_a_subinterpreter_is_refused(tmp_path: Path, order: str) -> None:
+def test_a_subinterpreter_is_refused(tmp_path: Path) -> None:
     """torch hangs or crashes there."""
     if sys.version_info < (3, 13):
         pytest.importorskip("_xxsubinterpreters")
-    assert "refused" in output_of(tmp_path, "-c", SUBINTERPRETER, order)
+    assert "refused" in output_of(tmp_path, "-c", SUBINTERPRETER)

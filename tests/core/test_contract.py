@@ -44,12 +44,6 @@ def test_exponents_forms_dtypes(
         assert_matches_reference([s], [t], p=p, form=form, collapse=collapse, scale=2.0**10)
 
 
-def test_student_and_teacher_of_different_dtypes(backend: str) -> None:
-    for student_dtype, teacher_dtype in itertools.permutations(DTYPES, 2):
-        s, t = features(2, 6, 4, 5, dtype=student_dtype), features(2, 4, 4, 5, dtype=teacher_dtype)
-        assert_matches_reference([s], [t])
-
-
 @crossed(reduction=["sum", "none"], weights=[[1.0, 0.25, -3.0, 0.0], None])
 def test_lists_of_unequal_pairs(backend: str, reduction: str, weights: list[float] | None) -> None:
     students = [
@@ -72,12 +66,6 @@ def test_more_pairs_than_a_launch_carries(backend: str) -> None:
         assert_matches_reference(students, teachers, reduction=reduction)
 
 
-def test_channels_in_the_last_dimension(backend: str) -> None:
-    s, t = torch.randn(2, 4, 5, 6), torch.randn(2, 4, 5, 9)
-    assert_matches_reference([s], [t], channel_dim=-1)
-    assert_matches_reference([s[:, 0]], [t[:, 0]], channel_dim=-1)
-
-
 def test_every_stride_pattern(backend: str) -> None:
     views = strided_views()
     dense = [features(x.shape[0], 5, *x.shape[2:]) for x in views]
@@ -97,9 +85,6 @@ def test_gradients_only_where_asked_for(backend: str) -> None:
 
 
 def test_one_tensor_as_student_and_teacher(backend: str) -> None:
-    x = features(2, 3, 4, 4).requires_grad_()
-    at_fused.at_loss(x, x, form="paper").backward()
-    assert torch.equal(x.grad, torch.zeros_like(x))
     y = features(2, 3, 4, 4).double().requires_grad_()
     loss = at_fused.at_loss([y, y], [y * y, y + 1])
     expected = reference_loss([y, y], [y * y, y + 1])
@@ -131,7 +116,9 @@ def test_maps_below_eps(backend: str, form: str, size: float) -> None:
     s[0] *= size  # squares to 1e-16: the norm is clamped at eps
     for dtype in (torch.float32, torch.float64):
         assert_matches_reference([s.to(dtype)], [t.to(dtype)], form=form)
-        assert_matches_reference([s.to(dtype)], [t.to(dtype)], form=form, eps=0.5)
+        for eps_mode in ("max", "add"):
+            pair = [s.to(dtype)], [t.to(dtype)]
+            assert_matches_reference(*pair, form=form, eps=0.5, eps_mode=eps_mode)
 
 
 @crossed(p=[1.0, 1.5, 2.0, 4.0], form=["code", "paper"])
@@ -165,14 +152,11 @@ def test_nan_and_infinity_come_out_as_nan(
 
 
 def test_a_single_position_is_always_zero(backend: str) -> None:
-    at_fused._arguments.single_position_warned = False
     s, t = features(3, 4, 1, 1).requires_grad_(), features(3, 5, 1, 1)
-    with pytest.warns(at_fused.AtFusedWarning, match="single position"):
-        loss = at_fused.at_loss(s, t)
+    loss = at_fused.at_loss(s, t)
     loss.backward()
     assert loss.item() == 0
     assert s.grad.abs().max() < 1e-6
-    at_fused.at_loss(s, t)  # once: a second warning would be an error here
 
 
 # ---- derivatives ---------------------------------------------------------------------------------

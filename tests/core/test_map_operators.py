@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from back_ends import opcheck, slow
+from back_ends import slow
 from layouts import DTYPES, LAYOUTS, SHAPES, STRIDES, features, strided_views
 from matrix import crossed
 from operator_reference import (
@@ -17,7 +17,6 @@ from operator_reference import (
     assert_maps_match,
     raw_maps,
     reference_map,
-    reference_map_loss,
     reference_slope,
 )
 from torch import Tensor
@@ -36,34 +35,25 @@ def test_maps(backend: str, p: float, collapse: str, dtype: torch.dtype, layout:
     assert_maps_match([features(2, 11, 13, 9, layout=layout, dtype=dtype)], p, collapse)
 
 
-@crossed(collapse=["mean", "max"], layout=LAYOUTS)
-def test_shapes_of_maps(backend: str, collapse: str, layout: str) -> None:
-    for shape in SHAPES:
-        x = features(*shape, layout=layout)
-        for p in (3.0, 1.0):
-            assert_maps_match([x], p, collapse)
+def lists_of_maps(kind: str) -> list[Tensor]:
+    if kind in LAYOUTS:
+        return [features(*shape, layout=kind) for shape in SHAPES]
+    if kind == "strides":
+        return strided_views()
+    if kind == "longer than a launch":
+        return [features(1, 2 + i % 3, 4 + i % 2, 5) for i in range(67)]
+    tokens, volumes = features(3, 30, 9, dtype=torch.bfloat16), features(2, 3, 4, 5, 6).double()
+    return [features(4, 16, 8, 8, layout="interleaved"), tokens, features(2, 70, 7, 7), volumes]
 
 
-@pytest.mark.parametrize("collapse", ["mean", "max"])
-def test_lists(backend: str, collapse: str) -> None:
-    xs = [
-        features(4, 8, 16, 16),
-        features(4, 16, 8, 8, layout="interleaved"),
-        features(3, 30, 9, dtype=torch.bfloat16),
-        features(2, 70, 7, 7),
-        features(2, 3, 4, 5, 6, dtype=torch.float64),
-    ]
-    assert_maps_match(xs, 2.0, collapse)
-    # More than a launch carries.
-    count = 17 if slow(backend) else 67
-    xs = [features(1, 2 + i % 3, 4 + i % 2, 5) for i in range(count)]
-    assert_maps_match(xs, 2.0, collapse)
-
-
-@pytest.mark.parametrize("collapse", ["mean", "max"])
-def test_strides_of_maps(backend: str, collapse: str) -> None:
-    for p in (2.0, 1.0):
-        assert_maps_match(strided_views(), p, collapse)
+@crossed(
+    kind=[*LAYOUTS, "strides", "longer than a launch", "unlike"],
+    collapse=["mean", "max"],
+    p=[3.0, 1.0, 2.0],
+)
+def test_lists_of_maps(backend: str, kind: str, collapse: str, p: float) -> None:
+    xs = lists_of_maps(kind)
+    assert_maps_match(xs[:17] if slow(backend) else xs, p, collapse)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -102,7 +92,9 @@ def test_powers_keep_their_digits(backend: str) -> None:
         x = torch.cat([x, torch.tensor([0.0, 1.0])]).view(1, 1, -1)
         (q,) = _ops.attention_map([x], p, "sum")
         (g,) = _ops.attention_map_backward([-x], [torch.ones_like(q)], None, [0], p)
-        rounding = 5e-7 if backend == "eager" else 2e-7  # torch's power takes the exponent in fp32
+        # torch's power takes the exponent in fp32, and so does CUDA's.
+        in_fp32 = backend in ("eager", "cuda") or backend.startswith("emulator")
+        rounding = 5e-7 if in_fp32 else 2e-7
         for found, right in ((q, x.double().pow(p)), (-g, x.double().pow(p - 1))):
             found, right = found.flatten(), right.flatten()
             normal = right > 1e-37  # less have fewer digits, or are 0
@@ -134,8 +126,6 @@ LOSS_GRADIENTS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "of pairs": lambda g: g[0, :2],
     "of samples": lambda g: g[:2, :3].contiguous(),
     "transposed": lambda g: g[:3, :2].t(),
-    "steps": lambda g: g[:2, ::2],
-    "expanded pairs": lambda g: g[:1, :3].expand(2, 3),
     "expanded samples": lambda g: g[:2, :1].expand(2, 3),
 }
 
@@ -187,17 +177,6 @@ def test_channels_that_did_not_win_have_none_of_a_nan(backend: str, layout: str)
     assert (g == 0).all()
 
 
-@pytest.mark.parametrize("collapse", ["mean", "max"])
-def test_second_derivatives(fast_backend: str, collapse: str) -> None:
-    x = features(1, 3, 3, 4, dtype=torch.float64).requires_grad_()
-
-    def first_map(x: Tensor) -> Tensor:
-        return _ops.attention_map([x], 3.0, collapse)[0]
-
-    assert torch.autograd.gradcheck(first_map, (x,), fast_mode=True)
-    assert torch.autograd.gradgradcheck(first_map, (x,), fast_mode=True)
-
-
 # ---- the loss of maps ----------------------------------------------------------------------------
 
 
@@ -234,41 +213,6 @@ def test_map_loss_of_strided_maps(backend: str) -> None:
     assert_map_loss_matches(students, teachers, [], "code", "none", "max", 1e-12)
 
 
-@crossed(form=["code", "paper"], eps_mode=["max", "add"])
-def test_zero_and_equal_maps(backend: str, form: str, eps_mode: str) -> None:
-    options = form, "sample", eps_mode, 1e-3
-    s, t = raw_maps((4, 6))[0], raw_maps((4, 6))[0]
-    s[0] = 0
-    s[1] = t[1] = 0
-    s[2] = t[2]
-    t[3] *= 1e-6  # below eps
-    loss, (ks, kt) = MAP_LOSS([s], [t], [], *options, True, True)
-    assert torch.isfinite(ks).all()
-    assert torch.isfinite(kt).all()
-    assert (loss[0, 1:3] == 0).all()
-    assert (ks[1:3] == 0).all()
-    assert (kt[1:3] == 0).all()
-    # Without the samples where the formula written out divides 0 by 0.
-    assert_map_loss_matches([s[3:]], [t[3:]], [], *options)
-    right = reference_map_loss([s], [t], [], *options)
-    torch.testing.assert_close(loss.double(), right, rtol=1e-6, atol=0)
-    # A zero map is divided by eps, whatever it is.
-    near = torch.full_like(s[:1], 1e-12).double().requires_grad_()
-    (slope,) = torch.autograd.grad(reference_map_loss([near], [t[:1]], [], *options).sum(), near)
-    assert (ks[0].double() - slope[0]).abs().max() <= 1e-4 * slope.abs().max()
-
-
-def test_nan_and_infinite_maps(backend: str) -> None:
-    for value in (math.nan, math.inf):
-        for eps_mode in ("max", "add"):
-            s, t = raw_maps((3, 6), (3, 6))
-            s[1, 2] = value
-            loss, (k,) = MAP_LOSS([s], [t], [], "code", "sample", eps_mode, 1e-6, True, False)
-            assert torch.isnan(loss[0]).tolist() == [False, True, False]
-            assert torch.isnan(k[1]).any()
-            assert torch.isfinite(k[::2]).all()
-
-
 def test_map_loss_gradients_only_where_asked_for(backend: str) -> None:
     s, t = raw_maps((3, 6), (2, 4)), raw_maps((3, 6), (2, 4))
     options = [], "code", "sum", "max", 1e-12
@@ -278,28 +222,3 @@ def test_map_loss_gradients_only_where_asked_for(backend: str) -> None:
         found = MAP_LOSS(s, t, *options, *flags)[1]
         assert all(map(torch.equal, found, both[2 * i : 2 * i + 2]))
         assert len(found) == 2
-
-
-# ---- PyTorch's machinery -------------------------------------------------------------------------
-
-
-@crossed(gradient=[None, 2.0, [2.0, 3.0]], collapse=["max", "mean"])
-def test_opcheck_maps(backend: str, collapse: str, gradient: float | list[float] | None) -> None:
-    xs = [torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)]
-    operators = torch.ops.at_fused
-    opcheck(backend, operators.attention_map, (xs, 2.0, collapse))
-    maps = _ops.attention_map([x.detach() for x in xs], 2.0, collapse)
-    ks = [q.requires_grad_() for q in maps[:2]]
-    above = None if gradient is None else torch.tensor(gradient)
-    arguments = (xs, ks, above, [1, 0], 2.0, [], maps[2:])
-    opcheck(backend, operators.attention_map_backward, arguments)
-
-
-@pytest.mark.parametrize(
-    "reduction",
-    ["sample", *(pytest.param(r, marks=pytest.mark.exhaustive) for r in ("sum", "none"))],
-)
-def test_opcheck_map_loss(backend: str, reduction: str) -> None:
-    maps = [[q.requires_grad_() for q in raw_maps((2, 6), (2, 4))] for _ in range(2)]
-    options = [1.0, 0.5], "code", reduction, "add", 1e-6, True, True
-    opcheck(backend, torch.ops.at_fused.map_loss, (*maps, *options))

@@ -1,138 +1,66 @@
-"""Generated calls of losses, maps and taps, on every back end, against float64 (oracle.py)."""
+"""Generated calls of losses, and of taps with their maps, on every back end, against float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from cases import Call, losses, maps
+from cases import Call, losses
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from oracle import MAP_ROUNDING, Reference, assert_value
-from reference import Options, both
+from reference import Precision, assert_matches_reference, both, reference_loss
 from torch import Tensor
 
 import at_fused
 
-SCALE = 2.0**8
+OF_MAPS = ("p", "collapse", "absolute", "attend")
 OF_LAYOUTS = ("channel_dim", "skip_tokens", "map_size")
 
 
-def leaves_of(call: Call) -> tuple[list[Tensor], list[int], list[int]]:
-    """The leaves, the numbers of those that want a gradient, and how often each is a feature."""
-    leaves = [x.make() for x in call.leaves]
-    used = [feature.leaf for feature in (*call.student, *call.teacher)]
-    wanted = [i for i, x in enumerate(leaves) if x.requires_grad]
-    return leaves, wanted, [used.count(i) for i in range(len(leaves))]
-
-
-def gradients(
-    outputs: Any, leaves: Sequence[Tensor], wanted: Sequence[int], above: Any
-) -> dict[int, Tensor]:
-    found = torch.autograd.grad(outputs, [leaves[i] for i in wanted], above)
-    return dict(zip(wanted, found, strict=True))
-
-
-def strides(x: Tensor) -> list[int]:
-    """Those that say anything."""
-    return [step for step, n in zip(x.stride(), x.shape, strict=True) if n > 1]
-
-
 def check_loss(call: Call) -> None:
-    """Value and gradients of ``at_loss``, and the same in one pass."""
-    leaves, wanted, uses = leaves_of(call)
-    options = call.tensor_options()
-    known = Options(**options)
-    students, teachers = call.sides(leaves)
-    loss = at_fused.at_loss(call.given(students), call.given(teachers), **options)
-    wide = any(x.dtype == torch.float64 for x in (*students, *teachers))
-    assert loss.dtype == (torch.float64 if wide else torch.float32)
-
-    upstream = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape) * SCALE
-    reference = Reference(leaves, call.sides)
-    right = reference.loss(known, upstream)
-    assert_value(loss, right)
-    assert loss.requires_grad == bool(wanted)
-    twice = 1 + (known.attend == "both")
-    if wanted:
-        found = gradients(loss, leaves, wanted, upstream)
-        reference.assert_gradients(found, right.value, upstream, [twice * n for n in uses])
-
-    # Each feature by itself, whatever else it is.
-    alone = [x.detach() for x in (*students, *teachers)]
-    n = len(students)
-    value, found = at_fused.at_value_and_grad(alone[:n], alone[n:], scale=SCALE, **options)
-    reference = Reference(alone, lambda x: (x[:n], x[n:]))
-    above = torch.full(loss.shape, SCALE)
-    right = reference.loss(known, above)
-    assert_value(value, right)
-    for x, g in zip(alone, found, strict=False):
-        assert g.dtype == x.dtype
-        if known.attend == "spatial" and not known.skip_tokens and 0 not in x.stride():
-            assert strides(g) == strides(torch.empty_like(x))
-    reference.assert_gradients(dict(enumerate(found)), right.value, above, [twice] * n)
+    """Value and gradients of ``at_loss``, and the same in one call."""
+    students, teachers, options = call.make()
+    grads = dict(zip(("student_grad", "teacher_grad"), call.grads, strict=True))
+    assert_matches_reference(students, teachers, any_strides=True, **grads, **options)
 
 
-def check_map(call: Call) -> None:
-    """Value and gradient of ``attention_map``."""
-    leaves, wanted, uses = leaves_of(call)
-    q = at_fused.attention_map(leaves[0], **call.options)
-    reference = Reference(leaves, lambda x: (x, ()))
-    options = dict(call.options)
-    normalized = options.pop("normalize")
-    upstream = torch.linspace(-1, 2, q.numel(), dtype=q.dtype).view_as(q)
-    (x,) = reference.students
-    right = oracle.attention_map(x, Options(**options), normalized, upstream, reference.bounds)
-    assert q.dtype == (torch.float64 if leaves[0].dtype == torch.float64 else torch.float32)
-    assert_value(q, right)
-    if wanted and q.isfinite().all():
-        found = gradients(q, leaves, wanted, upstream)
-        reference.assert_gradients(found, right.value, upstream, uses)
-
-
-def check_tap(call: Call) -> None:
-    """Taps and ``map_loss``, and the gradient that the next layer sends back as well."""
-    leaves, wanted, uses = leaves_of(call)
-    given = call.tensor_options()
-    of_maps = ("p", "collapse", "absolute", "attend")
-    shared = {name: given[name] for name in of_maps if name in given}
-    of_loss = {k: v for k, v in given.items() if k not in (*of_maps, *OF_LAYOUTS)}
-    ys, qs = [], []
-    for i, features in enumerate(call.sides(leaves)):
-        layout = {name: both(given[name])[i] for name in OF_LAYOUTS if name in given}
-        taps = [at_fused.attention_tap(x, **shared, **layout) for x in features]
-        ys += [y for y, _ in taps]
-        qs.append([q for _, q in taps])
-    loss = at_fused.map_loss(call.given(qs[0]), call.given(qs[1]), **of_loss)
-    upstream = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape) * SCALE
-    reference = Reference(leaves, call.sides)
-    right = reference.loss(Options(**given), upstream)
-    assert_value(loss, right)
-    if not wanted:
-        return
+def check_taps(call: Call) -> None:
+    """Taps of students and maps of teachers; the next layer sends a gradient back as well."""
+    students, teachers, options = call.make()
+    of_maps = {name: options[name] for name in OF_MAPS if name in options}
+    layouts: list[dict[str, Any]] = [
+        {name: both(options[name])[side] for name in OF_LAYOUTS if name in options}
+        for side in range(2)
+    ]
+    of_loss = {k: v for k, v in options.items() if k not in (*OF_MAPS, *OF_LAYOUTS)}
+    leaves = [x.detach().requires_grad_() for x in students]
+    doubles = [x.detach().double().requires_grad_() for x in students]
+    ys, qs = zip(*(at_fused.attention_tap(x, **of_maps, **layouts[0]) for x in leaves), strict=True)
+    qt = [at_fused.attention_map(x, **of_maps, **layouts[1]) for x in teachers]
+    loss = at_fused.map_loss(qs, qt, **of_loss)
+    of_teachers = [x.double() for x in teachers]
+    expected = reference_loss(doubles, of_teachers, **options)
+    precision = Precision.of([*students, *teachers], doubles, of_teachers, options)
+    precision.assert_value(loss, expected)
     # A gradient that comes from the next layer and is nobody else's: it is changed in place.
-    torch.manual_seed(0)
+    scale = 2.0**8
+    upstream = torch.full_like(loss, scale)
     factors = [torch.randn(y.shape).to(y.dtype) for y in ys]
-    nexts = [y * c for y, c in zip(ys, factors, strict=True) if y.requires_grad]
+    nexts = [y * c for y, c in zip(ys, factors, strict=True)]
     above = [upstream, *map(torch.ones_like, nexts)]
-    found = gradients([loss, *nexts], leaves, wanted, above)
-    value = (right.value * upstream.double()).sum()
-    features = reference.students + reference.teachers
-    for x, c in zip(features, factors, strict=True):
-        value = value + (x.value * c.double()).sum()
-        reference.bounds.total += (x.size * c.double().abs() * MAP_ROUNDING[False]).sum()
-    reference.assert_gradients(found, value, torch.ones(()), [2 * n for n in uses])
+    found = torch.autograd.grad([loss, *nexts], leaves, above)
+    right: list[Tensor] = [
+        r + c.double()
+        for r, c in zip(
+            torch.autograd.grad(expected, doubles, upstream.double()), factors, strict=True
+        )
+    ]
+    for g, r in zip(found, right, strict=True):
+        precision.assert_gradient(g, r, scale)
 
 
-# What a call is drawn from, how it is checked, and its share of the profile's number of examples.
-CHECKS: dict[str, tuple[st.SearchStrategy[Call], Callable[[Call], None], float]] = {
-    "losses": (losses(), check_loss, 1.0),
-    "taps": (losses(of_maps=True), check_tap, 0.5),
-    "maps": (maps(), check_map, 0.4),
-}
+# How calls are checked, and their share of the profile's number of examples.
+CHECKS = {"losses": (losses(), check_loss, 1.0), "taps": (losses(True), check_taps, 0.6)}
 # The others take longer.
 SHARES = {"cpu": 0.5, "eager": 0.5, "emulator-wide": 0.2, "emulator-small": 0.2, "triton": 0.05}
 

@@ -6,10 +6,7 @@ or the loss would have a gradient of 0, without a word. And ``at_value_and_grad`
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -63,32 +60,10 @@ def exported(function: Function, s: Tensor, t: Tensor) -> Any:
     return torch.export.export(Module(function), (s, t)).module()
 
 
-def loaded(function: Function, s: Tensor, t: Tensor) -> Any:
-    memory = io.BytesIO()
-    torch.export.save(torch.export.export(Module(function), (s, t)), memory)
-    memory.seek(0)
-    return torch.export.load(memory).module()
-
-
-def decomposed(function: Function, s: Tensor, t: Tensor) -> Any:
-    program = torch.export.export(Module(function), (s, t))
-    return program.run_decompositions().module()
-
-
-def traced_by_jit(function: Function, s: Tensor, t: Tensor) -> Any:
-    with warnings.catch_warnings():
-        # Of torch.jit being deprecated, and of sizes that become constants.
-        warnings.simplefilter("ignore")
-        return torch.jit.trace(function, (s, t), check_trace=False)
-
-
 TRACERS: dict[str, Callable[[Function, Tensor, Tensor], Any]] = {
     "export": exported,
-    "saved": loaded,
-    "decomposed": decomposed,
     "make_fx": lambda function, s, t: make_fx(function)(s, t),
     "make_fx fake": lambda function, s, t: make_fx(function, tracing_mode="fake")(s, t),
-    "jit": traced_by_jit,
 }
 
 
@@ -131,99 +106,94 @@ def test_gradients_of_a_gradient_that_was_traced_without(name: str) -> None:
 # ---- at_value_and_grad ---------------------------------------------------------------------------
 
 TOKENS = {"channel_dim": -1, "skip_tokens": 1}
-VALUES: dict[str, dict[str, Any]] = THROUGH_MAPS | {
+MASK, WEIGHTS = torch.rand(2, 12), torch.tensor([0.5, 3.0])
+# Options of one operator; the others are at_loss and its backward, which no graph holds.
+FUSED: dict[str, dict[str, Any]] = {
     "plain": {},
-    "smaller student": {"resize": "features", "smaller": True},
-    "smaller student, maps": {"resize": "maps", "smaller": True, "form": "paper"},
-    "channel": {"attend": "channel"},
-    "both": {"attend": "both"},
-    "both, maps": {"attend": "both", "resize": "maps"},
     "tokens": TOKENS,
+    "tokens, masks": TOKENS | {"mask": MASK, "reduction": "none"},
+    "weights": {"sample_weights": WEIGHTS},
+    "weights, none": {"sample_weights": WEIGHTS, "reduction": "none", "weights": [0.5, 2.0]},
+    "none": {"reduction": "none", "eps_mode": "add", "eps": 0.1},
+    "sample": {"reduction": "sample", "form": "paper"},
+}
+OTHERS: dict[str, dict[str, Any]] = THROUGH_MAPS | {
+    "channel": {"attend": "channel"},
+    "both, maps": {"attend": "both", "resize": "maps"},
     "tokens, max": TOKENS | {"collapse": "max"},
     "tokens, both": TOKENS | {"attend": "both"},
-    "tokens, masks": TOKENS | {"mask": True, "reduction": "none"},
-    "mask": {"mask": True},
-    "mask, max": {"mask": True, "collapse": "max"},
-    "mask, maps": {"mask": True, "resize": "maps"},
-    "weights": {"sample_weights": True},
-    "weights, none": {"sample_weights": True, "reduction": "none", "weights": [0.5, 2.0]},
-    "weights, sample": {"sample_weights": True, "reduction": "sample", "collapse": "max"},
-    "none": {"reduction": "none", "eps_mode": "add", "eps": 0.1},
-    "sample of one operator": {"reduction": "sample", "form": "paper"},
+    "weights, max": {"sample_weights": WEIGHTS, "collapse": "max"},
 }
+VALUES = FUSED | OTHERS
 
 
-class Values:
-    """A call of at_value_and_grad, and what it must give."""
-
-    def __init__(self, name: str) -> None:
-        options = dict(VALUES[name])
-        small = 3 if "resize" in options else 4
-        sizes = (small, 4) if options.pop("smaller", False) else (4, small)
-        if options.get("channel_dim"):
-            sides = torch.randn(2, 2, 2, 13, 5)
-            mask = torch.rand(2, 12)
-        else:
-            sides = [torch.randn(2, 2, 5, n, 4) for n in sizes]
-            mask = torch.rand(2, sizes[0], 4)
-        self.features = tuple(x for side in sides for x in side)
-        if options.pop("mask", False):
-            options["mask"] = mask
-        if options.pop("sample_weights", False):
-            options["sample_weights"] = torch.tensor([0.5, 3.0])
-        self.options = options
-
-    def compute(self, *features: Tensor) -> Any:
-        return at_fused.at_value_and_grad(features[:2], features[2:], scale=3.0, **self.options)
-
-    def compute_with_a_tensor(self, *features: Tensor) -> Any:
-        scale = features[0].abs().sum() * 0 + 3  # made in the graph
-        return at_fused.at_value_and_grad(features[:2], features[2:], scale=scale, **self.options)
-
-    def check(self, value: Tensor, gradients: Any) -> None:
-        leaves = [x.detach().clone().requires_grad_() for x in self.features[:2]]
-        loss = at_fused.at_loss(leaves, self.features[2:], **self.options)
-        torch.testing.assert_close(value, loss.detach())
-        assert not value.requires_grad
-        right = torch.autograd.grad(3 * loss.sum(), leaves)
-        for g, r in zip(gradients, right, strict=True):
-            assert g.stride() == r.stride()
-            torch.testing.assert_close(g, r, rtol=1e-5, atol=1e-8)
+def features_of(options: dict[str, Any]) -> list[Tensor]:
+    """Two students and two teachers."""
+    if "channel_dim" in options:
+        return [*torch.randn(4, 2, 13, 5)]
+    sizes = (4, 4, 3, 3) if "resize" in options else (4, 4, 4, 4)
+    return [torch.randn(2, 5, n, 4) for n in sizes]
 
 
-def exported_call(function: Any, *features: Tensor) -> Any:
+def values(options: dict[str, Any], scale: Any = 3.0) -> Callable[..., Any]:
+    def compute(*features: Tensor) -> Any:
+        times = scale(features[0]) if callable(scale) else scale
+        return at_fused.at_value_and_grad(features[:2], features[2:], scale=times, **options)
+
+    return compute
+
+
+def assert_values(found: Any, features: list[Tensor], options: dict[str, Any]) -> None:
+    value, gradients = found
+    leaves = [x.detach().clone().requires_grad_() for x in features[:2]]
+    loss = at_fused.at_loss(leaves, features[2:], **options)
+    torch.testing.assert_close(value, loss.detach())
+    assert not value.requires_grad
+    right = torch.autograd.grad(3 * loss.sum(), leaves)
+    for g, r in zip(gradients, right, strict=True):
+        assert g.stride() == r.stride()
+        torch.testing.assert_close(g, r, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_value_and_grad_with_a_tensor_and_in_inference_mode(name: str) -> None:
+    options, features = VALUES[name], features_of(VALUES[name])
+    assert_values(values(options)(*features), features, options)
+    assert_values(values(options, torch.tensor(3.0))(*features), features, options)
+    with torch.inference_mode():
+        value, gradients = values(options)(*[x.clone() for x in features])
+    assert_values((value.clone(), [g.clone() for g in gradients]), features, options)
+
+
+def three(x: Tensor) -> Tensor:
+    """A scale that is traced."""
+    return x.abs().sum() * 0 + 3
+
+
+@crossed(name=FUSED, scale=[3.0, three])
+def test_value_and_grad_in_one_graph(name: str, scale: Any) -> None:
+    options, features = FUSED[name], features_of(FUSED[name])
+    function = values(options, scale)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_values(compiled(*features), features, options)
+
     class Program(nn.Module):
         def forward(self, features: tuple[Tensor, ...]) -> Any:
             return function(*features)
 
-    return torch.export.export(Program(), (features,)).module()(features)
+    inputs = (tuple(features),)
+    exported = torch.export.export(Program(), inputs).module()
+    assert_values(exported(*inputs), features, options)
 
 
-def compiled_call(function: Any, *features: Tensor) -> Any:
+@pytest.mark.parametrize("name", ["max", "both, maps"])
+def test_value_and_grad_beside_graphs(name: str) -> None:
+    """Options that one operator does not take: compiled around, and not exported."""
+    options, features = OTHERS[name], features_of(OTHERS[name])
     torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, backend="aot_eager")(*features)
-
-
-GRAPHS: dict[str, tuple[Any, Any]] = {
-    "compiled": (compiled_call, Values.compute),
-    "compiled, scale is a tensor": (compiled_call, Values.compute_with_a_tensor),
-    "exported": (exported_call, Values.compute),
-}
-
-
-@crossed(name=VALUES, graph=GRAPHS)
-def test_value_and_grad_in_graphs(name: str, graph: str) -> None:
-    call, (run, compute) = Values(name), GRAPHS[graph]
-    function = partial(compute, call)
-    call.check(*function(*call.features))
-    call.check(*run(function, *call.features))
-    with torch.inference_mode():
-        value, gradients = function(*[x.clone() for x in call.features])
-    call.check(value.clone(), [g.clone() for g in gradients])
-
-
-@pytest.mark.parametrize("name", ["maps", "tokens, masks"])
-def test_value_and_grad_with_inductor(name: str) -> None:
-    call = Values(name)
-    torch._dynamo.reset()
-    call.check(*torch.compile(call.compute, fullgraph=True)(*call.features))
+    compiled = torch.compile(values(options), backend="aot_eager")
+    assert_values(compiled(*features), features, options)
+    program = Module(lambda s, t: at_fused.at_value_and_grad(s, t, **options)[0])
+    with pytest.raises(RuntimeError, match="export at_loss in its place"):
+        torch.export.export(program, (features[0], features[2]))

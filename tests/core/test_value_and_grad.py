@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from back_ends import opcheck
-from reference import loss_arguments
 from torch import Tensor
 
 import at_fused
@@ -46,19 +44,6 @@ def test_nothing_is_part_of_a_graph(backend: str) -> None:
     torch.autograd.backward([task, features], [None, gradient])
     expected = torch.autograd.grad(w.sum() + 10 * at_fused.at_loss(w * 2, t.detach()), w)[0]
     torch.testing.assert_close(w.grad, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_opcheck(backend: str) -> None:
-    (s0, t0), (s1, t1) = pair(2, 3, 4, 4), pair(2, 5, 2, 2)
-    s1 = s1.to(memory_format=torch.channels_last)
-    for gradient in (None, torch.tensor(2.0), torch.tensor([2.0, 3.0])):
-        arguments = *loss_arguments([s0, s1], [t0, t1], reduction="none"), 1.5, gradient
-        opcheck(backend, torch.ops.at_fused.at_value_and_grad, arguments)
-        _, gradients = torch.ops.at_fused.at_value_and_grad(*arguments)
-        factors = (gradient if gradient is not None else torch.ones(())).expand(2) * 1.5
-        for found, factor, s, t in zip(gradients, factors, (s0, s1), (t0, t1), strict=True):
-            expected = factor * by_autograd(s, t)[1]
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(

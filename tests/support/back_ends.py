@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -38,9 +37,3 @@ def use(name: str) -> Iterator[str]:
 def slow(name: str) -> bool:
     """Tell Triton's interpreter, which takes minutes for what others do in one."""
     return name == "triton" and triton.interpreted()
-
-
-def opcheck(backend: str, operator: Any, arguments: tuple[Any, ...]) -> None:
-    """Run ``torch.library.opcheck``: autograd and compilers see the same of every back end."""
-    same = {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(operator, arguments, **({} if backend in ("cpu", "cuda") else same))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from layouts import features
-from reference import reference_loss
+from reference import first_of_largest, raw_map, reference_loss
 from torch import Tensor
 
 from at_fused import _ops
@@ -35,22 +36,19 @@ def assert_gradient_matches(g: Tensor, right: Tensor, x: Tensor) -> None:
 
 def reference_map(x: Tensor, p: float, collapse: str) -> tuple[Tensor, Tensor | None]:
     """The map (B, N) and, for a maximum, the first channel that has it."""
-    a = x.flatten(2).abs()
-    if collapse == "max":
-        number = torch.arange(a.shape[1], device=x.device).view(1, -1, 1)
-        first = torch.where(a == a.amax(1, keepdim=True), number, a.shape[1]).amin(1)
-        return a.gather(1, first.unsqueeze(1)).squeeze(1).pow(p), first
-    return a.pow(p).mean(1) if collapse == "mean" else a.pow(p).sum(1), None
+    x = x.flatten(2)
+    first = first_of_largest(x).squeeze(1) if collapse == "max" else None
+    return raw_map(x, p, collapse), first
 
 
 def reference_slope(x: Tensor, k: Tensor, p: float, channels: Tensor | None) -> Tensor:
     """k |A|^(p-1) sign(A), with ``channels`` only where those are."""
-    a = x.double()
-    slope = k.double().view(len(x), 1, *x.shape[2:]) * a.abs().pow(p - 1) * a.sign()
-    if channels is None:
-        return slope
-    number = torch.arange(x.shape[1], device=x.device).view(1, -1, *[1] * (x.dim() - 2))
-    return torch.where(number == channels.view(len(x), 1, *x.shape[2:]), slope, 0.0)
+    a = x.double().flatten(2)
+    slope = k.double().unsqueeze(1) * a.abs().pow(p - 1) * a.sign()
+    if channels is not None:
+        number = torch.arange(x.shape[1], device=x.device).view(1, -1, 1)
+        slope = torch.where(number == channels.unsqueeze(1), slope, 0.0)
+    return slope.view(x.shape)
 
 
 def assert_maps_match(xs: Sequence[Tensor], p: float, collapse: str = "mean") -> None:
@@ -60,19 +58,18 @@ def assert_maps_match(xs: Sequence[Tensor], p: float, collapse: str = "mean") ->
     found = _ops.attention_map(leaves, p, collapse)
     maps, channels = found[: len(xs)], found[len(xs) :]
     assert len(channels) == (len(xs) if collapse == "max" else 0)
+    upstream = [torch.linspace(0.5, 1.5, q.numel()).to(q).view_as(q) for q in maps]
+    gradients = torch.autograd.grad(maps, leaves, upstream)
     for i, (x, double, q) in enumerate(zip(leaves, doubles, maps, strict=True)):
         right, first = reference_map(double, p, collapse)
-        assert q.dtype == wide(x.dtype)
-        assert q.shape == right.shape
+        assert (q.dtype, q.shape) == (wide(x.dtype), right.shape)
         bound = (1e-13 if x.dtype == torch.float64 else 3e-6) * right + 1e-300
         assert ((q.double() - right).abs() <= bound).all()
         if first is not None:
             assert channels[i].dtype == torch.int32
             assert torch.equal(channels[i].long(), first)
-        upstream = torch.linspace(0.5, 1.5, q.numel(), dtype=q.dtype, device=q.device).view_as(q)
-        (g,) = torch.autograd.grad(q, x, upstream, retain_graph=True)
-        (r,) = torch.autograd.grad(right, double, upstream.double())
-        assert_gradient_matches(g, r, x)
+        (r,) = torch.autograd.grad(right, double, upstream[i].double())
+        assert_gradient_matches(gradients[i], r, x)
 
 
 # ---- losses of maps ------------------------------------------------------------------------------
@@ -83,29 +80,20 @@ def raw_maps(*shapes: tuple[int, int], dtype: torch.dtype = torch.float32) -> li
 
 
 def reference_map_loss(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    weights: list[float],
-    form: str,
-    reduction: str,
-    eps_mode: str,
-    eps: float,
+    students: Sequence[Tensor], teachers: Sequence[Tensor], weights: list[float], *options: Any
 ) -> Tensor:
     sides = ([q.double().unsqueeze(1) for q in side] for side in (students, teachers))
-    options = {"form": form, "reduction": reduction, "eps_mode": eps_mode, "eps": eps}
-    return reference_loss(*sides, weights=weights or None, p=1, absolute=False, **options)
+    named = dict(zip(("form", "reduction", "eps_mode", "eps"), options, strict=True))
+    return reference_loss(*sides, weights=weights or None, p=1, absolute=False, **named)
 
 
 def assert_map_loss_matches(
-    students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    weights: list[float],
-    *options: str | float,
+    students: Sequence[Tensor], teachers: Sequence[Tensor], weights: list[float], *options: Any
 ) -> None:
     leaves = [q.detach().requires_grad_() for q in (*students, *teachers)]
     doubles = [q.detach().double().requires_grad_() for q in leaves]
     n = len(students)
-    loss = _ops.map_loss(leaves[:n], leaves[n:], weights, *options)
+    loss, _ = _ops.map_loss(leaves[:n], leaves[n:], weights, *options)
     given = [q.detach() for q in leaves]
     same, maps = MAP_LOSS(given[:n], given[n:], weights, *options, True, True)
     assert torch.equal(same, loss)
@@ -113,15 +101,16 @@ def assert_map_loss_matches(
     fp64 = any(q.dtype == torch.float64 for q in leaves)
     assert loss.dtype == (torch.float64 if fp64 else torch.float32)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-11 if fp64 else 1e-6, atol=1e-14)
-    right = torch.autograd.grad(expected.sum(), doubles, retain_graph=True)
-    upstream = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view_as(loss).to(loss.device)
-    found = torch.autograd.grad(loss, leaves, upstream)
-    above = torch.autograd.grad(expected, doubles, upstream.double())
-    for q, k, r, g, a in zip(leaves, maps, right, found, above, strict=True):
-        tolerance = 1e-10 if q.dtype == torch.float64 else 2e-6
-        assert k.dtype == g.dtype == q.dtype
-        assert (k.double() - r).abs().max() <= tolerance * r.abs().max() + 1e-15
-        assert (g.double() - a).abs().max() <= tolerance * a.abs().max() + 1e-15
+    upstream = torch.linspace(1, 2, loss.numel()).to(loss).view_as(loss)
+    for found, above in (
+        (maps, torch.ones_like(expected)),
+        (torch.autograd.grad(loss, leaves, upstream), upstream.double()),
+    ):
+        right = torch.autograd.grad(expected, doubles, above, retain_graph=True)
+        for q, k, r in zip(leaves, found, right, strict=True):
+            tolerance = 1e-10 if q.dtype == torch.float64 else 2e-6
+            assert k.dtype == q.dtype
+            assert (k.double() - r).abs().max() <= tolerance * r.abs().max() + 1e-15
 
 
 # ---- taps ----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ except (ImportError, OSError, RuntimeError) as error:  # absent, or made for ano
     torchvision, reason = None, str(error)
 else:
     reason = ""
+LABELS = {"cifar10": "labels", "cifar100": "fine_labels"}
 needs_torchvision = pytest.mark.skipif(bool(reason), reason=f"no torchvision: {reason}")
 
 
@@ -71,10 +72,10 @@ def write_cifar(
     root: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Path, dict[str, Tensor]]:
     """The files of a tiny CIFAR, whose checksums torchvision takes for right."""
-    fine = name == "cifar100"
-    folder = root / ("cifar-100-python" if fine else "cifar-10-batches-py")
+    dataset = getattr(torchvision.datasets, name.upper())
+    folder = root / dataset.base_folder
     folder.mkdir(parents=True)
-    parts = ["train", "test"] if fine else [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    parts = [file for file, _ in (*dataset.train_list, *dataset.test_list)]
     pixels = scans(4 * len(parts), 32).split(4)
     sums = {}
 
@@ -82,13 +83,11 @@ def write_cifar(
         (folder / file).write_bytes(pickle.dumps(content))
         sums[file] = hashlib.md5((folder / file).read_bytes()).hexdigest()
 
-    key = "fine_labels" if fine else "labels"
     for file, part in zip(parts, pixels, strict=True):
         data = part.permute(0, 3, 1, 2).reshape(4, -1).numpy()
-        write(file, {"data": data, key: [0, 1, 0, 1]})
-    meta = "meta" if fine else "batches.meta"
-    write(meta, {"fine_label_names" if fine else "label_names": ["apple", "bear"]})
-    dataset = getattr(torchvision.datasets, name.upper())
+        write(file, {"data": data, LABELS[name]: [0, 1, 0, 1]})
+    meta = dataset.meta["filename"]
+    write(meta, {dataset.meta["key"]: ["apple", "bear"]})
     monkeypatch.setattr(dataset, "train_list", [[file, sums[file]] for file in parts[:-1]])
     monkeypatch.setattr(dataset, "test_list", [[parts[-1], sums[parts[-1]]]])
     monkeypatch.setattr(dataset, "meta", dataset.meta | {"md5": sums[meta]})

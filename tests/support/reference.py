@@ -1,7 +1,4 @@
-"""The float64 reference: the formulas as people write them, nothing of at_fused in them.
-
-``oracle.py`` adds to these how far from them rounding may lead, element by element.
-"""
+"""The float64 reference: the formulas as people write them, nothing of at_fused in them."""
 
 from __future__ import annotations
 
@@ -236,6 +233,48 @@ VALUE_TOLERANCE = {False: 1e-5, True: 1e-11}
 ROUNDING, EXACT_ROUNDING = 3e-7, 1e-14
 
 
+class Precision(NamedTuple):
+    """What rounding leaves of a call's loss and gradients."""
+
+    exact: bool  # all features are fp64
+    steps: int  # of rounding
+    blur: float  # the share that is known of the least difference of two maps
+    near: float  # a loss that is next to nothing
+
+    @classmethod
+    def of(
+        cls,
+        given: Sequence[Tensor],
+        students: Sequence[Tensor],
+        teachers: Sequence[Tensor],
+        options: dict[str, Any],
+    ) -> Precision:
+        """``given``: the features as they are; students and teachers are in fp64."""
+        known, exact = Options(**options), all(x.dtype == torch.float64 for x in given)
+        rounding = EXACT_ROUNDING if exact else ROUNDING
+        blur = rounding / max(least_distance(students, teachers, **options), rounding)
+        near = 3 * (rounding if known.form == "paper" else rounding**2)
+        # Plain PyTorch pools features and takes signed powers: each step is rounded.
+        ours = known.resize != "features" and known.absolute
+        return cls(exact, 1 if ours else 2, blur, near)
+
+    def assert_value(self, loss: Tensor, expected: Tensor) -> None:
+        assert loss.shape == expected.shape
+        tolerance = max(self.steps * VALUE_TOLERANCE[self.exact], 2 * self.blur)
+        torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=self.near)
+
+    def assert_gradient(self, g: Tensor, right: Tensor, scale: float) -> None:
+        assert torch.isfinite(g).all()
+        if self.blur > 0.1:
+            return  # maps that are the same but for rounding: any direction is right
+        tolerance = max(GRADIENT_TOLERANCE[g.dtype], 0 if self.exact else 1e-5, 4 * self.blur)
+        # fp16 has nothing between 0 and 2^-24.
+        smallest = 2**-25 if g.dtype == torch.float16 else 0.0
+        bound = tolerance * self.steps * right.abs().max() + 1e-12 * scale + smallest
+        error = (g.double() - right).abs().max()
+        assert error <= bound, f"error {error:.3g}, allowed {bound:.3g}"
+
+
 def assert_matches_reference(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
@@ -243,33 +282,26 @@ def assert_matches_reference(
     student_grad: bool = True,
     teacher_grad: bool = True,
     scale: float = 2.0**8,
+    any_strides: bool = False,
     **options: Any,
 ) -> None:
     """Loss and gradients of at_fused against the reference in float64.
 
     ``scale`` multiplies the loss before the backward pass, as loss scaling does, so that fp16
-    gradients are not lost. The features are used as they are, strides and all.
+    gradients are not lost. The features are used as they are, strides and all; ``any_strides``:
+    a gradient may have its own.
     """
     n, known = len(students), Options(**options)
     leaves = [x.detach().requires_grad_(student_grad) for x in students]
     leaves += [x.detach().requires_grad_(teacher_grad) for x in teachers]
     doubles = [x.detach().double().requires_grad_(x.requires_grad) for x in leaves]
-    exact = all(x.dtype == torch.float64 for x in leaves)
     wide = any(x.dtype == torch.float64 for x in leaves)
+    precision = Precision.of(leaves, doubles[:n], doubles[n:], options)
 
     loss = at_fused.at_loss(leaves[:n], leaves[n:], **options)
     expected = reference_loss(doubles[:n], doubles[n:], **options)
     assert loss.dtype == (torch.float64 if wide else torch.float32)
-    assert loss.shape == expected.shape
-    # Plain PyTorch pools features and takes signed powers: its gradients lie as it pleases, and
-    # each step is rounded.
-    ours = known.resize != "features" and known.absolute
-    steps = 1 if ours else 2
-    rounding = EXACT_ROUNDING if exact else ROUNDING
-    blur = rounding / max(least_distance(doubles[:n], doubles[n:], **options), rounding)
-    near = 3 * (rounding if known.form == "paper" else rounding**2)
-    value_tolerance = max(steps * VALUE_TOLERANCE[exact], 2 * blur)
-    torch.testing.assert_close(loss.double(), expected, rtol=value_tolerance, atol=near)
+    precision.assert_value(loss, expected)
 
     def compare_gradients(
         which: Sequence[int], found: Sequence[Tensor], right: Sequence[Tensor], laid_out: bool
@@ -279,17 +311,9 @@ def assert_matches_reference(
             channel_dim, skip, _ = known.layouts()[i >= n]
             assert (g.dtype, g.shape) == (x.dtype, x.shape)
             assert g.stride() == torch.empty_like(x).stride() or not laid_out
-            assert torch.isfinite(g).all()
             if channel_dim == -1 and x.dim() == 3:
                 assert not g[:, :skip].any()
-            if blur > 0.1:
-                continue  # maps that are the same but for rounding: any direction is right
-            tolerance = max(GRADIENT_TOLERANCE[g.dtype], 0 if exact else 1e-5, 4 * blur) * steps
-            # fp16 has nothing between 0 and 2^-24.
-            smallest = 2**-25 if g.dtype == torch.float16 else 0.0
-            bound = tolerance * r.abs().max() + 1e-12 * scale + smallest
-            error = (g.double() - r).abs().max()
-            assert error <= bound, f"feature {i}: error {error:.3g}, allowed {bound:.3g}"
+            precision.assert_gradient(g, r, scale)
 
     wanted = [i for i, x in enumerate(leaves) if x.requires_grad]
     assert loss.requires_grad == bool(wanted)
@@ -298,12 +322,12 @@ def assert_matches_reference(
         found = torch.autograd.grad(loss, [leaves[i] for i in wanted], upstream)
         asked = [doubles[i] for i in wanted]
         right = torch.autograd.grad(expected, asked, upstream.double(), retain_graph=True)
-        compare_gradients(wanted, found, right, ours)
+        compare_gradients(wanted, found, right, precision.steps == 1 and not any_strides)
     if student_grad:
         value, found = at_fused.at_value_and_grad(leaves[:n], leaves[n:], scale=scale, **options)
         assert isinstance(found, list)
         # The same sums, perhaps in another order.
-        again = max(1e-12 if exact else 1e-6, 2 * blur)
-        torch.testing.assert_close(value, loss.detach(), rtol=again, atol=near)
+        again = max(1e-12 if precision.exact else 1e-6, 2 * precision.blur)
+        torch.testing.assert_close(value, loss.detach(), rtol=again, atol=precision.near)
         right = torch.autograd.grad(expected.sum() * scale, doubles[:n])
         compare_gradients(range(n), found, right, True)

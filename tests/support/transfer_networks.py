@@ -54,7 +54,7 @@ def loss_once(
     student: nn.Module, teacher: nn.Module, batch: Any, layers: Any = None, **options: Any
 ) -> Tensor:
     """AttentionTransfer's loss after a pass of the student, whose hooks are then taken away."""
-    factors = {name: options.pop(name) for name in ("mask",) if name in options}
+    factors = {name: options.pop(name) for name in ("mask", "sample_weights") if name in options}
     at = AttentionTransfer(student, teacher, layers, **{"beta": BETA, **options})
     try:
         call(student, batch)
