@@ -25,7 +25,7 @@ class Hook:
         # torch.jit.script asks a hook for its name, in order to compile it.
         raise AttributeError(
             "torch.jit.script cannot compile the hooks of AttentionTransfer: call at.remove() "
-            "before, or script copy.deepcopy(network), which has no hooks"
+            "before, or script copy.deepcopy(network)"
         )
 
 
@@ -111,18 +111,6 @@ def precision(x: Tensor) -> str:
     if torch.is_autocast_enabled(device):
         return f"autocast {torch.get_autocast_dtype(device)}"
     return str(x.dtype)
-
-
-def refuse_torchscript(model: nn.Module, names: Sequence[str] | None, side: str) -> None:
-    """Raise a TypeError for layers of TorchScript, which takes no hooks; names None are all."""
-    for name, module in model.named_modules():
-        named = not name or names is None or name in names
-        if named and isinstance(module, torch.jit.ScriptModule):
-            whose = f"{side}'s layer {name!r}" if name else side
-            raise TypeError(
-                f"{whose} is a TorchScript module, which takes no hooks; give the nn.Module that "
-                "it was made of, or name other layers"
-            )
 
 
 def modules_named(model: nn.Module, names: Sequence[str], side: str = "") -> list[nn.Module]:

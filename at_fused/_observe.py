@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
+from at_fused._layouts import FeatureLayout
 from at_fused._models import Arguments, evaluating, only_hooks_of, tensors_in, version_of
-from at_fused._options import FeatureLayout
 
 Size = tuple[int, ...]
 Shape = tuple[int, ...]
@@ -35,7 +36,6 @@ _CHANNELS_FIRST = re.compile(
     r"|pixel_(un)?shuffle)"
 )
 _CHANNELS_LAST = re.compile(r"linear|(layer|rms)_norm|embedding")
-_IN_PLACE = re.compile(r"[a-z]\w*[a-z0-9]_|__i(add|sub|mul|truediv|and|or|xor|pow)__")
 _MOVES = ("flip", "fliplr", "flipud", "rot90", "roll", "einsum", "stack", "unbind")
 _OF_ANY_RANK = ("GroupNorm", "SyncBatchNorm", "PReLU")
 # More than class, distillation and register tokens: another level of features, or a prompt.
@@ -68,7 +68,6 @@ class ModuleCall:
     handed_on: bool = False  # its output is an input, unchanged
     takes_same_input: bool = False  # as the module around it
     ends_in_layer_norm: bool = False
-    changed_in_place: bool = False
     times: int = 1
 
     def all_inside(self) -> Iterator[ModuleCall]:
@@ -109,21 +108,12 @@ class ModuleCall:
         return max((1 + each.depth() for each in self.inside if each.learned()), default=0)
 
 
-class NeedsAnotherRunError(Exception):
-    """Raised where another run is needed to see how features lie."""
-
-
 class ObservedRun(TorchFunctionMode):
-    """The calls of a network's modules in a pass, and the evidence of its operators.
-
-    ``start`` and ``stop`` are called around the pass; then ``find_layouts`` says how all features
-    lie. It raises ``NeedsAnotherRunError`` unless ``may_run_again`` allows the runs that it needs.
-    """
+    """The calls of a network's modules in a run, and the evidence of its operators."""
 
     def __init__(self, model: nn.Module, arguments: Arguments, given: GivenLayout) -> None:
         super().__init__()
-        self.model, self.arguments, self.given = model, arguments, given
-        self.may_run_again = False
+        self.arguments, self.given = arguments, given
         # The shapes that operators made, with their channels first or last.
         self.channels_first, self.channels_last = set[Shape](), set[Shape]()
         self.grids: dict[int, Size] = {}  # by their number of positions
@@ -134,10 +124,10 @@ class ObservedRun(TorchFunctionMode):
         self.planes: dict[int, list[Tensor]] = {}
         self.row_by_row = set[int]()
         self.permuted: list[Shape] = []
-        self.gathered = self.moved = self.ended = False
+        self.gathered = self.moved = False
         inputs = [x for x in tensors_in(arguments) if x.dim() > 0]
         if not inputs:
-            raise TypeError("example must hold a tensor, got none")
+            raise TypeError("example, or a batch in its place, must hold a tensor, got none")
         main = max(inputs, key=lambda x: (x.dim() > 1, x.numel()))
         # Images, as detectors take them.
         listed = len(arguments[0]) > 0 and isinstance(arguments[0][0], list) and main.dim() == 3
@@ -149,13 +139,11 @@ class ObservedRun(TorchFunctionMode):
         self.convolved = False
         self.root = ModuleCall("", model)
         self.calls: dict[str, ModuleCall] = {}
-        self._outputs: dict[int, ModuleCall] = {}
-        self._handles: list[Any] = []
 
     # ---- while it runs ---------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Observe the pass that begins now."""
+    def hook_modules(self) -> list[RemovableHandle]:
+        """Note the calls of all modules, until these handles are removed."""
         stack = [(self.root, dict[int, int]())]
 
         def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -178,55 +166,37 @@ class ObservedRun(TorchFunctionMode):
                 if last and (last.ends_in_layer_norm or isinstance(last.module, nn.LayerNorm)):
                     made.ends_in_layer_norm = last.output() is outputs[0]
                 made.output = weakref.ref(outputs[0])
-                if not made.handed_on:
-                    self._outputs[outputs[0].untyped_storage().data_ptr()] = made
 
-        for name, module in self.model.named_modules():
+        handles = []
+        for name, module in self.root.module.named_modules():
             if name and not isinstance(module, torch.jit.ScriptModule):
                 begin = module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
-                self._handles += [begin, module.register_forward_hook(after)]
-        torch.overrides._push_mode(self)
-
-    def stop(self) -> None:
-        """End the observation."""
-        self.ended = True
-        # Others may have begun theirs since.
-        if self in torch.overrides._get_current_function_mode_stack():
-            others = []
-            while (mode := torch.overrides._pop_mode()) is not self:
-                others.append(mode)
-            for mode in reversed(others):
-                torch.overrides._push_mode(mode)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+                handles += [begin, module.register_forward_hook(after)]
+        return handles
 
     def find_layouts(self) -> None:
         """Find how the features of all modules lie."""
         for each in self.root.all_inside():
             each.layout, each.reason = self._layout(each)
-            each.size_in = next((s for s in map(self._size, each.shapes_in) if s), None)
-        self._find_channels_of_cubes()
+            sizes = (y.size(s) for s in each.shapes_in if (y := self.layout_of(s)[0]))
+            each.size_in = next(sizes, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if isinstance(result, Tensor) and not self.ended:
+        if isinstance(result, Tensor) and result.dim() > 2:
             shape = tuple(result.shape)
-            if len(shape) > 2:
-                if _CHANNELS_FIRST.fullmatch(name):
-                    self._note_image(name, args)
-                    self.channels_first.add(shape)
-                    self._note_grid(result)
-                elif _CHANNELS_LAST.fullmatch(name):
-                    self.channels_last.add(shape)
-                elif name in ("cat", "concat", "concatenate"):
-                    self._note_concatenation(args, kwargs or {}, shape)
-                self._note_order(name, args, result)
-            if _IN_PLACE.fullmatch(name) or (kwargs or {}).get("inplace"):
-                self._note_change(args)
+            if _CHANNELS_FIRST.fullmatch(name):
+                self._note_image(name, args)
+                self.channels_first.add(shape)
+                self._note_grid(result)
+            elif _CHANNELS_LAST.fullmatch(name):
+                self.channels_last.add(shape)
+            elif name in ("cat", "concat", "concatenate"):
+                self._note_concatenation(args, kwargs or {}, shape)
+            self._note_order(name, args, result)
         return result
 
     def _note_image(self, name: str, args: Any) -> None:
@@ -280,12 +250,6 @@ class ObservedRun(TorchFunctionMode):
             self.concatenated.setdefault(shape[dim], []).append(sizes)
             self.moved |= len(shape) == 3 and sorted(sizes)[-2:][0] > _MOST_EXTRA_TOKENS
 
-    def _note_change(self, args: Any) -> None:
-        if args and isinstance(args[0], Tensor):
-            made = self._outputs.get(args[0].untyped_storage().data_ptr())
-            if made and made.output() is not None:
-                made.changed_in_place = True
-
     # ---- layouts ---------------------------------------------------------------------------------
 
     def like_image(self, size: Size) -> bool:
@@ -303,8 +267,6 @@ class ObservedRun(TorchFunctionMode):
         elif made.layout is None:
             shapes = ", ".join(map(str, made.shapes)) or "no tensor"
             why = made.reason or f"it gives {shapes}, which is no feature"
-        elif made.changed_in_place and side == "student":
-            why = "what follows changes its output in place"
         elif not self.in_order(made):
             why = NOT_IN_ORDER
         else:
@@ -319,11 +281,6 @@ class ObservedRun(TorchFunctionMode):
             return None, SEVERAL_SIZES
         return found[0] if found else (None, "")
 
-    def _size(self, shape: Shape) -> Size | None:
-        """Return the size of an input's map, which may not depend on where its channels are."""
-        layout, why = self.layout_of(shape)
-        return layout.size(shape) if layout else shape[2:] if why and _cube(shape) else None
-
     def layout_of(self, shape: Shape) -> tuple[FeatureLayout | None, str]:
         """Return the layout of a feature of this shape, or why it is not known."""
         if not 3 <= len(shape) <= 5 or shape[0] != self.batch:
@@ -333,7 +290,7 @@ class ObservedRun(TorchFunctionMode):
             return FeatureLayout(), ""
         channel_dim = self.given.channel_dim or self._channel_dim(shape)
         if channel_dim is None:
-            return None, _unknown(shape)
+            return None, f"where its channels are, of shape {shape}, is not known: give channel_dim"
         size = shape[2:] if channel_dim == 1 else shape[1:-1]
         if math.prod(size) == 1:
             return None, "it has a single position"
@@ -348,6 +305,8 @@ class ObservedRun(TorchFunctionMode):
 
     def _channel_dim(self, shape: Shape) -> int | None:
         """Return it as operators made the shape, else its channels and positions, or these."""
+        if len(shape) == 4 and len(set(shape[1:])) == 1 and shape in self.channels_last:
+            return None  # it may have been turned since
         lies = [(s[1], s[2:]) for s in self.channels_first] + [
             (s[-1], s[1:-1]) for s in self.channels_last
         ]
@@ -409,111 +368,74 @@ class ObservedRun(TorchFunctionMode):
                 return h, w
         return None
 
-    # ---- maps that change where the image does ---------------------------------------------------
+    # ---- the order of tokens ---------------------------------------------------------------------
 
     def in_order(self, made: ModuleCall) -> bool:
-        """Return False for tokens whose map does not change where the image does.
+        """Return False for tokens that do not lie as the image does.
 
-        Some networks have as many tokens as patches, but in an order of their own.
+        Some networks have as many tokens as patches, but in an order of their own. If the operators
+        leave a doubt, the map has to change most where the image does.
         """
         size = made.layout.map_size if made.layout else None
-        if self.given.skip_tokens is not None or not made.layout or not size:
+        if self.given.skip_tokens is not None or not made.layout or not size or len(size) == 1:
             return True
         count, sides = math.prod(size), set(size)
         own = {count, count + made.layout.skip_tokens}
         others = [shape for shape in self.permuted if own.isdisjoint(shape)]
         turned = any(len(shape) > 4 or sides <= set(shape[1:]) for shape in others)
-        moved = turned or self.gathered or self.moved
-        seen = len(size) == 1 or (count in self.row_by_row and not moved)
-        return seen or -1 in self._dims_that_follow([made])[0]
-
-    def _find_channels_of_cubes(self) -> None:
-        """Find where features have their channels that number as the rows and the columns."""
-        calls = [each for each in self.calls.values() if each.shapes and not each.handed_on]
-        # Pure convolutions cannot have turned them.
-        cubes = [
-            each for each in calls if _cube(each.shapes[0]) and each.shapes[0] in self.channels_last
-        ]
-        if self.given.channel_dim is None and cubes:
-            for made, dims in zip(cubes, self._dims_that_follow(cubes), strict=True):
-                seen, shape = made.layout, made.shapes[0]
-                if len(dims) == 1:
-                    made.layout, made.reason = FeatureLayout(dims.pop()), ""
-                elif seen is None or seen.channel_dim not in dims:
-                    made.layout, made.reason = None, _unknown(shape)
-
-    def _dims_that_follow(self, calls: list[ModuleCall]) -> list[set[int]]:
-        """Return the dimensions of channels for which a map changes most where the image does."""
-        if not self.may_run_again:
-            raise NeedsAnotherRunError
-        possible = [{-1} if len(made.shapes[0]) == 3 else {1, -1} for made in calls]
-        before, again = (self.features(calls, self._copied()) for _ in range(2))
-        for dims, a, b in zip(possible, before, again, strict=True):
-            if not torch.equal(a, b):  # drawn at random
-                dims.clear()
+        if count in self.row_by_row and not (turned or self.gathered or self.moved):
+            return True
+        before = self.feature(made, self.arguments).float()
         for place in _PLACES:
-            changed = self._changed(place)
-            if changed is None:
-                break
-            after = self.features(calls, changed)
-            for made, dims, a, b in zip(calls, possible, before, after, strict=True):
-                change = (a.float() - b.float()).square().sum(0)
-                for dim in tuple(dims):
-                    q = change.sum(0 if dim == 1 else -1)
-                    if made.layout and made.layout.map_size:
-                        q = q[made.layout.skip_tokens :].view(made.layout.map_size)
-                    most = torch.unravel_index(q.argmax(), q.shape)
-                    if q.any() and not all(
-                        abs((int(i) + 0.5) / n - part) <= _HALF + 0.6 / n
-                        for i, n, part in zip(most, q.shape, place[-q.dim() :], strict=True)
-                    ):
-                        dims.discard(dim)
-        return possible
+            after = self.feature(made, _changed(self.arguments, place)).float()
+            change = (after - before).square().sum((0, 2))[made.layout.skip_tokens :].view(size)
+            most = torch.unravel_index(change.argmax(), size)
+            places = zip(most, size, place[-len(size) :], strict=True)
+            near = [abs((int(i) + 0.5) / n - part) <= _HALF + 0.6 / n for i, n, part in places]
+            if change.any() and not all(near):
+                return False
+        return True
 
-    def _copied(self) -> Arguments:
-        copies: dict[int, Any] = {id(x): x.detach().clone() for x in tensors_in(self.arguments)}
-        return copy.deepcopy(self.arguments, copies)
-
-    def _changed(self, place: tuple[float, ...]) -> Arguments | None:
-        """Return the arguments with other pixels at a place of the images; None without images."""
-        changed = self._copied()
-        images = (x for x in tensors_in(changed) if x.dim() > 3 and x.is_floating_point())
-        if (pixels := next(images, None)) is None:
-            return None
-        if pixels.dim() == 5 and pixels.shape[2] in (1, 3) and pixels.shape[1] not in (1, 3):
-            pixels = pixels.transpose(1, 2)  # a video whose time comes before the colours
-        for dim, part in zip(range(2, pixels.dim()), place[2 - pixels.dim() :], strict=True):
-            n = pixels.shape[dim]
-            first, last = int((part - _HALF) * n), math.ceil((part + _HALF) * n)
-            pixels = pixels.narrow(dim, first, last - first)
-        pixels.mul_(-1).add_(1)
-        return changed
-
-    def features(self, calls: list[ModuleCall], arguments: Arguments) -> list[Tensor]:
-        """Return the features of modules in another run."""
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
-            found[name] = next(tensors_in(output)).clone()
-
-        handles = [made.module.register_forward_hook(partial(keep, made.name)) for made in calls]
+    def feature(self, made: ModuleCall, arguments: Arguments) -> Tensor:
+        """Return the feature of a module in another run."""
+        found: list[Tensor] = []
+        handle = made.module.register_forward_hook(
+            lambda module, args, output: found.append(next(tensors_in(output)).clone())
+        )
         try:
-            run(self.model, arguments)
+            run(self.root.module, arguments)
         finally:
-            for handle in handles:
-                handle.remove()
-        return [found[made.name] for made in calls]
+            handle.remove()
+        return found[-1]
+
+
+def _changed(arguments: Arguments, place: tuple[float, ...]) -> Arguments:
+    """Return a network's arguments with other pixels at a place of the images."""
+    copies: dict[int, Any] = {id(x): x.detach().clone() for x in tensors_in(arguments)}
+    changed = copy.deepcopy(arguments, copies)
+    for pixels in tensors_in(changed):
+        if pixels.dim() > 3 and pixels.is_floating_point():
+            if pixels.dim() == 5 and pixels.shape[2] in (1, 3) and pixels.shape[1] not in (1, 3):
+                pixels = pixels.transpose(1, 2)  # a video whose time comes before the colours
+            for dim, part in zip(range(2, pixels.dim()), place[2 - pixels.dim() :], strict=True):
+                n = pixels.shape[dim]
+                first, last = int((part - _HALF) * n), math.ceil((part + _HALF) * n)
+                pixels = pixels.narrow(dim, first, last - first)
+            pixels.mul_(-1).add_(1)
+            break
+    return changed
 
 
 def observe(model: nn.Module, arguments: Arguments, given: GivenLayout) -> ObservedRun:
     """Run a network on an example, and find how its features lie."""
     observed = ObservedRun(model, arguments, given)
-    observed.may_run_again = True
-    observed.start()
+    handles = observed.hook_modules()
     try:
-        run(model, arguments)
+        with observed:
+            run(model, arguments)
     finally:
-        observed.stop()
+        for handle in handles:
+            handle.remove()
     observed.find_layouts()
     return observed
 
@@ -555,11 +477,3 @@ def rank_of_maps(module: nn.Module) -> int | None:
 def written(size: Size) -> str:
     """Write a map size, for messages."""
     return "x".join(map(str, size))
-
-
-def _cube(shape: Shape) -> bool:
-    return len(shape) == 4 and len(set(shape[1:])) == 1
-
-
-def _unknown(shape: Shape) -> str:
-    return f"where its channels are, of shape {shape}, is not known: give channel_dim"

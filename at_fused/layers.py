@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from at_fused._arguments import both, both_sizes, check_choice, feature_layouts
+from at_fused._arguments import check_choice
 from at_fused._hooks import TappedLayer
-from at_fused._models import arguments_of, modules_named, refuse_torchscript, unwrap
-from at_fused._numbers import as_python, kind
+from at_fused._layouts import both, feature_layouts, layout_options
+from at_fused._models import arguments_of, modules_named, unwrap
+from at_fused._numbers import kind
 from at_fused._observe import (
     NOT_IN_ORDER,
     SEVERAL_SIZES,
@@ -79,15 +81,13 @@ def match_layers(
 ) -> list[Pair]:
     """Return the layers of two networks that belong together: the last block of each stage of both.
 
-    Both run on ``example``, in eval mode and without gradients, and are left as they were. A stage
-    is all that a network does at one map size; its blocks are modules that keep to one size, such
-    as ``layer1`` of a ResNet. Stems, heads and decoders are none; tokens count as the grid that
-    their patches were cut in. Where both networks have one size only, as ViTs, up to four pairs of
-    blocks are taken, at proportional depth, the last block of both among them.
+    Both run on ``example``, in eval mode and without gradients, and are left as they were. Blocks
+    are modules that keep to one map size, such as ``layer1`` of a ResNet; stems, heads and decoders
+    are none, and tokens count as the grid of their patches. Where both networks have one size only,
+    as ViTs, up to four pairs are taken, at proportional depth, the last block of both among them.
 
-    How features lie is not guessed but seen in the run: where the operators put channels, which
-    tokens were put before the patches, whether maps change where the image does. A layer that does
-    not show it is left out.
+    How features lie is seen in the run: where the operators put channels, which tokens were put
+    before the patches, whether maps change where the image does. Layers that hide it are left out.
 
     Args:
         student, teacher: any networks.
@@ -124,22 +124,25 @@ def layers_to_tap(
     verbose: bool,
 ) -> list[list[TappedLayer]]:
     """Return the layers of both networks, named or found; their layouts if there is an example."""
-    sides = list(zip(SIDES, networks, strict=True))
     if pairs is None:
-        for side, network in sides:
-            refuse_torchscript(network, None, side)
         calls = zip(*_matched(networks, example, given, resize, verbose), strict=True)
         return [[TappedLayer(each.name, each.module, each.layout) for each in c] for c in calls]
     found = []
-    for (side, network), names in zip(sides, zip(*pairs, strict=True), strict=True):
-        refuse_torchscript(network, names, side)
-        modules = modules_named(network, names, side)
-        found.append([TappedLayer(*each) for each in zip(names, modules, strict=True)])
-    if example is not None:
-        for (side, network), layers, known in zip(sides, found, given, strict=True):
+    for side, network, names, known in zip(
+        SIDES, networks, zip(*pairs, strict=True), given, strict=True
+    ):
+        modules = dict(zip(names, modules_named(network, names, side), strict=True))
+        for name, module in modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"layers: the {side}'s {name!r} is a TorchScript module, which takes no hooks; "
+                    "give the nn.Module that it was made of"
+                )
+        layers = [TappedLayer(*each) for each in modules.items()]
+        if example is not None:
             run = observe(network, arguments_of(example), known)
-            seen = [run.layout_of_layer(side, each.name) for each in layers]
-            layers[:] = [a._replace(layout=b) for a, b in zip(layers, seen, strict=True)]
+            layers = [x._replace(layout=run.layout_of_layer(side, x.name)) for x in layers]
+        found.append(layers)
     return found
 
 
@@ -152,18 +155,16 @@ def check_networks(*networks: object) -> None:
 
 def given_layouts(channel_dim: Any, skip_tokens: Any, map_size: Any) -> list[GivenLayout]:
     """Check what a user says of both sides' features; None is to be found out."""
-    channel_dim = as_python("channel_dim", channel_dim)
-    skip_tokens = as_python("skip_tokens", skip_tokens)
-    map_size = as_python("map_size", map_size)
+    given = layout_options(channel_dim, skip_tokens, map_size)
 
     def known(value: Any, default: int) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(default if each is None else each for each in value)
         return default if value is None else value
 
-    feature_layouts(known(channel_dim, -1), known(skip_tokens, 0), map_size)
-    dims, skips = (both("", each) for each in (channel_dim, skip_tokens))
-    return list(map(GivenLayout, dims, skips, both_sizes(map_size)))
+    dims, skips, sizes = given.values()
+    feature_layouts(known(dims, -1), known(skips, 0), sizes)
+    return list(map(GivenLayout, *(both(*each) for each in given.items())))
 
 
 # ---- pairs that are found ------------------------------------------------------------------------
@@ -238,19 +239,11 @@ class NetworkStages:
         if shallow or self.left_out or not all(map(_named_an_end, blocks)):
             blocks = self._without(blocks, _named_an_end, "a stem or a head, by its name")
         tokens = [call for call in blocks if call.layout and call.layout.map_size]
-        # The first stage shows the order of all, unless tokens are chosen on the way.
-        firsts = {call.size: call for call in reversed(tokens)}
-        shows = list(firsts.values()) if run.gathered else tokens[:1]
-        for i, call in enumerate(tokens):
-            if call in shows and not run.in_order(parts([call])[0]):
-                blocks = [each for each in blocks if each not in tokens[i:]]
-                self._leave_out(tokens[i:], NOT_IN_ORDER)
-                break
+        if tokens and not run.in_order(tokens[0]):  # the first stage shows the order of all
+            blocks = [call for call in blocks if call not in tokens]
+            self._leave_out(tokens, NOT_IN_ORDER)
         learned = {call.size for call in blocks if call.learned()}
         blocks = [call for call in blocks if call.size and call.size in learned]
-        changed = [call for call in blocks if call.changed_in_place]
-        self._leave_out(changed, "what follows changes its output in place")
-        blocks = [call for call in blocks if not call.changed_in_place]
         sizes = {call.size for call in blocks}
         for size in dict.fromkeys(call.size for call in shallow if call.size not in sizes):
             lost = [call for call in shallow if call.size == size]
@@ -378,12 +371,9 @@ def _outside(trunk: list[ModuleCall], blocks: list[ModuleCall]) -> Callable[[Mod
     """Return a test for stems and heads, and for what goes back to larger maps, as a decoder."""
     least = min((call.layers() for call in trunk if call.learned()), default=0)
     after = blocks[blocks.index(trunk[-1]) :]
-    decoders = [call for call in after if _larger(call, trunk[-1])]
+    last = math.prod(trunk[-1].size or ())
+    decoders = [call for call in after if math.prod(call.size or ()) > last]
     return lambda call: call not in trunk and (call.layers() <= least or call in decoders)
-
-
-def _larger(call: ModuleCall, other: ModuleCall) -> bool:
-    return math.prod(call.size or ()) > math.prod(other.size or ())
 
 
 def _named_an_end(call: ModuleCall) -> bool:

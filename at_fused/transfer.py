@@ -16,29 +16,30 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Size, Tensor, nn
 
+from at_fused import _loss
 from at_fused._arguments import (
     CHOICES,
+    PairOptions,
     check_channels,
-    check_for_tokens,
-    check_kept,
     check_masks,
     check_spatial,
     pair_weights,
 )
-from at_fused._hooks import MapOptions, TappedNetwork
+from at_fused._hooks import TappedNetwork
+from at_fused._layouts import check_for_tokens, check_kept
 from at_fused._models import (
     arguments_of,
     evaluating,
     logits_of,
     only_hooks_of,
+    precision,
     same_batch,
     tensors_in,
     unwrap,
 )
 from at_fused._numbers import as_python, check_finite, kind
 from at_fused._observe import written
-from at_fused._options import MapSizes
-from at_fused.functional import PairOptions, map_loss
+from at_fused._options import LossArguments, MapSizes
 from at_fused.layers import (
     SIDES,
     Pair,
@@ -62,17 +63,16 @@ class AttentionTransfer:
 
         beta * sum_j w_j L_j        L_j of at_loss, between the maps of the j-th pair of layers
 
-    a mean over the batch, whatever the number of devices: under DataParallel over the whole batch,
-    under DistributedDataParallel over each process's part, which it averages. ``beta`` means the
-    same on one device and on eight.
+    a mean over the batch, under DistributedDataParallel over each process's part, which it
+    averages: ``beta`` means the same on one device and on eight.
 
     The student's maps hold its graph, up to the layers that gave them. ``at(x)`` hands it on, and a
     backward through the network frees it as ever; after neither it stays until the next pass of the
     student begins: evaluate under ``no_grad``.
 
     Args:
-        student: any module; also in DataParallel, DistributedDataParallel or torch.compile. Its
-            copies, pickles and exports have no hooks, but those made together with this object.
+        student: any module; also in DistributedDataParallel or torch.compile. Its copies, pickles
+            and exports have no hooks, but those made together with this object.
         teacher: likewise; put on the device of the x of ``at(x)``. Nothing of it changes.
         layers: a list of names from ``named_modules()``, for both, or of (student's, teacher's)
             names. Each gives a tensor, or a tuple that begins with one. None: those that
@@ -80,8 +80,7 @@ class AttentionTransfer:
             counts with its last. What follows a tapped layer must not change its output in place.
         example: what both networks take, such as two images: a mapping gives keyword arguments, a
             tuple several. Both run on it now, in eval mode and without gradients, and show how
-            their features lie. Without it named layers show it in their first pass, or, where that
-            is compiled, in one more.
+            their features lie. Without it named layers show it in one more run on the first batch.
         beta: a finite number, which may be set anew at any time; 1e3 is the paper's for the form
             "code".
         channel_dim: 1 or -1; None: as the run shows. This and the next two may be a pair
@@ -89,7 +88,8 @@ class AttentionTransfer:
         skip_tokens: how many tokens in front are left out of features (B, N, C); None: those that
             were put before the patches in the run.
         map_size: (H, W) of tokens; None: as the run shows, else the partner's H and W.
-        cache: a :class:`at_fused.TeacherCache`, from which the teacher's maps then come.
+        cache: a :class:`at_fused.TeacherCache`, from which the teacher's maps then come. Not for a
+            teacher whose ``forward`` was replaced, as accelerate does: its precision is not known.
         verbose: whether to print the pairs that were found, and what was left out.
         options: p, collapse, form, weights, resize (None or "maps"), attend ("spatial" or
             "channel"), absolute, eps, eps_mode of :func:`at_fused.at_loss`.
@@ -132,52 +132,36 @@ class AttentionTransfer:
             raise ValueError("layers or example must be given: names, or inputs to find them with")
         if cache is not None and not isinstance(cache, TeacherCache):
             raise TypeError(f"cache must be a TeacherCache or None, got {kind(cache)}")
-        check_finite("beta", beta)
+        if cache is not None and any("forward" in vars(module) for module in teacher.modules()):
+            raise ValueError(
+                "cache: the teacher's forward was replaced, as by accelerator.prepare, which hides "
+                "its precision: give the teacher as it was, and call at(x) in torch.autocast"
+            )
+        self.beta = beta = check_finite("beta", beta)
         choices = CHOICES | {"attend": ("spatial", "channel"), "resize": (None, "maps")}
         kept = check_kept("AttentionTransfer", options, PairOptions.__annotations__, choices)
         self._given = {"beta": beta, **kept}
-        of_maps = MapOptions(
-            float(kept.pop("p", 2.0)),
-            kept.pop("collapse", "mean"),
-            kept.pop("absolute", True),
-            kept.pop("attend", "spatial"),
-        )
-        weights, self._options = kept.pop("weights", None), kept
-        check_spatial(of_maps.attend, map_size=map_size)
-        self._of_channels = of_maps.attend == "channel"
-        self._tokens = {
-            "skip_tokens": as_python("skip_tokens", skip_tokens),
-            "map_size": as_python("map_size", map_size),
-        }
+        self._options = made = LossArguments(**kept)
+        check_spatial(made.attend, map_size=map_size)
+        tokens = {"skip_tokens": skip_tokens, "map_size": map_size}
+        self._tokens = {name: as_python(name, value) for name, value in tokens.items()}
         given = given_layouts(channel_dim, **self._tokens)
         pairs = None if layers is None else named_pairs(as_python("layers", layers))
-        taps = layers_to_tap(networks, pairs, example, given, kept.get("resize"), verbose)
+        taps = layers_to_tap(networks, pairs, example, given, made.resize, verbose)
         self.pairs = [Pair(s.name, t.name) for s, t in zip(*taps, strict=True)]
-        self._weights = pair_weights(weights, len(self.pairs)) or [1.0] * len(self.pairs)
-        self.beta = beta
+        self._weights = pair_weights(made.weights, len(self.pairs)) or [1.0] * len(self.pairs)
         self.cache = cache
         self.teacher_output: Tensor | None = None
         # All that the teacher's maps depend on, but for the input.
         names = [pair.teacher for pair in self.pairs]
         self._hash = TeacherHash(networks[1])
-        self._identity = names, tuple(of_maps), tuple(given[1][:2])
+        of_maps = float(made.p), made.collapse, made.absolute, made.attend
+        self._identity = names, of_maps, tuple(given[1][:2])
         self._prepared: tuple[Any, Any, list[Tensor], Tensor | None] | None = None
         self._student, self._teacher = self._sides = [
-            TappedNetwork(*side, of_maps)
+            TappedNetwork(*side, made)
             for side in zip(SIDES, (student, teacher), taps, given, strict=True)
         ]
-
-    @property
-    def beta(self) -> float:
-        """The weight of the loss."""
-        return self._beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        value = check_finite("beta", value)
-        for i, weight in enumerate(self._weights):
-            check_finite(f"beta * weights[{i}]", value * weight)
-        self._beta = value
 
     def prepare(self, x: Any, index: Tensor | Sequence[int] | None = None, seed: int = 0) -> None:
         """Run the teacher now, for the ``at(x)`` that follows.
@@ -209,8 +193,8 @@ class AttentionTransfer:
         Args:
             x: what the teacher takes, the samples that the student saw, in their order. A mapping
                 (also transformers' BatchEncoding) gives keyword arguments, ``teacher(**x)``, a
-                tuple several, ``teacher(*x)``; anything else is the only one. For a cache one
-                tensor, alone or beside numbers, strings and None.
+                tuple several, ``teacher(*x)``; anything else is the only one. For a cache it holds
+                one tensor and nothing else.
             index: with a cache, the samples' numbers in the data set, (B,) int64 or ints.
             seed: with a cache, that of the transform that made ``x``.
             mask, sample_weights: as in :func:`at_fused.at_loss`.
@@ -229,13 +213,7 @@ class AttentionTransfer:
                 shape, a mask of channel attention.
         """
         prepared, self._prepared = self._prepared, None
-        given_before = self._student.was_given_before(x)
         students = self._student.take_maps(x)
-        if given_before:
-            raise RuntimeError(
-                "AttentionTransfer: x was the input of an earlier pass of the student, whose last "
-                "had another; call at(x) after each student(x)"
-            )
         self._student.check_graph(students)
         if prepared is None:
             teachers, self.teacher_output = self._teacher_maps(x, index, seed)
@@ -245,41 +223,37 @@ class AttentionTransfer:
             if not again or not same_batch(x, before):
                 name = "x" if again else "index and seed, if given,"
                 raise ValueError(f"{name} must be what at.prepare was called with, got another")
-        self._check_token_options(students, teachers)
-        if self._of_channels:
+        self._check_token_options()
+        if self._options.attend == "channel":
             check_channels(students, teachers)
             if mask is not None:
                 raise ValueError("mask is for attend='spatial', got attend='channel'")
-        masks = mask if isinstance(mask, (list, tuple)) else [mask]
-        as_grids = any(isinstance(m, Tensor) and m.dim() == 3 for m in masks)
+        as_grids = any(each.dim() == 3 for each in tensors_in(mask))
         for i, maps in enumerate(zip(students, teachers, strict=True)):
             students[i] = self._grid(i, 0, maps, x, as_grids)
             teachers[i] = self._grid(i, 1, maps, x, as_grids)
         if mask is not None and (skip := self._student.skip_tokens()):
             check_masks(mask, [q.unsqueeze(1) for q in students], skip)
-        weights = [self.beta * weight for weight in self._weights]
-        factors: dict[str, Any] = {"mask": mask, "sample_weights": sample_weights}
-        return map_loss(students, teachers, weights=weights, **self._options, **factors)
+        beta = check_finite("beta", self.beta)
+        weights = [beta * weight for weight in self._weights]
+        arguments = self._options._replace(
+            weights=weights, mask=mask, sample_weights=sample_weights
+        )
+        return _loss.map_loss_of_checked_options(students, teachers, arguments)
 
-    def _check_token_options(self, students: list[Tensor], teachers: list[Tensor]) -> None:
+    def _check_token_options(self) -> None:
         """Refuse an option of tokens for a side without any."""
-        tokens = [
-            any(side.gives_tokens(i, q) for i, q in enumerate(maps))
-            for side, maps in zip(self._sides, (students, teachers), strict=True)
-        ]
+        tokens = [any(map(side.token_size, range(len(self.pairs)))) for side in self._sides]
         for name, value in self._tokens.items():
             each = [getattr(side.given, name) for side in self._sides]
             check_for_tokens(name, value, each, tokens, "none of its network's layers gives")
 
-    def _call_teacher(self, x: Any) -> Any:
+    def _run_teacher(self, x: Any) -> tuple[list[Tensor], Tensor | None]:
         args, kwargs = arguments_of(x)
         # Not for the hooks of another, whose student this teacher is.
         with evaluating(self._teacher.model), only_hooks_of(self._teacher.last):
-            return self._teacher.model(*args, **kwargs)
-
-    def _run_teacher(self, x: Any) -> tuple[list[Tensor], Tensor | None]:
-        # The output may hold features, which are not to live on.
-        logits = logits_of(self._call_teacher(x))
+            # The output may hold features, which are not to live on.
+            logits = logits_of(self._teacher.model(*args, **kwargs))
         return self._teacher.take_maps(x), logits
 
     def _teacher_maps(self, x: Any, index: Any, seed: int) -> tuple[list[Tensor], Tensor | None]:
@@ -290,48 +264,33 @@ class AttentionTransfer:
         if index is None:
             raise ValueError("index must be given for a cache: the samples' numbers")
         args, kwargs = arguments_of(x)
-        items: dict[Any, Any] = kwargs or dict(enumerate(args))
-        tensors = [key for key, value in items.items() if isinstance(value, Tensor)]
-        options = {key: value for key, value in items.items() if key not in tensors}
-        plain = all(isinstance(value, (int, float, str, type(None))) for value in options.values())
-        if len(tensors) != 1 or not plain:
-            raise TypeError(
-                "x must be a tensor for a cache, or a tuple or mapping of one tensor and of "
-                f"numbers, strings and None, got {', '.join(map(kind, items.values()))}"
-            )
-
-        def batch_of(rows: Tensor) -> Any:
-            changed = {**items, tensors[0]: rows}
-            return changed if kwargs else tuple(changed.values())
+        (rows, *others), name = (*args, *kwargs.values()), next(iter(kwargs), None)
+        if others or not isinstance(rows, Tensor):
+            found = ", ".join(map(kind, (rows, *others)))
+            raise TypeError(f"x must be one tensor for a cache, also in a mapping, got {found}")
 
         def compute(rows: Tensor) -> tuple[list[Tensor], Tensor | None]:
-            maps, logits = self._run_teacher(batch_of(rows))
+            maps, logits = self._run_teacher({name: rows} if kwargs else rows)
             return maps, logits if logits is not None and logits.dim() == 2 else None
 
-        rows = items[tensors[0]]
         if self._teacher.last.undecided:  # and might never run, where all is stored
-            self._run_teacher(batch_of(rows[:1]))
-        inside = self._teacher.precision(rows, lambda rows: self._call_teacher(batch_of(rows)))
-        identity = self._hash(*self._identity, inside, tensors, options)
+            compute(rows[:1])
+        identity = self._hash(*self._identity, precision(rows), name)
         return self.cache.fetch(compute, rows, index, identity=identity, seed=seed)
 
     def _grid(self, i: int, side: int, maps: tuple[Tensor, Tensor], x: Any, grid: bool) -> Tensor:
         """Return a map of a pair; one of tokens as a grid, as its partner or the images in x."""
         q, other, own = maps[side], maps[1 - side], self._sides[side]
-        given, size = own.given.map_size, own.given.map_size
-        if not own.gives_tokens(i, q) or (q.shape == other.shape and not grid and not given):
+        given, seen, count = own.given.map_size, own.token_size(i), q.shape[1]
+        if not seen or (q.shape == other.shape and not grid and not given):
             return q
-        count, layout = q.shape[1], own.taps[i].layout
+        images = [image.shape[2:] for image in tensors_in(x) if image.dim() == 4]
+        like = [other.shape[1:]] if other.dim() > 2 else images
+        sizes = [given] if given else [*(_of_proportions(count, each) for each in like), seen]
+        size = next((each for each in sizes if each and math.prod(each) == count), None)
+        if size is None and other.dim() == 2 and len(seen) == 1:
+            return q  # words, or a signal
         if size is None:
-            seen = (layout and layout.map_size) or ()
-            images = [image.shape[2:] for image in tensors_in(x) if image.dim() == 4]
-            like = [other.shape[1:]] if other.dim() > 2 else images
-            size = next((found for each in like if (found := _of_proportions(count, each))), None)
-            if size is None and math.prod(seen) == count:
-                size = tuple(seen)
-            if size is None and other.dim() == 2 and len(seen) == 1:
-                return q  # words, or a signal
-        if size is None or math.prod(size) != count:
             raise ValueError(
                 f"map_size must be (H, W) of {count} tokens, whose partner's map is "
                 f"{written(tuple(other.shape[1:]))}, got {given}"
@@ -344,16 +303,15 @@ class AttentionTransfer:
         self._teacher.remove()
 
     def __repr__(self) -> str:
-        options = {**self._given, "beta": self.beta}
+        options = {**self._given, "beta": as_python("beta", self.beta)}
         pairs = ", ".join(s if s == t else f"{s} <- {t}" for s, t in self.pairs)
         return f"AttentionTransfer({pairs}; {', '.join(f'{k}={v!r}' for k, v in options.items())})"
 
 
-def _of_proportions(count: int, shape: Size) -> tuple[int, ...] | None:
-    """Return a grid of so many positions with the proportions of a map or an image, or None."""
+def _of_proportions(count: int, shape: Size) -> tuple[int, ...]:
+    """Return a grid of so many positions, if there is one, with the proportions of a map (H, W)."""
     if math.prod(shape) == count or len(shape) != 2:
-        return tuple(shape) if math.prod(shape) == count else None
+        return tuple(shape)
     height, width = shape
-    h = math.isqrt(count * height // width)
-    fits = h and count % h == 0 and h * width == count // h * height
-    return (h, count // h) if fits else None
+    h = math.isqrt(count * height // width) or 1
+    return (h, count // h) if h * width == count // h * height else ()

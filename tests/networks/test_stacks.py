@@ -1,4 +1,4 @@
-"""AttentionTransfer in other people's training programs: examples/stacks, against plain lines."""
+"""AttentionTransfer in other people's programs and networks: examples/stacks, docs/networks.md."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import toy
 
 pytestmark = pytest.mark.stacks
 STACKS = Path(toy.__file__).parent
+ROOT = STACKS.parents[1]
 PAIRS = [(name, name) for name in toy.LAYERS]
 Steps = Sequence[Sequence[tuple[Tensor, Tensor]]]
 
@@ -213,3 +214,8 @@ def test_it_runs_as_a_program(name: str, capfd: pytest.CaptureFixture[str]) -> N
     runpy.run_path(str(STACKS / name), run_name="__main__")
     printed = capfd.readouterr().out
     assert re.search(r"^(process \d: )?\d\.\d{3}( \d\.\d{3})+$", printed, re.M)
+
+
+def test_the_page_of_networks() -> None:
+    script = runpy.run_path(str(ROOT / "scripts/networks.py"))
+    assert script["page"]() == (ROOT / "docs/networks.md").read_text()

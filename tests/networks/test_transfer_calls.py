@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +14,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transfer_networks import BETA, GROUPS, by_hand, call, gradients, networks, task_loss
+from transfer_networks import BETA, GROUPS, by_hand, call, gradients, loss_once, networks
 
 import at_fused
 from at_fused import AttentionTransfer, TeacherCache
+from at_fused._models import logits_of
 
 # ---- what a teacher returns ----------------------------------------------------------------------
-
-
-@dataclass
-class Output:
-    logits: Tensor
-    hidden_states: Any = None
 
 
 @dataclass(slots=True)
 class Single:
     scores: Tensor
     note: str = ""
-
-
-class Dict(dict[str, Any]):
-    """A mapping that is weakly referred to, as a ModelOutput."""
 
 
 Named = namedtuple("Named", "loss logits")
@@ -60,51 +52,61 @@ def images(n: int = 4) -> Tensor:
     return torch.randn(n, 3, 8, 8)
 
 
-def by_eager(student: Net, teacher: Net, *args: Any, **kwargs: Any) -> Tensor:
+def taken(net: nn.Module, names: list[str], batch: Any) -> list[Tensor]:
+    """The features of layers in a pass."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        layer = net.get_submodule(name)
+        layer.register_forward_hook(lambda m, args, y, name=name: found.update({name: y}))
+    call(net, batch)
+    return [found[name] for name in names]
+
+
+def by_eager(student: nn.Module, teacher: nn.Module, batch: Any) -> Tensor:
     """Eager lines: the loss of the features of both."""
-    features = []
-    for net in (student, teacher):
-        handle = net.conv.register_forward_hook(lambda m, a, y: features.append(y))
-        net(*args, **kwargs)
-        handle.remove()
-    return at_fused.at_loss(features[0], features[1].detach())
+    with torch.no_grad():
+        (target,) = taken(teacher, ["conv"], batch)
+    return at_fused.at_loss(taken(student, ["conv"], batch)[0], target)
 
 
-OUTPUTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], bool]] = {
-    "tuple": (lambda logits, x: (logits, x), True),
-    "dict": (lambda logits, x: Dict(features=x, logits=logits), True),
-    "segmentation": (lambda logits, x: Dict(out=logits, aux=x), True),
-    "dict of one": (lambda logits, x: {"scores": logits, "n": 5}, True),
-    "dataclass": (lambda logits, x: Output(logits, (x, x)), True),
-    "dataclass of one": (lambda logits, x: Single(logits), True),
-    "named tuple": (lambda logits, x: Named(x.sum(), logits), True),
-    "object": (lambda logits, x: SimpleNamespace(logits=logits, features=x), True),
-    "two in a dict": (lambda logits, x: {"scores": logits, "x": x}, False),
-    "features": (lambda logits, x: [x], False),
-    "features first": (lambda logits, x: ([x], logits), False),
-}
+LOGITS, OTHER = torch.randn(2, 5), torch.randn(2, 4, 3, 3)
 
 
-@pytest.mark.parametrize("case", OUTPUTS)
-def test_the_teachers_logits_are_kept_alone(case: str, tmp_path: Path) -> None:
-    wrap, known = OUTPUTS[case]
+@pytest.mark.parametrize(
+    "output",
+    [
+        LOGITS,
+        (LOGITS, OTHER),
+        OrderedDict(features=OTHER, logits=LOGITS),
+        OrderedDict(out=LOGITS, aux=OTHER),
+        {"scores": LOGITS, "n": 5},
+        Single(LOGITS),
+        Named(OTHER, LOGITS),
+        SimpleNamespace(logits=LOGITS, features=OTHER),
+    ],
+    ids=range(8),
+)
+def test_the_logits_in_an_output(output: Any) -> None:
+    assert logits_of(output) is LOGITS
+
+
+def test_of_a_teachers_output_the_logits_are_kept_alone(tmp_path: Path) -> None:
     alive: list[weakref.ref[Tensor]] = []
-    right: list[Tensor] = []
 
     def wrapped(logits: Tensor, x: Tensor) -> Any:
-        alive.append(weakref.ref(x)), right.append(logits.clone())
-        return wrap(logits, x)
+        alive.append(weakref.ref(x))
+        return ([x], logits) if hidden else {"x": x, "logits": logits}
 
     student, teacher, x = Net(), Net(6, wrapped), images()
     for cache in (None, TeacherCache(tmp_path, samples=4)):
-        at = AttentionTransfer(student, teacher, ["conv"], beta=1.0, cache=cache)
-        student(x), at(x, range(4) if cache else None)
-        at.remove()
-        assert alive[-1]() is None
-        torch.testing.assert_close(at.teacher_output, right[-1] if known else None)
-    if not known:
-        with pytest.raises(TypeError, match="teacher_logits must be a tensor, got NoneType"):
-            at_fused.kd_loss(student(x), at.teacher_output)
+        for hidden in (0, 1):
+            at = AttentionTransfer(student, teacher, ["conv"], beta=1.0, cache=cache)
+            student(x), at(x, range(4) if cache else None, hidden if cache else 0)
+            at.remove()
+            assert alive[-1]() is None
+            assert (at.teacher_output is None) == hidden
+    with pytest.raises(TypeError, match="teacher_logits must be a tensor, got NoneType"):
+        at_fused.kd_loss(student(x), at.teacher_output)
 
 
 # ---- what both networks take ---------------------------------------------------------------------
@@ -115,7 +117,7 @@ BATCHES: list[Any] = [
     {"x": X, "scale": 0.5},
     (X, MASK),
     (X, None, 2.0),
-    Dict(mask=MASK, x=X, scale=3.0),
+    OrderedDict(mask=MASK, x=X, scale=3.0),
 ]
 
 
@@ -126,7 +128,7 @@ def test_batches_of_several_inputs(batch: Any, prepared: bool) -> None:
     given = batch
     if isinstance(batch, tuple):
         given = dict(zip(("x", "mask", "scale"), batch, strict=False))
-    expected = by_eager(student, teacher, **given)
+    expected = by_eager(student, teacher, given)
     at = AttentionTransfer(student, teacher, ["conv"], beta=1.0)
     if prepared:
         at.prepare(batch)
@@ -140,54 +142,48 @@ def test_batches_of_several_inputs(batch: Any, prepared: bool) -> None:
         at({**given, "scale": 7.0})
 
 
-def test_a_cache_takes_the_single_tensor_of_a_batch(tmp_path: Path) -> None:
+def test_a_cache_takes_a_single_tensor(tmp_path: Path) -> None:
     student, teacher = Net(), Net(6)
     count: list[int] = []
     teacher.register_forward_pre_hook(lambda *_: count.append(1))
     cache = TeacherCache(tmp_path, samples=4)
     at = AttentionTransfer(student, teacher, ["conv"], beta=1.0, cache=cache)
-    for batch in ({"x": X, "scale": 0.5}, (X, None, 0.5), {"x": X, "scale": 2.0}):
-        before = len(count)
-        for _ in range(2):
-            call(student, batch)
-            loss = at(batch, range(4))
-        assert len(count) == before + 1  # other options, other maps
-        scale = batch["scale"] if isinstance(batch, dict) else batch[2]
-        torch.testing.assert_close(loss, by_eager(student, teacher, X, scale=scale))
+    for batch in ({"x": X}, (X,), {"x": X}, X):
+        call(student, batch)
+        torch.testing.assert_close(at(batch, range(4)), by_eager(student, teacher, X))
+    assert sum(count) == 2 + 4  # once by its name, once without; by eager lines each time
     for wrong, got in (
         ((X, MASK), "Tensor, Tensor"),
-        ({"x": X, "mask": [MASK]}, "Tensor, list"),
+        ({"x": X, "scale": 2.0}, "Tensor, float"),
         ([X], "list"),
-        (("a",), "str"),
     ):
         student(X)
-        with pytest.raises(TypeError, match=f"x must be a tensor for a cache, or .* got {got}$"):
+        with pytest.raises(TypeError, match=f"x must be one tensor for a cache, .* got {got}$"):
             at(wrong, range(4))
 
 
 # ---- grad modes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("way", ["prepared", "teacher"])
-def test_a_teacher_under_inference_mode(way: str, cached: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["prepared", "prepared, cached", "teacher"])
+def test_a_teacher_under_inference_mode(way: str, tmp_path: Path) -> None:
     student, teacher, x, y = networks()
-    logits = teacher.eval()(x)[0].detach()
-    expected = by_hand(student, teacher, x, y) + at_fused.kd_loss(student(x)[0], logits, y)
+    expected = by_hand(student, teacher, x, y)
     right = gradients(student, expected)
+    cached = "cached" in way
     cache, index = (TeacherCache(tmp_path, samples=4), range(4)) if cached else (None, None)
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA, cache=cache)
     if way == "teacher":
         teacher.forward = torch.inference_mode()(teacher.forward)
     for _ in range(2):  # computed, and stored
-        if way == "prepared":
-            with torch.inference_mode():
+        with torch.inference_mode():
+            if way != "teacher":
                 at.prepare(x, index)
         output = student(x)
-        loss = task_loss(output, y) + at(x, index)
-        loss = loss + at_fused.kd_loss(output[0], at.teacher_output, y)
+        loss = cross_entropy(output[0], y) + at(x, index)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(gradients(student, loss), right)
+        at_fused.kd_loss(output[0], at.teacher_output, y).backward()
 
 
 class Trunk(nn.Module):
@@ -214,18 +210,17 @@ def test_a_frozen_trunk_gives_a_constant(mode: str) -> None:
     student.trunk.requires_grad_(False)
     at = AttentionTransfer(student, teacher, ["trunk.1"], beta=2.0)
     output, loss = student(x), at(x)
-    assert not loss.requires_grad
     expected = 2 * at_fused.at_loss(student.trunk(x), teacher.trunk(x).detach())
+    assert not loss.requires_grad
     torch.testing.assert_close(loss, expected)
     (output.sum() + loss).backward()
-    assert student.head.weight.grad is not None
     at.remove()
     # Of a layer that is trained the gradient is there, whatever the other's graph.
     at = AttentionTransfer(student, teacher, ["trunk.1", "last"], beta=2.0)
     student(x), at(x).backward()
 
 
-@pytest.mark.parametrize("layers", [["trunk.1"], ["trunk.1", "last"], ["trunk"]], ids=str)
+@pytest.mark.parametrize("layers", [["trunk.1", "last"], ["trunk"]], ids=str)
 @pytest.mark.parametrize("mode", ["whole pass", "no_grad", "checkpoint"])
 def test_a_trained_layer_whose_graph_is_lost(mode: str, layers: list[str]) -> None:
     for training in (False, True):
@@ -246,38 +241,22 @@ def test_the_x_of_an_earlier_pass() -> None:
     student, teacher, x, other = Net(), Net(6), images(), images()
     at = AttentionTransfer(student, teacher, ["conv"], beta=1.0)
     mask = torch.ones(4, 1, 8, 8)
-    message = "x was the input of an earlier pass of the student.*after each student"
-    for first, last, given in (
-        (x, other, x),
-        ((x, mask), (other, mask), (x, mask)),
-        ((x, mask), (other, mask), x),
-        ({"x": x}, {"x": other}, {"x": x}),
-    ):
-        for batch in (first, last):
-            call(student, batch)
-        with pytest.raises(RuntimeError, match=message):
-            at(given)
+    for first, last in ((x, other), ((x, mask), (other, mask)), ({"x": x}, {"x": other})):
+        call(student, first), call(student, last)
+        with pytest.raises(RuntimeError, match=r"x was the input of an earlier pass.*after each"):
+            at(first)
     student(other)
     expected = at(other)
-    # No evidence: copies, the same x twice, views, the passes of an earlier step.
-    for passes in ((x, other.clone()), (other, other), (x, other[:])):
-        for batch in passes:
-            student(batch)
+    # No evidence: copies, the same x twice, views, the passes of an earlier step, compiled ones.
+    torch._dynamo.reset()
+    fast = torch.compile(student, backend="eager", fullgraph=True)
+    for first, last in ((x, other.clone()), (other, other), (x, other[:])):
+        student(first), student(last)
         torch.testing.assert_close(at(other), expected)
     student(x), at(x), student(other), at(other), student(other.clone())
     torch.testing.assert_close(at(other), expected)
-
-
-def test_compiled_passes_are_no_evidence() -> None:
-    torch._dynamo.reset()
-    student, teacher, x, other = Net(), Net(6), images(), images()
-    at = AttentionTransfer(student, teacher, ["conv"], beta=1.0)
-    fast = torch.compile(student, backend="eager", fullgraph=True)
-    student(x)
-    expected = at(x)
-    student(x), student(other)
-    fast(x=x)
-    torch.testing.assert_close(at(x), expected)
+    student(other), student(x), fast(x=other)
+    torch.testing.assert_close(at(other), expected)
 
 
 def test_a_pass_that_no_call_follows_keeps_nothing_beyond_the_next() -> None:
@@ -306,8 +285,6 @@ def test_a_pass_that_no_call_follows_keeps_nothing_beyond_the_next() -> None:
 class Tokens(nn.Module):
     """Patches as tokens, with one more in front."""
 
-    num_prefix_tokens = 1
-
     def __init__(self, width: int) -> None:
         super().__init__()
         self.patches, self.block = nn.Conv2d(3, width, 2, 2), nn.Linear(width, width)
@@ -322,41 +299,32 @@ WEIGHTS = torch.tensor([1.0, 0.0, 2.0, 0.5])
 
 
 @pytest.mark.parametrize(
-    ("nets", "mask", "options"),
+    ("layers", "mask", "options"),
     [
-        ("convolutions", MASK_8, {}),
-        ("convolutions", MASK_8 > 0.3, {"weights": [2.0, 0.5], "form": "paper"}),
-        ("convolutions", [MASK_8, MASK_8[:, ::2]], {"p": 3.0, "absolute": False}),
-        ("convolutions", None, {"attend": "channel"}),
-        ("crossed", MASK_8, {"resize": "maps"}),
-        ("tokens", MASK_4, {}),
-        ("tokens", MASK_8, {"map_size": (4, 4)}),
+        (["trunk", "last"], MASK_8, {}),
+        (["trunk", "last"], MASK_8 > 0.3, {"weights": [2.0, 0.5], "form": "paper"}),
+        (["trunk", "last"], [MASK_8, MASK_8[:, ::2]], {"p": 3.0, "absolute": False}),
+        (["trunk", "last"], None, {"attend": "channel"}),
+        ([("trunk", "last"), ("last", "trunk")], MASK_8, {"resize": "maps"}),
+        (["block"], MASK_4, {}),
+        (["block"], MASK_8, {"map_size": (4, 4)}),
     ],
     ids=range(7),
 )
 def test_masks_and_weights_of_samples(
-    nets: str, mask: Any, options: dict[str, Any], tmp_path: Path
+    layers: list[Any], mask: Any, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    of_student, of_teacher, more = ["trunk", "last"], ["trunk", "last"], {}
-    student, teacher = Trunk(), Trunk()
-    if nets == "crossed":
-        of_teacher = ["last", "trunk"]
-    if nets == "tokens":
-        of_student, of_teacher, student, teacher = ["block"], ["block"], Tokens(4), Tokens(6)
-        more = {"channel_dim": -1, "skip_tokens": 1}
-    found: dict[tuple[nn.Module, str], Tensor] = {}
-    for net in (student, teacher):
-        for name in of_student:
-            net.get_submodule(name).register_forward_hook(
-                lambda m, args, y, key=(net, name): found.update({key: y})
-            )
-    student(X), teacher(X)
-    own = [found[student, name] for name in of_student]
-    targets = [found[teacher, name].detach() for name in of_teacher]
+    tokens = layers == ["block"]
+    student, teacher = (Tokens(4), Tokens(6)) if tokens else (Trunk(), Trunk())
+    more = {"channel_dim": -1, "skip_tokens": 1} if tokens else {}
+    pairs = [(each, each) if isinstance(each, str) else each for each in layers]
+    own, targets = (
+        taken(net, [pair[side] for pair in pairs], X) for side, net in enumerate((student, teacher))
+    )
+    targets = [x.detach() for x in targets]
     factors = {"mask": mask, "sample_weights": WEIGHTS}
     expected = 3 * at_fused.at_loss(own, targets, **factors, **options, **more)
     right = gradients(student, expected)
-    layers = list(zip(of_student, of_teacher, strict=True))
     for cache in (None, TeacherCache(tmp_path, samples=4)):
         at = AttentionTransfer(student, teacher, layers, beta=3.0, cache=cache, **options)
         for _ in range(2):
@@ -380,24 +348,13 @@ def test_masks_and_weights_of_samples(
 )
 def test_wrong_factors(layer: str, factor: Any, options: Any, message: str) -> None:
     student, teacher = (Trunk(), Trunk()) if layer == "last" else (Tokens(4), Tokens(6))
-    at = AttentionTransfer(student, teacher, [layer], beta=1.0, **options)
-    student(X)
     with pytest.raises(ValueError, match=message):
-        at(X, **factor)
+        loss_once(student, teacher, X, [layer], **options, **factor)
 
 
-def test_a_cache_keeps_precisions_apart_that_the_teacher_enters(tmp_path: Path) -> None:
+def test_a_cache_refuses_a_teacher_whose_precision_is_hidden(tmp_path: Path) -> None:
     """accelerate puts autocast into the ``forward`` of a network that it prepares."""
-    student, teacher, x = Net(), Net(6), images()
-    cache, found = at_fused.TeacherCache(tmp_path, samples=len(x)), []
-    plain = teacher.forward
-    cast = torch.autocast("cpu", torch.bfloat16)(plain)
-    for forward in (cast, plain, cast):
-        teacher.forward = forward
-        for given in (cache, None):
-            at = AttentionTransfer(student, teacher, ["conv"], beta=1.0, cache=given)
-            student(x)
-            found.append(at(x, list(range(len(x)))) if given else at(x))
-            at.remove()
-    assert found[0::2] == found[1::2]
-    assert found[0] == found[4] != found[2]
+    teacher, cache = Net(6), TeacherCache(tmp_path, samples=4)
+    teacher.forward = torch.autocast("cpu", torch.bfloat16)(teacher.forward)
+    with pytest.raises(ValueError, match="cache: the teacher's forward was replaced"):
+        AttentionTransfer(Net(), teacher, ["conv"], beta=1.0, cache=cache)
