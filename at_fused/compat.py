@@ -1,37 +1,25 @@
 """The losses of published programs under names of their own, so that their betas keep a meaning.
 
-With D_b = qs[b] - qt[b], the difference of the normalised maps of sample b, N = H*W positions and a
-batch of B:
-
-    call                              epsilon           loss of a pair           pairs
-    authors_at_loss                   max(norm, 1e-12)  1/(B N) sum_b ||D_b||^2  sum
-    RepDistillerAttention             max(norm, 1e-12)  1/(B N) sum_b ||D_b||^2  a list
-    mdistiller_at_loss                max(norm, 1e-12)  1/(B N) sum_b ||D_b||^2  sum
-    torchdistill_at_loss, "code"      max(norm, 1e-12)  1/(B N) sum_b ||D_b||^2  weighted sum
-    torchdistill_at_loss, "paper"     max(norm, 1e-12)  1/B sum_b ||D_b||        weighted sum
-    aberhu_at_loss                    norm + 1e-6       1/(B N) sum_b ||D_b||^2  one pair
-    tensorflow_zoo_at_loss            max(norm, 1e-6)   1/(2 B N) sum_b ||..||^2 sum, times beta
-    paper_at_loss                     none              1/2 sum_b ||D_b||        sum, times beta
-
-``convert_beta`` goes between them. All run on the kernels of :func:`at_fused.at_loss`, in its
-precision (sums and maps in float32 or better, so that float16 does not overflow where the originals
-do), give gradients to both sides, and raise its TypeError or ValueError for what the originals take
-without a word: lists of unequal lengths (cut to the shorter by them), a batch of 1 against another
-(broadcast), 4x16 against 8x8 (as many positions, in other places).
+They differ in epsilons, powers, means and sums: each says its formula, ``convert_beta`` what they
+have in common, with D_b = qs[b] - qt[b], the difference of the normalised maps of sample b, N = H*W
+positions and a batch of B. All run on the kernels of :func:`at_fused.at_loss`, in its precision
+(float16 does not overflow where the originals do), give gradients to both sides, and raise its
+TypeError or ValueError for what the originals take without a word: lists of unequal lengths (cut to
+the shorter by them), a batch of 1 against another (broadcast), 4x16 against 8x8 (as many positions,
+in other places).
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
-from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from at_fused._arguments import check_choice, check_one_batch, check_options, paired, size_of
-from at_fused._numbers import as_python, check_finite, is_whole, kind
+from at_fused._numbers import as_python, check_finite, kind
 from at_fused.functional import at_loss
 
 __all__ = [
@@ -57,8 +45,7 @@ def authors_at_loss(student: Features, teacher: Features) -> Tensor:
     ``Q = mean_c A^2`` and ``q = Q / max(||Q||, 1e-12)``; the program multiplies by beta = 1e3.
 
     Args:
-        student, teacher: (B, C, H, W), or lists of such features, of any dtype that
-            :func:`at_fused.at_loss` takes; C may differ. H x W, square or not, must be the same.
+        student, teacher: (B, C, H, W) of any dtype, or lists of such; H x W must be the same.
 
     Returns:
         A scalar, float32 or float64: the sum over the pairs, without beta. On n GPUs the program
@@ -89,13 +76,10 @@ class RepDistillerAttention(nn.Module):
     """RepDistiller's ``Attention(p)``: a list of losses ``mean((q_s - q_t)^2)``, one per stage.
 
     ``Q = mean_c A^p``, *not* of absolute values: with odd p negative features cancel positive ones.
-    ``q = Q / max(||Q||, 1e-12)``. Features of different sizes are average-pooled (adaptively) to
-    the smaller size before the power. The program takes p = 2, and beta = 1000 times the sum.
+    ``q = Q / max(||Q||, 1e-12)``. The program takes p = 2, and beta = 1000 times the sum.
 
-    The original compares heights and pools to (height, height). Square maps, and others of one
-    size, are the same here. A map that is larger in both dimensions is pooled to the other's (H, W)
-    here, where the original stops unless that one is square. Where neither is larger (4x16 against
-    8x8) this raises; the original stops or, for 16x4 against 8x8, stretches the width.
+    Larger features are average-pooled (adaptively) to the other's (H, W) before the power. The
+    original pools to (H, H): where that is another size it stops, or stretches the width.
 
     Args:
         p: a whole number >= 1 (the original makes NaN of negative features with any other).
@@ -115,18 +99,15 @@ class RepDistillerAttention(nn.Module):
         """Return the loss of each pair of two lists.
 
         Args:
-            g_s, g_t: the student's and the teacher's features, lists or tuples of (B, C, H, W) of
-                any dtype that :func:`at_fused.at_loss` takes.
+            g_s, g_t: features, lists or tuples of (B, C, H, W) of any dtype.
 
         Returns:
             A list of scalars, float32 or float64, one per pair.
 
         Raises:
-            TypeError, ValueError: as :func:`at_fused.at_loss`; a TypeError for tensors in place of
-                lists.
+            TypeError, ValueError: as :func:`at_fused.at_loss`; a ValueError where neither map is
+                the larger (4x16 against 8x8).
         """
-        if isinstance(g_s, Tensor):
-            raise TypeError("g_s must be a list or tuple of tensors, one per stage, got Tensor")
         return list(_pooled_at_loss(g_s, g_t, self.p, "none").unbind())
 
     def extra_repr(self) -> str:
@@ -139,12 +120,10 @@ def mdistiller_at_loss(
 ) -> Tensor:
     """The loss of mdistiller: that of :class:`RepDistillerAttention`, added up and weighted.
 
-    ``feat_weight * sum_j mean((q_s - q_t)^2)`` with ``Q = mean_c A^p`` (no absolute value),
-    ``q = Q / max(||Q||, 1e-12)``, larger features pooled to the smaller size first.
+    ``feat_weight * sum_j mean((q_s - q_t)^2)``; larger features are pooled to the smaller size.
 
     Args:
-        student, teacher: as in :func:`authors_at_loss`, of any sizes; of ``feats`` all but the
-            first.
+        student, teacher: as in :func:`authors_at_loss`, of any sizes: all but the first ``feats``.
         p: ``AT.P`` of its configuration, 2 there; a whole number >= 1.
         feat_weight: ``AT.LOSS.FEAT_WEIGHT``, 1000 there.
 
@@ -261,9 +240,9 @@ def paper_at_loss(
     ``q = Q / ||Q||``. There is no epsilon: a map of norm 0 (below 1e-30, float64 below 1e-150)
     stays zeros, with gradient 0; where both maps are the same, so is the gradient 0.
 
-    The equation is that of one sample. The paper's beta, 1e3 / (N B) for each layer, holds the 1/B
-    of a mean: hence the sum over the batch. It holds the 1/N of the authors' program too, in which
-    the norm is squared: ``squared=True`` with these betas is half of ``1e3 * authors_at_loss``.
+    The paper's beta, 1e3 / (N B) for each layer, holds the 1/B of a mean: hence the sum over the
+    batch. It holds the 1/N of the authors' program too, in which the norm is squared:
+    ``squared=True`` with these betas is half of ``1e3 * authors_at_loss``.
 
     Args:
         student, teacher: as in :func:`authors_at_loss`, of one B. Where H x W differ the teacher's
@@ -282,58 +261,46 @@ def paper_at_loss(
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1, equation (2), and section 4.1.
     """
     check_choice("batch", batch, ("sum", "mean"))
-    if not isinstance(squared, bool):
-        raise TypeError(f"squared must be True or False, got {kind(squared)}")
     students, teachers = paired(student, teacher)
     check_one_batch(students, _ONE_BATCH)
-    weights = [b / 2 for b in _per_pair("beta", beta, len(students))]
+    weights = [each / 2 for each in _per_pair("beta", beta, len(students))]
     if squared:  # a sum over the positions, where at_loss has a mean
         weights = [w * x.shape[2:].numel() for w, x in zip(weights, students, strict=True)]
     # Small enough to be none, large enough that 1 / eps times a gradient of 0 is 0.
     tiny = 1e-150 if all(x.dtype == torch.float64 for x in (*students, *teachers)) else 1e-30
-    form = "code" if squared else "paper"
-    loss = at_loss(
-        students,
-        teachers,
-        p=p,
-        collapse=collapse,
-        form=form,
-        weights=weights,
-        resize="maps",
-        eps=tiny,
-    )
+    options: dict[str, Any] = {"form": "code" if squared else "paper", "weights": weights}
+    options |= {"p": p, "collapse": collapse, "resize": "maps", "eps": tiny}
+    loss = at_loss(students, teachers, **options)
     return loss * students[0].shape[0] if batch == "sum" else loss
 
 
 def _per_pair(name: str, value: float | Sequence[float], count: int) -> list[float]:
-    """Return a finite number for each pair, from one for all or a list."""
     value = as_python(name, value)
-    if not isinstance(value, (list, tuple)):
-        return [float(check_finite(name, value))] * count
-    if len(value) != count:
-        found = f"{len(value)} for {count} pairs"
+    each = value if isinstance(value, (list, tuple)) else [value] * count
+    if len(each) != count:
+        found = f"{len(each)} for {count} pairs"
         raise ValueError(f"{name} must be one number, or one per pair, got {found}")
-    return [float(check_finite(f"{name}[{i}]", number)) for i, number in enumerate(value)]
+    return [check_finite(name, number) for number in each]
 
 
 # ---- betas ---------------------------------------------------------------------------------------
 
-# A program's loss is ``beta * sum_j f(B, N_j, pairs) * sum_b ||D_b||^e``: its 1/f and e.
-_MEAN = (lambda b, n, pairs: b * n), 2
-_NORM = (lambda b, n, pairs: b), 1
-_PROGRAMS: dict[str, tuple[Callable[[int, int, int], int], int]] = {
+# A program's loss is ``beta * sum_j sum_b ||D_b||^e / d(B, N_j, pairs)``: its e and d.
+_MEAN = 2, lambda b, n, pairs: b * n
+_NORM = 1, lambda b, n, pairs: b
+_PROGRAMS: dict[str, tuple[int, Callable[[int, int, int], int]]] = {
     "authors": _MEAN,
     "repdistiller": _MEAN,
     "mdistiller": _MEAN,
     "torchdistill-code": _MEAN,
     "at_loss-code": _MEAN,
-    "aberhu": ((lambda b, n, pairs: b * n * pairs), 2),
-    "tensorflow-zoo": ((lambda b, n, pairs: 2 * b * n), 2),
-    "paper-squared": ((lambda b, n, pairs: 2), 2),
+    "aberhu": (2, lambda b, n, pairs: b * n * pairs),
+    "tensorflow-zoo": (2, lambda b, n, pairs: 2 * b * n),
+    "paper-squared": (2, lambda b, n, pairs: 2),
     "torchdistill-paper": _NORM,
     "at_loss-paper": _NORM,
-    "paper": ((lambda b, n, pairs: 2), 1),
-    "paper-mean": ((lambda b, n, pairs: 2 * b), 1),
+    "paper": (1, lambda b, n, pairs: 2),
+    "paper-mean": (1, lambda b, n, pairs: 2 * b),
 }
 
 
@@ -346,51 +313,48 @@ def convert_beta(
 ) -> float:
     """Return the beta with which ``target``'s training loss is ``source``'s, or has its gradient.
 
-    Every formula is ``beta * sum_j f_j * sum_b ||D_b||^e`` over the pairs j; the beta is multiplied
-    by the quotient of the factors f, computed in fractions and rounded once. Names, their f and e:
+    Every formula is ``beta * sum_j sum_b ||D_b||^e / d_j`` over the pairs j. Names, their d and e:
 
-        "authors", "repdistiller", "mdistiller" (feat_weight),       1 / (B N_j)         2
+        "authors", "repdistiller", "mdistiller" (feat_weight),       B N_j         2
             "torchdistill-code", "at_loss-code" (form="code")
-        "aberhu" (lambda_kd, mean over the pairs)                    1 / (B N_j pairs)   2
-        "tensorflow-zoo"                                             1 / (2 B N_j)       2
-        "paper-squared" (paper_at_loss with squared=True)            1 / 2               2
-        "torchdistill-paper", "at_loss-paper" (form="paper")         1 / B               1
-        "paper"                                                      1 / 2               1
-        "paper-mean" (paper_at_loss with batch="mean")               1 / (2 B)           1
+        "aberhu" (lambda_kd, mean over the pairs)                    B N_j pairs   2
+        "tensorflow-zoo"                                             2 B N_j       2
+        "paper-squared" (paper_at_loss with squared=True)            2             2
+        "torchdistill-paper", "at_loss-paper" (form="paper")         B             1
+        "paper"                                                      2             1
+        "paper-mean" (paper_at_loss with batch="mean")               2 B           1
 
-    *Exact*, in value and gradient, between two names of the same e, with the same p, absolute value
-    or not, and the same maps: that is where no norm is so small that the programs' epsilons count
+    Between names of one e the result is exact, in value and gradient, with the same p, absolute
+    value or not, and the same maps: where no norm is so small that the programs' epsilons count
     (and, for "aberhu", up to the 1e-6 / ||Q|| by which it shrinks a map). Weights of pairs are the
     same factors on both sides. Sums over several GPUs' parts of a batch are not in it.
 
-    *Not proportional* where e differs: the gradient of the square is that of the norm times twice
-    the distance ||D_b||. With ``distance`` the result is the beta for which both gradients agree in
-    samples at that distance; nearer ones are then pulled less by the square than by the norm,
-    farther ones more. ``at_loss(s, t, form="paper")`` is the mean distance of a pair.
+    Between different e, the gradient of the square is that of the norm times 2 ||D_b||. With
+    ``distance`` both gradients agree in samples at that distance; nearer ones are then pulled less
+    by the square, farther ones more. ``at_loss(s, t, form="paper")`` is a pair's mean distance.
 
     Args:
         beta: the source's, a finite number.
         source, target: names from the list above.
         shapes: ``[x.shape for x in students]``: (B, C, H, W), or of other ranks, of each pair, at
             the size at which the maps are compared. B must be that of all pairs.
-        distance: ||qs - qt||, > 0 and at most 2, or a list of one per pair. For source and target
-            of which only one is squared; must not be given otherwise.
+        distance: ||qs - qt||, > 0 and at most 2, or a list of one per pair; between different e
+            only.
 
     Returns:
         One number for all pairs.
 
     Raises:
-        TypeError: an argument of another kind.
-        ValueError: an unknown name, a shape or batch size that cannot be; a result beyond a
-            float's range; a missing or needless ``distance``; pairs that need different betas, as
-            maps of different sizes do between "authors" (a mean over N_j) and "paper-squared" (a
-            sum): see :func:`pair_betas`.
+        TypeError: a beta or distance that is no number.
+        ValueError: an unknown name, shapes that are none, a result beyond a float's range, a
+            missing or needless ``distance``; pairs that need different betas, as maps of different
+            sizes do between "authors" and "paper-squared": see :func:`pair_betas`.
     """
     betas = pair_betas(beta, source, target, shapes, distance)
     if not all(math.isclose(b, betas[0], rel_tol=1e-12) for b in betas):
         raise ValueError(
             f"no single beta turns {source!r} into {target!r} for these shapes: the pairs need "
-            f"{', '.join(f'{b:.6g}' for b in betas)}; pair_betas gives them as a list, for weights"
+            f"{betas}, which pair_betas returns, for weights"
         )
     return betas[0]
 
@@ -405,8 +369,7 @@ def pair_betas(
     """Return a beta for each pair, for ``weights`` or ``paper_at_loss``: see :func:`convert_beta`.
 
     Args:
-        beta, source, target, shapes, distance: as in :func:`convert_beta`, which has the formulas
-            and says when the result is exact.
+        beta, source, target, shapes, distance: as in :func:`convert_beta`.
 
     Returns:
         One beta per pair, which may differ.
@@ -415,62 +378,31 @@ def pair_betas(
         TypeError, ValueError: as :func:`convert_beta`, but for betas that differ.
     """
     beta = check_finite("beta", beta)
-    for name, value in (("source", source), ("target", target)):
-        if not isinstance(value, str) or value not in _PROGRAMS:
-            raise ValueError(f"{name} must be one of {', '.join(_PROGRAMS)}, got {value!r}")
-    _check_shapes(shapes)
-    batch, count = shapes[0][0], len(shapes)
-    (old, _), (new, _) = _PROGRAMS[source], _PROGRAMS[target]
-    factors, betas = _distance_factors(distance, source, target, count), []
-    for shape, factor in zip(shapes, factors, strict=True):
-        n = math.prod(shape[2:])
-        factor *= Fraction(new(batch, n, count), old(batch, n, count))
-        most = Fraction(sys.float_info.max) / factor
-        if abs(beta) > most:
-            raise ValueError(
-                f"beta must be at most {float(most):.6g} either way, beyond which {target!r} has "
-                f"no float for it, got {beta!r}"
-            )
-        betas.append(float(Fraction(beta) * factor))
+    check_choice("source", source, tuple(_PROGRAMS))
+    check_choice("target", target, tuple(_PROGRAMS))
+    if not shapes or any(len(x) < 3 or min(x) < 1 or x[0] != shapes[0][0] for x in shapes):
+        raise ValueError(
+            "shapes must be a list of a (B, C, H, W), or another rank, for each pair, all > 0 and "
+            f"of one batch size, got {shapes!r:.80}"
+        )
+    (power, old), (new_power, new) = _PROGRAMS[source], _PROGRAMS[target]
+    if power != new_power and distance is None:
+        raise ValueError(
+            f"no beta turns {source!r} into {target!r}: one sums norms ||qs - qt||, the other "
+            "their squares, whose gradients differ by twice the norm in each sample; "
+            "distance=... is the norm at which they shall agree"
+        )
+    if power == new_power and distance is not None:
+        found = f"between {source!r} and {target!r}, whose conversion is exact, got {distance!r}"
+        raise ValueError(f"distance must not be given {found}")
+    distances = _per_pair("distance", 0.5 if distance is None else distance, len(shapes))
+    if not all(0 < d <= 2 for d in distances):
+        raise ValueError(f"distance must be > 0 and at most 2, got {distance!r}")
+    sizes = [(shape[0], math.prod(shape[2:]), len(shapes)) for shape in shapes]
+    betas = [
+        beta * (2 * d) ** (power - new_power) * (new(*each) / old(*each))
+        for each, d in zip(sizes, distances, strict=True)
+    ]
+    if not all(map(math.isfinite, betas)):
+        raise ValueError(f"beta must be smaller, as no float is that of {target!r}, got {beta!r}")
     return betas
-
-
-def _check_shapes(shapes: object) -> None:
-    if not isinstance(shapes, (list, tuple)) or not shapes:
-        raise ValueError(f"shapes must be a list of a shape for each pair, got {shapes!r:.40}")
-    for i, shape in enumerate(shapes):
-        listed = isinstance(shape, (list, tuple)) and 3 <= len(shape) <= 5
-        if not listed or not all(is_whole(n) and n > 0 for n in shape):
-            raise ValueError(
-                f"shapes[{i}] must be (B, C, H, W), or have one to three spatial dimensions, all "
-                f"> 0, got {tuple(shape) if listed else shape!r}"
-            )
-        if shape[0] != shapes[0][0]:
-            found = f"{shapes[0][0]} and, in pair {i}, {shape[0]}"
-            raise ValueError(f"shapes must have one batch size, got {found}")
-
-
-def _distance_factors(
-    distance: float | Sequence[float] | None, source: str, target: str, count: int
-) -> list[Fraction]:
-    """Return, for each pair, the quotient of two powers' gradients at a distance."""
-    differ = _PROGRAMS[source][1] - _PROGRAMS[target][1]
-    if distance is None and differ:
-        squared, norm = (source, target) if differ > 0 else (target, source)
-        raise ValueError(
-            f"no exact conversion exists between {source!r} and {target!r}: {squared!r} sums "
-            f"squared norms and {norm!r} norms, whose gradients differ by 2 ||qs - qt|| of each "
-            "sample; distance=... is the ||qs - qt|| at which they shall agree"
-        )
-    if distance is None:
-        return [Fraction(1)] * count
-    if not differ:
-        raise ValueError(
-            f"distance must not be given between {source!r} and {target!r}, whose conversion is "
-            f"exact, got {distance!r}"
-        )
-    distances = _per_pair("distance", distance, count)
-    for d in distances:
-        if not 0 < d <= 2:
-            raise ValueError(f"distance must be > 0 and at most 2, got {d!r}")
-    return [(2 * Fraction(d)) ** differ for d in distances]

@@ -45,16 +45,11 @@ def check_kd_options(
     return T, alpha, label_smoothing, ignore_index
 
 
-def _check_logits(student: object, teacher: object) -> None:
-    s, t = check_tensor("student_logits", student), check_tensor("teacher_logits", teacher)
-    shape = tuple(s.shape)
-    if s.dim() < 2:
-        raise ValueError(f"student_logits must be (B, K) or (B, K, *spatial), got shape {shape}")
-    if s.shape != t.shape or s.device != t.device:
-        raise ValueError(
-            "teacher_logits must have the shape and the device of student_logits, "
-            f"{shape} on {s.device}, got {tuple(t.shape)} on {t.device}"
-        )
+def check_one_pair(names: tuple[str, str], first: object, second: object, rank: int) -> None:
+    """Refuse anything but two tensors of one shape, on one device."""
+    for name, x in zip(names, (first, second), strict=True):
+        check_tensor(name, x)
+    check_pairs(names, first, second, rank)
 
 
 def _divergence(student: Tensor, teacher: Tensor, T: float, alpha: float) -> Tensor:
@@ -65,8 +60,8 @@ def _divergence(student: Tensor, teacher: Tensor, T: float, alpha: float) -> Ten
     with torch.no_grad():
         # What the teacher excludes counts 0; a NaN of the logits is in the excess as well.
         d.nan_to_num_(nan=0.0, posinf=0.0, neginf=-math.inf)
-        # Both sum to 1: p - q adds nothing but takes away what the logarithms' rounding adds to
-        # q d, to first order. F.kl_div, without it, is up to a hundred times as far off.
+        # Both sum to 1: p - q only takes away what the logarithms' rounding adds to q d, to first
+        # order. F.kl_div, without it, is up to a hundred times as far off.
         excess = log_p.exp() - q
     rows = student.numel() // student.shape[1]
     return (q * d - excess).sum() * (-alpha * T * T / rows)
@@ -75,19 +70,13 @@ def _divergence(student: Tensor, teacher: Tensor, T: float, alpha: float) -> Ten
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, **options: Any
 ) -> Tensor:
-    """Return torch's cross-entropy; its error says which label is no class."""
+    """Return torch's cross-entropy; its error names the labels."""
     target = savable(labels.to(logits.dtype) if labels.is_floating_point() else labels)
     try:
         return F.cross_entropy(logits, target, ignore_index=ignore_index, **options)
-    except IndexError:
-        classes = logits.shape[1]
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
-        first = tuple(wrong.nonzero()[0].tolist())
-        row = first if len(first) > 1 else first[0]
-        raise RuntimeError(
-            f"labels must be from 0 to {classes - 1} or ignore_index ({ignore_index}), "
-            f"got {int(labels[first])} in row {row}"
-        ) from None
+    except IndexError as error:
+        allowed = f"from 0 to {logits.shape[1] - 1} or ignore_index ({ignore_index})"
+        raise RuntimeError(f"labels must be {allowed}: {error}") from None
 
 
 def kd_loss(
@@ -107,19 +96,17 @@ def kd_loss(
         alpha * T^2 * (1/B) sum_b KL(q[b] || p[b])  +  (1 - alpha) * CE(s, labels)
 
     CE is ``torch.nn.functional.cross_entropy``: without T, the mean over the rows whose label is
-    not ``ignore_index``, NaN where there is none. Without labels only the first term is there. A
-    term whose factor (alpha or 1 - alpha) is 0 is left out, whatever its value. Logits of images,
+    not ``ignore_index``, NaN where there is none. A term whose factor (alpha or 1 - alpha) is 0 is
+    left out, whatever its value, and so is the second without labels. Logits of images,
     (B, K, H, W), are B * H * W rows: both terms are means over samples and positions.
 
     In plain PyTorch, fp16 and bf16 in fp32. The divergence of a batch is right to 1e-5 for T up to
-    20, and finite for logits up to 1e4 and any T; its error grows with T (docs/numerics.md; logits
-    in float64 are right to 1e-7 up to T = 1e5). For equal logits it is exactly 0, its gradients but
-    for their rounding. Gradients flow to both sides' logits, to any order. A class that the teacher
-    excludes (a logit of -inf) adds nothing where the student excludes it as well.
+    20, and finite for logits up to 1e4 and any T; its error grows with T (docs/numerics.md). For
+    equal logits it is exactly 0. Gradients flow to both sides' logits, to any order. A class that
+    the teacher excludes (a logit of -inf) adds nothing where the student excludes it as well.
 
     Args:
-        student_logits: (B, K), or (B, K, *spatial) for segmentation; float32, float64, float16 or
-            bfloat16, any strides.
+        student_logits: (B, K), or (B, K, *spatial) for segmentation; floating point.
         teacher_logits: the same shape; the dtype may differ. Detach it, or make it under
             ``no_grad`` or ``inference_mode``, to train the student alone.
         labels: (B,) or (B, *spatial) int64, classes from 0 to K - 1 or ``ignore_index``; or class
@@ -136,8 +123,7 @@ def kd_loss(
         TypeError: an argument is not of the kind above.
         ValueError: shapes or devices that do not match, an empty tensor, an option out of range, an
             ``ignore_index`` of probabilities, an option of labels without labels.
-        RuntimeError: a label that is no class, on the CPU. On a GPU, where that would have to wait
-            for the device, it is torch's device-side assertion.
+        RuntimeError: a label that is no class, on the CPU; on a GPU torch's device-side assertion.
 
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2;
     the weights as in the authors' program of Zagoruyko & Komodakis, ICLR 2017.
@@ -145,14 +131,14 @@ def kd_loss(
     T, alpha, label_smoothing, ignore_index = check_kd_options(
         T, alpha, label_smoothing, ignore_index
     )
-    _check_logits(student_logits, teacher_logits)
+    names = "student_logits", "teacher_logits"
+    check_one_pair(names, student_logits, teacher_logits, rank=2)
     if labels is not None:
         check_labels(labels, student_logits, probabilities=True)
-        if labels.is_floating_point() and ignore_index != -100:
-            raise ValueError(f"ignore_index is for class numbers as labels, got {ignore_index}")
-    elif label_smoothing or ignore_index != -100:
-        given = f"{label_smoothing} and {ignore_index}"
-        raise ValueError(f"label_smoothing and ignore_index are for labels, got {given} without")
+    elif label_smoothing:
+        raise ValueError(f"label_smoothing is for labels, got {label_smoothing} without")
+    if ignore_index != -100 and (labels is None or labels.is_floating_point()):
+        raise ValueError(f"ignore_index is for class numbers as labels, got {ignore_index}")
     dtype = accumulate_dtype(student_logits, teacher_logits)
     student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
     soft = _divergence(student, teacher, T, alpha) if alpha > 0 else student[:0].sum()
@@ -178,14 +164,14 @@ class _LossModule(nn.Module):
 class KDLoss(_LossModule):
     """Keep the options of ``kd_loss``: ``KDLoss(T=4)(student_logits, teacher_logits, labels)``.
 
-    The formula is that of :func:`at_fused.kd_loss`. Has no parameters.
-
     Args:
         T, alpha, label_smoothing, ignore_index: as in :func:`at_fused.kd_loss`; checked here, and
             kept as attributes.
 
     Raises:
         TypeError, ValueError: an option that is not as there.
+
+    The formula is that of :func:`at_fused.kd_loss`.
 
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2.
     """
@@ -240,13 +226,12 @@ def features_loss(
         form="mean"   1/(B M) * sum_b ||S[b] - T[b]||_2^2     the mean over all elements
         form="sum"    1/B     * sum_b ||S[b] - T[b]||_2^2
 
-    ``torch.nn.functional.mse_loss`` of each pair, fp16 and bf16 in fp32. The loss is inf where the
-    sum of a pair's squares is beyond fp32, from differences of 1e15 on for 1e8 elements; its
-    gradient is not. Gradients flow to both sides, to any order.
+    ``torch.nn.functional.mse_loss`` of each pair, fp16 and bf16 in fp32. Where the sum of a pair's
+    squares is beyond fp32 the loss is inf; its gradient is not. Gradients flow to both sides, to
+    any order.
 
     Args:
-        student: (B, ...), any shape and strides, or a list or tuple of such features;
-            float32, float64, float16 or bfloat16.
+        student: (B, ...), floating point, or a list or tuple of such features.
         teacher: as many features, of the same shapes; dtypes may differ.
             :class:`at_fused.FeaturesLoss` is for numbers of channels that do.
         weights: one finite factor per pair; None is 1 for all.
@@ -290,10 +275,10 @@ def _check_form(form: str, reduction: str) -> None:
 class FeaturesLoss(_LossModule):
     """Compare features after a 1x1 convolution that gives the student the teacher's channels.
 
-    ``FeaturesLoss([16, 32], [32, 64])(student_features, teacher_features)``. The loss of a pair of
-    M elements per sample is ``1/(B M) * sum_b ||W S[b] - T[b]||_2^2``, W its convolution, or
-    without 1/M with ``form="sum"``. W has no bias and is trained with the student: hand this
-    module's parameters to its optimizer. Where C is the same there is none.
+    ``FeaturesLoss([16, 32], [32, 64])(student_features, teacher_features)``. The loss of a pair is
+    ``1/(B M) * sum_b ||W S[b] - T[b]||_2^2``, W its convolution, or without 1/M with
+    ``form="sum"``. W has no bias and is trained with the student: hand this module's parameters to
+    its optimizer. Where C is the same there is none.
 
     Args:
         student_channels, teacher_channels: C of each side, an int, or a list of them for lists of
@@ -301,8 +286,7 @@ class FeaturesLoss(_LossModule):
         weights, form, reduction: as in :func:`at_fused.features_loss`.
 
     Raises:
-        TypeError: channels that are not ints; an int on one side and a list on the other.
-        ValueError: channels below 1, lengths that differ, options out of range.
+        TypeError, ValueError: channels that are no ints >= 1 or differ in number; a wrong option.
 
     Source: Romero et al., "FitNets", 2015; Zagoruyko & Komodakis, ICLR 2017, section 4.1.
     """
@@ -320,12 +304,11 @@ class FeaturesLoss(_LossModule):
     ) -> None:
         super().__init__()
         _check_form(form, reduction)
-        students, teachers = _channels(student_channels, teacher_channels)
-        self.weights = None if weights is None else pair_weights(weights, len(students))
-        self.form, self.reduction, self._channels = form, reduction, students
+        pairs = _channels(student_channels, teacher_channels)
+        self.weights = None if weights is None else pair_weights(weights, len(pairs))
+        self.form, self.reduction = form, reduction
         self.projections = nn.ModuleList(
-            nn.Identity() if s == t else nn.Conv2d(s, t, 1, bias=False)
-            for s, t in zip(students, teachers, strict=True)
+            nn.Identity() if s == t else nn.Conv2d(s, t, 1, bias=False) for s, t in pairs
         )
 
     def forward(
@@ -335,57 +318,38 @@ class FeaturesLoss(_LossModule):
 
         Args:
             student: (B, C, H, W) with the C of ``student_channels``, or as many of them; of the
-                convolutions' dtype, float32, or as autocast has it. Where C is the same on both
-                sides also (B, C, ...).
-            teacher: (B, C, H, W) with the C of ``teacher_channels``; as in
-                :func:`at_fused.features_loss`.
+                convolutions' dtype, float32, or as autocast has it.
+            teacher: (B, C, H, W) with the C of ``teacher_channels``, or as many of them.
 
         Returns:
             As :func:`at_fused.features_loss`: a scalar or (pairs,), float32 or float64.
 
         Raises:
-            TypeError, ValueError: as :func:`at_fused.features_loss`, and for another number of
-                features than of channels, or another C.
+            TypeError, ValueError: as :func:`at_fused.features_loss`.
+            RuntimeError: another C than the convolution's.
         """
         students = named("student", student)
         if len(students) != len(self.projections):
-            raise ValueError(
-                f"student must have {len(self.projections)} features, as channels were given, "
-                f"got {len(students)}"
-            )
+            given = f"as channels were given, got {len(students)}"
+            raise ValueError(f"student must have {len(self.projections)} features, {given}")
         projected = []
-        rows = zip(students.items(), self._channels, self.projections, strict=True)
-        for (name, x), c, projection in rows:
-            same = isinstance(projection, nn.Identity)
-            if check_tensor(name, x).shape[1:2] != (c,) or not (same or x.dim() == 4):
-                raise ValueError(f"{name} must be (B, {c}, H, W), got shape {tuple(x.shape)}")
+        for (name, x), projection in zip(students.items(), self.projections, strict=True):
+            if check_tensor(name, x).dim() != 4:  # a convolution takes (C, H, W) as well
+                raise ValueError(f"{name} must be (B, C, H, W), got shape {tuple(x.shape)}")
             projected.append(projection(x))
         found = projected[0] if isinstance(student, Tensor) else projected
         return features_loss(found, teacher, **self._options())
 
 
-def _channels(student: Any, teacher: Any) -> list[list[int]]:
-    """Return the numbers of channels of both sides' features, checked."""
-    student, teacher = (
-        as_python("student_channels", student),
-        as_python("teacher_channels", teacher),
-    )
-    sequences = [isinstance(given, (list, tuple)) for given in (student, teacher)]
-    if sequences[0] != sequences[1]:
-        raise TypeError(
-            "student_channels and teacher_channels must both be ints or both be sequences, "
-            f"got {kind(student)} and {kind(teacher)}"
-        )
-    found = [list(given) if sequences[0] else [given] for given in (student, teacher)]
-    if len(found[0]) != len(found[1]) or not found[0]:
+def _channels(student: Any, teacher: Any) -> list[tuple[int, int]]:
+    """Return the numbers of channels of each pair, checked."""
+    names = "student_channels", "teacher_channels"
+    given = [as_python(*each) for each in zip(names, (student, teacher), strict=True)]
+    sides = [tuple(side) if isinstance(side, (list, tuple)) else (side,) for side in given]
+    right = all(is_whole(c) and c >= 1 for c in sides[0] + sides[1])
+    if not right or not 0 < len(sides[0]) == len(sides[1]):
         raise ValueError(
-            "student_channels and teacher_channels must have the same length, not 0, "
-            f"got {len(found[0])} and {len(found[1])}"
+            "student_channels and teacher_channels must be ints >= 1, or lists of as many, got "
+            f"{given[0]!r} and {given[1]!r}"
         )
-    for name, numbers in zip(("student_channels", "teacher_channels"), found, strict=True):
-        for c in numbers:
-            if not is_whole(c):
-                raise TypeError(f"{name} must be an int or a list or tuple of ints, got {kind(c)}")
-            if c < 1:
-                raise ValueError(f"{name} must be >= 1, got {c}")
-    return found
+    return list(zip(*sides, strict=True))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from at_fused._arguments import check_choice, check_labels, check_pairs, check_tensor, savable
+from at_fused._arguments import check_choice, check_labels, check_tensor, savable
 from at_fused._numbers import kind
-from at_fused.distillation import cross_entropy, squared_error
+from at_fused.distillation import check_one_pair, cross_entropy, squared_error
 
 
 def input_gradient(
@@ -35,17 +35,14 @@ def input_gradient(
     ``x`` itself, its ``requires_grad``, the parameters' ``.grad`` and the model's mode are left as
     they are. Runs under ``no_grad`` as well.
 
-    J of a sample is its own only where the network treats samples one by one. In training mode
-    BatchNorm mixes them (J[b] then is the gradient of the whole batch's loss for x[b], and the
-    running statistics move), and dropout draws another network in each call. For a teacher: eval
-    mode. For a student: BatchNorm modules in eval mode during the pass that makes J, or the
-    authors' choice, to accept it.
+    In training mode BatchNorm mixes samples (J[b] then is the gradient of the whole batch's loss
+    for x[b], and the running statistics move), and dropout draws another network in each call. For
+    a teacher: eval mode. For a student: BatchNorm modules in eval mode during the pass that makes
+    J, or the authors' choice, to accept it.
 
-    Double backward needs it of every layer. ReLU networks have it: convolutions (also cuDNN's),
-    linear layers, pooling, BatchNorm, LayerNorm; their second derivatives of ReLU are 0. cuDNN's
-    RNNs and CTC loss, ``grid_sample``, the fused kernels of ``scaled_dot_product_attention`` (use
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``) and functions compiled by ``torch.compile``
-    have not: torch says so when the loss is differentiated.
+    Every layer needs a double backward. cuDNN's RNNs and CTC loss, ``grid_sample``, the fused
+    kernels of ``scaled_dot_product_attention`` (use ``sdpa_kernel(SDPBackend.MATH)``) and functions
+    compiled by ``torch.compile`` have none: torch says so.
 
     Args:
         model: a function of x, usually a module, that returns logits (B, K); or the logits
@@ -64,8 +61,6 @@ def input_gradient(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.2.
     """
-    if not isinstance(create_graph, bool):
-        raise TypeError(f"create_graph must be True or False, got {kind(create_graph)}")
     check_tensor("x", x)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("input_gradient: inference mode has no gradients; use no_grad instead")
@@ -84,11 +79,9 @@ def input_gradient(
             logits = model(x)
     if not isinstance(logits, Tensor):
         raise TypeError(f"model must return logits (B, K), got {kind(logits)}")
-    if check_tensor("model: logits", logits).dim() != 2 or logits.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"model: logits must be (B, K) with the B of x, {x.shape[0]}, "
-            f"got shape {tuple(logits.shape)}"
-        )
+    if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
+        found = f"{x.shape[0]}, got shape {tuple(logits.shape)}"
+        raise ValueError(f"model: logits must be (B, K) with the B of x, {found}")
     check_labels(labels, logits)
     gradient = None
     if logits.requires_grad:
@@ -111,9 +104,9 @@ def gradient_at_loss(student: Tensor, teacher: Tensor, *, form: str = "paper") -
         form="squared"   1/B     * sum_b ||J_S[b] - J_T[b]||_2^2
         form="code"      1/(B M) * sum_b ||J_S[b] - J_T[b]||_2^2     the mean over all elements
 
-    The gradient of the norm at 0 is taken to be 0, to any order; below 1e-19 the difference of two
-    float32 gradients is 0 here. fp16 and bf16 are computed in fp32. Gradients flow to both sides,
-    to any order.
+    The gradient of the norm at 0 is taken to be 0; below 1e-19 the difference of two float32
+    gradients is 0 here. fp16 and bf16 are computed in fp32. Gradients flow to both sides, to any
+    order.
 
     Args:
         student: J_S, (B, ...), made with ``create_graph=True`` for training.
@@ -130,9 +123,7 @@ def gradient_at_loss(student: Tensor, teacher: Tensor, *, form: str = "paper") -
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.2.
     """
     check_choice("form", form, ("paper", "squared", "code"))
-    check_pairs(("student", "teacher"), student, teacher, rank=1)
-    if not isinstance(student, Tensor):
-        raise TypeError(f"student must be a tensor, got {kind(student)}")
+    check_one_pair(("student", "teacher"), student, teacher, rank=1)
     if form != "paper":
         count = student.numel() if form == "code" else student.shape[0]
         return squared_error(student, teacher, "sum") / count
@@ -150,12 +141,9 @@ def flip_symmetry_loss(
     """Change of a network's attention when the image is flipped, without a teacher.
 
     The distance of :func:`gradient_at_loss` between J(x) and the flipped J(flip(x)), where flip
-    reverses the last dimension, W:
-
-        form="paper"     1/B * sum_b ||J(x)[b] - flip(J(flip(x)))[b]||_2
-
-    and "squared" and "code" as there. Both J are made by :func:`input_gradient`, which says what
-    layers and modes it takes, and can be differentiated: add ``beta / 2`` times this to the loss.
+    reverses the last dimension, W: for "paper" ``1/B sum_b ||J(x)[b] - flip(J(flip(x)))[b]||_2``.
+    Both J are made by :func:`input_gradient`, which says what layers and modes it takes, and can be
+    differentiated: add ``beta / 2`` times this to the loss.
 
     Args:
         model: a function of x that returns logits (B, K).
@@ -171,8 +159,6 @@ def flip_symmetry_loss(
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.2 (horizontal flip invariance).
     """
-    if isinstance(model, Tensor) or not callable(model):
-        raise TypeError(f"model must be a module or a function, got {kind(model)}")
     if check_tensor("x", x).dim() < 2:
         raise ValueError(f"x must be (B, ..., W), got shape {tuple(x.shape)}")
     straight = input_gradient(model, x, labels, create_graph=True)

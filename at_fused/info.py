@@ -30,12 +30,11 @@ def facts() -> dict[str, str | int]:
     """Return what the report says, flat, by its own words.
 
     Returns:
-        ``at_fused``, ``python`` and ``torch``, versions; ``folder``, the package's; ``system``, its
-        name and the processor's; ``threads``, torch's; ``built``, the compiler, or why nothing is
-        compiled; ``CUDA`` and ``CPU level``, of the build and in use; ``CPU tensors run on`` and
-        ``CUDA tensors run on``, a back end, with what keeps faster ones from it; and for each back
-        end ``back end cpu``, its state ("in use", "available" or "not available"), and
-        ``back end cpu devices`` and ``back end cpu reason``, the rest of its line.
+        Versions (``at_fused``, ``python``, ``torch``), ``folder``, ``system`` and ``threads``;
+        ``built``, the compiler, or why nothing is compiled; ``CUDA``, ``CPU level``;
+        ``CPU tensors run on`` and ``CUDA tensors run on``, a back end, with what keeps faster ones
+        from it; and for each back end ``back end cpu``, its state ("in use", "available" or "not
+        available"), ``back end cpu devices`` and ``back end cpu reason``.
     """
     build, nothing = build_info(), nothing_compiled()
     if build:
@@ -69,17 +68,7 @@ def lines() -> list[str]:
     Returns:
         Its lines.
     """
-    f = facts()
-    ends = [(name, f"back end {name}") for name in backends()]
-    return [
-        f"at_fused   {f['at_fused']} ({f['folder']})",
-        f"python     {f['python']} on {f['system']}",
-        f"torch      {f['torch']}, {f['threads']} threads",
-        *(f"{name:10} {f[name]}" for name in ("built", "CUDA", "CPU level")),
-        *(f"{name} {f[name]}" for name in ("CPU tensors run on", "CUDA tensors run on")),
-        "back ends",
-        *(f"  {n:8} {f[k]:14} {f[f'{k} devices']:12} {f[f'{k} reason']}" for n, k in ends),
-    ]
+    return [f"{name:24} {value}" for name, value in facts().items()]
 
 
 if __name__ == "__main__":

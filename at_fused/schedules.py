@@ -3,8 +3,8 @@
     beta = schedules.linear_decay(1000.0, steps=epochs * len(loader))
     loss = cross_entropy + beta(step) * at_fused.at_loss(student, teacher)
 
-A step is whatever the caller counts: batches, epochs, samples, also in fractions. Before step 0 the
-value is that of step 0, and from ``steps`` on that of ``steps``.
+A step, a number, is whatever the caller counts: batches, epochs, samples. Before step 0 the value
+is that of step 0, and from ``steps`` on that of ``steps``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ def constant(beta: float) -> Schedule:
         beta: a finite number.
 
     Returns:
-        A function of the step, a number, that returns a float.
+        A function of the step that returns a float.
 
     Raises:
-        TypeError: ``beta`` or the step is not a number.
-        ValueError: it is not finite.
+        TypeError, ValueError: ``beta`` or the step is no finite number.
     """
     return _between(beta, 1.0, beta, lambda done: (1.0, 0.0))
 
@@ -41,11 +40,10 @@ def linear_decay(beta: float, steps: float, end: float = 0.0) -> Schedule:
         steps: > 0.
 
     Returns:
-        A function of the step, a number, that returns a float.
+        A function of the step that returns a float.
 
     Raises:
-        TypeError: an argument or the step is not a number.
-        ValueError: it is not finite, or ``steps`` is not positive.
+        TypeError, ValueError: an argument or the step is no finite number; ``steps`` is not > 0.
     """
     return _between(beta, steps, end, lambda done: (1 - done, done))
 
@@ -57,7 +55,7 @@ def cosine(beta: float, steps: float, end: float = 0.0) -> Schedule:
         beta, steps, end: as in :func:`linear_decay`.
 
     Returns:
-        A function of the step, a number, that returns a float.
+        A function of the step that returns a float.
 
     Raises:
         TypeError, ValueError: as :func:`linear_decay`.

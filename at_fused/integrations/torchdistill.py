@@ -31,16 +31,13 @@ from typing import Any
 from torch import Tensor, nn
 from torchdistill.losses.registry import register_mid_level_loss
 
-from at_fused._arguments import check_choice, check_kept
+from at_fused._arguments import ATOptions, check_choice, check_one_batch
+from at_fused._layouts import check_kept
 from at_fused._numbers import check_finite
-from at_fused.functional import ATOptions, at_loss
+from at_fused.functional import at_loss
 
-# What has its place elsewhere in the configuration.
-_ELSEWHERE = {
-    "form": "mode names the formula",
-    "weights": "each of at_pairs has its own weight",
-    "reduction": "torchdistill adds scalars up",
-}
+# What mode and at_pairs say is not said twice.
+_OPTIONS = ATOptions.__annotations__.keys() - {"form", "weights", "reduction"}
 
 
 @register_mid_level_loss(key="FusedATLoss")
@@ -57,8 +54,7 @@ class FusedATLoss(nn.Module):
         mode: "code" or "paper".
         options: further ones of :func:`at_fused.at_loss`, for either mode: p, collapse (default
             "mean", in "paper" "sum"), resize, attend, channel_dim, skip_tokens, map_size, absolute,
-            eps, eps_mode. Not form, weights, reduction, which mode and at_pairs say, nor mask and
-            sample_weights, which belong to a batch. (``ATLoss`` takes any and ignores them.)
+            eps, eps_mode. (``ATLoss`` takes any and ignores them.)
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -71,16 +67,13 @@ class FusedATLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("mode", mode, ("code", "paper"))
-        for name in options:
-            if name in _ELSEWHERE:
-                raise TypeError(f"FusedATLoss takes no option {name!r}: {_ELSEWHERE[name]}")
         if mode == "paper":
             options = {"collapse": "sum", **options}
-        check_kept("FusedATLoss", options, ATOptions.__annotations__)
-        self.at_pairs = at_pairs
-        self.mode = mode
-        self.options = options
-        self._weights = _checked_weights(at_pairs)
+        check_kept("FusedATLoss", options, _OPTIONS)
+        if not isinstance(at_pairs, Mapping) or not at_pairs:
+            raise TypeError(f"at_pairs must be a dict of pairs by name, got {at_pairs!r:.80}")
+        self.at_pairs, self.mode, self.options = at_pairs, mode, options
+        self._weights = [_checked_weight(f"at_pairs[{k!r}]", v) for k, v in at_pairs.items()]
 
     def forward(
         self,
@@ -108,20 +101,15 @@ class FusedATLoss(nn.Module):
             for side, kept in (("student", student_io_dict), ("teacher", teacher_io_dict))
         )
         loss = at_loss(students, teachers, form=self.mode, weights=self._weights, **self.options)
-        sizes = [x.shape[0] for x in students]
-        if self.mode == "paper" and len(set(sizes)) > 1:
+        if self.mode == "paper":
             # The original divides by that of the first pair, at_loss by each pair's own.
-            raise ValueError(f"all pairs must have one batch size with mode 'paper', got {sizes}")
+            check_one_batch(students, "all pairs must have one batch size with mode 'paper'")
         return loss
 
     def extra_repr(self) -> str:
-        """The pairs, the mode and the options, for torchdistill's log."""
-        pairs = [
-            f"{pair['student']['path']} <- {pair['teacher']['path']} * {weight}"
-            for pair, weight in zip(self.at_pairs.values(), self._weights, strict=True)
-        ]
+        """The pairs' names, the mode and the options, for torchdistill's log."""
         options = [f"{k}={v!r}" for k, v in {"mode": self.mode, **self.options}.items()]
-        return f"{', '.join(pairs)}; {', '.join(options)}"
+        return ", ".join([*self.at_pairs, *options])
 
 
 def _feature(
@@ -129,40 +117,25 @@ def _feature(
 ) -> Any:
     """Return a feature from where torchdistill's hooks leave it."""
     path, io = source["path"], source["io"]
-    if io in kept.get(path, {}):
+    if path in kept and io in kept[path]:
         return kept[path][io]
-    found = [f"{io} of {path!r}" for path, ios in kept.items() for io in ios]
     raise ValueError(
-        f"at_pairs[{pair!r}]: the {side} kept no {io} of {path!r}, which forward_hook in its "
-        f"configuration must list under '{io}'; it kept {', '.join(found) or 'nothing'}"
+        f"at_pairs[{pair!r}]: the {side} kept no {io} of {path!r}; list it under '{io}' of "
+        "forward_hook in its configuration"
     )
 
 
-def _checked_weights(at_pairs: object) -> list[float]:
-    """Return each pair's weight, once all of it is as it must be."""
-    if not isinstance(at_pairs, Mapping) or not at_pairs:
-        raise TypeError(f"at_pairs must be a dict of pairs by name, got {at_pairs!r:.80}")
-    weights = []
-    for name, pair in at_pairs.items():
-        where, keys = f"at_pairs[{name!r}]", {*pair} if isinstance(pair, Mapping) else set()
-        # A misspelt weight would be 1 without a word.
-        if not {"student", "teacher"} <= keys <= {"student", "teacher", "weight"}:
-            raise TypeError(
-                f"{where} must be a dict with 'student' and 'teacher', and perhaps 'weight', "
-                f"got {list(pair) if keys else pair!r:.80}"
-            )
-        weight = pair.get("weight", 1)
-        if isinstance(weight, str):
-            raise TypeError(
-                f"{where}['weight'] must be a number, got the string {weight!r} (YAML takes "
-                "1.0e+3 for a number, 1e3 for a string)"
-            )
-        weights.append(check_finite(f"{where}['weight']", weight))
-        for side in ("student", "teacher"):
-            given = pair[side] if isinstance(pair[side], Mapping) else {}
-            if not isinstance(given.get("path"), str) or given.get("io") not in ("input", "output"):
-                raise TypeError(
-                    f"{where}[{side!r}] must be a dict with 'path', a module's name, and 'io', "
-                    f"'input' or 'output', got {pair[side]!r:.80}"
-                )
-    return weights
+def _checked_weight(where: str, pair: Any) -> float:
+    """Return a pair's weight, once all of the pair is as it must be."""
+    keys = {*pair} if isinstance(pair, Mapping) else set()
+    # A misspelt weight would be 1 without a word.
+    right = {"student", "teacher"} <= keys <= {"student", "teacher", "weight"} and all(
+        isinstance(pair[side], Mapping) and {"path", "io"} <= {*pair[side]}
+        for side in ("student", "teacher")
+    )
+    if not right:
+        raise TypeError(
+            f"{where} must be a dict with 'student' and 'teacher', each a dict with 'path' and "
+            f"'io', and perhaps 'weight', got {pair!r:.200}"
+        )
+    return check_finite(f"{where}['weight']", pair.get("weight", 1))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from at_fused import attention_map
 from at_fused._models import evaluating, modules_named
-from at_fused._numbers import as_python, check_finite, is_whole
+from at_fused._numbers import as_python, check_finite, is_whole, kind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["attention_maps", "compare", "figure", "save"]
 
 Maps = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
-SUFFIXES = (".png", ".svg")
 
 
 def attention_maps(
@@ -49,45 +47,40 @@ def attention_maps(
     BatchNorm are kept, no graph is made.
 
     Args:
-        model: called as ``model(images)``, what it returns does not matter. One that
-            ``torch.compile`` wrapped is taken from before that, since compiled code skips hooks.
+        model: called as ``model(images)``. One that ``torch.compile`` wrapped is taken from before
+            that, since compiled code skips hooks.
         images: what the model takes, of any dtype.
         layers: a name, or a list of names, from ``model.named_modules()``. The output of each must
             be one tensor, and each must run once in a forward pass.
         normalize: False for the raw Q.
-        map_options: p, collapse, channel_dim, eps and whatever else :func:`at_fused.attention_map`
-            takes, for all layers alike.
+        map_options: those of :func:`at_fused.attention_map`, for all layers the same.
 
     Returns:
         By name, in the order of ``layers``: (B, H, W), float64 for float64 features, else float32.
 
     Raises:
-        TypeError: ``model`` is no module, a name is none, a layer's output is not one tensor.
-        ValueError: an unknown name, a layer that does not run or runs more than once, a feature or
-            an option that :func:`at_fused.attention_map` refuses.
+        TypeError: ``model`` is no module, a layer's output is not one tensor.
+        ValueError: no names, or an unknown one, a layer that does not run or runs more than once, a
+            feature or an option that :func:`at_fused.attention_map` refuses.
 
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be an nn.Module, got {type(model).__name__}; for features made in another "
-            "way, give at_fused.attention_map of them to visualize.figure"
-        )
+        raise TypeError(f"model must be an nn.Module, got {kind(model)}")
     layers = as_python("layers", layers)
     names = [layers] if isinstance(layers, str) else layers
-    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-        raise TypeError(f"layers must be a name or a list or tuple of names, got {layers!r}")
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"layers must name at least one layer, and each once, got {layers!r}")
+    several = isinstance(names, (list, tuple)) and len(names) > 0
+    if not several or not all(isinstance(n, str) and names.count(n) == 1 for n in names):
+        raise ValueError(f"layers must be a name or a list of names, each once, got {layers!r}")
     maps: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 raise TypeError(
-                    f"layer {name!r} ({type(module).__name__}) must give one tensor, got "
-                    f"{type(output).__name__}; name a module within it that does"
+                    f"layer {name!r} ({kind(module)}) must give one tensor, got {kind(output)}; "
+                    "name a module within it that does"
                 )
             # Now, not after the pass: what follows may write into this tensor (ReLU in place).
             try:
@@ -104,9 +97,8 @@ def attention_maps(
         model(images)
     for name, found in maps.items():
         if len(found) != 1:
-            raise ValueError(
-                f"layer {name!r} must run once in a forward pass, it ran {len(found)} times"
-            )
+            ran = f"it ran {len(found)} times"
+            raise ValueError(f"layer {name!r} must run once in a forward pass, {ran}")
     return {name: found[0] for name, found in maps.items()}
 
 
@@ -120,116 +112,83 @@ def compare(
 ) -> Figure:
     """Attention maps of several models on the same images, side by side: a column per model.
 
-    :func:`attention_maps` of each model, then :func:`figure` of them.
+    :func:`attention_maps` of each model, then :func:`figure` of them, and with a path :func:`save`.
 
     Args:
         models: by title, in the order of the columns.
         images: what the models take, (B, 1, H, W) or (B, 3, H, W), floating point.
         layers: a name or a list of names, or these by the models' titles, where they differ.
-        path: where to write the picture, as .png or .svg.
-        options: those of :func:`figure`; all others are :func:`attention_maps`'s, for every model
-            alike (where they differ, as for a CNN and a ViT, call the two functions).
+        path: where to write the picture, .png, .svg or another that matplotlib writes.
+        options: those of :func:`figure` and of :func:`attention_maps`. Where these differ from
+            model to model, as for a CNN and a ViT, call the two functions.
 
     Returns:
         The matplotlib Figure.
 
     Raises:
-        ImportError, TypeError, ValueError: as the two functions do, and for a ``path`` of another
-            kind or titles in ``layers`` that are not those of ``models``.
+        ImportError, TypeError, ValueError, OSError: as the three functions do.
     """
-    _need_matplotlib()
-    if path is not None:
-        _check_path(path)
-    if not isinstance(models, Mapping) or not models:
+    if not isinstance(models, Mapping):
         raise TypeError(f"models must be a mapping of titles to modules, got {models!r:.80}")
     by_model = layers if isinstance(layers, Mapping) else dict.fromkeys(models, layers)
     if set(by_model) != set(models):
-        raise ValueError(
-            f"layers must have the titles of models, {list(models)}, got {list(by_model)}"
-        )
-    figure_options = {k: options.pop(k) for k in list(options) if k in signature(figure).parameters}
-    maps = {
-        title: attention_maps(model, images, by_model[title], **options)
-        for title, model in models.items()
-    }
-    fig = figure(images, maps, **figure_options)
+        got = f"{list(models)}, got {list(by_model)}"
+        raise ValueError(f"layers must have the titles of models, {got}")
+    of_figure = {k: options.pop(k) for k in list(options) if k in signature(figure).parameters}
+    maps = {t: attention_maps(models[t], images, by_model[t], **options) for t in models}
+    fig = figure(images, maps, **of_figure)
     if path is not None:
         save(fig, path)
     return fig
 
 
-# ---- the picture
-
-
-def _need_matplotlib() -> None:
-    if find_spec("matplotlib") is None:
-        raise ImportError('at_fused.visualize needs matplotlib: pip install "at_fused[train]"')
-
-
-def _check_path(path: str | Path) -> None:
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise ValueError(f"path must end in .png or .svg, got {str(path)!r}")
-
-
-def _check_range(name: str, value: object, low: float, high: float) -> float:
-    number = check_finite(name, value)
-    if not low <= number <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")
-    return number
-
-
 def save(fig: Figure, path: str | Path, dpi: float = 120) -> None:
-    """Write a figure as PNG or SVG, by the suffix of ``path``.
+    """Write a figure as PNG, SVG or what else matplotlib writes, by the suffix of ``path``.
 
     Args:
         fig: what :func:`figure` or :func:`at_fused.visualize.compare` gave.
-        path: ends in .png or .svg.
-        dpi: pixels per inch of a PNG, from 10 to 10,000.
+        path: the file.
+        dpi: pixels per inch of a PNG.
 
     Raises:
-        TypeError, ValueError: another suffix, no such number.
-        OSError: the file cannot be written.
+        ValueError, OSError: a suffix that matplotlib does not know, a file that cannot be written.
     """
-    _check_path(path)
-    dpi = _check_range("dpi", dpi, 10, 10_000)
     # Without the date, the same picture is the same file.
     metadata = {"Date": None} if Path(path).suffix.lower() == ".svg" else None
     fig.savefig(path, dpi=dpi, metadata=metadata)
+
+
+# ---- the picture ---------------------------------------------------------------------------------
+
+
+def _per_channel(name: str, value: float | Sequence[float], channels: int) -> Tensor:
+    several = as_python(name, value)
+    several = several if isinstance(several, (list, tuple)) else [several]
+    if len(several) not in (1, channels):
+        raise ValueError(f"{name} must be a number or one per channel, got {value!r}")
+    numbers = [check_finite(name, number) for number in several]
+    return torch.tensor(numbers, dtype=torch.float64)[:, None, None]
 
 
 def _pictures(
     images: Tensor, mean: float | Sequence[float] | None, std: float | Sequence[float] | None
 ) -> Tensor:
     """Return images as (B, H, W, 1 or 3) in [0, 1]."""
-    got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] not in (1, 3):
+    got = tuple(images.shape) if isinstance(images, Tensor) else kind(images)
+    if not isinstance(got, tuple) or len(got) != 4 or got[1] not in (1, 3) or 0 in got:
         raise ValueError(f"images must be a tensor (B, 1, H, W) or (B, 3, H, W), got {got}")
-    if 0 in images.shape:
-        raise ValueError(f"images must not be empty, got shape {got}")
-    x = images.detach().cpu().double()
-    if images.dtype is torch.uint8:
-        x = x / 255
-    for name, value in (("std", std), ("mean", mean)):
-        if value is None:
-            continue
-        several = as_python(name, value)
-        several = several if isinstance(several, (list, tuple)) else [several]
-        if len(several) not in (1, x.shape[1]):
-            raise ValueError(
-                f"{name} must be a number or one per channel, got {value!r} "
-                f"for {x.shape[1]} channels"
-            )
-        numbers = [check_finite(name, number) for number in several]
-        factor = torch.tensor(numbers, dtype=x.dtype)[:, None, None]
-        x = x * factor if name == "std" else x + factor
-    if mean is None and std is None and not 0 <= x.min() <= x.max() <= 1:
+    x = images.detach().cpu().double() / (255 if images.dtype is torch.uint8 else 1)
+    if mean is not None or std is not None:
+        x = x * _per_channel("std", 1.0 if std is None else std, got[1])
+        x = x + _per_channel("mean", 0.0 if mean is None else mean, got[1])
+    elif not 0 <= x.min() <= x.max() <= 1:
         x = (x - x.min()) / (x.max() - x.min()).clamp_min(torch.finfo(x.dtype).tiny)
     return x.clamp(0, 1).movedim(1, -1)
 
 
 def _relative(name: str, attention: Tensor, batch: int) -> Tensor:
     """Return a map (B, h, w) over its root mean square: sqrt(h w) q, 1 everywhere if it is flat."""
-    got = tuple(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__
+    got = tuple(attention.shape) if isinstance(attention, Tensor) else kind(attention)
     if not isinstance(got, tuple) or len(got) != 3 or got[0] != batch or 0 in got:
         raise ValueError(f"{name} must be maps (B, H, W) of the {batch} images, got {got}")
     attention = attention.detach().cpu().double()
@@ -241,34 +200,31 @@ def _relative(name: str, attention: Tensor, batch: int) -> Tensor:
 
 def _columns(columns: Mapping[str, Maps], batch: int) -> tuple[list[str], list[list[Tensor]]]:
     """Return names of the stages, and of each column its maps stage by stage."""
-    if not isinstance(columns, Mapping) or not columns:
-        raise ValueError(f"columns must be a mapping of titles to maps, got {columns!r:.80}")
-    names: list[list[str]] = []
-    result: list[list[Tensor]] = []
-    for title, given in columns.items():
-        if not isinstance(given, (Tensor, Mapping, list, tuple)):
-            raise TypeError(
-                f"columns[{title!r}] must be maps, or a mapping or list of them, "
-                f"got {type(given).__name__}"
-            )
-        maps = [given] if isinstance(given, Tensor) else given
-        if not isinstance(maps, Mapping):
-            maps = {f"stage {i + 1}": x for i, x in enumerate(maps)}
-        names.append([str(name) for name in maps])
-        each = [f"columns[{title!r}][{i}]" for i in range(len(maps))]
-        result.append([_relative(n, x, batch) for n, x in zip(each, maps.values(), strict=True)])
-        if not each or len(each) != len(names[0]):
-            raise ValueError(
-                "columns must each have one map per stage, got "
-                f"{len(each)} for {title!r}, {len(names[0])} in the first"
-            )
+
+    def by_name(maps: Maps) -> Mapping[str, Tensor]:
+        maps = [maps] if isinstance(maps, Tensor) else maps
+        if isinstance(maps, Mapping):
+            return maps
+        listed = maps if isinstance(maps, (list, tuple)) else ()
+        return {f"stage {i + 1}": x for i, x in enumerate(listed)}
+
+    named = [by_name(maps) for maps in columns.values()] if isinstance(columns, Mapping) else []
+    if len({len(maps) for maps in named} | {0}) != 2:
+        raise ValueError(
+            "columns must be a mapping of titles to maps, or to mappings or lists of them, as many "
+            f"for each title, got {columns!r:.80}"
+        )
+    drawn = [
+        [_relative(f"columns[{title!r}][{name!r}]", x, batch) for name, x in maps.items()]
+        for title, maps in zip(columns, named, strict=True)
+    ]
     stages = []
-    for i, name in enumerate(names[0]):
+    for i, names in enumerate(zip(*named, strict=True)):
         # One name if all columns agree on it, else only the number; and so for the maps' sizes.
-        stage = name if all(each[i] == name for each in names) else f"stage {i + 1}"
-        sizes = {tuple(each[i].shape[1:]) for each in result}
+        stage = names[0] if len(set(names)) == 1 else f"stage {i + 1}"
+        sizes = {tuple(each[i].shape[1:]) for each in drawn}
         stages.append(stage + ("\n{}x{}".format(*sizes.pop()) if len(sizes) == 1 else ""))
-    return stages, result
+    return stages, drawn
 
 
 def _labels(name: str, given: Sequence[str] | None, default: list[str]) -> list[str]:
@@ -277,13 +233,6 @@ def _labels(name: str, given: Sequence[str] | None, default: list[str]) -> list[
     if not isinstance(given, (list, tuple)) or len(given) != len(default):
         raise ValueError(f"{name} must be a list of {len(default)} texts, got {given!r}")
     return [str(text) for text in given]
-
-
-def _wrap(title: str, panel: float) -> str:
-    """Return a title in lines as wide as its panel, at 9 points; a plus stays with what follows."""
-    glued = str(title).replace("+ ", "+\N{NO-BREAK SPACE}")
-    lines = textwrap.fill(glued, max(8, int(panel * 13)))
-    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def figure(
@@ -303,10 +252,10 @@ def figure(
     """A picture of maps over their images: a row per image and stage, a column per model.
 
     Each row has the image, then it again under the map of each column. A map is drawn as
-    ``sqrt(h w) q = Q / rms(Q)``, which is 1 everywhere for a flat map whatever its size, so that
-    one colour scale, from 0 to the row's maximum, serves a row. A map's outer edges are the
-    image's: a cell of an (h, w) map covers the H/h x W/w pixels that it stands for, as
-    ``torch.nn.functional.interpolate`` has it with ``align_corners=False``.
+    ``sqrt(h w) q = Q / rms(Q)``, 1 everywhere for a flat map whatever its size, so that one colour
+    scale, from 0 to the row's maximum, serves a row. A cell of an (h, w) map covers the
+    H/h x W/w pixels that it stands for, as ``torch.nn.functional.interpolate`` has it with
+    ``align_corners=False``.
 
     Args:
         images: (B, 1, H, W) or (B, 3, H, W), floating point or uint8.
@@ -321,7 +270,7 @@ def figure(
         alpha: opacity of the maps, 0 to 1.
         cmap: name of a matplotlib colour map.
         interpolation: "bilinear" between the centres of the cells, or "nearest", which shows them.
-        panel: width of an image in inches, from 0.01 to 100.
+        panel: width of an image in inches.
 
     Returns:
         A matplotlib Figure, unknown to pyplot; :func:`save` writes it.
@@ -332,17 +281,19 @@ def figure(
 
     Source: the layout of figure 2 of Zagoruyko & Komodakis, ICLR 2017.
     """
-    _need_matplotlib()
-    from matplotlib.figure import Figure
-
-    alpha, panel = _check_range("alpha", alpha, 0, 1), _check_range("panel", panel, 0.01, 100)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        advice = 'at_fused.visualize needs matplotlib: pip install "at_fused[train]"'
+        raise ImportError(advice) from error
+    alpha, panel = check_finite("alpha", alpha), check_finite("panel", panel)
     across = as_python("across", across)
     pictures = _pictures(images, mean, std)
     batch, height, width = pictures.shape[:3]
-    found, maps = _columns(columns, batch)
-    rows = _labels("stages", stages, found)
-    heads = [_wrap(text, panel) for text in _labels("names", names, ["image"] * batch)]
-    titles = [_wrap(title, panel) for title in columns]
+    rows, maps = _columns(columns, batch)
+    rows, names = _labels("stages", stages, rows), _labels("names", names, ["image"] * batch)
+    letters = max(8, int(panel * 13))  # as wide as a panel, at 9 points
+    heads, titles = ([textwrap.fill(str(x), letters) for x in texts] for texts in (names, columns))
     if not is_whole(across) or across < 1:
         raise ValueError(f"across must be a whole number >= 1, got {across!r}")
     across = min(across, batch)
@@ -354,11 +305,8 @@ def figure(
     # Inches that text of 9 points takes: names on the left, titles above; 0.8 for the colour bar.
     left = 0.08 * max(len(part) for text in rows for part in text.split("\n"))
     above = 0.16 * max(text.count("\n") + 1 for text in heads + titles) + 0.1
-    size = (
-        panel * sum(ratios) + left + 0.8,
-        (panel * height / width + 0.1) * shape[0] + above * lines,
-    )
-    fig = Figure(figsize=size)
+    tall = (panel * height / width + 0.1) * shape[0] + above * lines
+    fig = Figure(figsize=(panel * sum(ratios) + left + 0.8, tall))
     fig.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     axes = fig.subplots(*shape, squeeze=False, width_ratios=ratios[:-1])
     for ax in axes.flat:

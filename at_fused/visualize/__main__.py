@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +29,18 @@ def build_parser() -> argparse.ArgumentParser:
         description="Draw the attention maps of networks that at-fused-train has trained, over the "
         "first of its test images. For other models see at_fused.visualize.compare.",
     )
-    parser.add_argument(
-        "checkpoints",
-        nargs="+",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="a run's folder (the students of seed 0 of its first method and of AT, and its "
-        "teacher), or files in it; a column each, in this order",
+    add = parser.add_argument
+    files = (
+        "a run's folder (the students of seed 0 of its first method and of AT, its teacher), or "
+        "files in it; a column each, in this order"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="PATH",
-        help="the picture, .png or .svg (default: attention.png beside the first checkpoint)",
-    )
-    parser.add_argument(
-        "--images",
-        type=options.whole(1, 100).read,
-        default=4,
-        metavar="N",
-        help="test images (default: 4)",
-    )
-    parser.add_argument(
-        "--layers",
-        nargs="+",
-        metavar="NAME",
-        help="modules whose output is shown, a row each (default: those that the run compares)",
-    )
+    add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=files)
+    out = "the picture, .png or .svg (default: attention.png beside the first checkpoint)"
+    add("--out", type=Path, metavar="PATH", help=out)
+    count = options.whole(1, 100).read
+    add("--images", type=count, default=4, metavar="N", help="test images (default: 4)")
+    rows = "modules whose output is shown, a row each (default: those that the run compares)"
+    add("--layers", nargs="+", metavar="NAME", help=rows)
     return parser
 
 
@@ -73,16 +59,10 @@ def of_a_run(folder: Path) -> list[Path]:
 
 
 def titles(paths: list[Path]) -> list[str]:
-    """Return a title for each file, as short as tells them apart: with its seed, or its path."""
-    short, seeded = [], []
-    for path in paths:
-        student = re.fullmatch(r"student_(.+)-seed(\d+)", path.stem)
-        short.append(options.TITLES.get(student[1], path.stem) if student else path.stem)
-        seeded.append(f"{short[-1]}, seed {student[2]}" if student else path.stem)
-    for found in (short, seeded, list(map(str, paths))):
-        if len(set(found)) == len(found):
-            return found
-    raise ValueError("a file is given twice")
+    """Return each file's method or name, or its path where these do not tell them apart."""
+    methods = [re.sub(r"^student_(.+)-seed\d+$", r"\1", path.stem) for path in paths]
+    short = [options.TITLES.get(method, method) for method in methods]
+    return short if len(set(short)) == len(short) else list(map(str, paths))
 
 
 def _compared_layers(folder: Path, network: str) -> list[str]:
@@ -112,27 +92,21 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folders = [path if path.is_dir() else path.parent for path in args.checkpoints]
     out: Path = args.out or folders[0] / "attention.png"
-    if out.suffix.lower() not in visualize.SUFFIXES or not out.parent.is_dir():
-        parser.error(
-            f"argument --out: got {str(out)!r}, allowed is a .png or .svg in a folder that exists"
-        )
     require(parser.prog, *EXTRA)
     from at_fused.train.report import draw_maps
 
     try:
-        paths: list[Path] = []
-        for path in args.checkpoints:
-            paths += of_a_run(path) if path.is_dir() else [path]
+        given = [of_a_run(path) if path.is_dir() else [path] for path in args.checkpoints]
+        paths = list(dict.fromkeys(chain.from_iterable(given)))
         columns = dict(zip(titles(paths), map(load_network, paths), strict=True))
         facts = [found for _, found in columns.values()]
         networks = {
             title: (model, args.layers or _compared_layers(path.parent, found["run"]))
             for path, (title, (model, found)) in zip(paths, columns.items(), strict=True)
         }
-        fig = draw_maps(networks, _images_of(folders[0], facts), args.images)
+        visualize.save(draw_maps(networks, _images_of(folders[0], facts), args.images), out)
     except (CheckpointError, OSError, ImportError, TypeError, ValueError) as error:
         parser.error(str(error))
-    visualize.save(fig, out)
     print(out)
 
 

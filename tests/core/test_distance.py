@@ -79,13 +79,6 @@ def test_the_range() -> None:
     torch.testing.assert_close(g, torch.full_like(g, 2 * 6e18 / 200))
 
 
-def test_equal_features_have_a_second_derivative() -> None:
-    s, v = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
-    gradient = torch.func.grad(lambda x: at_fused.features_loss(x, s))
-    assert not gradient(s).any()
-    torch.testing.assert_close(torch.func.jvp(gradient, (s,), (v,))[1], v / 12)
-
-
 def test_the_module_projects_where_channels_differ() -> None:
     module = at_fused.FeaturesLoss([4, 8], [6, 8])
     s = [torch.randn(2, 4, 5, 5), torch.randn(2, 8, 3, 3)]
@@ -104,48 +97,37 @@ def test_the_module_projects_where_channels_differ() -> None:
 
 X = torch.randn(2, 3, 4)
 
-ERRORS: list[tuple[Any, Any, type[Exception], str]] = [
-    (X, [X], TypeError, "both be tensors or both be sequences.*Tensor and list"),
-    ([], [], ValueError, "student must not be an empty list"),
-    ([X, X], [X], ValueError, "same number of tensors, got 2 and 1"),
-    (X, X[:, :2], ValueError, r"pair 0.*same shape, got \(2, 3, 4\) and \(2, 2, 4\)"),
-    ([X, X[:1]], [X, X[:1]], ValueError, "same batch size, got 2 and, in pair 1, 1"),
-    (X, X.to("meta"), ValueError, "teacher of pair 0 is on meta, the first student on cpu"),
-    (X[0, 0], X[0, 0], ValueError, r"student must have a batch dimension.*\(4,\)"),
-]
 
-
-@pytest.mark.parametrize(("student", "teacher", "error", "message"), ERRORS, ids=range(len(ERRORS)))
-def test_errors(student: Any, teacher: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        at_fused.features_loss(student, teacher)
+# Others are in test_errors.py.
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="same batch size, got 2 and, in pair 1, 1"):
+        at_fused.features_loss([X, X[:1]], [X, X[:1]])
+    with pytest.raises(ValueError, match=r"student must have a batch dimension.*\(4,\)"):
+        at_fused.features_loss(X[0, 0], X[0, 0])
 
 
 @pytest.mark.parametrize(
-    ("channels", "error", "message"),
+    ("channels", "message"),
     [
-        ((4, [6]), TypeError, "both be ints or both be sequences, got int and list"),
-        (([4], [6, 7]), ValueError, "same length, not 0, got 1 and 2"),
-        (([], []), ValueError, "same length, not 0, got 0 and 0"),
-        ((0, 6), ValueError, "student_channels must be >= 1, got 0"),
-        ((4, 6.0), TypeError, "teacher_channels must be an int.*got float"),
-        ((4, "6"), TypeError, "teacher_channels must be an int.*got str"),
+        ((4, [6, 7]), r"ints >= 1, or lists of as many, got 4 and \[6, 7\]"),
+        (([], []), r"ints >= 1, or lists of as many, got \[\] and \[\]"),
+        ((0, 6), "ints >= 1, or lists of as many, got 0 and 6"),
+        ((4, [6.0]), r"ints >= 1, or lists of as many, got 4 and \[6.0\]"),
     ],
     ids=str,
 )
-def test_wrong_channels(channels: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_wrong_channels(channels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         at_fused.FeaturesLoss(*channels)
 
 
 def test_errors_of_the_module() -> None:
     with pytest.raises(ValueError, match=r"student must have 1 features.*got 2"):
         at_fused.FeaturesLoss([3], [3])([X[..., None]] * 2, [X[..., None]] * 2)
-    # Features without a batch, or of other channels than the module's.
-    for c, t, student in ((2, 5, X), (3, 5, X), (2, 2, X), (4, 5, X[..., None])):
-        message = rf"student must be \(B, {c}, H, W\), got shape \(2, 3"
-        with pytest.raises(ValueError, match=message):
-            at_fused.FeaturesLoss(c, t)(student, X)
+    with pytest.raises(ValueError, match=r"student must be \(B, C, H, W\), got shape \(2, 3, 4\)"):
+        at_fused.FeaturesLoss(2, 5)(X, X)
+    with pytest.raises(RuntimeError, match="to have 4 channels, but got 3"):
+        at_fused.FeaturesLoss(4, 5)(X[..., None], X[..., None])
     with pytest.raises(TypeError, match=r"student\[0\] must be a tensor, got NoneType"):
         at_fused.FeaturesLoss([3], [3])([None], [X])
     with pytest.raises(ValueError, match="form must be 'mean' or 'sum'"):

@@ -27,9 +27,6 @@ import timm
 import yaml
 from outside import output_of
 from pictures import write_cifar
-from torchdistill.common.main_util import import_dependencies
-from torchdistill.common.yaml_util import load_yaml_file
-from torchdistill.core.distillation import get_distillation_box
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, get_mid_level_loss
 from torchvision import models
 
@@ -120,7 +117,7 @@ def test_the_options_of_at_loss() -> None:
     for mode in ("code", "paper"):
         loss = FusedATLoss({"one": pair("a", "x", weight=3)}, mode, **options)
         torch.testing.assert_close(loss(student, teacher), 3 * at_loss(s, t, form=mode, **options))
-    assert repr(loss).startswith("FusedATLoss(a <- x * 3; mode='paper', collapse='max', p=4, ")
+    assert repr(loss).startswith("FusedATLoss(one, mode='paper', collapse='max', p=4, ")
     as_grid = {"channel_dim": [1, -1], "skip_tokens": [0, 1], "map_size": [None, [8, 6]]}
     for path, feature, given in (("y", small, {"resize": "maps"}), ("t", tokens, as_grid)):
         found = FusedATLoss({"one": pair("a", path)}, **given)(student, teacher)
@@ -130,21 +127,17 @@ def test_the_options_of_at_loss() -> None:
 ERRORS: dict[str, dict[str, Any]] = {
     "mode must be 'code' or 'paper', got 'both'": {"mode": "both"},
     r"at_pairs must be a dict.*got \[1\]": {"at_pairs": [1]},
-    r"\['one'\] must be a dict with 'student' and 'teacher'.* got \['student'\]": {
+    r"\['one'\] must be a dict with 'student' and 'teacher', each .*got": {
         "at_pairs": {"one": {"student": {}}}
     },
-    r"\['student'\] must be .* 'input' or 'output', got .*'outputs'": (
-        {"at_pairs": {"one": pair("a", "x", "outputs")}}
-    ),
-    "with 'student' and 'teacher', and perhaps 'weight', got .*'wight'": (
+    "with 'path' and 'io', and perhaps 'weight', got .*'wight'": (
         {"at_pairs": {"one": pair("a", "x", wight=2)}}
     ),
-    r"\['weight'\] must be a number, got the string '1e3' \(YAML takes 1.0e\+3": (
+    r"\['weight'\] must be a number, got str": (  # to YAML 1.0e+3 is one
         {"at_pairs": {"one": pair("a", "x", **yaml.safe_load("weight: 1e3"))}}
     ),
-    "no option 'form': mode names the formula": {"form": "paper"},
-    "no option 'weights': each of at_pairs has its own": {"weights": [1]},
-    "no option 'reduction': torchdistill adds": {"reduction": "none"},
+    "FusedATLoss takes no option 'form'": {"form": "paper"},
+    "FusedATLoss takes no option 'weights'": {"weights": [1]},
 }
 
 
@@ -158,100 +151,16 @@ def test_errors_of_the_features() -> None:
     student, teacher = io_dicts()
     with pytest.raises(
         ValueError,
-        match=r"at_pairs\['one'\]: the teacher kept no output of 'z', which forward_hook in its "
-        r"configuration must list under 'output'; it kept output of '\.', output of 'x', input of",
+        match=r"at_pairs\['one'\]: the teacher kept no output of 'z'; list it under 'output' of",
     ):
         FusedATLoss({"one": pair("a", "z")})(student, teacher)
     with pytest.raises(ValueError, match="the student kept no input of 'b'"):
         FusedATLoss({"one": pair("b", "x", "input")})(student, teacher)
-    with pytest.raises(ValueError, match="it kept nothing"):
-        FusedATLoss(PAIRS)({}, teacher)
-    with pytest.raises(ValueError, match="pair 0 must have the same map size"):
-        FusedATLoss({"one": pair("a", "y")})(student, teacher)
     for d, path in ((student, "b"), (teacher, "y")):
         d[path]["output"] = d[path]["output"][:2]
     FusedATLoss(PAIRS)(student, teacher)
-    with pytest.raises(ValueError, match=r"one batch size with mode 'paper', got \[4, 2, 4\]"):
+    with pytest.raises(ValueError, match="mode 'paper', got 4 and, in pair 1, 2"):
         FusedATLoss(PAIRS, "paper")(student, teacher)
-
-
-# ---- torchdistill's DistillationBox --------------------------------------------------------------
-
-CONFIGURATION = """
-dependencies:
-  - name: 'at_fused.integrations.torchdistill'
-train:
-  num_epochs: 2
-  train_data_loader:
-    dataset_id: 'tiny'
-    sampler:
-      class_or_func: !import_get
-        key: 'torch.utils.data.SequentialSampler'
-    kwargs: {batch_size: 8}
-  teacher:
-    forward_proc: 'forward_batch_only'
-    forward_hook: {output: ['layer1']}
-    requires_grad: False
-  student:
-    forward_proc: 'forward_batch_only'
-    forward_hook: {input: ['layer2']}
-  optimizer:
-    key: 'SGD'
-    kwargs: {lr: 0.005}
-  criterion:
-    key: 'WeightedSumLoss'
-    kwargs:
-      sub_terms:
-        at:
-          criterion:
-            key: 'KEY'
-            kwargs:
-              at_pairs:
-                pair1:
-                  teacher: {io: 'output', path: 'layer1'}
-                  student: {io: 'input', path: 'layer2'}
-                  weight: 0.5
-              mode: 'MODE'
-          weight: 10.0
-"""
-
-
-def trained(key: str, mode: str, folder: Path) -> tuple[list[float], list[Tensor]]:
-    """Train as torchdistill's example programs do; return the losses and the weights."""
-    file = folder / f"{key}-{mode}.yaml"
-    file.write_text(CONFIGURATION.replace("KEY", key).replace("MODE", mode))
-    configuration = load_yaml_file(str(file))
-    import_dependencies(configuration["dependencies"])
-    torch.manual_seed(0)
-    teacher, student = (models.resnet18(num_classes=4).double() for _ in range(2))
-    images, labels = torch.randn(16, 3, 32, 32).double(), torch.arange(16) % 4
-    data = torch.utils.data.TensorDataset(images, labels)
-    device, settings = torch.device("cpu"), configuration["train"]
-    box = get_distillation_box(teacher, student, {"tiny": data}, settings, device, None, False, 1)
-    ((criterion, _),) = box.criterion.term_dict.values()
-    assert type(criterion).__name__ == key
-    losses = []
-    for epoch in range(box.num_epochs):
-        box.pre_epoch_process(epoch=epoch)
-        for x, y, more in box.train_data_loader:
-            box.pre_forward_process()
-            loss = box.forward_process(x, y, more)
-            losses.append(loss.item())
-            box.post_forward_process(loss=loss)
-        box.post_epoch_process()
-    box.clean_modules()
-    return losses, list(student.parameters())
-
-
-@pytest.mark.parametrize("mode", ["code", pytest.param("paper", marks=pytest.mark.exhaustive)])
-def test_a_box_trains_as_with_atloss(mode: str, tmp_path: Path) -> None:
-    right, weights = trained("ATLoss", mode, tmp_path)
-    found, fused = trained("FusedATLoss", mode, tmp_path)
-    assert len(set(found)) == 4
-    # Training magnifies the last bit.
-    assert found == pytest.approx(right, rel=1e-9)
-    for a, b in zip(fused, weights, strict=True):
-        assert (a - b).norm() <= 1e-8 * b.norm()
 
 
 # ---- AttentionTransfer between the networks of torchvision and timm ------------------------------
@@ -289,7 +198,7 @@ NETWORKS: dict[str, tuple[Make, Make, list[str], list[str]]] = {
         ["blocks"],
         ["layer3"],
     ),
-    "swin <- swin": (lambda: swin(16), lambda: swin(24), STAGES, STAGES),
+    "swin <- swin": (lambda: swin(24), lambda: swin(32), STAGES, STAGES),
 }  # fmt: skip
 
 

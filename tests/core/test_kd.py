@@ -70,14 +70,6 @@ def logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # ---- values and gradients ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 2, 1000])
-def test_numbers_of_classes(k: int) -> None:
-    labels = torch.randint(k, (5,))
-    labels[1] = -100
-    assert_matches(logits(5, k), logits(5, k), labels, T=3.0, alpha=0.4)
-    assert_matches(logits(5, k), logits(5, k))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_classes(dtype: torch.dtype) -> None:
     """Where fp16's gradients would vanish but for a loss scale, which comes from above."""
@@ -205,7 +197,7 @@ def test_a_batch_is_right_to_1e_5_up_to_a_temperature_of_20(classes: int, size: 
         torch.testing.assert_close(kd_loss(s, t, T=T).double(), right, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("T", [5e-324, 1e-300, 1e-30, 1e-5, 1e5, 1e30, 1.7e308])
+@pytest.mark.parametrize("T", [5e-324, 1e-5, 1e30, 1.7e308])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_finite_for_any_temperature(T: float, dtype: torch.dtype) -> None:
     s = torch.tensor([[1e4, -1e4, 0.0, 1.0], [1e4, 1e4, -1e4, 9e3]], dtype=dtype)
@@ -258,8 +250,7 @@ def repdistiller(s: Tensor, t: Tensor, y: Tensor, T: float, alpha: float, gamma:
 def mdistiller(
     s: Tensor, t: Tensor, y: Tensor, T: float, kd_weight: float, ce_weight: float
 ) -> Tensor:
-    soft = softened(s, t, T, "none").sum(1).mean()
-    return ce_weight * F.cross_entropy(s, y) + kd_weight * soft
+    return ce_weight * F.cross_entropy(s, y) + kd_weight * softened(s, t, T, "none").sum(1).mean()
 
 
 def torchdistill(s: Tensor, t: Tensor, y: Tensor, T: float, alpha: float) -> Tensor:
@@ -301,16 +292,6 @@ def test_the_calls_for_other_programs(theirs: Callable[..., Tensor], call: str) 
 # ---- inside PyTorch ------------------------------------------------------------------------------
 
 
-def test_an_exported_module() -> None:
-    s, t, labels = logits(4, 10), logits(4, 10), torch.randint(10, (4,))
-    module = at_fused.KDLoss(T=2.0, alpha=0.5)
-    program = torch.export.export(module, (s, t, labels)).module()
-    s.requires_grad_()
-    loss, right = program(s, t, labels), module(s, t, labels)
-    torch.testing.assert_close(loss, right)
-    torch.testing.assert_close(torch.autograd.grad(loss, s), torch.autograd.grad(right, s))
-
-
 def test_labels_of_inference_mode() -> None:
     s, t = logits(4, 6).requires_grad_(), logits(4, 6)
     for labels in (torch.tensor([1, 2, -100, 3]), t.softmax(1)):
@@ -334,40 +315,27 @@ def test_module_is_the_function() -> None:
 # ---- errors --------------------------------------------------------------------------------------
 
 S, Y = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
-
-IMAGE = {"student_logits": S[..., None], "teacher_logits": S[..., None]}
-ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"teacher_logits": None}, TypeError, "teacher_logits must be a tensor, got None"),
-    ({"student_logits": S[0]}, ValueError, r"student_logits must be \(B, K\) or.*\(6,\)"),
-    ({"teacher_logits": S[:, :5]}, ValueError, r"teacher_logits.*\(4, 6\) on.*got \(4, 5\)"),
-    ({"teacher_logits": S.to("meta")}, ValueError, "device of student.*on cpu, got .* on meta"),
-    ({"labels": [0, 1, 2, 3]}, TypeError, "labels must be a tensor, got list"),
-    ({"labels": S[:, :5]}, TypeError, r"must be int64.*or class prob.*\(4, 6"),
-    ({"labels": None, "label_smoothing": 0.1}, ValueError, "for labels, got 0.1 and"),
-    ({"labels": S, "ignore_index": 3}, ValueError, "ignore_index is for .*got 3"),
-    ({"labels": S.to("meta")}, ValueError, "labels must be on.*cpu, got meta"),
-    ({"labels": Y[:3]}, ValueError, r"labels must be \(B,\), here \(4,\).*\(3,\)"),
-    (IMAGE, ValueError, r"labels must be \(B, \*spatial\), here \(4, 1\), got shape \(4,\)"),
-    ({"T": 0.0}, ValueError, "T must be a finite number > 0, got 0.0"),
-    ({"alpha": 1.5}, ValueError, "alpha must be from 0 to 1, got 1.5"),
-    ({"label_smoothing": 1.0}, ValueError, "label_smoothing must be >= 0 and < 1"),
-    ({"ignore_index": 2**63}, ValueError, "ignore_index must be an int64"),
-    ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got float"),
-]
+IMAGES = {"student_logits": torch.randn(4, 6, 3), "teacher_logits": torch.randn(4, 6, 3)}
+# Others are in test_errors.py.
+ERRORS: dict[str, dict[str, Any]] = {
+    r"student_logits must have a batch dimension, got shape \(6,\)": {"student_logits": S[0]},
+    r"must have the same shape, got \(4, 6\) and \(4, 5\)": {"teacher_logits": S[:, :5]},
+    "teacher_logits of pair 0 is on meta": {"teacher_logits": S.to("meta")},
+    r"must be int64.*or class probabilities.*\(4, 6": {"labels": S[:, :5]},
+    "label_smoothing is for labels, got 0.1": {"labels": None, "label_smoothing": 0.1},
+    "ignore_index is for .*got 3": {"labels": S, "ignore_index": 3},
+    "labels must be on.*cpu, got meta": {"labels": S.to("meta")},
+    r"labels must be \(B, \*spatial\), here \(4, 3\), got shape \(4,\)": IMAGES,
+    r"labels must be from 0 to 5 or ignore_index \(-100\): Target 6 is": {
+        **IMAGES,
+        "labels": torch.full((4, 3), 6),
+    },
+    "ignore_index must be an int64": {"ignore_index": 2**63},
+}
 
 
-@pytest.mark.parametrize(("change", "error", "message"), ERRORS, ids=range(len(ERRORS)))
-def test_errors(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"student_logits": S, "teacher_logits": S, "labels": Y} | change
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors(message: str) -> None:
+    arguments = {"student_logits": S, "teacher_logits": S, "labels": Y} | ERRORS[message]
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
         kd_loss(**arguments)
-
-
-@pytest.mark.parametrize("label", [6, -1, 2**40])
-def test_a_label_out_of_range(label: int) -> None:
-    labels, image = torch.tensor([0, 1, label, 3]), torch.zeros(2, 3, 4, dtype=torch.int64)
-    image[1, 0, 2] = label
-    for x, y, row in ((S, labels, "2"), (torch.randn(2, 6, 3, 4), image, r"\(1, 0, 2\)")):
-        for smoothing in (0.0, 0.1):
-            with pytest.raises(RuntimeError, match=rf"from 0 to 5 or.*got {label} in row {row}"):
-                kd_loss(x, x, y, label_smoothing=smoothing)

@@ -7,7 +7,6 @@ import pickle
 import random
 import signal
 import sqlite3
-import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -128,12 +127,10 @@ def test_the_bits_come_back(
 
 
 def test_modes_and_the_default_device(cache: TeacherCache) -> None:
-    x = X.clone().requires_grad_()
-    with torch.inference_mode():
-        cache.fetch(Teacher(), x[:2], [0, 1], identity=NAME)
-    for _ in range(2):
-        with torch.device("meta"):
-            found = cache.fetch(Teacher(), x[:4], range(4), identity=NAME)
+    x = X[:4].clone().requires_grad_()
+    for mode in (torch.inference_mode(), torch.device("meta")):
+        with mode:
+            found = cache.fetch(Teacher(), x, range(4), identity=NAME)
         check(found, Teacher()(X[:4]))
 
 
@@ -145,9 +142,7 @@ def test_repr_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     cache.fetch(Teacher(), X[:3], [0, 1, 2**40 - 1], identity=NAME)
     assert os.listdir(tmp_path / "a/b") == ["0123456789abcdef-seed0"]
     assert (tmp_path / "a/b/0123456789abcdef-seed0").stat().st_size < 50_000
-    other = pickle.loads(pickle.dumps(cache))
-    assert repr(other) == repr(cache)
-    assert other.stored(NAME) == 3
+    assert cache.stored(NAME) == 3
 
 
 # ---- inputs --------------------------------------------------------------------------------------
@@ -160,17 +155,15 @@ def test_a_changed_byte_is_another_input_and_other_strides_are_not(
     raw = torch.randint(0, 256, (3, 5, 2, 2 * dtype.itemsize), dtype=torch.uint8)
     x = raw.view(dtype)
     right = [torch.ones(3, 2)], None
-    with pytest.raises(StaleCacheError, match="sample 7 is not the input"):
-        cache.fetch(lambda x: right, x, [2, 7, 7], identity=NAME)
-    assert cache.stored(NAME) == 0
     cache.fetch(lambda x: right, x, [6, 2, 9], identity=NAME)
     for place in range(raw[0].numel()):
         changed = raw.clone()
         changed[1].view(-1)[place] ^= 1 << place % 8
-        message = "sample 2 is not the input that the cache was made from .1 of 3.*random.*seed="
+        message = "sample 2 is not the input that the cache was made from.*random.*seed="
         with pytest.raises(StaleCacheError, match=message):
             cache.fetch(never, changed.view(dtype), [6, 2, 9], identity=NAME)
-    assert cache.stored(NAME) == 3
+    with pytest.raises(StaleCacheError, match="sample 7 is not the input"):
+        cache.fetch(lambda x: right, x, [2, 7, 7], identity=NAME, seed=1)
     last = torch.stack([x, x], 3)[..., 0, :].contiguous(memory_format=torch.channels_last)
     odd = torch.stack([x, x], 4)[..., 1]
     for same in (last, odd, x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)):
@@ -180,44 +173,35 @@ def test_a_changed_byte_is_another_input_and_other_strides_are_not(
 def test_fingerprints(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stored caches have these numbers: others need another format."""
     x = torch.arange(8, dtype=torch.float32).view(2, 4)
-    right = ["ab6b9cbd706f5765", "650c7b1169c4fbcf"]
-    assert [mark.hex() for mark in teacher_cache._fingerprints(x)] == right
-    monkeypatch.setattr(teacher_cache, "_CHUNK", 1)
-    assert [mark.hex() for mark in teacher_cache._fingerprints(x)] == right
-    x = torch.randn(1, 4, 6)
-    others = [x, x.view(1, 6, 4), x.view(1, 24), x.view(torch.int32), x.view(torch.uint8)]
-    signs = [1.0 - 2.0 * torch.tensor([n >> k & 1 for k in range(24)]) for n in range(1, 300)]
-    others += [x * sign.view(1, 4, 6) for sign in signs]
-    assert len({mark for y in others for mark in teacher_cache._fingerprints(y)}) == len(others)
+    for chunk in (teacher_cache._CHUNK, 1):
+        monkeypatch.setattr(teacher_cache, "_CHUNK", chunk)
+        found = [mark.hex() for mark in teacher_cache._fingerprints(x)]
+        assert found == ["ab6b9cbd706f5765", "650c7b1169c4fbcf"]
+    others = [x, x.view(2, 2, 2), x.view(torch.int32), x.view(torch.uint8), -x, x.flip(1)]
+    assert len({mark for y in others for mark in teacher_cache._fingerprints(y)}) == 12
 
 
 # ---- damage --------------------------------------------------------------------------------------
 
 
-def sql(file: Path, *statements: str) -> None:
-    with closing(sqlite3.connect(file)) as database, database:
-        for statement in statements:
-            database.execute(statement)
+def record(number: int, value: str) -> Callable[[Path], None]:
+    """Return what puts another value in place of a record."""
 
+    def change(file: Path) -> None:
+        with closing(sqlite3.connect(file)) as database, database:
+            ((table,),) = database.execute("SELECT name FROM sqlite_master").fetchall()
+            value_in_it = value.replace("TABLE", f'"{table}"')
+            database.execute(f'UPDATE "{table}" SET record = {value_in_it} WHERE number = {number}')
 
-def row(change: str, number: int = 4) -> Callable[[Path], None]:
-    return lambda file: sql(file, f"UPDATE cache SET {change} WHERE number = {number}")
-
-
-def folder_in_its_place(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
+    return change
 
 
 # What is done to the file, and the refusal. A sample's number is in its checksum.
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a file of the user": (lambda f: f.write_text("mine" * 99), "a whole database, found file is "),
-    "a folder of format 1": (folder_in_its_place, "expected a file, found a folder, as earlier"),
-    "description": (row("record = substr(record, 2)", -1), "record -1 as its checksum says"),
-    "no description": (lambda f: sql(f, "DELETE FROM cache WHERE number = -1"), "found None"),
-    "row": (row("record = substr(record, 1, 99) || x'00'"), "record 4 as its checksum says"),
-    "number": (row("record = 7"), "record 4 as its checksum says"),
-    "moved": (row("record = (SELECT record FROM cache WHERE number = 5)"), "record 4 as its check"),
+    "a file of the user": (lambda f: f.write_text("mine" * 99), "no whole database: file is not"),
+    "cut": (record(4, "substr(record, 1, 99) || x'00'"), "record 4 is not as its checksum says"),
+    "number": (record(4, "7"), "record 4 is not as its checksum says"),
+    "moved": (record(4, "(SELECT record FROM TABLE WHERE number = 5)"), "record 4 is not as its"),
 }
 
 
@@ -226,16 +210,16 @@ def test_damage_is_refused_and_stays(cache: TeacherCache, case: str) -> None:
     change, message = DAMAGE[case]
     file = filled(cache)
     change(file)
-    before = file.is_file() and file.read_bytes()
+    before = file.read_bytes()
     for batch in (range(SAMPLES), [4, 4]):
-        with pytest.raises(StaleCacheError, match=f"{file}: .*{message}.* delete it, give"):
+        with pytest.raises(StaleCacheError, match=f"{file}: {message}.* delete it, give"):
             cache.fetch(Teacher(2), X[list(batch)], batch, identity=NAME)
     if "record 4" in message:
         check(cache.fetch(never, X[5:], range(5, SAMPLES), identity=NAME), Teacher()(X[5:]))
     else:
         with pytest.raises(StaleCacheError):
             cache.stored(NAME)
-    assert (file.is_file() and file.read_bytes()) == before
+    assert file.read_bytes() == before
 
 
 def test_no_damage_gives_wrong_values(cache: TeacherCache) -> None:
@@ -256,33 +240,28 @@ def test_no_damage_gives_wrong_values(cache: TeacherCache) -> None:
     assert all(message.startswith(f"{file}: ") for message in refused)
 
 
-def test_a_cache_of_something_else_is_refused(
+def test_a_cache_of_something_else_is_not_used(
     cache: TeacherCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = filled(cache)
-    with pytest.raises(StaleCacheError, match=f"{file}: expected samples 13, found 12"):
-        TeacherCache(cache._folder, 13).fetch(never, X[:1], [0], identity=NAME)
-    with pytest.raises(StaleCacheError, match=f"expected identity '{NAME}x', found '{NAME}'"):
-        cache.fetch(never, X[:1], [0], identity=f"{NAME}x")
-    monkeypatch.setattr(teacher_cache, "_FORMAT", 3)
-    with pytest.raises(StaleCacheError, match="expected format 3, found 2"):
-        cache.stored(NAME)
-
-
-def test_other_maps_than_stored_ones_are_refused(cache: TeacherCache) -> None:
+    """Of another number of samples, another teacher whose file has this name, another format."""
+    filled(cache)
+    larger, second, third = TeacherCache(cache._folder, 13), Teacher(2), Teacher(3)
+    check(larger.fetch(second, X[:1], [0], identity=NAME), Teacher(2)(X[:1]))
+    check(cache.fetch(third, X[:1], [0], identity=f"{NAME}x"), Teacher(3)(X[:1]))
+    assert (cache.stored(NAME), larger.stored(NAME), cache.stored(f"{NAME}x")) == (12, 1, 1)
+    monkeypatch.setattr(teacher_cache, "_FORMAT", 4)
+    assert cache.stored(NAME) == 0
     filled(cache).unlink()  # a deleted file is made anew
     assert cache.stored(NAME) == 0
+
+
+def test_samples_with_different_maps_are_no_batch(cache: TeacherCache) -> None:
     (a, b), logits = Teacher()(X[:2])
-    cache.fetch(Teacher(), X[2:4], [2, 3], identity=NAME)
-    for other in (
-        ([a.reshape(-1, 6, 8), b], logits),
-        ([a, b.float()], logits),
-        ([a], logits),
-        ([a, b], None),
-    ):
-        with pytest.raises(StaleCacheError, match=r"expected arrays \{'map0'.*found \{"):
-            cache.fetch(lambda _, other=other: other, X[:4], range(4), identity=NAME)
-    assert cache.stored(NAME) == 2
+    others = ([a.reshape(-1, 6, 8), b], logits), ([a, b.float()], logits), ([a], logits)
+    for seed, other in enumerate((*others, ([a, b], None))):
+        cache.fetch(Teacher(), X[2:4], [2, 3], identity=NAME, seed=seed)
+        with pytest.raises(StaleCacheError, match="lost, or of different shapes or dtypes"):
+            cache.fetch(lambda _, other=other: other, X[:4], range(4), identity=NAME, seed=seed)
 
 
 def test_a_full_disk_is_an_error_and_stores_nothing(
@@ -317,26 +296,6 @@ def test_what_another_process_stores_meanwhile_stays(
     factors = torch.tensor([[2.0 if i in theirs else 1.0] for i in range(4)])
     for function in (compute, never):
         check(cache.fetch(function, X[:4], range(4), identity=NAME), Teacher(factors)(X[:4]))
-    # Another input is refused.
-    theirs[:] = [5]
-    with pytest.raises(StaleCacheError, match="sample 5 is not the input"):
-        cache.fetch(compute, X[6:7], [5], identity=NAME)
-
-
-@pytest.mark.parametrize("samples", [4, 8], ids=["to read", "to write"])
-def test_who_comes_while_another_writes_waits(cache: TeacherCache, samples: int) -> None:
-    found = []
-    batch = {"x": X[:samples], "index": range(samples), "identity": NAME}
-    cache.fetch(Teacher(), X[:4], range(4), identity=NAME)
-    thread = threading.Thread(target=lambda: found.append(cache.fetch(Teacher(), **batch)))
-    with closing(sqlite3.connect(Path(cache._folder) / f"{NAME[:16]}-seed0")) as database:
-        database.execute("BEGIN EXCLUSIVE")
-        thread.start()
-        thread.join(0.3)
-        assert found == []
-        database.rollback()
-        thread.join(60)
-    check(found[0], Teacher()(X[:samples]))
 
 
 def test_processes_that_fill_one_cache(cache: TeacherCache) -> None:
@@ -367,16 +326,16 @@ pickle.dump(found, open("found", "wb"))
     check(pickle.loads((tmp_path / "found").read_bytes()), Teacher()(X))
 
 
-@pytest.mark.parametrize("at", [0, 1, 4, 8, 9, 17, 18])
+@pytest.mark.parametrize("at", [0, 4, 7, 8, 15, 16])
 def test_killed_at_any_step(cache: TeacherCache, at: int) -> None:
-    """Checksums are made of what is stored, 9 records, and then of what is read back."""
+    """Checksums are made of what is stored, 8 records, and then of what is read back."""
 
     def child() -> None:
         die_before(at, (teacher_cache, "_checksum"))
         cache.fetch(Teacher(), X[:8], range(8), identity=NAME)
 
-    assert ended(in_child(child)) == (-signal.SIGKILL if at < 18 else 0)
-    assert cache.stored(NAME) == (8 if at == 18 else 0)
+    assert ended(in_child(child)) == (-signal.SIGKILL if at < 16 else 0)
+    assert cache.stored(NAME) == (8 if at >= 8 else 0)
     check(cache.fetch(Teacher(), X, range(SAMPLES), identity=NAME), Teacher()(X))
 
 
@@ -396,14 +355,11 @@ def test_what_the_hash_leaves_out() -> None:
     model = net()
     right = teacher_hash(model, "p", 2)
     assert len(right) == 64
-    assert set(right) <= set("0123456789abcdef")
     model.eval().requires_grad_(False)
     model[0].register_forward_hook(lambda *_: None)
-    model[1].register_forward_pre_hook(lambda *_: None)
     assert teacher_hash(model, "p", 2) == TeacherHash(model)("p", 2) == right
     assert teacher_hash(net().to(memory_format=torch.channels_last), "p", 2) == right
-    two = [nn.Sequential(nn.ParameterList([torch.ones(2)]), Shown()) for _ in range(2)]
-    assert teacher_hash(two[0]) == teacher_hash(two[1])
+    assert teacher_hash(Shown()) == teacher_hash(Shown())
     shown = [(), (1,), ("1",), (1.0,), (1, 2), ((1, 2),)]
     assert len({teacher_hash(model, *options) for options in shown}) == len(shown)
     with pytest.raises(ValueError, match="options must be the same in every process, got"):
@@ -428,66 +384,28 @@ def test_an_unchanged_teacher_is_hashed_once(monkeypatch: pytest.MonkeyPatch) ->
 
 NOTICED: dict[str, Callable[[nn.Sequential], Any]] = {
     "in place": lambda m: m[0].weight.detach().view(-1)[7].add_(1e-6),
-    "optimiser": lambda m: torch._foreach_add_([p.detach() for p in m.parameters()], 1.0),
     "load_state_dict": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}),
     "statistics": lambda m: m.train()(torch.randn(2, 3, 5, 5)),
     "data": lambda m: setattr(m[0].weight, "data", m[0].weight.data + 1),
     "parameter": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach() + 1)),
     "new buffer": lambda m: m[2].register_buffer("more", torch.zeros(1), persistent=False),
-    "shape": lambda m: setattr(m[0].weight, "data", m[0].weight.data.reshape(4, 27, 1, 1)),
     "strides": lambda m: setattr(m[0].weight, "data", m[0].weight.data.transpose(2, 3)),
     "offset": lambda m: setattr(m[0].bias, "data", m[0].weight.data.view(-1)[4:8]),
-    "dtype": lambda m: m.half(),
     "there and back": lambda m: m.half().float(),
     "module": lambda m: m.__setitem__(2, nn.Tanh()),
     "order": lambda m: m.__init__(m[0], m[2], m[1], m[3]),
     "more": lambda m: m.append(nn.ReLU()),
-    "again": lambda m: m.append(m[2]),
     "no bias": lambda m: m[0].register_parameter("bias", None),
 }
-# What torch does not count: another TeacherHash is for these.
-UNNOTICED: dict[str, Callable[[nn.Sequential], Any]] = {
-    "in place through data": lambda m: m[0].bias.data.view(torch.int32)[3].bitwise_xor_(1),
-    "attribute": lambda m: setattr(m[0], "stride", (2, 2)),
-}
 
 
-@pytest.mark.parametrize("case", [*NOTICED, *UNNOTICED])
+@pytest.mark.parametrize("case", NOTICED)
 def test_a_changed_teacher_is_hashed_again(case: str) -> None:
     model = net()
     memo = TeacherHash(model)
     before = memo()
-    (NOTICED | UNNOTICED)[case](model)
-    right = teacher_hash(model)
-    assert right != before
-    assert memo() == (right if case in NOTICED else before)
-
-
-def test_a_new_object_never_passes_for_an_old_one() -> None:
-    """Where it has the address of one that is gone, as memory is used again."""
-    model = net()
-    memo = TeacherHash(model)
-    before, module = memo(), id(model[2])
-    storage = model[0].weight.untyped_storage()._cdata
-    for _ in range(100):
-        model[2] = nn.Tanh()
-        if id(model[2]) == module:
-            break
-    assert id(model[2]) == module
-    assert memo() != before
-    model[0].weight.data = torch.zeros(4, 3, 3, 3)
-    later = [torch.zeros(4, 3, 3, 3).untyped_storage() for _ in range(300)]
-    assert storage not in {each._cdata for each in later}
-
-
-def test_tied_parameters_count_by_each_name() -> None:
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    model[1].weight = model[0].weight
-    tied = teacher_hash(model)
-    model[1].weight = nn.Parameter(model[0].weight.detach().clone())
-    assert teacher_hash(model) == tied
-    model[1].weight = None
-    assert teacher_hash(model) != tied
+    NOTICED[case](model)
+    assert memo() == teacher_hash(model) != before
 
 
 def test_a_sharded_teacher_is_refused() -> None:
@@ -519,53 +437,38 @@ def test_a_teacher_made_in_inference_mode() -> None:
 
 M = torch.ones(2, 3)
 ERRORS: dict[str, dict[str, Any]] = {
-    "all of these are stored": {"compute": never},
     "compute must be a function, got int": {"compute": 3},
+    r"compute must return \(list or tuple of maps, .*got list": {"compute": lambda x: [M]},
+    "compute must return maps or logits": {"compute": lambda x: ([], None)},
+    "map1 must be float32, .*got torch.int64": {"compute": lambda x: ([M, M.long()], None)},
+    r"logits must be \(2, ...\).*\(1, 3\)": {"compute": lambda x: ([M], M[:1])},
     "x must be a tensor, got list": {"x": [1]},
     "x must be a dense tensor": {"x": torch.eye(2).to_sparse()},
     r"x must be \(B, ...\) and not empty": {"x": M[:0]},
-    "index must be a tensor or .* ints, got tensor": {"index": M[:, 0]},
-    r"index must be .*, got \[\[0\], \[1\]\]": {"index": [[0], [1]]},
-    r"index must be \(B,\), here \(2,\), got 1 numb": {"index": [0]},
-    r"in \[0, 12\), got 12": {"index": torch.tensor([0, 12])},
-    r"in \[0, 12\), got -1": {"index": torch.tensor([0, -1])},
-    "identity must be a str, got int": {"identity": 3},
+    r"2 ints in \[0, 12\), a tensor or .*, got \[\[1.0, 1.0": {"index": M},
+    r"index must be 2 ints .*, got \[0\]": {"index": [0]},
+    r"index must be 2 ints .*, got \[0, 12\]": {"index": torch.tensor([0, 12])},
+    r"index must be 2 ints .*, got \[0, -1\]": {"index": torch.tensor([0, -1])},
+    "identity must be letters, digits, '-' and '_', got 3": {"identity": 3},
     "identity must be letters, digits, '-' and '_', got '../a'": {"identity": "../a"},
     "seed must be an int, got float": {"seed": 1.0},
 }
-RETURNED: dict[str, Any] = {
-    r"compute must return \(list or tuple of maps, .*got list": [M],
-    r"compute must return .*got \(Tensor, NoneType\)": (M, None),
-    "compute must return maps or logits": ([], None),
-    "map1 must be float32 or float64": ([M, M.half()], None),
-    r"map0 must be \(2, ...\).*\(1, 3\)": ([M[:1]], None),
-    "logits must be float32, float16": ([M], M.long()),
-    r"logits must be \(2, K\)": ([M], M[:, 0]),
-}
 
 
-@pytest.mark.parametrize("message", [*ERRORS, *RETURNED])
+@pytest.mark.parametrize("message", ERRORS)
 def test_errors(cache: TeacherCache, message: str) -> None:
-    given = {"x": X[:2], "index": [0, 1], "identity": NAME}
-    given |= ERRORS.get(message, {"compute": lambda x: RETURNED[message]})
-    with pytest.raises((TypeError, ValueError, AssertionError), match=message):
+    given = {"x": X[:2], "index": [0, 1], "identity": NAME} | ERRORS[message]
+    with pytest.raises((TypeError, ValueError), match=message):
         cache.fetch(**{"compute": Teacher(), **given})
-    assert os.listdir(cache._folder) == []
+    assert cache.stored(NAME) == 0
 
 
 def test_errors_of_the_constructor(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for folder, samples, message in [
-        ("new", 0, "samples must be an int >= 1 .*, got 0"),
-        ("new", 2**63, "samples must be an int .* below 2.63, got 9223372036854775808"),
-        ("new", 2.0, "samples must be an int >= 1, got float"),
-        ("new", True, "samples must be an int >= 1, got bool"),
-        ("file", 1, "folder must be a folder, got a file in"),
-        ("file/under", 1, "folder must be a folder, got a file in"),
-    ]:
-        with pytest.raises((TypeError, ValueError), match=message):
-            TeacherCache(tmp_path / folder, samples)
+    for samples in (0, 2**63, 2.0):
+        with pytest.raises(ValueError, match=f"samples must be an int >= 1 .*, got {samples}"):
+            TeacherCache(tmp_path / "new", samples)
     assert not (tmp_path / "new").exists()
-    with pytest.raises(TypeError, match="folder must be a str or a path, got int"):
-        TeacherCache(3, 1)
+    with pytest.raises(OSError, match=f"{tmp_path}/file"):
+        TeacherCache(tmp_path / "file/under", 1)
     assert issubclass(StaleCacheError, RuntimeError)
