@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from at_fused.train import config as options
-from at_fused.train.config import (
-    METHODS,
-    OPTIONS,
-    PRESETS,
-    Config,
-    ConfigError,
-    is_import,
-    naming,
-    nearest,
-)
+from at_fused.train.config import OPTIONS, PRESETS, Config, ConfigError, is_import, naming
 
 PROGRAM = "at-fused-train"
-EXTRA = {
-    "scipy": "scipy",
-    "sklearn": "scikit-learn",
-    "matplotlib": "matplotlib",
-    "tqdm": "tqdm",
-    "tensorboard": "tensorboard",
-}
+EXTRA = ("scipy", "sklearn", "matplotlib", "tqdm", "tensorboard")
 # The options that --eval takes.
 EVALUATED = (
     *("data", "root", "download", "image_size", "mean", "std", "skip_unreadable", "student"),
@@ -44,19 +30,9 @@ TUNABLE = "glibc.malloc.hugetlb"
 
 def require(program: str, *modules: str) -> None:
     """End the program if one of these modules, of the extra, is not installed."""
-    missing = [EXTRA[module] for module in modules if find_spec(module) is None]
+    missing = [module for module in modules if find_spec(module) is None]
     if missing:
         sys.exit(f'{program}: needs {", ".join(missing)}: pip install "at_fused[train]"')
-
-
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest flag where one does not exist."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: --"):
-            flag = message.split()[2].split("=")[0]
-            message += nearest(flag, self._option_string_actions)
-        super().error(message)
 
 
 def _flag(name: str) -> str:
@@ -65,7 +41,7 @@ def _flag(name: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return all flags; one not given is absent from the namespace: files and presets fill it."""
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog=PROGRAM,
         usage=f"{PROGRAM} [OPTION ...]; see --help",
         argument_default=argparse.SUPPRESS,
@@ -84,24 +60,20 @@ def build_parser() -> argparse.ArgumentParser:
         ("--config", "FILE", "options as TOML, such as a run's config.toml"),
     ):
         run.add_argument(flag, type=Path, metavar=metavar, help=text)
-    run.add_argument("--method", metavar="NAME", choices=METHODS, help="--compare with one method")
-    run.add_argument(
-        "--set",
-        action="append",
-        metavar="METHOD.OPTION=X",
-        help=f"an option of one method alone ({', '.join(options.METHOD_OPTIONS)})",
-    )
+    text = f"an option of one method alone ({', '.join(options.METHOD_OPTIONS)})"
+    run.add_argument("--set", action="append", metavar="METHOD.OPTION=X", help=text)
     defaults = options.resolve()
     given = parser.add_argument_group("options, with the defaults of the preset digits")
     for name, rule in OPTIONS.items():
+        unset = rule.default in (None, "", ()) and name != "preset"
         default = getattr(defaults, name)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        unset = rule.default in (None, "", ()) and name != "preset"
         text = rule.help if unset else f"{rule.help} ({shown})"
+        flags = [_flag(name), *["--method"] * (name == "compare")]
         if isinstance(rule.default, bool):
-            given.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
+            given.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
         else:
-            given.add_argument(_flag(name), type=rule.read, metavar=rule.metavar, help=text)
+            given.add_argument(*flags, type=rule.read, metavar=rule.metavar, help=text)
     return parser
 
 
@@ -113,37 +85,15 @@ def _method_options(words: list[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     with naming("set"):
         for word in words:
-            place, equals, value = word.partition("=")
-            method, dot, name = place.rpartition(".")
-            if not equals or not dot:
+            if not (parts := re.fullmatch(r"(.+)\.(\w+)=(.*)", word)):
                 raise ConfigError(
                     f"got {word!r}, allowed is METHOD.OPTION=VALUE, such as at.lr=0.1"
                 )
-            name, value = options.method_option(method, name, value, words=True)
-            found.setdefault(method, {})[name] = value
+            method, name, value = parts.groups()
+            with naming(f"{method}.{name}"):
+                read = options.method_rule(method, name).read
+                found.setdefault(method, {})[name] = read(value)
     return found
-
-
-def _over_layers(flags: dict[str, Any], *layers: dict[str, Any]) -> Config:
-    """Return the configuration of flags over other layers, each of which must change something."""
-    given = {name: flags[name] for name in OPTIONS if name in flags}
-    if "method" in flags:
-        if "compare" in flags:
-            raise ConfigError("method: got --method and --compare, allowed is one of them")
-        given["compare"] = (flags["method"],)
-    own = _method_options(flags.get("set", []))
-    config = options.resolve(*layers, {**given, "method": own})
-    for name in given:
-        if why := options.unused(config, name, _processes()):
-            raise ConfigError(f"{name}: changes nothing in this run: {why}")
-    if _processes() > 1 and config.nproc not in (1, _processes()):
-        raise ConfigError(f"nproc: got {config.nproc}, but the launcher has {_processes()}")
-    for method in own:
-        if method not in config.compare:
-            raise ConfigError(
-                f"set: got an option of {method}, but --compare has {', '.join(config.compare)}"
-            )
-    return config
 
 
 def _processes() -> int:
@@ -154,65 +104,37 @@ def _file(flags: dict[str, Any]) -> Path | None:
     return flags["resume"] / "config.toml" if "resume" in flags else flags.get("config")
 
 
-def file_text(flags: dict[str, Any]) -> str | None:
-    """Return the text of the file of options that flags name; None where there is no such flag."""
-    file = _file(flags)
-    if "resume" in flags and file and not file.is_file():
-        raise ConfigError(
-            f"resume: got {str(flags['resume'])!r}, which has no config.toml of a run"
-        )
-    return options.read_file(file) if file else None
-
-
 def configure(flags: dict[str, Any], content: str | None) -> tuple[Config, Path | None]:
     """Return the configuration of flags and of their file's text, and the folder of the run."""
-    layers = []
+    layer: dict[str, Any] = {}
     if file := _file(flags):
         if content is None:
             raise ConfigError("the first process has neither --config nor --resume")
         with naming(file):
-            layers = [options.from_toml(content)]
+            layer = options.from_toml(content)
     if "resume" in flags:
-        return _resumed(flags, *layers), flags["resume"]
-    config, out = _over_layers(flags, *layers), flags.get("out")
-    # With several processes the first looks, once the others can hear of it.
-    alone = _processes() == 1
-    if alone and out and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(
-            f"out: got {str(out)!r}, which already holds files; allowed is a new or an "
-            "empty folder, or --resume to go on there"
-        )
-    return config, out
+        if "out" in flags or "config" in flags:
+            raise ConfigError(
+                "resume: goes on in a folder, with its config.toml; not with --out, --config"
+            )
+        if "epochs" in flags:  # for the students, who have learned from the teacher that is there
+            layer["teacher_epochs"] = options.resolve(layer).teacher_epochs
+    return _over(flags, layer), flags.get("resume", flags.get("out"))
 
 
-def _resumed(flags: dict[str, Any], content: dict[str, Any]) -> Config:
-    """Return the configuration of a run that goes on, with what flags add to it."""
-    if "out" in flags or "config" in flags:
-        raise ConfigError(
-            "resume: goes on in a folder, with its config.toml; not with --out, --config"
-        )
-    before = options.resolve(content)
-    teaches_anew = "teacher_epochs" in flags or before.epochs != before.teacher_epochs
-    if "epochs" in flags and not teaches_anew:
-        # More epochs are for the students, who have learned from the teacher that is there.
-        content = {**content, "teacher_epochs": before.teacher_epochs}
-    config = _over_layers(flags, content)
-    got, had = ",".join(config.compare), ", ".join(before.compare)
-    if config.preset != before.preset:
-        raise ConfigError(f"preset: got {config.preset!r}, but the run has {before.preset!r}")
-    if not {*before.compare} <= {*config.compare}:
-        both = ",".join(dict.fromkeys(before.compare + config.compare))
-        raise ConfigError(
-            f"compare: got {got}, but the run has {had}; methods may be added: --compare {both}"
-        )
-    if config.compare[0] != before.compare[0]:
-        raise ConfigError(
-            f"compare: got {config.compare[0]} first, but the run's baseline is {before.compare[0]}"
-        )
-    for name in ("seeds", "epochs"):
-        old, new = getattr(before, name), getattr(config, name)
-        if new < old:
-            raise ConfigError(f"{name}: got {new}, but the run has {old}; allowed is {old} or more")
+def _over(flags: dict[str, Any], layer: dict[str, Any]) -> Config:
+    """Return the configuration of flags over a file's; each of them must change something."""
+    given = {name: flags[name] for name in OPTIONS if name in flags}
+    own = _method_options(flags.get("set", []))
+    config = options.resolve(layer, {**given, "method": own})
+    for name in given:
+        if why := options.unused(config, name, _processes()):
+            raise ConfigError(f"{name}: changes nothing in this run: {why}")
+    if unknown := own.keys() - {*config.compare}:
+        had = ", ".join(config.compare)
+        raise ConfigError(f"set: got an option of {min(unknown)}, but --compare has {had}")
+    if _processes() > 1 and config.nproc not in (1, _processes()):
+        raise ConfigError(f"nproc: got {config.nproc}, but the launcher has {_processes()}")
     return config
 
 
@@ -241,12 +163,13 @@ def _main(argv: list[str] | None) -> None:
     try:
         flags = in_all(lambda: vars(parser.parse_args(argv)))
         if "eval" in flags:
-            sys.exit(_evaluate(flags))
-        content = from_first(lambda: file_text(flags))
+            sys.exit(_evaluate(flags.pop("eval"), flags))
+        file = _file(flags)
+        content = from_first(lambda: options.read_file(file) if file else None)
         config, out = in_all(lambda: configure(flags, content))
     except ConfigError as error:
         name, _, rest = str(error).partition(": ")
-        known = name in {*OPTIONS, "out", "resume", "set", "method", "eval"}
+        known = name in {*OPTIONS, "resume", "set"}
         parser.error(f"argument {_flag(name)}: {rest}" if known else str(error))
     require(PROGRAM, *EXTRA)
     if argv is None and not several:
@@ -321,14 +244,8 @@ def _say(text: str) -> None:
 # ---- --eval --------------------------------------------------------------------------------------
 
 
-def _evaluate(flags: dict[str, Any]) -> int:
-    if other := sorted({*flags} - {*EVALUATED, "eval"}):
-        raise ConfigError(
-            f"eval: got --eval with {_flag(other[0])}, allowed are "
-            f"{', '.join(map(_flag, EVALUATED))}"
-        )
+def _evaluate(path: Path, flags: dict[str, Any]) -> int:
     require(PROGRAM, *EXTRA)
-    path = flags.pop("eval")
     try:
         print(evaluate(path, flags))
     except _expected() as error:
@@ -346,42 +263,32 @@ def evaluate(path: Path, given: dict[str, Any]) -> str:
     """
     from at_fused.train.data import read_data
     from at_fused.train.loop import TOP5_FROM, accuracy
-    from at_fused.train.saved import image_options, open_network, read_weights, same_images
+    from at_fused.train.saved import image_options, open_network, read_weights
     from at_fused.train.speed import prepare
 
+    if other := sorted({*given} - {*EVALUATED}):
+        allowed = ", ".join(map(_flag, EVALUATED))
+        raise ConfigError(f"eval: got --eval with {_flag(other[0])}, allowed are {allowed}")
     file = read_weights(str(path), "eval")
     known = image_options(file.state) if file.state else {}
     if not known and "data" not in given:
         raise ConfigError(f"data: must be given for {path}, which does not say what its images are")
-    other = given.get("data", known.get("data"))
-    if other != known.get("data"):
+    if given.get("data", known.get("data")) != known.get("data"):
         # Other images, normalised as the network knows them.
-        own = is_import(other)
+        own = is_import(given["data"])
         known = {} if own else {n: known[n] for n in ("mean", "std") if n in known}
-        takes, have = len(known.get("mean", ())), 1 if other == "digits" else 3
-        if takes not in (0, have):
-            raise ConfigError(f"{path}: the network takes {takes} channels, {other} have {have}")
-    known = {name: value for name, value in known.items() if value}
-    config = options.resolve(known, given)
+    config = options.resolve({name: value for name, value in known.items() if value}, given)
     device = prepare(config)
-    try:
+    with naming(path):
         data = read_data(config, device, parts=("val",))
-    except (ConfigError, OSError, ImportError) as error:
-        named = [f"{n} {known[n]}" for n in ("data", "root") if n in known.keys() - given]
-        told = f" ({' and '.join(named)} from {path})" if named else ""
-        raise ConfigError(f"{error}{told}") from error
     model, network = open_network(file, given.get("student", ""), data)
     found = accuracy(model.to(device), data.evaluate, device)
     if found is None:
         raise ConfigError(f"{path}: the network's outputs are not finite")
-    try:
-        said = same_images(file.state, data) if file.state else ""
-    except ValueError as error:  # which was asked for, by flags
-        said = f"; {error}"
     top5 = f", top-5 {found[1]:.2f} %" if data.classes >= TOP5_FROM else ""
     left_out = len(data.facts.get("left_out", ()))
     unread = f" ({left_out} that cannot be read are left out)" if left_out else ""
     return (
         f"{path}: {network} on {config.data}, {len(data.evaluate)} images{unread}: "
-        f"accuracy {found[0]:.2f} %{top5}{said}"
+        f"accuracy {found[0]:.2f} %{top5}"
     )

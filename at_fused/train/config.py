@@ -47,8 +47,6 @@ def imported(option: str, name: str) -> Callable[..., Any]:
         found: Callable[..., Any] = attrgetter(function)(import_module(module))
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{option}: {name!r} cannot be imported: {in_a_line(error)}") from error
-    if not callable(found):
-        raise ConfigError(f"{option}: {name!r} must be a function, got {type(found).__name__}")
     return found
 
 
@@ -68,101 +66,77 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """The values that an option takes, and how the command line spells them."""
+    """The values that an option takes."""
 
+    type: type
     allowed: str  # in words
-    metavar: str
-    accepts: Callable[[Any], bool]
-    parse: Callable[[str], Any] = str  # of a word of the command line
-    convert: Callable[[Any], Any] = lambda value: value  # before the check
+    accepts: Callable[[Any], bool] = lambda value: True
+    metavar: str = ""
     names: tuple[str, ...] = ()
-    help: str = ""
+    many: bool = False  # a list, on the command line with commas
     default: Any = None
+    help: str = ""
 
-    def check(self, value: Any, word: str | None = None) -> Any:
-        """Return the value; ConfigError says what is allowed, and what was given by a word."""
-        found = self.convert(value)
-        if not self.accepts(found):
-            given = found if word is None else word
-            near = nearest(str(given), self.names)
-            raise ConfigError(f"got {given!r}, allowed is {self.allowed}{near}")
-        return found
+    def check(self, value: Any) -> Any:
+        """Return the value; ConfigError says what is allowed."""
+        if self.many:
+            if not isinstance(value, list | tuple):
+                raise ConfigError(f"got {value!r}, allowed is a list of {self.allowed}")
+            return tuple(map(replace(self, many=False).check, value))
+        types = (int, float) if self.type is float else (self.type,)
+        if type(value) not in types or not self.accepts(value):
+            near = nearest(str(value), self.names)
+            raise ConfigError(f"got {value!r}, allowed is {self.allowed}{near}")
+        return self.type(value)
 
     def read(self, word: str) -> Any:
         """Return the value of a word of the command line: argparse's ``type``."""
-        return self.check(self.parse(word), word)
+        if self.many:
+            return self.check([self._typed(each) for each in word.split(",") if word.strip()])
+        return self.check(self._typed(word))
 
-
-def _number(word: str) -> object:
-    try:
-        return int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)
-    except ValueError:
-        return word
+    def _typed(self, word: str) -> Any:
+        try:
+            return self.type(word.strip())
+        except ValueError:
+            return word
 
 
 def whole(low: int, high: int) -> Rule:
     """A whole number."""
-    return Rule(
-        f"a whole number from {low} to {high}",
-        "N",
-        lambda value: type(value) is int and low <= value <= high,
-        _number,
-    )
+    return Rule(int, f"a whole number from {low} to {high}", lambda x: low <= x <= high, "N")
 
 
 def real(low: float, high: float) -> Rule:
     """A number."""
-    return Rule(
-        f"a number from {low:g} to {high:g}",
-        "X",
-        lambda value: type(value) is float and low <= value <= high,
-        _number,
-        lambda value: float(value) if type(value) is int and abs(value) <= high else value,
-    )
+    return Rule(float, f"a number from {low:g} to {high:g}", lambda x: low <= x <= high, "X")
 
 
 def choice(*names: str, imports: bool = False) -> Rule:
     """One of a few words; with ``imports`` also MODULE:FUNCTION."""
     return Rule(
+        str,
         ", ".join(names) + ", or MODULE:FUNCTION" * imports,
-        "|".join(names) + "|MODULE:FUNCTION" * imports,
         lambda value: value in names or (imports and is_import(value)),
-        names=names,
+        "|".join(names) + "|MODULE:FUNCTION" * imports,
+        names,
     )
 
 
-def text(metavar: str, pattern: str = ".*", allowed: str = "text") -> Rule:
-    """A text of a pattern."""
-    return Rule(
-        allowed,
-        metavar,
-        lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None,
-    )
+def text(metavar: str) -> Rule:
+    """Any text."""
+    return Rule(str, "text", metavar=metavar)
 
 
-def switch() -> Rule:
-    """Yes or no."""
-    return Rule(
-        "true or false",
-        "",
-        lambda value: type(value) is bool,
-        lambda word: {"true": True, "false": False}.get(word.lower(), word),
-    )
+SWITCH = Rule(bool, "true or false")
+DEVICE = Rule(
+    str, "cpu, cuda or cuda:N", lambda x: bool(re.fullmatch(r"cpu|cuda(:\d+)?", x)), "DEV"
+)
 
 
-def several(of: Rule, distinct: bool = False) -> Rule:
-    """A list, on the command line with commas; ``distinct``: each once, and at least one."""
-    return Rule(
-        f"a list of {of.allowed}",
-        "A,B",
-        lambda value: (
-            isinstance(value, tuple) and (not distinct or 0 < len(value) == len(set(value)))
-        ),
-        lambda word: (
-            tuple(of.read(each.strip()) for each in word.split(",")) if word.strip() else ()
-        ),
-        lambda value: tuple(map(of.check, value)) if isinstance(value, list | tuple) else value,
-    )
+def several(of: Rule) -> Rule:
+    """A list."""
+    return replace(of, many=True, metavar="A,B")
 
 
 def option(default: Any, rule: Rule, help: str) -> Any:
@@ -191,368 +165,31 @@ NEEDS_LAYERS = (*ATTENTION, "f-actt")
 NEEDS_TEACHER = (*NEEDS_LAYERS, "kd", "gradient-at")
 # Height and width of each data set's images, where nothing else is said.
 SIZES = {"digits": 16, "cifar10": 32, "cifar100": 32, "folder": 224}
-# The methods that read an option. A method may have each to itself: a rate that suits one
-# handicaps another.
-METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
-    "beta": TRANSFER,
-    "beta_schedule": TRANSFER,
-    "p": ATTENTION,
-    "collapse": ATTENTION,
-    "form": ATTENTION,
-    "T": WITH_KD,
-    "alpha": WITH_KD,
-    "lr": METHODS,
-    "weight_decay": METHODS,
-}
-# Used where none is given. 1e3 is the paper's, for the form "code"; the others are nobody's.
-BETAS = {"f-actt": 1.0, "gradient-at": 1.0, "flip-symmetry": 1.0}
-AUTHORS_BETA = 1e3
-
-
-@dataclass(frozen=True)
-class Config:
-    """All options of a run. The defaults suit any images; nothing in them was tuned."""
-
-    preset: str = option("", text("NAME"), "where the other options' defaults come from")
-
-    data: str = option("digits", choice(*SIZES, imports=True), "the images, or one's own")
-    root: str = option("data", text("DIR"), "folder of CIFAR, or with train/ and val/ of images")
-    download: bool = option(False, switch(), "fetch CIFAR if it is not there")
-    image_size: int | None = option(
-        None, whole(4, 1024), "height and width (16 for digits, 32 for CIFAR, 224 for a folder)"
-    )
-    mean: tuple[float, ...] = option((), several(real(0, 1)), "of each channel in [0, 1]")
-    std: tuple[float, ...] = option((), several(real(1e-6, 1)), "of each channel, as --mean")
-    skip_unreadable: int = option(0, whole(0, 10**9), "unreadable pictures that may be left out")
-    fraction: float = option(1.0, real(1e-6, 1.0), "part of the training images that is used")
-    validation: float = option(0.0, real(0, 0.9), "part of these that chooses epoch and beta")
-    labels: int = option(0, whole(0, 10**9), "labelled images that a student sees, 0 for all")
-    augment: bool = option(True, switch(), "shifted and, but for digits, flipped images")
-    evaluate: str = option("test", choice("test", "val"), "digits to report on: tune on val")
-
-    teacher: str = option("wrn-16-2", text("NETWORK"), "the teacher's network")
-    student: str = option("wrn-16-1", text("NETWORK"), "the student's network")
-    teacher_from: str = option("", text("FILE"), "weights of a trained teacher; or torchvision")
-    student_from: str = option("", text("FILE"), "first weights of students; or torchvision")
-    init: str = option("torch", choice("torch", "paper"), "first weights: torch's, the authors'")
-    layers: str = option(
-        "", text("NAMES"), "to compare, as A,B or STUDENT:TEACHER,... (found where not given)"
-    )
-
-    compare: tuple[str, ...] = option(
-        ("none", "at", "kd", "at+kd"),
-        several(choice(*METHODS), distinct=True),
-        "methods to train a student with, the first of them the baseline",
-    )
-    seeds: int = option(3, whole(1, 1000), "students per method, each with its own start and order")
-    beta: float | None = option(None, real(0, 1e9), "weight of the transfer loss (1000 for AT)")
-    betas: tuple[float, ...] = option(
-        (), several(real(0, 1e9)), "betas to choose from, by the accuracy on the validation share"
-    )
-    beta_schedule: str = option(
-        "constant", choice("constant", "linear", "cosine"), "beta over the run, the latter two to 0"
-    )
-    p: float = option(2.0, real(1, 100), "power in the attention map")
-    collapse: str = option("mean", choice("mean", "sum", "max"), "over the channels, in the map")
-    form: str = option("code", choice("code", "paper"), "the AT loss: authors' code, or eq. (2)")
-    T: float = option(4.0, real(1e-3, 1e4), "temperature of KD")
-    alpha: float = option(0.9, real(0, 1), "weight of KD's soft labels; the labels have the rest")
-    label_smoothing: float = option(0.0, real(0, 0.99), "of the labels in the cross-entropy")
-
-    epochs: int = option(200, whole(1, 10**6), "passes of a student over its images")
-    batch_size: int = option(128, whole(2, 10**6), "images a step, on all devices together")
-    optimizer: str = option("sgd", choice("sgd", "adamw"), "torch's SGD or AdamW")
-    lr: float = option(0.1, real(0, 1e3), "learning rate at the start")
-    warmup: float = option(0.0, real(0, 1e6), "epochs in which the rate rises from 0")
-    lr_schedule: str = option("cosine", choice("step", "cosine"), "drops, or half a cosine to 0")
-    lr_drops: tuple[float, ...] = option(
-        (0.3, 0.6, 0.8), several(real(0, 1)), "where the rate drops, as parts of the run"
-    )
-    lr_factor: float = option(0.2, real(0, 1), "factor of each drop")
-    reset_momentum: bool = option(False, switch(), "momentum from 0 at each drop, as the authors")
-    momentum: float = option(0.9, real(0, 1), "SGD's momentum")
-    nesterov: bool = option(False, switch(), "Nesterov's momentum")
-    weight_decay: float = option(5e-4, real(0, 10), "weight decay")
-    teacher_epochs: int | None = option(None, whole(1, 10**6), "the teacher's epochs (a student's)")
-    teacher_lr: float | None = option(None, real(0, 1e3), "the teacher's lr (a student's)")
-    teacher_weight_decay: float | None = option(None, real(0, 10), "the teacher's (a student's)")
-
-    speed: str = option(
-        "auto",
-        choice("auto", "exact", "fp32", "bf16", "fp16"),
-        "how a step runs: auto takes bf16 where the device has it, exact is plain PyTorch",
-    )
-    compile: bool = option(True, switch(), "torch.compile, where speed is not exact")
-    cache: int = option(
-        0,
-        whole(0, 10**6),
-        "augmentations of an image that students see, whose teacher's maps are kept on disk; "
-        "0: no cache, new ones each epoch",
-    )
-    device: str = option(
-        "cpu", text("DEV", r"cpu|cuda(:\d+)?", "cpu, cuda or cuda:N"), "cpu, cuda or cuda:N"
-    )
-    threads: int = option(0, whole(0, 1024), "CPU threads, 0 for one a core")
-    workers: int = option(2, whole(0, 256), "processes that read a folder's images, or one's own")
-    nproc: int = option(1, whole(1, 64), "processes to share each batch (or use torchrun)")
-    sync_norm: bool = option(True, switch(), "BatchNorm over the batch that processes share")
-
-    evaluate_every: int = option(1, whole(1, 10**6), "epochs between evaluations")
-    checkpoint_every: int = option(1000, whole(1, 10**9), "steps between checkpoints")
-    keep: int = option(2, whole(1, 1000), "checkpoints that are kept of a training run")
-
-    method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, metadata={})
-    # The options over those of the preset, as one layer.
-    given: Mapping[str, Any] = field(default_factory=dict, compare=False, metadata={})
-
-    @property
-    def needs_teacher(self) -> bool:
-        """True where a method of the run has a teacher."""
-        return any(method in NEEDS_TEACHER for method in self.compare)
-
-    @property
-    def trains_teacher(self) -> bool:
-        """True where the run trains it."""
-        return self.needs_teacher and not self.teacher_from
-
-    def for_teacher(self) -> Config:
-        """Return the configuration of the teacher's own training, of a resolved one."""
-        names = ("epochs", "lr", "weight_decay")
-        own = {name: getattr(self, f"teacher_{name}") for name in names}
-        return replace(self, **own, cache=0, labels=0, method={})
-
-    def for_method(self, method: str) -> Config:
-        """Return the configuration of one method's students."""
-        own = self.method.get(method, {})
-        # The general beta is of the general form.
-        unknown = {"beta": None} if own.get("form", self.form) != self.form else {}
-        return replace(self, **{**unknown, **own})
-
-    def beta_of(self, method: str) -> float:
-        """Return the first weight of a method's transfer loss, of ``for_method(method)``."""
-        return BETAS.get(method, AUTHORS_BETA) if self.beta is None else self.beta
-
-
-OPTIONS: dict[str, Rule] = {f.name: f.metadata["rule"] for f in fields(Config) if f.metadata}
-
-
-def method_option(method: str, name: str, value: Any, *, words: bool = False) -> tuple[str, Any]:
-    """Return an option of one method, checked: (name, value)."""
-    for given, known, kind in (
-        (method, METHODS, "method"),
-        (name, METHOD_OPTIONS, "option of a method"),
-    ):
-        if given not in known:
-            near = nearest(given, known)
-            raise ConfigError(f"{given!r} is no {kind}; there are {', '.join(known)}{near}")
-    with naming(f"{method}.{name}"):
-        if method not in METHOD_OPTIONS[name]:
-            raise ConfigError(f"{name} is of {', '.join(METHOD_OPTIONS[name])}")
-        return name, OPTIONS[name].read(value) if words else OPTIONS[name].check(value)
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def from_toml(content: str) -> dict[str, Any]:
-    """Return the options of a file, checked; ConfigError names the first that is wrong."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        table = tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not TOML: {error}") from None
-    methods = table.pop("method", {})
-    if not isinstance(methods, dict) or not all(isinstance(v, dict) for v in methods.values()):
-        raise ConfigError("method must have a table for each method, as [method.at]")
-    found: dict[str, Any] = {}
-    for name, value in table.items():
-        if name not in OPTIONS:
-            raise ConfigError(f"no option is called {name!r}{nearest(name, [*OPTIONS, 'method'])}")
-        with naming(name):
-            found[name] = OPTIONS[name].check(value)
-    found["method"] = {
-        method: dict(method_option(method, *item) for item in options.items())
-        for method, options in methods.items()
-    }
-    return found
-
-
-def to_toml(config: Config) -> str:
-    """Return the file of a configuration: what was given; the rest as a comment."""
-
-    def line(name: str, value: Any) -> str:
-        # JSON's strings, numbers, lists and booleans are TOML's.
-        return f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}"
-
-    given, tables = config.given.get("method", {}), []
-    for sign in ("", "# "):
-        for method, options in config.method.items():
-            own = {n: v for n, v in options.items() if (n in given.get(method, {})) == (not sign)}
-            if own:
-                tables += ["", f"{sign}[method.{json.dumps(method)}]"]
-                tables += [sign + line(*item) for item in own.items()]
-    rest = {n: getattr(config, n) for n in OPTIONS if n not in config.given}
-    lines = [
-        *(line(name, value) for name, value in config.given.items() if name in OPTIONS),
-        "",
-        "# The other options, as the run has them. To change one, take its # away.",
-        *(f"# {line(name, value)}" for name, value in rest.items() if value is not None),
-        *tables,
-    ]
-    return "\n".join(lines).strip() + "\n"
-
-
-def read_file(path: Path) -> str:
-    """Return the text of a file; ConfigError names it."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-# ---- layers of options ---------------------------------------------------------------------------
-
-
-def resolve(*layers: Mapping[str, Any]) -> Config:
-    """Return the layers' options, the last on top, over those of the preset that they name.
-
-    A layer beats all under it: its ``lr`` takes the place of the lr that a method had to itself.
-    Without a preset the data set has one that suits it.
-    """
-    named = {name: each[name] for each in layers for name in ("data", "preset") if name in each}
-    name = named.get("preset") or preset_of(named.get("data", Config.data))
-    options = preset(name).options
-    if preset_of(named.get("data", options["data"])) != preset_of(options["data"]):
-        raise ConfigError(
-            f"data: got {named['data']!r}, but the preset {name!r}, which --preset or a file "
-            f"names, is of {options['data']}; leave it out, or name one of {named['data']}"
-        )
-    merged: dict[str, Any] = {}
-    for each in layers:
-        merged = _over(merged, each)
-    config = Config(**{**_over(options, merged), "preset": name, "given": merged})
-    if config.momentum == 0 and "nesterov" not in merged:
-        config = replace(config, nesterov=False)
-    if config.optimizer == "adamw" and "lr" not in merged:
-        raise ConfigError("lr: must be given for adamw, as presets have SGD's; torch's is 0.001")
-    _check_combination(config)
-    size = config.image_size or SIZES.get(config.data)
-    teachers = {f"teacher_{n}": getattr(config, n) for n in ("epochs", "lr", "weight_decay")}
-    own = {n: value for n, value in teachers.items() if getattr(config, n) is None}
-    return replace(config, image_size=size, **own)
-
-
-def _over(under: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a layer over another. A beta means another thing in each form, and goes with its own."""
-    old_form = under.get("form", Config.form)
-    form = layer.get("form", old_form)
-    beaten = {*layer}
-    if layer.get("betas"):
-        beaten.add("beta")
-    if layer.get("beta") is not None:
-        beaten.add("betas")
-    methods = {}
-    for method in dict.fromkeys([*under.get("method", {}), *layer.get("method", {})]):
-        before, own = (each.get("method", {}).get(method, {}) for each in (under, layer))
-        found = {name: value for name, value in before.items() if name not in beaten} | own
-        if "beta" not in own and found.get("form", form) != before.get("form", old_form):
-            found.pop("beta", None)
-        if found:
-            methods[method] = found
-    if form != old_form:
-        beaten.add("beta")
-    kept = {name: value for name, value in under.items() if name not in beaten}
-    return {**kept, **layer, "method": methods}
-
-
-def _check_combination(config: Config) -> None:
-    """Raise ConfigError for options that do not go together."""
-    if config.data == "own":
-        raise ConfigError("data: must be given with --preset own, as MODULE:FUNCTION")
-    for name in ("image_size", "mean", "std", "augment"):
-        value = getattr(config, name)
-        if is_import(config.data) and value not in (None, (), True):
-            raise ConfigError(
-                f"{name}: got {value}, allowed is none for {config.data!r}, whose function makes "
-                "the images as the networks take them"
-            )
-    if config.data.startswith("cifar") and config.image_size not in (None, 32):
-        raise ConfigError(f"image_size: got {config.image_size}, allowed is 32 for {config.data}")
-    if config.data != "digits" and config.evaluate == "val":
-        raise ConfigError(f"evaluate: got 'val', allowed is test for {config.data}")
-    if config.nesterov and config.momentum == 0:
-        raise ConfigError("nesterov: got True, but momentum is 0; allowed is false")
-    if config.betas and config.beta is not None:
-        raise ConfigError("betas: got both beta and betas, allowed is one of them")
-    if config.betas and not config.validation:
-        raise ConfigError("betas: need images to choose by, and not to report on: --validation 0.1")
-    if len(set(config.betas)) < len(config.betas):
-        raise ConfigError(f"betas: got {config.betas}, allowed is each once")
-    if config.cache > 1 and not config.augment:
-        raise ConfigError(f"cache: got {config.cache}, allowed is 1 with --no-augment")
-    for method in config.compare:
-        own = config.for_method(method)
-        known = own.beta is not None or config.betas
-        if method in ATTENTION and own.form == "paper" and not known:
-            why = "in the form 'paper'; 1000 is for 'code'"
-            raise ConfigError(f"beta: must be given for {method} {why}")
-
-
-def unused(config: Config, name: str, processes: int = 1) -> str:
-    """Return the reason why an option changes nothing in a run; empty where it does."""
-    compared, own = config.compare, is_import(config.data)
-    of_teacher = ("teacher", "teacher_from", "teacher_epochs", "teacher_lr", "teacher_weight_decay")
-    users = {
-        **METHOD_OPTIONS,
-        "betas": TRANSFER,
-        "layers": NEEDS_LAYERS,
-        "cache": ("at", "kd", "at+kd", "channel-at"),
-        **dict.fromkeys(of_teacher, NEEDS_TEACHER),
-    }.get(name, compared)
-    reading = [method for method in compared if method in users]
-    if not reading:
-        return f"it is of {', '.join(users)}, and --compare has {', '.join(compared)}"
-    trained = config.trains_teacher
-    # The teacher's lr is a student's where it has none of its own.
-    teaches = trained and getattr(config, f"teacher_{name}", None) == getattr(config, name)
-    key = "beta" if name == "betas" else name
-    overridden = all(key in config.method.get(method, {}) for method in reading)
-    several, step = max(config.nproc, processes) > 1, config.lr_schedule == "step"
-    drops = step and bool(config.lr_drops)
-    no_drop = "the rate does not drop" if step else "the rate follows a cosine"
-    sgd = config.optimizer == "sgd"
-    no_training = (not config.teacher_from, "the teacher of --teacher-from is not trained")
-    used, why = {
-        **dict.fromkeys(of_teacher[2:], no_training),
-        "T": (any(config.for_method(method).alpha for method in reading), "alpha is 0"),
-        "root": (config.data != "digits", "the digits come with scikit-learn"),
-        "download": (config.data.startswith("cifar"), "only CIFAR is downloaded"),
-        "workers": (config.data == "folder" or own, f"{config.data} is kept in memory"),
-        "skip_unreadable": (config.data == "folder", "it is of the pictures of a folder"),
-        "augment": (not own, f"{config.data} does as it likes"),
-        "init": (not config.student_from or trained, "all weights come from files"),
-        "lr_drops": (step, no_drop),
-        "lr_factor": (drops, no_drop),
-        "reset_momentum": (drops and sgd and config.momentum > 0, "it is of SGD whose rate drops"),
-        **dict.fromkeys(("momentum", "nesterov"), (sgd, "it is SGD's")),
-        "compile": (
-            config.speed != "exact" and not (several and config.sync_norm),
-            "--speed exact, and processes that share BatchNorm, go without",
-        ),
-        "sync_norm": (several, "one process has the whole batch"),
-    }.get(name, (True, ""))
-    if key in METHOD_OPTIONS and overridden and not teaches:
-        return f"{', '.join(reading)} have their own by --set"
-    return "" if used else why
-
-
-def drawn(config: Config) -> list[str]:
-    """Return the methods whose attention maps are shown: the first, and the first of AT."""
-    first, *others = config.compare
-    return [first, *(method for method in others if method in ATTENTION)][:2]
+# A method may have each of these to itself: a rate that suits one handicaps another.
+METHOD_OPTIONS: tuple[str, ...] = (
+    *("beta", "beta_schedule", "p", "collapse", "form", "T", "alpha"),
+    *("lr", "weight_decay"),
+)
+OF_TEACHER = ("teacher_epochs", "teacher_lr", "teacher_weight_decay")
+# Options that only some runs read: where another option has one of these values.
+READ_WITH: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
+    (("beta", "betas", "beta_schedule"), "compare", TRANSFER),
+    (("p", "collapse", "form"), "compare", ATTENTION),
+    (("T", "alpha"), "compare", WITH_KD),
+    (("cache",), "compare", ("at", "kd", "at+kd", "channel-at")),
+    (("layers",), "compare", NEEDS_LAYERS),
+    (("teacher", "teacher_from", *OF_TEACHER), "compare", NEEDS_TEACHER),
+    (OF_TEACHER, "teacher_from", ("",)),
+    (("root",), "data", ("cifar10", "cifar100", "folder", "own")),
+    (("download",), "data", ("cifar10", "cifar100")),
+    (("workers",), "data", ("folder", "own")),
+    (("skip_unreadable",), "data", ("folder",)),
+    (("lr_drops", "lr_factor", "reset_momentum"), "lr_schedule", ("step",)),
+    (("momentum", "nesterov"), "optimizer", ("sgd",)),
+    (("compile",), "speed", ("auto", "fp32", "bf16", "fp16")),
+)
+# Used where none is given: the paper's, for the form "code"; the others are nobody's.
+BETAS = {**dict.fromkeys(ATTENTION, 1e3), "f-actt": 1.0, "gradient-at": 1.0, "flip-symmetry": 1.0}
 
 
 # ---- presets -------------------------------------------------------------------------------------
@@ -570,26 +207,15 @@ class Preset:
 
 # Each method at what is best for it on the validation images: with one rate for all, half of a
 # method's gain would be another's handicap.
-_DIGITS: dict[str, Any] = {
-    "data": "digits",
-    "labels": 20,
-    "student": "wrn-10-1-b8",
-    "seeds": 15,
-    "epochs": 300,
-    "batch_size": 64,
-    "nesterov": True,
-    "weight_decay": 2e-2,
-    "teacher_epochs": 25,
-    "teacher_weight_decay": 5e-4,
-    "speed": "exact",
-    "threads": 1,
-    "evaluate_every": 20,
-    "method": {
-        "none": {"lr": 0.3},
-        "at": {"beta": 100.0},
-        "kd": {"lr": 0.2},
-        "at+kd": {"beta": 100.0},
-    },
+_DIGITS: dict[str, Any] = {"data": "digits", "labels": 20, "student": "wrn-10-1-b8", "seeds": 15}
+_DIGITS |= {"epochs": 300, "batch_size": 64, "nesterov": True, "weight_decay": 2e-2}
+_DIGITS |= {"teacher_epochs": 25, "teacher_weight_decay": 5e-4}
+_DIGITS |= {"speed": "exact", "threads": 1, "evaluate_every": 20}
+_DIGITS["method"] = {
+    "none": {"lr": 0.3},
+    "at": {"beta": 100.0},
+    "kd": {"lr": 0.2},
+    "at+kd": {"beta": 100.0},
 }
 _QUICK = {"seeds": 2, "epochs": 140, "teacher_epochs": 6, "teacher": "wrn-10-2"}
 
@@ -615,13 +241,8 @@ def _cifar(student: str, teacher: str, *errors: float) -> Preset:
     )
 
 
-_FOLDER: dict[str, Any] = {
-    "data": "folder",
-    "epochs": 100,
-    "workers": 8,
-    "student": "resnet-18",
-    "teacher": "resnet-34",
-}
+_FOLDER: dict[str, Any] = {"data": "folder", "epochs": 100, "workers": 8}
+_FOLDER |= {"student": "resnet-18", "teacher": "resnet-34"}
 _IMAGENET: dict[str, Any] = {
     **_FOLDER,
     **_PAPER,
@@ -637,10 +258,7 @@ _IMAGENET: dict[str, Any] = {
 
 PRESETS: dict[str, Preset] = {
     "digits": Preset("scikit-learn's digits, students of 20 labelled ones, 15 seeds", _DIGITS),
-    "digits-quick": Preset(
-        "the same in well under a minute, for a look at the program",
-        {**_DIGITS, **_QUICK},
-    ),
+    "digits-quick": Preset("the same in well under a minute", {**_DIGITS, **_QUICK}),
     "cifar-wrn-16-1-from-16-2": _cifar("wrn-16-1", "wrn-16-2", 8.77, 7.93, 8.51, 7.41, 7.51, 6.31),
     "cifar-wrn-16-1-from-40-1": _cifar("wrn-16-1", "wrn-40-1", 8.77, 8.25, 8.62, 8.39, 8.01, 6.58),
     "cifar-wrn-16-2-from-40-2": _cifar("wrn-16-2", "wrn-40-2", 6.31, 5.85, 6.24, 6.08, 5.71, 5.23),
@@ -652,26 +270,305 @@ PRESETS: dict[str, Preset] = {
     "folder": Preset("a folder of pictures, ResNet-18 from ResNet-34", _FOLDER),
     "own": Preset("a data set of one's own, MODULE:FUNCTION; WRN-16-1 from 16-2", {"data": "own"}),
 }
-# The presets of data sets for which none is named.
-_OF_DATA = {"digits": "digits", "folder": "folder", "own": "own"}
 
 
 def preset_of(data: str) -> str:
-    """Return the preset that suits a data set."""
-    cifar = "cifar-wrn-16-1-from-16-2"
-    return _OF_DATA.get("own" if is_import(data) else data, cifar)
+    """Return the preset that suits a data set, where none is named."""
+    if is_import(data):
+        return "own"
+    return data if data in PRESETS else "cifar-wrn-16-1-from-16-2"
+
+
+# ---- the options --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """All options of a run. The defaults suit any images; nothing in them was tuned."""
+
+    preset: str = option(
+        "", replace(choice(*PRESETS), metavar="NAME"), "where the other options' defaults come from"
+    )
+
+    data: str = option("digits", choice(*SIZES, imports=True), "the images, or one's own")
+    root: str = option("data", text("DIR"), "folder of CIFAR, or with train/ and val/ of images")
+    download: bool = option(False, SWITCH, "fetch CIFAR if it is not there")
+    image_size: int | None = option(None, whole(4, 1024), "height and width (as the data have)")
+    mean: tuple[float, ...] = option((), several(real(0, 1)), "of each channel in [0, 1]")
+    std: tuple[float, ...] = option((), several(real(1e-6, 1)), "of each channel, as --mean")
+    skip_unreadable: int = option(0, whole(0, 10**9), "unreadable pictures that may be left out")
+    fraction: float = option(1.0, real(1e-6, 1.0), "part of the training images that is used")
+    validation: float = option(0.0, real(0, 0.9), "part of these that chooses epoch and beta")
+    labels: int = option(0, whole(0, 10**9), "labelled images that a student sees, 0 for all")
+    augment: bool = option(True, SWITCH, "shifted and, but for digits, flipped images")
+    evaluate: str = option("test", choice("test", "val"), "digits to report on: tune on val")
+
+    teacher: str = option("wrn-16-2", text("NETWORK"), "the teacher's network")
+    student: str = option("wrn-16-1", text("NETWORK"), "the student's network")
+    teacher_from: str = option("", text("FILE"), "weights of a trained teacher; or torchvision")
+    student_from: str = option("", text("FILE"), "first weights of students; or torchvision")
+    init: str = option("torch", choice("torch", "paper"), "first weights: torch's, the authors'")
+    layers: str = option("", text("NAMES"), "A,B or STUDENT:TEACHER,... (found where not given)")
+
+    compare: tuple[str, ...] = option(
+        ("none", "at", "kd", "at+kd"),
+        several(choice(*METHODS)),
+        f"of {', '.join(METHODS)}; the first is the baseline",
+    )
+    seeds: int = option(3, whole(1, 1000), "students per method, each with its own start and order")
+    beta: float | None = option(None, real(0, 1e9), "weight of the transfer loss (1000 for AT)")
+    betas: tuple[float, ...] = option((), several(real(0, 1e9)), "to choose from, by --validation")
+    beta_schedule: str = option(
+        "constant", choice("constant", "linear", "cosine"), "the latter two fall to 0"
+    )
+    p: float = option(2.0, real(1, 100), "power in the attention map")
+    collapse: str = option("mean", choice("mean", "sum", "max"), "over the channels, in the map")
+    form: str = option("code", choice("code", "paper"), "the AT loss: authors' code, or eq. (2)")
+    T: float = option(4.0, real(1e-3, 1e4), "temperature of KD")
+    alpha: float = option(0.9, real(0, 1), "weight of KD's soft labels; the labels have the rest")
+    label_smoothing: float = option(0.0, real(0, 0.99), "of the labels in the cross-entropy")
+
+    epochs: int = option(200, whole(1, 10**6), "passes of a student over its images")
+    batch_size: int = option(128, whole(2, 10**6), "images a step, on all devices together")
+    optimizer: str = option("sgd", choice("sgd", "adamw"), "torch's SGD or AdamW")
+    lr: float = option(0.1, real(0, 1e3), "learning rate at the start")
+    warmup: float = option(0.0, real(0, 1e6), "epochs in which the rate rises from 0")
+    lr_schedule: str = option("cosine", choice("step", "cosine"), "drops, or half a cosine to 0")
+    lr_drops: tuple[float, ...] = option(
+        (0.3, 0.6, 0.8), several(real(0, 1)), "where the rate drops, as parts of the run"
+    )
+    lr_factor: float = option(0.2, real(0, 1), "factor of each drop")
+    reset_momentum: bool = option(False, SWITCH, "momentum from 0 at each drop, as the authors")
+    momentum: float = option(0.9, real(0, 1), "SGD's momentum")
+    nesterov: bool = option(False, SWITCH, "Nesterov's momentum")
+    weight_decay: float = option(5e-4, real(0, 10), "weight decay")
+    teacher_epochs: int | None = option(None, whole(1, 10**6), "the teacher's epochs (a student's)")
+    teacher_lr: float | None = option(None, real(0, 1e3), "the teacher's lr (a student's)")
+    teacher_weight_decay: float | None = option(None, real(0, 10), "the teacher's (a student's)")
+
+    speed: str = option(
+        "auto",
+        choice("auto", "exact", "fp32", "bf16", "fp16"),
+        "how a step runs: auto takes bf16 where the device has it, exact is plain PyTorch",
+    )
+    compile: bool = option(True, SWITCH, "torch.compile, where speed is not exact")
+    cache: int = option(0, whole(0, 10**6), "augmentations to keep the teacher's maps of, on disk")
+    device: str = option("cpu", DEVICE, DEVICE.allowed)
+    threads: int = option(0, whole(0, 1024), "CPU threads, 0 for one a core")
+    workers: int = option(2, whole(0, 256), "processes that read a folder's images, or one's own")
+    nproc: int = option(1, whole(1, 64), "processes to share each batch (or use torchrun)")
+    sync_norm: bool = option(True, SWITCH, "BatchNorm over the batch that processes share")
+
+    evaluate_every: int = option(1, whole(1, 10**6), "epochs between evaluations")
+    checkpoint_every: int = option(1000, whole(1, 10**9), "steps between checkpoints")
+    keep: int = option(2, whole(1, 1000), "checkpoints that are kept of a training run")
+
+    method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, metadata={})
+    # The options over those of the preset, as one layer.
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False, metadata={})
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True where a method of the run has a teacher."""
+        return any(method in NEEDS_TEACHER for method in self.compare)
+
+    @property
+    def trains_teacher(self) -> bool:
+        """True where the run trains it."""
+        return self.needs_teacher and not self.teacher_from
+
+    def for_teacher(self) -> Config:
+        """Return the configuration of the teacher's own training, of a resolved one."""
+        own = {name.removeprefix("teacher_"): getattr(self, name) for name in OF_TEACHER}
+        return replace(self, **own, cache=0, labels=0, method={})
+
+    def for_method(self, method: str) -> Config:
+        """Return the configuration of one method's students."""
+        own = self.method.get(method, {})
+        # The general beta is of the general form.
+        unknown = {"beta": None} if own.get("form", self.form) != self.form else {}
+        return replace(self, **{**unknown, **own})
+
+    def beta_of(self, method: str) -> float:
+        """Return the first weight of a method's transfer loss, of ``for_method(method)``."""
+        return BETAS.get(method, 0.0) if self.beta is None else self.beta
+
+
+OPTIONS: dict[str, Rule] = {f.name: f.metadata["rule"] for f in fields(Config) if f.metadata}
+
+
+def readers(name: str) -> tuple[str, ...]:
+    """Return the methods that read an option."""
+    found = [values for names, by, values in READ_WITH if name in names and by == "compare"]
+    return found[0] if found else METHODS
+
+
+def method_rule(method: str, name: str) -> Rule:
+    """Return the rule of an option of one method; ConfigError for one that it has not."""
+    choice(*METHOD_OPTIONS).check(name)
+    choice(*readers(name)).check(method)
+    return OPTIONS[name]
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def from_toml(content: str) -> dict[str, Any]:
+    """Return the options of a file, checked; ConfigError names the first that is wrong."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        table = tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not TOML: {error}") from None
+    methods = table.pop("method", {})
+    if not isinstance(methods, dict) or not all(isinstance(v, dict) for v in methods.values()):
+        raise ConfigError("method must have a table for each method, as [method.at]")
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        if name not in OPTIONS:
+            raise ConfigError(f"no option is called {name!r}{nearest(name, [*OPTIONS, 'method'])}")
+        with naming(name):
+            found[name] = OPTIONS[name].check(value)
+    for method, given in methods.items():
+        for name, value in given.items():
+            with naming(f"{method}.{name}"):
+                given[name] = method_rule(method, name).check(value)
+    return {**found, "method": methods}
+
+
+def to_toml(config: Config) -> str:
+    """Return the file of a configuration: what was given; the rest as a comment."""
+
+    def line(name: str, value: Any) -> str:
+        # JSON's strings, numbers, lists and booleans are TOML's.
+        return f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}"
+
+    own = [(method, given) for method, given in config.given.get("method", {}).items() if given]
+    rest = {n: getattr(config, n) for n in OPTIONS if n not in config.given}
+    lines = [
+        *(line(name, value) for name, value in config.given.items() if name in OPTIONS),
+        "",
+        "# The other options, as the run has them. To change one, take its # away.",
+        *(f"# {line(name, value)}" for name, value in rest.items() if value is not None),
+    ]
+    for method, options in own:
+        lines += ["", f"[method.{json.dumps(method)}]", *(line(*item) for item in options.items())]
+    return "\n".join(lines).strip() + "\n"
+
+
+def read_file(path: Path) -> str:
+    """Return the text of a file; ConfigError names it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+# ---- layers of options ---------------------------------------------------------------------------
+
+
+def resolve(*layers: Mapping[str, Any]) -> Config:
+    """Return the layers' options, the last on top, over those of the preset that they name.
+
+    A layer beats all under it: its ``lr`` takes the place of the lr that a method had to itself.
+    Without a preset the data set has one that suits it.
+    """
+    merged: dict[str, Any] = {}
+    for each in layers:
+        merged = _over(merged, each)
+    name = merged.get("preset") or preset_of(merged.get("data", Config.data))
+    options = _over(PRESETS[name].options, merged)
+    config = Config(**{**options, "preset": name, "given": merged})
+    if config.optimizer == "adamw" and "lr" not in merged:
+        raise ConfigError("lr: must be given for adamw, as presets have SGD's; torch's is 0.001")
+    _check_combination(config)
+    size = config.image_size or SIZES.get(config.data)
+    unset = [name for name in OF_TEACHER if getattr(config, name) is None]
+    own = {name: getattr(config, name.removeprefix("teacher_")) for name in unset}
+    return replace(config, image_size=size, **own)
+
+
+def _over(under: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a layer over another. A beta means another thing in each form, and goes with its own."""
+    beaten = {*layer}
+    if layer.get("betas") or "form" in layer:
+        beaten.add("beta")
+    if layer.get("beta") is not None:
+        beaten.add("betas")
+    methods = {}
+    for method in dict.fromkeys([*under.get("method", {}), *layer.get("method", {})]):
+        before, own = (each.get("method", {}).get(method, {}) for each in (under, layer))
+        gone = {*beaten, "beta"} if "form" in own else beaten
+        if found := {n: value for n, value in before.items() if n not in gone} | own:
+            methods[method] = found
+    kept = {name: value for name, value in under.items() if name not in beaten}
+    return {**kept, **layer, "method": methods}
+
+
+def _check_combination(config: Config) -> None:
+    """Raise ConfigError for options that do not go together."""
+
+    def check(name: str, right: bool, allowed: str) -> None:
+        if not right:
+            raise ConfigError(f"{name}: got {getattr(config, name)!r}, allowed is {allowed}")
+
+    c, data, own, cifar = config, config.data, is_import(config.data), config.data[:5] == "cifar"
+    check("data", data != "own", "MODULE:FUNCTION with --preset own")
+    for name in ("image_size", "mean", "std", "augment"):
+        check(
+            name,
+            not own or getattr(c, name) in (None, (), True),
+            f"none for {data!r}, whose images are made by its function",
+        )
+    check("image_size", not cifar or c.image_size in (None, 32), f"32 for {data}")
+    check("evaluate", data == "digits" or c.evaluate == "test", f"test for {data}")
+    check("nesterov", not c.nesterov or c.momentum > 0, "false where momentum is 0")
+    check("betas", not c.betas or c.beta is None, "none where beta is given")
+    check(
+        "betas", not c.betas or c.validation > 0, "none without images to choose by: --validation"
+    )
+    check("compare", 0 < len({*c.compare}) == len(c.compare), "one method or more, each once")
+    check("cache", c.cache < 2 or c.augment, "1 with --no-augment")
+    for method in c.compare:
+        each = c.for_method(method)
+        known = each.form == "code" or each.beta is not None or bool(c.betas)
+        allowed = f"a number for {method} in the form 'paper'; 1000 is for 'code'"
+        check("beta", known or method not in ATTENTION, allowed)
+
+
+def unused(config: Config, name: str, processes: int = 1) -> str:
+    """Return the reason why an option changes nothing in a run; empty where it does."""
+    reading = [method for method in config.compare if method in readers(name)]
+    # The teacher has a student's lr where it has none of its own.
+    lr = getattr(config, f"teacher_{name}", None)
+    teaches = config.trains_teacher and lr == getattr(config, name)
+    if reading and not teaches and all(name in config.method.get(m, {}) for m in reading):
+        return f"{', '.join(reading)} have their own by --set"
+    used, why = {
+        "T": (any(config.for_method(method).alpha for method in reading), "alpha is 0"),
+        "init": (config.trains_teacher or not config.student_from, "all weights come from files"),
+        "lr_factor": (bool(config.lr_drops), "the rate does not drop"),
+        "sync_norm": (max(config.nproc, processes) > 1, "one process has the whole batch"),
+    }.get(name, (True, ""))
+    for names, other, values in READ_WITH:
+        found = getattr(config, other)
+        kinds = {*found} if other == "compare" else {"own" if is_import(found) else found}
+        if name in names and not kinds & {*values}:
+            return f"it is read where {other} has {' or '.join(values) or 'nothing'}"
+    return "" if used else why
+
+
+def drawn(config: Config) -> list[str]:
+    """Return the methods whose attention maps are shown: the first, and the first of AT."""
+    first, *others = config.compare
+    return [first, *(method for method in others if method in ATTENTION)][:2]
 
 
 def published(config: Config) -> Mapping[str, tuple[float, ...]]:
     """Return the errors that were published for a run's data set and networks; empty for others."""
-    found = preset(config.preset)
+    found = PRESETS[config.preset]
     same = all(getattr(config, n) == found.options.get(n) for n in ("data", "student", "teacher"))
     return found.published if same else {}
-
-
-def preset(name: str) -> Preset:
-    """Return the preset of a name; ConfigError names the nearest."""
-    if name not in PRESETS:
-        near = nearest(name, PRESETS)
-        raise ConfigError(f"preset: got {name!r}, allowed is {', '.join(PRESETS)}{near}")
-    return PRESETS[name]

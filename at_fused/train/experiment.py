@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,21 @@ from at_fused.teacher_cache import TeacherHash
 from at_fused.train import checkpoints, parallel
 from at_fused.train.checkpoints import CheckpointError
 from at_fused.train.config import (
-    METHOD_OPTIONS,
     NEEDS_LAYERS,
     NEEDS_TEACHER,
+    OF_TEACHER,
     OPTIONS,
     TRANSFER,
     Config,
     ConfigError,
     in_a_line,
+    readers,
     to_toml,
 )
 from at_fused.train.data import PICTURES, Data, read_data
 from at_fused.train.data.samples import few_labels
 from at_fused.train.loop import Callbacks, Curve, Job, Plan, Trainer, accuracy
-from at_fused.train.methods import Batch, Networks, make_objective
+from at_fused.train.methods import OBJECTIVES, Batch, Networks
 from at_fused.train.networks import build, count_parameters
 from at_fused.train.saved import find_weights, read_weights, save_network
 from at_fused.train.speed import StepMode, folded, prepare, step_mode
@@ -45,25 +45,14 @@ from at_fused.train.speed import StepMode, folded, prepare, step_mode
 TEACHER_SEED = 10_000
 SEARCH_SEED = 20_000
 SEARCH_SEEDS = 3
-# Options that may change in a run that goes on: they do not make other networks.
-MAY_CHANGE = {
-    *("preset", "root", "download", "skip_unreadable", "compare", "seeds"),
-    *("device", "threads", "workers", "nproc", "checkpoint_every", "keep"),
-    *("teacher_epochs", "teacher_lr", "teacher_weight_decay"),  # the teacher's epochs, lr, ...
-}
 # Options of a machine, which may differ between those of a run.
 OF_A_MACHINE = {"root", "device", "threads", "workers"}
+# Options that may change in a run that goes on: they do not make other networks.
+MAY_CHANGE = {*OF_A_MACHINE, *OF_TEACHER, "preset", "compare", "seeds", "nproc"}
+MAY_CHANGE |= {"download", "skip_unreadable", "checkpoint_every", "keep"}
 # Compared by the rates and betas that they give to the steps that are done.
-SCHEDULE = {
-    *("epochs", "lr", "lr_schedule", "lr_drops", "lr_factor", "warmup"),
-    *("beta", "beta_schedule"),
-}
-# Words for settings whose values say nothing to a person.
-DIGESTS = {
-    "images": "other images",
-    "teacher_weights": "another teacher",
-    "first_weights": "other first weights (student_from)",
-}
+SCHEDULE = {"epochs", "lr", "lr_schedule", "lr_drops", "lr_factor", "warmup", "beta"}
+SCHEDULE |= {"beta_schedule"}
 
 
 @dataclass
@@ -106,10 +95,8 @@ class Experiment:
         self.config, self.fresh, self._out = config, fresh, out
         self.callbacks = callbacks or Callbacks()
         self.device = prepare(config)
-        parallel.same_in_all({n: getattr(config, n) for n in OPTIONS if n not in OF_A_MACHINE})
-        for method in config.compare:
-            own = config.for_method(method)
-            parallel.same_in_all({f"{method}.{n}": getattr(own, n) for n in METHOD_OPTIONS})
+        shared = [name for name in (*OPTIONS, "method") if name not in OF_A_MACHINE]
+        parallel.same_in_all({name: getattr(config, name) for name in shared})
         self.data = data = data or read_data(config, self.device, out)
         parallel.same_in_all({"data": data.digest})
         if config.labels and not data.classes <= config.labels <= len(data.train):
@@ -129,7 +116,8 @@ class Experiment:
         # Content of the files of networks that were trained before, without the weights.
         self._finished: dict[str, dict[str, Any]] = {}
         self._metrics: checkpoints.Metrics | None = None
-        self.result = Result(None, {m: [] for m in config.compare}, facts=self._facts(student))
+        self.result = Result(None, {m: [] for m in config.compare})
+        self.result.facts = self._facts(student)
         self._check_methods(student)
 
     @property
@@ -160,14 +148,10 @@ class Experiment:
                 f"{side}: {name} does not take images of {size}: {in_a_line(error)}"
             ) from error
         if source := getattr(self.config, option):
-
-            def found() -> tuple[dict[str, Tensor], str]:
-                file, head = read_weights(source, option, name), side == "student"
-                return find_weights(
-                    model, file, option, network=name, new_head=head, data=self.data
-                )
-
-            self._first_weights[side], line = parallel.from_first(found)
+            rest: Any = {"network": name, "new_head": side == "student", "data": self.data}
+            self._first_weights[side], line = parallel.from_first(
+                lambda: find_weights(model, read_weights(source, option, name), option, **rest)
+            )
             self.loaded.append(line)
             model.load_state_dict(self._first_weights[side], strict=False)
         return model
@@ -180,11 +164,6 @@ class Experiment:
             if not layers:
                 return match_layers(student, self.teacher, self.example, verbose=False)
             names = [each.strip() for each in layers.split(",")]
-            if not all(names):
-                raise ConfigError(
-                    f"got {layers!r}, allowed are names of modules, as layer2,layer3 or "
-                    "layer2:features.8,..."
-                )
             pairs = named_pairs([tuple(n.split(":")) if ":" in n else n for n in names])
             modules_named(student, [pair.student for pair in pairs])
             modules_named(self.teacher, [pair.teacher for pair in pairs])
@@ -192,37 +171,41 @@ class Experiment:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"layers: {str(error).removeprefix('layers: ')}") from error
 
-    def _check_methods(self, student: nn.Module, taught: bool = False) -> None:
+    def _check_methods(self, student: nn.Module) -> None:
         """Compute each method's loss once, before hours are spent on the methods before it."""
         x, config = self.example, self.config
         y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for method in config.compare:
             networks = Networks(student, self.teacher, self.pairs, student, self.teacher, x)
             try:
-                objective = make_objective(method, config.for_method(method), networks, None)
-                terms = objective(Batch(x, y, torch.arange(len(x)), 0), 1.0)
+                objective = OBJECTIVES[method](config.for_method(method), networks, None)
+                objective(Batch(x, y, torch.arange(len(x)), 0), 1.0)
                 objective.close()
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ConfigError(
                     f"compare: {method} does not go with {config.student} and {config.teacher}: "
                     f"{error}"
                 ) from error
-            if taught and method in NEEDS_TEACHER and not terms.loss.isfinite():
-                raise ConfigError(
-                    f"teacher: the loss of {method} is not finite with it, on the first images: "
-                    "its weights or features are too large; it needs a lower teacher_lr, or "
-                    "other weights"
-                )
 
     def _facts(self, student: nn.Module) -> dict[str, Any]:
-        modes = {m: str(self._mode(m)) for m in ("teacher", *self.config.compare)}
+        """Return what run.json has, and the heading of a run says."""
+        config, data = self.config, self.data
+        sizes = {"train": data.train, "validation": data.validation, "report on": data.evaluate}
+        images = {name: len(part) for name, part in sizes.items() if part is not None}
+        trained = [*["teacher"] * config.trains_teacher, *config.compare]
+        teacher = {config.teacher: f"{count_parameters(self.teacher):,} parameters"}
         return {
-            "teacher_parameters": count_parameters(self.teacher),
-            "student_parameters": count_parameters(student),
-            "layers": [list(pair) for pair in self.pairs],
-            "steps_run_in": modes,
+            "data": {config.data: "x".join(map(str, self.example.shape[1:])), **images},
+            **data.facts,
+            "classes": data.classes,
+            "teacher": teacher if config.needs_teacher else {},
+            "student": {config.student: f"{count_parameters(student):,} parameters"},
             "loaded": self.loaded,
-            "data": self.data.facts,
+            "layers": [list(pair) for pair in self.pairs],
+            "training": f"{config.seeds} seed(s), batches of {config.batch_size}, "
+            f"{config.optimizer}, rate by {config.lr_schedule}",
+            "steps": sum(job.plan.steps for job in self.jobs()),
+            "steps_run_in": {method: str(self._mode(method)) for method in trained},
             "processes": parallel.size(),
             "torch": torch.__version__,
             "at_fused": at_fused.__version__,
@@ -249,11 +232,8 @@ class Experiment:
         for seed in range(config.seeds):
             for method in config.compare:
                 own = config.for_method(method)
-                if self._searches(method):
-                    found = self.result.searched.get(method, {})
-                    done = [beta for beta, curves in found.items() if len(curves) == SEARCH_SEEDS]
-                    complete = len(done) == len(config.betas)
-                    own = replace(own, beta=self.result.chosen(method) if complete else None)
+                if self._searches(method):  # None until then
+                    own = replace(own, beta=self.result.chosen(method))
                 yield self._job(f"{method}-seed{seed}", method, seed, own)
 
     def _searches(self, method: str) -> bool:
@@ -265,47 +245,32 @@ class Experiment:
         train = self.data.train
         if config.labels:
             train = train.subset(few_labels(train.labels, config.labels, seed))
-        beta = config.beta_of(method)
-        unknown = config.beta is None and self._searches(method)
-        return Job(
-            name,
-            method,
-            seed,
-            config,
-            Plan(config, len(train), seed, beta),
-            self.data,
-            train,
-            self._out / "checkpoints" / name if self._out else Path(),
-            self._settings(method, seed, config if unknown else replace(config, beta=beta)),
-        )
+        plan = Plan(config, len(train), seed, config.beta_of(method))
+        folder = self._out / "checkpoints" / name if self._out else Path()
+        settings = {"run": name, **self._settings(method, seed, config)}
+        return Job(name, method, seed, config, plan, self.data, train, folder, settings)
 
     def _settings(self, method: str, seed: int, config: Config) -> dict[str, Any]:
-        """List everything but the seed that makes a network the one that it is."""
-        teaches = seed == TEACHER_SEED
+        """List all that makes a network, but for its seed, a teacher and beta still to come."""
         # Weights are known by their content, and their source may move.
         unread = MAY_CHANGE | {"teacher_from", "student_from"}
-        unread |= {name for name, users in METHOD_OPTIONS.items() if method not in users}
-        for names, read in (
-            ({"betas"}, seed < TEACHER_SEED and self._searches(method)),
-            ({"student", "labels"}, not teaches),
-            ({"teacher"}, teaches or method in NEEDS_TEACHER),
-            ({"layers"}, method in NEEDS_LAYERS),
-            ({"evaluate_every"}, config.validation),  # which chooses among the evaluations
-        ):
-            unread |= set() if read else names
+        unread |= {name for name in OPTIONS if method not in readers(name)}
+        if seed >= SEARCH_SEED or not self._searches(method):
+            unread |= {"betas"}
+            config = replace(config, beta=config.beta_of(method))
+        if not config.validation:  # which chooses among the evaluations
+            unread |= {"evaluate_every"}
+        if seed == TEACHER_SEED:
+            unread = (unread | {"student"}) - {"teacher"}
         found = {name: getattr(config, name) for name in OPTIONS if name not in unread}
         shares = 1 if config.sync_norm else parallel.size()
         found["sync_norm"] = shares == 1 or f"no, {shares} shares of a batch"
         found["images"] = self.data.digest
-        if not teaches:
+        if seed != TEACHER_SEED:
             found["first_weights"] = self._student_weights
-        if method in NEEDS_TEACHER:
+        if method in NEEDS_TEACHER and self._teacher_weights:
             found["teacher_weights"] = self._teacher_weights
-        return found
-
-    def total_steps(self) -> int:
-        """Return the optimiser steps of all trainings, for a progress bar."""
-        return sum(job.plan.steps for job in self.jobs())
+        return {name: value for name, value in found.items() if value is not None}
 
     # ---- what is there ----
 
@@ -314,69 +279,41 @@ class Experiment:
             return self.out / "teacher.pt"
         return self.out / ("search" if job.seed >= SEARCH_SEED else "") / f"student_{job.name}.pt"
 
-    def _saved(self, job: Job, log: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
-        """Return the file of a job's network, or else its last good checkpoint, and the content."""
+    def _saved(self, job: Job) -> tuple[Path, dict[str, Any]] | None:
+        """Return the file of a job's network, or else its last checkpoint, and the content."""
         path, state = self._file(job), self._finished.get(job.name)
         if not state and path.is_file():
-            try:
-                state = checkpoints.load(path, "network")
-            except checkpoints.DamagedError as error:
-                raise CheckpointError(f"{error}; delete it, and --resume makes it anew") from error
-            if state.get("run") != job.name:
-                raise CheckpointError(
-                    f"{path}: is the network of {state.get('run')}, wanted is {job.name}'s"
-                )
+            state = checkpoints.load(path, "network")
         if state:
             self._check_settings(path, state, job)
             if state["settings"]["epochs"] == job.config.epochs:
                 return path, state
-        found = checkpoints.newest(job.checkpoints, job.what, log)
+        found = checkpoints.newest(job.checkpoints, job.what)
         if found:
             self._check_settings(*found, job)
-        elif state:
-            raise CheckpointError(
-                f"{path}: has {state['settings']['epochs']} epochs, and the state to go on from is "
-                f"gone ({job.checkpoints}); delete it, too, to train it from the start, or begin "
-                "another run with --out"
-            )
         return found
 
     def _check_settings(self, path: Path, state: dict[str, Any], job: Job) -> None:
         """Raise CheckpointError where a file was made with other settings."""
-        made, wanted, plan = dict(state.get("settings", {})), dict(job.settings), job.plan
-        if not self._teacher_weights:  # so far: the teacher comes first
-            made.pop("teacher_weights", None)
-            wanted.pop("teacher_weights", None)
-        if wanted.get("beta", 0.0) is None and "beta" in made:  # still to be chosen
-            wanted["beta"] = made["beta"]
-            plan = Plan(job.config, len(job.train), job.seed, made["beta"])
-        others = sorted((made.keys() | wanted.keys()) - SCHEDULE)
-        differ = [name for name in others if made.get(name) != wanted.get(name)]
+        made, wanted = state.get("settings", {}), job.settings
         # A setting that only one of them has follows from another that differs.
-        differ = [name for name in differ if name in made and name in wanted] or differ
-        why = ""
+        shared = sorted(made.keys() & wanted.keys())
+        # A validation share chooses among all evaluations, and would have another choice.
+        whole = job.is_teacher or self.data.validation is not None
+        scheduled = SCHEDULE - ({"epochs"} if whole else set())
+        differ = [n for n in shared if n not in scheduled and made[n] != wanted[n]]
         if not differ:
-            steps = int(state["step"] if "step" in state else state["points"][-1]["step"])
-            names = sorted(SCHEDULE & made.keys() & wanted.keys())
+            names = [name for name in shared if name in scheduled]
             before = replace(job.config, **{name: made[name] for name in names})
-            other = Plan(before, len(job.train), job.seed, before.beta_of(job.method))
-            # An end that was no evaluation of a longer run may have been chosen.
-            longer, every = made["epochs"] != wanted["epochs"], job.config.evaluate_every
-            chosen = self.data.validation is not None and longer and bool(made["epochs"] % every)
-            if steps > plan.steps or plan.differs(other, steps) or chosen:
+            plan = Plan(before, len(job.train), job.seed, before.beta_of(job.method))
+            steps = int(state["step"] if "step" in state else state["points"][-1]["step"])
+            if steps > job.plan.steps or job.plan.differs(plan, steps):
                 differ = [name for name in names if made[name] != wanted[name]]
-            if differ == ["epochs"]:
-                why = ", and its steps follow from that"
-                if chosen:
-                    why = f", no multiple of evaluate_every {every}, where validation would choose"
         if differ:
-            pairs = ", ".join(
-                DIGESTS.get(name)
-                or f"{name} {made.get(name, 'unknown')!s} (now {wanted.get(name, 'none')!s})"
-                for name in differ[:4]
-            )
+            # Digests by their first digits.
+            pairs = ", ".join(f"{n} {made[n]!s:.12} (now {wanted[n]!s:.12})" for n in differ[:4])
             raise CheckpointError(
-                f"{path}: was made with {pairs}{why}; networks of both would be mixed: go on with "
+                f"{path}: was made with {pairs}; networks of both would be mixed: go on with "
                 "what it was made with, or begin another run with --out"
             )
 
@@ -416,36 +353,19 @@ class Experiment:
 
     def _take_stock(self) -> None:
         """Read what the run had come to, all before anything is written, and begin its files."""
-        before = []
-        more = 0  # the epochs of a teacher that is to have more
-        complete = True
+        before: list[dict[str, Any]] = []
         for job in self.jobs():
-            saved = self._saved(job, lambda text: None)
-            finished = saved is not None and "step" not in saved[1]
-            complete = complete and finished
-            if not saved:
+            if not (saved := self._saved(job)):
                 continue
-            path, state = saved
-            if finished:
+            _, state = saved
+            if "step" not in state:
                 weights = state.pop("model")
                 self._finished[job.name] = state
-            if job.is_teacher and finished:
-                self.teacher.load_state_dict(weights)
-                self._teacher_weights = TeacherHash(self.teacher.eval())()
-            elif job.is_teacher:
-                more = state["settings"]["epochs"] if self._file(job).is_file() else 0
-            elif more and job.method in NEEDS_TEACHER:
-                raise CheckpointError(
-                    f"{path}: has learned from a teacher of {more} epochs; allowed are "
-                    f"--teacher-epochs {more}, or another run with --out"
-                )
-            before.append((job, state["points"]))
+                if job.is_teacher:
+                    self.teacher.load_state_dict(weights)
+                    self._teacher_weights = TeacherHash(self.teacher.eval())()
+            before += [job.label | point for point in state["points"]]
         self._metrics = checkpoints.Metrics(self.out, before)
-        if complete and (file := self.out / "run.json").is_file():
-            # Nothing is left to train: what is on record stays.
-            with suppress(ValueError):
-                self.result.facts = json.loads(file.read_text(encoding="utf-8"))
-            return
         checkpoints.write(self.out / "config.toml", to_toml(self.config).encode())
         self._write_facts()
         if self.data.pictures:
@@ -454,33 +374,19 @@ class Experiment:
 
     def _evaluate_given_teacher(self) -> None:
         teacher = self.teacher.eval().requires_grad_(False)
-        found = accuracy(teacher, self.data.evaluate, self.device)
-        if found is None:
+        self.result.teacher = accuracy(teacher, self.data.evaluate, self.device)
+        if self.result.teacher is None:
             raise ConfigError(
                 f"teacher_from: got {self.config.teacher_from!r}, whose outputs on the images to "
                 "report on are not finite; allowed are the weights of a network that works"
             )
-        self._taught(found)
         path = self.out / "teacher.pt"
         parallel.from_first(
             lambda: save_network(path, "teacher", teacher, self.data, self.config, run="teacher")
         )
 
-    def _taught(self, accuracy: tuple[float, ...]) -> None:
-        """Check the teacher, now that it is there."""
-        self._teacher_weights = TeacherHash(self.teacher)()
-        self.result.teacher = accuracy
-        self._check_methods(self._network("student", 0), taught=True)
-        images, share = len(self.data.evaluate), 1 / self.data.classes
-        noise = 100 * math.sqrt(share * (1 - share) / images)
-        if accuracy[0] <= 100 * share + 3 * noise:
-            self.callbacks.log(
-                f"the teacher's accuracy, {accuracy[0]:.2f} %, is that of guessing "
-                f"({100 * share:.2f} %): students have nothing to learn from it"
-            )
-
     def _train(self, job: Job) -> None:
-        saved = parallel.from_first(lambda: self._saved(job, self.callbacks.log))
+        saved = parallel.from_first(lambda: self._saved(job))
         if saved and "step" not in saved[1]:
             self.callbacks.skipped(job.plan.steps)
             curve, model = Curve(saved[1]["points"], saved[1]["peak_bytes"]), self.teacher
@@ -495,13 +401,16 @@ class Experiment:
                 trainer.objective.close()
             parallel.from_first(lambda: self._save_trained(job, curve, model))
         if job.is_teacher:
-            # Statistics that processes keep apart are the first's, as in its file.
-            self.teacher.load_state_dict(parallel.from_first(lambda: _weights(model)))
+            # Statistics that processes keep apart are the first's, as in its file; GPUs differ.
+            state = parallel.from_first(lambda: {k: v.cpu() for k, v in model.state_dict().items()})
+            self.teacher.load_state_dict(state)
             self.teacher.eval().requires_grad_(False)
-            self._taught(tuple(curve.chosen[k] for k in ("accuracy", "top5") if k in curve.chosen))
+            self._teacher_weights = TeacherHash(self.teacher)()
+            found = [curve.chosen[name] for name in ("accuracy", "top5") if name in curve.chosen]
+            self.result.teacher = tuple(found)
         elif job.seed >= SEARCH_SEED:
-            found = self.result.searched.setdefault(job.method, {})
-            found.setdefault(job.settings["beta"], []).append(curve)
+            searched = self.result.searched.setdefault(job.method, {})
+            searched.setdefault(job.settings["beta"], []).append(curve)
         else:
             self.result.students[job.method].append(curve)
 
@@ -524,7 +433,7 @@ class Experiment:
         if parallel.size() > 1 and self.config.sync_norm:
             student = parallel.share_statistics(student, self.device)
         teacher = self.teacher
-        if mode.fold_norms and job.method in NEEDS_TEACHER:
+        if mode.fast and job.method in NEEDS_TEACHER:
             teacher, _ = folded(teacher, [pair.teacher for pair in self.pairs])
             teacher = mode.layout(teacher)
         batch = min(job.config.batch_size // parallel.size(), len(job.train))
@@ -538,7 +447,7 @@ class Experiment:
             mode.compiled(teacher, self.device, batch),
             self.example,
         )
-        objective = make_objective(job.method, job.config, networks, self._cache(job))
+        objective = OBJECTIVES[job.method](job.config, networks, self._cache(job))
         if objective.extra:
             objective.run_extra = parallel.distribute(objective.extra, self.device)
         if parallel.size() > 1:
@@ -577,8 +486,3 @@ class Experiment:
             trainer.optimizer.zero_grad()
             torch.set_rng_state(random)
         return None
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return a state_dict that other processes, which have other GPUs, can take."""
-    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}

@@ -106,6 +106,11 @@ class Job:
         return self.name == "teacher"
 
     @property
+    def label(self) -> dict[str, Any]:
+        """The network's part of a record of metrics."""
+        return {"run": self.name, "method": self.method, "seed": self.seed}
+
+    @property
     def what(self) -> str:
         """The content of a checkpoint, as its file names it."""
         return f"checkpoint of {self.name}"
@@ -201,17 +206,7 @@ class Plan:
 
 
 class Trainer:
-    """A student on its way: ``run`` takes it from where it is to the end.
-
-    Args:
-        job: what to train, and by which steps.
-        student: the network.
-        objective: the method's loss.
-        mode: how its steps run.
-        device: where.
-        callbacks: told of steps and evaluations.
-        metrics: where evaluations are written; None writes none.
-    """
+    """A student of an objective on its way: ``run`` takes it from where it is to the end."""
 
     def __init__(
         self,
@@ -225,10 +220,10 @@ class Trainer:
     ) -> None:
         self.job, self.plan, self.student, self.objective = job, job.plan, student, objective
         self.mode, self.device, self.callbacks, self.metrics = mode, device, callbacks, metrics
-        config, extra = job.config, {"extra": objective.extra} if objective.extra else {}
-        networks: dict[str, nn.Module] = {"student": student, **extra}
+        config = job.config
+        networks = {"student": student} | ({"extra": objective.extra} if objective.extra else {})
         parameters = [p for network in networks.values() for p in network.parameters()]
-        common: Any = {"weight_decay": config.weight_decay, "fused": mode.fused or None}
+        common: Any = {"weight_decay": config.weight_decay, "fused": mode.fast or None}
         momentum: Any = {"momentum": config.momentum, "nesterov": config.nesterov}
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(parameters, config.lr, **common)
@@ -281,11 +276,9 @@ class Trainer:
         """Yield the rest of an epoch, each batch with this process's ``share`` of it."""
         seed = self.plan.augmentation(epoch)
         rest = self.plan.batches(epoch)[self.step - epoch * self.plan.per_epoch :]
-        own = [parallel.share(rows) for rows in rest]
-        shares = [len(o) * parallel.size() / len(r) for o, r in zip(own, rest, strict=True)]
-        batches = self.job.train.batches(own, seed)
-        for (x, y, index), share in zip(batches, shares, strict=True):
-            yield Batch(x, y, index, seed or 0), share
+        batches = self.job.train.batches([parallel.share(rows) for rows in rest], seed)
+        for rows, (x, y, index) in zip(rest, batches, strict=True):
+            yield Batch(x, y, index, seed or 0), len(index) * parallel.size() / len(rows)
 
     # ---- the run ----
 
@@ -328,10 +321,9 @@ class Trainer:
 
     def _not_finite(self, what: str) -> NotFiniteError:
         job, states = self.job, checkpoints.saved_steps(self.job.checkpoints)
-        name = "the teacher" if job.is_teacher else f"method {job.method}"
         saved = f"the last good state is {states[-1]}" if states else "no state was saved before"
         remedy = "a lower lr" if job.method in ("none", "kd") else "a lower lr or beta"
-        return NotFiniteError(f"{job.name} ({name}): {what} not finite; {saved}; {remedy} may help")
+        return NotFiniteError(f"{job.name}: {what} not finite; {saved}; {remedy} may help")
 
     def _poll(self, due: bool) -> int:
         """End the run where a loss was not finite; return the signal that has come, or 0."""
@@ -380,7 +372,7 @@ class Trainer:
 
         def tell() -> None:
             if self.metrics:
-                self.metrics.add(self.job, point)
+                self.metrics.add(self.job.label | point)
             self.callbacks.point(self.job, point)
 
         parallel.from_first(tell)
@@ -389,13 +381,16 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        random, job = parallel.gather(_random_state(self.device)), self.job
+        random = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            random.append(torch.cuda.get_rng_state(self.device))
+        job = self.job
         state: dict[str, Any] = {
             "settings": job.settings,
             "step": self.step,
             **{name: part.state_dict() for name, part in self._parts.items()},
             "best": self.best,
-            "random": random,
+            "random": parallel.gather(random),
             "points": self.curve.points,
             "peak_bytes": self.curve.peak_bytes,
             "sums": self._sums,
@@ -415,12 +410,15 @@ class Trainer:
             self.best = state["best"]
             self._sums.copy_(state["sums"])
             self._steps, self._ms = int(state["since"]), list(state["ms"])
-            mine = state["random"][parallel.process().rank % len(state["random"])]
+            states = state["random"]
+            random = states[parallel.process().rank % len(states)]
+            torch.set_rng_state(random[0])
+            if self.device.type == "cuda" and len(random) > 1:
+                torch.cuda.set_rng_state(random[1], self.device)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise checkpoints.CheckpointError(
                 f"{path}: does not fit this run ({in_a_line(error)})"
             ) from error
-        _set_random_state(mine, self.device)
 
 
 def accuracy(
@@ -440,14 +438,3 @@ def accuracy(
             sums += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(y)).to(y), bad])
     top1, top5, count, wrong = parallel.total(sums.tolist())
     return None if wrong else (100 * top1 / count, 100 * top5 / count)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_random_state(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)

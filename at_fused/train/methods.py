@@ -69,48 +69,43 @@ class Objective:
         self, config: Config, networks: Networks, cache: TeacherCache | None, **options: Any
     ) -> None:
         self.config, self.networks, self.cache = config, networks, cache
-        self.prepare(**options)
+        self._prepare(**options)
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """Make what the loss needs."""
 
     def close(self) -> None:
         """Take the hooks away."""
 
-    def student(self, x: Tensor) -> Tensor:
-        """Return the student's logits, (B, K)."""
+    def _student(self, x: Tensor) -> Tensor:
         return logits_of(self.networks.run_student(x))
 
-    def task(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Return the cross-entropy with the labels."""
+    def _task(self, logits: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
 
-    def terms(self, task: Tensor, transfer: Tensor) -> Terms:
-        """Return those of the cross-entropy and a transfer loss."""
+    def _terms(self, task: Tensor, transfer: Tensor) -> Terms:
         return Terms(task + transfer, task, task.new_zeros(()), transfer.detach())
 
-    def distilled(self, logits: Tensor, wanted: Tensor, y: Tensor) -> Terms:
-        """Return those of KD's loss, with the cross-entropy for the record."""
+    def _distilled(self, logits: Tensor, wanted: Tensor, y: Tensor) -> Terms:
         c = self.config
         loss = at_fused.kd_loss(
             logits, wanted, y, T=c.T, alpha=c.alpha, label_smoothing=c.label_smoothing
         )
-        return Terms(loss, self.task(logits.detach(), y), loss.detach(), loss.new_zeros(()))
+        return Terms(loss, self._task(logits.detach(), y), loss.detach(), loss.new_zeros(()))
 
     def __call__(self, batch: Batch, beta: float) -> Terms:
         """Return the losses of a batch, with the transfer's weight at this step."""
-        task = self.task(self.student(batch.x), batch.y)
+        task = self._task(self._student(batch.x), batch.y)
         return Terms(task, task, *task.new_zeros(2))
 
 
 class Distillation(Objective):
     """``kd``: alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy."""
 
-    def prepare(self) -> None:
-        """See the base class."""
+    def _prepare(self) -> None:
         self._hash = TeacherHash(self.networks.teacher)
 
-    def teacher(self, batch: Batch) -> Tensor:
+    def _teacher(self, batch: Batch) -> Tensor:
         """Return the teacher's logits, from the cache where there is one."""
 
         def compute(x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -128,15 +123,14 @@ class Distillation(Objective):
 
     def __call__(self, batch: Batch, beta: float) -> Terms:
         """See the base class."""
-        wanted = self.teacher(batch)
-        return self.distilled(self.student(batch.x), wanted, batch.y)
+        wanted = self._teacher(batch)
+        return self._distilled(self._student(batch.x), wanted, batch.y)
 
 
 class Attention(Objective):
     """``at``, ``channel-at``: cross-entropy + beta AT; ``at+kd``: KD's loss + beta AT."""
 
-    def prepare(self, kd: bool = False, attend: str = "spatial") -> None:
-        """See the base class."""
+    def _prepare(self, kd: bool = False, attend: str = "spatial") -> None:
         config, networks, self.kd = self.config, self.networks, kd
         self.at = AttentionTransfer(
             networks.student,
@@ -161,11 +155,11 @@ class Attention(Objective):
         self.at.beta = beta
         # The teacher first: its pass then takes memory that the student's graph does not hold yet.
         self.at.prepare(batch.x, index, seed)
-        logits = self.student(batch.x)
+        logits = self._student(batch.x)
         transfer = self.at(batch.x, index, seed)
         if not self.kd:
-            return self.terms(self.task(logits, batch.y), transfer)
-        kd = self.distilled(logits, logits_of(self.at.teacher_output), batch.y)
+            return self._terms(self._task(logits, batch.y), transfer)
+        kd = self._distilled(logits, logits_of(self.at.teacher_output), batch.y)
         return kd._replace(loss=kd.loss + transfer, transfer=transfer.detach())
 
 
@@ -175,8 +169,7 @@ class Features(Objective):
     f is a 1x1 convolution for each pair whose channels differ, trained with the student.
     """
 
-    def prepare(self) -> None:
-        """See the base class."""
+    def _prepare(self) -> None:
         networks = self.networks
         self.students: dict[int, Tensor] = {}
         self.teachers: dict[int, Tensor] = {}
@@ -212,14 +205,14 @@ class Features(Objective):
         """See the base class."""
         with evaluating(self.networks.teacher):
             self.networks.run_teacher(batch.x)
-        task = self.task(self.student(batch.x), batch.y)
-        return self.terms(task, beta * self.run_extra(*self._features()))
+        task = self._task(self._student(batch.x), batch.y)
+        return self._terms(task, beta * self.run_extra(*self._features()))
 
 
 class Gradients(Objective):
     """``gradient-at``: cross-entropy + beta/2 |J_S - J_T| of the input gradients J."""
 
-    def wanted(self, batch: Batch) -> Tensor:
+    def _wanted(self, batch: Batch) -> Tensor:
         """Return the gradients that the student's are compared with."""
         self.networks.teacher.eval()
         return at_fused.input_gradient(
@@ -229,22 +222,23 @@ class Gradients(Objective):
     def __call__(self, batch: Batch, beta: float) -> Terms:
         """See the base class."""
         x = batch.x.detach().requires_grad_()
-        logits = self.student(x)
-        task = self.task(logits, batch.y)
+        logits = self._student(x)
+        task = self._task(logits, batch.y)
         found = at_fused.input_gradient(logits, x, batch.y, create_graph=True)
-        return self.terms(task, beta / 2 * at_fused.gradient_at_loss(found, self.wanted(batch)))
+        return self._terms(task, beta / 2 * at_fused.gradient_at_loss(found, self._wanted(batch)))
 
 
 class FlipSymmetry(Gradients):
     """``flip-symmetry``: cross-entropy + beta/2 |J(x) - flip(J(flip(x)))|; no teacher."""
 
-    def wanted(self, batch: Batch) -> Tensor:
+    def _wanted(self, batch: Batch) -> Tensor:
         """Return those of the flipped images, flipped back."""
         x = batch.x.detach().flip(-1)
-        return at_fused.input_gradient(self.student, x, batch.y, create_graph=True).flip(-1)
+        return at_fused.input_gradient(self._student, x, batch.y, create_graph=True).flip(-1)
 
 
-_OBJECTIVES: dict[str, Callable[..., Objective]] = {
+# Made of ``config.for_method(method)``, the networks and a cache.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "none": Objective,
     "at": Attention,
     "channel-at": partial(Attention, attend="channel"),
@@ -254,10 +248,3 @@ _OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "gradient-at": Gradients,
     "flip-symmetry": FlipSymmetry,
 }
-
-
-def make_objective(
-    method: str, config: Config, networks: Networks, cache: TeacherCache | None
-) -> Objective:
-    """Make the loss of a method, of ``config.for_method(method)``."""
-    return _OBJECTIVES[method](config, networks, cache)

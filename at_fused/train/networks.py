@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from at_fused.train.config import ConfigError, imported, in_a_line, nearest
+from at_fused.train.config import ConfigError, imported, in_a_line, naming, nearest
 
 _WRN = re.compile(r"wrn-(\d+)-([1-9]\d*)(?:-b([1-9]\d*))?")
 _RESNET = re.compile(r"resnet-(18|34|50)(-cifar|(?<!50)-paper)?")
@@ -53,7 +53,7 @@ class WRN(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 10 or depth % 6 != 4:
-            raise ValueError(f"depth must be 6n + 4 with n >= 1 (10, 16, 22, ...), got {depth}")
+            raise ConfigError(f"depth must be 6n + 4 with n >= 1 (10, 16, 22, ...), got {depth}")
         n = (depth - 4) // 6
         c = base * width
         self.stem = nn.Conv2d(in_channels, base, 3, padding=1, bias=False)
@@ -89,21 +89,19 @@ def build(
     """Return a new network, (B, channels, H, W) -> logits (B, classes), with random weights.
 
     Args:
-        name: "wrn-16-2", with "-b8" for half the published base width of 16; "resnet-18",
-            torchvision's; "resnet-18-cifar", with a 3x3 stem and no pooling; "resnet-18-paper",
-            without BatchNorm in its shortcuts; a classification model of torchvision; or
-            "MODULE:FUNCTION", of which ``function(num_classes=classes)`` is the network.
+        name: one of SHAPES. "wrn-16-2-b8" has half the published base width of 16, "-cifar" is a
+            3x3 stem without pooling, "-paper" shortcuts without BatchNorm; MODULE:FUNCTION is
+            called with ``num_classes``.
         option: the word for the name in errors.
         init: "torch", the weights that the network is made with; "paper", the authors'.
     """
+    found = _WRN.fullmatch(name)
     if ":" in name:
         model = _own(name, classes, option)
-    elif found := _WRN.fullmatch(name):
-        depth, width, base = (int(x) if x else 16 for x in found.groups())
-        try:
+    elif found:
+        depth, width, base = (int(x or 16) for x in found.groups())
+        with naming(f"{option}: got {name!r}"):
             model = WRN(depth, width, classes, channels, base)
-        except ValueError as error:
-            raise ConfigError(f"{option}: got {name!r}: {error}") from error
     else:
         model = _of_torchvision(name, classes, channels, option)
     if init == "paper":
@@ -114,22 +112,21 @@ def build(
 def _of_torchvision(name: str, classes: int, channels: int, option: str) -> nn.Module:
     models = torchvision_models(name, option)
     resnet = _RESNET.fullmatch(name)
-    called = f"resnet{resnet[1]}" if resnet else name
+    called, variant = (f"resnet{resnet[1]}", resnet[2]) if resnet else (name, None)
     known = models.list_models(module=models)
     if called not in known:
-        names = [*known, "resnet-18", "resnet-34", "resnet-50", "wrn-16-1"]
-        names += ["resnet-18-cifar", "resnet-18-paper"]
-        raise ConfigError(f"{option}: got {name!r}, allowed is {SHAPES}{nearest(name, names)}")
+        near = nearest(name, [*known, "resnet-18", "resnet-34", "resnet-50"])
+        raise ConfigError(f"{option}: got {name!r}, allowed is {SHAPES}{near}")
+    if channels != 3 and variant != "-cifar":
+        raise ConfigError(f"{option}: {name} takes images of 3 channels, these have {channels}")
     model: Any = models.get_model(called, weights=None, num_classes=classes)
-    if resnet and resnet[2] == "-paper":
+    if variant == "-paper":
         for stage in (model.layer2, model.layer3, model.layer4):
             stage[0].downsample = stage[0].downsample[0]
-    if resnet and resnet[2] == "-cifar":
+    elif variant == "-cifar":
         model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
-    elif channels != 3:
-        raise ConfigError(f"{option}: {name} takes images of 3 channels, these have {channels}")
     return model
 
 
@@ -146,14 +143,13 @@ def torchvision_models(name: str, option: str) -> Any:
 
 
 def _own(name: str, classes: int, option: str) -> nn.Module:
-    function, call = imported(option, name), f"{name}(num_classes={classes})"
+    function, call = imported(option, name), f"{option}: {name}(num_classes={classes})"
     try:
         model = function(num_classes=classes)
     except Exception as error:
-        raise ConfigError(f"{option}: {call} raises {in_a_line(error)}") from error
+        raise ConfigError(f"{call} raises {in_a_line(error)}") from error
     if not isinstance(model, nn.Module):
-        got = type(model).__name__
-        raise ConfigError(f"{option}: {call} must return a torch.nn.Module, got {got}")
+        raise ConfigError(f"{call} must return a torch.nn.Module, got {type(model).__name__}")
     return model
 
 

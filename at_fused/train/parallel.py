@@ -42,10 +42,12 @@ class Process(NamedTuple):
     machine: int = 0
 
 
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")  # torchrun's
+
+
 def process() -> Process:
     """Return this process, by torchrun's environment; alone where there is none."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-    return Process(*(int(os.environ.get(n, d)) for n, d in zip(names, Process(), strict=True)))
+    return Process(*(int(os.environ.get(n, d)) for n, d in zip(NAMES, Process(), strict=True)))
 
 
 def join() -> None:
@@ -106,19 +108,18 @@ def gather(value: Any) -> list[Any]:
 
 def in_all(function: Callable[[], Found]) -> Found:
     """Run a function in all processes; where it fails in one, all raise a ConfigError."""
-    found, error, end = None, "", None
+    found, text = None, ""
+    error: ConfigError | SystemExit | None = None
     try:
         found = function()
     except ConfigError as wrong:
-        error = str(wrong)
+        error, text = wrong, str(wrong)
     except SystemExit as stop:  # argparse has said why
-        error, end = "wrong options" if stop.code else "", stop
-    errors = gather(error)
-    if end:
-        raise end
+        error, text = stop, "wrong options" * bool(stop.code)
+    texts = gather(text)
     if error:
-        raise ConfigError(error)
-    for rank, text in enumerate(errors):
+        raise error
+    for rank, text in enumerate(texts):
         if text:
             raise ConfigError(f"process {rank}: {text}")
     return found  # type: ignore[return-value]
@@ -168,9 +169,8 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     where: dict[str, Any] = {"device_ids": [device]} if device.type == "cuda" else {}
     # Statistics are shared; or each process's own, and then rank 0's are as good as the rest's.
-    names = signature(DistributedDataParallel).parameters
-    new = "forward_sync_buffers"
-    where[new if new in names else "broadcast_buffers"] = False
+    new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    where["forward_sync_buffers" if new else "broadcast_buffers"] = False
     return DistributedDataParallel(model, **where)
 
 
@@ -191,16 +191,13 @@ class SharedBatchNorm(nn.BatchNorm2d):
         centred = y - mean[:, None, None]
         # From centred values: the mean of squares less the squared mean would cancel.
         variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
-        self._follow(mean.detach(), variance.detach() * (count / (count - 1).clamp_min(1)))
-        scale = torch.rsqrt(variance + self.eps) * self.weight
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-    def _follow(self, mean: Tensor, unbiased: Tensor) -> None:
         running: Any = (self.num_batches_tracked, self.running_mean, self.running_var)
         running[0].add_(1)
         weight = 1.0 / float(running[0]) if self.momentum is None else self.momentum
-        running[1].lerp_(mean, weight)
-        running[2].lerp_(unbiased, weight)
+        running[1].lerp_(mean.detach(), weight)
+        running[2].lerp_(variance.detach() * (count / (count - 1).clamp_min(1)), weight)
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
@@ -208,15 +205,9 @@ def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return converted
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.BatchNorm2d and child.affine and child.track_running_stats:
-                shared = SharedBatchNorm(child.num_features, child.eps, child.momentum)
-                # The very tensors, so that optimizers and checkpoints need not know.
-                shared.weight, shared.bias = child.weight, child.bias
-                shared._buffers.update(child._buffers)
-                shared.train(child.training)
-                setattr(parent, name, shared)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
+            module.__class__ = SharedBatchNorm  # with all that it has
     return model
 
 
@@ -245,9 +236,8 @@ def free_port() -> int:
 
 def announce(rank: int, count: int, port: int) -> None:
     """Tell this process who it is, by torchrun's environment."""
-    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    where = {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in (here | where).items()})
+    os.environ.update(zip(NAMES, map(str, (rank, count, rank, count, 0)), strict=True))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def _member(rank: int, count: int, port: int, run: Callable[..., int], *arguments: Any) -> None:
@@ -262,7 +252,7 @@ def launch(count: int, run: Callable[..., int], *arguments: Any) -> int:
 
     The first that fails ends the others; its error is printed. Signals are passed on.
     """
-    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+    from torch.multiprocessing import ProcessExitedException
     from torch.multiprocessing.spawn import start_processes
 
     # One line of error is enough: not also that the others are ended.
@@ -279,9 +269,6 @@ def launch(count: int, run: Callable[..., int], *arguments: Any) -> int:
     try:
         while not context.join():
             pass
-    except ProcessRaisedException as error:
-        print(error, file=sys.stderr)
-        return 1
     except ProcessExitedException as error:
         if error.signal_name is None:
             return error.exit_code

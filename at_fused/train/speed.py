@@ -52,9 +52,7 @@ class StepMode:
     """The mode that steps run in: ``speed`` on one device."""
 
     dtype: torch.dtype | None = None  # of autocast
-    channels_last: bool = False
-    fold_norms: bool = False  # of the teacher
-    fused: bool = False
+    fast: bool = False  # channels_last, the teacher's BatchNorm folded, torch's fused optimizers
     compile: bool = False
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
@@ -63,7 +61,7 @@ class StepMode:
 
     def layout(self, model: nn.Module) -> nn.Module:
         """Return the model in the memory layout of this mode."""
-        if not self.channels_last:
+        if not self.fast:
             return model
         untyped: Any = model  # not every torch declares this overload
         moved: nn.Module = untyped.to(memory_format=torch.channels_last)
@@ -85,14 +83,9 @@ class StepMode:
         return run
 
     def __str__(self) -> str:
-        parts = {
-            "channels_last": self.channels_last,
-            "compile": self.compile,
-            "folded BatchNorm": self.fold_norms,
-            "fused SGD": self.fused,
-        }
-        dtype = str(self.dtype or torch.float32).removeprefix("torch.")
-        return ", ".join([dtype, *(name for name, there in parts.items() if there)])
+        parts = [str(self.dtype or torch.float32).removeprefix("torch.")]
+        parts += ["channels_last"] * self.fast + ["compile"] * self.compile
+        return ", ".join(parts + ["folded BatchNorm", "fused SGD"] * self.fast)
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -114,7 +107,7 @@ def step_mode(config: Config, device: torch.device, method: str, processes: int)
     second = method in SECOND_ORDER
     # Collectives within a graph, as shared statistics have them, break it into pieces.
     compiles = config.compile and not second and not (processes > 1 and config.sync_norm)
-    return StepMode(None if second else dtype, True, True, True, compiles)
+    return StepMode(None if second else dtype, True, compiles)
 
 
 def folded(model: nn.Module, keep: list[str]) -> tuple[nn.Module, int]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import pickle
 import random
 import re
-import struct
 import sys
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,12 +33,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from at_fused.train.config import ConfigError, resolve
 from at_fused.train.data import Data, Pictures, Samples, check_unreadable, folder, inspect
-from at_fused.train.data.datasets import multiprocessing, split_digits
-from at_fused.train.data.folder import SCALE, PictureFiles, crop_box, decode, reason_of
+from at_fused.train.data.datasets import split_digits
+from at_fused.train.data.folder import PictureFiles, decode
 from at_fused.train.data.samples import (
     InMemory,
     OnDemand,
     few_labels,
+    seeded,
     set_apart,
     standardiser,
     stratified,
@@ -76,24 +73,20 @@ def from_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sample
     return lambda workers=0: on_disk(paths, 12, workers)
 
 
-def rows(samples: Samples, chunks: Sequence[Sequence[int]], seed: int | None) -> dict[int, Tensor]:
-    """Each sample by its number; checks what else a batch has."""
-    found = {}
+def rows(samples: Samples, chunks: Sequence[Sequence[int]], seed: int | None) -> Tensor:
+    """The samples of all chunks; checks what else a batch has."""
+    found = []
     given = [torch.tensor(chunk) for chunk in chunks]
     for chunk, (x, y, index) in zip(given, samples.batches(given, seed), strict=True):
         assert x.dtype == torch.float32
         assert torch.equal(index, chunk)
         assert torch.equal(y, samples.labels[chunk])
-        found |= dict(zip(chunk.tolist(), x, strict=True))
-    return found
+        found.append(x)
+    return torch.cat(found)
 
 
 def whole(samples: Samples, seed: int | None = None) -> Tensor:
-    return torch.stack(list(rows(samples, [range(len(samples))], seed).values()))
-
-
-def same(a: dict[int, Tensor], b: dict[int, Tensor]) -> bool:
-    return bool(a) and all(torch.equal(a[i], b[i]) for i in a)
+    return rows(samples, [range(len(samples))], seed)
 
 
 def random_states() -> list[Any]:
@@ -109,13 +102,8 @@ def crops(samples: InMemory, pixels: Tensor, seed: int) -> list[tuple[int, int, 
     scaled = padded.astype(np.float32) / np.float32(255) - np.float32(MEAN)
     scaled = torch.from_numpy(scaled / np.float32(STD)).permute(0, 3, 1, 2)
     kinds = [(top, left, flip) for top in range(5) for left in range(5) for flip in (0, 1)]
-    found = whole(samples, seed)
-    matches = []
-    for top, left, flip in kinds:
-        cropped = scaled[:, :, top : top + 7, left : left + 9]
-        wanted = cropped.flip(-1) if flip else cropped
-        matches.append((found == wanted).flatten(1).all(1))
-    hits = torch.stack(matches)
+    cropped = [scaled[:, :, y : y + 7, x : x + 9].flip([-1] * flip) for y, x, flip in kinds]
+    hits = torch.stack([(whole(samples, seed) == each).flatten(1).all(1) for each in cropped])
     assert (hits.sum(0) == 1).all()
     return [kinds[i] for i in hits.int().argmax(0).tolist()]
 
@@ -123,15 +111,12 @@ def crops(samples: InMemory, pixels: Tensor, seed: int) -> list[tuple[int, int, 
 def test_augmented_pictures_are_cropped_and_flipped_all_ways_alike() -> None:
     many = torch.randint(256, (2000, 7, 9, 3), generator=torch.Generator().manual_seed(1)).byte()
     drawn = crops(in_memory(many), many, 0)
-    counts = torch.tensor([top * 5 + left for top, left, _ in drawn]).bincount(minlength=25)
-    assert (counts - 80).abs().max() < 40  # 4.5 standard deviations
-    assert abs(sum(flip for *_, flip in drawn) - 1000) < 100
+    assert len(set(drawn)) == 50
     assert not any(flip for *_, flip in crops(in_memory(flip=False), PIXELS, 0))
     plain = (PIXELS / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     torch.testing.assert_close(whole(in_memory()), plain.permute(0, 3, 1, 2))
     # In every process: a change here gives every run other pictures.
     assert crops(in_memory(), PIXELS, 3)[:4] == [(1, 3, 1), (3, 4, 1), (2, 1, 1), (2, 0, 0)]
-    assert crop_box(20, 14, torch.Generator().manual_seed(3)) == ((0, 5, 11, 14), True)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -163,16 +148,13 @@ def test_subsets_are_the_samples_numbered_anew(from_files: Callable[..., Samples
 
 
 def check_function_of_seed_and_number(samples: Samples) -> None:
-    n = len(samples)
-    first = rows(samples, [range(n)], 3)
+    n, first, plain = len(samples), whole(samples, 3), whole(samples)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).tolist()
-    assert same(rows(samples, [order[:2], order[2:3], order[3:]], 3), first)
-    assert same(rows(samples, [[n - 1], [0, n - 1]], 3), first)
-    assert not same(rows(samples, [range(n)], 4), first)
-    plain = rows(samples, [range(n)], None)
-    assert not same(plain, first)
-    assert same(rows(samples, [order], None), plain)
-    assert same(rows(samples, [order], 3), first)
+    assert torch.equal(rows(samples, [order[:2], order[2:3], order[3:]], 3), first[order])
+    assert torch.equal(rows(samples, [[n - 1], [0, n - 1]], 3), first[[n - 1, 0, n - 1]])
+    assert torch.equal(rows(samples, [order], None), plain[order])
+    assert not torch.equal(whole(samples, 4), first)
+    assert not torch.equal(plain, first)
 
 
 @needs_torchvision
@@ -182,8 +164,7 @@ def test_augmentation_is_of_seed_and_number_alone(from_files: Callable[..., Samp
     check_function_of_seed_and_number(in_memory())
     samples = from_files()
     check_function_of_seed_and_number(samples)
-    found = rows(from_files(2), [[0, 5], [2], [1, 3, 4], [6, 7]], 3)
-    assert same(found, dict(enumerate(whole(samples, 3))))
+    assert torch.equal(rows(from_files(2), [[0, 5], [7, 4]], 3), whole(samples, 3)[[0, 5, 7, 4]])
     open_data("digits", fraction=0.5)
     assert random_states() == before
 
@@ -194,7 +175,7 @@ def test_no_more_workers_than_cpus(from_files: Callable[..., Samples]) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     try:
         os.sched_setaffinity(0, cpus[:1])
-        assert same(rows(from_files(8), [range(8)], None), rows(from_files(), [range(8)], None))
+        assert torch.equal(whole(from_files(8)), whole(from_files()))
     finally:
         os.sched_setaffinity(0, cpus)
 
@@ -231,21 +212,6 @@ def test_few_labels_are_balanced_and_seeded(count: int) -> None:
     assert not torch.equal(found, few_labels(DIGITS, count, seed=4))
 
 
-def check_parts(**source: Any) -> None:
-    """Half the images: train and validation are those of train, without augmentation."""
-    source["fraction"] = 0.5
-    both = open_data(**source, augment=False)
-    data = open_data(**source, validation=0.25)
-    rest = open_data(**source, validation=0.25, augment=False)
-    assert data.validation is not None
-    counts = torch.cat([data.train.labels, data.validation.labels]).bincount().tolist()
-    wanted = [min(n - 1, max(1, round(0.25 * n))) for n in counts]
-    assert data.validation.labels.bincount().tolist() == wanted
-    found = [x.numpy().tobytes() for x in (*whole(rest.train, 2), *whole(data.validation, 1))]
-    assert sorted(found) == sorted(x.numpy().tobytes() for x in whole(both.train))
-    assert (data.digest, both.validation) == (both.digest, None)
-
-
 # ---- the digits
 
 
@@ -274,9 +240,8 @@ def test_digits_are_the_enlarged_scans() -> None:
     assert known.std() == pytest.approx(1.0, abs=1e-5)
     images = torch.from_numpy(load_digits().images[TEST_HEAD]).float()[:, None] / 16
     images = interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)
-    shown = rows(data.evaluate, [range(8)], 1)
-    for image, x in zip(images, shown.values(), strict=True):
-        assert (x * data.std[0] + data.mean[0] - image).abs().max() < 0.51 / 255
+    shown = rows(data.evaluate, [range(8)], 1) * data.std[0] + data.mean[0]
+    assert (shown - images).abs().max() < 0.51 / 255
     assert data.evaluate.labels[:8].tolist() == DIGITS[TEST_HEAD].tolist()
 
 
@@ -287,17 +252,25 @@ def test_digits_options() -> None:
     assert 95 <= len(val.train) <= 105
     own = open_data("digits", image_size=9)
     assert (val.mean, val.std) == (own.mean, own.std)  # of all images, not of the fraction
-    check_parts(name="digits", image_size=8)
     given = open_data("digits", image_size=9, mean=(0.5,), std=(0.25,))
     assert (given.mean, given.std) == ((0.5,), (0.25,))
     x, y = whole(own.evaluate), whole(given.evaluate)
     assert (x * own.std[0] + own.mean[0] - (y * 0.25 + 0.5)).abs().max() < 1e-6
-    assert open_data("digits", image_size=9, std=(0.25,)).mean == own.mean
     assert given.digest == own.digest != val.digest
-    assert re.fullmatch("[0-9a-f]{16}", own.digest)
-    assert (own.facts, own.validation) == ({}, None)
     with pytest.raises(ConfigError, match=r"mean: got 0.5, 0.5, allowed is a number for each ch"):
         open_data("digits", mean=(0.5, 0.5))
+
+
+def test_train_and_validation_are_the_images_to_train_with() -> None:
+    def opened(**options: Any) -> Data:
+        return open_data("digits", image_size=8, fraction=0.5, **options)
+
+    both, data = opened(augment=False), opened(validation=0.25)
+    rest = opened(validation=0.25, augment=False)
+    assert data.validation is not None
+    found = [x.numpy().tobytes() for x in (*whole(rest.train, 2), *whole(data.validation, 1))]
+    assert sorted(found) == sorted(x.numpy().tobytes() for x in whole(both.train))
+    assert (data.digest, both.validation) == (both.digest, None)
 
 
 # ---- CIFAR
@@ -320,56 +293,24 @@ def test_cifar(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert data.evaluate.labels.tolist() == [0, 1, 0, 1]
     assert torch.equal(whole(data.evaluate, 1), whole(data.evaluate))
     check_function_of_seed_and_number(data.train)
-    last = open_data(name, tmp_path, channels_last=True)
-    assert torch.equal(whole(last.train, 1), whole(data.train, 1))
-    assert len(open_data(name, tmp_path, fraction=0.01).train) == 2
-    given = open_data(name, tmp_path, mean=(0.5,) * 3)
-    assert (given.mean, given.std) == ((0.5,) * 3, data.std)
 
 
 @needs_torchvision
-def test_cifar_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, _ = write_cifar(tmp_path, "cifar10", monkeypatch)
-    digest = open_data("cifar10", tmp_path).digest
-    good = {"data": np.zeros((3, 3072), np.uint8), "labels": [1, 0, 1]}
-    for file in ("test_batch", "data_batch_2"):
-        (folder / file).write_bytes(pickle.dumps(good))
-    data = open_data("cifar10", tmp_path, download=True)  # nothing is missing
-    assert data.facts == {"cifar10": "not the published files: data_batch_2, test_batch"}
-    assert [len(data.train), len(data.evaluate)] == [19, 3]
-    assert data.digest != digest
-    good["data"][0] = 1  # only pixels
-    (folder / "test_batch").write_bytes(pickle.dumps(good))
-    assert open_data("cifar10", tmp_path).digest != data.digest
-    pixels = good["data"]
-    for content, message in (
-        ({"data": pixels, "labels": [0, 1]}, "test has 3 images, and not a whole label for each"),
-        ({"data": pixels, "labels": [0, 1, 0.5]}, "not a whole label for each"),
-        ({"data": pixels, "labels": [0, 1, -1]}, r"labels that are not in \[0, 2\)"),
-        ({"data": pixels / 1, "labels": [0, 1, 0]}, "pixels .* torch.float64, not "),
-        ({"pixels": pixels}, "KeyError: 'data'"),
-    ):
-        (folder / "test_batch").write_bytes(pickle.dumps(content))
-        with pytest.raises(ConfigError, match=f"damaged, or not as .*{message}.* test_batch.*dele"):
-            open_data("cifar10", tmp_path)
-    (folder / "data_batch_3").write_bytes(b"half")
-    with pytest.raises(ValueError, match=f"files in {folder} are damaged"):
-        open_data("cifar10", tmp_path)
-
-
-@needs_torchvision
-def test_missing_cifar_is_named_or_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_that_is_not_the_published_is_refused_or_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def download(self: object) -> None:
         raise OSError("no network")
 
-    (tmp_path / "cifar-100-python").mkdir()
-    (tmp_path / "cifar-100-python" / "train").touch()
-    files = "cifar-100-python/ with train, test, meta in"
-    where = f"test, meta not found in {tmp_path}/cifar-100-python.*--download"
-    with pytest.raises(FileNotFoundError, match=f"{files} .*; {where}"):
-        open_data("cifar100", tmp_path)
+    folder, _ = write_cifar(tmp_path, "cifar10", monkeypatch)
+    digest = open_data("cifar10", tmp_path).digest
+    assert open_data("cifar10", tmp_path, download=True).digest == digest  # nothing is missing
+    (folder / "test_batch").write_bytes((folder / "data_batch_1").read_bytes())
+    needs = f"data 'cifar10': needs the published files in {folder}"
+    with pytest.raises(ConfigError, match=rf"{needs} \(.*; --download fetches them$"):
+        open_data("cifar10", tmp_path)
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
-    with pytest.raises(OSError, match=r"cifar-10-batches-py failed \(no network\)"):
+    with pytest.raises(ConfigError, match=rf"{needs} \(OSError: no network\)$"):
         open_data("cifar10", tmp_path, download=True)
 
 
@@ -393,167 +334,79 @@ def test_folder(tmp_path: Path) -> None:
     assert torch.equal(whole(data.evaluate, 1), whole(data.evaluate))
     last = opened(fraction=0.4, channels_last=True, workers=1)
     assert torch.equal(whole(last.train, 1), whole(data.train, 1))
-    ((x, _, _),) = last.evaluate.batches([torch.arange(6)], None)
-    assert x.is_contiguous(memory_format=torch.channels_last)
-    other = opened(mean=(0.5,) * 3, std=(0.5,) * 3)
-    shown = [whole(d.evaluate) * d.std[0] + d.mean[0] for d in (data, other)]
-    assert (shown[0] - shown[1])[:, 0].abs().max() < 1e-6
-    # Hidden classes, folders and files are none.
-    for name in (".ipynb_checkpoints/0.png", "bee/.ipynb_checkpoints/0.png", "bee/.0.png"):
-        for part in ("train", "val"):
-            (tmp_path / part / name).parent.mkdir(exist_ok=True)
-            picture = (tmp_path / part / "ant" / "0.png").read_bytes()
-            (tmp_path / part / name).write_bytes(picture)
-    seen = opened()
-    assert (seen.names, seen.digest, len(seen.evaluate)) == (data.names, data.digest, 6)
-    (val / "bee" / "0.png").rename(val / "bee" / "9.png")
-    assert opened().digest != data.digest
-    (val / "bee" / "9.png").rename(val / "bee" / "9.GIF")
-    (val / "ant" / "noname").touch()
-    assert opened().facts == {"not_read": {".gif": 1, "no suffix": 1}}
-    (val / "bee" / "1.png").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=f"no pictures .* {val} of bee; files that .*: 1 .gif, 1 no suffix"
-    ):
+    (val / "bee" / "0.png").unlink()
+    (val / "bee" / "1.png").rename(val / "bee" / "1.txt")
+    with pytest.raises(FileNotFoundError, match=r"no valid file for the classes bee.*\.png"):
         opened()
 
 
 @needs_torchvision
 @pytest.mark.parametrize("size", [12, 30])
 def test_folder_pictures_are_cut_as_for_imagenet(size: int, tmp_path: Path) -> None:
-    from torchvision.transforms import functional as tv
+    from torchvision import transforms
 
     paths = write_pictures(tmp_path, "train", ("a", "b"), 3)
     samples = on_disk(paths, size, mean=(0, 0, 0), std=(1, 1, 1))
     for i, path in enumerate(paths):
         picture = Image.open(path)
-        short = round(size * 256 / 224)
-        expected = tv.to_tensor(tv.center_crop(tv.resize(picture, [short]), [size, size]))
-        assert torch.equal(whole(samples)[i], expected)
-        digest = hashlib.sha256(f"7 {i}".encode()).digest()
-        g = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-        box, flip = crop_box(*picture.size, g)
-        expected = tv.to_tensor(picture.crop(box).resize((size, size), Image.Resampling.BILINEAR))
-        assert torch.equal(whole(samples, 7)[i], tv.hflip(expected) if flip else expected)
+        shorter = transforms.Resize(round(size * 256 / 224))
+        cut = transforms.Compose([shorter, transforms.CenterCrop(size), transforms.ToTensor()])
+        assert torch.equal(whole(samples)[i], cut(picture))
+        draw = transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()
+        with seeded(7, i):
+            part = transforms.Compose([*draw, transforms.ToTensor()])(picture)
+        assert torch.equal(whole(samples, 7)[i], part)
 
 
-def test_crop_boxes_are_in_the_picture_and_of_the_wanted_areas() -> None:
-    g = torch.Generator().manual_seed(0)
-    drawn = [crop_box(500, 400, g) for _ in range(2000)]
-    left, top, right, bottom = torch.tensor([box for box, _ in drawn]).double().unbind(1)
-    w, h = right - left, bottom - top
-    assert min(left.min(), top.min(), 500 - right.max(), 400 - bottom.max()) >= 0
-    shares, ratios = w * h / 200_000, w / h
-    assert SCALE[0] - 0.01 < shares.min() < 0.1
-    assert 0.95 < shares.max() <= 1
-    assert [ratios.min(), ratios.max()] == pytest.approx([0.75, 1.33], abs=0.01)
-    assert 900 < sum(flip for _, flip in drawn) < 1100
-    # So long that nothing fits: the middle.
-    boxes = [crop_box(*size, g)[0] for size in ((1000, 3), (3, 1000), (1, 1))]
-    assert boxes == [(498, 0, 502, 3), (0, 498, 3, 502), (0, 0, 1, 1)]
-
-
-def png(depth: int, colours: int, row: bytes, transparent: bytes) -> bytes:
-    """A file of four pixels, one colour of which is transparent."""
-    header = struct.pack(">IIBBBBB", 4, 1, depth, colours, 0, 0, 0)
-    rows = zlib.compress(b"\0" + row)
-    chunks = (b"IHDR" + header, b"tRNS" + transparent, b"IDAT" + rows, b"IEND")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
-    )
-
-
-def write_picture(path: Path, content: Any, **options: Any) -> str:
-    """A file of these bytes; or of four pixels of a mode."""
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        mode, pixels = content
-        picture = Image.new(mode, (4, 1))
-        picture.putdata(pixels)
-        picture.save(path, **options)
+def write_picture(path: Path, mode: str, pixels: Any, **options: Any) -> str:
+    """A file of four pixels."""
+    picture = Image.new(mode, (4, 1))
+    if mode == "P":
+        picture.putpalette([0, 0, 0, 7, 7, 7])
+    picture.putdata(pixels)
+    picture.save(path, **options)
     return str(path)
 
 
-DEEP = [0, 25700, 25829, 65535]
-WORDS = np.array(DEEP, dtype=">u2").tobytes()
 CLEAR = [(9, 9, 9, 255), (9, 9, 9, 0), (0, 0, 0, 51), (9, 9, 9, 255)]
-GREY, ALPHA = ["16-bit grayscale"], ["transparency"]
-SIX = ([5, 255, 7, 5], ALPHA)  # of 5, 6, 7, 5, where 6 is transparent
+FRAMES = {"save_all": True, "append_images": [Image.new("L", (4, 1))]}
 
 
 @pytest.mark.parametrize(
-    ("suffix", "content", "options", "expected", "done"),
+    ("suffix", "mode", "pixels", "options", "expected"),
     [
-        ("png", ("I;16", DEEP), {}, [0, 100, 101, 255], GREY),
-        ("tif", ("I;16", DEEP), {}, [0, 100, 101, 255], GREY),
-        ("pgm", b"P5 4 1 65535\n" + WORDS, {}, [0, 100, 101, 255], GREY),
-        ("png", png(16, 0, WORDS, b"\0\0"), {}, [255, 100, 101, 255], GREY),
-        ("png", ("RGBA", CLEAR), {}, [9, 255, 204, 9], ALPHA),
-        ("webp", ("RGBA", CLEAR), {"lossless": True, "exact": True}, [9, 255, 204, 9], ALPHA),
-        ("png", ("LA", [each[2:] for each in CLEAR]), {}, [9, 255, 204, 9], ALPHA),
-        ("png", ("RGBA", [(9, 9, 9, 255)] * 4), {}, [9] * 4, []),
-        ("png", ("L", [5, 6, 7, 5]), {"transparency": 6}, *SIX),
-        ("png", ("RGB", [(v, v, v) for v in (5, 6, 7, 5)]), {"transparency": (6, 6, 6)}, *SIX),
-        ("png", ("1", [0, 255, 0, 255]), {}, [0, 255, 0, 255], []),
-        ("tif", ("CMYK", [(0, 0, 0, 55)] * 4), {}, [200] * 4, ["CMYK colours"]),
-        (
-            "png",
-            ("L", [1, 2, 3, 4]),
-            {"save_all": True, "append_images": [Image.new("L", (4, 1))]},
-            [1, 2, 3, 4],
-            ["first of several frames"],
-        ),
-        (
-            "webp",
-            ("RGB", [(5, 5, 5)] * 4),
-            {"lossless": True, "exif": b"Exif\0\0damaged"},
-            [5] * 4,
-            ["unreadable EXIF data"],
-        ),
+        ("png", "RGBA", CLEAR, {}, [9, 255, 204, 9]),
+        ("webp", "RGBA", CLEAR, {"lossless": True, "exact": True}, [9, 255, 204, 9]),
+        ("png", "LA", [each[2:] for each in CLEAR], {}, [9, 255, 204, 9]),
+        ("png", "RGBA", [(v, v, v, 255) for v in (0, 9, 99, 255)], {}, [0, 9, 99, 255]),
+        ("png", "L", [5, 6, 7, 5], {"transparency": 6}, [5, 255, 7, 5]),
+        ("png", "P", [0, 1, 0, 1], {"transparency": bytes([255, 0])}, [0, 255, 0, 255]),
+        ("png", "1", [0, 255, 0, 255], {}, [0, 255, 0, 255]),
+        ("tif", "CMYK", [(0, 0, 0, 55)] * 4, {}, [200] * 4),
+        ("png", "L", [1, 2, 3, 4], FRAMES, [1, 2, 3, 4]),
+        ("webp", "RGB", [(5, 5, 5)] * 4, {"lossless": True, "exif": b"Exif\0\0damaged"}, [5] * 4),
     ],
 )
 def test_pictures_are_decoded(
-    suffix: str, content: Any, options: Any, expected: Any, done: Any, tmp_path: Path
+    suffix: str, mode: str, pixels: Any, options: Any, expected: list[int], tmp_path: Path
 ) -> None:
-    path = write_picture(tmp_path / f"x.{suffix}", content, **options)
-    picture, said = decode(path)
-    assert (picture.mode, said) == ("RGB", done)
+    path = write_picture(tmp_path / f"x.{suffix}", mode, pixels, **options)
+    picture = decode(path)
+    assert picture.mode == "RGB"
     assert np.array_equal(np.array(picture)[0], np.array([expected] * 3).T)
-    assert decode(path, draft=True)[1] == done
-
-
-def test_a_palette_may_be_transparent(tmp_path: Path) -> None:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([9, 9, 9, 7, 7, 7])
-    picture.putdata([0, 1])
-    picture.save(tmp_path / "x.png", transparency=bytes([255, 0]))
-    found, done = decode(str(tmp_path / "x.png"))
-    assert (np.array(found)[0, :, 0].tolist(), done) == ([9, 255], ALPHA)
 
 
 @needs_torchvision
-@pytest.mark.parametrize(
-    ("suffix", "content", "options", "message"),
-    [
-        ("tif", ("F", [0.5] * 4), {}, "mode 'F', whose colours are not known"),
-        ("tif", ("I", DEEP), {}, "does not say what white is"),
-        ("tif", ("I;16", DEEP), {"tiffinfo": {262: 0}}, "does not say what white is"),  # it is 0
-        ("tif", ("I;16", DEEP), {"tiffinfo": {339: 2}}, "does not say what white is"),  # signed
-        ("png", png(4, 0, b"\x12\x34", b"\0\2"), {}, "a transparent colour .* L;4"),
-        ("png", png(16, 2, bytes(24), bytes(6)), {}, "a transparent colour .* RGB;16B"),
-    ],
-)
-def test_pictures_of_unknown_colours_are_refused(
-    suffix: str, content: Any, options: Any, message: str, tmp_path: Path
-) -> None:
-    path = write_picture(tmp_path / f"x.{suffix}", content, **options)
-    with pytest.raises(ConfigError, match=f"cannot read the picture {path}: .*{message}"):
+@pytest.mark.parametrize("mode", ["F", "I", "I;16"])
+def test_pictures_of_more_than_8_bits_are_refused(mode: str, tmp_path: Path) -> None:
+    path = write_picture(tmp_path / "x.tif", mode, [0, 1, 2, 3])
+    message = f"cannot read the picture {path}: .* are {mode}, allowed are 1, .*: convert it to 8"
+    with pytest.raises(ConfigError, match=message):
         whole(on_disk([path], 4))
 
 
 @pytest.mark.parametrize(
-    ("suffix", "mode"), [("png", "L"), ("png", "RGB"), ("tif", "L"), ("tif", "RGB"), ("jpg", "RGB")]
+    ("suffix", "mode"), [("png", "L"), ("tif", "L"), ("tif", "RGB"), ("jpg", "RGB")]
 )
 def test_pictures_stand_upright(suffix: str, mode: str, tmp_path: Path) -> None:
     upright = np.zeros((24, 16), np.uint8)
@@ -567,9 +420,8 @@ def test_pictures_stand_upright(suffix: str, mode: str, tmp_path: Path) -> None:
         exif[0x0112] = orientation
         path = tmp_path / f"{orientation}.{suffix}"
         picture.save(path, exif=exif, **({"quality": 100} if suffix == "jpg" else {}))
-        found, done = decode(str(path))
-        assert done == ["EXIF orientation"] * (orientation > 1)
-        assert np.abs(np.array(found)[..., 0].astype(int) - upright).max() < 5, orientation
+        found = np.array(decode(str(path)))[..., 0].astype(int)
+        assert np.abs(found - upright).max() < 5, orientation
 
 
 @pytest.mark.parametrize("options", [{"suffix": "png"}, {"suffix": "jpg"}, {"progressive": True}])
@@ -584,7 +436,6 @@ def test_truncated_pictures_are_found(options: dict[str, Any], tmp_path: Path) -
         for draft in (False, True):
             with pytest.raises((OSError, SyntaxError)):
                 decode(str(path), draft)
-    assert reason_of(EOFError()) == "EOFError"  # never empty, which is the reason of none
 
 
 @needs_torchvision
@@ -599,13 +450,10 @@ def test_pictures_that_cannot_be_read_are_found(
     Image.new("1", (100, 50)).save(bee / "bomb.png")
     (bee / "cut.png").write_bytes(whole_file[:60])
     (bee / "text.jpg").write_text("not a picture")
-    (bee / "gone.png").symlink_to(tmp_path / "nowhere")
-    write_picture(bee / "grey.png", ("I;16", DEEP))
-    write_picture(tmp_path / "val" / "ant" / "clear.png", ("RGBA", CLEAR))
+    write_picture(bee / "deep.png", "I;16", [0] * 4)
     found = inspect(tmp_path)
-    assert found.converted == {"16-bit grayscale": 1, "transparency": 1}
-    names = {"bomb.png": "5000 pixels", "cut.png": "truncated", "gone.png": "No such file"}
-    names["text.jpg"] = "not a picture, or damaged at its start"
+    names = {"bomb.png": "5000 pixels", "cut.png": "truncated", "deep.png": "are I;16, allowed"}
+    names["text.jpg"] = "cannot identify image file"
     assert list(found.unreadable) == [f"train/bee/{name}" for name in names]
     for said, reason in zip(found.unreadable.values(), names.values(), strict=True):
         assert re.search(f"^.*{reason}.*$", said)
@@ -618,20 +466,19 @@ def test_pictures_that_cannot_be_read_are_found(
         assert inspect(str(tmp_path), known=known) == found
     message = (
         rf"4 pictures cannot be read, allowed is 3: {bee}/bomb.png \(.*, {bee}/cut.png \(.*, "
-        rf"{bee}/gone.png \(No such file or directory\), \.\.\.; --skip-unreadable N leaves up to N"
+        rf"{bee}/deep.png \(.*\), \.\.\.; --skip-unreadable N leaves up to N"
     )
     check_unreadable(found, tmp_path, 4)
     with pytest.raises(ConfigError, match=message):
         check_unreadable(found, tmp_path, 3)
     data = open_data("folder", tmp_path, image_size=4, pictures=found)
-    assert [len(data.train), len(data.evaluate)] == [7, 7]
-    assert data.facts == {"converted": found.converted, "left_out": found.unreadable}
-    for workers in (0, 1):
-        every = open_data("folder", tmp_path, image_size=4, workers=workers)
-        with pytest.raises(ConfigError, match=rf"^cannot read the picture {bee}/bomb.png: .*$"):
-            whole(every.train, 1)
-    none = Pictures("", {}, {f"val/bee/{i}.png": "bad" for i in range(3)})
-    with pytest.raises(FileNotFoundError, match=f"pictures that can be read in {tmp_path}/val of"):
+    assert [len(data.train), len(data.evaluate)] == [6, 6]
+    assert data.facts == {"left_out": found.unreadable}
+    every = open_data("folder", tmp_path, image_size=4, workers=1)
+    with pytest.raises(ConfigError, match=rf"^cannot read the picture {bee}/bomb.png: .*$"):
+        whole(every.train, 1)
+    none = Pictures("", {f"val/bee/{i}.png": "bad" for i in range(3)})
+    with pytest.raises(ConfigError, match=f"no picture of bee in {tmp_path}/val can be read"):
         open_data("folder", tmp_path, pictures=none)
     (bee / "cut.png").write_bytes(whole_file)
     assert "train/bee/cut.png" not in inspect(tmp_path, known=known).unreadable
@@ -655,30 +502,24 @@ def test_a_folder_is_known_by_its_content(tmp_path: Path) -> None:
     assert digest(root, found)[0] == first
     (root / "val" / "bee" / "bad.png").write_bytes(b"left out")
     assert digest(root)[0] == first
-    # A byte more is seen by each machine alone; another byte by the one that reads them.
-    content = picture.read_bytes()
-    picture.write_bytes(content + b"0")
-    assert open_data("folder", root, pictures=found).digest != first
-    longer = digest(root)[0]
-    picture.write_bytes(content + b"1")
-    assert len({first, longer, digest(root)[0]}) == 3
+    picture.write_bytes(picture.read_bytes() + b"0")
+    assert digest(root)[0] != first
 
 
 def test_folders_that_are_not_as_wanted(tmp_path: Path) -> None:
     for made, error, message in (
-        ("", FileNotFoundError, f"no folder {tmp_path}/train"),
-        ("train/a", FileNotFoundError, r"train/<class>/<picture> and val/<class>/.*/val"),
-        ("val", FileNotFoundError, f"no class folders {tmp_path}/val"),
-        ("val/b", ValueError, "same classes; only one of them has a, b"),
+        ("x/a", FileNotFoundError, f"No such file or directory: '{tmp_path}/train'"),
+        ("train/a", FileNotFoundError, r"train/<class>/<picture> and val/<class>/.*/val'"),
+        ("val/b", ConfigError, "same classes; only one of them has a, b"),
     ):
-        (tmp_path / made).mkdir(parents=True, exist_ok=True)
+        write_pictures(tmp_path, *made.split("/"), 1)
         with pytest.raises(error, match=message):
             open_data("folder", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["folder", "cifar10"])
 def test_without_torchvision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("torchvision", "torchvision.datasets.folder"):
+    for module in ("torchvision", "torchvision.datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     for part in ("train", "val"):
         (tmp_path / part / "a").mkdir(parents=True)
@@ -717,8 +558,7 @@ def test_own_data(mine: Callable[..., Any]) -> None:
     before = random_states()
     data = mine(make, channels_last=True)
     assert (data.classes, data.channels, data.image_size) == (3, 2, 5)
-    assert (data.names, data.mean, data.std) == (("a", "b", "c"), (0.0, 0.0), (1.0, 1.0))
-    assert (data.facts, data.validation, data.own) == ({}, None, True)
+    assert (data.names, data.own) == (("a", "b", "c"), True)
     check_function_of_seed_and_number(data.train)
     assert torch.equal(whole(data.evaluate, None), whole(data.evaluate, None))
     ((x, _, _),) = data.train.batches([torch.arange(12)], 1)
@@ -726,14 +566,7 @@ def test_own_data(mine: Callable[..., Any]) -> None:
     assert ((x / 10).floor().long()[:, 0, 0, 0] == torch.arange(12)).all()
     assert (x / 10 - (x / 10).floor()).max() < 0.31
     assert torch.equal(whole(mine(make, workers=2).train, 1), x)
-    half = mine(make, fraction=0.5, validation=0.5)
-    parts = (half.train, half.validation)
-    assert [part.labels.sort().values.tolist() for part in parts] == [[0, 1, 2]] * 2
-    one, other = (set(whole(part).div(10).floor()[:, 0, 0, 0].tolist()) for part in parts)
-    assert not one & other
-    assert "once" in half.facts["validation"]
-    assert half.digest == data.digest
-    assert roots == ["ROOT"] * 3
+    assert roots == ["ROOT"] * 2
     # A function draws the same each time, and changes no draw of others.
     assert len(set(drawn)) == 1
     assert random_states() == before
@@ -745,17 +578,14 @@ def test_own_data_without_names(mine: Callable[..., Any]) -> None:
     data = mine((pair, pair))
     assert data.names == ("0", "1", "2", "3")
     assert data.train.labels.tolist() == [0, 3, 1, 0, 3, 1]
-    other = TensorDataset(torch.zeros(6, 1, 4, 4), torch.tensor([0, 3, 1, 0, 1, 3]))
-    assert mine((other, pair)).digest != data.digest
     digests = {mine(made).digest for made in (
         (Noise(), Noise()),
         (Noise(made=lambda x: x + 1), Noise()),
         (Noise(), Noise(made=lambda x: x + 1)),
         (Noise(classes=["a", "b", "c"]), Noise()),
-        (Noise(classes=["a", "c", "b"]), Noise()),
         (Noise(), Noise(11)),
     )}  # fmt: skip
-    assert len(digests) == 6
+    assert len(digests) == 5
     counted: list[int] = []
     known = Noise(50, targets=list(range(3)) * 16 + [0, 1], made=lambda x: counted.append(1) or x)
     mine((known, known))
@@ -773,27 +603,17 @@ def made(by: Callable[[Tensor], Any]) -> tuple[Noise, Noise]:
     ("made", "message"),
     [
         (ZeroDivisionError, "data mine:data: raises ZeroDivisionError: two"),
-        (SystemExit, "data mine:data: raises SystemExit: two"),
         (5, r"must return \(train, test\), got int"),
-        ((NOISE, NOISE, NOISE), r"must return \(train, test\), got \(Noise, Noise, Noise\)"),
         ((DataLoader(NOISE), NOISE), "data: train must be a map-style .* got DataLoader"),
         ((NOISE, Noise(0)), "data: test must be a map-style torch Dataset with items, got Noise"),
         (([5], NOISE), r"train\[0\] must be \(x, label\) .* ToTensor .*; got int"),
         (made(lambda x: x.byte()), r"train\[0\] must .* got \(torch.uint8 \(2, 4, 5\), int\)"),
         ((NOISE, Noise(made=lambda x: x / 0)), r"data: test\[0\] has NaN or inf among its"),
-        (made(lambda x: x * 1e300), r"train\[0\] has NaN or inf"),
-        ((Noise(labels=1), Noise(labels=1)), "mine:data': .* at least two classes, all are of '0'"),
-        (made(str), r"got \(str, int\)"),
-        (made(torch.sum), r"got \(torch.float64 \(\), int\)"),
-        (([(torch.zeros(1, 2, 2), True)], NOISE), r"got \(torch.float32 \(1, 2, 2\), bool\)"),
-        (([(torch.zeros(1, 2, 2), 0.5)], NOISE), r"got \(torch.float32 \(1, 2, 2\), float\)"),
         (made(lambda x: {}["key"]), r"\[0\] raises KeyError: 'key'"),
         ((NOISE, Noise(made=lambda x: x[:1])), r"test\[0\] must .*\(2, 4, 5\).* got \(1, 4, 5\)"),
         ((Noise(targets=[2] * 12), NOISE), r"train\[0\] must .* label 2, .* got .* and 0"),
-        ((Noise(3, targets=[0, 1, -1]), NOISE), r"train\[2\] must .* label -1"),
         ((Noise(classes=["a", "b"]), NOISE), "train must have labels from 0 to 1, .*got 0 to 2"),
         ((Noise(2), NOISE), "test must have labels from 0 to 1, the classes of .*; got 0 to 2"),
-        (made(lambda x: x + np.random.default_rng().random()), r"train\[0\] differs from itself"),
     ],
 )
 def test_own_data_that_are_none(made: Any, message: str, mine: Callable[..., Any]) -> None:
@@ -803,38 +623,10 @@ def test_own_data_that_are_none(made: Any, message: str, mine: Callable[..., Any
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("last", "message"),
-    [
-        (lambda x: x[:, :3], r"must .*\(2, 3, 5\) and 2"),
-        (lambda x: {}[1], "raises KeyError: 1"),
-        (lambda x: x * torch.nan, "has NaN or inf among its values"),
-    ],
-)
-def test_a_wrong_item_ends_the_epoch(last: Any, message: str, mine: Callable[..., Any]) -> None:
-    train = Noise(12, made=lambda x: last(x) if x.max() > 110 else x, targets=[*range(3)] * 4)
-    with pytest.raises(ConfigError, match=rf"^data mine:data: train\[11\] {message}$"):
+def test_a_wrong_item_ends_the_epoch(mine: Callable[..., Any]) -> None:
+    train = Noise(12, made=lambda x: {}[1] if x.max() > 110 else x, targets=[*range(3)] * 4)
+    with pytest.raises(ConfigError, match=r"^data mine:data: train\[11\] raises KeyError: 1$"):
         whole(mine((train, Noise()), workers=1).train)
-
-
-def test_own_data_that_cannot_go_to_workers(
-    mine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
-    with pytest.raises(ConfigError, match=r"mine:data: train cannot be sent to workers .*lambda"):
-        mine((Noise(), Noise()), workers=1)
-    mine((Noise(), Noise()))
-
-
-def test_own_modules_are_those_of_the_working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    Path("my_script.py").write_text("import sys\nsys.exit('usage:')")
-    with pytest.raises(ConfigError, match="cannot be imported: SystemExit: usage"):
-        open_data("my_script:data")
-    assert sys.path[-1] == str(tmp_path)
 
 
 def test_the_example_of_own_data(monkeypatch: pytest.MonkeyPatch) -> None:

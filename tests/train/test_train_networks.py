@@ -55,14 +55,11 @@ def test_wrn_shapes() -> None:
 def test_torchvisions_networks_by_name(name: str, size: int, millions: float) -> None:
     model = build(name, 1000, 3)
     assert count_parameters(model) / 1e6 == pytest.approx(millions, abs=0.006)
-    assert model.eval()(torch.randn(2, 3, size, size)).shape == (2, 1000)
-
-
-@needs_torchvision
-def test_a_small_resnet_keeps_small_images() -> None:
-    maps = attention_maps(build("resnet-18-cifar", 10, 1), torch.randn(1, 1, 32, 32),
-                          [f"layer{i}" for i in range(1, 5)])  # fmt: skip
-    assert [len(q[0]) for q in maps.values()] == [32, 16, 8, 4]
+    x = torch.randn(2, 3, size, size)
+    assert model.eval()(x).shape == (2, 1000)
+    if name.endswith("-cifar"):  # which keeps small images
+        maps = attention_maps(model, x, [f"layer{i}" for i in range(1, 5)])
+        assert [len(q[0]) for q in maps.values()] == [32, 16, 8, 4]
 
 
 @needs_torchvision
@@ -72,15 +69,10 @@ def test_a_small_resnet_keeps_small_images() -> None:
         ("resnet-19", 3, r"student: got 'resnet-19', allowed is wrn-DEPTH"),
         ("mobilenet_v7", 3, "did you mean mobilenet_v2"),
         ("resnet-18", 1, "takes images of 3 channels, these have 1"),
-        ("resnet-50-paper", 3, "allowed is .*MODULE:FUNCTION; did you mean resnet-18-paper"),
+        ("resnet-50-paper", 3, "allowed is .*MODULE:FUNCTION; did you mean resnet-50"),
         ("no_module:f", 3, "student: 'no_module:f' cannot be imported: ModuleNotFoundError: No"),
-        ("own_networks:nett", 3, "AttributeError: module 'own_networks' has no attribute 'nett'"),
-        ("own_networks:", 3, "'own_networks:' cannot be imported: AttributeError"),
-        (":net", 3, "':net' cannot be imported: ValueError: Empty module name"),
         ("own_stops:net", 3, "'own_stops:net' cannot be imported: SystemExit: 3"),
-        ("own_networks:sizes", 3, "'own_networks:sizes' must be a function, got list"),
         ("own_networks:raises", 3, r"raises\(num_classes=7\) raises KeyError: 'x'"),
-        ("own_networks:plain", 3, r"raises TypeError: plain\(\) got an unexpected"),
         ("own_networks:dict", 3, r"must return a torch.nn.Module, got dict"),
     ],
 )
@@ -101,14 +93,13 @@ def test_a_missing_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 @needs_torchvision
 def test_the_authors_shortcuts_have_no_norm() -> None:
-    plain, paper = build("resnet-18", 10, 3), build("resnet-18-paper", 10, 3)
-    shortcuts = [f"layer{i}.0.downsample" for i in (2, 3, 4)]
-    for path in shortcuts:
-        conv, _ = plain.get_submodule(path)
-        assert repr(paper.get_submodule(path)) == repr(conv)
-    # Nothing else differs.
-    others = [{k for k in m.state_dict() if "downsample" not in k} for m in (plain, paper)]
-    assert others[0] == others[1]
+    plain, paper = build("resnet-18", 10, 3).state_dict(), build("resnet-18-paper", 10, 3)
+    gone = {k for k in plain if "downsample.1" in k}
+    own = {
+        k.replace("downsample.0", "downsample"): x.shape for k, x in plain.items() if k not in gone
+    }
+    assert len(gone) == 15
+    assert {k: x.shape for k, x in paper.state_dict().items()} == own
     assert paper(torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
 
@@ -119,26 +110,23 @@ def test_the_authors_first_weights(name: str) -> None:
     """As utils.py of their program has them; torch's where nothing else is asked for."""
     torch.manual_seed(0)
     paper, plain = build(name, 100, 3, init="paper"), build(name, 100, 3)
-    found = [m for m in paper.modules() if isinstance(m, nn.BatchNorm2d)]
-    weights = torch.cat([m.weight for m in found])
+    norms = [[m for m in n.modules() if isinstance(m, nn.BatchNorm2d)] for n in (paper, plain)]
+    assert all((m.weight == 1).all() for m in norms[1])
+    assert all(not m.bias.any() and (m.momentum, m.eps) == (0.1, 1e-5) for m in norms[0])
+    weights = torch.cat([m.weight for m in norms[0]])
     # Uniform in [0, 1]: its mean, its variance, its ends.
     slack = 4 / math.sqrt(len(weights))
     assert weights.mean().item() == pytest.approx(1 / 2, abs=slack / math.sqrt(12))
     assert weights.var().item() == pytest.approx(1 / 12, abs=slack * 0.075)
     assert 0 <= weights.min() < 0.02
-    assert 0.98 < weights.max() <= 1
-    assert all(not m.bias.any() and (m.momentum, m.eps) == (0.1, 1e-5) for m in found)
-    assert all((m.weight == 1).all() for m in plain.modules() if isinstance(m, nn.BatchNorm2d))
     layers = [m for m in paper.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    for m in layers:
-        w = m.weight.detach()
-        # He's: normal, of variance 2 / fan_in.
-        wanted, n = math.sqrt(2 / w[0].numel()), w.numel()
-        assert w.std().item() == pytest.approx(wanted, rel=4 / math.sqrt(2 * n))
-        assert abs(w.mean().item()) < 4 * wanted / math.sqrt(n)
+    for m in layers:  # He's: normal, of variance 2 / fan_in
+        w = m.weight.detach() / math.sqrt(2 / m.weight[0].numel())
+        n = w.numel()
+        assert w.std().item() == pytest.approx(1, rel=4 / math.sqrt(2 * n))
+        assert abs(w.mean().item()) < 4 / math.sqrt(n)
         if n > 4000:
-            assert (w.abs() > 2 * wanted).double().mean().item() == pytest.approx(0.0455, abs=0.014)
-    assert isinstance(layers[-1], nn.Linear)
+            assert (w.abs() > 2).double().mean().item() == pytest.approx(0.0455, abs=0.014)
     assert not layers[-1].bias.any()
 
 
@@ -165,14 +153,13 @@ def test_a_network_by_its_import_path(
 def own_networks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's modules in the working folder, which nothing but the program puts on the path."""
     folder.joinpath("own_networks.py").write_text(
-        "import builtins\nfrom torch import nn\nsizes, dict = [1], builtins.dict\n"
+        "from torch import nn\nfrom builtins import dict\n"
         "class Tiny(nn.Sequential):\n"
         "    def __init__(self, num_classes):\n"
         "        super().__init__(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
         "                         nn.Linear(4, num_classes))\n"
         "    of = classmethod(lambda cls, num_classes: cls(num_classes))\n"
         "def raises(num_classes): return {}['x']\n"
-        "def plain(): pass\n"
     )
     folder.joinpath("own_stops.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(folder)
@@ -230,35 +217,27 @@ def test_a_layer_that_is_looked_at_keeps_its_output() -> None:
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_folded_is_left() -> None:
-    class Shared(nn.Module):
-        """One convolution that runs twice, and one whose output goes two ways."""
+class Shared(nn.Module):
+    """One convolution that runs twice, one whose output goes two ways, and a branch, if any."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
-            self.n, self.m = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    def __init__(self, branch: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.n, self.m, self.branch = nn.BatchNorm2d(3), nn.BatchNorm2d(3), branch
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.n(self.a(self.a(x)))
-            y = self.b(x)
-            return y + self.m(y)
+    def forward(self, x: Tensor) -> Tensor:
+        if self.branch:  # which torch.fx cannot read
+            return self.n(self.a(x)) if x.sum() > 0 else x
+        y = self.b(self.n(self.a(self.a(x))))
+        return y + self.m(y)
 
-    class Branching(nn.Module):
-        """A network that torch.fx cannot read."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layers(x) if x.sum() > 0 else x
-
-    for model in (Shared(), Branching()):
-        lean, count = folded(model.eval(), [])
-        assert count == 0
-        x = torch.randn(2, 3, 6, 6)
-        assert torch.equal(lean(x), model(x))
+@pytest.mark.parametrize("branch", [False, True])
+def test_what_cannot_be_folded_is_left(branch: bool) -> None:
+    model, x = Shared(branch).eval(), torch.randn(2, 3, 6, 6)
+    lean, count = folded(model, [])
+    assert count == 0
+    assert torch.equal(lean(x), model(x))
 
 
 # ---- which way a step runs
@@ -269,16 +248,16 @@ def test_speed_says_how_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         return step_mode(resolve(options), CPU, method, processes)
 
     monkeypatch.setattr(speed, "bf16_is_fast", lambda device: True)
-    auto = of(speed="auto")
-    assert auto == StepMode(torch.bfloat16, True, True, True, True)
-    assert str(auto) == "bfloat16, channels_last, compile, folded BatchNorm, fused SGD"
+    assert of(speed="auto") == StepMode(torch.bfloat16, True, True)
+    words = "bfloat16, channels_last, compile, folded BatchNorm, fused SGD"
+    assert str(of(speed="auto")) == words
     monkeypatch.setattr(speed, "bf16_is_fast", lambda device: False)
     dtypes = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     assert {name: of(speed=name).dtype for name in dtypes} == dtypes
     assert of(speed="exact") == StepMode()
     # Double backward: neither a graph nor 8 bits.
     second = of("gradient-at", speed="bf16")
-    assert (second.dtype, second.compile, second.channels_last) == (None, False, True)
+    assert (second.dtype, second.compile, second.fast) == (None, False, True)
     assert not of(speed="fp32", compile=False).compile
     assert not of(processes=2, speed="fp32").compile
     assert of(processes=2, speed="fp32", sync_norm=False).compile

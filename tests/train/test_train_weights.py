@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import pathlib
 import random
 import re
 import sys
@@ -27,13 +26,13 @@ from at_fused.train.data import Data
 from at_fused.train.networks import build
 from at_fused.train.saved import (
     find_weights,
-    image_options,
     load_network,
     open_network,
     read_weights,
 )
 
 NAME = "wrn-10-1-b4"
+DAMAGED = "it is unreadable, damaged, or holds other than tensors and plain values; "
 
 
 def network(classes: int = 10, seed: int = 0) -> nn.Module:
@@ -90,7 +89,7 @@ def refused(path: Path | str, **options: Any) -> str:
 # What programs keep beside weights.
 FACTS = {
     "epoch": 3,
-    "args": argparse.Namespace(lr=0.1, out=pathlib.Path("runs/1"), layers=[1, 2]),
+    "args": argparse.Namespace(lr=0.1, out=Path("runs/1"), layers=[1, 2]),
     "best": np.float64(93.5),
     "torch": torch.__version__,
     "seen": [np.int64(3), np.float32(0.5), np.bool_(True)],
@@ -107,13 +106,10 @@ FACTS = {
         ({"net": GIVEN, "acc": 93.5}, "of its 'net'"),
         ({"model_state": GIVEN, "mean": torch.zeros(3)}, "of its 'model_state'"),
         ({"ema": GIVEN, "model": {"another": torch.ones(3)}}, "of its 'ema'"),
-        (prefixed("module."), "46 tensors"),
-        (prefixed("net.") | {"criterion.weight": torch.ones(2)}, "46 tensors of its 'net'"),
-        ({"state_dict": prefixed("student.") | {"t.x": torch.ones(1)}}, "of its 'student'"),
-        ({"model": prefixed("module._orig_mod.")}, "of its 'model'"),
-        ({"model": prefixed("_orig_mod.module.")}, "of its 'model'"),
-        ({"state_dict": prefixed("model."), "pytorch-lightning_version": "2"}, "'state_dict'"),
-        ({"model_ema": {"n_averaged": torch.tensor(5), **prefixed("module.")}}, "'model_ema'"),
+        (prefixed("module.") | {"criterion.weight": torch.ones(2)}, "46 tensors of its 'module'"),
+        ({"state_dict": prefixed("student.") | {"t.x": torch.ones(1)}}, "'state_dict.student'"),
+        ({"model": prefixed("module._orig_mod.")}, "of its 'model.module._orig_mod'"),
+        ({"ema": {"n_averaged": torch.tensor(5), **prefixed("module.")}}, "of its 'ema.module'"),
         ({k: v for k, v in GIVEN.items() if "num_batches" not in k}, "39 tensors"),
         ({k: v.double() for k, v in GIVEN.items()}, "46 tensors"),
     ],
@@ -128,16 +124,9 @@ def test_weights_are_found(content: Any, said: str, zipped: bool, tmp_path: Path
     assert line.endswith(said)
 
 
-def test_weights_of_other_systems_and_versions_are_found(tmp_path: Path) -> None:
-    """Paths of Windows and of Python 3.13, numbers of NumPy 1."""
-    path, content = tmp_path / "weights.pth", {"state_dict": GIVEN, "x": pathlib.PurePosixPath("a")}
-    torch.save(content, path, _use_new_zipfile_serialization=False)
-    old = path.read_bytes()
-    assert old.count(b"cpathlib\nPurePosixPath\n") == 1
-    for other in (b"cpathlib\nWindowsPath\n", b"cpathlib._local\nPosixPath\n"):
-        path.write_bytes(old.replace(b"cpathlib\nPurePosixPath\n", other))
-        assert same(loaded(path)[0], GIVEN)
-    torch.save(content | {"x": np.float64(1)}, path, _use_new_zipfile_serialization=False)
+def test_numbers_of_numpy_1_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"x": np.float64(1), **GIVEN}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes().replace(b"cnumpy._core.", b"cnumpy.core."))
     assert same(loaded(path)[0], GIVEN)
 
@@ -147,38 +136,24 @@ def test_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
     torch_of_it.save_file(prefixed("module."), path)
     assert same(loaded(path)[0], GIVEN)
-    other = path.rename(tmp_path / "model.bin")
-    assert same(loaded(other)[0], GIVEN)
-    torch.save(GIVEN, path)
-    assert same(loaded(path)[0], GIVEN)
-    path.write_bytes(other.read_bytes()[:-8])
-    assert "not readable (SafetensorError" in refused(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    assert DAMAGED in refused(path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     assert refused(path).endswith("needs safetensors: pip install safetensors")
 
 
 def test_several_that_fit_are_a_choice(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
-    torch.save({"model": GIVEN, "ema": prefixed("module."), "step": 4, "bad": {"x": GIVEN}}, path)
-    assert f"several that fit, model, ema: choose one as {path}:model" in refused(path)
-    for key in ("ema", "bad"):
-        assert same(loaded(f"{path}:{key}")[0], GIVEN)
-    assert "it has no 'avg', but model, ema, step, bad" in refused(f"{path}:avg")
+    other = {k: v + 1 for k, v in GIVEN.items()}
+    torch.save({"model": GIVEN, "ema": {f"module.{k}": v for k, v in other.items()}}, path)
+    assert f"several that fit, ema.module, model: choose one as {path}:ema.module" in refused(path)
+    for key, wanted in (("ema", other), ("ema.module", other), ("model", GIVEN)):
+        assert same(loaded(f"{path}:{key}")[0], wanted)
+    assert "it has no avg, but ema.module, model" in refused(f"{path}:avg")
     assert "no such file" in refused(f"{path}x:ema")
     # A name that is a file's is that file's.
     torch.save(GIVEN, f"{path}:avg")
     assert same(loaded(f"{path}:avg")[0], GIVEN)
-    # Two networks in one dictionary.
-    both = prefixed("student.") | {f"teacher.{k}": v + 1 for k, v in GIVEN.items()}
-    torch.save({"state_dict": both, "epoch": 3}, path)
-    assert f"several that fit, student, teacher: choose one as {path}:student" in refused(path)
-    assert same(loaded(f"{path}:student")[0], GIVEN)
-    assert same(loaded(f"{path}:teacher")[0], {k: v + 1 for k, v in GIVEN.items()})
-    assert "it has no 'other', but state_dict, epoch" in refused(f"{path}:other")
-    torch.save({"a": prefixed("net."), "b": {k: v + 1 for k, v in prefixed("net.").items()}}, path)
-    for source, fit in ((path, "a, b"), (f"{path}:net", "a, b")):
-        assert f"several that fit, {fit}: choose" in refused(source)
-    assert same(loaded(f"{path}:a")[0], GIVEN)
 
 
 # ---- what does not fit
@@ -190,18 +165,11 @@ def test_a_mismatch_names_keys_and_shapes(tmp_path: Path) -> None:
     wrong["head.bias"] = torch.zeros(10, dtype=torch.int64)
     del wrong["stem.weight"]
     torch.save(wrong, path)
-    for new_head in (True, False):
-        assert refused(path, new_head=new_head).endswith(
-            f"{path} has no weights of {NAME}: 4 of its tensors do not fit: stem.weight is "
-            "missing; bn.bias is (3,), not (16,); head.bias is torch.int64, not torch.float32; "
-            f"{NAME} has no head.scale"
-        )
-    foreign = {f"net.{i}.weight": torch.ones(2) for i in range(85)}
-    torch.save(foreign, path)
-    last = f"; {NAME} has no net.0.weight, net.1.weight, net.2.weight and 82 more"
-    assert refused(path).endswith(last)
-    torch.save({**GIVEN, "x": torch.ones(1)}, path)
-    assert "1 of its tensors do not fit: wrn-10-1-b4 has no x" in refused(path)
+    assert refused(path, new_head=True).endswith(
+        f"{path} has no weights of {NAME}: 4 of its tensors do not fit: stem.weight is missing, "
+        "bn.bias is (3,), not (16,), head.bias is torch.int64, not torch.float32, head.scale is "
+        "not in the network"
+    )
 
 
 def test_another_number_of_classes(tmp_path: Path) -> None:
@@ -219,50 +187,33 @@ def test_another_number_of_classes(tmp_path: Path) -> None:
     assert "2 of its tensors do not fit: head.weight is (1000, 8)" in refused(path, new_head=True)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "said"),
-    [
-        ("groups.0.0.conv1.weight", float("nan"), "(1 of 144 values)"),
-        ("bn.running_var", float("inf"), "(1 of 16 values)"),
-        ("bn.running_var", 1e300, "(1 of 16 values)"),
-        ("bn.running_var", -0.5, "bn.running_var has a negative variance, -0.5"),
-    ],
-)
-def test_weights_that_are_not_finite(name: str, value: float, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite(value: float, tmp_path: Path) -> None:
     """Not those of float64 that float32 has no number for, either."""
-    given = {k: v.clone() for k, v in GIVEN.items()}
-    given[name] = given[name].double()
-    given[name].view(-1)[3] = value
-    torch.save(given, tmp_path / "weights.pth")
-    if "(" in said:
-        said = f"NaN or inf in 1 of its 46 tensors, first in {name} {said}"
-    assert said in refused(tmp_path / "weights.pth")
+    torch.save(
+        GIVEN | {"bn.running_var": torch.full((16,), value, dtype=torch.float64)},
+        tmp_path / "w.pth",
+    )
+    assert "NaN or inf in 1 of its tensors: bn.running_var" in refused(tmp_path / "w.pth")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore:Validating sparse")
 def test_what_is_no_weights(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
-    assert refused(path).endswith("weights.pth: no such file")
-    own = r"beside tensors it holds at_fused\.train\.networks\.\w+, .*WRN.* torch\.save\(model\.st"
     for content, said in (
-        (network(), own),
-        ({"model": GIVEN, "rng": random.Random(3)}, r"it holds random\.Random, which may run code"),
-        ({"lr": 0.1, "epochs": 3}, "it has no dictionary of tensors alone, but lr, epochs"),
-        ([1, 2], "it has no dictionary of tensors alone, but a list"),
-        ({}, "it has no dictionary of tensors alone, but nothing"),
-        ({"model": {}, "x": 1}, r"alone, but model \(empty\), x"),
-        (GIVEN | {"head.weight": GIVEN["head.weight"].to_sparse()}, "weight is torch.sparse_coo"),
-        (GIVEN | {"head.bias": GIVEN["head.bias"].to("meta")}, r"bias has no values \(meta\)"),
+        (network(), DAMAGED),
+        ({"model": GIVEN, "rng": random.Random(3)}, DAMAGED),
+        ({f"net.{i}": torch.ones(2) for i in range(5)}, "name, but net.0, net.1, net.2 and 2 more"),
+        ({"lr": 0.1, "model": {}}, "it has no tensor of such a name, but no tensors"),
+        ([1, 2], "but no tensors"),
+        (GIVEN | {"head.weight": GIVEN["head.weight"].to_sparse()}, "head.weight is missing"),
+        (GIVEN | {"head.bias": GIVEN["head.bias"].to("meta")}, "head.bias is missing"),
     ):
         torch.save(content, path)
-        assert re.search(said, refused(path)), refused(path)
-        torch.save(content, path, _use_new_zipfile_serialization=False)
-        refused(path)
-    torch.jit.script(nn.Linear(2, 2)).save(str(path))
-    assert "it is damaged, or no dictionary of torch.save" in refused(path)
-    for content in (b"", b"some text\n", b"PK\3\4 and more"):
-        path.write_bytes(content)
-        assert "damaged" in refused(path)
+        assert said in refused(path)
+    for raw in (b"", b"some text\n", b"PK\3\4 and more"):
+        path.write_bytes(raw)
+        assert DAMAGED in refused(path)
 
 
 # ---- torchvision's
@@ -280,20 +231,15 @@ def test_torchvisions_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fails)
     models = {classes: build("resnet-18", classes, 3) for classes in (1000, 10)}
-    with pytest.raises(ConfigError, match=r"cannot be fetched \(URLError: .*put it at ") as error:
+    with pytest.raises(ConfigError, match=rf"fetched or read \(URLError: .*put it at {path}$"):
         load(models[1000], *TORCHVISION)
-    assert str(error.value).endswith(f"put it at {path}")
     given = {k: torch.rand_like(v.float()) for k, v in models[1000].state_dict().items()}
     torch.save(given, path)
     assert load(models[1000], *TORCHVISION) == f"{path}: 122 tensors"
-    with pytest.raises(ConfigError, match="it has 1000 classes, the data have 10"):
-        load(models[10], *TORCHVISION)
-    assert load(models[10], *TORCHVISION, new_head=True).endswith(
-        "fc, is left out (1000 classes, here 10)"
-    )
+    assert "fc, is left out (1000" in load(models[10], *TORCHVISION, new_head=True)
     for model in models.values():
         assert torch.equal(model.get_parameter("conv1.weight"), given["conv1.weight"])
-    for other in ("resnet-18-paper", "resnet-18-cifar", NAME):
+    for other in ("resnet-18-paper", NAME):
         with pytest.raises(ConfigError, match="torchvision publishes no weights of this network"):
             load(models[10], "torchvision", other)
 
@@ -320,17 +266,11 @@ def test_a_saved_network_comes_back(digits: Data, tmp_path: Path) -> None:
     for found in (model, loaded(path)[0], opened(path, "", digits), opened(path, NAME, digits)):
         assert same(found, GIVEN)
     for name, other, said in (
-        ("", renamed(digits, *map(str, range(100))), "it has 10 classes, the data have 100"),
-        ("", replace(digits, mean=(0.5,) * 3), "takes images of 1 channels, the data have 3"),
-        ("", renamed(digits, "1"), "class 0 of the network is '0', of the data '1'; both must"),
+        ("", replace(digits, names=tuple("0123")), "it has 10 classes, the data have 4"),
         ("wrn-16-1", digits, "of its tensors do not fit"),
     ):
         with pytest.raises(ConfigError, match=rf"eval: .*student\.pt.*{said}"):
             opened(path, name, other)
-
-
-def renamed(data: Data, *names: str) -> Data:
-    return replace(data, names=(*names, *data.names[len(names) :]))
 
 
 @pytest.mark.parametrize(
@@ -348,24 +288,11 @@ def test_a_network_of_other_images_is_refused(
     path = tmp_path / "student.pt"
     save_network(path, NAME, network(seed=1), digits)
     assert re.search(rf"^teacher_from: .*{said}", refused(path, data=replace(digits, **changes)))
-    assert loaded(path, data=digits)[1].endswith(": 46 tensors of its 'model'")
-    larger, own = (replace(digits, **each) for each in ({"image_size": 16}, {"own": True}))
-    assert loaded(path, data=larger)[1].endswith("trained at image size 8, here it is 16")
-    assert loaded(path, data=own)[1].endswith("normalised as these are is not known")
+    # Nobody knows how a function has normalised its images.
+    loaded(path, data=replace(digits, own=True, mean=(0.0,), std=(1.0,)))
     # A new last layer has no names in common with the old one.
     save_network(path, NAME, network(3), replace(digits, names=("a", "b", "c")))
     assert "(3 classes, here 10)" in loaded(path, data=digits, new_head=True)[1]
-
-
-def test_a_network_knows_where_its_images_are(
-    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "student.pt"
-    for own, kept in ((False, str(tmp_path / "here")), (True, "here")):
-        images = {"data": "m:f" if own else "folder", "root": "here"}
-        save_network(path, NAME, network(), replace(digits, own=own), images=images)
-        assert image_options(read_weights(str(path), "eval").state)["root"] == kept
 
 
 def test_a_plain_file_is_opened_by_its_networks_name(digits: Data, tmp_path: Path) -> None:
@@ -409,14 +336,27 @@ def damaged(whole: bytes) -> dict[str, bytes]:
     return found
 
 
+def saved(state: Any, path: Path) -> bytes:
+    checkpoints.save(path, "network", state)
+    return path.read_bytes()
+
+
+class Evil:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("it ran",)
+
+
 def test_damage_never_loads(tmp_path: Path) -> None:
     """Torch looks at no checksum: a bit of a weight, or of the directory, gives other weights."""
     state = {"model": {f"{i}.weight": torch.randn(8, 4) for i in range(2)}, "lr": 0.1}
     path = tmp_path / "step.pt"
-    checkpoints.save(path, "network", state)
-    whole = path.read_bytes()
+    evil, whole = saved({"x": Evil()}, path), saved(state, path)
     assert checkpoints.load(path, "network")["lr"] == 0.1
-    for how, content in damaged(whole).items():
+    torch.save(state, path)
+    others = {"foreign": path.read_bytes(), "code": evil, "empty": b""}
+    for how, content in (damaged(whole) | others).items():
         path.write_bytes(content)
         if content != whole:
             with pytest.raises(CheckpointError, match=r"step\.pt: truncated, damaged, or no file"):

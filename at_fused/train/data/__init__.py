@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from at_fused.train import parallel
-from at_fused.train.config import Config, ConfigError, is_import
+from at_fused.train.config import Config, is_import
 from at_fused.train.data.datasets import open_cifar, open_digits, open_own
 from at_fused.train.data.folder import PARTS, check_unreadable, inspect, open_folder
 from at_fused.train.data.samples import Data, Pictures, Samples, set_apart, stratified
@@ -67,7 +67,7 @@ def open_data(
         pictures: results of :func:`inspect`, to leave the unreadable ones of a folder out; None:
             they are an error when they are read.
     """
-    if own := is_import(config.data):
+    if is_import(config.data):
         data = open_own(config, device)
     elif config.data == "digits":
         data = open_digits(config, device)
@@ -76,17 +76,9 @@ def open_data(
     else:
         data = open_cifar(config, device)
     labels = data.train.labels
-    if len(labels.unique()) < 2:
-        raise ConfigError(
-            f"data {config.data!r}: the images to train with must be of at least two classes, all "
-            f"are of {data.names[int(labels[0])]!r}"
-        )
     rows = stratified(labels, config.fraction)
     if config.validation:
         kept, held = set_apart(labels[rows], config.validation)
         data = replace(data, validation=data.train.subset(rows[held], augment=False))
         rows = rows[kept]
-        if own:
-            facts = {"validation": "images transformed as those to train with, but once"}
-            data = replace(data, facts=facts)
     return replace(data, train=data.train.subset(rows, config.augment))

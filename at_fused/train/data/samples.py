@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +75,6 @@ class Pictures:
     """Results of reading every picture of a folder; ``dataclasses.asdict`` makes JSON of them."""
 
     digest: str  # of names, sizes, times and Pillow's version: unchanged, none is read again
-    converted: dict[str, int]  # how many, by what was done
     unreadable: dict[str, str]  # the reason, by the name from the root on
     content: str = ""  # sha256 of the bytes of those that can be read, in their order
 
@@ -94,7 +95,7 @@ class Data:
     validation: Samples | None = None
     """Training samples that were set apart to choose by, without augmentation."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Remarks for a report, as JSON takes them: what was converted, left out, and such."""
+    """Remarks for a report, as JSON takes them: what was left out, and such."""
     digest: str = ""
     """A hash of labels, names of classes, and content, whatever part of the data is used."""
     own: bool = False
@@ -154,17 +155,14 @@ def standardiser(
     # bits than the CPU.
     white = torch.tensor(255.0, device=device)
 
-    def in_rows(x: Tensor) -> Tensor:
+    def standardise(x: Tensor) -> Tensor:
         # Rows have W * C numbers: an inner loop of C numbers is slow on a CPU.
         width = x.shape[2]
         rows = x.flatten(2).float().div_(white).sub_(means.repeat(width)).div_(stds.repeat(width))
-        return rows.view(x.shape).permute(0, 3, 1, 2)
+        x = rows.view(x.shape).permute(0, 3, 1, 2)
+        return x if channels_last else x.clone(memory_format=torch.contiguous_format)
 
-    def in_planes(x: Tensor) -> Tensor:
-        x = x.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        return x.div_(white).sub_(means[:, None, None]).div_(stds[:, None, None])
-
-    return in_rows if channels_last else in_planes
+    return standardise
 
 
 class InMemory(Samples):
@@ -190,22 +188,19 @@ class InMemory(Samples):
         self._pixels = torch.from_numpy(padded).contiguous().to(device)
         self._pad, self._flip = pad, flip
         self._standardise = standardiser(mean, std, device, channels_last)
-        self._drawn: tuple[tuple[int | None, int], Tensor, Tensor] | None = None
 
     def _draw(self, seed: int | None) -> tuple[Tensor, Tensor]:
-        """Draw corners (2, N) in [0, 2 pad] and flips (N,) bool of all samples, once a seed."""
+        """Draw corners (2, N) in [0, 2 pad] and flips (N,) bool of all samples."""
         n, pad = len(self), self._pad
-        if self._drawn is None or self._drawn[0] != (seed, n):
-            corners, flips = torch.full((2, n), pad), torch.zeros(n, dtype=torch.bool)
-            if seed is not None:
-                # Drawn on the CPU, so that a seed means the same on every device; and for all, so
-                # that what a sample gets does not depend on which others are asked for.
-                g = torch.Generator().manual_seed(seed)
-                corners = torch.randint(2 * pad + 1, (2, n), generator=g)
-                if self._flip:
-                    flips = torch.rand(n, generator=g) < 0.5
-            self._drawn = (seed, n), corners.to(self._device), flips.to(self._device)
-        return self._drawn[1:]
+        corners, flips = torch.full((2, n), pad), torch.zeros(n, dtype=torch.bool)
+        if seed is not None:
+            # Drawn on the CPU, so that a seed means the same on every device; and for all, so that
+            # what a sample gets does not depend on which others are asked for.
+            g = torch.Generator().manual_seed(seed)
+            corners = torch.randint(2 * pad + 1, (2, n), generator=g)
+            if self._flip:
+                flips = torch.rand(n, generator=g) < 0.5
+        return corners.to(self._device), flips.to(self._device)
 
     def _read(self, chunks: Sequence[Tensor], seed: int | None) -> Iterator[Tensor]:
         device = self._device
@@ -271,13 +266,22 @@ def usable_workers(count: int) -> int:
     return min(count, cpus or 1)
 
 
-def sample_seed(seed: int | None, number: int) -> int:
-    """Return the seed of one sample's augmentation.
-
-    A hash, because torch's generator uses 32 bits of its seed: all of both numbers count.
-    """
+@contextmanager
+def seeded(seed: int | None, number: int) -> Iterator[None]:
+    """Start the global generators for one sample's augmentation; afterwards they are as before."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # From a hash, because torch uses 32 bits of a seed: all of both numbers count.
     digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
-    return int.from_bytes(digest[:4], "little")
+    start = int.from_bytes(digest[:4], "little")
+    random.seed(start)
+    np.random.seed(start)
+    torch.default_generator.manual_seed(start)  # torch.manual_seed is for the GPUs as well
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def as_labels(given: object, count: int) -> Tensor | None:
