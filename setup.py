@@ -187,9 +187,9 @@ class Build(BuildExtension):
         super().run()
 
 
-if switch("AT_FUSED_CPP", "1", "0") == "0" or platform.system() == "Windows":
+if switch("AT_FUSED_CPP", "1", "0") == "0":
     if os.environ.get("AT_FUSED_CUDA") == "1":
-        raise SystemExit("AT_FUSED_CUDA=1, but nothing is compiled: AT_FUSED_CPP=0, or Windows")
+        raise SystemExit("AT_FUSED_CUDA=1, but nothing is compiled: AT_FUSED_CPP=0")
     setup()
 else:
     toolkit, Build.about_cuda = cuda_choice()

@@ -118,27 +118,3 @@ def sizes(result: Result) -> Figure:
     ax.minorticks_off()
     ax.legend(frameon=False)
     return figure
-
-
-def memory(result: Result) -> Figure:
-    """Memory against batch, with the gradient's own."""
-    rows = result["parts"]["memory"]
-    title = "Forward and backward of case b, fp32 NCHW: memory beside the features"
-    figure, (ax,) = panels(8, 4.2, title, grid="y")
-    own = {row["batch"]: row["gradient"] / 1e6 for row in rows}
-    drawn = programs_of(rows)
-    width = 0.8 / len(drawn)
-    for number, (program, backend, label) in enumerate(drawn):
-        height = [row["bytes"][program] / 1e6 for row in rows if row["backend"] == backend]
-        x = [group + (number + 0.5) * width - 0.4 for group in range(len(own))]
-        faint = 1 if backend == drawn[0][1] else 0.6
-        ax.bar(x, height, 0.9 * width, color=COLOURS[program], label=label, alpha=faint)
-    for group, height in enumerate(own.values()):
-        label = "" if group else "the gradient itself"
-        line = {"color": COLOURS["floor"], "lw": 1.6, "label": label}
-        ax.hlines(height, group - 0.45, group + 0.45, **line)
-    ax.set_xticks(range(len(own)), [f"batch {batch}" for batch in own])
-    ax.set(ylabel="MB allocated at the most")
-    floor, *others = ax.get_legend_handles_labels()[0]
-    ax.legend(handles=[*others, floor], frameon=False)
-    return figure

@@ -1,4 +1,4 @@
-"""The benchmarks: PARTS, each with its settings, by one function, ``Comparison.rows``.
+"""The benchmarks: PARTS, each with its settings; ``Comparison.rows`` times them all.
 
 A row says what the programs worked on, which back end ran at_fused, and the median milliseconds (or
 bytes) of all programs, which took turns in the same rounds: "at_fused" and its likes, "eager" (the
@@ -13,28 +13,22 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 
 import at_fused
-from at_fused import _ops
 from at_fused.train.speed import peak
 from benchmarks import steps as training
 from benchmarks.cases import (
-    AT_LOSS,
     CANONICAL,
-    DTYPES,
-    LAYOUTS,
+    KINDS,
     PASSES,
-    VARIANTS,
     Inputs,
-    Variant,
     backends,
-    popular_losses,
     rivals,
 )
 
@@ -44,7 +38,6 @@ Row = dict[str, Any]
 OTHER_BYTES = 256 << 20  # several times any second-level cache
 REPEATS = 8  # of a program in its graph
 HOST_CYCLES = 2_000_000  # about a millisecond of a GPU's clock
-OWN_ROUNDS = 12
 TWO_PASSES = PASSES[:2]  # that the others have
 
 
@@ -161,46 +154,39 @@ def clock(device: str) -> Clock:
 
 
 class Comparison(NamedTuple):
-    """Programs that take turns: ``ours`` under each of some contexts, ``others`` once a round."""
+    """Programs that take turns: ``ours`` on each back end, ``others`` once a round."""
 
     what: Row
     others: dict[str, Program]
     ours: dict[str, Program]
     meter: Clock
-    under: dict[Any, Callable[[], AbstractContextManager[object]]]
+    backends: dict[str, Callable[[], AbstractContextManager[object]]]
     seconds: float = 1.0  # of measuring, about
-    name: str = "backend"  # what the contexts are
-
-    def beside_copies(self, count: int) -> Comparison:
-        """Add programs that have to move so many bytes, if the meter has any."""
-        copies = self.meter.copies(count)
-        moved = self.what["bytes"] | dict.fromkeys(copies, count)
-        return self._replace(what=self.what | {"bytes": moved}, others=self.others | copies)
 
     def rows(self) -> list[Row]:
-        """A row for each context, with the medians of some rounds.
+        """A row for each back end, with the medians of some rounds.
 
         Every round runs all programs in random order: whatever else the machine does falls on all
         alike, and so does what the one before left in the caches.
         """
-        programs = {(name, None): run for name, run in self.others.items()}
-        programs |= {(name, key): run for key in self.under for name, run in self.ours.items()}
-        uncaptured: dict[tuple[str, Any], str] = {}
-        found: dict[tuple[str, Any], list[float]] = {each: [] for each in programs}
+        programs = {(name, ""): run for name, run in self.others.items()}
+        programs |= {(name, on): run for on in self.backends for name, run in self.ours.items()}
+        uncaptured: dict[tuple[str, str], str] = {}
+        found: dict[tuple[str, str], list[float]] = {each: [] for each in programs}
 
-        def chosen(key: Any) -> AbstractContextManager[object]:
-            return self.under[key]() if key else nullcontext()
+        def chosen(backend: str) -> AbstractContextManager[object]:
+            return self.backends[backend]() if backend else nullcontext()
 
-        def once(name: str, key: Any) -> float:
-            with chosen(key):
-                return self.meter.take(programs[name, key])
+        def once(name: str, backend: str) -> float:
+            with chosen(backend):
+                return self.meter.take(programs[name, backend])
 
-        for name, key in programs:
-            with chosen(key):
-                programs[name, key], why = self.meter.prepare(programs[name, key])
+        for name, backend in programs:
+            with chosen(backend):
+                programs[name, backend], why = self.meter.prepare(programs[name, backend])
             if why:
-                uncaptured[name, key] = why
-            once(name, key)  # compiles, and fills the allocator
+                uncaptured[name, backend] = why
+            once(name, backend)  # compiles, and fills the allocator
         order, shuffle, rounds = list(programs), random.Random(0).shuffle, 0
         end = time.perf_counter() + self.seconds
         while rounds < self.meter.least or (time.perf_counter() < end and rounds < self.meter.most):
@@ -210,18 +196,19 @@ class Comparison(NamedTuple):
             rounds += 1
         medians = {each: round(statistics.median(values), 6) for each, values in found.items()}
 
-        def row(key: Any) -> Row:
-            def its(found: dict[tuple[str, Any], Any]) -> dict[str, Any]:
-                return {name: value for (name, of), value in found.items() if of in (None, key)}
+        def row(backend: str) -> Row:
+            def its(found: dict[tuple[str, str], Any]) -> dict[str, Any]:
+                return {name: value for (name, on), value in found.items() if on in ("", backend)}
 
-            head = {**self.what, self.name: key, "rounds": rounds, self.meter.unit: its(medians)}
+            head = {**self.what, "backend": backend, "rounds": rounds}
+            head[self.meter.unit] = its(medians)
             return head | ({"uncaptured": its(uncaptured)} if its(uncaptured) else {})
 
-        return [row(key) for key in self.under]
+        return [row(backend) for backend in self.backends]
 
 
 def on(device: str) -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """The back ends there, of which a single one needs no choice, which would cool the caches."""
+    """The back ends there; a single one needs no choice, which would cool the caches."""
     names = backends(device)
     several = len(names) > 1
     return {name: partial(at_fused.use_backend, name) if several else nullcontext for name in names}
@@ -235,28 +222,30 @@ def compared(
     what: Row,
     inputs: Inputs,
     *floor: str,
-    variant: Variant = AT_LOSS,
     backward: bool = True,
     meter: Clock | None = None,
     seconds: float = 1.0,
 ) -> Comparison:
     """at_fused, its rivals, and "floor" if it is asked for."""
-    others = {name: inputs.step(loss, backward) for name, loss in rivals(variant).items()}
+    others = {name: inputs.step(loss, backward) for name, loss in rivals().items()}
     others |= {name: inputs.read_all(device == "cuda") for name in floor}
-    ours = {"at_fused": inputs.step(variant.ours(), backward)}
+    ours = {"at_fused": inputs.step(at_fused.at_loss, backward)}
     return Comparison(what, others, ours, meter or clock(device), on(device), seconds)
 
 
 def at_loss(device: str, case: str, dtype: str, layout: str, direction: str) -> Comparison:
     inputs = Inputs.make(case, dtype, layout, device)
     floors, backward = inputs.floors(), direction != "forward"
-    what = {"case": case[0], "dtype": dtype, "layout": layout, "pass": direction}
-    what |= {"bytes": {"floor": floors["read"], "at_fused": floors[direction]}}
+    moved = {"floor": floors["read"], "at_fused": floors[direction]}
+    what = {"case": case[0], "dtype": dtype, "layout": layout, "pass": direction, "bytes": moved}
     found = compared(device, what, inputs, "floor", backward=backward, seconds=2.0)
     if direction not in TWO_PASSES:
         both = partial(at_fused.at_value_and_grad, inputs.students, inputs.teachers)
         found.ours["at_fused"] = both
-    return found.beside_copies(floors[direction])
+    copies = found.meter.copies(floors[direction])
+    found.others.update(copies)
+    moved |= dict.fromkeys(copies, floors[direction])
+    return found
 
 
 def size(device: str, batch: int, channels: int) -> Comparison:
@@ -272,119 +261,30 @@ def memory(device: str, share: int) -> Comparison:
     return compared(device, what, inputs, meter=Allocations(device))
 
 
-def method(device: str, name: str, case: str, dtype: str, layout: str) -> Comparison:
-    inputs = Inputs.make(case, dtype, layout, device, variant=VARIANTS[name])
-    what = {"variant": name, "case": case, "dtype": dtype, "layout": layout}
-    return compared(device, what, inputs, variant=VARIANTS[name])
-
-
-def threads(device: str, case: str) -> Comparison:
-    most = torch.get_num_threads()
-
-    @contextmanager
-    def awake(count: int) -> Iterator[None]:
-        torch.set_num_threads(count)
-        torch.ones(1 << 20).sum()
-        yield
-        torch.set_num_threads(most)
-
-    inputs = Inputs.make(case)
-    programs = {name: inputs.step(at_fused.at_loss, name != "forward") for name in TWO_PASSES}
-    programs["floor"] = inputs.read_all()
-    counts = sorted({*(2**k for k in range(most.bit_length())), most})
-    under = {count: partial(awake, count) for count in counts}
-    what = {"case": case[0], "backend": "cpu"}
-    return Comparison(what, {}, programs, clock(device), under, 2.0, "threads")
-
-
 def call(device: str, pairs: int, direction: str) -> Comparison:
     """The host's time, by its clock."""
-    inputs, backward = Inputs.make((4, [(8, 8, 4)] * pairs), device=device), direction != "forward"
+    inputs = Inputs.make((4, [(8, 8, 4)] * pairs), device=device)
     what = {"pairs": pairs, "shape": [4, 8, 4, 4], "pass": direction}
-    others = {"eager": inputs.step(popular_losses, backward)}
-    ours = {"at_fused": inputs.step(at_fused.at_loss, backward)}
-    return Comparison(what, others, ours, Clock(device), on(device))
+    return compared(device, what, inputs, backward=direction != "forward", meter=Clock(device))
 
 
 def step(device: str, name: str) -> Comparison:
-    """Compare whole training steps, their memory, and the share of attention transfer in them."""
+    """Compare whole training steps, and their memory."""
     torch.manual_seed(0)
     with torch.device(device):
-        networks = training.NETWORKS[name]()
-    programs = training.programs(networks)
+        programs = training.programs(training.NETWORKS[name]())
     held = Allocations(device)
     what: Row = {"networks": name, "bytes": {key: held.take(run) for key, run in programs.items()}}
-    features = Inputs(*training.features_of(networks), {})
-    losses = {"eager": popular_losses, "drop-in": at_fused.at_loss}
-    alone = {key: features.step(loss) for key, loss in losses.items()}
-    (own,) = Comparison({}, alone, {}, clock(device), {"auto": nullcontext}, 2.0).rows()
-    what["own"] = own["ms"]
-    if device == "cpu":
-        found = training.own_seconds(networks, OWN_ROUNDS)
-        what["own"]["tap"] = statistics.median(seconds for _, seconds in found) * 1e3
-        what["share"] = statistics.median(seconds / whole for whole, seconds in found)
     fused = {key: programs.pop(key) for key in ("drop-in", "tap", "prepared")}
     return Comparison(what, programs, fused, clock(device), on(device), 20.0)
 
 
-def tap(device: str, case: str, dtype: str, layout: str) -> Comparison:
-    """The drop-in and eager make a gradient, then add it; "backward" is the drop-in's gradient."""
-    features = [x.detach() for x in Inputs.make(case, dtype, layout, device).students]
-    gradients = [torch.randn_like(x) for x in features]
-    of_maps = [torch.randn(len(x), x[0, 0].numel(), device=device) for x in features]
-    once, maps = (sum(x.nbytes for x in each) for each in (features, of_maps))
-
-    def in_place() -> None:
-        for g, x, q in zip(gradients, features, of_maps, strict=True):
-            _ops.attention_tap_backward_(g, x, q, 2.0, "mean")
-
-    def added(found: Callable[[], list[torch.Tensor]]) -> None:
-        # The engine adds the later gradient into the earlier, AT's, which nobody else holds.
-        for own, g in zip(found(), gradients, strict=True):
-            own.add_(g)
-
-    def drop_in() -> list[torch.Tensor]:
-        pairs = list(range(len(features)))
-        return _ops.attention_map_backward(features, of_maps, None, pairs, 2.0)
-
-    def eager() -> list[torch.Tensor]:
-        return [
-            x * (q * (2 / x.shape[1])).view(len(x), 1, *x.shape[2:]).to(x.dtype)
-            for x, q in zip(features, of_maps, strict=True)
-        ]
-
-    what = {"case": case[0], "dtype": dtype, "layout": layout}
-    what |= {"bytes": {"tap": 3 * once + maps, "backward": 2 * once + maps}}
-    fused = {"tap": in_place, "drop-in": partial(added, drop_in), "backward": drop_in}
-    others = {"eager": partial(added, eager)}
-    found = Comparison(what, others, fused, clock(device), on(device))
-    return found.beside_copies(3 * once + maps)
-
-
-KINDS = list(itertools.product(CANONICAL, DTYPES, LAYOUTS))
 # Name -> what is compared, and its settings.
 PARTS: dict[str, tuple[Callable[..., Comparison], Sequence[Sequence[Any]]]] = {
     "cases": (at_loss, [(*kind, direction) for kind in KINDS for direction in PASSES]),
     # Batch and channels: from 6 kB to 206 MB.
     "sizes": (size, [(1, 1), (4, 1), (4, 4), *((32, c) for c in (2, 8, 32, 128, 512, 1024))]),
     "memory": (memory, [(8,), (4,), (2,), (1,)]),
-    "threads": (threads, [(case,) for case in CANONICAL]),
     "calls": (call, list(itertools.product((1, 3), TWO_PASSES))),
-    "methods": (
-        method,
-        [
-            (name, *kind)
-            for name, variant in VARIANTS.items()
-            for kind in itertools.product(variant.cases, DTYPES, variant.layouts)
-        ],
-    ),
     "steps": (step, [(name,) for name in training.NETWORKS]),
-    "taps": (tap, KINDS),
 }
-ON_CPU_ONLY = ("threads",)
-
-
-def measure(device: str, part: str) -> list[Row]:
-    """All rows of a part."""
-    compare, settings = PARTS[part]
-    return [row for setting in settings for row in compare(device, *setting).rows()]

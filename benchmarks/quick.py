@@ -9,34 +9,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks import results, tables
+from benchmarks import results
 from benchmarks.cases import CANONICAL, PASSES
-from benchmarks.measure import PARTS, Row
+from benchmarks.measure import PARTS
 
-TWO = (("fp32", "NCHW"), ("bf16", "channels_last"))
-KINDS = [(case, *kind) for kind in TWO for case in CANONICAL]
-CASES = [(*kind, direction) for kind in KINDS for direction in PASSES]
-SETTINGS = {"cases": CASES, "taps": KINDS, "calls": PARTS["calls"][1]}
-
-
-def lines(part: str, rows: list[Row]) -> list[str]:
-    """The table of the report, and why some times are not of a CUDA graph."""
-    found = {(name, why) for row in rows for name, why in row.get("uncaptured", {}).items()}
-    return [*tables.PARTS[part][1](rows), *(f"\\* {name}: {why}" for name, why in sorted(found))]
-
-
-def main(device: str, file: str, most: str = "100") -> None:
-    found = results.begin(device)
-    print(results.describe(found), flush=True)
-    for part, settings in SETTINGS.items():
-        rows = found["parts"][part] = []
-        try:
-            for setting in settings[: int(most)]:
-                rows += PARTS[part][0](device, *setting)._replace(seconds=0.5).rows()
-                results.write(Path(file), found)
-        finally:  # when it is interrupted as well
-            print("", tables.PARTS[part][0], "", *lines(part, rows), sep="\n", flush=True)
-
+KINDS = (("fp32", "NCHW"), ("bf16", "channels_last"))
+SETTINGS = {
+    "cases": [(case, *kind, way) for kind in KINDS for case in CANONICAL for way in PASSES],
+    "calls": PARTS["calls"][1],
+}
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    device, file, *most = sys.argv[1:]
+    settings = {part: each[: int(*most) or None] for part, each in SETTINGS.items()}
+    results.measure(device, settings, Path(file), seconds=0.5)

@@ -1,9 +1,8 @@
 """Measures this machine, and makes one report of the results of all machines.
 
-    python -m benchmarks.report                      all that this machine has, CPU and GPU
-    python -m benchmarks.report --device cuda        only its GPU
-    python -m benchmarks.report --only cases calls   some parts, beside those measured before
-    python -m benchmarks.report --merge              measures nothing
+    python -m benchmarks.report                  all that this machine has, CPU and GPU
+    python -m benchmarks.report --device cuda    only its GPU
+    python -m benchmarks.report --merge          measures nothing
 
 Writes results/<device>.json for each device, then results/report.md, its pictures, and what
 README.md shows between markers that name a file of results.
@@ -14,18 +13,18 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks import ROOT, charts, measure, results, roofline, tables
+from benchmarks import ROOT, charts, results, roofline, tables
 from benchmarks.cases import CANONICAL, CASES, DEVICES
+from benchmarks.measure import PARTS
 from benchmarks.results import FOLDER, Result, ResultError
 from benchmarks.steps import NETWORKS
 
 README = ROOT / "README.md"
-DRAWN = {"cases": charts.cases, "sizes": charts.sizes, "memory": charts.memory}
+DRAWN = {"cases": charts.cases, "sizes": charts.sizes}
 # What is shown of which results: one part's table, or without a part the cases and a picture.
 MARKED = re.compile(
     r"(<!-- (?:(\w+) )?from benchmarks/results/(.+?)\.json -->\n).*?(<!-- end -->)", re.DOTALL
@@ -47,21 +46,6 @@ else is said, MB of 10^6 bytes. The cases, of which all stages are one call:
 """
 
 
-def measured(device: str, parts: Sequence[str], folder: Path) -> None:
-    """Measure parts of a device, and save it after each."""
-    result = results.begin(device)
-    if set(parts) != set(measure.PARTS):
-        result = results.resume(result, folder)
-    path = results.path_of(result, folder)
-    for part in parts:
-        if device == "cpu" or part not in measure.ON_CPU_ONLY:
-            begin = time.perf_counter()
-            result["parts"][part] = measure.measure(device, part)
-            results.write(path, result)
-            seconds = time.perf_counter() - begin
-            print(f"{result['device']}: {part}, {seconds:.0f} s, in {path}", flush=True)
-
-
 def device_section(name: str, result: Result) -> list[str]:
     """All of a device's tables and pictures."""
     lines = [f"## {name}", "", f"{results.describe(result)}.", ""]
@@ -74,7 +58,7 @@ def device_section(name: str, result: Result) -> list[str]:
     return lines
 
 
-def text(found: dict[str, Result], counted: roofline.Counts) -> str:
+def text(found: dict[str, Result], counted: Sequence[roofline.Row]) -> str:
     """report.md."""
     lines = [INTRODUCTION]
     for name, result in found.items():
@@ -88,7 +72,7 @@ def text(found: dict[str, Result], counted: roofline.Counts) -> str:
     return "\n".join(lines) + "\n"
 
 
-def in_readme(readme: str, found: dict[str, Result], counted: roofline.Counts) -> str:
+def in_readme(readme: str, found: dict[str, Result], counted: Sequence[roofline.Row]) -> str:
     """README.md with what is between its markers made anew."""
 
     def block(match: re.Match[str]) -> str:
@@ -122,21 +106,18 @@ def merge(folder: Path, readme: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    choice = parser.add_mutually_exclusive_group()
-    parts = list(measure.PARTS)
-    some = {"nargs": "+", "choices": parts, "default": parts}
-    choice.add_argument("--only", help="parts to measure (all)", **some)
     some = {"nargs": "+", "choices": DEVICES, "default": DEVICES}
     parser.add_argument("--device", help="what to measure (all)", **some)
-    choice.add_argument("--merge", action="store_true", help="measure nothing")
+    parser.add_argument("--merge", action="store_true", help="measure nothing")
     given = parser.parse_args(arguments)
     try:
         if not given.merge:
             # Said at once, not after ten minutes.
-            if {"steps", "resnet"} <= {*given.only, *NETWORKS} and not find_spec("torchvision"):
+            if "resnet" in NETWORKS and not find_spec("torchvision"):
                 raise ResultError("the steps are of torchvision's networks: pip install '.[train]'")
             for device in given.device:
-                measured(device, given.only, FOLDER)
+                settings = {part: each for part, (_, each) in PARTS.items()}
+                print(f"in {results.measure(device, settings, None)}", flush=True)
         merge(FOLDER, README)
     except ResultError as error:
         sys.exit(f"benchmarks.report: {error}")

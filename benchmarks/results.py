@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import json
-import math
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import at_fused
 from benchmarks import ROOT, tables
 from benchmarks.cases import backends
+from benchmarks.measure import PARTS
 
 Result = dict[str, Any]
 
@@ -47,16 +47,14 @@ def last_level_cache() -> int:
 
 
 def commit() -> str:
-    """Return the checkout's commit; "-dirty" where something else is measured."""
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
-    name = ["git", "rev-parse", "--short", "HEAD"]
-    measured = ["at_fused", "csrc", "setup.py", ":(glob)benchmarks/*.py"]
-    changes = ["git", "status", "--porcelain", "--", *measured]
+    """Return the checkout's commit; "-dirty" where files differ from it."""
+    name = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
-        name, changed = (subprocess.run(each, **options).stdout.strip() for each in (name, changes))
+        return subprocess.run(
+            name, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return name + "-dirty" * bool(changed)
 
 
 def begin(device: str) -> Result:
@@ -116,6 +114,27 @@ def write(path: Path, found: dict[str, Any]) -> None:
     path.write_text(head[: -len("\n}")] + f',\n "parts": {{\n{parts}\n }}\n}}\n')
 
 
+def measure(
+    device: str, settings: dict[str, Sequence[Sequence[Any]]], path: Path | None, **options: Any
+) -> Path:
+    """Measure settings of parts; save the rows as they come, and show each part's table."""
+    found = begin(device)
+    path = path or path_of(found, FOLDER)
+    print(describe(found), flush=True)
+    for part, of_part in settings.items():
+        rows = found["parts"][part] = []
+        title, table = tables.PARTS[part]
+        try:
+            for setting in of_part:
+                rows += PARTS[part][0](device, *setting)._replace(**options).rows()
+                write(path, found)
+        finally:  # when it is interrupted as well
+            why = {(name, w) for row in rows for name, w in row.get("uncaptured", {}).items()}
+            print("", title, "", *table(rows), sep="\n")
+            print(*(f"\\* {name}: {w}" for name, w in sorted(why)), sep="\n", flush=True)
+    return path
+
+
 def load(path: Path) -> Result:
     """Read a result that has been saved, of which its tables can be made."""
     try:
@@ -125,9 +144,6 @@ def load(path: Path) -> Result:
         describe(found)
         for part, rows in found["parts"].items():
             tables.PARTS[part][1](rows)
-            for ms in itertools.chain(*(row.get("ms", {}).values() for row in rows)):
-                if not 0 < ms < math.inf:
-                    raise ValueError(f"part {part!r}: a time of {ms!r} ms")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ResultError(f"{path}: not a result: {error!r}") from error
     return found
@@ -137,17 +153,3 @@ def load_all(folder: Path) -> dict[str, Result]:
     """Those of all devices, by the names of their files."""
     paths = sorted(folder.glob("*.json"))
     return {path.stem: load(path) for path in paths if not NO_DEVICE.fullmatch(path.stem)}
-
-
-def resume(new: Result, folder: Path) -> Result:
-    """``new`` with the parts that were measured before, which must have been with the same."""
-    path = path_of(new, folder)
-    if not path.exists():
-        return new
-    old = load(path)
-    for key in new.keys() - {"parts", "date"}:
-        if old.get(key) != new[key]:
-            raise ResultError(
-                f"{path}: {key} was {old.get(key)!r} and is {new[key]!r}: measure all parts again"
-            )
-    return new | {"parts": old["parts"]}

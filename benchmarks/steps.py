@@ -7,11 +7,9 @@ with the popular lines ("eager"), with ``at_loss`` ("drop-in") and with ``Attent
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +17,10 @@ from torch import Tensor, nn
 
 import at_fused
 from at_fused import AttentionTransfer
-from at_fused._ops import loss, tap
 from at_fused.train.networks import WRN
 from benchmarks.cases import popular_losses
 
 BETA = 1e3
-Loss = Callable[[list[Tensor], list[Tensor]], Tensor]
 
 
 class Networks(NamedTuple):
@@ -36,17 +32,11 @@ class Networks(NamedTuple):
     y: Tensor
     layers: list[str]
 
-    def attention_transfer(self) -> AttentionTransfer:
-        """Hooks in both networks, until it is removed."""
-        return AttentionTransfer(self.student, self.teacher, self.layers, beta=BETA)
-
-    def step(self, transfer: Callable[[], Tensor | float] | None = None) -> None:
+    def step(self, transfer: Callable[[], Tensor | float] = lambda: 0.0) -> None:
         """Forward and backward; the optimizer is the same for all."""
         output = self.student(self.x)  # the rest of what it returns is not kept
         output = output[0] if isinstance(output, tuple) else output
-        total = F.cross_entropy(output, self.y)
-        if transfer:
-            total = total + transfer()
+        total = F.cross_entropy(output, self.y) + transfer()
         self.student.zero_grad(set_to_none=True)
         total.backward()
 
@@ -83,16 +73,6 @@ def kept_features(model: nn.Module, layers: list[str]) -> Iterator[list[Tensor]]
         handle.remove()
 
 
-@torch.no_grad()
-def features_of(networks: Networks) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the layers' features as leaves of their own; the student's want gradients."""
-    student, teacher, x, _, layers = networks
-    with kept_features(student, layers) as features, kept_features(teacher, layers) as targets:
-        student(x)
-        teacher(x)
-    return [x.requires_grad_() for x in features], targets
-
-
 def programs(networks: Networks) -> dict[str, Callable[[], object]]:
     """Steps to compare, on the same networks; hooks are there for the one step."""
     student, teacher, x, _, layers = networks
@@ -102,12 +82,12 @@ def programs(networks: Networks) -> dict[str, Callable[[], object]]:
             teacher(x)
         return 0.0
 
-    def of_features(loss: Loss) -> None:
+    def of_features(loss: Callable[[list[Tensor], list[Tensor]], Tensor]) -> None:
         with kept_features(student, layers) as features, kept_features(teacher, layers) as targets:
             networks.step(lambda: without() + BETA * loss(features, targets))
 
     def hooked(prepared: bool = False) -> None:
-        at = networks.attention_transfer()
+        at = AttentionTransfer(student, teacher, layers, beta=BETA)
         if prepared:
             at.prepare(x)
         networks.step(lambda: at(x))
@@ -121,41 +101,3 @@ def programs(networks: Networks) -> dict[str, Callable[[], object]]:
         "tap": hooked,
         "prepared": lambda: hooked(prepared=True),
     }
-
-
-def own_seconds(networks: Networks, rounds: int) -> list[tuple[float, float]]:
-    """Of each step its time, and that of all which is attention transfer's: hooks, loss, gradients.
-
-    By the clock around each part, so that it needs no difference of two long times.
-    """
-    spent: list[float] = []
-
-    def timed(function: Callable[..., Any], sign: int = 1) -> Callable[..., Any]:
-        def run(*arguments: Any, **keywords: Any) -> Any:
-            begin = time.perf_counter()
-            result = function(*arguments, **keywords)
-            spent.append(sign * (time.perf_counter() - begin))
-            return result
-
-        return run
-
-    at, found = networks.attention_transfer(), []
-    call = timed(at)
-    for network in (networks.student, networks.teacher):
-        for name in networks.layers:
-            hooks = network.get_submodule(name)._forward_hooks
-            hooks.update({key: timed(hook) for key, hook in hooks.items()})
-    backward, tapped = loss._MapLoss.backward, tap.attention_tap_backward_
-    with (
-        mock.patch.object(at, "_run_teacher", timed(at._run_teacher, -1)),
-        mock.patch.object(loss._MapLoss, "backward", staticmethod(timed(backward))),
-        # Not the tap's own backward: it counts references, and another frame would hold some.
-        mock.patch.object(tap, "attention_tap_backward_", timed(tapped)),
-    ):
-        for _ in range(rounds + 1):
-            spent.clear()
-            begin = time.perf_counter()
-            networks.step(lambda: call(networks.x))
-            found.append((time.perf_counter() - begin, sum(spent)))
-    at.remove()
-    return found[1:]  # the first allocates

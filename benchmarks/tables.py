@@ -57,17 +57,17 @@ def times(row: Row, *programs: str) -> list[str]:
     return [milliseconds(row["ms"][name]) + star(row, name) for name in programs]
 
 
-def to(row: Row, rivals: Sequence[str] = RIVALS, program: str = "at_fused") -> list[str]:
+def to(row: Row, rivals: Sequence[str] = RIVALS) -> list[str]:
     """Return how many times as long the rivals take."""
-    ratios = [(rival, row["ms"][rival] / row["ms"][program]) for rival in rivals]
-    return [f"{ratio:.1f}x{star(row, rival, program)}" for rival, ratio in ratios]
+    ratios = [(rival, row["ms"][rival] / row["ms"]["at_fused"]) for rival in rivals]
+    return [f"{ratio:.1f}x{star(row, rival, 'at_fused')}" for rival, ratio in ratios]
 
 
-def of_copy(row: Row, program: str = "at_fused") -> list[str]:
+def of_copy(row: Row) -> list[str]:
     """On a GPU the rate at which the bytes went that have to, to that of a copy of as many."""
     if "copy" not in row["ms"]:
         return []
-    ours, copy = (row["bytes"][name] / row["ms"][name] for name in (program, "copy"))
+    ours, copy = (row["bytes"][name] / row["ms"][name] for name in ("at_fused", "copy"))
     return [f"{ours / copy:.0%}"]
 
 
@@ -79,23 +79,17 @@ def shape(row: Row) -> str:
     return "x".join(map(str, row["shape"]))
 
 
-def means(
-    rows: Sequence[Row], rivals: Sequence[str] = RIVALS, program: str = "at_fused"
-) -> list[str]:
-    """The geometric mean of each rival's ratios in all rows, and the least."""
-    cells = []
-    for rival in rivals:
-        ratios = [row["ms"][rival] / row["ms"][program] for row in rows]
-        cells += [math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios)]
-    return [f"{ratio:.1f}x" for ratio in cells]
-
-
-def table_of_means(rows: Sequence[Row], key: str, title: str) -> list[str]:
-    lines = [
-        (backend, name, str(len(found)), *means(found))
-        for (name, backend), found in same(rows, key, "backend").items()
-    ]
-    return markdown(f"{title} | settings | to eager | least | to compile | least", 1, lines)
+def means(rows: Sequence[Row]) -> list[str]:
+    """The geometric means of the rivals' ratios in each pass, and the least."""
+    lines = []
+    for (name, backend), found in same(rows, "pass", "backend").items():
+        cells = []
+        for rival in RIVALS:
+            ratios = [row["ms"][rival] / row["ms"]["at_fused"] for row in found]
+            cells += [math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios)]
+        lines.append((backend, name, str(len(found)), *(f"{ratio:.1f}x" for ratio in cells)))
+    heads = "geometric means | settings | to eager | least | to compile | least"
+    return markdown(heads, 1, lines)
 
 
 def cases(rows: Sequence[Row]) -> list[str]:
@@ -119,7 +113,7 @@ def cases(rows: Sequence[Row]) -> list[str]:
         lines.append(tuple(cells))
     each = "".join(f" | {name} | to eager | to compile{' | of copy' * gpu}" for name in directions)
     table = markdown(f"case | dtype | layout | one read{each}", 3, lines)
-    return [*table, "", *table_of_means(rows, "pass", "geometric means")]
+    return [*table, "", *means(rows)]
 
 
 def sizes(rows: Sequence[Row]) -> list[str]:
@@ -144,20 +138,6 @@ def memory(rows: Sequence[Row]) -> list[str]:
     return markdown("batch | the gradient, MB | at_fused | eager | compile", 0, lines)
 
 
-def threads(rows: Sequence[Row]) -> list[str]:
-    """fp32 NCHW; one read shows what the memory gains from more threads."""
-    names = ("floor", "forward", "forward+backward")
-    lines = []
-    for found in same(rows, "case").values():
-        for row in found:
-            cells = []
-            for name in names:
-                cells += [*times(row, name), f"{found[0]['ms'][name] / row['ms'][name]:.2f}x"]
-            lines.append((row["backend"], row["case"], str(row["threads"]), *cells))
-    heads = "".join(f" | {name} | to one thread" for name in ("one read", *names[1:]))
-    return markdown(f"case | threads{heads}", 1, lines)
-
-
 def calls(rows: Sequence[Row]) -> list[str]:
     """Tiny features: what a call costs."""
     lines = []
@@ -168,64 +148,20 @@ def calls(rows: Sequence[Row]) -> list[str]:
     return markdown("pairs | pass | at_fused, us | eager, us | to eager", 2, lines)
 
 
-def by_kind(rows: Sequence[Row], keys: Sequence[str], cell: Callable[[Row], str]) -> list[str]:
-    """A line for each setting, with a cell for each dtype and layout."""
-    kinds = list(same(rows, "dtype", "layout"))
-    lines = []
-    for (*setting, backend), found in same(rows, *keys, "backend").items():
-        cells = {(row["dtype"], row["layout"]): cell(row) for row in found}
-        lines.append((backend, *setting, *(cells.get(kind, "") for kind in kinds)))
-    return markdown(" | ".join([*keys, *map(" ".join, kinds)]), len(keys), lines)
-
-
-def methods(rows: Sequence[Row]) -> list[str]:
-    """Forward and backward; over fp32 and bf16, and cases a, b and c in NCHW and channels_last, or
-    the variant's own cases. *Least* is the slowest setting.
-    """
-    opened = ["<details><summary>Every setting: ms / to eager / to compile</summary>", ""]
-    every = by_kind(
-        rows, ["variant", "case"], lambda r: " / ".join([*times(r, "at_fused"), *to(r)])
-    )
-    return [*table_of_means(rows, "variant", "variant"), "", *opened, *every, "", "</details>"]
-
-
 def steps(rows: Sequence[Row]) -> list[str]:
     """Forward and backward of whole networks, without the optimizer, fp32 NCHW: WRN-16-2 to
-    WRN-16-1, batch 128, 32x32; ResNet-34 to ResNet-18, batch 16, 224x224. *AT's own* is the time of
-    all that is attention transfer's: for `AttentionTransfer` by the clock within the step, on the
-    CPU; for the popular lines and `at_loss` that of their calls alone. *Peak* is the most that a
+    WRN-16-1, batch 128, 32x32; ResNet-34 to ResNet-18, batch 16, 224x224. *Peak* is the most that a
     step allocates.
     """
     lines = []
     for row in rows:
+        size = row["bytes"]
         for step, title in STEPS.items():
-            own, size = row["own"].get(step), row["bytes"]
-            of_it = ["", ""]
-            if own:
-                share = row["share"] if step == "tap" else own / row["ms"]["without"]
-                of_it = [milliseconds(own), f"{share:.2%}"]
             more = [f"{size[step] / size[base] - 1:+.1%}" for base in ("alone", "without")]
-            cells = (f"{row['ms'][step]:.0f}", *of_it, megabytes(size[step]), *more)
+            cells = (f"{row['ms'][step]:.0f}", megabytes(size[step]), *more)
             lines.append((row["backend"], row["networks"], title, *cells))
-    heads = "networks | step | ms | AT's own ms | share | peak MB | to no teacher | to no AT"
+    heads = "networks | step | ms | peak MB | to no teacher | to no AT"
     return markdown(heads, 2, lines)
-
-
-def taps(rows: Sequence[Row]) -> list[str]:
-    """The map's gradient added into the one that comes from the next layer, in place, against a
-    gradient of its own that autograd adds: ms / to drop-in / to eager, and the geometric means of
-    the ratios.
-    """
-    rivals = ("drop-in", "eager")
-
-    def cell(row: Row) -> str:
-        copy = [f"{share} of copy" for share in of_copy(row, "tap")]
-        return " / ".join([*times(row, "tap"), *to(row, rivals, "tap"), *copy])
-
-    every = by_kind(rows, ["case"], cell)
-    by_backend = same(rows, "backend").items()
-    lines = [(backend, *means(found, rivals, "tap")) for (backend,), found in by_backend]
-    return [*every, "", *markdown("to drop-in | least | to eager | least", 0, lines)]
 
 
 # Name -> title, and table with its note.
@@ -233,11 +169,8 @@ PARTS: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
     "cases": ("at_loss: the canonical cases", cases),
     "sizes": ("Time against size", sizes),
     "memory": ("Memory against batch", memory),
-    "threads": ("From one thread to all", threads),
     "calls": ("Tiny calls", calls),
-    "methods": ("The rest of the method", methods),
     "steps": ("Training steps", steps),
-    "taps": ("The backward of taps", taps),
 }
 
 

@@ -1,4 +1,4 @@
-"""The parts of the report, a test for each setting: -k cases, -k "methods and tokens".
+"""The parts of the report, a test for each setting: -k cases, -k "sizes and cpu".
 
 The closing tables are made of interleaved rounds; pytest-benchmark then times at_fused alone.
 """
@@ -20,7 +20,7 @@ from benchmarks.measure import PARTS
 SETTINGS = [
     pytest.param(device, part, setting, id="-".join(map(str, (device, part, *setting))))
     for device in DEVICES
-    for part in ("cases", "sizes", "calls", "methods", "steps", "taps")
+    for part in ("cases", "sizes", "calls", "steps")
     for setting in PARTS[part][1]
 ]
 
@@ -46,5 +46,5 @@ def test_time(
     found[device, part] += rows
     benchmark.group = part
     benchmark.extra_info["rows"] = rows
-    run = comparison.ours["tap" if part in ("steps", "taps") else "at_fused"]
+    run = comparison.ours["tap" if part == "steps" else "at_fused"]
     benchmark.pedantic(lambda: (run(), device == "cpu" or torch.cuda.synchronize()), rounds=8)

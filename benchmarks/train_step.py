@@ -10,7 +10,6 @@ in what they leave in memory; they run in turns, a few steps each, in random ord
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -136,7 +135,7 @@ def start(name: str) -> subprocess.Popen[str]:
     environment = dict(os.environ)
     if PROGRAMS[name].get("speed", "exact") != "exact":
         environment["GLIBC_TUNABLES"] = f"{TUNABLE}=1"  # as the program itself does
-    command = [sys.executable, "-m", "benchmarks.train_step", "--work", name]
+    command = [sys.executable, "-m", "benchmarks.train_step", name]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
@@ -147,9 +146,7 @@ class Turns(Clock):
     Else the recipe's workers would read its images in the others' time.
     """
 
-    def __init__(self, turns: int) -> None:
-        super().__init__()
-        self.least = self.most = turns
+    least = most = 12
 
     def take(self, run: Any) -> float:
         """Some steps, after one for what the others have left in the caches."""
@@ -162,12 +159,11 @@ class Turns(Clock):
         return 1e3 * seconds / STEPS
 
 
-def compare(turns: int) -> None:
+def compare() -> None:
     """Print images per second of all programs, and their ratios to the recipe."""
     processes: dict[str, Any] = {name: start(name) for name in PROGRAMS}
     try:
-        always = {"cpu": nullcontext}
-        (row,) = Comparison({}, processes, {}, Turns(turns), always).rows()
+        (row,) = Comparison({}, processes, {}, Turns(), {"cpu": nullcontext}).rows()
     finally:
         for process in processes.values():
             os.killpg(process.pid, signal.SIGKILL)
@@ -179,16 +175,8 @@ def compare(turns: int) -> None:
     print(*markdown(heads, 1, lines), sep="\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=12, help="of each program (12)")
-    parser.add_argument("--work", choices=PROGRAMS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.work:
-        work(given.work)
-    else:
-        compare(given.turns)
-
-
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        work(sys.argv[1])
+    else:
+        compare()

@@ -1,7 +1,7 @@
-"""Every kernel of a back end, for ncu and compute-sanitizer: ``gpu_driver.py DEVICE large|small``.
+"""Every kernel of a back end, for compute-sanitizer: ``gpu_driver.py DEVICE``.
 
-Cases b and c of the benchmarks, for times; or little features of which some are shared by blocks,
-in each kind of a kernel and in more than one launch.
+Little features of which some are shared by blocks, in each kind of a kernel and in more than one
+launch.
 """
 
 import sys
@@ -11,23 +11,18 @@ import torch
 from torch import Tensor
 
 import at_fused
-from benchmarks.cases import CANONICAL, CASES
 
-DEVICE, SIZE = sys.argv[1:]
+DEVICE = sys.argv[1]
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 LITTLE = [(4, 16, 32, 32), (3, 64, 7, 7), (3, 5, 5, 7), (2, 96, 56, 56)]
-B, C = ([(CASES[x][0], c, h, h) for c, _, h in CASES[x][1]] for x in CANONICAL[1:])
 # Sizes, dtype, layout, p, and whether positions are masked.
-LISTS: list[tuple[list[tuple[int, ...]], torch.dtype, torch.memory_format, float, bool]] = {
-    "large": [(B, torch.float32, NCHW, 2, False), (C, torch.float32, NCHW, 2, False)],
-    "small": [
-        (LITTLE, torch.float32, NCHW, 2, False),
-        (LITTLE, torch.bfloat16, NHWC, 2, False),
-        (LITTLE, torch.float64, NCHW, 2, False),
-        (LITTLE, torch.float32, NHWC, 3, True),
-        ([(2, 3, 5, 5)] * 17, torch.bfloat16, NCHW, 2, False),
-    ],
-}[SIZE]
+LISTS: list[tuple[list[tuple[int, ...]], torch.dtype, torch.memory_format, float, bool]] = [
+    (LITTLE, torch.float32, NCHW, 2, False),
+    (LITTLE, torch.bfloat16, NHWC, 2, False),
+    (LITTLE, torch.float64, NCHW, 2, False),
+    (LITTLE, torch.float32, NHWC, 3, True),
+    ([(2, 3, 5, 5)] * 17, torch.bfloat16, NCHW, 2, False),
+]
 
 
 def run(students: list[Tensor], teachers: list[Tensor], p: float, **mask: Any) -> None:

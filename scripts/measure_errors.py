@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -77,20 +77,16 @@ def cases(repeats: int) -> Iterator[tuple[Tensor, Tensor, float, str]]:
                 yield s, t, p, form
 
 
-def independent(dtype: torch.dtype, repeats: int) -> Errors:
-    """The worst errors of independent features, and the least distance among them."""
-    found = [errors(s.to(dtype), t.to(dtype), p, form) for s, t, p, form in cases(repeats)]
-    values, gradients, distances = zip(*found, strict=True)
-    return Errors(max(values), max(gradients), min(distances))
-
-
-def alike(dtype: torch.dtype) -> Errors:
-    """The worst errors, times the distance, of teachers that are students but for a little."""
-    found = []
+def alike(dtype: torch.dtype) -> Iterator[Errors]:
+    """The errors, times the distance, of teachers that are students but for a little."""
     for (s, _, p, form), apart in itertools.product(cases(1), APART):
         near = (s * (1 + apart * torch.randn(s.shape, dtype=s.dtype))).to(dtype)
         e = errors(s.to(dtype), near, p, form)
-        found.append((e.value * e.distance, e.gradient * e.distance, e.distance))
+        yield Errors(e.value * e.distance, e.gradient * e.distance, e.distance)
+
+
+def worst(found: Iterable[Errors]) -> Errors:
+    """The largest errors, and the least distance."""
     values, gradients, distances = zip(*found, strict=True)
     return Errors(max(values), max(gradients), min(distances))
 
@@ -110,20 +106,20 @@ def main() -> None:
     names = sys.argv[1:] or [name for name, row in at_fused.backends().items() if row.available]
     print("| dtype | back end | value | bound | gradient | bound |\n|---|---|--:|--:|--:|--:|")
     for dtype, name in itertools.product(DTYPES, names):
+        repeats = 1 if name in ("emulator", "triton") else 4
         with on(name):
-            worst = independent(dtype, 1 if name in ("emulator", "triton") else 4)
-        bounds = VALUE_TOLERANCE[dtype == torch.float64], GRADIENT_TOLERANCE[dtype]
-        value, gradient = f"{worst.value:.1e} | {bounds[0]:.0e}", f"{worst.gradient:.1e}"
-        print(f"| {str(dtype)[6:]} | {name} | {value} | {gradient} | {bounds[1]:.1e} |")
+            e = worst(errors(s.to(dtype), t.to(dtype), *how) for s, t, *how in cases(repeats))
+        bound, unit = VALUE_TOLERANCE[dtype == torch.float64], GRADIENT_TOLERANCE[dtype]
+        row = f"{e.value:.1e} | {bound:.0e} | {e.gradient:.1e} | {unit:.1e}"
+        print(f"| {str(dtype)[6:]} | {name} | {row} |")
     print("\n| dtype | back end | value times d | bound | gradient times d | bound | least d |")
     print("|---|---|--:|--:|--:|--:|--:|")
     for dtype, name in itertools.product(DTYPES[:2], names):
         with on(name):
-            worst = alike(dtype)
+            e = worst(alike(dtype))
         unit = EXACT_ROUNDING if dtype == torch.float64 else ROUNDING
-        value, gradient = f"{worst.value:.1e} | {2 * unit:.0e}", f"{worst.gradient:.1e}"
-        tail = f"{4 * unit:.0e} | {worst.distance:.0e}"
-        print(f"| {str(dtype)[6:]} | {name} | {value} | {gradient} | {tail} |")
+        row = f"{e.value:.1e} | {2 * unit:.0e} | {e.gradient:.1e} | {4 * unit:.0e}"
+        print(f"| {str(dtype)[6:]} | {name} | {row} | {e.distance:.0e} |")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,12 @@
 #!/usr/bin/env python3
 """Write docs/networks.md: the layers that match_layers finds in networks that people have.
 
-    pip install -e ".[stacks]"
-    python scripts/networks.py           # every network, with random weights, in a minute
-    python scripts/networks.py --timm    # the last section: all of timm's families, in ten minutes
-
-With --timm each map is judged by what it does: it has to change where the image was changed.
+pip install -e ".[stacks]"
+python scripts/networks.py    # every network, with random weights, in a minute
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 from collections.abc import Callable
@@ -29,10 +25,9 @@ from vit_pytorch.simple_vit_with_register_tokens import SimpleViT as ViTWithRegi
 
 from at_fused import match_layers
 from at_fused._models import arguments_of, tensors_in
-from at_fused._observe import GivenLayout, ModuleCall, ObservedRun, observe, written
+from at_fused._observe import GivenLayout, observe, written
 from at_fused.layers import NetworkStages, parts
 
-LARGEST = 1.2e8  # parameters
 PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
 Network = tuple[Callable[[], nn.Module], Any]
 
@@ -227,7 +222,7 @@ def pairs_of(student: Network, teacher: Network) -> str:
 
 
 def page() -> str:
-    """Return all of the page but its last section."""
+    """Return the page."""
     found = networks()
     lines = [INTRODUCTION]
     for source, of_source in found.items():
@@ -237,7 +232,7 @@ def page() -> str:
     for of_student, student, of_teacher, teacher in ACROSS:
         pair = found[of_student][student], found[of_teacher][teacher]
         lines.append(f"{student} <- {teacher}\n\n{pairs_of(*pair)}\n")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 INTRODUCTION = """# Layers found in networks
@@ -248,78 +243,8 @@ both networks of a pair have at one size are paired; networks of one size, as Vi
 pairs of blocks at proportional depth. `1+196` are one class token, which is left out, and 196
 patches. What is refused needs names, `layers=[...]`, or the option that the message asks for. Made
 by `scripts/networks.py`; the tests compare this page with what the script finds."""
-SWEEP = "## One of each of timm's families"
-
-
-def judged(run: ObservedRun, x: Tensor, calls: list[ModuleCall]) -> str:
-    """Tell whether each map changes most where the image was changed."""
-
-    def maps(x: Tensor) -> list[Tensor]:
-        placed = []
-        for call, y in zip(calls, run.features(calls, arguments_of(x)), strict=True):
-            layout, y = call.layout, y.double()
-            assert layout
-            if layout.channel_dim == -1:
-                y = y[:, layout.skip_tokens :].movedim(-1, 1)
-            placed.append(y.flatten(2).unflatten(2, call.size or ()))
-        return placed
-
-    height, width = x.shape[-2:]
-    before, scores = maps(x), [list[float]() for _ in calls]
-    for row, column in ((0.12, 0.88), (0.88, 0.37), (0.62, 0.62), (0.3, 0.12)):
-        changed, half = x.clone(), max(height // 12, 1)
-        i, j = int(row * height), int(column * width)
-        changed[..., max(i - half, 0) : i + half, max(j - half, 0) : j + half].mul_(-1)
-        for a, b, score in zip(before, maps(changed), scores, strict=True):
-            change = (a - b).square().sum((0, 1)).sqrt()
-            h, w = change.shape
-            reach = max(1.01 / min(h, w), 0.15)
-            rows = ((torch.arange(h) + 0.5) / h - row).abs() <= reach
-            columns = ((torch.arange(w) + 0.5) / w - column).abs() <= reach
-            score.append(float(change[rows][:, columns].mean() / change.mean()))
-    worst = [sum(score) / len(score) for score in scores]
-    if all(score > 1.02 for score in worst):
-        return "sensible"
-    # Deep layers with random weights may answer to all of the image.
-    return "sensible, by its first map" if worst[0] > 1.1 else "WRONG"
-
-
-def sweep() -> str:
-    """Judge one small variant of each of timm's families, and return the last section."""
-    verdicts: dict[str, list[str]] = {}
-    for family in timm.list_modules():
-        names = sorted(timm.list_models(module=family), key=lambda name: (len(name), name))[:8]
-        with torch.device("meta"):
-            sizes = {n: sum(p.numel() for p in timm.create_model(n).parameters()) for n in names}
-        name = min(sizes, key=lambda name: sizes[name])
-        verdict = "too large for this" if sizes[name] > LARGEST else judge(name)
-        verdicts.setdefault(verdict, []).append(name)
-        print(f"{family:24} {name:36} {verdict}", flush=True)
-    lines = [f"- {verdict}: {len(names)}" for verdict, names in verdicts.items()]
-    for verdict in verdicts.keys() - {"sensible"}:
-        lines[list(verdicts).index(verdict)] += f" ({', '.join(verdicts[verdict])})"
-    return f"{SWEEP}\n\nThe smallest of timm {timm.__version__}'s:\n\n" + "\n".join(lines) + "\n"
-
-
-def judge(name: str) -> str:
-    """Judge what is found in one of timm's networks."""
-    config = timm.get_pretrained_cfg(name)
-    x = torch.randn(2, *(config.input_size if config else (3, 224, 224)))
-    torch.manual_seed(0)
-    try:
-        run = observe(timm.create_model(name), arguments_of(x), GivenLayout())
-        stages = list(NetworkStages(run).blocks.values())
-    except ValueError:
-        return "refused"
-    if not stages:
-        return "refused"
-    alone = len(stages) == 1
-    return judged(run, x, [parts(each)[0] if alone else each[-1] for each in stages])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--timm", action="store_true", help="judge timm's families")
     torch.set_num_threads(1)
-    top, _, last = PAGE.read_text().partition(SWEEP)
-    PAGE.write_text(top + sweep() if parser.parse_args().timm else page() + "\n" + SWEEP + last)
+    PAGE.write_text(page())

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import at_fused
-from at_fused import _options
+from at_fused import _layouts, _options
 from at_fused.backends import override
 from at_fused.train.networks import WRN
 
@@ -179,7 +179,7 @@ def defaults(function: Any) -> dict[str, Any]:
         at_fused.at,
         _options.LossArguments,
         _options.LossOptions,
-        _options.FeatureLayout,
+        _layouts.FeatureLayout,
     ],
 )
 def test_an_option_has_one_default(function: Any) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,21 @@ import torch
 from outside import output_of
 from PIL import Image
 
+import at_fused
 from at_fused.backends import users
 
 sys.path.append(str(Path(__file__).parents[2]))
-from benchmarks import ROOT, charts, measure, quick, report, results, roofline, steps, tables
-from benchmarks.cases import AT_LOSS, CASES, DEVICES, TRANSFORMERS, VARIANTS, Inputs, Variant
+from benchmarks import ROOT, charts, measure, report, results, roofline, steps, tables
+from benchmarks.cases import (
+    CASES,
+    DEVICES,
+    KINDS,
+    TOKEN_OPTIONS,
+    TOKENS,
+    Inputs,
+    popular_losses,
+    popular_token_losses,
+)
 from benchmarks.measure import Clock, Comparison
 from benchmarks.results import FOLDER, Result
 
@@ -39,15 +50,11 @@ def gpu() -> Result:
     pretend = cpu() | {"device": "Pretend(R) GPU 9", "kind": "cuda"}
     pretend["backends"] = {"cuda": "CUDA kernels", "triton": "Triton kernels"}
     parts = pretend["parts"]
-    del parts["threads"]
     for name, rows in parts.items():
         parts[name] = [row | {"backend": on} for row in rows for on in pretend["backends"]]
     for row in parts["cases"]:
         row["bytes"] = row["bytes"] | {"copy": 2**29}
         row["ms"] = row["ms"] | {"copy": 100.0}
-    for row in parts["steps"]:
-        row["own"] = {name: ms for name, ms in row["own"].items() if name != "tap"}
-        row.pop("share")
     return pretend
 
 
@@ -59,7 +66,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     name = results.path_of(cpu(), tmp_path).stem
     readme = f"before\n<!-- from benchmarks/results/{name}.json -->\nold\n<!-- end -->\nafter\n"
     (tmp_path / "README.md").write_text(readme)
-    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    for module in (report, results):
+        monkeypatch.setattr(module, "FOLDER", tmp_path)
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     return tmp_path
 
@@ -134,7 +142,7 @@ def damaged(change: Callable[[Result], Any]) -> str:
         ("damaged.json", damaged(lambda r: r["parts"]["calls"].append(3))),
         ("damaged.json", damaged(lambda r: r["parts"]["cases"][0]["ms"].update(eager=-1.0))),
         ("damaged.json", damaged(lambda r: r["parts"].update(other=[]))),
-        ("roofline.json", '{"parts": {"rows": [{}], "methods": []}}'),
+        ("roofline.json", '{"parts": {"rows": [{}]}}'),
     ],
 )
 def test_damaged_files_are_refused(folder: Path, file: str, text: str) -> None:
@@ -155,29 +163,24 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "least", 1)
     monkeypatch.setattr(Clock, "most", 1)
     for case in CASES:
-        stages = [(2, 3, 14)] if case in TRANSFORMERS else [(4, 6, 8), (2, 2, 4)]
-        monkeypatch.setitem(CASES, case, (8, stages))
-    first = {setting[0]: setting for setting in reversed(measure.PARTS["methods"][1])}
-    small = {"sizes": [(1, 1), (4, 2)], "methods": list(first.values()), "steps": [("wrn",)]}
-    for part, settings in small.items():
+        monkeypatch.setitem(CASES, case, (8, [(4, 6, 8), (2, 2, 4)]))
+    for part, settings in {"sizes": [(1, 1), (4, 2)], "steps": [("wrn",)]}.items():
         monkeypatch.setitem(measure.PARTS, part, (measure.PARTS[part][0], settings))
-    monkeypatch.setattr(measure, "OWN_ROUNDS", 1)
     monkeypatch.setattr(steps, "NETWORKS", {"wrn": lambda: steps.wrn(batch=2)})
     monkeypatch.setattr(report, "NETWORKS", steps.NETWORKS)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-@pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("variant", [AT_LOSS, *VARIANTS.values()], ids=["at_loss", *VARIANTS])
-def test_the_popular_lines_compute_what_at_fused_does(variant: Variant) -> None:
-    for case in variant.cases:
-        for layout in variant.layouts:
-            inputs = Inputs.make(case, "fp32", layout, variant=variant)
-            both = variant.popular, variant.ours()
-            values = [inputs.step(loss, backward=False)().sum() for loss in both]
-            gradients = [inputs.step(loss)() for loss in both]
-            torch.testing.assert_close(*values, rtol=1e-5, atol=0)
-            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last", "tokens"])
+def test_the_popular_lines_compute_what_at_fused_does(layout: str) -> None:
+    inputs = Inputs.make((8, [(4, 6, 14), (2, 2, 14)]), layout=layout)
+    both = popular_losses, at_fused.at_loss
+    if layout == TOKENS:
+        both = popular_token_losses, partial(at_fused.at_loss, **TOKEN_OPTIONS)
+    values = [inputs.step(loss, backward=False)() for loss in both]
+    gradients = [inputs.step(loss)() for loss in both]
+    torch.testing.assert_close(*values, rtol=1e-5, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.exhaustive
@@ -188,27 +191,11 @@ def test_the_program_measures_all_parts(folder: Path, capsys: pytest.CaptureFixt
     report.main([])
     found = results.load_all(folder)
     assert sorted(result["kind"] for result in found.values()) == sorted(DEVICES)
-    for result in found.values():
-        there = set(measure.PARTS) - set(measure.ON_CPU_ONLY if result["kind"] == "cuda" else ())
-        assert result["parts"].keys() == there
-    text = (folder / "report.md").read_text()
-    assert all(f"### {title}\n" in text for title, _ in tables.PARTS.values())
-    assert "calls, 0 s" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("tiny")
-def test_parts_are_measured_beside_those_of_the_same(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results.path_of(cpu(), folder).unlink()
-    (folder / "README.md").write_text("shows nothing\n")
-    report.main(["--only", "calls"])
-    report.main(["--only", "taps"])
-    for result in results.load_all(folder).values():
-        assert list(result["parts"]) == ["calls", "taps"]
-    monkeypatch.setattr(results, "commit", lambda: "another")
-    with pytest.raises(SystemExit, match=r"\.json: commit was .*: measure all parts again"):
-        report.main(["--only", "sizes"])
+    assert all(result["parts"].keys() == measure.PARTS.keys() for result in found.values())
+    text, said = (folder / "report.md").read_text(), capsys.readouterr().out
+    for title, _ in tables.PARTS.values():
+        assert f"### {title}\n" in text
+        assert f"\n{title}\n\n| " in said
 
 
 def test_each_back_end_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,32 +229,35 @@ def test_a_graph_is_replayed_without_the_host(graphs: measure.Graphs) -> None:
     assert x[0] == 4 * measure.REPEATS
 
 
-def test_what_cannot_be_captured_is_said(graphs: measure.Graphs) -> None:
+def test_what_cannot_be_captured_is_said(
+    graphs: measure.Graphs,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     x = torch.ones(4)
     programs = {"eager": lambda: x.sum().item()}, {"at_fused": lambda: x.abs().neg()}
-    (row,) = Comparison({}, *programs, graphs, measure.on("cpu"), 0).rows()
+    what = {"pairs": 1, "shape": [1], "pass": "forward"}
+    calls = Comparison(what, *programs, graphs, measure.on("cpu"), 0)
+    monkeypatch.setitem(measure.PARTS, "calls", (lambda device: calls, [()]))
+    path = results.measure("cpu", {"calls": [()]}, None)
+    (row,) = results.load(path)["parts"]["calls"]
     assert row["uncaptured"] == {"eager": "operation not permitted when stream is capturing"}
     assert row["ms"]["at_fused"] == 2
     assert graphs.prepare(programs[1]["at_fused"])[1] == ""
     shown = row | {"ms": {"eager": 4.0, "at_fused": 2.0}}
     assert tables.times(shown, "eager", "at_fused") == ["4.00*", "2.00"]
     assert tables.to(shown, ["eager"]) == ["2.0x*"]
-    shown |= {"pairs": 1, "shape": [1], "pass": "forward"}
-    reason = "\\* eager: operation not permitted when stream is capturing"
-    assert quick.lines("calls", [shown])[-1] == reason
+    reason = "\\* eager: operation not permitted when stream is capturing\n"
+    assert capsys.readouterr().out.endswith(reason)
 
 
-@pytest.mark.parametrize(
-    ("part", "setting", "ours"), [("cases", ("forward",), "at_fused"), ("taps", (), "tap")]
-)
-def test_a_gpu_is_compared_with_a_copy_of_as_many_bytes(
-    graphs: measure.Graphs, part: str, setting: tuple[str, ...], ours: str
-) -> None:
-    found = measure.PARTS[part][0]("cpu", *measure.KINDS[0], *setting)
-    copy = found.others["copy"]
-    assert 2 * copy.args[0].nbytes == found.what["bytes"]["copy"] == found.what["bytes"][ours]
+def test_a_gpu_is_compared_with_a_copy_of_as_many_bytes(graphs: measure.Graphs) -> None:
+    found = measure.at_loss("cpu", *KINDS[0], "forward")
+    copy, moved = found.others["copy"], found.what["bytes"]
+    assert 2 * copy.args[0].nbytes == moved["copy"] == moved["at_fused"]
     assert graphs.take(graphs.prepare(copy)[0]) == 1
-    assert tables.of_copy(found.what | {"ms": {"copy": 1.0, ours: 2.0}}, ours) == ["50%"]
+    assert tables.of_copy({"bytes": moved, "ms": {"copy": 1.0, "at_fused": 2.0}}) == ["50%"]
 
 
 def test_one_read_of_a_list_is_one_launch(graphs: measure.Graphs) -> None:

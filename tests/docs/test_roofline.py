@@ -14,10 +14,10 @@ from at_fused import _ops
 sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks import roofline
 from benchmarks.cases import CANONICAL, Inputs
-from benchmarks.roofline import H100, METHODS, PASSES, SHARE, Row
+from benchmarks.roofline import H100, PASSES, SHARE, Row
 
 BAR, BAR_TWICE = 1.025, 1.04  # with a second launch the coefficients go through memory as well
-A, B, C = CANONICAL
+A, B, _ = CANONICAL
 exhaustive = pytest.mark.exhaustive
 SETTINGS = [
     (A, "fp32", "NCHW"),
@@ -34,17 +34,21 @@ def rows(setting: tuple[str, str, str]) -> dict[str, Row]:
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("direction", PASSES)
-def test_bytes_are_at_the_floor_and_the_others_move_more(
+def test_bytes_are_at_the_floor_and_eager_moves_more(
     setting: tuple[str, str, str], direction: str
 ) -> None:
     row = rows(setting)[direction]
-    ours, eager, compiled = (row[program] for program in roofline.PROGRAMS)
-    # The second read of a student is known. What else there is are maps that several blocks make.
-    once = ours.bytes - row["again"]
-    assert row["floor"] <= once <= (BAR_TWICE if row["again"] else BAR) * row["floor"]
-    assert ours.launches == 1 + (row["again"] > 0)
-    assert ours.bytes < compiled.bytes < eager.bytes
-    assert ours.launches < compiled.launches < eager.launches
+    ours, eager, floor = row["counted"], row["eager"], row["floor"]
+    # What else there is are maps that several blocks make.
+    most = BAR * floor
+    if direction == PASSES[-1] and ours.launches == 2:  # reads students that do not fit on chip
+        students = Inputs.make(*setting, device="meta").students
+        most = BAR_TWICE * floor + sum(x.nbytes for x in students)
+    else:
+        assert ours.launches == 1
+    assert floor <= ours.bytes <= most
+    assert ours.bytes < eager.bytes / 2
+    assert ours.launches < eager.launches / 4
 
 
 def test_a_share_of_the_device_counts_as_the_whole() -> None:
@@ -66,11 +70,6 @@ def test_a_tap_in_place_reads_both_and_writes_one(setting: tuple[str, str, str])
             assert roofline.count(emulator, run, 1)[1] == (3 * x.nbytes + k.nbytes, 1)
 
 
-def test_students_that_do_not_fit_are_read_again() -> None:
-    assert roofline.read_again(*SETTINGS[0]) == []
-    assert len(roofline.read_again(C, "fp32", "NCHW")) == 1
-
-
 def test_operators_are_counted_as_what_they_touch() -> None:
     x = torch.randn(4, 8, device="meta")
     with roofline.Operators() as operators:
@@ -80,13 +79,15 @@ def test_operators_are_counted_as_what_they_touch() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [*METHODS[:2], *(pytest.param(m, marks=exhaustive) for m in METHODS[2:])], ids=str
+    "name",
+    ["mask", "attend", *(pytest.param(n, marks=exhaustive) for n in ("collapse", "eps_mode"))],
 )
-def test_the_rest_of_the_method(setting: tuple[str, str, str, str]) -> None:
-    row = roofline.method_row(*setting)
-    ours, eager, compiled = (row[program] for program in roofline.PROGRAMS)
+def test_the_rest_of_the_method(name: str) -> None:
+    masks = [torch.rand(32, 32, 32) < 0.7]
+    choice = {"mask": masks, "attend": "channel", "collapse": "max", "eps_mode": "add"}[name]
+    inputs = Inputs.make((32, [(64, 64, 32)]))
+    found = roofline.count_passes(inputs, SHARE, **{name: choice})
+    ours = found["forward"] + found["backward"]
     # Maps go through memory between a forward's two launches: a C-th of the features.
-    assert 1 <= ours.bytes / row["floor"] <= 1.15
+    assert ours.bytes <= 1.15 * SHARE * inputs.floors()["forward+backward"]
     assert ours.launches <= 4
-    assert ours.launches < eager.launches / 4
-    assert ours.bytes < compiled.bytes
