@@ -24,22 +24,15 @@ from at_fused._arguments import (
     check_options,
     check_sample_weights,
     check_sizes,
-    gradient_scale,
     pair_weights,
     paired,
     savable,
 )
-from at_fused._layouts import (
-    CHANNELS_FIRST,
-    FeatureLayout,
-    channels_as_positions,
-    feature_layouts,
-)
+from at_fused._layouts import CHANNELS_FIRST, FeatureLayout, channels_as_positions, feature_layouts
 from at_fused._maps import attention_maps, interpolate, keeps_sign, pool, resized_mask
 from at_fused._options import LossArguments, LossOptions
-from at_fused.backends.outputs import accumulate_dtype, laid_out_as
+from at_fused.backends.outputs import accumulate_dtype
 
-_FP32_MAX = torch.finfo(torch.float32).max
 _OTHER_DEFAULTS = LossArguments()[len(LossOptions._fields) :]
 
 
@@ -48,30 +41,8 @@ _OTHER_DEFAULTS = LossArguments()[len(LossOptions._fields) :]
 
 def at_loss(student: Any, teacher: Any, arguments: tuple[Any, ...]) -> Tensor:
     """Return the loss of features; ``arguments`` in the order of ``LossArguments``."""
-    found = _unchecked(_ops.at_loss, student, teacher, arguments)
-    return found[0] if found else _loss(_checked(student, teacher, LossArguments(*arguments)))
-
-
-def at_value_and_grad(
-    student: Any, teacher: Any, arguments: tuple[Any, ...], scale: float | Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss, and the students' gradients times ``scale``, without a graph."""
-    if isinstance(scale, (float, int)) and abs(scale) <= _FP32_MAX and type(scale) is not bool:
-        found = _unchecked(_ops.at_value_and_grad, student, teacher, arguments, scale, None)
-        if found:
-            return found
-    inputs = _checked(student, teacher, LossArguments(*arguments))
-    features = inputs.students + inputs.teachers
-    factor, above = gradient_scale(scale, features[0].device, accumulate_dtype(*features))
-    given = [student] if isinstance(student, Tensor) else list(student)
-    one_operator = inputs.attend == "spatial" and inputs.is_fused()
-    if one_operator and check_sizes(inputs.students, inputs.teachers, inputs.resize):
-        loss, gradients = _fused_value_and_grad(inputs, factor, above)
-        pairs = zip(gradients, given, strict=True)
-        gradients = [inputs.layout.restore(g, x) for g, x in pairs]
-    else:
-        loss, gradients = _differentiated(given, teacher, arguments, factor, above)
-    return loss, [laid_out_as(x, g) for g, x in zip(gradients, given, strict=True)]
+    found = call_unchecked(_ops.at_loss, student, teacher, arguments)
+    return found[0] if found else _loss(checked_inputs(student, teacher, LossArguments(*arguments)))
 
 
 def map_loss(student: Any, teacher: Any, arguments: LossArguments) -> Tensor:
@@ -91,14 +62,14 @@ def map_loss_of_checked_options(student: Any, teacher: Any, arguments: LossArgum
 # ---- ordinary pairs ------------------------------------------------------------------------------
 
 
-def _unchecked(
+def call_unchecked(
     call: Callable[..., Any], student: Any, teacher: Any, arguments: tuple[Any, ...], *more: Any
 ) -> Any:
     """Return what an operator makes of ordinary pairs, handed to it as they are.
 
     On small features most of a call's time is Python's. The operator checks what memory needs; here
-    is what it would take and ``at_loss`` does not. After None ``_checked`` says what is wrong, if
-    anything.
+    is what it would take and ``at_loss`` does not. After None ``checked_inputs`` says what is
+    wrong, if anything.
     """
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):
         student, teacher = [student], [teacher]
@@ -176,7 +147,7 @@ class LossInputs(NamedTuple):
         return self.options._replace(reduction="sample") if weighted else self.options
 
 
-def _checked(student: Any, teacher: Any, arguments: LossArguments) -> LossInputs:
+def checked_inputs(student: Any, teacher: Any, arguments: LossArguments) -> LossInputs:
     """Check the arguments of ``at_loss``, and bring its features to (B, C, *spatial)."""
     check_options(arguments._asdict())
     layouts = feature_layouts(
@@ -264,7 +235,7 @@ def _spatial_loss(inputs: LossInputs) -> Tensor:
     if inputs.resize == "features" and not same:
         inputs, same = _pooled(inputs), True
     if same and inputs.is_fused():
-        return _reduce(inputs, _ops.at_loss(*inputs.operator_arguments())[0])
+        return reduce_samples(inputs, _ops.at_loss(*inputs.operator_arguments())[0])
     p, collapse = inputs.options[:2]
     return _compare(
         inputs, attention_maps(inputs.features(), p, collapse, inputs.absolute, inputs.skip_tokens)
@@ -293,10 +264,10 @@ def _compare(inputs: LossInputs, maps: list[Tensor]) -> Tensor:
             for q, mask, size in zip(maps, inputs.masks * 2, sizes * 2, strict=True)
         ]
     options = inputs.operator_options()[2:]
-    return _reduce(inputs, _ops.map_loss(maps[:n], maps[n:], inputs.weights, *options)[0])
+    return reduce_samples(inputs, _ops.map_loss(maps[:n], maps[n:], inputs.weights, *options)[0])
 
 
-def _reduce(inputs: LossInputs, loss: Tensor) -> Tensor:
+def reduce_samples(inputs: LossInputs, loss: Tensor) -> Tensor:
     """Weigh the losses of samples, and reduce them, where the operator has not."""
     if inputs.sample_weights is None:
         return loss
@@ -306,47 +277,3 @@ def _reduce(inputs: LossInputs, loss: Tensor) -> Tensor:
         return loss
     loss = loss.mean(1)
     return loss.sum() if reduction == "sum" else loss
-
-
-# ---- value and gradient --------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _fused_value_and_grad(
-    inputs: LossInputs, scale: float, above: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss and its gradient times ``scale`` and ``above``, by one operator."""
-    if inputs.sample_weights is not None:
-        dtype = accumulate_dtype(*inputs.students, *inputs.teachers)
-        weights = inputs.sample_weights.to(dtype).expand(len(inputs.students), -1)
-        by_sample = inputs.options.reduction == "sample"
-        weights = weights if by_sample else weights / weights.shape[1]
-        above = weights if above is None else weights * above
-    loss, gradients = _ops.at_value_and_grad(*inputs.operator_arguments(), scale, above)
-    return _reduce(inputs, loss), gradients
-
-
-def _differentiated(
-    students: list[Tensor],
-    teacher: Any,
-    arguments: tuple[Any, ...],
-    scale: float,
-    above: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """Return what ``_fused_value_and_grad`` does, by autograd, with options that it does not take.
-
-    With gradients for the features as they are given.
-    """
-    if torch.compiler.is_exporting():
-        raise RuntimeError(
-            "at_value_and_grad is exported with options that one operator takes, and with these is "
-            "not; export at_loss in its place"
-        )
-    teachers = [teacher] if isinstance(teacher, Tensor) else teacher
-    with torch.inference_mode(False), torch.enable_grad():
-        leaves = [
-            (x.clone() if x.is_inference() else x.detach()).requires_grad_() for x in students
-        ]
-        loss = at_loss(leaves, teachers, arguments)
-        factor = torch.full_like(loss, scale) if above is None else above.expand_as(loss)
-        return loss.detach(), [*torch.autograd.grad(loss, leaves, factor)]

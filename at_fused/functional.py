@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
 
-from at_fused import _loss, _maps
+from at_fused import _loss, _maps, _value_and_grad
 from at_fused._arguments import ATOptions
 from at_fused._layouts import check_kept, layout_of_one
 from at_fused._options import LossArguments, MapSize, MapSizes, Sides
@@ -185,7 +185,7 @@ def at_value_and_grad(
     for name in options.keys() - ATOptions.__annotations__.keys():
         raise TypeError(f"at_value_and_grad takes no option {name!r}")
     arguments = LossArguments(mask=mask, sample_weights=sample_weights, **options)
-    loss, gradients = _loss.at_value_and_grad(student, teacher, arguments, scale)
+    loss, gradients = _value_and_grad.at_value_and_grad(student, teacher, arguments, scale)
     return loss, gradients[0] if isinstance(student, Tensor) else gradients
 
 

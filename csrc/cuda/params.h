@@ -1,5 +1,5 @@
-// What the kernels are given, as plain structs: written by operators.cpp from a plan (plan.h), read
-// by the device code; and their launchers, each beside its kernel.
+// What the kernels are given, as plain structs that the host writes from a plan (plan.h); and the
+// kernels' launchers.
 #pragma once
 
 #include <cstdint>
