@@ -35,7 +35,7 @@ class TappedLayer(NamedTuple):
 
 
 class LastPass:
-    """What the hooks of a network have kept of its last pass."""
+    """State that the hooks of a network keep of its last pass."""
 
     def __init__(self) -> None:
         self.maps: dict[str, Tensor] = {}  # by layer

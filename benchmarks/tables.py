@@ -64,7 +64,7 @@ def to(row: Row, rivals: Sequence[str] = RIVALS) -> list[str]:
 
 
 def of_copy(row: Row) -> list[str]:
-    """On a GPU the rate at which the bytes went that have to, to that of a copy of as many."""
+    """Return the rate of the bytes that have to move over that of a copy, on a GPU."""
     if "copy" not in row["ms"]:
         return []
     ours, copy = (row["bytes"][name] / row["ms"][name] for name in ("at_fused", "copy"))

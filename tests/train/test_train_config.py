@@ -45,7 +45,7 @@ def test_a_resolved_preset_is_its_own_file(name: str) -> None:
 
 
 def test_what_is_given_beats_the_preset() -> None:
-    """Also the rates that the preset has for each method: the issue's own command."""
+    """Also the rates that the preset has for each method."""
     config = flags("--lr=0.01", "--beta=500", "--compare=none,at,kd")
     assert config.method == {}
     for method in config.compare:

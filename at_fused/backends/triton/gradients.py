@@ -54,7 +54,7 @@ class Sweep(NamedTuple):
 
 @triton.jit
 def _store_winners(feature, gradient, addend, winners, k, b, n, P: tl.constexpr):
-    """As ``store_gradient``, at the winners of positions n; no more is read or written."""
+    """Store the gradient at the winners of positions n, and read and write nothing else."""
     inside = n < positions_of(feature)
     c = tl.load(winners + b.to(tl.int64) * positions_of(feature) + n, mask=inside, other=-1)
     here = (c >= 0) & (c < channels_of(feature))

@@ -55,7 +55,7 @@ def _rank(x):
 
 @triton.jit
 def _store_max(feature, out, winners, b, begin, span, P: tl.constexpr):
-    """As ``store_map``, the largest |x|^p; the channel that has it goes to ``winners``."""
+    """Store the largest |x|^p of each position, and in ``winners`` the channel that has it."""
     ACC: tl.constexpr = out.dtype.element_ty
     channels = channels_of(feature)
     positions = positions_of(feature)
