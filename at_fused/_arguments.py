@@ -285,12 +285,12 @@ def check_sizes(students: list[Tensor], teachers: list[Tensor], resize: str | No
         if positions != t.shape[2:]:
             same = False
             if resize is None or s.dim() != t.dim():
-                advice = "resize='maps' or, of at_loss, resize='features' makes them one"
+                advice = "; resize='maps' or, of at_loss, resize='features' makes them one"
                 if s.dim() != t.dim():
-                    advice = "of one rank: tokens (B, N, C) take channel_dim=-1, map_size=(H, W)"
+                    advice = " and rank (at_loss takes channel_dim=-1 and map_size for tokens)"
                 raise ValueError(
                     f"student and teacher of pair {i} must have the same map size (H x W), got "
-                    f"{size_of(s)} and {size_of(t)}; choose layers of one map size; {advice}"
+                    f"{size_of(s)} and {size_of(t)}; choose layers of one map size{advice}"
                 )
         if positions.numel() == 1:
             _warn_single_position(i)

@@ -216,6 +216,11 @@ class TappedNetwork:
         for name, module, _ in self.layers:
             if name not in found:
                 raise RuntimeError(self._why_missing(name, module))
+            if found[name].shape[1:].numel() == 1:
+                raise ValueError(
+                    f"layers: the {self.side}'s layer {name!r} has a single position, or channel, "
+                    "whose attention is always 1: name a layer before it"
+                )
         return [found[layer.name] for layer in self.layers]
 
     def _find_layouts(self, batch: Any) -> None:

@@ -96,7 +96,8 @@ def feature_layouts(
     found = [_layout(*side) for side in zip(*each.values(), strict=True)]
     tokens = [n.channel_dim != 1 and has for n, has in zip(found, has_tokens, strict=True)]
     lacking = [n for n, has in zip(("student", "teacher"), tokens, strict=True) if not has]
-    rule = f"take channel_dim=-1 (here {given['channel_dim']!r}); {' and '.join(lacking)} has none"
+    none = "there are none here" if len(lacking) == 2 else f"the {'.'.join(lacking)} has none"
+    rule = f"take channel_dim=-1 (here {given['channel_dim']!r}); {none}"
     for name in ("skip_tokens", "map_size"):
         check_for_tokens(name, given[name], each[name], tokens, rule)
     student, teacher = (layout if layout.channel_dim != 1 else CHANNELS_FIRST for layout in found)

@@ -459,11 +459,13 @@ def run(model: nn.Module, arguments: Arguments) -> None:
 def rank_of_maps(module: nn.Module) -> int | None:
     """Return the rank of features that certainly have their channels first, None for others.
 
-    Those of convolutions, their norms and poolings, but for the ones of one dimension, through
-    which tokens go as well.
+    Those of torch's own convolutions, norms and poolings, but for the ones of one dimension,
+    through which tokens go as well. A forward of one's own may put channels last.
     """
     ranks = set[int]()
     for each in module.modules():
+        if not type(each).forward.__module__.startswith("torch.nn.modules"):
+            return None
         # Torch's own class that the module is of, or is made from.
         classes = (c for c in type(each).__mro__ if c.__module__.startswith("torch.nn.modules"))
         name = next(classes, nn.Module).__name__

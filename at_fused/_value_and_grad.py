@@ -10,6 +10,7 @@ from torch import Tensor
 from at_fused import _ops
 from at_fused._arguments import check_sizes, gradient_scale
 from at_fused._loss import LossInputs, at_loss, call_unchecked, checked_inputs, reduce_samples
+from at_fused._ops.library import transformed
 from at_fused._options import LossArguments
 from at_fused.backends.outputs import accumulate_dtype, laid_out_as
 
@@ -66,10 +67,16 @@ def _differentiated(
     """
     if torch.compiler.is_exporting():
         raise RuntimeError(
-            "at_value_and_grad is exported with options that one operator takes, and with these is "
-            "not; export at_loss in its place"
+            "at_value_and_grad cannot be exported with collapse='max', attend='channel' or 'both', "
+            "absolute=False of an odd p, maps of different sizes, nor a mask that requires a "
+            "gradient: export at_loss in its place"
         )
     teachers = [teacher] if isinstance(teacher, Tensor) else teacher
+    if transformed():  # where a tensor cannot be made to require a gradient
+        found = torch.func.vjp(lambda each: at_loss(each, teachers, arguments), students)
+        loss, gradients_of = found[0], found[1]
+        factor = torch.full_like(loss, scale) if above is None else above.expand_as(loss)
+        return loss, list(gradients_of(factor)[0])
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [
             (x.clone() if x.is_inference() else x.detach()).requires_grad_() for x in students

@@ -246,6 +246,8 @@ class _Table:
                 database.execute("COMMIT")
         except sqlite3.OperationalError as error:
             advice = "free some space, give another folder, or use no cache"
+            if os.path.isdir(self.path):
+                advice = "it is a folder, as an earlier version made: delete it"
             raise OSError(f"{self.path}: {error}; {advice}") from error
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # messages may quote damage
             raise _refusal(self.path, f"no whole database: {error}") from error

@@ -80,7 +80,8 @@ class AttentionTransfer:
             counts with its last. What follows a tapped layer must not change its output in place.
         example: what both networks take, such as two images: a mapping gives keyword arguments, a
             tuple several. Both run on it now, in eval mode and without gradients, and show how
-            their features lie. Without it named layers show it in one more run on the first batch.
+            their features lie. Without it named layers, but for torch's own convolutions, norms and
+            poolings, show it in one more run on the first batch.
         beta: a finite number, which may be set anew at any time; 1e3 is the paper's for the form
             "code".
         channel_dim: 1 or -1; None: as the run shows. This and the next two may be a pair

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -141,10 +142,12 @@ inline void check_no_overlap(const Tensor& gradient) {
   }
 }
 
-inline const char* memory_of(const Tensor& tensor) {
+inline uintptr_t memory_of(const Tensor& tensor) {
   int64_t offset = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
-  return static_cast<const char*>(tensor.const_data_ptr()) - offset * tensor.element_size();
+  // A number: the pointer of an empty tensor is null.
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) -
+         uintptr_t(offset) * uintptr_t(tensor.element_size());
 }
 
 // What may lie where the gradient is written is read from a copy.

@@ -1,5 +1,5 @@
 // The operators for losses, on every device: their arguments are checked and brought to plain
-// structs here; cpu/operators.cpp and cuda/operators.cpp compute.
+// structs here; cpu/operators.cpp and cuda/losses.cpp compute.
 #pragma once
 
 #include <cmath>

@@ -62,7 +62,8 @@ def _at_loss_autograd(
 ) -> tuple[Tensor, list[Tensor]]:
     tracked = tracks(student), tracks(teacher)
     followed = tracked[0] or tracked[1]
-    if transformed() or (followed and (rest[-2] or rest[-1])):
+    *options, student_grad, teacher_grad = rest
+    if transformed() or (followed and (student_grad or teacher_grad)):
         # The second: the maps of a traced backward have a gradient, too.
         return eager.at_loss(student, teacher, masks, *rest)
     if tracks(masks):
@@ -70,7 +71,7 @@ def _at_loss_autograd(
             "at_fused::at_loss has no derivative for masks: multiply the maps for map_loss instead"
         )
     if followed:
-        rest = *rest[:-2], *tracked
+        rest = *options, *tracked
         return apply(_ATLoss, len(student), rest, *student, *teacher, *masks), []
     return below_autograd(operators.at_loss.default, student, teacher, masks, *rest)
 
@@ -82,7 +83,7 @@ class _ATLoss(torch.autograd.Function):
         loss, maps = below_autograd(
             operators.at_loss.default, features[:pairs], features[pairs:], masks, *rest
         )
-        student_grad, teacher_grad = rest[-2:]
+        *_, student_grad, teacher_grad = rest
         # A side without a gradient is remembered by its maps alone: its features may die.
         kept = range(0 if student_grad else pairs, 2 * pairs if teacher_grad else pairs)
         ctx.pairs, ctx.rest, ctx.kept = pairs, rest, kept
@@ -92,7 +93,7 @@ class _ATLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         pairs, kept = ctx.pairs, ctx.kept
-        _, skips, p, *_ = ctx.rest
+        _weights, skips, p, *_ = ctx.rest
         saved = ctx.saved_tensors
         features, maps = saved[: len(kept)], saved[len(kept) : len(kept) + 2 * pairs]
         masks = saved[len(kept) + 2 * pairs :]
@@ -140,10 +141,11 @@ def _map_loss_autograd(
     student: list[Tensor], teacher: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
     tracked = tracks(student), tracks(teacher)
-    if transformed() or (any(tracked) and any(rest[-2:])):
+    *options, student_grad, teacher_grad = rest
+    if transformed() or (any(tracked) and (student_grad or teacher_grad)):
         return eager.map_loss(student, teacher, *rest)
     if any(tracked):
-        rest = *rest[:-2], *tracked
+        rest = *options, *tracked
         return apply(_MapLoss, len(student), rest, *student, *teacher), []
     return below_autograd(operators.map_loss.default, student, teacher, *rest)
 

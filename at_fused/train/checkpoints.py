@@ -109,7 +109,10 @@ def tidy(folder: Path) -> None:
 def claimed(folder: Path | None, fresh: bool) -> Iterator[Path]:
     """Make a run's folder, or a new runs/DATE-TIME, and hold it against other programs."""
     folder = folder or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{error}; choose another folder (--out)") from error
     with open(folder / ".lock", "a") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

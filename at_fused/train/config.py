@@ -542,15 +542,18 @@ def _check_combination(config: Config) -> None:
 def unused(config: Config, name: str, processes: int = 1) -> str:
     """Return the reason why an option changes nothing in a run; empty where it does."""
     reading = [method for method in config.compare if method in readers(name)]
+    key = "beta" if name == "betas" else name
     # The teacher has a student's lr where it has none of its own.
     lr = getattr(config, f"teacher_{name}", None)
     teaches = config.trains_teacher and lr == getattr(config, name)
-    if reading and not teaches and all(name in config.method.get(m, {}) for m in reading):
+    if reading and not teaches and all(key in config.method.get(m, {}) for m in reading):
         return f"{', '.join(reading)} have their own by --set"
     used, why = {
         "T": (any(config.for_method(method).alpha for method in reading), "alpha is 0"),
         "init": (config.trains_teacher or not config.student_from, "all weights come from files"),
-        "lr_factor": (bool(config.lr_drops), "the rate does not drop"),
+        **dict.fromkeys(
+            ("lr_factor", "reset_momentum"), (bool(config.lr_drops), "the rate does not drop")
+        ),
         "sync_norm": (max(config.nproc, processes) > 1, "one process has the whole batch"),
     }.get(name, (True, ""))
     for names, other, values in READ_WITH:

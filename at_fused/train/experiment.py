@@ -284,6 +284,11 @@ class Experiment:
         path, state = self._file(job), self._finished.get(job.name)
         if not state and path.is_file():
             state = checkpoints.load(path, "network")
+            if "settings" not in state:
+                raise CheckpointError(
+                    f"{path}: is a teacher that was given; go on with --teacher-from, or begin "
+                    "another run with --out"
+                )
         if state:
             self._check_settings(path, state, job)
             if state["settings"]["epochs"] == job.config.epochs:
@@ -296,22 +301,25 @@ class Experiment:
     def _check_settings(self, path: Path, state: dict[str, Any], job: Job) -> None:
         """Raise CheckpointError where a file was made with other settings."""
         made, wanted = state.get("settings", {}), job.settings
-        # A setting that only one of them has follows from another that differs.
-        shared = sorted(made.keys() & wanted.keys())
+        to_come = {"teacher_weights", "beta"} - wanted.keys()
+        names = sorted((made.keys() | wanted.keys()) - to_come)
         # A validation share chooses among all evaluations, and would have another choice.
         whole = job.is_teacher or self.data.validation is not None
         scheduled = SCHEDULE - ({"epochs"} if whole else set())
-        differ = [n for n in shared if n not in scheduled and made[n] != wanted[n]]
+        changed = [n for n in names if made.get(n) != wanted.get(n)]
+        differ = [n for n in changed if n not in scheduled]
         if not differ:
-            names = [name for name in shared if name in scheduled]
-            before = replace(job.config, **{name: made[name] for name in names})
+            before = replace(job.config, **{n: made[n] for n in names if n in scheduled})
             plan = Plan(before, len(job.train), job.seed, before.beta_of(job.method))
             steps = int(state["step"] if "step" in state else state["points"][-1]["step"])
             if steps > job.plan.steps or job.plan.differs(plan, steps):
-                differ = [name for name in names if made[name] != wanted[name]]
+                differ = changed
         if differ:
             # Digests by their first digits.
-            pairs = ", ".join(f"{n} {made[n]!s:.12} (now {wanted[n]!s:.12})" for n in differ[:4])
+            both = [
+                (n, *(str(each.get(n, "none"))[:12] for each in (made, wanted))) for n in differ
+            ]
+            pairs = ", ".join(f"{name} {old} (now {new})" for name, old, new in both[:4])
             raise CheckpointError(
                 f"{path}: was made with {pairs}; networks of both would be mixed: go on with "
                 "what it was made with, or begin another run with --out"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,8 @@ class Terminal(Callbacks):
     def __init__(self, program: str) -> None:
         super().__init__()
         self.program = program
+        # Its own is a semaphore of the system, left over where a process ends at once.
+        tqdm.set_lock(RLock())
         self.bar: Any = tqdm(disable=True)
         self.started = time.perf_counter()
 

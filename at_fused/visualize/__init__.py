@@ -287,6 +287,8 @@ def figure(
         advice = 'at_fused.visualize needs matplotlib: pip install "at_fused[train]"'
         raise ImportError(advice) from error
     alpha, panel = check_finite("alpha", alpha), check_finite("panel", panel)
+    if panel <= 0:
+        raise ValueError(f"panel must be > 0, in inches, got {panel!r}")
     across = as_python("across", across)
     pictures = _pictures(images, mean, std)
     batch, height, width = pictures.shape[:3]

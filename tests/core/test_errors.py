@@ -38,10 +38,10 @@ VALUE_ERRORS: dict[str, tuple[Any, ...]] = {
     "student must not be an empty list": ([], []),
     "teacher must not be empty": (X, Y[:, :0]),
     "student of pair 1 is on meta": ([X, X.to("meta")], [Y, Y]),
-    r"4x4 and 16; choose layers of one map size; of one rank: tokens .*, map_size=\(H, W\)$": (
+    r"4x4 and 16; choose .* and rank \(at_loss takes .* map_size for tokens\)$": (
         *(X, Y.flatten(2), {"resize": "maps"}),
     ),
-    "got 4x4 and 1x4x4; choose .* of one rank": (X, Y[:, :, None], {"resize": "maps"}),
+    "got 4x4 and 1x4x4; choose .* and rank": (X, Y[:, :, None], {"resize": "maps"}),
     "got 3 and 5; choose layers of equal": (X, Y, {"attend": "channel"}),
     "whole number.*2.5": (X, Y, {"absolute": False, "p": 2.5}),
     "collapse='max' takes absolute": (X, Y, {"absolute": False, "p": 3, "collapse": "max"}),
@@ -66,7 +66,7 @@ VALUE_ERRORS: dict[str, tuple[Any, ...]] = {
     r"map_size must be one to three.*got \[3, 3.0\]": (
         *(TOKENS, T_TOKENS, LAST | {"map_size": [3, 3.0]}),
     ),
-    r"skip_tokens .*=-1 \(here \(1, -1\)\); student has none, got skip_tokens=\(1, 0\)": (
+    r"skip_tokens .*=-1 \(here \(1, -1\)\); the student has none, got skip_tokens=\(1, 0\)": (
         *(X, T_TOKENS, {"channel_dim": (1, -1), "skip_tokens": (1, 0)}),
     ),
     r"map_size .*got map_size=\(None, \(4, 4\)\)": (
@@ -240,7 +240,7 @@ MAP = torch.rand(2, 4, 4)
         (MAP[0, 0], MAP, {}, r"student must be a map \(B, H, W\)"),
         (MAP, MAP[:1], {}, "same batch size, got 2 and 1"),
         (MAP, MAP.reshape(2, 2, 8), {}, r"same map size \(H x W\), got 4x4 and 2x8"),
-        (MAP, MAP.reshape(2, 16), {}, "same map size.*of one rank"),
+        (MAP, MAP.reshape(2, 16), {}, "same map size.* and rank"),
         (MAP, MAP, {"resize": "features"}, "resize must be None or 'maps', got 'features'"),
         (MAP, MAP, {"weights": [1.0, 2.0]}, "weights must have one number per pair"),
         (MAP, MAP, {"mask": torch.rand(3, 4, 4)}, "mask must be"),

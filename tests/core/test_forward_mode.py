@@ -77,6 +77,8 @@ FUNCTIONS: dict[str, Function] = {
 GIVEN_GRADIENTS: dict[str, Function] = {
     "value": lambda x: at_fused.at_value_and_grad(x, T, form="paper")[0],
     "gradient": lambda x: at_fused.at_value_and_grad(x, T)[1],
+    "value by autograd": lambda x: at_fused.at_value_and_grad(x, T, collapse="max")[0],
+    "gradient by autograd": lambda x: at_fused.at_value_and_grad(x, T, attend="channel")[1],
 }
 ALL = FUNCTIONS | GIVEN_GRADIENTS
 

@@ -296,7 +296,7 @@ def test_rows_are_numbered_where_names_or_sizes_differ() -> None:
         (X, MAPS, {"mean": torch.tensor(torch.inf)}, r"mean must be finite"),
         (X, MAPS, {"mean": [1, 2]}, r"mean must be a number or one per channel, got \[1, 2\]"),
         (X, MAPS, {"alpha": 1.5}, r"alpha \(1.5\) is outside 0-1 range"),
-        (X, MAPS, {"panel": -1}, r"figure size must be positive finite"),
+        (X, MAPS, {"panel": 0}, r"panel must be > 0, in inches, got 0"),
     ],
 )
 def test_refusals_of_the_picture(

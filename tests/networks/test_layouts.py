@@ -542,3 +542,33 @@ def test_changes_in_place_after_a_layer_in_a_first_pass() -> None:
         loss_once(changing, plain, IMAGE, ["blocks.0"])
     expected = loss_of_first_blocks(plain, changing)
     torch.testing.assert_close(loss_once(plain, changing, IMAGE, ["blocks.0"]), expected)
+
+
+class ChannelsLast(nn.Module):
+    """Convolutions alone, of which forward() puts the channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).permute(0, 2, 3, 1)
+
+
+def test_convolutions_whose_forward_puts_channels_last() -> None:
+    student, teacher = (nn.Sequential(ChannelsLast(), Mix(8)) for _ in "st")
+    at, x = AttentionTransfer(student, teacher, ["0"], beta=1.0, verbose=False), IMAGE
+    s, t = student[0](x), teacher[0](x)
+    student(x)
+    torch.testing.assert_close(at(x), at_loss(s, t, channel_dim=-1))
+
+
+def test_a_named_layer_with_a_single_position_is_refused() -> None:
+    """Its map is always 1, with nothing to learn."""
+    student, teacher = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)).requires_grad_() for _ in "st"
+    )
+    at = AttentionTransfer(student, teacher, ["1"], beta=1.0, verbose=False)
+    student(IMAGE)
+    with pytest.raises(ValueError, match="student's layer '1' has a single position, or channel"):
+        at(IMAGE)
