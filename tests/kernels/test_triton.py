@@ -1,6 +1,7 @@
 """The Triton back end's own ways: how it cuts work, launches it, and copies nothing.
 
-On a GPU, or else under the interpreter. What it computes is the contract's, of every back end.
+On a GPU, or else under the interpreter. What it computes is the contract's, of every back end: a
+few calls of it are here, as the whole takes the interpreter minutes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from back_ends import use
+from layouts import LAYOUTS
+from operator_reference import (
+    assert_map_loss_matches,
+    assert_maps_match,
+    assert_tap_matches,
+    raw_maps,
+    tap_inputs,
+)
 from outside import SUPPORT, output_of
-from reference import loss_arguments
+from reference import assert_matches_reference, loss_arguments
 from torch import Tensor
 
 from at_fused.backends import triton as backend
@@ -28,8 +38,6 @@ import triton.language as tl
 
 from at_fused.backends.triton import launch, loss
 from at_fused.backends.triton.tiles import double, double_of, number, number_of
-
-LAYOUTS = ["planar", "interleaved"]
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +74,30 @@ def results(layout: str) -> list[Tensor]:
         total, coefficients = backend.at_loss(*arguments, True, True)
         found += [value, *gradients, total, *coefficients]
     return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "p", "form", "eps_mode"),
+    [("planar", 2.0, "code", "max"), ("interleaved", 3.0, "paper", "add")],
+)
+def test_values_and_gradients(layout: str, p: float, form: str, eps_mode: str) -> None:
+    """A few calls of the contract and of the operators' tests, for every run."""
+    features = [
+        feature(2, 20, 3, 5, layout=layout),
+        feature(3, 5, 2, 3, layout=layout, dtype=torch.bfloat16),
+        feature(2, 3, 4, 4, layout=layout, dtype=torch.float64),
+    ]
+    teachers = [feature(len(x), 4, *x.shape[2:]) for x in features]
+    options = {"p": p, "form": form, "eps_mode": eps_mode, "eps": 0.3, "weights": [1.0, 0.5, -2.0]}
+    with use("triton"):
+        assert_matches_reference(features, teachers, **options)
+        assert_map_loss_matches(
+            *(raw_maps((3, 7), (2, 9)) for _ in range(2)), [], form, "none", eps_mode, 0.3
+        )
+        for collapse in ("mean", "max"):
+            assert_maps_match(features, p, collapse)
+            inputs = tap_inputs(2, 20, 3, 5, collapse=collapse, layout=layout)
+            assert_tap_matches(*inputs, p, collapse)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
