@@ -19,6 +19,8 @@ X = torch.randn(2, 3, 4, 4)
 AS_IT_WAS = X.clone()
 Q, WON, ONE_SAMPLE = torch.rand(2, 16), torch.zeros(2, 16).int(), torch.rand(1, 16)
 TOKENS, BATCHES = [torch.randn(2, 3, 5)], [X, X[:1]]
+TWO = {"student": [X, X], "teacher": [X, X]}
+TWO_FEATURES = {"features": [X, X], "coefficients": [Q, Q], "pairs": [0, 0]}
 OPTIONS = {"form": "code", "reduction": "sum", "eps_mode": "max", "eps": 1e-12}
 PAIRS = {"student": [X], "teacher": [X + 1], "masks": [], "weights": [], "skip_tokens": []}
 LOSS = {**PAIRS, "p": 2.0, "collapse": "mean", **OPTIONS}
@@ -68,6 +70,8 @@ WRONG: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
         ({"teacher": [X[:1]]}, "same B and positions"),
         ({"student": BATCHES, "teacher": BATCHES, "reduction": "sample"}, "one batch size"),
         ({"masks": [Q, Q]}, "a mask per pair"),
+        (TWO | {"masks": [Q]}, "a mask per pair"),
+        (TWO | {"weights": [1.0]}, "a weight per pair"),
         *(
             ({"masks": [mask]}, r"a mask must be \(B, N\).* float32 otherwise")
             for mask in (torch.rand(2, 15), ONE_SAMPLE, Q.double(), Q > 0, Q.view(2, 4, 4))
@@ -88,6 +92,13 @@ WRONG: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
         ({"loss_gradient": torch.ones(0)}, "pair number 0|pair 0"),
         ({"loss_gradient": torch.ones(1, 2, 1)}, "loss gradient must be a scalar, "),
         ({"loss_gradient": torch.ones((), dtype=torch.int64)}, "loss gradient.*float32 or float64"),
+    ],
+    ("at_value_and_grad",): [
+        (TWO | {"loss_gradient": torch.ones(1)}, "pair number 1|pair 1"),
+        (
+            {"student": BATCHES, "teacher": BATCHES, "loss_gradient": torch.ones(2, 2)},
+            "loss gradient.*sample|batch size",
+        ),
     ],
     ("map_loss",): [
         ({"teacher": [torch.ones(2, 5)]}, "both of a pair of one size"),
@@ -112,10 +123,12 @@ WRONG: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
         ),
         ({"coefficients": []}, "coefficient map.*per feature"),
         ({"pairs": [0, 1]}, "pair number per feature"),
+        (TWO_FEATURES | {"pairs": [0]}, "pair number per feature"),
         ({"pairs": [1], "loss_gradient": torch.ones(1)}, "pair number 1|pair 1"),
         ({"pairs": [-1], "loss_gradient": torch.ones(3)}, "pair number -1|pair -1"),
         ({"pairs": [2], "loss_gradient": torch.ones(2, 2)}, "pair number 2|pair 2"),
         ({"channels": [WON, WON]}, "per feature"),
+        (TWO_FEATURES | {"channels": [WON]}, "per feature"),
         ({"channels": [Q]}, "of int32"),
         ({"channels": [WON[:, 1:]]}, "of int32"),
     ],
