@@ -25,10 +25,11 @@ def test_same_bits_in_every_run(name: str) -> None:
 
 
 def large(layout: torch.memory_format) -> list[Tensor]:
-    """Samples of many tasks, and many samples of one."""
+    """Samples of many tasks, and of two; and many samples of one."""
     found = []
-    for shape in ((1, 24, 91, 83), (40, 13, 17, 9), (2, 130, 31, 31)):
-        for dtype in (torch.float32, torch.bfloat16):
+    for shape in ((1, 24, 91, 83), (160, 64, 17, 9), (2, 130, 31, 31), (2, 300, 17, 16)):
+        # In which order a loss is added up shows in fp64 alone: another is rounded to fp32.
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
             s = torch.randn(shape).to(dtype, memory_format=layout).requires_grad_()
             t = torch.randn_like(s.detach())
             loss = at_fused.at_loss([s, t], [t, s], reduction="none")

@@ -31,9 +31,10 @@ def test_a_map_that_cannot_be_allocated() -> None:
 
 def test_large_gradients_are_written_whole() -> None:
     """Above the size of the caches gradients are streamed to memory, from unaligned starts too."""
+    torch.set_num_threads(2)  # one alone would write again what it spoils beyond a line
     for layout in (torch.contiguous_format, torch.channels_last):
         for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(9, 67, 151, 149, dtype=dtype)[:, 1:].contiguous(memory_format=layout)
+            x = torch.randn(2, 1032, 79, 83, dtype=dtype)[:, 1:].contiguous(memory_format=layout)
             x = torch.cat([x] * (1 if dtype == torch.float32 else 2))
             k = torch.randn(x.shape[0], x[0, 0].numel())
             (found,) = _ops.attention_map_backward([x], [k], torch.tensor(2.0), [0], 2.0)

@@ -16,7 +16,7 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +40,11 @@ HUGE = (2**62,) if "asan" in os.environ.get("LD_PRELOAD", "") else (2**31, 2**33
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def feature(r: random.Random, b: int, spatial: tuple[int, ...]) -> Tensor:
-    return torch.randn(b, r.choice((1, 3, 5, 17, 40)), *spatial).to(r.choice(DTYPES))
+CHANNELS = (1, 3, 5, 17, 40)
+
+
+def feature(r: random.Random, b: int, spatial: tuple[int, ...], channels: Sequence[int]) -> Tensor:
+    return torch.randn(b, r.choice(channels), *spatial).to(r.choice(DTYPES))
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -56,11 +59,11 @@ def channels_for(x: Tensor, skip: int = 0) -> Tensor:
     return torch.randint(x.shape[1], map_for(x, skip).shape, dtype=torch.int32)
 
 
-def right_call(name: str, r: random.Random) -> list[Any]:
+def right_call(name: str, r: random.Random, channels: Sequence[int] = CHANNELS) -> list[Any]:
     """Arguments that the operator takes."""
     b, n = r.randint(1, 4), r.randint(1, 3)
     sizes = [tuple(r.randint(1, 9) for _ in range(r.randint(1, 3))) for _ in range(n)]
-    xs, ys = ([feature(r, b, size) for size in sizes] for _ in range(2))
+    xs, ys = ([feature(r, b, size, channels) for size in sizes] for _ in range(2))
     x, p, collapse = xs[0], r.choice((1.0, 2.0, 2.5, 4.0)), r.choice(("mean", "sum"))
     above = r.choice((None, torch.randn(()), torch.randn(n), torch.randn(n, b)))
     skips = [r.randint(0, x.shape[2] - 1) if x.dim() == 3 else 0 for x in xs]
@@ -69,8 +72,8 @@ def right_call(name: str, r: random.Random) -> list[Any]:
     if name == "attention_map":
         return [xs, p, r.choice((collapse, "max")), skips]
     if name == "attention_map_backward":
-        channels = [channels_for(*x) for x in each] if r.random() < 0.5 else []
-        return [xs, [map_for(*x) for x in each], above, list(range(n)), p, skips, channels]
+        winners = [channels_for(*x) for x in each] if r.random() < 0.5 else []
+        return [xs, [map_for(*x) for x in each], above, list(range(n)), p, skips, winners]
     if name.startswith("attention_tap_backward"):
         maximum = r.random() < 0.3
         rest = ("max", channels_for(x)) if maximum else (collapse, None)
