@@ -42,9 +42,10 @@ class LastPass:
         self.grad_mode = True  # the one in which the network was called
         # The inputs of the last two passes, of those since maps were taken.
         self.inputs: list[list[weakref.ref[Tensor]]] = []
-        # Until layouts are known: features in place of maps, and the arguments for a run to see.
+        # Until layouts are known: features with their maps if channels come first, and the
+        # arguments for a run to see.
         self.undecided = False
-        self.features: dict[str, Tensor] = {}
+        self.features: dict[str, tuple[Tensor, Tensor]] = {}
         self.arguments: Arguments | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,7 +132,7 @@ class LayerTap(Hook):
             self.grad_mode = torch.is_grad_enabled()
             if self.layout is None and x.dim() != self.rank:
                 # What follows may change it in place, which autograd refuses.
-                last.features[self.name] = y if y.requires_grad else y.clone()
+                last.features[self.name] = y if y.requires_grad else y.clone(), q
             else:
                 last.maps[self.name] = q
         if y is x or x is output:
@@ -233,7 +234,8 @@ class TappedNetwork:
         for tap, layout in zip(self.taps, layouts, strict=True):
             tap.layout = layout
             if tap.name in features:
-                last.maps[tap.name] = tap.tap(features[tap.name])[1]
+                feature, q = features[tap.name]
+                last.maps[tap.name] = q if layout.channel_dim == 1 else tap.tap(feature)[1]
         last.undecided = False
 
     def _why_missing(self, name: str, module: nn.Module) -> str:

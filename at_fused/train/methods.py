@@ -136,6 +136,7 @@ class Attention(Objective):
             networks.student,
             networks.teacher,
             networks.pairs,
+            example=networks.example,
             beta=1.0,
             cache=self.cache,
             verbose=False,
