@@ -51,8 +51,8 @@ def check_attention_map(
     for x in features:
         require(
             x.dim() >= 3 and x.numel() > 0 and x.layout is torch.strided and x.dtype in DTYPES,
-            "features must be dense (B, C, *spatial) of float16, bfloat16, float32 or float64, and "
-            "not empty",
+            "features must not be empty, and must be dense (B, C, *spatial) of float16, bfloat16, "
+            "float32 or float64",
         )
         require(x.device == features[0].device, "all features must be on the same device")
     require(1 <= p < math.inf, f"p must be a finite number >= 1, got {p}")
