@@ -131,7 +131,7 @@ class LayerTap(Hook):
         if not _in_backward():
             self.grad_mode = torch.is_grad_enabled()
             if self.layout is None and x.dim() != self.rank:
-                # What follows may change it in place, which autograd refuses.
+                # A clone, as the next layer may change a constant in place.
                 last.features[self.name] = y if y.requires_grad else y.clone(), q
             else:
                 last.maps[self.name] = q

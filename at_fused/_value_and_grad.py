@@ -72,15 +72,17 @@ def _differentiated(
             "gradient: export at_loss in its place"
         )
     teachers = [teacher] if isinstance(teacher, Tensor) else teacher
+
+    def factor(loss: Tensor) -> Tensor:
+        return torch.full_like(loss, scale) if above is None else above.expand_as(loss)
+
     if transformed():  # where a tensor cannot be made to require a gradient
         found = torch.func.vjp(lambda each: at_loss(each, teachers, arguments), students)
         loss, gradients_of = found[0], found[1]
-        factor = torch.full_like(loss, scale) if above is None else above.expand_as(loss)
-        return loss, list(gradients_of(factor)[0])
+        return loss, list(gradients_of(factor(loss))[0])
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [
             (x.clone() if x.is_inference() else x.detach()).requires_grad_() for x in students
         ]
         loss = at_loss(leaves, teachers, arguments)
-        factor = torch.full_like(loss, scale) if above is None else above.expand_as(loss)
-        return loss.detach(), [*torch.autograd.grad(loss, leaves, factor)]
+        return loss.detach(), [*torch.autograd.grad(loss, leaves, factor(loss))]

@@ -102,7 +102,7 @@ class TeacherHash:
 def _digest(module: nn.Module) -> str:
     found = hashlib.sha256()
     for path, part in module.named_modules(remove_duplicate=False):
-        # What a convolution's stride is, for one.
+        # It has what no tensor shows, such as a convolution's stride.
         shown = re.sub(r" at 0x[0-9a-f]+", "", part.extra_repr())
         found.update(repr((path, type(part).__qualname__, shown)).encode())
         for name, tensor in (*part._parameters.items(), *part._buffers.items()):

@@ -101,7 +101,7 @@ class Operators(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         if not function.is_view and "empty" not in function.name():
             found = {id(x): x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
-            # Of an expanded tensor what there is in memory.
+            # An expanded tensor counts as it lies in memory.
             sizes = [
                 x.itemsize * math.prod(n for n, s in zip(x.shape, x.stride(), strict=True) if s)
                 for x in found.values()

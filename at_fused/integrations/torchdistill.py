@@ -36,7 +36,7 @@ from at_fused._layouts import check_kept
 from at_fused._numbers import check_finite
 from at_fused.functional import at_loss
 
-# What mode and at_pairs say is not said twice.
+# The others are given by mode and at_pairs.
 _OPTIONS = ATOptions.__annotations__.keys() - {"form", "weights", "reduction"}
 
 

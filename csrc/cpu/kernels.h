@@ -1,5 +1,5 @@
-// What the operators ask of one instruction-set level, as plain structs and function
-// pointers: nothing from the standard library crosses this line, because an inline function
+// The kernels of one instruction set, as the operators call them: plain structs and function
+// pointers. Nothing from the standard library crosses this line, because an inline function
 // compiled for AVX-512 could otherwise be merged by the linker into code for older processors.
 #pragma once
 

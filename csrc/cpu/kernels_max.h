@@ -50,7 +50,7 @@ void max_map(const Feature& feature, const T* x, int64_t n, P p, A* map, int32_t
       Best<A> each[width] = {};
       for (int j = 0; j < count; ++j) {
         each[j] = Best<A>::none();
-        // What a partial vector has after the last channel is 0, and later than a channel's own 0.
+        // A partial vector has 0 after the last channel, which comes later than a channel's own 0.
         for (int64_t c = 0; c < C; c += width) {
           const int rest = C - c < width ? int(C - c) : width;
           each[j].offer(load_up_to(x + (i + j) * line + c, rest), lane + int(c));

@@ -111,7 +111,7 @@ AT_FUSED_INLINE V halves(V a, V b, std::integer_sequence<int, i...>) {
       a, b);
 }
 
-// Of each of `lanes<A>` vectors what its lanes add up to, or `combine` makes of them, as one
+// The sum of the lanes of each of `lanes<A>` vectors, or what `combine` makes of them, as one
 // vector: a third of the instructions of one after the other. Every vector folds its halves again
 // and again, so the order depends on its width alone.
 template <int count, class V, size_t width, class F>

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 PARTS = ("train", "val")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-# Of Pillow. Others, of more than 8 bits, do not say what white is.
+# Pillow's modes of 8 bits. Those of more do not say what white is.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")
 
 
