@@ -164,7 +164,10 @@ WITH_KD = ("kd", "at+kd")  # those with KD's loss
 NEEDS_LAYERS = (*ATTENTION, "f-actt")
 NEEDS_TEACHER = (*NEEDS_LAYERS, "kd", "gradient-at")
 # Height and width of each data set's images, where nothing else is said.
-SIZES = {"digits": 16, "cifar10": 32, "cifar100": 32, "folder": 224}
+SIZES = {"digits": 16, "fashion-mnist": 32, "cifar10": 32, "cifar100": 32, "folder": 224}
+# The folder of Debian's package dataset-fashion-mnist, which is used where it is installed, no
+# root is given, and the default has no such files.
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 # A method may have each of these to itself: a rate that suits one handicaps another.
 METHOD_OPTIONS: tuple[str, ...] = (
     *("beta", "beta_schedule", "p", "collapse", "form", "T", "alpha"),
@@ -180,8 +183,8 @@ READ_WITH: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("layers",), "compare", NEEDS_LAYERS),
     (("teacher", "teacher_from", *OF_TEACHER), "compare", NEEDS_TEACHER),
     (OF_TEACHER, "teacher_from", ("",)),
-    (("root",), "data", ("cifar10", "cifar100", "folder", "own")),
-    (("download",), "data", ("cifar10", "cifar100")),
+    (("root",), "data", ("fashion-mnist", "cifar10", "cifar100", "folder", "own")),
+    (("download",), "data", ("fashion-mnist", "cifar10", "cifar100")),
     (("workers",), "data", ("folder", "own")),
     (("skip_unreadable",), "data", ("folder",)),
     (("lr_drops", "lr_factor", "reset_momentum"), "lr_schedule", ("step",)),
@@ -233,6 +236,21 @@ _CIFAR: dict[str, Any] = {
 }
 
 
+# The same recipe in a hundredth of the steps: 4 epochs of all images, or 60 of 1,000.
+_FASHION: dict[str, Any] = {
+    **_PAPER,
+    "data": "fashion-mnist",
+    "seeds": 5,
+    "lr_drops": _CIFAR["lr_drops"],
+    "epochs": 4,
+    "cache": 4,
+    "teacher_epochs": 6,
+    # Compiling a network takes longer than it saves in so few steps.
+    "compile": False,
+}
+_FASHION_FEW = {"labels": 1000, "epochs": 60, "cache": 20, "evaluate_every": 10, "seeds": 10}
+
+
 def _cifar(student: str, teacher: str, *errors: float) -> Preset:
     return Preset(
         f"CIFAR-10, {student.upper()} from {teacher.upper()} (the paper's table 1)",
@@ -259,6 +277,10 @@ _IMAGENET: dict[str, Any] = {
 PRESETS: dict[str, Preset] = {
     "digits": Preset("scikit-learn's digits, students of 20 labelled ones, 15 seeds", _DIGITS),
     "digits-quick": Preset("the same in well under a minute", {**_DIGITS, **_QUICK}),
+    "fashion-mnist": Preset("Fashion-MNIST, WRN-16-1 from WRN-16-2, 5 seeds", _FASHION),
+    "fashion-mnist-few": Preset(
+        "the same, students of 1,000 labelled images, 10 seeds", {**_FASHION, **_FASHION_FEW}
+    ),
     "cifar-wrn-16-1-from-16-2": _cifar("wrn-16-1", "wrn-16-2", 8.77, 7.93, 8.51, 7.41, 7.51, 6.31),
     "cifar-wrn-16-1-from-40-1": _cifar("wrn-16-1", "wrn-40-1", 8.77, 8.25, 8.62, 8.39, 8.01, 6.58),
     "cifar-wrn-16-2-from-40-2": _cifar("wrn-16-2", "wrn-40-2", 6.31, 5.85, 6.24, 6.08, 5.71, 5.23),
@@ -291,8 +313,10 @@ class Config:
     )
 
     data: str = option("digits", choice(*SIZES, imports=True), "the images, or one's own")
-    root: str = option("data", text("DIR"), "folder of CIFAR, or with train/ and val/ of images")
-    download: bool = option(False, SWITCH, "fetch CIFAR if it is not there")
+    root: str = option(
+        "data", text("DIR"), "folder of the files, or with train/ and val/ of images"
+    )
+    download: bool = option(False, SWITCH, "fetch Fashion-MNIST or CIFAR if it is not there")
     image_size: int | None = option(None, whole(4, 1024), "height and width (as the data have)")
     mean: tuple[float, ...] = option((), several(real(0, 1)), "of each channel in [0, 1]")
     std: tuple[float, ...] = option((), several(real(1e-6, 1)), "of each channel, as --mean")
@@ -301,7 +325,9 @@ class Config:
     validation: float = option(0.0, real(0, 0.9), "part of these that chooses epoch and beta")
     labels: int = option(0, whole(0, 10**9), "labelled images that a student sees, 0 for all")
     augment: bool = option(True, SWITCH, "shifted and, but for digits, flipped images")
-    evaluate: str = option("test", choice("test", "val"), "digits to report on: tune on val")
+    evaluate: str = option(
+        "test", choice("test", "val"), "images to report on: tune on val, set apart"
+    )
 
     teacher: str = option("wrn-16-2", text("NETWORK"), "the teacher's network")
     student: str = option("wrn-16-1", text("NETWORK"), "the student's network")
@@ -488,7 +514,10 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
     size = config.image_size or SIZES.get(config.data)
     unset = [name for name in OF_TEACHER if getattr(config, name) is None]
     own = {name: getattr(config, name.removeprefix("teacher_")) for name in unset}
-    return replace(config, image_size=size, **own)
+    root, packaged = config.root, config.data == "fashion-mnist" and "root" not in options
+    if packaged and not Path(root, "FashionMNIST").is_dir() and FASHION_MNIST.is_dir():
+        root = str(FASHION_MNIST)
+    return replace(config, image_size=size, root=root, **own)
 
 
 def _over(under: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
@@ -524,7 +553,8 @@ def _check_combination(config: Config) -> None:
             f"none for {data!r}, whose images are made by its function",
         )
     check("image_size", not cifar or c.image_size in (None, 32), f"32 for {data}")
-    check("evaluate", data == "digits" or c.evaluate == "test", f"test for {data}")
+    padded = data != "fashion-mnist" or (c.image_size or 28) >= 28
+    check("image_size", padded, f"28 or more for {data}, whose images get margins")
     check("nesterov", not c.nesterov or c.momentum > 0, "false where momentum is 0")
     check("betas", not c.betas or c.beta is None, "none where beta is given")
     check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import hashlib
 import pickle
 import random
@@ -92,6 +93,23 @@ def write_cifar(
     monkeypatch.setattr(dataset, "test_list", [[parts[-1], sums[parts[-1]]]])
     monkeypatch.setattr(dataset, "meta", dataset.meta | {"md5": sums[meta]})
     return folder, {"train": torch.cat(pixels[:-1]), "evaluate": pixels[-1]}
+
+
+def write_fashion_mnist(folder: Path, *, compressed: bool = False) -> dict[str, Tensor]:
+    """The files of a tiny Fashion-MNIST."""
+    folder.mkdir(parents=True)
+    pixels = dict(zip(("train", "evaluate"), scans(50, 28, 1)[..., 0].split(40), strict=True))
+    for part, prefix in (("train", "train"), ("evaluate", "t10k")):
+        labels = torch.arange(len(pixels[part])).byte() % 10
+        for name, content in (("images-idx3", pixels[part]), ("labels-idx1", labels)):
+            shape = b"".join(size.to_bytes(4, "big") for size in content.shape)
+            # Two bytes of 0, 8 for uint8, the number of dimensions, the sizes.
+            file = bytes([0, 0, 8, content.dim()]) + shape + content.numpy().tobytes()
+            if compressed:
+                (folder / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(file))
+            else:
+                (folder / f"{prefix}-{name}-ubyte").write_bytes(file)
+    return pixels
 
 
 class Noise(Dataset[Any]):

@@ -97,7 +97,8 @@ def test_a_beta_is_of_one_form(under: Any, layer: Any, beta: float | str) -> Non
 
 def test_data_have_defaults_of_their_own() -> None:
     cifar = "cifar-wrn-16-1-from-16-2"
-    presets = {"digits": "digits", "cifar10": cifar, "cifar100": cifar, "folder": "folder"}
+    presets = {"cifar10": cifar, "cifar100": cifar}
+    presets |= {data: data for data in ("digits", "fashion-mnist", "folder")}
     for data, preset in {**presets, "a.module:function": "own"}.items():
         config = flags("--data", data)
         assert (config.data, config.preset) == (data, preset)
@@ -191,7 +192,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Cal
         ("epoch = 3", "no option is called 'epoch'; did you mean epochs?"),
         ('epochs = "3"', "epochs: got '3', allowed is a whole number from 1 to 1000000"),
         ('augment = "yes"', "augment: got 'yes', allowed is true or false"),
-        ('data = "cifar"', "allowed is digits, cifar10, cifar100, folder, or MODULE:FUNCTION"),
+        ('data = "cifar"', "allowed is digits, fashion-mnist, cifar10, cifar100, folder, or MOD"),
         ('compare = "at"', "compare: got 'at', allowed is a list of none, at, kd"),
         ('compare = ["at", "at"]', "compare: got ('at', 'at'), allowed is one method or more"),
         ("lr_drops = [0.5, 2]", "lr_drops: got 2, allowed is a number from 0 to 1"),
@@ -201,7 +202,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Cal
         ("epochs = ", "not TOML"),
         ('data = "cifar10"\nimage_size = 64', "--image-size: got 64, allowed is 32 for cifar10"),
         ('data = "a:b"\naugment = false', "--augment: got False, allowed is none for 'a:b', whose"),
-        ('data = "folder"\nevaluate = "val"', "evaluate: got 'val', allowed is test for folder"),
+        ('data = "fashion-mnist"\nimage_size = 24', "--image-size: got 24, allowed is 28 or more"),
     ],
 )
 def test_a_wrong_file_is_one_clear_error(refused: Any, content: str, message: str) -> None:

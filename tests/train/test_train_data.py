@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from pictures import (
     scans,
     torchvision,
     write_cifar,
+    write_fashion_mnist,
     write_pictures,
 )
 from PIL import Image
@@ -261,6 +263,22 @@ def test_digits_options() -> None:
         open_data("digits", mean=(0.5, 0.5))
 
 
+@needs_torchvision
+def test_images_are_set_apart_to_tune_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--evaluate val reports on a sixth of the training images, and never on a test image."""
+    write_cifar(tmp_path, "cifar10", monkeypatch)
+    all_images = open_data("cifar10", tmp_path)
+    tuned = open_data("cifar10", tmp_path, evaluate="val", validation=0.25)
+    assert tuned.validation is not None
+    parts = [tuned.train, tuned.evaluate, tuned.validation]
+    assert [len(part) for part in parts] == [12, 4, 4]
+    assert torch.bincount(tuned.evaluate.labels).tolist() == [2, 2]
+    found = torch.cat([whole(part) for part in parts]).flatten(1)
+    wanted = whole(all_images.train).flatten(1)
+    assert torch.equal(found.unique(dim=0), wanted.unique(dim=0))
+    assert torch.equal(whole(tuned.evaluate, 1), whole(tuned.evaluate))
+
+
 def test_train_and_validation_are_the_images_to_train_with() -> None:
     def opened(**options: Any) -> Data:
         return open_data("digits", image_size=8, fraction=0.5, **options)
@@ -312,6 +330,74 @@ def test_cifar_that_is_not_the_published_is_refused_or_fetched(
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
     with pytest.raises(ConfigError, match=rf"{needs} \(OSError: no network\)$"):
         open_data("cifar10", tmp_path, download=True)
+
+
+# ---- Fashion-MNIST
+
+
+@needs_torchvision
+@pytest.mark.parametrize("size", [28, 31, 32])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_fashion_mnist(compressed: bool, size: int, tmp_path: Path) -> None:
+    folder = tmp_path / ("packed" if compressed else "FashionMNIST/raw")
+    pixels = write_fashion_mnist(folder, compressed=compressed)
+    root = folder if compressed else tmp_path
+    data = open_data("fashion-mnist", root, image_size=size)
+    assert (data.classes, data.channels, data.image_size) == (10, 1, size)
+    assert data.names[::9] == ("T-shirt/top", "Ankle boot")
+    margin = (size - 28) // 2
+    for part, expected in pixels.items():
+        shown = 255 * (whole(getattr(data, part))[:, 0] * data.std[0] + data.mean[0])
+        assert shown.shape[1:] == (size, size)
+        inside = shown[:, margin : margin + 28, margin : margin + 28]
+        assert (inside - expected).abs().max() < 1e-3
+        assert shown.abs().sum() - inside.abs().sum() < 1  # black
+    assert data.evaluate.labels.tolist() == list(range(10))
+    assert torch.equal(whole(data.evaluate, 1), whole(data.evaluate))
+    check_function_of_seed_and_number(data.train)
+
+
+@needs_torchvision
+def test_fashion_mnist_that_is_damaged_or_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "FashionMNIST/raw"
+    needs = f"data 'fashion-mnist': needs the published files in {folder}"
+    for download, advice in ((False, "; --download fetches them"), (True, "")):
+        monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["file:///nowhere/"])
+        with pytest.raises(ConfigError, match=rf"{needs}.*\(RuntimeError: .*\){advice}$"):
+            open_data("fashion-mnist", tmp_path, download=download)
+    shutil.rmtree(tmp_path / "FashionMNIST", ignore_errors=True)
+    write_fashion_mnist(folder)
+    images = folder / "train-images-idx3-ubyte"
+    whole_file = images.read_bytes()
+    images.write_bytes(whole_file[:-1])
+    with pytest.raises(ConfigError, match=needs):
+        open_data("fashion-mnist", tmp_path)
+    images.write_bytes(whole_file[:7] + b"\1" + whole_file[8 : 16 + 28 * 28])
+    with pytest.raises(ConfigError, match="40 labels, \\(1, 28, 28\\) pixels"):
+        open_data("fashion-mnist", tmp_path)
+    packed = tmp_path / "packed"
+    write_fashion_mnist(packed, compressed=True)
+    file = packed / "t10k-labels-idx1-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=f"root: {file} cannot be read: EOFError"):
+        open_data("fashion-mnist", packed)
+
+
+def test_the_packaged_fashion_mnist_is_found_where_no_root_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("at_fused.train.config.FASHION_MNIST", tmp_path / "packaged")
+    layer = {"data": "fashion-mnist"}
+    assert resolve(layer).root == "data"
+    (tmp_path / "packaged").mkdir()
+    assert resolve(layer).root == str(tmp_path / "packaged")
+    assert resolve(layer, {"root": "data"}).root == "data"
+    assert resolve({"data": "cifar10"}).root == "data"
+    (tmp_path / "data/FashionMNIST").mkdir(parents=True)
+    assert resolve(layer).root == "data"
 
 
 # ---- a folder
@@ -517,7 +603,7 @@ def test_folders_that_are_not_as_wanted(tmp_path: Path) -> None:
             open_data("folder", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["folder", "cifar10"])
+@pytest.mark.parametrize("name", ["folder", "cifar10", "fashion-mnist"])
 def test_without_torchvision(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("torchvision", "torchvision.datasets"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -525,7 +611,7 @@ def test_without_torchvision(name: str, tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / part / "a").mkdir(parents=True)
     advice = r'needs torchvision: pip install "at_fused\[train\]" \(ModuleNotFoundError: .*torchvi'
     with pytest.raises(ImportError, match=f"'{name}' {advice}"):
-        open_data(name, tmp_path, download=name == "cifar10")
+        open_data(name, tmp_path, download=name != "folder")
 
 
 # ---- one's own

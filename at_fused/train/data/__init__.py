@@ -1,4 +1,4 @@
-"""The data sets of at-fused-train: digits, CIFAR, folders of pictures, and one's own.
+"""The data sets of at-fused-train: digits, Fashion-MNIST, CIFAR, folders, and one's own.
 
 data = open_data(config, "cuda")
 for x, y, index in data.train.batches(torch.randperm(len(data.train)).split(128), seed=epoch):
@@ -17,12 +17,14 @@ import torch
 
 from at_fused.train import parallel
 from at_fused.train.config import Config, is_import
-from at_fused.train.data.datasets import open_cifar, open_digits, open_own
+from at_fused.train.data.datasets import open_cifar, open_digits, open_fashion_mnist, open_own
 from at_fused.train.data.folder import PARTS, check_unreadable, inspect, open_folder
 from at_fused.train.data.samples import Data, Pictures, Samples, set_apart, stratified
 
 __all__ = ["PICTURES", "Data", "Pictures", "Samples", "inspect", "open_data", "read_data"]
 
+# Of the training images, reported on in place of the test images by --evaluate val.
+TUNING_SHARE = 1 / 6
 PICTURES = "pictures.json"  # of a run's folder
 
 
@@ -73,8 +75,14 @@ def open_data(
         data = open_digits(config, device)
     elif config.data == "folder":
         data = open_folder(config, device, pictures)
+    elif config.data == "fashion-mnist":
+        data = open_fashion_mnist(config, device)
     else:
         data = open_cifar(config, device)
+    if config.evaluate == "val" and config.data != "digits":
+        kept, held = set_apart(data.train.labels, TUNING_SHARE)
+        reported = data.train.subset(held, augment=False)
+        data = replace(data, train=data.train.subset(kept), evaluate=reported)
     labels = data.train.labels
     rows = stratified(labels, config.fraction)
     if config.validation:

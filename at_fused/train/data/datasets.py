@@ -1,15 +1,20 @@
-"""The digits, CIFAR, and data sets that a function of one's own makes."""
+"""The digits, Fashion-MNIST, CIFAR, and data sets that a function of one's own makes."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.nn.functional import pad as pad_pixels
 from torch.utils.data import Dataset, IterableDataset
 
 from at_fused.train.config import SIZES, Config, ConfigError, imported, in_a_line
@@ -89,6 +94,21 @@ def torchvision_datasets(name: str) -> Any:
     return datasets
 
 
+def _published(config: Config, made: Any, root: Path, files: str) -> list[Any]:
+    """Return the training and the test part of a data set that torchvision reads in a folder.
+
+    Raises:
+        ConfigError: the files are not there, or not those that were published.
+    """
+    try:
+        return [made(str(root), train=train, download=config.download) for train in (True, False)]
+    except Exception as error:  # whatever damaged files do to torchvision
+        raise ConfigError(
+            f"data {config.data!r}: needs the published files in {files} ({in_a_line(error)})"
+            + "; --download fetches them" * (not config.download)
+        ) from error
+
+
 def open_cifar(config: Config, device: torch.device | str) -> Data:
     """Open CIFAR-10 or CIFAR-100, augmented as the authors' program does.
 
@@ -97,15 +117,9 @@ def open_cifar(config: Config, device: torch.device | str) -> Data:
         ImportError: torchvision cannot be imported.
     """
     name, root = config.data, Path(config.root).expanduser().absolute()
-    published = getattr(torchvision_datasets(name), name.upper())
-    try:
-        # It reads nothing, as pickles may run code, before it has found the checksums right.
-        read = [published(str(root), train=train, download=config.download) for train in (1, 0)]
-    except (RuntimeError, OSError) as error:
-        raise ConfigError(
-            f"data {name!r}: needs the published files in {root / published.base_folder} "
-            f"({in_a_line(error)})" + "; --download fetches them" * (not config.download)
-        ) from error
+    made = getattr(torchvision_datasets(name), name.upper())
+    # It reads nothing, as pickles may run code, before it has found the checksums right.
+    read = _published(config, made, root, str(root / made.base_folder))
     mean, std = normalisation(config, (CIFAR_MEAN, CIFAR_STD))
     last = config.speed != "exact"
     train, test = (
@@ -118,6 +132,61 @@ def open_cifar(config: Config, device: torch.device | str) -> Data:
     names = tuple(read[0].classes)
     digest = digest_of(names, train, test, *(part.data.tobytes() for part in read))
     return Data(names, 32, train, test, mean, std, digest=digest)
+
+
+# ---- Fashion-MNIST: 60,000 pictures of 28 x 28 to train with and 10,000 to test
+
+# Of the 60,000.
+FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
+
+
+@contextmanager
+def _fashion_mnist_root(root: Path) -> Iterator[Path]:
+    """Give a folder with the files where torchvision looks, uncompressed if they lie in root."""
+    files = sorted(root.glob("*-ubyte.gz"))
+    if not files:
+        yield root
+        return
+    with TemporaryDirectory() as made:
+        unpacked = Path(made, "FashionMNIST", "raw")
+        unpacked.mkdir(parents=True)
+        for file in files:
+            try:
+                unpacked.joinpath(file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+            except (OSError, EOFError) as error:
+                raise ConfigError(f"root: {file} cannot be read: {in_a_line(error)}") from error
+        yield Path(made)
+
+
+def open_fashion_mnist(config: Config, device: torch.device | str) -> Data:
+    """Open Fashion-MNIST in black margins, which make 32 x 32 of 28 x 28; augmented as CIFAR.
+
+    Raises:
+        ConfigError: the files are not there, or damaged.
+        ImportError: torchvision cannot be imported.
+    """
+    made = torchvision_datasets(config.data).FashionMNIST
+    root, size = Path(config.root).expanduser().absolute(), config.image_size or 32
+    files = f"{root / 'FashionMNIST' / 'raw'}, or compressed in {root}"
+    with _fashion_mnist_root(root) as folder:
+        read = _published(config, made, folder, files)
+    mean, std = normalisation(config, (FASHION_MNIST_MEAN, FASHION_MNIST_STD))
+    margin, last = (size - 28) // 2, config.speed != "exact"
+    margins = (margin, size - 28 - margin) * 2
+    for part in read:
+        if part.data.shape != (len(part.targets), 28, 28):
+            found = f"{len(part.targets)} labels, {tuple(part.data.shape)} pixels"
+            raise ConfigError(f"data {config.data!r}: needs pictures of 28x28, got {found}")
+    train, test = (
+        InMemory(
+            pad_pixels(part.data, margins)[..., None], part.targets, mean, std, pad, flip, device,
+            last,
+        )
+        for part, pad, flip in zip(read, (4, 0), (True, False), strict=True)
+    )  # fmt: skip
+    names = tuple(read[0].classes)
+    digest = digest_of(names, train, test, *(part.data.numpy().tobytes() for part in read))
+    return Data(names, size, train, test, mean, std, digest=digest)
 
 
 # ---- what a function of one's own makes
