@@ -3,6 +3,7 @@
 from at_fused._hooks import remove_hooks
 from at_fused._warnings import AtFusedWarning
 from at_fused.backends import Backend, backends, use_backend
+from at_fused.balance import GradientRatio, gradient_ratio
 from at_fused.distillation import FeaturesLoss, KDLoss, features_loss, kd_loss
 from at_fused.functional import (
     ATLoss,

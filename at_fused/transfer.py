@@ -40,6 +40,7 @@ from at_fused._models import (
 from at_fused._numbers import as_python, check_finite, kind
 from at_fused._observe import written
 from at_fused._options import LossArguments, MapSizes
+from at_fused.balance import GradientRatio, gradient_ratio
 from at_fused.layers import (
     SIDES,
     Pair,
@@ -297,6 +298,32 @@ class AttentionTransfer:
                 f"{written(tuple(other.shape[1:]))}, got {given}"
             )
         return q.unflatten(1, tuple(size))
+
+    def gradient_ratio(
+        self, task_loss: Tensor, transfer_loss: Tensor, *, verbose: bool = True
+    ) -> GradientRatio:
+        """Compare the gradients of the task and of ``at(x)`` for the student's parameters.
+
+            task, transfer = criterion(student(x), y), at(x)
+            if step % 100 == 0:
+                at.gradient_ratio(task, transfer)
+            (task + transfer).backward()
+
+        Args:
+            task_loss: the rest of the loss, a scalar with a graph, of any floating dtype.
+            transfer_loss: the result of ``at(x)``, beta included, for the same pass; likewise.
+            verbose: whether to print a line of it.
+
+        Returns:
+            The norms, their ratio and cosine: see :func:`at_fused.gradient_ratio`.
+
+        Raises:
+            TypeError, ValueError: as :func:`at_fused.gradient_ratio`.
+        """
+        found = gradient_ratio(task_loss, transfer_loss, self._student.model)
+        if verbose:
+            print(f"beta {as_python('beta', self.beta):g}: {found}")
+        return found
 
     def remove(self) -> None:
         """Take all hooks away: both networks are as they were."""

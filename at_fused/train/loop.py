@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from at_fused import schedules
 from at_fused._models import evaluating
+from at_fused.balance import GradientRatio, compare, shared_gradients
 from at_fused.train import checkpoints, parallel
 from at_fused.train.config import TRANSFER, Config, ConfigError, in_a_line
 from at_fused.train.data import Data, Samples
@@ -309,7 +310,7 @@ class Trainer:
                 due = last or (ended and (epoch + 1) % config.evaluate_every == 0)
                 signalled = self._poll(due)
                 if due:
-                    self._evaluate(epoch + 1)
+                    self._evaluate(epoch + 1, batch, share)
                 if signalled or last or self.step % config.checkpoint_every == 0:
                     self.save()
                 if signalled:
@@ -342,8 +343,27 @@ class Trainer:
             raise self._not_finite(f"after step {self.step} the network's outputs are")
         return found
 
-    def _evaluate(self, epoch: int) -> None:
-        data = self.job.data
+    def gradient_ratio(self, batch: Batch, share: float) -> GradientRatio:
+        """Compare the gradients of a batch's losses with the weights of now; leaves no trace."""
+        student, beta = self.student, self.plan.beta(max(0, self.step - 1))
+        buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus), self.mode.autocast(self.device):
+            terms = self.objective.undistributed()(batch, beta)
+        # Scaled, as those of a step, or 16 bits would lose them.
+        scale = self.scaler.get_scale()
+        losses = (scale * (terms.loss - terms.transfer), scale * terms.transfer)
+        found = shared_gradients(*losses, student)
+        with torch.no_grad():
+            for name, buffer in student.named_buffers():
+                buffer.copy_(buffers[name])
+            return compare(
+                *([parallel.mean(each * (share / scale)) for each in side] for side in found)
+            )
+
+    def _evaluate(self, epoch: int, batch: Batch, share: float) -> None:
+        data, transfers = self.job.data, self.job.method in TRANSFER
+        ratio = self.gradient_ratio(batch, share) if transfers else None
         sums = parallel.total([*self._sums.tolist(), float(self._steps)])
         loss, task, soft, transfer = (x / sums[-1] for x in sums[:4])
         top1, top5 = self._accuracy(data.evaluate)
@@ -354,11 +374,15 @@ class Trainer:
             "ce": task,
             "kd": soft,
             "transfer": transfer,
-            "beta": self.plan.beta(self.step - 1) if self.job.method in TRANSFER else 0.0,
+            "beta": self.plan.beta(self.step - 1) if transfers else 0.0,
             "accuracy": top1,
             "lr": self.plan.lr(self.step - 1),
             "ms": statistics.median(self._ms) if self._ms else self.curve.points[-1]["ms"],
         }
+        if ratio:
+            measured = {"gradient_ratio": ratio.ratio, "gradient_cosine": ratio.cosine}
+            # JSON has no inf.
+            point |= {name: value for name, value in measured.items() if math.isfinite(value)}
         if data.classes >= TOP5_FROM:
             point["top5"] = top5
         if data.validation is not None:

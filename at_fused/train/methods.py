@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +20,10 @@ from at_fused.train.config import Config
 
 
 class Terms(NamedTuple):
-    """The loss to minimise; the cross-entropy, KD's loss, and the transfer's with its weight."""
+    """The loss to minimise; the cross-entropy, KD's loss, and the transfer's with its weight.
+
+    The first and the last have graphs: their difference is the loss without transfer.
+    """
 
     loss: Tensor
     task: Tensor
@@ -77,6 +81,13 @@ class Objective:
     def close(self) -> None:
         """Take the hooks away."""
 
+    def undistributed(self) -> Objective:
+        """Return the same with the networks that are trained as they are: not compiled either."""
+        plain = copy.copy(self)
+        plain.networks = replace(self.networks, run_student=self.networks.student)
+        plain.run_extra = self.extra
+        return plain
+
     def _student(self, x: Tensor) -> Tensor:
         return logits_of(self.networks.run_student(x))
 
@@ -84,7 +95,7 @@ class Objective:
         return cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
 
     def _terms(self, task: Tensor, transfer: Tensor) -> Terms:
-        return Terms(task + transfer, task, task.new_zeros(()), transfer.detach())
+        return Terms(task + transfer, task, task.new_zeros(()), transfer)
 
     def _distilled(self, logits: Tensor, wanted: Tensor, y: Tensor) -> Terms:
         c = self.config
@@ -161,7 +172,7 @@ class Attention(Objective):
         if not self.kd:
             return self._terms(self._task(logits, batch.y), transfer)
         kd = self._distilled(logits, logits_of(self.at.teacher_output), batch.y)
-        return kd._replace(loss=kd.loss + transfer, transfer=transfer.detach())
+        return kd._replace(loss=kd.loss + transfer, transfer=transfer)
 
 
 class Features(Objective):

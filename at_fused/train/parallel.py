@@ -89,6 +89,13 @@ def total(values: Sequence[float]) -> list[float]:
     return [sum(each) for each in zip(*gather(list(values)), strict=True)]
 
 
+def mean(x: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes."""
+    if size() > 1:
+        dist.all_reduce(x := x / size())
+    return x
+
+
 def greatest(*values: int) -> list[int]:
     """Return the largest of each over all processes."""
     found = torch.tensor(values)

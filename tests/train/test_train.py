@@ -101,6 +101,8 @@ def test_metrics_are_complete_and_plausible(quick: Run, lines: Lines) -> None:
         assert 20 < point["accuracy"] < teacher + 1
         assert all(point[key] < first[key] for key in ("loss", "ce", "lr"))
         assert (point["transfer"] > 0) == (point["beta"] > 0) == (point["method"][:2] == "at")
+        transfers = "gradient_ratio" in point and -1 <= point["gradient_cosine"] <= 1
+        assert transfers == (point["beta"] > 0)
         assert (point["kd"] > 0) == (point["method"] in ("kd", "at+kd"))
         base = point["kd"] or point["ce"]
         assert point["loss"] == pytest.approx(base + point["transfer"], rel=1e-6)

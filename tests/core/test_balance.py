@@ -1,0 +1,135 @@
+"""gradient_ratio: the norms that it gives, and what it leaves as it was."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+import at_fused
+from at_fused import AttentionTransfer, gradient_ratio
+
+
+class Student(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 3)
+        self.head = nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        feature: Tensor = self.second(self.first(x).relu())
+        return self.head(feature.mean((2, 3)))
+
+
+@pytest.fixture
+def networks() -> tuple[Student, Student, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Student(), Student(), torch.randn(7, 3, 9, 9), torch.arange(7) % 6
+
+
+def flat(loss: Tensor, parameters: Any) -> Tensor:
+    grads = torch.autograd.grad(loss, [*parameters], retain_graph=True)
+    return torch.cat([g.flatten() for g in grads]).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_ratio_and_cosine_are_those_of_the_shared_parameters(
+    networks: Any, dtype: torch.dtype
+) -> None:
+    student, teacher, x, y = networks
+    student, teacher, x = student.to(dtype), teacher.to(dtype), x.to(dtype)
+    at = AttentionTransfer(student, teacher, ["first", "second"], beta=30.0, verbose=False)
+    task, transfer = cross_entropy(student(x), y), at(x)
+    found = gradient_ratio(task, transfer, student)
+    # The head learns from the task alone.
+    shared = [*student.first.parameters(), *student.second.parameters()]
+    a, b = flat(task, shared), flat(transfer, shared)
+    wanted = (a.norm(), b.norm(), b.norm() / a.norm(), a @ b / a.norm() / b.norm())
+    assert [*found] == pytest.approx([float(value) for value in wanted], rel=1e-5)
+    assert gradient_ratio(task, 2 * transfer, student.parameters()).ratio == pytest.approx(
+        2 * found.ratio, rel=1e-6
+    )
+    # A backward may follow, and finds what it would have found.
+    assert all(p.grad is None for p in student.parameters())
+    (task + transfer).backward()
+    grads = torch.cat([p.grad.flatten() for p in shared]).double()
+    torch.testing.assert_close(grads, a + b, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_at_features(networks: Any) -> None:
+    student, _, x, y = networks
+    feature = student.first(x)
+    task = cross_entropy(student.head(student.second(feature.relu()).mean((2, 3))), y)
+    transfer = at_fused.at_loss([feature], [torch.randn(7, 2, 7, 7)])
+    found = gradient_ratio(task, transfer, [feature])
+    assert found.task == pytest.approx(float(flat(task, [feature]).norm()), rel=1e-5)
+    assert found.transfer == pytest.approx(float(flat(transfer, [feature]).norm()), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_line_is_printed_on_request(networks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    student, teacher, x, y = networks
+    at = AttentionTransfer(student, teacher, ["second"], beta=1e3, verbose=False)
+    task, transfer = cross_entropy(student(x), y), at(x)
+    found = at.gradient_ratio(task, transfer)
+    assert capsys.readouterr().out == f"beta 1000: {found}\n"
+    assert f"transfer / task {found.ratio:.3g} (" in str(found)
+    assert found == at.gradient_ratio(task, transfer, verbose=False)
+    assert found == gradient_ratio(task, transfer, student)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_student_in_torch_compile(networks: Any) -> None:
+    student, teacher, x, y = networks
+    at = AttentionTransfer(student, teacher, ["second"], beta=1e3, verbose=False)
+    expected = at.gradient_ratio(cross_entropy(student(x), y), at(x), verbose=False)
+    compiled = torch.compile(student, backend="aot_eager")
+    found = at.gradient_ratio(cross_entropy(compiled(x), y), at(x), verbose=False)
+    assert [*found] == pytest.approx([*expected], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_gradients_of_16_bits(dtype: torch.dtype) -> None:
+    w = torch.ones(10_000, dtype=dtype, requires_grad=True)
+    found = gradient_ratio((w * 1000).sum(), (w * -2000).sum(), [w])
+    assert [*found] == pytest.approx([1e5, 2e5, 2.0, -1.0], rel=1e-2)
+
+
+def test_zero_gradients() -> None:
+    w = torch.ones(3, requires_grad=True)
+    one, zero = w.sum(), (0 * w).sum()
+    assert gradient_ratio(one, zero, [w])[:3] == pytest.approx((math.sqrt(3), 0, 0))
+    assert gradient_ratio(zero, one, [w]).ratio == math.inf
+    assert math.isnan(gradient_ratio(one, zero, [w]).cosine)
+    assert math.isnan(gradient_ratio(zero, zero, [w]).ratio)
+
+
+def test_a_weight_that_two_modules_share_counts_once() -> None:
+    w = torch.ones(4, requires_grad=True)
+    frozen = torch.ones(4)
+    assert gradient_ratio(w.sum(), w.sum(), iter([w, w, frozen])).task == 2
+
+
+W = torch.ones(2, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((1.0, W.sum(), [W]), TypeError, "task_loss must be a"),
+        ((W.sum(), W, [W]), ValueError, r"transfer_loss must be a scalar .*, got shape \(2,\)"),
+        ((torch.ones(()), W.sum(), [W]), ValueError, "task_loss .*, got one without a graph"),
+        ((W.sum(), W.sum(), [1.0]), TypeError, "parameters must be tensors, got float"),
+        ((W.sum(), W.sum(), [torch.ones(2)]), ValueError, "requires a gradient, got none"),
+        ((W.sum(), W.sum(), []), ValueError, "requires a gradient, got none"),
+        ((W.sum(), mse_loss(torch.ones(2, requires_grad=True), W.detach()), [W]), ValueError,
+         "both losses depend on, got none: give the student's"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gradient_ratio(*arguments)
