@@ -350,16 +350,15 @@ class Trainer:
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(gpus), self.mode.autocast(self.device):
             terms = self.objective.undistributed()(batch, beta)
-        # Scaled, as those of a step, or 16 bits would lose them.
+        # Weighted before they go back through statistics that processes share; and scaled, as
+        # those of a step are, or 16 bits would lose them.
         scale = self.scaler.get_scale()
-        losses = (scale * (terms.loss - terms.transfer), scale * terms.transfer)
+        losses = (scale * share * each for each in (terms.loss - terms.transfer, terms.transfer))
         found = shared_gradients(*losses, student)
         with torch.no_grad():
             for name, buffer in student.named_buffers():
                 buffer.copy_(buffers[name])
-            return compare(
-                *([parallel.mean(each * (share / scale)) for each in side] for side in found)
-            )
+            return compare(*([parallel.mean(each) / scale for each in side] for side in found))
 
     def _evaluate(self, epoch: int, batch: Batch, share: float) -> None:
         data, transfers = self.job.data, self.job.method in TRANSFER

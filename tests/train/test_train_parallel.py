@@ -58,6 +58,10 @@ def assert_alike(one: Path, two: Path) -> None:
         assert b["step"] == a["step"]
         for name in ("loss", "ce", "transfer"):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), (a["run"], name)
+        # With the weights after the step.
+        for name in ("gradient_ratio", "gradient_cosine"):
+            found = b.get(name, 0.0), a.get(name, 0.0)
+            assert found[0] == pytest.approx(found[1], rel=5e-3, abs=1e-3), (a["run"], name)
         # Of 500 images, each once: one may be a tie that rounding decides.
         assert b["accuracy"] == pytest.approx(a["accuracy"], abs=0.41)
     torch.testing.assert_close(weights(two), weights(one), rtol=2e-3, atol=2e-4)
