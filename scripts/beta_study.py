@@ -1,0 +1,219 @@
+"""Find out which gradient ratio the best beta has, over several tasks.
+
+    python scripts/beta_study.py --task digits-20 --out study --results docs/results
+
+Trains, for each beta of a grid of powers of ten and 10 seeds, a student with attention transfer,
+and records the ratio of both gradients (at_fused.gradient_ratio, over beta) as it goes. Validation
+images choose among the betas, test images report. Leaves TASK.json in the folder of the results. An
+interrupted study goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from at_fused.train.config import Config, resolve
+from at_fused.train.data import open_data
+from at_fused.train.experiment import Experiment
+from at_fused.train.loop import Callbacks, Job, Point, Trainer
+from at_fused.train.methods import Batch
+
+BETAS = (1.0, 10.0, 100.0, 1e3, 1e4)
+SEEDS = 10
+# Seeds whose ratio is recorded, and the steps before which it is.
+RECORDED_SEEDS = 3
+RECORDED = {*range(10), *range(10, 100, 5), *range(100, 10_000, 20)}
+
+# ---- networks and images that at-fused-train has no names for
+
+
+def _resnet(layers: list[int], channels: tuple[int, ...], classes: int) -> nn.Module:
+    model = ResNet(BasicBlock, layers, num_classes=classes, in_chans=1, channels=channels)
+    model.conv1 = nn.Conv2d(1, 64, 3, 2, 1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def resnet_teacher(num_classes: int) -> nn.Module:
+    """Make a ResNet of four stages of two blocks for 32x32 pixels."""
+    return _resnet([2, 2, 2, 2], (32, 64, 96, 128), num_classes)
+
+
+def resnet_student(num_classes: int) -> nn.Module:
+    """Make a ResNet of four stages of one block, half as wide."""
+    return _resnet([1, 1, 1, 1], (16, 32, 48, 64), num_classes)
+
+
+def _vit(width: int, classes: int) -> nn.Module:
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 4, "in_chans": 1}
+    return VisionTransformer(
+        **sizes, embed_dim=width, depth=4, num_heads=width // 16, num_classes=classes
+    )
+
+
+def vit_teacher(num_classes: int) -> nn.Module:
+    """Make a ViT of 4x4 tokens and four blocks."""
+    return _vit(96, num_classes)
+
+
+def vit_student(num_classes: int) -> nn.Module:
+    """Make one half as wide."""
+    return _vit(48, num_classes)
+
+
+class Rows(Dataset[Any]):
+    """The digits as pictures of CIFAR's format: three channels of 32x32 pixels."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.targets = images.repeat(1, 3, 1, 1), labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.images[i], self.targets[i]
+
+
+def colour_digits(root: str) -> tuple[Rows, Rows]:
+    """Open the digits in CIFAR's format, as ``--data`` takes them."""
+    data = open_data(Config(data="digits", image_size=32, augment=False, speed="exact"))
+    parts = []
+    for samples in (data.train, data.evaluate):
+        ((x, y, _),) = samples.batches([torch.arange(len(samples))], None)
+        parts.append(Rows(x, y))
+    return parts[0], parts[1]
+
+
+# ---- tasks
+
+_COMMON: dict[str, Any] = {"speed": "exact", "threads": 1, "batch_size": 64, "seeds": SEEDS}
+# Betas of a seed then ask the teacher once.
+_COMMON |= {"cache": 20}
+_DIGITS = {**_COMMON, "preset": "digits", "lr": 0.1, "validation": 0.3, "evaluate_every": 1000}
+_FASHION = {**_COMMON, "preset": "fashion-mnist", "fraction": 0.2, "validation": 0.25}
+_FASHION |= {"lr_schedule": "cosine", "reset_momentum": False, "init": "torch"}
+_FASHION |= {"teacher_epochs": 10, "evaluate_every": 1000}
+_OWN = "beta_study:"
+TASKS: dict[str, dict[str, Any]] = {
+    "digits-20": {**_DIGITS, "labels": 20, "epochs": 300},
+    "digits-50": {**_DIGITS, "labels": 50, "epochs": 300},
+    "digits-200": {**_DIGITS, "labels": 200, "epochs": 100},
+    "colour-digits-100": {
+        **(_DIGITS | {"preset": "own", "teacher_epochs": 25}),
+        **{"data": f"{_OWN}colour_digits", "workers": 0, "nesterov": True},
+        **{"labels": 100, "epochs": 150, "student": "wrn-10-1-b8", "teacher": "wrn-10-2-b8"},
+        **{"weight_decay": 2e-2, "teacher_weight_decay": 5e-4},
+    },
+    "fashion-200-resnet": {
+        **_FASHION,
+        **{"labels": 200, "epochs": 100},
+        **{"student": f"{_OWN}resnet_student", "teacher": f"{_OWN}resnet_teacher"},
+    },
+    "fashion-1000-wrn": {
+        **_FASHION,
+        **{"labels": 1000, "epochs": 15, "student": "wrn-10-1-b8", "teacher": "wrn-16-1"},
+    },
+    "digits-200-vit": {
+        **_DIGITS,
+        **{"labels": 200, "epochs": 100, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05},
+        **{"teacher_epochs": 60, "teacher_lr": 1e-3, "teacher_weight_decay": 0.05},
+        **{"student": f"{_OWN}vit_student", "teacher": f"{_OWN}vit_teacher"},
+    },
+}
+
+
+# ---- the study
+
+
+class Study(Experiment):
+    """An experiment whose students have no transfer, or one of the betas; seed by seed."""
+
+    def __init__(self, config: Config, betas: tuple[float, ...], **options: Any) -> None:
+        self.betas = betas
+        # Of each student: the step, and the ratio over beta before it.
+        self.ratios: dict[str, list[tuple[int, float]]] = {}
+        super().__init__(config, **options)
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield the trainings."""
+        yield from (job for job in super().jobs() if job.is_teacher)
+        for seed in range(self.config.seeds):
+            yield self._job(f"none-seed{seed}", "none", seed, self.config.for_method("none"))
+            for beta in self.betas:
+                own = replace(self.config.for_method("at"), beta=beta)
+                yield self._job(f"at-beta{beta:g}-seed{seed}", "at", seed, own)
+
+    def trainer(self, job: Job, compiles: bool = True) -> Trainer:
+        """Return the trainer of a job, which records the ratio."""
+        trainer = super().trainer(job, compiles)
+        step, found = trainer.train_step, self.ratios.setdefault(job.name, [])
+
+        def train_step(batch: Batch, share: float) -> None:
+            recorded = job.method == "at" and job.seed < RECORDED_SEEDS
+            if recorded and trainer.step in RECORDED:
+                ratio = trainer.gradient_ratio(batch, share).ratio / job.config.beta_of("at")
+                found.append((trainer.step, float(f"{ratio:.4g}")))
+            step(batch, share)
+
+        trainer.train_step = train_step  # type: ignore[method-assign]
+        return trainer
+
+
+class Writer(Callbacks):
+    """Keeps the last evaluation of each student on the disk."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file, self.study = file, None
+        self.found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    def begin(self, study: Any) -> None:
+        """Keep the study."""
+        self.study = study
+
+    def point(self, job: Job, point: Point) -> None:
+        """Write a student's result."""
+        if point["step"] < job.plan.steps:
+            return
+        assert self.study is not None
+        beta = job.config.beta_of("at") if job.method == "at" else 0.0
+        self.found[job.name] = {
+            "beta": beta,
+            "seed": job.seed,
+            "validation": round(point["validation"], 3),
+            "accuracy": round(point["accuracy"], 3),
+            "ratios": self.study.ratios[job.name],
+        }
+        self.file.write_text(json.dumps(self.found) + "\n")
+        print(f"{job.name}: {point['validation']:.2f} %, {point['accuracy']:.2f} %", flush=True)
+
+
+def main() -> None:
+    """Run the program."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights")
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--betas", type=lambda words: tuple(map(float, words.split(","))))
+    given = parser.parse_args()
+    config = resolve({**TASKS[given.task], "compare": ("none", "at"), "seeds": given.seeds})
+    given.results.mkdir(parents=True, exist_ok=True)
+    writer, out = Writer(given.results / f"{given.task}.json"), given.out / given.task
+    with writer.signals:
+        Study(config, given.betas or BETAS, out=out, callbacks=writer).run()
+
+
+if __name__ == "__main__":
+    main()

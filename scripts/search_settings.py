@@ -1,0 +1,108 @@
+"""Train students at every point of grids of settings, and report them on validation images.
+
+    python scripts/search_settings.py --preset fashion-mnist --grid at:lr=0.1:beta=100,1000,10000
+
+Test images are not opened: the run has --evaluate val. All options of at-fused-train but --compare
+and --set; --resume goes on. The students' seeds are 100, 101, ...: other first weights and, with
+--labels, other images than a run of the preset has. Leaves search.json and search.md in the run's
+folder.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from at_fused.train.cli import build_parser, configure
+from at_fused.train.config import Config, method_rule
+from at_fused.train.experiment import Experiment
+from at_fused.train.loop import Callbacks, Job, Point
+from at_fused.train.report import table
+
+SEED = 100
+Settings = tuple[str, dict[str, Any]]  # of a method
+
+
+def settings_of(grid: str) -> list[Settings]:
+    """Return the points of a grid: METHOD:OPTION=X,Y:OPTION=Z,..."""
+    method, *options = grid.split(":")
+    named = [option.split("=") for option in options]
+    values = [[method_rule(method, n).read(x) for x in given.split(",")] for n, given in named]
+    return [(method, dict(zip(dict(named), each, strict=True))) for each in product(*values)]
+
+
+def name_of(settings: Settings) -> str:
+    """Return the name of a point."""
+    method, options = settings
+    return "-".join([method, *(f"{name}{value:g}" for name, value in options.items())])
+
+
+class Search(Experiment):
+    """An experiment whose students are those of the grids, seed by seed."""
+
+    def __init__(self, config: Config, points: list[Settings], **options: Any) -> None:
+        self.points = points
+        super().__init__(config, **options)
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield the trainings."""
+        yield from (job for job in super().jobs() if job.is_teacher)
+        for seed in range(SEED, SEED + self.config.seeds):
+            for method, options in self.points:
+                own = replace(self.config.for_method(method), **options)
+                yield self._job(f"{name_of((method, options))}-seed{seed}", method, seed, own)
+
+
+class Record(Callbacks):
+    """Keeps the last evaluation of each network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Point] = {}
+
+    def point(self, job: Job, point: Point) -> None:
+        """Keep and print it."""
+        self.found[job.name] = point
+        if point["step"] == job.plan.steps:
+            print(f"{job.name}: {point['accuracy']:.2f} %, {point['ms']:.0f} ms/step", flush=True)
+
+
+def main() -> None:
+    """Run the program."""
+    parser = build_parser()
+    parser.add_argument("--grid", action="append", required=True, help=settings_of.__doc__)
+    flags = vars(parser.parse_args())
+    points = [point for grid in flags.pop("grid") for point in settings_of(grid)]
+    methods = [*dict.fromkeys(method for method, _ in points)]
+    flags |= {"compare": tuple(methods), "evaluate": "val"}
+    file = flags["resume"] / "config.toml" if "resume" in flags else None
+    config, out = configure(flags, file and file.read_text())
+    record = Record()
+    with record.signals:
+        search = Search(config, points, out=out, fresh=file is None, callbacks=record)
+        search.run()
+    lines = (search.out / "metrics.jsonl").read_text().splitlines()
+    last = {line["run"]: line for line in map(json.loads, lines)}
+    rows, results = [], []
+    for point in points:
+        seeds = range(SEED, SEED + config.seeds)
+        found = [last[f"{name_of(point)}-seed{seed}"]["accuracy"] for seed in seeds]
+        cells = {name: f"{value:g}" for name, value in point[1].items()}
+        mean = statistics.mean(found)
+        rows.append({"": point[0], **cells, "accuracy": f"{mean:.2f}", "by seed": str(found)})
+        results.append({"method": point[0], **point[1], "accuracy": found})
+    names = dict.fromkeys(name for _, options in points for name in options)
+    text = table([*names, "accuracy", "by seed"], rows)
+    Path(search.out, "search.md").write_text(f"`{' '.join(sys.argv)}`\n\n{text}\n")
+    Path(search.out, "search.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
