@@ -1,0 +1,66 @@
+"""scripts/search_settings.py and scripts/beta_study.py: what they train, and what they write."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_runs import SMALL
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import beta_study
+import search_settings
+
+from at_fused.train.config import resolve
+
+
+def test_settings_are_compared_on_images_set_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--{n.replace('_', '-')}={v}" for n, v in SMALL.items() if n != "seeds"]
+    words += ["--seeds=2", f"--out={tmp_path}/run", "--set", "at.p=1", "--grid=none:lr=0.1,0"]
+    monkeypatch.setattr(sys, "argv", ["search", *words, "--grid=at:lr=0.1:beta=1,10"])
+    search_settings.main()
+    found = json.loads((tmp_path / "run/search.json").read_text())
+    points = [{n: v for n, v in each.items() if n != "accuracy"} for each in found]
+    assert points == [
+        {"method": "none", "lr": 0.1},
+        {"method": "none", "lr": 0.0},
+        {"method": "at", "lr": 0.1, "beta": 1.0},
+        {"method": "at", "lr": 0.1, "beta": 10.0},
+    ]
+    assert all(len(each["accuracy"]) == 2 for each in found)
+    # Of 300 images: multiples of a third of a percent, which those of 500 are not.
+    assert all(x * 3 == pytest.approx(round(x * 3)) for each in found for x in each["accuracy"])
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert {line["seed"] for line in lines if line["run"] != "teacher"} == {100, 101}
+    assert (
+        (tmp_path / "run/search.md").read_text().strip().endswith(capsys.readouterr().out[-40:-1])
+    )
+
+
+def test_a_study_records_ratios_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task: dict[str, Any] = {**beta_study.TASKS["digits-20"], **SMALL, "cache": 2}
+    monkeypatch.setitem(beta_study.TASKS, "digits-20", task)
+    words = f"--task=digits-20 --out={tmp_path} --results={tmp_path} --betas=1,100"
+    for seeds in (1, 2):
+        monkeypatch.setattr(sys, "argv", ["study", *words.split(), f"--seeds={seeds}"])
+        beta_study.main()
+        found = json.loads((tmp_path / "digits-20.json").read_text())
+        assert [each["beta"] for each in found.values()] == [0, *[0, 1, 100] * seeds]
+    steps = [[step for step, _ in each["ratios"]] for each in found.values()]
+    assert steps[2:4] == [[*range(6)]] * 2
+    # The first weights and images are the same, and the ratio is over beta.
+    assert found["at-beta1-seed0"]["ratios"][0] == found["at-beta100-seed0"]["ratios"][0]
+
+
+@pytest.mark.parametrize("name", beta_study.TASKS)
+def test_tasks_are_options_of_the_program(name: str) -> None:
+    config = resolve({**beta_study.TASKS[name], "compare": ("none", "at")})
+    assert config.validation > 0
+    assert config.labels
