@@ -150,7 +150,9 @@ def paired_difference(a: Array, b: Array) -> tuple[float, float]:
 def table_of(result: Result, config: Config) -> str:
     """Return the table of the teacher's accuracy and of each method's."""
     known, several, base = published(config), config.seeds > 1, config.compare[0]
-    to_base = f"to {TITLES[base]}"
+    # AT with KD is worth what it adds to KD, too.
+    pairs = [(method, base) for method in config.compare if method != base]
+    pairs += [("at+kd", "kd")] * ({"at+kd", "kd"} <= {*config.compare} and base != "kd")
 
     def row(title: str, method: str, *found: Array) -> dict[str, str]:
         cells = {"": title, "accuracy": f"{found[0].mean():.2f}"}
@@ -171,15 +173,20 @@ def table_of(result: Result, config: Config) -> str:
         cells = row(TITLES[method], method, *found)
         if several:
             cells["std"] = f"{found[0].std(ddof=1):.2f}"
-        if several and method != base:
-            mean, half = paired_difference(found[0], finals(result.students[base]))
+        for other in (other for one, other in pairs if several and one == method):
+            mean, half = paired_difference(found[0], finals(result.students[other]))
             interval = f" +- {half:.2f}" if config.seeds >= LEAST_SEEDS else ""
-            cells[to_base] = f"{mean:+.2f}{interval}"
+            cells[f"to {TITLES[other]}"] = f"{mean:+.2f}{interval}"
         ms = statistics.median(point["ms"] for curve in curves for point in curve.points)
         peak = max(curve.peak_bytes for curve in curves)
         rows.append({**cells, "ms/step": f"{ms:.1f}", "MB/step": f"{peak / 1e6:.1f}" * (peak > 0)})
-    errors = ("median error", "published")
-    return table(["accuracy", "std", "top-5", to_base, *errors, "ms/step", "MB/step"], rows)
+    names = [
+        "accuracy",
+        "std",
+        "top-5",
+        *dict.fromkeys(f"to {TITLES[other]}" for _, other in pairs),
+    ]
+    return table([*names, "median error", "published", "ms/step", "MB/step"], rows)
 
 
 def notes(config: Config) -> list[str]:

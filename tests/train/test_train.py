@@ -133,13 +133,15 @@ def test_the_table_says_what_the_metrics_say(quick: Run, lines: Lines) -> None:
     for said in (quick[1], (quick[0] / "report.md").read_text()):
         assert f"- preset digits-quick, but for {but}" in said
         rows = cells(next(each for each in said.split("\n\n") if "accuracy |" in each))
-        assert rows[""][:3] == ["accuracy", "std", "to student alone"]
+        assert rows[""][:4] == ["accuracy", "std", "to student alone", "to KD"]
         for method, title in titles.items():
             found = accuracy[method]
             assert rows[title][:2] == [f"{found.mean():.2f}", f"{found.std(ddof=1):.2f}"]
             # Two seeds have no interval worth the name.
             mean, _ = paired_difference(found, accuracy["none"])
             assert rows[title][2] == (f"{mean:+.2f}" if method != "none" else "")
+            mean, _ = paired_difference(found, accuracy["kd"])
+            assert rows[title][3] == (f"{mean:+.2f}" if method == "at+kd" else "")
 
 
 # ---- the parts of a report
