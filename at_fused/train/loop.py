@@ -353,8 +353,11 @@ class Trainer:
         # Weighted before they go back through statistics that processes share; and scaled, as
         # those of a step are, or 16 bits would lose them.
         scale = self.scaler.get_scale()
-        losses = (scale * share * each for each in (terms.loss - terms.transfer, terms.transfer))
-        found = shared_gradients(*losses, student)
+        task, transfer = (
+            scale * share * (terms.loss - terms.transfer),
+            scale * share * terms.transfer,
+        )
+        found = shared_gradients(task, transfer, student)
         with torch.no_grad():
             for name, buffer in student.named_buffers():
                 buffer.copy_(buffers[name])

@@ -180,13 +180,9 @@ def table_of(result: Result, config: Config) -> str:
         ms = statistics.median(point["ms"] for curve in curves for point in curve.points)
         peak = max(curve.peak_bytes for curve in curves)
         rows.append({**cells, "ms/step": f"{ms:.1f}", "MB/step": f"{peak / 1e6:.1f}" * (peak > 0)})
-    names = [
-        "accuracy",
-        "std",
-        "top-5",
-        *dict.fromkeys(f"to {TITLES[other]}" for _, other in pairs),
-    ]
-    return table([*names, "median error", "published", "ms/step", "MB/step"], rows)
+    differences = dict.fromkeys(f"to {TITLES[other]}" for _, other in pairs)
+    columns = ["accuracy", "std", "top-5", *differences, "median error", "published"]
+    return table([*columns, "ms/step", "MB/step"], rows)
 
 
 def notes(config: Config) -> list[str]:
