@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import statistics
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from at_fused import schedules
 from at_fused.train.config import Config, resolve
 from at_fused.train.data import open_data
 from at_fused.train.experiment import Experiment
@@ -31,6 +33,8 @@ from at_fused.train.methods import Batch
 
 BETAS = (1.0, 10.0, 100.0, 1e3, 1e4)
 SEEDS = 10
+# Steps in which a ratio chooses a beta.
+WINDOW = 10
 # Seeds whose ratio is recorded, and the steps before which it is.
 RECORDED_SEEDS = 3
 RECORDED = {*range(10), *range(10, 100, 5), *range(100, 10_000, 20)}
@@ -137,33 +141,61 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 class Study(Experiment):
-    """An experiment whose students have no transfer, or one of the betas; seed by seed."""
+    """An experiment whose students have no transfer, a beta, or one of a ratio; seed by seed.
 
-    def __init__(self, config: Config, betas: tuple[float, ...], **options: Any) -> None:
-        self.betas = betas
+    Args:
+        betas: to train with.
+        ratios: likewise, each made a beta by the first WINDOW steps: ratio / (the geometric mean
+            of the ratios at beta 1 so far), then fixed.
+        done: names of students that need no training any more.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        betas: tuple[float, ...],
+        ratios: tuple[float, ...],
+        done: Collection[str],
+        **options: Any,
+    ) -> None:
+        self.points = [("none", "none", 0.0, 0.0)]
+        self.points += [(f"at-beta{beta:g}", "at", beta, 0.0) for beta in betas]
+        self.points += [(f"at-ratio{ratio:g}", "at", 1.0, ratio) for ratio in ratios]
+        self.done = done
         # Of each student: the step, and the ratio over beta before it.
-        self.ratios: dict[str, list[tuple[int, float]]] = {}
+        self.found: dict[str, list[tuple[int, float]]] = {}
+        self.betas: dict[str, float] = {}
         super().__init__(config, **options)
 
     def jobs(self) -> Iterator[Job]:
         """Yield the trainings."""
         yield from (job for job in super().jobs() if job.is_teacher)
         for seed in range(self.config.seeds):
-            yield self._job(f"none-seed{seed}", "none", seed, self.config.for_method("none"))
-            for beta in self.betas:
-                own = replace(self.config.for_method("at"), beta=beta)
-                yield self._job(f"at-beta{beta:g}-seed{seed}", "at", seed, own)
+            for point, method, beta, _ in self.points:
+                own = replace(self.config.for_method(method), beta=beta)
+                job = self._job(f"{point}-seed{seed}", method, seed, own)
+                if job.name not in self.done:
+                    yield job
 
     def trainer(self, job: Job, compiles: bool = True) -> Trainer:
         """Return the trainer of a job, which records the ratio."""
         trainer = super().trainer(job, compiles)
-        step, found = trainer.train_step, self.ratios.setdefault(job.name, [])
+        step, found = trainer.train_step, self.found.setdefault(job.name, [])
+        wanted = {f"{name}-seed{job.seed}": ratio for name, _, _, ratio in self.points}.get(
+            job.name
+        )
+        self.betas[job.name] = trainer.plan.beta(0)
 
         def train_step(batch: Batch, share: float) -> None:
-            recorded = job.method == "at" and job.seed < RECORDED_SEEDS
-            if recorded and trainer.step in RECORDED:
-                ratio = trainer.gradient_ratio(batch, share).ratio / job.config.beta_of("at")
+            chooses = wanted and trainer.step < WINDOW
+            records = job.seed < RECORDED_SEEDS and trainer.step in RECORDED
+            if job.method == "at" and (chooses or records):
+                ratio = trainer.gradient_ratio(batch, share).ratio / self.betas[job.name]
                 found.append((trainer.step, float(f"{ratio:.4g}")))
+            if chooses:
+                mean = statistics.geometric_mean(ratio for _, ratio in found)
+                self.betas[job.name] = beta = wanted / mean
+                trainer.plan.beta = schedules.constant(beta)
             step(batch, share)
 
         trainer.train_step = train_step  # type: ignore[method-assign]
@@ -184,16 +216,15 @@ class Writer(Callbacks):
 
     def point(self, job: Job, point: Point) -> None:
         """Write a student's result."""
-        if point["step"] < job.plan.steps:
+        if job.is_teacher or point["step"] < job.plan.steps:
             return
         assert self.study is not None
-        beta = job.config.beta_of("at") if job.method == "at" else 0.0
         self.found[job.name] = {
-            "beta": beta,
+            "beta": self.study.betas[job.name],
             "seed": job.seed,
             "validation": round(point["validation"], 3),
             "accuracy": round(point["accuracy"], 3),
-            "ratios": self.study.ratios[job.name],
+            "ratios": self.study.found[job.name],
         }
         self.file.write_text(json.dumps(self.found) + "\n")
         print(f"{job.name}: {point['validation']:.2f} %, {point['accuracy']:.2f} %", flush=True)
@@ -206,13 +237,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--betas", type=lambda words: tuple(map(float, words.split(","))))
+    numbers: Any = {"type": lambda words: tuple(float(x) for x in words.split(",") if x)}
+    parser.add_argument("--betas", default=BETAS, **numbers)
+    parser.add_argument("--ratios", default=(), **numbers)
     given = parser.parse_args()
     config = resolve({**TASKS[given.task], "compare": ("none", "at"), "seeds": given.seeds})
     given.results.mkdir(parents=True, exist_ok=True)
     writer, out = Writer(given.results / f"{given.task}.json"), given.out / given.task
     with writer.signals:
-        Study(config, given.betas or BETAS, out=out, callbacks=writer).run()
+        points = given.betas, given.ratios, writer.found
+        Study(config, *points, out=out, callbacks=writer).run()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,16 +49,25 @@ def test_a_study_records_ratios_and_goes_on(
 ) -> None:
     task: dict[str, Any] = {**beta_study.TASKS["digits-20"], **SMALL, "cache": 2}
     monkeypatch.setitem(beta_study.TASKS, "digits-20", task)
-    words = f"--task=digits-20 --out={tmp_path} --results={tmp_path} --betas=1,100"
+    words = f"--task=digits-20 --out={tmp_path} --results={tmp_path} --betas=1,100 --ratios=5"
     for seeds in (1, 2):
         monkeypatch.setattr(sys, "argv", ["study", *words.split(), f"--seeds={seeds}"])
         beta_study.main()
         found = json.loads((tmp_path / "digits-20.json").read_text())
-        assert [each["beta"] for each in found.values()] == [0, *[0, 1, 100] * seeds]
+        assert [each["beta"] for each in found.values()][:3] == [0, 1, 100]
+        assert len(found) == 4 * seeds
     steps = [[step for step, _ in each["ratios"]] for each in found.values()]
-    assert steps[2:4] == [[*range(6)]] * 2
+    assert steps[:4] == [[], *[[*range(6)]] * 3]
     # The first weights and images are the same, and the ratio is over beta.
     assert found["at-beta1-seed0"]["ratios"][0] == found["at-beta100-seed0"]["ratios"][0]
+    chosen = found["at-ratio5-seed0"]
+    mean = statistics.geometric_mean(ratio for _, ratio in chosen["ratios"])
+    assert chosen["beta"] == pytest.approx(5 / mean)
+    # Nothing is trained again, also where the weights are gone.
+    shutil.rmtree(tmp_path / "digits-20")
+    before = (tmp_path / "digits-20.json").read_text()
+    beta_study.main()
+    assert (tmp_path / "digits-20.json").read_text() == before
 
 
 @pytest.mark.parametrize("name", beta_study.TASKS)
