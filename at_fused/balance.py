@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from at_fused._arguments import check_tensor
 from at_fused._numbers import kind
 
+# The ratio that beta="auto" gives, and the calls that it measures: docs/results.md has the study.
+AUTO_RATIO = 3.0
+AUTO_STEPS = 10
 Gradients = list[Tensor]
 
 
@@ -122,3 +125,43 @@ def compare(task: Gradients, transfer: Gradients) -> GradientRatio:
     ratio = of_transfer / of_task if of_task else math.inf if of_transfer else math.nan
     product = of_task * of_transfer
     return GradientRatio(of_task, of_transfer, ratio, both / product if product else math.nan)
+
+
+class AutoBeta:
+    """The beta at which the gradients have a ratio, measured in the first AUTO_STEPS steps.
+
+        beta = ratio / (geometric mean of the ratios at beta 1 so far)
+
+    It changes with each of these steps, and is fixed afterwards.
+    """
+
+    def __init__(self, logarithms: Iterable[float] = (), ratio: float = AUTO_RATIO) -> None:
+        self.logarithms = [*logarithms]  # of the ratios
+        self.ratio = ratio
+
+    @property
+    def chosen(self) -> bool:
+        """True once beta is fixed."""
+        return len(self.logarithms) >= AUTO_STEPS
+
+    @property
+    def beta(self) -> float:
+        """The beta by the steps so far."""
+        return self.ratio / math.exp(sum(self.logarithms) / len(self.logarithms))
+
+    def add(self, ratio: float, student: nn.Module | None = None) -> None:
+        """Add a step's ratio at beta 1; of a DistributedDataParallel, the mean of its processes."""
+        if not 0 < ratio < math.inf:
+            raise ValueError(
+                f"beta: 'auto' needs two gradients that are neither 0 nor inf nor nan in its first "
+                f"{AUTO_STEPS} steps, got a ratio of {ratio}; give a number"
+            )
+        found = torch.tensor(math.log(ratio), dtype=torch.float64)
+        while isinstance(inner := getattr(student, "_orig_mod", None), nn.Module):
+            student = inner  # out of torch.compile
+        if isinstance(student, nn.parallel.DistributedDataParallel):
+            group: Any = student.process_group
+            found = found.to(next(student.parameters()).device)
+            torch.distributed.all_reduce(found, group=group)
+            found /= group.size()
+        self.logarithms.append(float(found))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Size, Tensor, nn
 
@@ -40,7 +40,7 @@ from at_fused._models import (
 from at_fused._numbers import as_python, check_finite, kind
 from at_fused._observe import written
 from at_fused._options import LossArguments, MapSizes
-from at_fused.balance import GradientRatio, gradient_ratio
+from at_fused.balance import AUTO_STEPS, AutoBeta, GradientRatio, gradient_ratio
 from at_fused.layers import (
     SIDES,
     Pair,
@@ -84,7 +84,9 @@ class AttentionTransfer:
             their features lie. Without it named layers, but for torch's own convolutions, norms and
             poolings, show it in one more run on the first batch.
         beta: a finite number, which may be set anew at any time; 1e3 is the paper's for the form
-            "code".
+            "code". "auto": the one that makes the gradient of this loss three times that of the
+            task for the student's weights, measured in the first ten calls and then fixed; these
+            take ``task_loss``.
         channel_dim: 1 or -1; None: as the run shows. This and the next two may be a pair
             (student's, teacher's).
         skip_tokens: how many tokens in front are left out of features (B, N, C); None: those that
@@ -92,13 +94,15 @@ class AttentionTransfer:
         map_size: (H, W) of tokens; None: as the run shows, else the partner's H and W.
         cache: a :class:`at_fused.TeacherCache`, from which the teacher's maps then come. Not for a
             teacher whose ``forward`` was replaced, as accelerate does: its precision is not known.
-        verbose: whether to print the pairs that were found, and what was left out.
+        verbose: whether to print the pairs that were found, what was left out, and a beta that was
+            chosen.
         options: p, collapse, form, weights, resize (None or "maps"), attend ("spatial" or
             "channel"), absolute, eps, eps_mode of :func:`at_fused.at_loss`.
 
     Attributes:
         pairs: the names of the layers, a list of (student, teacher).
-        beta: as given.
+        beta: as given; with "auto" the number that was measured, once there is one. Save it with a
+            checkpoint, to go on with.
         teacher_output: the teacher's logits of the last call, for ``kd_loss``: its output if that
             is a tensor; of any other its field ``logits`` (or ``out``), else of a tuple the first,
             of a mapping or a dataclass the only tensor. None where there is no such tensor; nothing
@@ -117,7 +121,7 @@ class AttentionTransfer:
         teacher: nn.Module,
         layers: Sequence[str | tuple[str, str]] | None = None,
         *,
-        beta: float,
+        beta: float | Literal["auto"],
         example: Any = None,
         channel_dim: int | tuple[int, int] | None = None,
         skip_tokens: int | tuple[int, int] | None = None,
@@ -139,10 +143,11 @@ class AttentionTransfer:
                 "cache: the teacher's forward was replaced, as by accelerator.prepare, which hides "
                 "its precision: give the teacher as it was, and call at(x) in torch.autocast"
             )
-        self.beta = beta = check_finite("beta", beta)
+        self.beta = beta
         choices = CHOICES | {"attend": ("spatial", "channel"), "resize": (None, "maps")}
         kept = check_kept("AttentionTransfer", options, PairOptions.__annotations__, choices)
-        self._given = {"beta": beta, **kept}
+        self._given = {"beta": self.beta, **kept}
+        self._verbose = verbose
         self._options = made = LossArguments(**kept)
         check_spatial(made.attend, map_size=map_size)
         tokens = {"skip_tokens": skip_tokens, "map_size": map_size}
@@ -164,6 +169,20 @@ class AttentionTransfer:
             TappedNetwork(*side, made)
             for side in zip(SIDES, (student, teacher), taps, given, strict=True)
         ]
+
+    @property
+    def beta(self) -> float | Literal["auto"]:
+        """See the class."""
+        if self._auto is None:
+            return self._beta
+        return self._auto.beta if self._auto.logarithms else "auto"
+
+    @beta.setter
+    def beta(self, beta: float | Literal["auto"]) -> None:
+        if isinstance(beta, str) and beta != "auto":
+            raise ValueError(f"beta must be a number or 'auto', got {beta!r}")
+        self._auto = AutoBeta() if isinstance(beta, str) else None
+        self._beta = 1.0 if isinstance(beta, str) else check_finite("beta", beta)
 
     def prepare(self, x: Any, index: Tensor | Sequence[int] | None = None, seed: int = 0) -> None:
         """Run the teacher now, for the ``at(x)`` that follows.
@@ -189,6 +208,7 @@ class AttentionTransfer:
         *,
         mask: Tensor | Sequence[Tensor] | None = None,
         sample_weights: Tensor | None = None,
+        task_loss: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of the student's last forward pass, with the teacher's on ``x``.
 
@@ -200,6 +220,8 @@ class AttentionTransfer:
             index: with a cache, the samples' numbers in the data set, (B,) int64 or ints.
             seed: with a cache, that of the transform that made ``x``.
             mask, sample_weights: as in :func:`at_fused.at_loss`.
+            task_loss: the rest of the loss, a scalar of the same pass of the student, for
+                ``beta="auto"``; not looked at any more once beta is fixed.
 
         Returns:
             A scalar, beta included: float64 if any map is, else float32.
@@ -212,8 +234,10 @@ class AttentionTransfer:
             ValueError: how a named layer's features lie is not known; the maps of a pair have
                 another batch or size, or the arguments are not what ``prepare`` was given; an
                 option of tokens without tokens, or of a cache without it; a factor of another
-                shape, a mask of channel attention.
+                shape, a mask of channel attention; ``task_loss`` is missing for "auto", is given
+                for a number, or has no gradient.
         """
+        measured = self._check_task_loss(task_loss)
         prepared, self._prepared = self._prepared, None
         students = self._student.take_maps(x)
         self._student.check_graph(students)
@@ -236,12 +260,37 @@ class AttentionTransfer:
             teachers[i] = self._grid(i, 1, maps, x, as_grids)
         if mask is not None and (skip := self._student.skip_tokens()):
             check_masks(mask, [q.unsqueeze(1) for q in students], skip)
-        beta = check_finite("beta", self.beta)
+        beta = self._auto.beta if self._auto and self._auto.chosen else self._beta
         weights = [beta * weight for weight in self._weights]
         arguments = self._options._replace(
             weights=weights, mask=mask, sample_weights=sample_weights
         )
-        return _loss.map_loss_of_checked_options(students, teachers, arguments)
+        loss = _loss.map_loss_of_checked_options(students, teachers, arguments)
+        if measured is None:
+            return loss
+        return self._chosen_by(measured, loss) * loss
+
+    def _check_task_loss(self, task_loss: Tensor | None) -> Tensor | None:
+        """Return the loss that is measured in this call, if one is."""
+        if self._auto is None and task_loss is not None:
+            raise ValueError(f"task_loss is for beta='auto', got beta={self._beta:g}")
+        if self._auto is None or self._auto.chosen:
+            return None
+        if task_loss is None:
+            raise ValueError(
+                f"task_loss must be given in the first {AUTO_STEPS} calls for beta='auto': "
+                "task = criterion(student(x), y), then task + at(x, task_loss=task)"
+            )
+        return task_loss
+
+    def _chosen_by(self, task_loss: Tensor, transfer_loss: Tensor) -> float:
+        """Return beta by the gradients so far, of a transfer loss at beta 1."""
+        assert self._auto is not None
+        model = self._student.model
+        self._auto.add(gradient_ratio(task_loss, transfer_loss, model).ratio, model)
+        if self._auto.chosen and self._verbose:
+            print(f"beta {self._auto.beta:.3g}, by the gradients of the first {AUTO_STEPS} steps")
+        return self._auto.beta
 
     def _check_token_options(self) -> None:
         """Refuse an option of tokens for a side without any."""
@@ -322,7 +371,7 @@ class AttentionTransfer:
         """
         found = gradient_ratio(task_loss, transfer_loss, self._student.model)
         if verbose:
-            print(f"beta {as_python('beta', self.beta):g}: {found}")
+            print(f"beta {self.beta:g}: {found}")
         return found
 
     def remove(self) -> None:
@@ -331,7 +380,7 @@ class AttentionTransfer:
         self._teacher.remove()
 
     def __repr__(self) -> str:
-        options = {**self._given, "beta": as_python("beta", self.beta)}
+        options = {**self._given, "beta": self.beta}
         pairs = ", ".join(s if s == t else f"{s} <- {t}" for s, t in self.pairs)
         return f"AttentionTransfer({pairs}; {', '.join(f'{k}={v!r}' for k, v in options.items())})"
 

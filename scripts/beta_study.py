@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from at_fused import schedules
+from at_fused.balance import AutoBeta
 from at_fused.train.config import Config, resolve
 from at_fused.train.data import open_data
 from at_fused.train.experiment import Experiment
@@ -33,8 +32,6 @@ from at_fused.train.methods import Batch
 
 BETAS = (1.0, 10.0, 100.0, 1e3, 1e4)
 SEEDS = 10
-# Steps in which a ratio chooses a beta.
-WINDOW = 10
 # Seeds whose ratio is recorded, and the steps before which it is.
 RECORDED_SEEDS = 3
 RECORDED = {*range(10), *range(10, 100, 5), *range(100, 10_000, 20)}
@@ -145,8 +142,7 @@ class Study(Experiment):
 
     Args:
         betas: to train with.
-        ratios: likewise, each made a beta by the first WINDOW steps: ratio / (the geometric mean
-            of the ratios at beta 1 so far), then fixed.
+        ratios: likewise, each as beta="auto" with it.
         done: names of students that need no training any more.
     """
 
@@ -158,20 +154,19 @@ class Study(Experiment):
         done: Collection[str],
         **options: Any,
     ) -> None:
-        self.points = [("none", "none", 0.0, 0.0)]
-        self.points += [(f"at-beta{beta:g}", "at", beta, 0.0) for beta in betas]
-        self.points += [(f"at-ratio{ratio:g}", "at", 1.0, ratio) for ratio in ratios]
+        self.points: list[tuple[str, str, float | str]] = [("none", "none", 0.0)]
+        self.points += [(f"at-beta{beta:g}", "at", beta) for beta in betas]
+        self.points += [(f"at-ratio{ratio:g}", "at", "auto") for ratio in ratios]
         self.done = done
-        # Of each student: the step, and the ratio over beta before it.
+        # Of each student: the step, and the ratio at beta 1 before it.
         self.found: dict[str, list[tuple[int, float]]] = {}
-        self.betas: dict[str, float] = {}
         super().__init__(config, **options)
 
     def jobs(self) -> Iterator[Job]:
         """Yield the trainings."""
         yield from (job for job in super().jobs() if job.is_teacher)
         for seed in range(self.config.seeds):
-            for point, method, beta, _ in self.points:
+            for point, method, beta in self.points:
                 own = replace(self.config.for_method(method), beta=beta)
                 job = self._job(f"{point}-seed{seed}", method, seed, own)
                 if job.name not in self.done:
@@ -181,21 +176,15 @@ class Study(Experiment):
         """Return the trainer of a job, which records the ratio."""
         trainer = super().trainer(job, compiles)
         step, found = trainer.train_step, self.found.setdefault(job.name, [])
-        wanted = {f"{name}-seed{job.seed}": ratio for name, _, _, ratio in self.points}.get(
-            job.name
-        )
-        self.betas[job.name] = trainer.plan.beta(0)
+        if trainer.plan.auto:
+            ratio = float(job.name.removeprefix("at-ratio").partition("-")[0])
+            trainer.plan.auto = AutoBeta(ratio=ratio)
 
         def train_step(batch: Batch, share: float) -> None:
-            chooses = wanted and trainer.step < WINDOW
-            records = job.seed < RECORDED_SEEDS and trainer.step in RECORDED
-            if job.method == "at" and (chooses or records):
-                ratio = trainer.gradient_ratio(batch, share).ratio / self.betas[job.name]
+            recorded = job.method == "at" and job.seed < RECORDED_SEEDS
+            if recorded and trainer.step in RECORDED:
+                ratio = trainer.gradient_ratio(batch, share, 1.0).ratio
                 found.append((trainer.step, float(f"{ratio:.4g}")))
-            if chooses:
-                mean = statistics.geometric_mean(ratio for _, ratio in found)
-                self.betas[job.name] = beta = wanted / mean
-                trainer.plan.beta = schedules.constant(beta)
             step(batch, share)
 
         trainer.train_step = train_step  # type: ignore[method-assign]
@@ -220,7 +209,7 @@ class Writer(Callbacks):
             return
         assert self.study is not None
         self.found[job.name] = {
-            "beta": self.study.betas[job.name],
+            "beta": float(f"{point['beta']:.4g}"),
             "seed": job.seed,
             "validation": round(point["validation"], 3),
             "accuracy": round(point["accuracy"], 3),

@@ -73,6 +73,7 @@ class Rule:
     accepts: Callable[[Any], bool] = lambda value: True
     metavar: str = ""
     names: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()  # in place of a number
     many: bool = False  # a list, on the command line with commas
     default: Any = None
     help: str = ""
@@ -83,6 +84,8 @@ class Rule:
             if not isinstance(value, list | tuple):
                 raise ConfigError(f"got {value!r}, allowed is a list of {self.allowed}")
             return tuple(map(replace(self, many=False).check, value))
+        if isinstance(value, str) and value in self.words:
+            return value
         types = (int, float) if self.type is float else (self.type,)
         if type(value) not in types or not self.accepts(value):
             near = nearest(str(value), self.names)
@@ -110,6 +113,12 @@ def whole(low: int, high: int) -> Rule:
 def real(low: float, high: float) -> Rule:
     """A number."""
     return Rule(float, f"a number from {low:g} to {high:g}", lambda x: low <= x <= high, "X")
+
+
+def real_or(word: str, low: float, high: float) -> Rule:
+    """A number, or a word."""
+    rule = real(low, high)
+    return replace(rule, allowed=f"{rule.allowed}, or {word}", words=(word,), metavar=f"X|{word}")
 
 
 def choice(*names: str, imports: bool = False) -> Rule:
@@ -250,7 +259,8 @@ _FASHION: dict[str, Any] = {
     # Compiling a network takes longer than it saves in so few steps.
     "compile": False,
 }
-_FASHION_FEW = {"labels": 1000, "epochs": 60, "cache": 20, "evaluate_every": 20, "seeds": 10}
+_FASHION_FEW: dict[str, Any] = {"labels": 1000, "epochs": 60, "cache": 20, "evaluate_every": 20}
+_FASHION_FEW |= {"seeds": 10}
 _FASHION_FEW["method"] = {"none": {"lr": 0.2}}
 
 
@@ -345,7 +355,11 @@ class Config:
         f"of {', '.join(METHODS)}; the first is the baseline",
     )
     seeds: int = option(3, whole(1, 1000), "students per method, each with its own start and order")
-    beta: float | None = option(None, real(0, 1e9), "weight of the transfer loss (1000 for AT)")
+    beta: float | str | None = option(
+        None,
+        real_or("auto", 0, 1e9),
+        "weight of the transfer loss (1000 for AT), or auto, by the first gradients",
+    )
     betas: tuple[float, ...] = option((), several(real(0, 1e9)), "to choose from, by --validation")
     beta_schedule: str = option(
         "constant", choice("constant", "linear", "cosine"), "the latter two fall to 0"
@@ -418,9 +432,11 @@ class Config:
         unknown = {"beta": None} if own.get("form", self.form) != self.form else {}
         return replace(self, **{**unknown, **own})
 
-    def beta_of(self, method: str) -> float:
+    def beta_of(self, method: str) -> float | str:
         """Return the first weight of a method's transfer loss, of ``for_method(method)``."""
-        return BETAS.get(method, 0.0) if self.beta is None else self.beta
+        if self.beta is None or method not in TRANSFER:
+            return BETAS.get(method, 0.0)
+        return self.beta
 
 
 OPTIONS: dict[str, Rule] = {f.name: f.metadata["rule"] for f in fields(Config) if f.metadata}
@@ -570,6 +586,8 @@ def _check_combination(config: Config) -> None:
         known = each.form == "code" or each.beta is not None or bool(c.betas)
         allowed = f"a number for {method} in the form 'paper'; 1000 is for 'code'"
         check("beta", known or method not in ATTENTION, allowed)
+        if each.beta == "auto" and method in TRANSFER and method not in ATTENTION:
+            raise ConfigError(f"beta: got 'auto', allowed is a number for {method}")
 
 
 def unused(config: Config, name: str, processes: int = 1) -> str:

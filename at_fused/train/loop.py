@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from at_fused import schedules
 from at_fused._models import evaluating
-from at_fused.balance import GradientRatio, compare, shared_gradients
+from at_fused.balance import AutoBeta, GradientRatio, compare, shared_gradients
 from at_fused.train import checkpoints, parallel
 from at_fused.train.config import TRANSFER, Config, ConfigError, in_a_line
 from at_fused.train.data import Data, Samples
@@ -154,8 +154,10 @@ class Plan:
     left out, BatchNorm having nothing to average.
     """
 
-    def __init__(self, config: Config, samples: int, seed: int, beta: float) -> None:
+    def __init__(self, config: Config, samples: int, seed: int, beta: float | str) -> None:
         self.config, self.samples, self.seed = config, samples, seed
+        self.auto = AutoBeta() if isinstance(beta, str) else None
+        self._first_beta = 1.0 if isinstance(beta, str) else beta
         whole, rest = divmod(samples, config.batch_size)
         self.per_epoch = whole + (rest >= 2 * parallel.size())
         if self.per_epoch == 0:
@@ -164,7 +166,13 @@ class Plan:
                 f"{parallel.size()} processes"
             )
         self.steps = self.per_epoch * config.epochs
-        self.beta = SCHEDULES[config.beta_schedule](beta, self.steps)
+        self._share_of_beta = SCHEDULES[config.beta_schedule](1.0, self.steps)
+
+    def beta(self, step: int) -> float:
+        """Return the weight of the transfer loss of a step, counted from 0."""
+        measured = self.auto and self.auto.logarithms
+        first = self.auto.beta if self.auto and measured else self._first_beta
+        return first * self._share_of_beta(step)
 
     def batches(self, epoch: int) -> list[Tensor]:
         """Return the images' numbers of each of an epoch's batches."""
@@ -200,7 +208,7 @@ class Plan:
 
     def differs(self, other: Plan, steps: int) -> bool:
         """Tell whether another plan has other rates or betas in its first steps."""
-        return any(
+        return (self.auto is None) != (other.auto is None) or any(
             self.lr(step) != other.lr(step) or self.beta(step) != other.beta(step)
             for step in range(steps)
         )
@@ -259,6 +267,8 @@ class Trainer:
             group["lr"] = plan.lr(step)
         if self.job.config.reset_momentum and plan.drops(step) > plan.drops(max(0, step - 1)):
             self.optimizer.state.clear()
+        if plan.auto and not plan.auto.chosen:
+            plan.auto.add(self.gradient_ratio(batch, share, 1.0).ratio)
         with self.mode.autocast(self.device):
             terms = self.objective(batch, plan.beta(step))
         self.optimizer.zero_grad()
@@ -343,9 +353,9 @@ class Trainer:
             raise self._not_finite(f"after step {self.step} the network's outputs are")
         return found
 
-    def gradient_ratio(self, batch: Batch, share: float) -> GradientRatio:
+    def gradient_ratio(self, batch: Batch, share: float, beta: float) -> GradientRatio:
         """Compare the gradients of a batch's losses with the weights of now; leaves no trace."""
-        student, beta = self.student, self.plan.beta(max(0, self.step - 1))
+        student = self.student
         buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(gpus), self.mode.autocast(self.device):
@@ -365,7 +375,8 @@ class Trainer:
 
     def _evaluate(self, epoch: int, batch: Batch, share: float) -> None:
         data, transfers = self.job.data, self.job.method in TRANSFER
-        ratio = self.gradient_ratio(batch, share) if transfers else None
+        beta = self.plan.beta(self.step - 1) if transfers else 0.0
+        ratio = self.gradient_ratio(batch, share, beta) if transfers else None
         sums = parallel.total([*self._sums.tolist(), float(self._steps)])
         loss, task, soft, transfer = (x / sums[-1] for x in sums[:4])
         top1, top5 = self._accuracy(data.evaluate)
@@ -376,7 +387,7 @@ class Trainer:
             "ce": task,
             "kd": soft,
             "transfer": transfer,
-            "beta": self.plan.beta(self.step - 1) if transfers else 0.0,
+            "beta": beta,
             "accuracy": top1,
             "lr": self.plan.lr(self.step - 1),
             "ms": statistics.median(self._ms) if self._ms else self.curve.points[-1]["ms"],
@@ -416,6 +427,7 @@ class Trainer:
             "step": self.step,
             **{name: part.state_dict() for name, part in self._parts.items()},
             "best": self.best,
+            "auto_beta": self.plan.auto and self.plan.auto.logarithms,
             "random": parallel.gather(random),
             "points": self.curve.points,
             "peak_bytes": self.curve.peak_bytes,
@@ -434,6 +446,8 @@ class Trainer:
             self.step = int(state["step"])
             self.curve = Curve(list(state["points"]), int(state["peak_bytes"]))
             self.best = state["best"]
+            if self.plan.auto:
+                self.plan.auto = AutoBeta(state["auto_beta"])
             self._sums.copy_(state["sums"])
             self._steps, self._ms = int(state["since"]), list(state["ms"])
             states = state["random"]

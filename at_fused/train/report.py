@@ -209,13 +209,24 @@ def notes(config: Config) -> list[str]:
     return [*lines, "ms/step: median, with the reading of images; MB/step: allocated at its peak"]
 
 
+def measured_betas(result: Result, config: Config) -> list[str]:
+    """Return a line for each method whose beta its first gradients chose."""
+    lines = []
+    for method, curves in result.students.items():
+        if config.for_method(method).beta == "auto":
+            found = [curve.points[0]["beta"] for curve in curves]
+            lines.append(f"beta auto of {TITLES[method]}: {min(found):.3g} to {max(found):.3g}")
+    return lines
+
+
 def _networks(config: Config) -> str:
     return f"{config.student} from {config.teacher}" if config.needs_teacher else config.student
 
 
 def text(result: Result, config: Config) -> str:
     """Return the tables of the results, with what there is to say on them."""
-    parts = [table_of(result, config), "\n".join(f"- {line}" for line in notes(config))]
+    lines = [*notes(config), *measured_betas(result, config)]
+    parts = [table_of(result, config), "\n".join(f"- {line}" for line in lines)]
     return "\n\n".join([*parts, *[searched(result)] * bool(result.searched)])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import statistics
 from typing import Any
 
 import pytest
@@ -90,6 +92,71 @@ def test_a_student_in_torch_compile(networks: Any) -> None:
     compiled = torch.compile(student, backend="aot_eager")
     found = at.gradient_ratio(cross_entropy(compiled(x), y), at(x), verbose=False)
     assert [*found] == pytest.approx([*expected], rel=1e-4)
+
+
+# ---- beta="auto"
+
+
+def losses_by_hand(networks: Any, steps: int) -> tuple[list[float], list[float]]:
+    """The ratios at beta 1, and the losses, of training in which beta is chosen by its formula."""
+    student, teacher, x, y = copy.deepcopy(networks)
+    at = AttentionTransfer(student, teacher, ["first", "second"], beta=1.0, verbose=False)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    ratios, losses, beta = [], [], 0.0
+    for step in range(steps):
+        task, transfer = cross_entropy(student(x), y), at(x)
+        if step < 10:
+            ratios.append(at.gradient_ratio(task, transfer, verbose=False).ratio)
+            beta = 3 / statistics.geometric_mean(ratios)
+        losses.append(beta * transfer.item())
+        optimizer.zero_grad()
+        (task + beta * transfer).backward()
+        optimizer.step()
+    return ratios, losses
+
+
+def test_auto_is_measured_in_ten_steps_and_then_fixed(
+    networks: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ratios, expected = losses_by_hand(networks, 13)
+    student, teacher, x, y = networks
+    at = AttentionTransfer(student, teacher, ["first", "second"], beta="auto")
+    assert at.beta == "auto"
+    assert "beta='auto'" in repr(at)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    for step, wanted in enumerate(expected):
+        task = cross_entropy(student(x), y)
+        loss = at(x, task_loss=task) if step < 11 else at(x)
+        assert loss.item() == pytest.approx(wanted, rel=1e-3)
+        beta = 3 / statistics.geometric_mean(ratios[: step + 1])
+        assert at.beta == pytest.approx(beta, rel=1e-3)
+        optimizer.zero_grad()
+        (task + loss).backward()
+        optimizer.step()
+    said = f"beta {at.beta:.3g}, by the gradients of the first 10 steps\n"
+    assert capsys.readouterr().out == said
+    # A number takes its place, and "auto" begins again.
+    at.beta = 5.0
+    assert (at.beta, "beta=5.0" in repr(at)) == (5.0, True)
+    at.beta = "auto"
+    assert at.beta == "auto"
+
+
+def test_auto_needs_the_task(networks: Any) -> None:
+    student, teacher, x, y = networks
+    at = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
+    task = cross_entropy(student(x), y)
+    with pytest.raises(ValueError, match="task_loss must be given in the first 10 calls"):
+        at(x)
+    assert at(x, task_loss=task).requires_grad  # the pass is still there
+    with pytest.raises(ValueError, match="beta: 'auto' needs two gradients that are neither 0 nor"):
+        student(x), at(x, task_loss=0 * cross_entropy(student(x), y))
+    at.beta = 2
+    with pytest.raises(ValueError, match="task_loss is for beta='auto', got beta=2"):
+        at(x, task_loss=task)
+    for wrong in ("Auto", "1"):
+        with pytest.raises(ValueError, match=f"beta must be a number or 'auto', got '{wrong}'"):
+            at.beta = wrong  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

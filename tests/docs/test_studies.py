@@ -62,7 +62,7 @@ def test_a_study_records_ratios_and_goes_on(
     assert found["at-beta1-seed0"]["ratios"][0] == found["at-beta100-seed0"]["ratios"][0]
     chosen = found["at-ratio5-seed0"]
     mean = statistics.geometric_mean(ratio for _, ratio in chosen["ratios"])
-    assert chosen["beta"] == pytest.approx(5 / mean)
+    assert chosen["beta"] == pytest.approx(5 / mean, rel=1e-3)
     # Nothing is trained again, also where the weights are gone.
     shutil.rmtree(tmp_path / "digits-20")
     before = (tmp_path / "digits-20.json").read_text()

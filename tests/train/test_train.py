@@ -15,15 +15,15 @@ import pytest
 import torch
 from pictures import open_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from train_runs import Listener, metrics, run, same, small, weights
+from train_runs import Listener, metrics, run, same, small, stop_in_step, weights
 
 from at_fused.train.checkpoints import CheckpointError
 from at_fused.train.cli import main
 from at_fused.train.config import from_toml, resolve
 from at_fused.train.data import Samples
 from at_fused.train.experiment import Experiment, Result
-from at_fused.train.loop import Curve, Trainer, accuracy
-from at_fused.train.report import notes, paired_difference, searched, table_of
+from at_fused.train.loop import Curve, Stopped, Trainer, accuracy
+from at_fused.train.report import notes, paired_difference, searched, table_of, text
 from at_fused.train.saved import load_network
 from at_fused.train.speed import peak
 
@@ -245,6 +245,34 @@ def test_a_cached_run_learns_and_asks_its_teacher_less(tmp_path: Path) -> None:
     assert (tmp_path / "cached/cache/seed0").is_dir()
     teachers = (weights(tmp_path / name)["teacher.pt"] for name in ("plain", "cached"))
     torch.testing.assert_close(*teachers, rtol=0, atol=0)
+
+
+# ---- beta by the first gradients
+
+
+def test_beta_by_the_first_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(compare=["at", "at+kd"], beta="auto", epochs=16, checkpoint_every=4)
+    assert config.for_method("at").beta_of("at") == "auto"
+    result = run(config, tmp_path / "whole")
+    found = [line for line in metrics(tmp_path / "whole") if line["method"] == "at"]
+    (beta,) = {line["beta"] for line in found if line["step"] >= 10}
+    # Measured at the step, so that 3 is the ratio in the middle of the first ten.
+    assert found[0]["beta"] != beta
+    assert 0.1 < found[0]["gradient_ratio"] < 30
+    assert f"beta auto of AT: {found[0]['beta']:.3g} to" in text(result, config)
+    assert 'beta = "auto"' in (tmp_path / "whole/config.toml").read_text()
+    # A run that is interrupted in these steps, or after, comes to the same.
+    for step in (6, 13):
+        out = tmp_path / f"stopped{step}"
+        with monkeypatch.context() as patch:
+            stop_in_step(step, patch)
+            with pytest.raises(Stopped):
+                run(config, out)
+        run(config, out)
+        assert same(tmp_path / "whole", out)
+    # Half of the steps' ratios are no beta to go on with.
+    with pytest.raises(CheckpointError, match="was made with beta auto"):
+        run(replace(config, beta=beta), tmp_path / "whole")
 
 
 # ---- a validation share
