@@ -25,8 +25,10 @@ from train_runs import (
     weights,
 )
 
+from at_fused import AttentionTransfer
 from at_fused.train import loop, parallel
 from at_fused.train.config import ConfigError, to_toml
+from at_fused.train.networks import build
 
 METHODS = ["none", "at", "kd", "at+kd", "f-actt", "gradient-at", "flip-symmetry"]
 TORCHRUN = ["-m", "torch.distributed.run"]
@@ -82,6 +84,7 @@ def test_two_processes_train_as_one(teacher: str, tmp_path: Path) -> None:
     into 3 and 2.
     """
     options = {"compare": METHODS, "labels": 21, "batch_size": 8, "epochs": 1}
+    options["method"] = {"at+kd": {"beta": "auto"}}
     config = small(**options, teacher_from=teacher)
     run(config, tmp_path / "one")
     assert together(2, lambda rank: run(config, tmp_path / "two")) == [0, 0]
@@ -244,6 +247,34 @@ def test_shared_statistics_are_those_of_the_whole_batch() -> None:
         torch.testing.assert_close(list(shared.buffers()), list(norm.buffers()))
         norm.eval(), shared.eval()
         torch.testing.assert_close(shared(x), norm(x))
+
+    assert together(2, member) == [0, 0]
+
+
+def test_auto_beta_of_a_distributed_student_is_the_same_in_all() -> None:
+    """AttentionTransfer in a loop of one's own: each process measures its part of the batch."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 1, 12, 12), torch.arange(8) % 3
+
+    def member(rank: int) -> None:
+        torch.manual_seed(1)
+        student, teacher = (build(name, 3, 1) for name in ("wrn-10-1-b4", "wrn-10-1-b8"))
+        of_student = {"broadcast_buffers": False}
+        distributed = nn.parallel.DistributedDataParallel(student, **of_student)
+        at = AttentionTransfer(distributed, teacher, example=x, beta="auto", verbose=False)
+        mine = slice(rank, None, 2)
+        task = nn.functional.cross_entropy(distributed(x[mine])[0], y[mine])
+        loss = at(x[mine], task_loss=task)
+        betas, ratios = parallel.gather(at.beta), parallel.gather(3 / at.beta)
+        assert betas[0] == betas[1]
+        plain = AttentionTransfer(student, teacher, example=x, beta=1.0, verbose=False)
+        again = nn.functional.cross_entropy(student(x[mine])[0], y[mine])
+        own = parallel.gather(plain.gradient_ratio(again, plain(x[mine]), verbose=False).ratio)
+        assert own[0] != own[1]
+        assert ratios[0] == pytest.approx((own[0] * own[1]) ** 0.5, rel=1e-4)
+        (task + loss).backward()
+        grads = torch.cat([p.grad.flatten() for p in student.parameters()])
+        torch.testing.assert_close(*parallel.gather(grads))
 
     assert together(2, member) == [0, 0]
 
