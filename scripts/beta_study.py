@@ -158,7 +158,7 @@ class Study(Experiment):
         self.points += [(f"at-beta{beta:g}", "at", beta) for beta in betas]
         self.points += [(f"at-ratio{ratio:g}", "at", "auto") for ratio in ratios]
         self.done = done
-        # Of each student: the step, and the ratio at beta 1 before it.
+        # Pairs of a step and the ratio at beta 1 before it, by student.
         self.found: dict[str, list[tuple[int, float]]] = {}
         super().__init__(config, **options)
 

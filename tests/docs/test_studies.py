@@ -35,7 +35,7 @@ def test_settings_are_compared_on_images_set_apart(
         {"method": "at", "lr": 0.1, "beta": 10.0},
     ]
     assert all(len(each["accuracy"]) == 2 for each in found)
-    # Of 300 images: multiples of a third of a percent, which those of 500 are not.
+    # The 300 validation images give multiples of a third of a percent; the 500 test images do not.
     assert all(x * 3 == pytest.approx(round(x * 3)) for each in found for x in each["accuracy"])
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert {line["seed"] for line in lines if line["run"] != "teacher"} == {100, 101}

@@ -23,7 +23,7 @@ from at_fused.train.data.samples import Data, Pictures, Samples, set_apart, stra
 
 __all__ = ["PICTURES", "Data", "Pictures", "Samples", "inspect", "open_data", "read_data"]
 
-# Of the training images, reported on in place of the test images by --evaluate val.
+# Share of the training images that --evaluate val reports on, in place of the test images.
 TUNING_SHARE = 1 / 6
 PICTURES = "pictures.json"  # of a run's folder
 

@@ -136,7 +136,7 @@ def open_cifar(config: Config, device: torch.device | str) -> Data:
 
 # ---- Fashion-MNIST: 60,000 pictures of 28 x 28 to train with and 10,000 to test
 
-# Of the 60,000.
+# Mean and standard deviation of the 60,000 training images, in [0, 1].
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
 
 
@@ -166,7 +166,10 @@ def open_fashion_mnist(config: Config, device: torch.device | str) -> Data:
         ImportError: torchvision cannot be imported.
     """
     made = torchvision_datasets(config.data).FashionMNIST
-    root, size = Path(config.root).expanduser().absolute(), config.image_size or 32
+    root, size = (
+        Path(config.root).expanduser().absolute(),
+        config.image_size or SIZES["fashion-mnist"],
+    )
     files = f"{root / 'FashionMNIST' / 'raw'}, or compressed in {root}"
     with _fashion_mnist_root(root) as folder:
         read = _published(config, made, folder, files)
