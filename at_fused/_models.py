@@ -46,6 +46,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
+def distributed(model: nn.Module | None) -> nn.parallel.DistributedDataParallel | None:
+    """Return the DistributedDataParallel of a network, out of torch.compile, if it is in one."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model
+    inner = getattr(model, "_orig_mod", None)
+    return distributed(inner) if isinstance(inner, nn.Module) else None
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Enter eval mode without gradients, and give each module its own mode back."""

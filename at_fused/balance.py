@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from at_fused._arguments import check_tensor
+from at_fused._models import distributed
 from at_fused._numbers import kind
 
 # The ratio that beta="auto" gives, and the calls that it measures: docs/results.md has the study.
@@ -157,11 +158,9 @@ class AutoBeta:
                 f"{AUTO_STEPS} steps, got a ratio of {ratio}; give a number"
             )
         found = torch.tensor(math.log(ratio), dtype=torch.float64)
-        while isinstance(inner := getattr(student, "_orig_mod", None), nn.Module):
-            student = inner  # out of torch.compile
-        if isinstance(student, nn.parallel.DistributedDataParallel):
-            group: Any = student.process_group
-            found = found.to(next(student.parameters()).device)
+        if parallel := distributed(student):
+            group: Any = parallel.process_group
+            found = found.to(next(parallel.parameters()).device)
             torch.distributed.all_reduce(found, group=group)
             found /= group.size()
         self.logarithms.append(float(found))
