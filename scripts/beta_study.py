@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from search_settings import Points, Settings
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -26,11 +26,12 @@ from torch.utils.data import Dataset
 from at_fused.balance import AutoBeta
 from at_fused.train.config import Config, resolve
 from at_fused.train.data import open_data
-from at_fused.train.experiment import Experiment
 from at_fused.train.loop import Callbacks, Job, Point, Trainer
 from at_fused.train.methods import Batch
 
 BETAS = (1.0, 10.0, 100.0, 1e3, 1e4)
+# The paper's formula is not squared.
+PAPER_BETAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 SEEDS = 10
 # Seeds whose ratio is recorded, and the steps before which it is.
 RECORDED_SEEDS = 3
@@ -110,6 +111,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "digits-20": {**_DIGITS, "labels": 20, "epochs": 300},
     "digits-50": {**_DIGITS, "labels": 50, "epochs": 300},
     "digits-200": {**_DIGITS, "labels": 200, "epochs": 100},
+    "digits-50-kd": {**_DIGITS, "labels": 50, "epochs": 300, "compare": ("kd", "at+kd")},
+    "digits-50-paper": {**_DIGITS, "labels": 50, "epochs": 300, "form": "paper", "beta": 1.0},
     "colour-digits-100": {
         **(_DIGITS | {"preset": "own", "teacher_epochs": 25}),
         **{"data": f"{_OWN}colour_digits", "workers": 0, "nesterov": True},
@@ -137,51 +140,35 @@ TASKS: dict[str, dict[str, Any]] = {
 # ---- the study
 
 
-class Study(Experiment):
-    """An experiment whose students have no transfer, a beta, or one of a ratio; seed by seed.
-
-    Args:
-        betas: to train with.
-        ratios: likewise, each as beta="auto" with it.
-        done: names of students that need no training any more.
-    """
+class Study(Points):
+    """The students of a task: without transfer, of each beta, and of each ratio (beta="auto")."""
 
     def __init__(
         self,
         config: Config,
-        betas: tuple[float, ...],
-        ratios: tuple[float, ...],
+        betas: Iterable[float],
+        ratios: Iterable[float],
         done: Collection[str],
         **options: Any,
     ) -> None:
-        self.points: list[tuple[str, str, float | str]] = [("none", "none", 0.0)]
-        self.points += [(f"at-beta{beta:g}", "at", beta) for beta in betas]
-        self.points += [(f"at-ratio{ratio:g}", "at", "auto") for ratio in ratios]
-        self.done = done
+        base, method = config.compare
+        points: dict[str, Settings] = {base: (base, {"beta": 0.0})}
+        points |= {f"{method}-beta{beta:g}": (method, {"beta": beta}) for beta in betas}
+        points |= {f"{method}-ratio{ratio:g}": (method, {"beta": "auto"}) for ratio in ratios}
         # Pairs of a step and the ratio at beta 1 before it, by student.
         self.found: dict[str, list[tuple[int, float]]] = {}
-        super().__init__(config, **options)
-
-    def jobs(self) -> Iterator[Job]:
-        """Yield the trainings."""
-        yield from (job for job in super().jobs() if job.is_teacher)
-        for seed in range(self.config.seeds):
-            for point, method, beta in self.points:
-                own = replace(self.config.for_method(method), beta=beta)
-                job = self._job(f"{point}-seed{seed}", method, seed, own)
-                if job.name not in self.done:
-                    yield job
+        super().__init__(config, points, range(config.seeds), done, **options)
 
     def trainer(self, job: Job, compiles: bool = True) -> Trainer:
         """Return the trainer of a job, which records the ratio."""
         trainer = super().trainer(job, compiles)
         step, found = trainer.train_step, self.found.setdefault(job.name, [])
         if trainer.plan.auto:
-            ratio = float(job.name.removeprefix("at-ratio").partition("-")[0])
-            trainer.plan.auto = AutoBeta(ratio=ratio)
+            ratio = job.name.removeprefix(f"{job.method}-ratio").removesuffix(f"-seed{job.seed}")
+            trainer.plan.auto = AutoBeta(ratio=float(ratio))
 
         def train_step(batch: Batch, share: float) -> None:
-            recorded = job.method == "at" and job.seed < RECORDED_SEEDS
+            recorded = "at" in job.method and job.seed < RECORDED_SEEDS
             if recorded and trainer.step in RECORDED:
                 ratio = trainer.gradient_ratio(batch, share, 1.0).ratio
                 found.append((trainer.step, float(f"{ratio:.4g}")))
@@ -227,15 +214,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     numbers: Any = {"type": lambda words: tuple(float(x) for x in words.split(",") if x)}
-    parser.add_argument("--betas", default=BETAS, **numbers)
+    parser.add_argument("--betas", default=(), help="powers of ten by default", **numbers)
     parser.add_argument("--ratios", default=(), **numbers)
     given = parser.parse_args()
-    config = resolve({**TASKS[given.task], "compare": ("none", "at"), "seeds": given.seeds})
+    config = resolve({"compare": ("none", "at"), **TASKS[given.task], "seeds": given.seeds})
     given.results.mkdir(parents=True, exist_ok=True)
     writer, out = Writer(given.results / f"{given.task}.json"), given.out / given.task
     with writer.signals:
-        points = given.betas, given.ratios, writer.found
-        Study(config, *points, out=out, callbacks=writer).run()
+        betas = given.betas or (PAPER_BETAS if config.form == "paper" else BETAS)
+        Study(config, betas, given.ratios, writer.found, out=out, callbacks=writer).run()
 
 
 if __name__ == "__main__":

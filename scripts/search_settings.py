@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -43,20 +43,34 @@ def name_of(settings: Settings) -> str:
     return "-".join([method, *(f"{name}{value:g}" for name, value in options.items())])
 
 
-class Search(Experiment):
-    """An experiment whose students are those of the grids, seed by seed."""
+class Points(Experiment):
+    """An experiment whose students are those of named points, seed by seed.
 
-    def __init__(self, config: Config, points: list[Settings], **options: Any) -> None:
-        self.points = points
+    Args:
+        points: settings by name.
+        seeds: of the students.
+        done: names of students that need no training any more, such as at-beta10-seed3.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        points: Mapping[str, Settings],
+        seeds: Iterable[int],
+        done: Collection[str] = (),
+        **options: Any,
+    ) -> None:
+        self.points, self.seeds, self.done = points, seeds, done
         super().__init__(config, **options)
 
     def jobs(self) -> Iterator[Job]:
         """Yield the trainings."""
         yield from (job for job in super().jobs() if job.is_teacher)
-        for seed in range(SEED, SEED + self.config.seeds):
-            for method, options in self.points:
+        for seed in self.seeds:
+            for name, (method, options) in self.points.items():
                 own = replace(self.config.for_method(method), **options)
-                yield self._job(f"{name_of((method, options))}-seed{seed}", method, seed, own)
+                if f"{name}-seed{seed}" not in self.done:
+                    yield self._job(f"{name}-seed{seed}", method, seed, own)
 
 
 class Record(Callbacks):
@@ -78,26 +92,25 @@ def main() -> None:
     parser = build_parser()
     parser.add_argument("--grid", action="append", required=True, help=settings_of.__doc__)
     flags = vars(parser.parse_args())
-    points = [point for grid in flags.pop("grid") for point in settings_of(grid)]
-    methods = [*dict.fromkeys(method for method, _ in points)]
-    flags |= {"compare": tuple(methods), "evaluate": "val"}
+    points = {name_of(each): each for grid in flags.pop("grid") for each in settings_of(grid)}
+    flags |= {"compare": (*dict.fromkeys(method for method, _ in points.values()),)}
+    flags["evaluate"] = "val"
     file = flags["resume"] / "config.toml" if "resume" in flags else None
     config, out = configure(flags, file and file.read_text())
-    record = Record()
+    record, seeds = Record(), range(SEED, SEED + config.seeds)
     with record.signals:
-        search = Search(config, points, out=out, fresh=file is None, callbacks=record)
+        search = Points(config, points, seeds, out=out, fresh=file is None, callbacks=record)
         search.run()
     lines = (search.out / "metrics.jsonl").read_text().splitlines()
     last = {line["run"]: line for line in map(json.loads, lines)}
     rows, results = [], []
-    for point in points:
-        seeds = range(SEED, SEED + config.seeds)
-        found = [last[f"{name_of(point)}-seed{seed}"]["accuracy"] for seed in seeds]
-        cells = {name: f"{value:g}" for name, value in point[1].items()}
+    for name, (method, options) in points.items():
+        found = [last[f"{name}-seed{seed}"]["accuracy"] for seed in seeds]
+        cells = {option: f"{value:g}" for option, value in options.items()}
         mean = statistics.mean(found)
-        rows.append({"": point[0], **cells, "accuracy": f"{mean:.2f}", "by seed": str(found)})
-        results.append({"method": point[0], **point[1], "accuracy": found})
-    names = dict.fromkeys(name for _, options in points for name in options)
+        rows.append({"": method, **cells, "accuracy": f"{mean:.2f}", "by seed": str(found)})
+        results.append({"method": method, **options, "accuracy": found})
+    names = dict.fromkeys(name for _, options in points.values() for name in options)
     text = table([*names, "accuracy", "by seed"], rows)
     Path(search.out, "search.md").write_text(f"`{' '.join(sys.argv)}`\n\n{text}\n")
     Path(search.out, "search.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -72,6 +72,6 @@ def test_a_study_records_ratios_and_goes_on(
 
 @pytest.mark.parametrize("name", beta_study.TASKS)
 def test_tasks_are_options_of_the_program(name: str) -> None:
-    config = resolve({**beta_study.TASKS[name], "compare": ("none", "at")})
+    config = resolve({"compare": ("none", "at"), **beta_study.TASKS[name]})
     assert config.validation > 0
     assert config.labels
