@@ -16,6 +16,8 @@ from at_fused._numbers import kind
 # The ratio that beta="auto" gives, and the calls that it measures: docs/results.md has the study.
 AUTO_RATIO = 3.0
 AUTO_STEPS = 10
+# Gradients in 16 bits lose what is small: the first scale is taken at which none overflows.
+SCALES = (2.0**16, 2.0**8, 1.0)
 Gradients = list[Tensor]
 
 
@@ -48,9 +50,10 @@ def gradient_ratio(
 
         ratio = |d transfer_loss / d w| / |d task_loss / d w|
 
-    over the parameters w that both losses reach (layers after the last tapped one learn from the
-    task alone). ``ratio`` is proportional to the beta in ``transfer_loss``: beta / ratio makes both
-    gradients as long. It changes in training, by a factor of thirty and more.
+    over the parameters w that get a gradient other than zero from both losses (layers after the
+    last tapped one learn from the task alone). ``ratio`` is proportional to the beta in
+    ``transfer_loss``: beta / ratio makes both gradients equally long. It changes in training, by a
+    factor of ten to eighty (docs/results.md).
 
         task, transfer = cross_entropy(student(x), y), at(x)
         print(gradient_ratio(task, transfer, student.parameters()))
@@ -58,21 +61,22 @@ def gradient_ratio(
 
     Takes two backward passes, keeps the graphs for the ``backward`` to come, and leaves ``.grad``
     as it is. Under DistributedDataParallel these are the gradients of the process's own batch.
-    Where torch.compile of the student allows one backward alone, its error names the switch.
+    Where torch.compile of the student allows only one backward, its error names the switch. The
+    losses are those before GradScaler: small gradients in float16 are scaled here.
 
     Args:
         task_loss: a scalar with a graph, of any floating dtype (float16, bfloat16, float32,
             float64): the cross-entropy, or any loss that is not weighted by beta.
         transfer_loss: likewise, times beta.
-        parameters: those of the student, as an iterable or the module itself. Other tensors of both
-            graphs will do, such as the outputs of the tapped layers. Those that require no gradient
-            are left out.
+        parameters: those of the student, as an iterable or the module itself, real and not sharded
+            by FSDP. Other tensors of both graphs will do, such as the outputs of the tapped layers.
+            Those that require no gradient are left out.
 
     Returns:
         The norms, their ratio and the cosine, as Python floats (which waits for a GPU).
 
     Raises:
-        TypeError: a loss is not a tensor, a parameter is not one.
+        TypeError: a loss is not a tensor, a parameter is not one or complex, or is sharded.
         ValueError: a loss is not a scalar or has no graph; no parameter is reached by both.
     """
     return compare(*shared_gradients(task_loss, transfer_loss, parameters))
@@ -82,24 +86,26 @@ def shared_gradients(
     task_loss: Tensor, transfer_loss: Tensor, parameters: Iterable[Tensor] | nn.Module
 ) -> tuple[Gradients, Gradients]:
     """Return both losses' gradients for the parameters that both reach."""
-    losses = {"task_loss": task_loss, "transfer_loss": transfer_loss}
-    for name, loss in losses.items():
-        check_tensor(name, loss)
-        if loss.dim() or not loss.requires_grad:
-            found = f"shape {tuple(loss.shape)}" if loss.dim() else "one without a graph"
-            raise ValueError(f"{name} must be a scalar that requires a gradient, got {found}")
+    check_loss("task_loss", task_loss)
+    check_loss("transfer_loss", transfer_loss)
+    if isinstance(parameters, Tensor):
+        raise TypeError("parameters must be an iterable of tensors or a module, got a tensor")
     given = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
     for each in given:
         if not isinstance(each, Tensor):
             raise TypeError(f"parameters must be tensors, got {kind(each)}")
+        if each.is_complex():
+            raise TypeError(f"parameters must be real, got {each.dtype}")
+        if hasattr(each, "full_tensor"):
+            raise TypeError(
+                "parameters must be whole, got one that FSDP shards: give the outputs of the "
+                'tapped layers, and for beta="auto" a number'
+            )
     # Each once: a weight that is shared by two modules would count twice.
     trained = list({id(each): each for each in given if each.requires_grad}.values())
     if not trained:
         raise ValueError("parameters must have one that requires a gradient, got none")
-    task, transfer = (
-        torch.autograd.grad(each, trained, retain_graph=True, allow_unused=True)
-        for each in losses.values()
-    )
+    task, transfer = (_gradients(loss, trained) for loss in (task_loss, transfer_loss))
     both = [(a, b) for a, b in zip(task, transfer, strict=True) if not (a is None or b is None)]
     if not both:
         raise ValueError(
@@ -109,13 +115,45 @@ def shared_gradients(
     return [a for a, _ in both], [b for _, b in both]
 
 
+def check_loss(name: str, loss: Tensor) -> None:
+    """Raise for a loss that has no gradient."""
+    check_tensor(name, loss)
+    if loss.dim() or not loss.requires_grad:
+        found = f"shape {tuple(loss.shape)}" if loss.dim() else "one without a graph"
+        raise ValueError(f"{name} must be a scalar that requires a gradient, got {found}")
+
+
+def _gradients(loss: Tensor, trained: list[Tensor]) -> list[Tensor | None]:
+    """Return the gradients in float32 or wider, dense; None where a tensor is not reached."""
+    wide: list[Tensor | None] = []
+    for scale in SCALES:
+        found = torch.autograd.grad(
+            loss, trained, torch.full_like(loss, scale), retain_graph=True, allow_unused=True
+        )
+        dense = [each.to_dense() if each is not None and each.is_sparse else each for each in found]
+        # In 16 bits squares overflow from 256 on.
+        wide = [
+            each
+            if each is None
+            else each.to(torch.promote_types(each.dtype, torch.float32)) / scale
+            for each in dense
+        ]
+        if all(bool(each.isfinite().all()) for each in wide if each is not None):
+            break
+    return wide
+
+
+def _widened(gradient: Tensor) -> Tensor:
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    # In 16 bits squares overflow from 256 on.
+    return dense.to(torch.promote_types(dense.dtype, torch.float32))
+
+
 def compare(task: Gradients, transfer: Gradients) -> GradientRatio:
     """Return the norms of two gradients of the same parameters, their ratio and cosine."""
     sums = []
     for a, b in zip(task, transfer, strict=True):
-        # In 16 bits squares overflow from 256 on.
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        a, b = (each.detach().to(dtype).flatten() for each in (a, b))
+        a, b = a.flatten(), b.flatten()
         # On one device, which is waited for once.
         sums.append(torch.stack([a.dot(a), b.dot(b), a.dot(b)]).to(task[0].device))
     found = torch.stack(sums).cpu().double()
@@ -133,12 +171,14 @@ class AutoBeta:
 
         beta = ratio / (geometric mean of the ratios at beta 1 so far)
 
-    It changes with each of these steps, and is fixed afterwards.
+    It changes with each of these steps, and is fixed afterwards. A step in which a gradient is 0,
+    inf or nan does not count: the last layer may begin at zeros, and float16 overflows.
     """
 
     def __init__(self, logarithms: Iterable[float] = (), ratio: float = AUTO_RATIO) -> None:
         self.logarithms = [*logarithms]  # of the ratios
         self.ratio = ratio
+        self._missed = 0
 
     @property
     def chosen(self) -> bool:
@@ -147,20 +187,26 @@ class AutoBeta:
 
     @property
     def beta(self) -> float:
-        """The beta by the steps so far."""
+        """The beta by the steps so far; 0 before the first that counts."""
+        if not self.logarithms:
+            return 0.0
         return self.ratio / math.exp(sum(self.logarithms) / len(self.logarithms))
 
     def add(self, ratio: float, student: nn.Module | None = None) -> None:
         """Add a step's ratio at beta 1; of a DistributedDataParallel, the mean of its processes."""
-        if not 0 < ratio < math.inf:
-            raise ValueError(
-                f"beta: 'auto' needs two gradients that are neither 0 nor inf nor nan in its first "
-                f"{AUTO_STEPS} steps, got a ratio of {ratio}; give a number"
-            )
-        found = torch.tensor(math.log(ratio), dtype=torch.float64)
+        counts = 0 < ratio < math.inf
+        found = torch.tensor([math.log(ratio) if counts else 0.0, counts], dtype=torch.float64)
         if parallel := distributed(student):
             group: Any = parallel.process_group
             found = found.to(next(parallel.parameters()).device)
             torch.distributed.all_reduce(found, group=group)
-            found /= group.size()
-        self.logarithms.append(float(found))
+        total, count = found.tolist()
+        if count:
+            self.logarithms.append(total / count)
+            return
+        self._missed += 1
+        if self._missed == AUTO_STEPS:
+            raise ValueError(
+                f"beta: 'auto' needs steps in which neither gradient is 0, inf or nan, got "
+                f"{AUTO_STEPS} others, the last with a ratio of {ratio}; give a number"
+            )

@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Size, Tensor, nn
 
 from at_fused import _loss
@@ -40,7 +41,7 @@ from at_fused._models import (
 from at_fused._numbers import as_python, check_finite, kind
 from at_fused._observe import written
 from at_fused._options import LossArguments, MapSizes
-from at_fused.balance import AUTO_STEPS, AutoBeta, GradientRatio, gradient_ratio
+from at_fused.balance import AUTO_STEPS, AutoBeta, GradientRatio, check_loss, gradient_ratio
 from at_fused.layers import (
     SIDES,
     Pair,
@@ -85,8 +86,10 @@ class AttentionTransfer:
             poolings, show it in one more run on the first batch.
         beta: a finite number, which may be set anew at any time; 1e3 is the paper's for the form
             "code". "auto": the one that makes the gradient of this loss three times that of the
-            task for the student's weights, measured in the first ten calls and then fixed; these
-            take ``task_loss``.
+            task for the student's weights, measured in the first ten calls with gradients and then
+            fixed; these take ``task_loss``. Where that needs ``teacher_output``, call ``prepare``
+            before. Steps in which a gradient is 0, inf or nan do not count. Both losses are as
+            they would be added: before GradScaler, and not divided by accumulated batches.
         channel_dim: 1 or -1; None: as the run shows. This and the next two may be a pair
             (student's, teacher's).
         skip_tokens: how many tokens in front are left out of features (B, N, C); None: those that
@@ -102,11 +105,11 @@ class AttentionTransfer:
     Attributes:
         pairs: the names of the layers, a list of (student, teacher).
         beta: as given; with "auto" the number that was measured, once there is one. Save it with a
-            checkpoint, to go on with.
-        teacher_output: the teacher's logits of the last call, for ``kd_loss``: its output if that
-            is a tensor; of any other its field ``logits`` (or ``out``), else of a tuple the first,
-            of a mapping or a dataclass the only tensor. None where there is no such tensor; nothing
-            else of the output is kept. A cache keeps logits (B, K) alone.
+            checkpoint and set it where training goes on; calls may still pass ``task_loss``.
+        teacher_output: the teacher's logits of the last ``at(x)`` or ``prepare``, for ``kd_loss``:
+            its output if that is a tensor; of any other its field ``logits`` (or ``out``), else of
+            a tuple the first, of a mapping or a dataclass the only tensor. None where there is no
+            such tensor; nothing else of the output is kept. A cache keeps logits (B, K) alone.
 
     Raises:
         TypeError, ValueError: an argument is not as above, a name is none of the network's, or how
@@ -182,6 +185,8 @@ class AttentionTransfer:
         if isinstance(beta, str) and beta != "auto":
             raise ValueError(f"beta must be a number or 'auto', got {beta!r}")
         self._auto = AutoBeta() if isinstance(beta, str) else None
+        # A number that was measured may be set again in a loop that passes task_loss.
+        self._measures = isinstance(beta, str) or getattr(self, "_measures", False)
         self._beta = 1.0 if isinstance(beta, str) else check_finite("beta", beta)
 
     def prepare(self, x: Any, index: Tensor | Sequence[int] | None = None, seed: int = 0) -> None:
@@ -198,7 +203,8 @@ class AttentionTransfer:
             TypeError, ValueError: as ``at(x)``.
         """
         numbers = as_python("index", index), seed
-        self._prepared = x, numbers, *self._teacher_maps(x, index, seed)
+        maps, self.teacher_output = self._teacher_maps(x, index, seed)
+        self._prepared = x, numbers, maps, self.teacher_output
 
     def __call__(
         self,
@@ -221,7 +227,7 @@ class AttentionTransfer:
             seed: with a cache, that of the transform that made ``x``.
             mask, sample_weights: as in :func:`at_fused.at_loss`.
             task_loss: the rest of the loss, a scalar of the same pass of the student, for
-                ``beta="auto"``; not looked at any more once beta is fixed.
+                ``beta="auto"``; not looked at without gradients, or once beta is fixed.
 
         Returns:
             A scalar, beta included: float64 if any map is, else float32.
@@ -260,7 +266,7 @@ class AttentionTransfer:
             teachers[i] = self._grid(i, 1, maps, x, as_grids)
         if mask is not None and (skip := self._student.skip_tokens()):
             check_masks(mask, [q.unsqueeze(1) for q in students], skip)
-        beta = self._auto.beta if self._auto and self._auto.chosen else self._beta
+        beta = self._auto.beta if self._auto and measured is None else self._beta
         weights = [beta * weight for weight in self._weights]
         arguments = self._options._replace(
             weights=weights, mask=mask, sample_weights=sample_weights
@@ -272,24 +278,34 @@ class AttentionTransfer:
 
     def _check_task_loss(self, task_loss: Tensor | None) -> Tensor | None:
         """Return the loss that is measured in this call, if one is."""
-        if self._auto is None and task_loss is not None:
+        if not self._measures and task_loss is not None:
             raise ValueError(f"task_loss is for beta='auto', got beta={self._beta:g}")
         if self._auto is None or self._auto.chosen:
+            return None
+        if not torch.is_grad_enabled():
+            if not self._auto.logarithms:
+                raise ValueError(
+                    "beta: 'auto' is measured in calls with gradients, got none before this one "
+                    "without: train a step first, or give a number"
+                )
             return None
         if task_loss is None:
             raise ValueError(
                 f"task_loss must be given in the first {AUTO_STEPS} calls for beta='auto': "
                 "task = criterion(student(x), y), then task + at(x, task_loss=task)"
             )
+        check_loss("task_loss", task_loss)
         return task_loss
 
     def _chosen_by(self, task_loss: Tensor, transfer_loss: Tensor) -> float:
         """Return beta by the gradients so far, of a transfer loss at beta 1."""
         assert self._auto is not None
+        if not transfer_loss.requires_grad:
+            raise ValueError("beta: 'auto' needs a tapped layer that is trained, got none")
         model = self._student.model
         self._auto.add(gradient_ratio(task_loss, transfer_loss, model).ratio, model)
         if self._auto.chosen and self._verbose:
-            print(f"beta {self._auto.beta:.3g}, by the gradients of the first {AUTO_STEPS} steps")
+            print(f"beta {self._auto.beta:.3g}, by the gradients of the first {AUTO_STEPS} calls")
         return self._auto.beta
 
     def _check_token_options(self) -> None:
@@ -371,7 +387,8 @@ class AttentionTransfer:
         """
         found = gradient_ratio(task_loss, transfer_loss, self._student.model)
         if verbose:
-            print(f"beta {self.beta:g}: {found}")
+            beta = self.beta if isinstance(self.beta, str) else f"{self.beta:g}"
+            print(f"beta {beta}: {found}")
         return found
 
     def remove(self) -> None:

@@ -100,14 +100,15 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _file(flags: dict[str, Any]) -> Path | None:
+def file_of(flags: dict[str, Any]) -> Path | None:
+    """Return the file of options that flags name."""
     return flags["resume"] / "config.toml" if "resume" in flags else flags.get("config")
 
 
 def configure(flags: dict[str, Any], content: str | None) -> tuple[Config, Path | None]:
     """Return the configuration of flags and of their file's text, and the folder of the run."""
     layer: dict[str, Any] = {}
-    if file := _file(flags):
+    if file := file_of(flags):
         if content is None:
             raise ConfigError("the first process has neither --config nor --resume")
         with naming(file):
@@ -164,7 +165,7 @@ def _main(argv: list[str] | None) -> None:
         flags = in_all(lambda: vars(parser.parse_args(argv)))
         if "eval" in flags:
             sys.exit(_evaluate(flags.pop("eval"), flags))
-        file = _file(flags)
+        file = file_of(flags)
         content = from_first(lambda: options.read_file(file) if file else None)
         config, out = in_all(lambda: configure(flags, content))
     except ConfigError as error:

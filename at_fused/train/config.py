@@ -589,7 +589,9 @@ def _check_combination(config: Config) -> None:
         allowed = f"a number for {method} in the form 'paper'; 1000 is for 'code'"
         check("beta", known or method not in ATTENTION, allowed)
         if each.beta == "auto" and method in TRANSFER and method not in ATTENTION:
-            raise ConfigError(f"beta: got 'auto', allowed is a number for {method}")
+            raise ConfigError(
+                f"beta: got 'auto', allowed is a number for {method}; --set at.beta=auto is for one"
+            )
 
 
 def unused(config: Config, name: str, processes: int = 1) -> str:

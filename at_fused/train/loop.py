@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from at_fused import schedules
 from at_fused._models import evaluating
-from at_fused.balance import AutoBeta, GradientRatio, compare, shared_gradients
+from at_fused.balance import AUTO_STEPS, AutoBeta, GradientRatio, compare, shared_gradients
 from at_fused.train import checkpoints, parallel
 from at_fused.train.config import TRANSFER, Config, ConfigError, in_a_line
 from at_fused.train.data import Data, Samples
@@ -170,8 +170,7 @@ class Plan:
 
     def beta(self, step: int) -> float:
         """Return the weight of the transfer loss of a step, counted from 0."""
-        measured = self.auto and self.auto.logarithms
-        first = self.auto.beta if self.auto and measured else self._first_beta
+        first = self.auto.beta if self.auto else self._first_beta
         return first * self._share_of_beta(step)
 
     def batches(self, epoch: int) -> list[Tensor]:
@@ -208,10 +207,12 @@ class Plan:
 
     def differs(self, other: Plan, steps: int) -> bool:
         """Tell whether another plan has other rates or betas in its first steps."""
-        return (self.auto is None) != (other.auto is None) or any(
-            self.lr(step) != other.lr(step) or self.beta(step) != other.beta(step)
-            for step in range(steps)
-        )
+
+        def course(plan: Plan) -> list[tuple[float, float]]:
+            shares = map(plan._share_of_beta, range(steps))
+            return [(plan.lr(step), plan._first_beta * x) for step, x in enumerate(shares)]
+
+        return (self.auto is None) != (other.auto is None) or course(self) != course(other)
 
 
 class Trainer:
@@ -268,7 +269,10 @@ class Trainer:
         if self.job.config.reset_momentum and plan.drops(step) > plan.drops(max(0, step - 1)):
             self.optimizer.state.clear()
         if plan.auto and not plan.auto.chosen:
-            plan.auto.add(self.gradient_ratio(batch, share, 1.0).ratio)
+            try:
+                plan.auto.add(self.gradient_ratio(batch, share, 1.0).ratio)
+            except ValueError as error:
+                raise NotFiniteError(f"{self.job.name}: {error}") from error
         with self.mode.autocast(self.device):
             terms = self.objective(batch, plan.beta(step))
         self.optimizer.zero_grad()
@@ -305,7 +309,9 @@ class Trainer:
         for epoch in range(self.step // plan.per_epoch, config.epochs):
             begin = time.perf_counter()
             for batch, share in self.batches(epoch):
-                if self.step == PROBE_STEP and not self.curve.peak_bytes:
+                # Not a step that measures beta.
+                probed = PROBE_STEP + AUTO_STEPS * (plan.auto is not None)
+                if self.step == probed and not self.curve.peak_bytes:
                     # Of some old gradients the profiler would know the sizes, of others not.
                     self.optimizer.zero_grad()
                     # And no time is taken: this is slower.
@@ -360,18 +366,13 @@ class Trainer:
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(gpus), self.mode.autocast(self.device):
             terms = self.objective.undistributed()(batch, beta)
-        # Weighted before they go back through statistics that processes share; and scaled, as
-        # those of a step are, or 16 bits would lose them.
-        scale = self.scaler.get_scale()
-        task, transfer = (
-            scale * share * (terms.loss - terms.transfer),
-            scale * share * terms.transfer,
-        )
+        # Weighted before they go back through statistics that processes share.
+        task, transfer = share * (terms.loss - terms.transfer), share * terms.transfer
         found = shared_gradients(task, transfer, student)
         with torch.no_grad():
             for name, buffer in student.named_buffers():
                 buffer.copy_(buffers[name])
-            return compare(*([parallel.mean(each) / scale for each in side] for side in found))
+            return compare(*([parallel.mean(each) for each in side] for side in found))
 
     def _evaluate(self, epoch: int, batch: Batch, share: float) -> None:
         data, transfers = self.job.data, self.job.method in TRANSFER
@@ -392,6 +393,8 @@ class Trainer:
             "lr": self.plan.lr(self.step - 1),
             "ms": statistics.median(self._ms) if self._ms else self.curve.points[-1]["ms"],
         }
+        if self.plan.auto:
+            point["auto_beta"] = self.plan.auto.beta
         if ratio:
             measured = {"gradient_ratio": ratio.ratio, "gradient_cosine": ratio.cosine}
             # JSON has no inf.
@@ -447,7 +450,7 @@ class Trainer:
             self.curve = Curve(list(state["points"]), int(state["peak_bytes"]))
             self.best = state["best"]
             if self.plan.auto:
-                self.plan.auto = AutoBeta(state["auto_beta"])
+                self.plan.auto = AutoBeta(state["auto_beta"], self.plan.auto.ratio)
             self._sums.copy_(state["sums"])
             self._steps, self._ms = int(state["since"]), list(state["ms"])
             states = state["random"]

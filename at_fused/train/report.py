@@ -213,8 +213,7 @@ def measured_betas(result: Result, config: Config) -> list[str]:
     """Return a line for each method whose beta its first gradients chose."""
     lines = []
     for method, curves in result.students.items():
-        if config.for_method(method).beta == "auto":
-            found = [curve.points[0]["beta"] for curve in curves]
+        if found := [x["auto_beta"] for curve in curves if "auto_beta" in (x := curve.points[-1])]:
             lines.append(f"beta auto of {TITLES[method]}: {min(found):.3g} to {max(found):.3g}")
     return lines
 

@@ -133,7 +133,7 @@ def test_auto_is_measured_in_ten_steps_and_then_fixed(
         optimizer.zero_grad()
         (task + loss).backward()
         optimizer.step()
-    said = f"beta {at.beta:.3g}, by the gradients of the first 10 steps\n"
+    said = f"beta {at.beta:.3g}, by the gradients of the first 10 calls\n"
     assert capsys.readouterr().out == said
     # A number takes its place, and "auto" begins again.
     at.beta = 5.0
@@ -149,14 +149,75 @@ def test_auto_needs_the_task(networks: Any) -> None:
     with pytest.raises(ValueError, match="task_loss must be given in the first 10 calls"):
         at(x)
     assert at(x, task_loss=task).requires_grad  # the pass is still there
-    with pytest.raises(ValueError, match="beta: 'auto' needs two gradients that are neither 0 nor"):
-        student(x), at(x, task_loss=0 * cross_entropy(student(x), y))
-    at.beta = 2
-    with pytest.raises(ValueError, match="task_loss is for beta='auto', got beta=2"):
-        at(x, task_loss=task)
-    for wrong in ("Auto", "1"):
-        with pytest.raises(ValueError, match=f"beta must be a number or 'auto', got '{wrong}'"):
-            at.beta = wrong  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="task_loss must be a scalar that requires a gradient"):
+        student(x), at(x, task_loss=cross_entropy(student(x), y).detach())
+    assert at(x, task_loss=cross_entropy(student(x), y)).requires_grad
+    for wrong in (1.0, "Auto", "1"):
+        other = AttentionTransfer(student, teacher, ["second"], beta=2, verbose=False)
+        if isinstance(wrong, str):
+            with pytest.raises(ValueError, match=f"beta must be a number or 'auto', got '{wrong}'"):
+                other.beta = wrong  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="task_loss is for beta='auto', got beta=2"):
+            student(x), other(x, task_loss=task)
+    student.requires_grad_(False).head.requires_grad_(True)
+    at.beta = "auto"
+    with pytest.raises(ValueError, match="beta: 'auto' needs a tapped layer that is trained"):
+        at(x, task_loss=cross_entropy(student(x), y))
+
+
+def test_auto_leaves_out_steps_without_two_gradients(networks: Any) -> None:
+    """A last layer of zeros gives the others no gradient at first."""
+    student, teacher, x, y = networks
+    at = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
+    head = copy.deepcopy(student.head)
+    nn.init.zeros_(student.head.weight)
+    assert at(x, task_loss=cross_entropy(student(x), y)).item() == 0
+    student.head = head
+    task = cross_entropy(student(x), y)
+    at(x, task_loss=task)
+    first = at.beta
+    assert isinstance(first, float)
+    at(x, task_loss=0 * cross_entropy(student(x), y))
+    assert at.beta == first
+    for _ in range(7):
+        at(x, task_loss=0 * cross_entropy(student(x), y))
+    with pytest.raises(ValueError, match=r"'auto' needs steps .* got 10 others, .* ratio of inf"):
+        at(x, task_loss=0 * cross_entropy(student(x), y))
+
+
+def test_auto_without_gradients_takes_what_is_measured(networks: Any) -> None:
+    student, teacher, x, y = networks
+    at = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
+    with torch.no_grad(), pytest.raises(ValueError, match="beta: 'auto' is measured in calls with"):
+        student(x), at(x)
+    loss = at(x, task_loss=cross_entropy(student(x), y))
+    with torch.no_grad():
+        student(x)
+        assert at(x).item() == pytest.approx(loss.item())
+    # A measured beta goes on in the same loop.
+    again = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
+    again.beta = at.beta
+    assert again(x, task_loss=cross_entropy(student(x), y)).item() == pytest.approx(loss.item())
+
+
+def test_the_teachers_logits_for_a_task_with_distillation(networks: Any) -> None:
+    student, teacher, x, y = networks
+    at = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
+    at.prepare(x)
+    assert at.teacher_output is not None
+    task = at_fused.kd_loss(student(x), at.teacher_output, y)
+    assert at(x, task_loss=task).requires_grad
+
+
+def test_small_gradients_of_autocast_are_scaled(networks: Any) -> None:
+    """Without a scale the gradient of float16 is far too small."""
+    student, teacher, x, y = networks
+    at = AttentionTransfer(student, teacher, ["second"], beta=1e-5, verbose=False)
+    expected = at.gradient_ratio(cross_entropy(student(x), y), at(x), verbose=False)
+    with torch.autocast("cpu", torch.float16):
+        task, transfer = cross_entropy(student(x), y), at(x)
+    found = at.gradient_ratio(task, transfer, verbose=False)
+    assert [*found] == pytest.approx([*expected], rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -164,6 +225,12 @@ def test_large_gradients_of_16_bits(dtype: torch.dtype) -> None:
     w = torch.ones(10_000, dtype=dtype, requires_grad=True)
     found = gradient_ratio((w * 1000).sum(), (w * -2000).sum(), [w])
     assert [*found] == pytest.approx([1e5, 2e5, 2.0, -1.0], rel=1e-2)
+
+
+def test_sparse_gradients() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    found = gradient_ratio(table(torch.tensor([1, 1])).sum(), 2 * table.weight.sum(), table)
+    assert [*found] == pytest.approx([12**0.5, 60**0.5, 5**0.5, 12 / 720**0.5])
 
 
 def test_zero_gradients() -> None:
@@ -193,6 +260,8 @@ W = torch.ones(2, requires_grad=True)
         ((W.sum(), W.sum(), [1.0]), TypeError, "parameters must be tensors, got float"),
         ((W.sum(), W.sum(), [torch.ones(2)]), ValueError, "requires a gradient, got none"),
         ((W.sum(), W.sum(), []), ValueError, "requires a gradient, got none"),
+        ((W.sum(), W.sum(), W), TypeError, "must be an iterable of tensors or a module, got a t"),
+        ((W.sum(), W.sum(), [W + 0j]), TypeError, "parameters must be real, got torch.complex64"),
         ((W.sum(), mse_loss(torch.ones(2, requires_grad=True), W.detach()), [W]), ValueError,
          "both losses depend on, got none: give the student's"),
     ],

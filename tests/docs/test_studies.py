@@ -24,15 +24,15 @@ def test_settings_are_compared_on_images_set_apart(
 ) -> None:
     words = [f"--{n.replace('_', '-')}={v}" for n, v in SMALL.items() if n != "seeds"]
     words += ["--seeds=2", f"--out={tmp_path}/run", "--set", "at.p=1", "--grid=none:lr=0.1,0"]
-    monkeypatch.setattr(sys, "argv", ["search", *words, "--grid=at:lr=0.1:beta=1,10"])
+    monkeypatch.setattr(sys, "argv", ["search", *words, "--grid=at:collapse=max:beta=auto,10"])
     search_settings.main()
     found = json.loads((tmp_path / "run/search.json").read_text())
     points = [{n: v for n, v in each.items() if n != "accuracy"} for each in found]
     assert points == [
         {"method": "none", "lr": 0.1},
         {"method": "none", "lr": 0.0},
-        {"method": "at", "lr": 0.1, "beta": 1.0},
-        {"method": "at", "lr": 0.1, "beta": 10.0},
+        {"method": "at", "collapse": "max", "beta": "auto"},
+        {"method": "at", "collapse": "max", "beta": 10.0},
     ]
     assert all(len(each["accuracy"]) == 2 for each in found)
     # The 300 validation images give multiples of a third of a percent; the 500 test images do not.
@@ -42,6 +42,25 @@ def test_settings_are_compared_on_images_set_apart(
     assert (
         (tmp_path / "run/search.md").read_text().strip().endswith(capsys.readouterr().out[-40:-1])
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--grid=foo:lr=1"], "--grid: got 'foo:lr=1', allowed is METHOD:OPTION=X,Y"),
+        (["--grid=at:lr"], "--grid: got 'at:lr', allowed is METHOD:OPTION=X,Y"),
+        (["--grid=at:lr=x"], "got 'x', allowed is a number"),
+        (["--grid=none:beta=1"], "got 'none', allowed is at"),
+        (["--grid=none:lr=1", "--evaluate=test"], "--evaluate: a search has none"),
+    ],
+)
+def test_a_wrong_search_is_one_clear_error(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["search", *words])
+    with pytest.raises(SystemExit):
+        search_settings.main()
+    assert message in capsys.readouterr().err
 
 
 def test_a_study_records_ratios_and_goes_on(

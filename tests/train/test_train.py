@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -17,12 +18,13 @@ from pictures import open_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_runs import Listener, metrics, run, same, small, stop_in_step, weights
 
+from at_fused.balance import GradientRatio
 from at_fused.train.checkpoints import CheckpointError
 from at_fused.train.cli import main
 from at_fused.train.config import from_toml, resolve
 from at_fused.train.data import Samples
 from at_fused.train.experiment import Experiment, Result
-from at_fused.train.loop import Curve, Stopped, Trainer, accuracy
+from at_fused.train.loop import Curve, NotFiniteError, Stopped, Trainer, accuracy
 from at_fused.train.report import notes, paired_difference, searched, table_of, text
 from at_fused.train.saved import load_network
 from at_fused.train.speed import peak
@@ -259,7 +261,9 @@ def test_beta_by_the_first_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # Measured at the step, so that 3 is the ratio in the middle of the first ten.
     assert found[0]["beta"] != beta
     assert 0.1 < found[0]["gradient_ratio"] < 30
-    assert f"beta auto of AT: {found[0]['beta']:.3g} to" in text(result, config)
+    # The report has the one that was fixed, of the methods that have one.
+    assert f"beta auto of AT: {beta:.3g} to {beta:.3g}" in text(result, config)
+    assert found[-1]["auto_beta"] == beta
     assert 'beta = "auto"' in (tmp_path / "whole/config.toml").read_text()
     # A run that is interrupted in these steps, or after, comes to the same.
     for step in (6, 13):
@@ -273,6 +277,27 @@ def test_beta_by_the_first_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # Half of the steps' ratios are no beta to go on with.
     with pytest.raises(CheckpointError, match="was made with beta auto"):
         run(replace(config, beta=beta), tmp_path / "whole")
+
+
+def test_auto_beta_and_a_schedule(tmp_path: Path) -> None:
+    """The report has the beta that the schedule begins with; other methods have none."""
+    config = small(compare=["none", "at"], beta="auto", beta_schedule="linear", epochs=12)
+    result = run(config, tmp_path / "run")
+    last = metrics(tmp_path / "run")[-1]
+    assert last["beta"] == pytest.approx(last["auto_beta"] / 12)
+    (line,) = [line for line in text(result, config).splitlines() if "beta auto of" in line]
+    assert line.endswith(f"beta auto of AT: {last['auto_beta']:.3g} to {last['auto_beta']:.3g}")
+
+
+def test_auto_beta_that_cannot_be_measured_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(compare=["at"], beta="auto", epochs=12)
+    found = GradientRatio(0.0, 1.0, math.inf, 0.0)
+    monkeypatch.setattr(Trainer, "gradient_ratio", lambda *_: found)
+    words = "at-seed0: beta: 'auto' needs steps in which neither gradient is 0"
+    with pytest.raises(NotFiniteError, match=words):
+        run(config, tmp_path / "run")
 
 
 # ---- a validation share

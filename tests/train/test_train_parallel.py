@@ -25,6 +25,7 @@ from train_runs import (
     weights,
 )
 
+import at_fused
 from at_fused import AttentionTransfer
 from at_fused.train import loop, parallel
 from at_fused.train.config import ConfigError, to_toml
@@ -247,6 +248,20 @@ def test_shared_statistics_are_those_of_the_whole_batch() -> None:
         torch.testing.assert_close(list(shared.buffers()), list(norm.buffers()))
         norm.eval(), shared.eval()
         torch.testing.assert_close(shared(x), norm(x))
+
+    assert together(2, member) == [0, 0]
+
+
+def test_gradients_of_sharded_weights_are_refused() -> None:
+    def member(rank: int) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        student = fully_shard(nn.Sequential(fully_shard(nn.Linear(2, 2), mesh=mesh)), mesh=mesh)
+        loss = student(torch.ones(1, 2)).sum()
+        with pytest.raises(TypeError, match="parameters must be whole, got one that FSDP shards"):
+            at_fused.gradient_ratio(loss, 2 * loss, student)
 
     assert together(2, member) == [0, 0]
 
