@@ -5,7 +5,7 @@
 Trains, for each beta of a grid of powers of ten and 10 seeds, a student with attention transfer,
 and records the ratio of both gradients (at_fused.gradient_ratio, over beta) as it goes. Validation
 images choose among the betas, test images report. Leaves TASK.json in the folder of the results. An
-interrupted study goes on with the same command.
+interrupted study goes on with the same command, and the student that it trained from its start.
 """
 
 from __future__ import annotations
@@ -158,6 +158,10 @@ class Study(Points):
         # Pairs of a step and the ratio at beta 1 before it, by student.
         self.found: dict[str, list[tuple[int, float]]] = {}
         super().__init__(config, points, range(config.seeds), done, **options)
+
+    def _saved(self, job: Job) -> tuple[Path, dict[str, Any]] | None:
+        # The ratios of a student that goes on would lack the first steps.
+        return super()._saved(job) if job.is_teacher else None
 
     def trainer(self, job: Job, compiles: bool = True) -> Trainer:
         """Return the trainer of a job, which records the ratio."""

@@ -1,37 +1,59 @@
-"""Write the tables and figures of docs/results.md from the records in docs/results.
+"""Write the tables and figures of docs/results.md and README.md from the records in docs/results.
 
     python scripts/results.py [RUN NAME]
 
 With a run's folder its records are added first, by a name. NAME.jsonl and NAME.toml are of its
-metrics.jsonl and config.toml; NAME-search.json has the search.json files of
-scripts/search_settings.py by preset. A table stands between <!-- NAME --> and <!-- end -->.
+metrics.jsonl and config.toml, NAME-attention.png its picture. NAME-search.json has the search.json
+files of scripts/search_settings.py by preset; beta/TASK.json are of scripts/beta_study.py. A table
+stands between <!-- NAME --> and <!-- end -->.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from at_fused.balance import AUTO_RATIO
 from at_fused.train.config import TITLES, Config, from_toml, resolve
 from at_fused.train.experiment import Result
 from at_fused.train.loop import Curve
-from at_fused.train.report import draw_curves, table, table_of
+from at_fused.train.report import draw_curves, paired_difference, table, table_of
+
+Array = NDArray[np.float64]
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
-PAGE = FOLDER.with_suffix(".md")
-
+PAGES = (FOLDER.with_suffix(".md"), FOLDER.parents[1] / "README.md")
 
 # Fields of metrics.jsonl that tables and figures read.
-KEPT = ("run", "method", "seed", "step", "epoch", "ce", "accuracy", "gradient_ratio", "ms")
+KEPT = (
+    "run",
+    "method",
+    "seed",
+    "step",
+    "epoch",
+    "ce",
+    "accuracy",
+    "gradient_ratio",
+    "ms",
+    "auto_beta",
+    "validation",
+)
 
 
 def add(run: Path, name: str) -> None:
     """Add the records of a run."""
     shutil.copy(run / "config.toml", FOLDER / f"{name}.toml")
+    shutil.copy(run / "attention.png", FOLDER / f"{name}-attention.png")
     lines = []
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         kept = {n: line[n] for n in KEPT if n in line}
@@ -70,9 +92,103 @@ def searched(name: str) -> dict[str, str]:
     return found
 
 
+class Task:
+    """The students of a task of scripts/beta_study.py, by point and seed.
+
+    Attributes:
+        base: the point without attention transfer.
+        best: the beta of the grid with the best mean on validation images.
+        ratios: of beta="auto".
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.name, self.points = file.stem, dict[str, list[dict[str, Any]]]()
+        for name, student in json.loads(file.read_text()).items():
+            self.points.setdefault(name.rpartition("-seed")[0], []).append(student)
+        self.base, self.method = (name.partition("-")[0] for name in [*self.points][:2])
+        grid = [name for name in self.points if "-beta" in name]
+        self.grid = {self.points[name][0]["beta"]: name for name in grid}
+        self.best = max(self.grid, key=lambda beta: self.of(self.grid[beta], "validation").mean())
+        self.ratios = {
+            float(name.rpartition("ratio")[2]): name for name in self.points if "-ratio" in name
+        }
+
+    def of(self, point: str, value: str) -> Array:
+        """Return (seeds,) a value of a point's students."""
+        return np.array([student[value] for student in self.points[point]])
+
+    def to_best(self, point: str, value: str = "accuracy") -> tuple[float, float]:
+        """Return the difference to the best beta and half its interval."""
+        return paired_difference(self.of(point, value), self.of(self.grid[self.best], value))
+
+    def ratio(self, beta: float, first: int, last: int) -> float:
+        """Return the geometric mean of the ratio at a beta of the grid, from a step to another."""
+        found = [
+            math.log(ratio * beta)
+            for student in self.points[self.grid[beta]]
+            for step, ratio in student["ratios"]
+            if first <= step < last
+        ]
+        return math.exp(statistics.mean(found))
+
+
+def studied(tasks: list[Task]) -> dict[str, str]:
+    """Return the tables of the study of beta."""
+    autos, grids, measured = [], [], []
+    for task in tasks:
+        title, best = {"": task.name}, {"best beta": f"{task.best:g}"}
+        # The ratio that comes closest to the best betas of the other tasks, on validation images.
+        others = [other for other in tasks if other is not task]
+        chosen = max(
+            task.ratios,
+            key=lambda r: sum(other.to_best(other.ratios[r], "validation")[0] for other in others),
+        )
+        cells = {"without": f"{task.of(task.base, 'accuracy').mean():.2f}"}
+        cells["best"] = f"{task.of(task.grid[task.best], 'accuracy').mean():.2f}"
+        for ratio, point in task.ratios.items():
+            cells[f"ratio {ratio:g}"] = "{:+.2f} +- {:.2f}".format(*task.to_best(point))
+        betas = task.of(task.ratios[chosen], "beta")
+        cells["by the others"] = f"{chosen:g}"
+        cells["its betas"] = f"{betas.min():.2g} to {betas.max():.2g}"
+        autos.append(title | best | cells)
+        steps = {
+            f"{factor:g}x": f"{task.to_best(point)[0]:+.2f}"
+            for beta, point in task.grid.items()
+            if (factor := beta / task.best) != 1
+        }
+        grids.append(title | best | steps)
+        spans = {"before step 1": (0, 1), "steps 1 to 10": (0, 10), "from step 50": (50, 10**6)}
+        means = {name: f"{task.ratio(task.best, *span):.2g}" for name, span in spans.items()}
+        measured.append(title | best | means)
+    factors = [f"{10.0**k:g}x" for k in range(-4, 5)]
+    return {
+        "beta-auto": table([*autos[0]][1:], autos),
+        "beta-grid": table(["best beta", *factors], grids),
+        "beta-ratio": table([*measured[0]][1:], measured),
+    }
+
+
+def draw_study(tasks: list[Task], path: Path) -> None:
+    """Draw what a beta of the grid costs, by the ratio that it has in the first ten steps."""
+    fig = Figure(figsize=(9, 5), layout="constrained")
+    ax = fig.subplots()
+    for task in tasks:
+        x = [task.ratio(beta, 0, 10) for beta in task.grid]
+        means = [task.of(point, "accuracy").mean() for point in task.grid.values()]
+        ax.plot(x, means - max(means), marker="o", label=task.name)
+    ax.axvline(AUTO_RATIO, color="black", ls=":", label=f'beta="auto": {AUTO_RATIO:g}')
+    ax.set(
+        xscale="log", ylim=(-12, 0.5), ylabel="test accuracy below that of the best beta, points"
+    )
+    ax.set(xlabel="gradient of attention transfer / gradient of the rest, first ten steps")
+    ax.grid(color="0.93")
+    ax.legend(frameon=False)
+    fig.savefig(path, dpi=110)
+
+
 def tables() -> dict[str, str]:
     """Return every table of the page by its name."""
-    found = {}
+    found = studied(tasks())
     for file in sorted(FOLDER.glob("*.jsonl")):
         found[file.stem] = table_of(*run_of(file.stem))
     for file in sorted(FOLDER.glob("*-search.json")):
@@ -80,24 +196,36 @@ def tables() -> dict[str, str]:
     return found
 
 
-def page() -> str:
-    """Return the page with its tables."""
-    text = PAGE.read_text()
+def tasks() -> list[Task]:
+    """Return the tasks of the study of beta."""
+    return [Task(file) for file in sorted((FOLDER / "beta").glob("*.json"))]
+
+
+def pages() -> dict[Path, str]:
+    """Return the pages with their tables."""
+    texts, missing = {page: page.read_text() for page in PAGES}, []
     for name, content in tables().items():
         block = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
-        text, count = block.subn(lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text)
-        if count != 1:
-            raise SystemExit(f"{PAGE}: has {count} blocks <!-- {name} -->, should have one")
-    return text
+        found = {page: block.subn(rf"\g<1>{content}\n\2", text) for page, text in texts.items()}
+        texts = {page: text for page, (text, _) in found.items()}
+        if not any(count for _, count in found.values()):
+            missing.append(name)
+    if missing:
+        raise SystemExit(f"no page has a block <!-- NAME --> for {', '.join(missing)}")
+    return texts
 
 
 def main() -> None:
     """Run the program."""
-    if len(sys.argv) > 1:
+    if len(sys.argv) not in (1, 3):
+        raise SystemExit(__doc__)
+    if len(sys.argv) == 3:
         add(Path(sys.argv[1]), sys.argv[2])
-    PAGE.write_text(page())
+    for page, text in pages().items():
+        page.write_text(text)
     for file in sorted(FOLDER.glob("*.jsonl")):
         draw_curves(*run_of(file.stem), FOLDER / f"{file.stem}.png")
+    draw_study(tasks(), FOLDER / "beta.png")
 
 
 if __name__ == "__main__":

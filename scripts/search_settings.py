@@ -2,10 +2,10 @@
 
     python scripts/search_settings.py --preset fashion-mnist --grid at:lr=0.1:beta=100,1000,10000
 
-Test images are not opened: the run has --evaluate val. All options of at-fused-train but --compare
-and --set; --resume goes on. The students' seeds are 100, 101, ...: other first weights and, with
---labels, other images than a run of the preset has. Leaves search.json and search.md in the run's
-folder.
+Test images are not looked at: the run has --evaluate val. Takes the options of at-fused-train that
+a run has, but for --compare; --resume goes on. The students' seeds are 100, 101, ...: other first
+weights and, with --labels, other images than a run of the preset has. Leaves search.json and
+search.md in the run's folder.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from at_fused.train.cli import build_parser, configure
-from at_fused.train.config import Config, method_rule
+from at_fused.train.cli import build_parser, configure, file_of
+from at_fused.train.config import METHODS, Config, ConfigError, method_rule, read_file
 from at_fused.train.experiment import Experiment
 from at_fused.train.loop import Callbacks, Job, Point
 from at_fused.train.report import table
@@ -30,17 +30,24 @@ Settings = tuple[str, dict[str, Any]]  # of a method
 
 
 def settings_of(grid: str) -> list[Settings]:
-    """Return the points of a grid: METHOD:OPTION=X,Y:OPTION=Z,..."""
+    """METHOD:OPTION=X,Y:OPTION=Z, as its points."""
     method, *options = grid.split(":")
+    if method not in METHODS or not all(option.partition("=")[2] for option in options):
+        raise ConfigError(f"--grid: got {grid!r}, allowed is {settings_of.__doc__}")
     named = [option.split("=") for option in options]
     values = [[method_rule(method, n).read(x) for x in given.split(",")] for n, given in named]
     return [(method, dict(zip(dict(named), each, strict=True))) for each in product(*values)]
 
 
+def written(value: Any) -> str:
+    """Return a setting as it is given."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def name_of(settings: Settings) -> str:
     """Return the name of a point."""
     method, options = settings
-    return "-".join([method, *(f"{name}{value:g}" for name, value in options.items())])
+    return "-".join([method, *(f"{name}{written(value)}" for name, value in options.items())])
 
 
 class Points(Experiment):
@@ -92,21 +99,28 @@ def main() -> None:
     parser = build_parser()
     parser.add_argument("--grid", action="append", required=True, help=settings_of.__doc__)
     flags = vars(parser.parse_args())
-    points = {name_of(each): each for grid in flags.pop("grid") for each in settings_of(grid)}
-    flags |= {"compare": (*dict.fromkeys(method for method, _ in points.values()),)}
-    flags["evaluate"] = "val"
-    file = flags["resume"] / "config.toml" if "resume" in flags else None
-    config, out = configure(flags, file and file.read_text())
+    if wrong := {"compare", "evaluate", "eval"} & flags.keys():
+        parser.error(f"--{min(wrong)}: a search has none")
+    try:
+        points = {name_of(each): each for grid in flags.pop("grid") for each in settings_of(grid)}
+        flags |= {"compare": (*dict.fromkeys(method for method, _ in points.values()),)}
+        flags["evaluate"] = "val"
+        file = file_of(flags)
+        config, out = configure(flags, file and read_file(file))
+    except ConfigError as error:
+        parser.error(str(error))
     record, seeds = Record(), range(SEED, SEED + config.seeds)
     with record.signals:
-        search = Points(config, points, seeds, out=out, fresh=file is None, callbacks=record)
+        search = Points(
+            config, points, seeds, out=out, fresh="resume" not in flags, callbacks=record
+        )
         search.run()
     lines = (search.out / "metrics.jsonl").read_text().splitlines()
     last = {line["run"]: line for line in map(json.loads, lines)}
     rows, results = [], []
     for name, (method, options) in points.items():
         found = [last[f"{name}-seed{seed}"]["accuracy"] for seed in seeds]
-        cells = {option: f"{value:g}" for option, value in options.items()}
+        cells = {option: written(value) for option, value in options.items()}
         mean = statistics.mean(found)
         rows.append({"": method, **cells, "accuracy": f"{mean:.2f}", "by seed": str(found)})
         results.append({"method": method, **options, "accuracy": found})
