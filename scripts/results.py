@@ -50,10 +50,16 @@ KEPT = (
 )
 
 
+def shown(picture: str) -> bool:
+    """Return whether a page has a picture."""
+    return any(f"results/{picture})" in page.read_text() for page in PAGES)
+
+
 def add(run: Path, name: str) -> None:
     """Add the records of a run."""
     shutil.copy(run / "config.toml", FOLDER / f"{name}.toml")
-    shutil.copy(run / "attention.png", FOLDER / f"{name}-attention.png")
+    if shown(f"{name}-attention.png"):
+        shutil.copy(run / "attention.png", FOLDER / f"{name}-attention.png")
     lines = []
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         kept = {n: line[n] for n in KEPT if n in line}
@@ -223,8 +229,9 @@ def main() -> None:
         add(Path(sys.argv[1]), sys.argv[2])
     for page, text in pages().items():
         page.write_text(text)
-    for file in sorted(FOLDER.glob("*.jsonl")):
-        draw_curves(*run_of(file.stem), FOLDER / f"{file.stem}.png")
+    for name in (file.stem for file in sorted(FOLDER.glob("*.jsonl"))):
+        if shown(f"{name}.png"):
+            draw_curves(*run_of(name), FOLDER / f"{name}.png")
     draw_study(tasks(), FOLDER / "beta.png")
 
 

@@ -1,4 +1,4 @@
-"""scripts/search_settings.py and scripts/beta_study.py: what they train, and what they write."""
+"""Scripts of experiments: the students that they train, and the tables that they write."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from train_runs import SMALL
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import beta_study
+import results
 import search_settings
 
 from at_fused.train.config import resolve
@@ -94,3 +95,17 @@ def test_tasks_are_options_of_the_program(name: str) -> None:
     config = resolve({"compare": ("none", "at"), **beta_study.TASKS[name]})
     assert config.validation > 0
     assert config.labels
+
+
+def test_tables_of_the_pages_are_those_of_the_records() -> None:
+    assert results.pages() == {page: page.read_text() for page in results.PAGES}
+
+
+def test_a_record_without_a_table_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(results.PAGES[0].read_text().replace("<!-- beta-auto -->", ""))
+    monkeypatch.setattr(results, "PAGES", (page,))
+    with pytest.raises(SystemExit, match="no page has a block <!-- NAME --> for beta-auto"):
+        results.pages()
