@@ -105,7 +105,7 @@ _COMMON |= {"cache": 20}
 _DIGITS = {**_COMMON, "preset": "digits", "lr": 0.1, "validation": 0.3, "evaluate_every": 1000}
 _FASHION = {**_COMMON, "preset": "fashion-mnist", "fraction": 0.2, "validation": 0.25}
 _FASHION |= {"lr_schedule": "cosine", "reset_momentum": False, "init": "torch"}
-_FASHION |= {"teacher_epochs": 10, "evaluate_every": 1000}
+_FASHION |= {"lr": 0.1, "teacher_epochs": 10, "evaluate_every": 1000}
 _OWN = "beta_study:"
 TASKS: dict[str, dict[str, Any]] = {
     "digits-20": {**_DIGITS, "labels": 20, "epochs": 300},

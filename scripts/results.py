@@ -155,7 +155,7 @@ def studied(tasks: list[Task]) -> dict[str, str]:
             cells[f"ratio {ratio:g}"] = "{:+.2f} +- {:.2f}".format(*task.to_best(point))
         betas = task.of(task.ratios[chosen], "beta")
         cells["by the others"] = f"{chosen:g}"
-        cells["its betas"] = f"{betas.min():.2g} to {betas.max():.2g}"
+        cells["its betas"] = f"{betas.min():.3g} to {betas.max():.3g}"
         autos.append(title | best | cells)
         steps = {
             f"{factor:g}x": f"{task.to_best(point)[0]:+.2f}"

@@ -274,6 +274,8 @@ def _cifar(student: str, teacher: str, *errors: float) -> Preset:
     )
 
 
+# Where no beta was published: docs/results.md.
+_AUTO: dict[str, Any] = {"method": {method: {"beta": "auto"} for method in ATTENTION}}
 _FOLDER: dict[str, Any] = {"data": "folder", "epochs": 100, "workers": 8}
 _FOLDER |= {"student": "resnet-18", "teacher": "resnet-34"}
 _IMAGENET: dict[str, Any] = {
@@ -304,8 +306,10 @@ PRESETS: dict[str, Preset] = {
         _IMAGENET,
         {"none": (30.4, 10.8), "at": (29.3, 10.0)},
     ),
-    "folder": Preset("a folder of pictures, ResNet-18 from ResNet-34", _FOLDER),
-    "own": Preset("a data set of one's own, MODULE:FUNCTION; WRN-16-1 from 16-2", {"data": "own"}),
+    "folder": Preset("a folder of pictures, ResNet-18 from ResNet-34", {**_FOLDER, **_AUTO}),
+    "own": Preset(
+        "a data set of one's own, MODULE:FUNCTION; WRN-16-1 from 16-2", {"data": "own", **_AUTO}
+    ),
 }
 
 
@@ -430,8 +434,9 @@ class Config:
     def for_method(self, method: str) -> Config:
         """Return the configuration of one method's students."""
         own = self.method.get(method, {})
-        # The general beta is of the general form.
-        unknown = {"beta": None} if own.get("form", self.form) != self.form else {}
+        # A general number for beta is of the general form.
+        another = own.get("form", self.form) != self.form and self.beta != "auto"
+        unknown = {"beta": None} if another else {}
         return replace(self, **{**unknown, **own})
 
     def beta_of(self, method: str) -> float | str:
@@ -542,20 +547,25 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
 
 
 def _over(under: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a layer over another. A beta means another thing in each form, and goes with its own."""
+    """Put a layer over another. A number for beta goes with its form, "auto" is of each."""
     beaten = {*layer}
-    if layer.get("betas") or "form" in layer:
+    if layer.get("betas"):
         beaten.add("beta")
     if layer.get("beta") is not None:
         beaten.add("betas")
-    methods = {}
+
+    def kept(before: Mapping[str, Any], reformed: bool) -> dict[str, Any]:
+        left = {n: value for n, value in before.items() if n not in beaten}
+        if reformed and left.get("beta") != "auto":
+            left.pop("beta", None)
+        return left
+
+    methods, reformed = {}, "form" in layer
     for method in dict.fromkeys([*under.get("method", {}), *layer.get("method", {})]):
         before, own = (each.get("method", {}).get(method, {}) for each in (under, layer))
-        gone = {*beaten, "beta"} if "form" in own else beaten
-        if found := {n: value for n, value in before.items() if n not in gone} | own:
+        if found := kept(before, reformed or "form" in own) | own:
             methods[method] = found
-    kept = {name: value for name, value in under.items() if name not in beaten}
-    return {**kept, **layer, "method": methods}
+    return {**kept(under, reformed), **layer, "method": methods}
 
 
 def _check_combination(config: Config) -> None:

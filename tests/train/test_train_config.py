@@ -95,6 +95,20 @@ def test_a_beta_is_of_one_form(under: Any, layer: Any, beta: float | str) -> Non
         assert resolve(*layers).for_method("at").beta_of("at") == beta
 
 
+@pytest.mark.parametrize("data", ["folder", "a.module:function"])
+def test_beta_is_measured_where_none_was_published(data: str) -> None:
+    def betas(*words: str) -> list[Any]:
+        config = flags("--data", data, "--compare=none,at,at+kd,channel-at,f-actt", *words)
+        return [config.for_method(method).beta_of(method) for method in config.compare]
+
+    assert betas() == [0, "auto", "auto", "auto", 1]
+    # A ratio means the same in each form.
+    assert betas("--form=paper") == betas("--set=at.form=paper") == betas()
+    assert betas("--beta=5") == [0, 5, 5, 5, 5]
+    assert betas("--set=at.beta=5") == [0, 5, "auto", "auto", 1]
+    assert betas("--betas=1,10", "--validation=0.1") == [0, 1e3, 1e3, 1e3, 1]
+
+
 def test_data_have_defaults_of_their_own() -> None:
     cifar = "cifar-wrn-16-1-from-16-2"
     presets = {"cifar10": cifar, "cifar100": cifar}
