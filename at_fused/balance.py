@@ -52,8 +52,8 @@ def gradient_ratio(
 
     over the parameters w that get a gradient other than zero from both losses (layers after the
     last tapped one learn from the task alone). ``ratio`` is proportional to the beta in
-    ``transfer_loss``: beta / ratio makes both gradients equally long. It changes in training, by a
-    factor of ten to eighty (docs/results.md).
+    ``transfer_loss``: beta / ratio makes both gradients equally long. It changes in training, often
+    by a factor of ten and more (docs/results.md).
 
         task, transfer = cross_entropy(student(x), y), at(x)
         print(gradient_ratio(task, transfer, student.parameters()))
@@ -130,14 +130,7 @@ def _gradients(loss: Tensor, trained: list[Tensor]) -> list[Tensor | None]:
         found = torch.autograd.grad(
             loss, trained, torch.full_like(loss, scale), retain_graph=True, allow_unused=True
         )
-        dense = [each.to_dense() if each is not None and each.is_sparse else each for each in found]
-        # In 16 bits squares overflow from 256 on.
-        wide = [
-            each
-            if each is None
-            else each.to(torch.promote_types(each.dtype, torch.float32)) / scale
-            for each in dense
-        ]
+        wide = [None if each is None else _widened(each) / scale for each in found]
         if all(bool(each.isfinite().all()) for each in wide if each is not None):
             break
     return wide
@@ -205,8 +198,8 @@ class AutoBeta:
             self.logarithms.append(total / count)
             return
         self._missed += 1
-        if self._missed == AUTO_STEPS:
+        if self._missed >= AUTO_STEPS:
             raise ValueError(
                 f"beta: 'auto' needs steps in which neither gradient is 0, inf or nan, got "
-                f"{AUTO_STEPS} others, the last with a ratio of {ratio}; give a number"
+                f"{self._missed} others, the last with a ratio of {ratio}; give a number"
             )

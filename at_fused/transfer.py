@@ -30,6 +30,7 @@ from at_fused._hooks import TappedNetwork
 from at_fused._layouts import check_for_tokens, check_kept
 from at_fused._models import (
     arguments_of,
+    distributed,
     evaluating,
     logits_of,
     only_hooks_of,
@@ -88,8 +89,11 @@ class AttentionTransfer:
             "code". "auto": the one that makes the gradient of this loss three times that of the
             task for the student's weights, measured in the first ten calls with gradients and then
             fixed; these take ``task_loss``. Where that needs ``teacher_output``, call ``prepare``
-            before. Steps in which a gradient is 0, inf or nan do not count. Both losses are as
-            they would be added: before GradScaler, and not divided by accumulated batches.
+            before. Calls in which a gradient is 0, inf or nan do not count. Both losses are as
+            they would be added: before GradScaler, and not divided by accumulated batches. Where
+            the weights hardly move in ten calls, as with warm-up, beta comes out up to three times
+            smaller than without. In several processes the student must be given in its
+            DistributedDataParallel.
         channel_dim: 1 or -1; None: as the run shows. This and the next two may be a pair
             (student's, teacher's).
         skip_tokens: how many tokens in front are left out of features (B, N, C); None: those that
@@ -105,7 +109,8 @@ class AttentionTransfer:
     Attributes:
         pairs: the names of the layers, a list of (student, teacher).
         beta: as given; with "auto" the number that was measured, once there is one. Save it with a
-            checkpoint and set it where training goes on; calls may still pass ``task_loss``.
+            checkpoint from the tenth call on, and set it where training goes on; calls may still
+            pass ``task_loss``.
         teacher_output: the teacher's logits of the last ``at(x)`` or ``prepare``, for ``kd_loss``:
             its output if that is a tensor; of any other its field ``logits`` (or ``out``), else of
             a tuple the first, of a mapping or a dataclass the only tensor. None where there is no
@@ -285,8 +290,8 @@ class AttentionTransfer:
         if not torch.is_grad_enabled():
             if not self._auto.logarithms:
                 raise ValueError(
-                    "beta: 'auto' is measured in calls with gradients, got none before this one "
-                    "without: train a step first, or give a number"
+                    "beta: 'auto' is not measured yet, and cannot be without gradients: train a "
+                    "step first, or give a number"
                 )
             return None
         if task_loss is None:
@@ -303,6 +308,13 @@ class AttentionTransfer:
         if not transfer_loss.requires_grad:
             raise ValueError("beta: 'auto' needs a tapped layer that is trained, got none")
         model = self._student.model
+        group = torch.distributed
+        several = group.is_available() and group.is_initialized() and group.get_world_size() > 1
+        if several and distributed(model) is None:
+            raise ValueError(
+                "beta: 'auto' needs the student in its DistributedDataParallel, as each of the "
+                "processes would measure another beta: AttentionTransfer(ddp, ...), or a number"
+            )
         self._auto.add(gradient_ratio(task_loss, transfer_loss, model).ratio, model)
         if self._auto.chosen and self._verbose:
             print(f"beta {self._auto.beta:.3g}, by the gradients of the first {AUTO_STEPS} calls")

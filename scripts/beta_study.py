@@ -1,11 +1,12 @@
 """Find out which gradient ratio the best beta has, over several tasks.
 
-    python scripts/beta_study.py --task digits-20 --out study --results docs/results
+    python scripts/beta_study.py --task digits-20 --out study --results docs/results/beta
 
 Trains, for each beta of a grid of powers of ten and 10 seeds, a student with attention transfer,
 and records the ratio of both gradients (at_fused.gradient_ratio, over beta) as it goes. Validation
-images choose among the betas, test images report. Leaves TASK.json in the folder of the results. An
-interrupted study goes on with the same command, and the student that it trained from its start.
+images choose among the betas, test images report. Needs timm. Leaves TASK.json in the folder of
+the results; students that it has are not trained again. An interrupted study goes on with the same
+command, and begins the student anew that it was at.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python scripts/results.py [RUN NAME]
 
 With a run's folder its records are added first, by a name. NAME.jsonl and NAME.toml are of its
-metrics.jsonl and config.toml, NAME-attention.png its picture. NAME-search.json has the search.json
-files of scripts/search_settings.py by preset; beta/TASK.json are of scripts/beta_study.py. A table
-stands between <!-- NAME --> and <!-- end -->.
+metrics.jsonl and config.toml, NAME-attention.png its picture. NAME-search.json is the search.json
+of scripts/search_settings.py, whose folder may be RUN too; beta/TASK.json are of
+scripts/beta_study.py. A table stands between <!-- NAME --> and <!-- end -->.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def shown(picture: str) -> bool:
 
 
 def add(run: Path, name: str) -> None:
-    """Add the records of a run."""
+    """Add the records of a run, or of a search."""
+    if (run / "search.json").exists():
+        shutil.copy(run / "search.json", FOLDER / f"{name}-search.json")
+        return
     shutil.copy(run / "config.toml", FOLDER / f"{name}.toml")
     if shown(f"{name}-attention.png"):
         shutil.copy(run / "attention.png", FOLDER / f"{name}-attention.png")
@@ -84,18 +87,18 @@ def run_of(name: str) -> tuple[Result, Config]:
     return result, config
 
 
-def searched(name: str) -> dict[str, str]:
-    """Return the tables of a search by the names of their presets."""
-    found = {}
-    for preset, points in json.loads((FOLDER / f"{name}.json").read_text()).items():
-        rows = []
-        for point in points:
-            cells = {n: f"{x:g}" for n, x in point.items() if n in ("lr", "beta")}
-            cells |= {"mean": f"{statistics.mean(point['accuracy']):.2f}"}
-            cells |= {"by seed": ", ".join(f"{x:.2f}" for x in point["accuracy"])}
-            rows.append({"": TITLES[point["method"]], **cells})
-        found[f"{name} {preset}"] = table(["lr", "beta", "mean", "by seed"], rows)
-    return found
+def searched(file: Path) -> str:
+    """Return the table of a search."""
+    rows = []
+    for point in json.loads(file.read_text()):
+        cells = {n: x for n, x in point.items() if n not in ("method", "accuracy")}
+        cells = {n: f"{x:g}" if isinstance(x, float) else str(x) for n, x in cells.items()}
+        cells |= {"mean": f"{statistics.mean(point['accuracy']):.2f}"}
+        cells |= {"by seed": ", ".join(f"{x:.2f}" for x in point["accuracy"])}
+        rows.append({"": TITLES[point["method"]], **cells})
+    return table(
+        [*dict.fromkeys(name for row in rows for name in [*row][1:-2]), "mean", "by seed"], rows
+    )
 
 
 class Task:
@@ -143,33 +146,33 @@ def studied(tasks: list[Task]) -> dict[str, str]:
     autos, grids, measured = [], [], []
     for task in tasks:
         title, best = {"": task.name}, {"best beta": f"{task.best:g}"}
+        cells = {"without": f"{task.of(task.base, 'accuracy').mean():.2f}"}
+        cells["best"] = f"{task.of(task.grid[task.best], 'accuracy').mean():.2f}"
+        to_best = {
+            r: "{:+.2f} +- {:.2f}".format(*task.to_best(task.ratios[r])) for r in task.ratios
+        }
+        cells |= {f"ratio {ratio:g}": words for ratio, words in to_best.items()}
         # The ratio that comes closest to the best betas of the other tasks, on validation images.
         others = [other for other in tasks if other is not task]
         chosen = max(
             task.ratios,
             key=lambda r: sum(other.to_best(other.ratios[r], "validation")[0] for other in others),
         )
-        cells = {"without": f"{task.of(task.base, 'accuracy').mean():.2f}"}
-        cells["best"] = f"{task.of(task.grid[task.best], 'accuracy').mean():.2f}"
-        for ratio, point in task.ratios.items():
-            cells[f"ratio {ratio:g}"] = "{:+.2f} +- {:.2f}".format(*task.to_best(point))
-        betas = task.of(task.ratios[chosen], "beta")
-        cells["by the others"] = f"{chosen:g}"
-        cells["its betas"] = f"{betas.min():.3g} to {betas.max():.3g}"
+        cells["by the others"] = f"{chosen:g}: {to_best[chosen]}"
+        betas = task.of(task.ratios[AUTO_RATIO], "beta")
+        cells["betas of 3"] = f"{betas.min():.3g} to {betas.max():.3g}"
         autos.append(title | best | cells)
-        steps = {
-            f"{factor:g}x": f"{task.to_best(point)[0]:+.2f}"
-            for beta, point in task.grid.items()
-            if (factor := beta / task.best) != 1
-        }
-        grids.append(title | best | steps)
+        costs = {f"{b:g}": f"{task.to_best(point)[0]:+.2f}" for b, point in task.grid.items()}
+        grids.append(
+            title | {name: cost for name, cost in costs.items() if name != f"{task.best:g}"}
+        )
+        grids[-1][f"{task.best:g}"] = "best"
         spans = {"before step 1": (0, 1), "steps 1 to 10": (0, 10), "from step 50": (50, 10**6)}
         means = {name: f"{task.ratio(task.best, *span):.2g}" for name, span in spans.items()}
         measured.append(title | best | means)
-    factors = [f"{10.0**k:g}x" for k in range(-4, 5)]
     return {
         "beta-auto": table([*autos[0]][1:], autos),
-        "beta-grid": table(["best beta", *factors], grids),
+        "beta-grid": table([f"{10.0**k:g}" for k in range(-2, 5)], grids),
         "beta-ratio": table([*measured[0]][1:], measured),
     }
 
@@ -180,12 +183,9 @@ def draw_study(tasks: list[Task], path: Path) -> None:
     ax = fig.subplots()
     for task in tasks:
         x = [task.ratio(beta, 0, 10) for beta in task.grid]
-        means = [task.of(point, "accuracy").mean() for point in task.grid.values()]
-        ax.plot(x, means - max(means), marker="o", label=task.name)
+        ax.plot(x, [task.to_best(p)[0] for p in task.grid.values()], marker="o", label=task.name)
     ax.axvline(AUTO_RATIO, color="black", ls=":", label=f'beta="auto": {AUTO_RATIO:g}')
-    ax.set(
-        xscale="log", ylim=(-12, 0.5), ylabel="test accuracy below that of the best beta, points"
-    )
+    ax.set(xscale="log", ylim=(-12, 1), ylabel="test accuracy below that of the best beta, points")
     ax.set(xlabel="gradient of attention transfer / gradient of the rest, first ten steps")
     ax.grid(color="0.93")
     ax.legend(frameon=False)
@@ -198,7 +198,7 @@ def tables() -> dict[str, str]:
     for file in sorted(FOLDER.glob("*.jsonl")):
         found[file.stem] = table_of(*run_of(file.stem))
     for file in sorted(FOLDER.glob("*-search.json")):
-        found |= searched(file.stem)
+        found[file.stem] = searched(file)
     return found
 
 

@@ -596,11 +596,12 @@ def _check_combination(config: Config) -> None:
     for method in c.compare:
         each = c.for_method(method)
         known = each.form == "code" or each.beta is not None or bool(c.betas)
-        allowed = f"a number for {method} in the form 'paper'; 1000 is for 'code'"
+        allowed = f"auto, or a number for {method} in the form 'paper'; one for 'code' is not"
         check("beta", known or method not in ATTENTION, allowed)
         if each.beta == "auto" and method in TRANSFER and method not in ATTENTION:
             raise ConfigError(
-                f"beta: got 'auto', allowed is a number for {method}; --set at.beta=auto is for one"
+                f"beta: got 'auto', allowed is a number for {method}; --set at.beta=auto sets it "
+                "for one method"
             )
 
 

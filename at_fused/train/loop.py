@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from at_fused import schedules
 from at_fused._models import evaluating
-from at_fused.balance import AUTO_STEPS, AutoBeta, GradientRatio, compare, shared_gradients
+from at_fused.balance import AutoBeta, GradientRatio, compare, shared_gradients
 from at_fused.train import checkpoints, parallel
 from at_fused.train.config import TRANSFER, Config, ConfigError, in_a_line
 from at_fused.train.data import Data, Samples
@@ -255,6 +255,8 @@ class Trainer:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._steps = 0
         self._ms: list[float] = []
+        # Seconds that the step took to measure beta.
+        self._measuring = 0.0
         self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
 
     # ---- one step ----
@@ -269,8 +271,10 @@ class Trainer:
         if self.job.config.reset_momentum and plan.drops(step) > plan.drops(max(0, step - 1)):
             self.optimizer.state.clear()
         if plan.auto and not plan.auto.chosen:
+            begin = time.perf_counter()
             try:
                 plan.auto.add(self.gradient_ratio(batch, share, 1.0).ratio)
+                self._measuring += time.perf_counter() - begin
             except ValueError as error:
                 raise NotFiniteError(f"{self.job.name}: {error}") from error
         with self.mode.autocast(self.device):
@@ -304,22 +308,23 @@ class Trainer:
             Stopped: a signal came; the state is saved.
             NotFiniteError: a loss was inf or nan; nothing is saved of what came after.
         """
-        config, plan = self.job.config, self.plan
+        config, plan, probed = self.job.config, self.plan, False
         self.student.train()
         for epoch in range(self.step // plan.per_epoch, config.epochs):
             begin = time.perf_counter()
             for batch, share in self.batches(epoch):
-                # Not a step that measures beta.
-                probed = PROBE_STEP + AUTO_STEPS * (plan.auto is not None)
-                if self.step == probed and not self.curve.peak_bytes:
+                measures = plan.auto is not None and not plan.auto.chosen
+                if self.step >= PROBE_STEP and not (measures or probed or self.curve.peak_bytes):
+                    probed = True
                     # Of some old gradients the profiler would know the sizes, of others not.
                     self.optimizer.zero_grad()
                     # And no time is taken: this is slower.
                     step = partial(self.train_step, batch, share)
                     self.curve.peak_bytes = peak(self.device, step)
                 else:
+                    self._measuring = 0.0
                     self.train_step(batch, share)
-                    self._ms.append((time.perf_counter() - begin) * 1e3)
+                    self._ms.append((time.perf_counter() - begin - self._measuring) * 1e3)
                 self.callbacks.step()
                 last = self.step == plan.steps
                 ended = self.step % plan.per_epoch == 0

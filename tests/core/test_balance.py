@@ -181,14 +181,16 @@ def test_auto_leaves_out_steps_without_two_gradients(networks: Any) -> None:
     assert at.beta == first
     for _ in range(7):
         at(x, task_loss=0 * cross_entropy(student(x), y))
-    with pytest.raises(ValueError, match=r"'auto' needs steps .* got 10 others, .* ratio of inf"):
-        at(x, task_loss=0 * cross_entropy(student(x), y))
+    for missed in (10, 11):
+        words = rf"'auto' needs steps .* got {missed} others, .* ratio of inf"
+        with pytest.raises(ValueError, match=words):
+            at(x, task_loss=0 * cross_entropy(student(x), y))
 
 
 def test_auto_without_gradients_takes_what_is_measured(networks: Any) -> None:
     student, teacher, x, y = networks
     at = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
-    with torch.no_grad(), pytest.raises(ValueError, match="beta: 'auto' is measured in calls with"):
+    with torch.no_grad(), pytest.raises(ValueError, match="beta: 'auto' is not measured yet"):
         student(x), at(x)
     loss = at(x, task_loss=cross_entropy(student(x), y))
     with torch.no_grad():

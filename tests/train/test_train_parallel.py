@@ -287,6 +287,11 @@ def test_auto_beta_of_a_distributed_student_is_the_same_in_all() -> None:
         own = parallel.gather(plain.gradient_ratio(again, plain(x[mine]), verbose=False).ratio)
         assert own[0] != own[1]
         assert ratios[0] == pytest.approx((own[0] * own[1]) ** 0.5, rel=1e-4)
+        # The network inside does not say that there is another process.
+        plain.beta = "auto"
+        again = nn.functional.cross_entropy(student(x[mine])[0], y[mine])
+        with pytest.raises(ValueError, match="'auto' needs the student in its DistributedDataPara"):
+            plain(x[mine], task_loss=again)
         (task + loss).backward()
         grads = torch.cat([p.grad.flatten() for p in student.parameters()])
         torch.testing.assert_close(*parallel.gather(grads))
