@@ -536,6 +536,8 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
     config = Config(**{**options, "preset": name, "given": merged})
     if config.optimizer == "adamw" and "lr" not in merged:
         raise ConfigError("lr: must be given for adamw, as presets have SGD's; torch's is 0.001")
+    if not config.augment and "cache" not in merged:  # a preset's
+        config = replace(config, cache=min(config.cache, 1))
     _check_combination(config)
     size = config.image_size or SIZES.get(config.data)
     unset = [name for name in OF_TEACHER if getattr(config, name) is None]

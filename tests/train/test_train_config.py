@@ -95,6 +95,14 @@ def test_a_beta_is_of_one_form(under: Any, layer: Any, beta: float | str) -> Non
         assert resolve(*layers).for_method("at").beta_of("at") == beta
 
 
+@pytest.mark.parametrize("data", ["digits", "fashion-mnist"])
+def test_a_presets_cache_is_of_augmented_images(data: str) -> None:
+    assert flags("--data", data).cache > 1
+    assert flags("--data", data, "--no-augment").cache == 1
+    with pytest.raises(ConfigError, match="cache: got 3, allowed is 1 with --no-augment"):
+        flags("--data", data, "--no-augment", "--cache=3")
+
+
 @pytest.mark.parametrize("data", ["folder", "a.module:function"])
 def test_beta_is_measured_where_none_was_published(data: str) -> None:
     def betas(*words: str) -> list[Any]:
