@@ -4,7 +4,7 @@
 
 With a run's folder its records are added first, by a name. NAME.jsonl and NAME.toml are of its
 metrics.jsonl and config.toml, NAME-attention.png its picture. NAME-search.json is the search.json
-of scripts/search_settings.py, whose folder may be RUN too; beta/TASK.json are of
+of scripts/search_settings.py, whose folder may be RUN too, and adds to it; beta/TASK.json are of
 scripts/beta_study.py. A table stands between <!-- NAME --> and <!-- end -->.
 """
 
@@ -58,7 +58,13 @@ def shown(picture: str) -> bool:
 def add(run: Path, name: str) -> None:
     """Add the records of a run, or of a search."""
     if (run / "search.json").exists():
-        shutil.copy(run / "search.json", FOLDER / f"{name}-search.json")
+        file, found = FOLDER / f"{name}-search.json", {}
+        for each in filter(Path.exists, (file, run / "search.json")):
+            for point in json.loads(each.read_text()):
+                point["accuracy"] = [round(x, 2) for x in point["accuracy"]]
+                found[json.dumps({**point, "accuracy": 0})] = point
+        points = sorted(found.values(), key=lambda p: [*TITLES].index(p["method"]))
+        file.write_text(json.dumps(points, indent=1) + "\n")
         return
     shutil.copy(run / "config.toml", FOLDER / f"{name}.toml")
     if shown(f"{name}-attention.png"):

@@ -226,10 +226,9 @@ _DIGITS |= {"speed": "exact", "threads": 1, "evaluate_every": 30}
 # A picture can be shifted in nine ways.
 _DIGITS |= {"cache": 20}
 _DIGITS["method"] = {
-    "none": {"lr": 0.3},
+    "none": {"lr": 0.5},
     "at": {"beta": 100.0},
-    "kd": {"lr": 0.2},
-    "at+kd": {"beta": 100.0},
+    "at+kd": {"beta": 300.0},
 }
 _QUICK = {"seeds": 2, "epochs": 140, "teacher_epochs": 6, "teacher": "wrn-10-2"}
 

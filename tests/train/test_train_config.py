@@ -53,13 +53,13 @@ def test_what_is_given_beats_the_preset() -> None:
         assert (own.lr, own.beta_of(method)) == (0.01, 500 if method == "at" else 0)
     # A layer's own options of a method stand; those of the layers under it do not.
     config = flags("--lr=0.01", "--set=at.lr=0.02")
-    assert config.method == {"at": {"lr": 0.02, "beta": 100}, "at+kd": {"beta": 100}}
+    assert config.method == {"at": {"lr": 0.02, "beta": 100}, "at+kd": {"beta": 300}}
     assert resolve({"method": {"at": {"lr": 1.0}}}, {"lr": 2.0}).method["at"] == {"beta": 100.0}
     config = flags("--betas=1,10", "--validation=0.2")
     assert [config.for_method(m).beta for m in ("at", "at+kd")] == [None, None]
     assert resolve({"betas": (1.0, 2.0), "validation": 0.1}, {"beta": 0.0}).betas == ()
     # A preset's betas go with its form.
-    assert flags("--form=paper", "--beta=0.1").method == {"none": {"lr": 0.3}, "kd": {"lr": 0.2}}
+    assert flags("--form=paper", "--beta=0.1").method == {"none": {"lr": 0.5}}
 
 
 def test_the_file_of_a_run_is_as_good_as_its_flags(tmp_path: Path) -> None:
