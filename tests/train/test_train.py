@@ -193,7 +193,7 @@ def test_a_run_says_what_it_is_about_to_do_and_then_each_evaluation(
     rows = cells(said[: said.index("teacher:")])
     assert rows[""][:4] == ["epochs", "lr", "weight_decay", "beta"]
     assert rows["teacher"][:4] == ["6", "0.2", "0.0005", ""]
-    assert " ".join(rows["at+kd"]) == "100 0.2 0.02 100 constant 2 mean code 4 0.9"
+    assert " ".join(rows["at+kd"]) == "100 0.2 0.02 300 constant 2 mean code 4 0.9"
     points = [line for line in said.splitlines() if re.match(r"\S+: step ", line)]
     assert len(points) == len(lines)
     accuracy = last(lines, "at-seed1")["accuracy"]
