@@ -197,7 +197,7 @@ def test_exact_is_bit_for_bit_the_plain_program(
     teacher = build("wrn-10-1-b8", 10, 1).eval()
     if method != "none":
         teacher.load_state_dict(experiment.teacher.state_dict())
-        at = AttentionTransfer(student, teacher, PAIRS, beta=100.0)
+        at = AttentionTransfer(student, teacher, PAIRS, beta=job.plan.beta(0))
     sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else sgd
     make = partial(kind, [*student.parameters()], 1.0, weight_decay=job.config.weight_decay)
