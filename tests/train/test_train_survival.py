@@ -190,7 +190,7 @@ def test_another_configuration_is_refused(
     last = f"at-fused-train: {out}/checkpoints/none-seed0/step-00000005.pt: was made with"
     for status, flags, message in (
         (1, "--momentum=0.5", f"{last} momentum 0.9 (now 0.5); networks of both"),
-        (1, "--set=none.lr=0.7", f"{last} lr 0.3 (now 0.7); networks of both"),
+        (1, "--set=none.lr=0.7", f"{last} lr 0.5 (now 0.7); networks of both"),
         (1, "--epochs=7", f"{last} epochs 6 (now 7); networks of both"),
         (1, "--epochs=5", f"{last} epochs 6 (now 5); networks of both"),
         (2, "--out=elsewhere", "argument --resume: goes on in a folder"),
@@ -201,7 +201,7 @@ def test_another_configuration_is_refused(
     run(small(compare=["none"], checkpoint_every=3), out)
     (out / "config.toml").write_text(f"{before}\n[method.none]\nlr = 0.25\n")
     path = out / "student_none-seed0.pt"
-    assert f"{path}: was made with lr 0.3 (now 0.25); networks" in said(1, "--resume", out)
+    assert f"{path}: was made with lr 0.5 (now 0.25); networks" in said(1, "--resume", out)
     (out / "config.toml").write_text(before)
     path.rename(out / "student_none-seed1.pt")
     found = said(1, "--resume", out, "--seeds=2")
