@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from search_settings import written
 
 from at_fused.balance import AUTO_RATIO
 from at_fused.train.config import TITLES, Config, from_toml, resolve
@@ -97,8 +98,7 @@ def searched(file: Path) -> str:
     """Return the table of a search."""
     rows = []
     for point in json.loads(file.read_text()):
-        cells = {n: x for n, x in point.items() if n not in ("method", "accuracy")}
-        cells = {n: f"{x:g}" if isinstance(x, float) else str(x) for n, x in cells.items()}
+        cells = {n: written(x) for n, x in point.items() if n not in ("method", "accuracy")}
         cells |= {"mean": f"{statistics.mean(point['accuracy']):.2f}"}
         cells |= {"by seed": ", ".join(f"{x:.2f}" for x in point["accuracy"])}
         rows.append({"": TITLES[point["method"]], **cells})
@@ -120,7 +120,7 @@ class Task:
         self.name, self.points = file.stem, dict[str, list[dict[str, Any]]]()
         for name, student in json.loads(file.read_text()).items():
             self.points.setdefault(name.rpartition("-seed")[0], []).append(student)
-        self.base, self.method = (name.partition("-")[0] for name in [*self.points][:2])
+        self.base = next(iter(self.points))
         grid = [name for name in self.points if "-beta" in name]
         self.grid = {self.points[name][0]["beta"]: name for name in grid}
         self.best = max(self.grid, key=lambda beta: self.of(self.grid[beta], "validation").mean())

@@ -273,7 +273,7 @@ def _cifar(student: str, teacher: str, *errors: float) -> Preset:
     )
 
 
-# Where no beta was published: docs/results.md.
+# Presets without a published beta measure it: docs/results.md has the study.
 _AUTO: dict[str, Any] = {"method": {method: {"beta": "auto"} for method in ATTENTION}}
 _FOLDER: dict[str, Any] = {"data": "folder", "epochs": 100, "workers": 8}
 _FOLDER |= {"student": "resnet-18", "teacher": "resnet-34"}
