@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from search_settings import written
+from search_settings import table_of_points
 
 from at_fused.balance import AUTO_RATIO
 from at_fused.train.config import TITLES, Config, from_toml, resolve
@@ -92,19 +92,6 @@ def run_of(name: str) -> tuple[Result, Config]:
     if "teacher" in curves:
         result.teacher = (curves["teacher"].chosen["accuracy"],)
     return result, config
-
-
-def searched(file: Path) -> str:
-    """Return the table of a search."""
-    rows = []
-    for point in json.loads(file.read_text()):
-        cells = {n: written(x) for n, x in point.items() if n not in ("method", "accuracy")}
-        cells |= {"mean": f"{statistics.mean(point['accuracy']):.2f}"}
-        cells |= {"by seed": ", ".join(f"{x:.2f}" for x in point["accuracy"])}
-        rows.append({"": TITLES[point["method"]], **cells})
-    return table(
-        [*dict.fromkeys(name for row in rows for name in [*row][1:-2]), "mean", "by seed"], rows
-    )
 
 
 class Task:
@@ -204,7 +191,7 @@ def tables() -> dict[str, str]:
     for file in sorted(FOLDER.glob("*.jsonl")):
         found[file.stem] = table_of(*run_of(file.stem))
     for file in sorted(FOLDER.glob("*-search.json")):
-        found[file.stem] = searched(file)
+        found[file.stem] = table_of_points(json.loads(file.read_text()))
     return found
 
 

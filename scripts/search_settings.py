@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from at_fused.train.cli import build_parser, configure, file_of
-from at_fused.train.config import METHODS, Config, ConfigError, method_rule, read_file
+from at_fused.train.config import METHODS, TITLES, Config, ConfigError, method_rule, read_file
 from at_fused.train.experiment import Experiment
 from at_fused.train.loop import Callbacks, Job, Point
 from at_fused.train.report import table
@@ -48,6 +48,18 @@ def name_of(settings: Settings) -> str:
     """Return the name of a point."""
     method, options = settings
     return "-".join([method, *(f"{name}{written(value)}" for name, value in options.items())])
+
+
+def table_of_points(points: list[dict[str, Any]]) -> str:
+    """Return the table of a search: each point's settings, mean and accuracies by seed."""
+    rows = []
+    for point in points:
+        cells = {n: written(x) for n, x in point.items() if n not in ("method", "accuracy")}
+        cells |= {"mean": f"{statistics.mean(point['accuracy']):.2f}"}
+        cells |= {"by seed": ", ".join(f"{x:.2f}" for x in point["accuracy"])}
+        rows.append({"": TITLES[point["method"]], **cells})
+    settings = dict.fromkeys(name for row in rows for name in [*row][1:-2])
+    return table([*settings, "mean", "by seed"], rows)
 
 
 class Points(Experiment):
@@ -117,15 +129,12 @@ def main() -> None:
         search.run()
     lines = (search.out / "metrics.jsonl").read_text().splitlines()
     last = {line["run"]: line for line in map(json.loads, lines)}
-    rows, results = [], []
-    for name, (method, options) in points.items():
-        found = [last[f"{name}-seed{seed}"]["accuracy"] for seed in seeds]
-        cells = {option: written(value) for option, value in options.items()}
-        mean = statistics.mean(found)
-        rows.append({"": method, **cells, "accuracy": f"{mean:.2f}", "by seed": str(found)})
-        results.append({"method": method, **options, "accuracy": found})
-    names = dict.fromkeys(name for _, options in points.values() for name in options)
-    text = table([*names, "accuracy", "by seed"], rows)
+    results = [
+        {"method": method, **options}
+        | {"accuracy": [last[f"{name}-seed{seed}"]["accuracy"] for seed in seeds]}
+        for name, (method, options) in points.items()
+    ]
+    text = table_of_points(results)
     Path(search.out, "search.md").write_text(f"`{' '.join(sys.argv)}`\n\n{text}\n")
     Path(search.out, "search.json").write_text(json.dumps(results, indent=1) + "\n")
     print(text)
