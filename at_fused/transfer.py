@@ -91,9 +91,9 @@ class AttentionTransfer:
             fixed; these take ``task_loss``. Where that needs ``teacher_output``, call ``prepare``
             before. Calls in which a gradient is 0, inf or nan do not count. Both losses are as
             they would be added: before GradScaler, and not divided by accumulated batches. Where
-            the weights hardly move in ten calls, as with warm-up, beta comes out up to three times
-            smaller than without. In several processes the student must be given in its
-            DistributedDataParallel.
+            the weights hardly move in ten calls, as with warm-up, beta comes out smaller, by a
+            factor of up to six in docs/results.md (for its ViT, up to two times larger). In
+            several processes the student must be given in its DistributedDataParallel.
         channel_dim: 1 or -1; None: as the run shows. This and the next two may be a pair
             (student's, teacher's).
         skip_tokens: how many tokens in front are left out of features (B, N, C); None: those that

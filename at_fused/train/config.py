@@ -217,8 +217,8 @@ class Preset:
     published: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
-# Each method at what is best for it on the validation images: with one rate for all, half of a
-# method's gain would be another's handicap.
+# Rate and beta of each method by validation images (docs/results.md): with one rate for all, part
+# of a method's gain would be another's handicap.
 _DIGITS: dict[str, Any] = {"data": "digits", "labels": 20, "student": "wrn-10-1-b8", "seeds": 20}
 _DIGITS |= {"epochs": 300, "batch_size": 64, "nesterov": True, "weight_decay": 2e-2}
 _DIGITS |= {"teacher_epochs": 25, "teacher_weight_decay": 5e-4}
@@ -593,6 +593,7 @@ def _check_combination(config: Config) -> None:
         "betas", not c.betas or c.validation > 0, "none without images to choose by: --validation"
     )
     check("compare", 0 < len({*c.compare}) == len(c.compare), "one method or more, each once")
+    check("betas", len({*c.betas}) == len(c.betas), "numbers, each once")
     check("cache", c.cache < 2 or c.augment, "1 with --no-augment")
     for method in c.compare:
         each = c.for_method(method)
