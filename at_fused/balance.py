@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from at_fused._arguments import check_tensor
 from at_fused._models import distributed
 from at_fused._numbers import kind
+from at_fused.backends.eager import wide
 
 # The ratio that beta="auto" gives, and the calls that it measures: docs/results.md has the study.
 AUTO_RATIO = 3.0
@@ -90,6 +91,10 @@ def shared_gradients(
     check_loss("transfer_loss", transfer_loss)
     if isinstance(parameters, Tensor):
         raise TypeError("parameters must be an iterable of tensors or a module, got a tensor")
+    if not isinstance(parameters, Iterable | nn.Module):
+        raise TypeError(
+            f"parameters must be an iterable of tensors or a module, got {kind(parameters)}"
+        )
     given = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
     for each in given:
         if not isinstance(each, Tensor):
@@ -125,15 +130,15 @@ def check_loss(name: str, loss: Tensor) -> None:
 
 def _gradients(loss: Tensor, trained: list[Tensor]) -> list[Tensor | None]:
     """Return the gradients in float32 or wider, dense; None where a tensor is not reached."""
-    wide: list[Tensor | None] = []
+    gradients: list[Tensor | None] = []
     for scale in SCALES:
         found = torch.autograd.grad(
             loss, trained, torch.full_like(loss, scale), retain_graph=True, allow_unused=True
         )
-        wide = [None if each is None else _widened(each) / scale for each in found]
-        if all(bool(each.isfinite().all()) for each in wide if each is not None):
+        gradients = [None if each is None else _widened(each) / scale for each in found]
+        if all(bool(each.isfinite().all()) for each in gradients if each is not None):
             break
-    return wide
+    return gradients
 
 
 def _widened(gradient: Tensor) -> Tensor:
@@ -144,12 +149,13 @@ def _widened(gradient: Tensor) -> Tensor:
 
 def compare(task: Gradients, transfer: Gradients) -> GradientRatio:
     """Return the norms of two gradients of the same parameters, their ratio and cosine."""
-    sums = []
-    for a, b in zip(task, transfer, strict=True):
-        a, b = a.flatten(), b.flatten()
-        # On one device, which is waited for once.
-        sums.append(torch.stack([a.dot(a), b.dot(b), a.dot(b)]).to(task[0].device))
-    found = torch.stack(sums).cpu().double()
+    pairs = list(zip(task, transfer, strict=True))
+    # On one device, which is waited for once.
+    found = torch.stack([_products(a, b).to(task[0].device) for a, b in pairs]).cpu().double()
+    # Squares of float32 are right from 1e-38 to 3e38.
+    sound = (found[:, :2] > 1e-30).all(1) & (found[:, :2] < 1e38).all(1)
+    for i in (~sound).nonzero().flatten().tolist():
+        found[i] = _products(*map(wide, pairs[i])).cpu()
     # A compiled network gives zeros for a parameter that a loss does not reach.
     reached = (found[:, :2] != 0).all(1)
     of_task, of_transfer, both = found[reached if reached.any() else ...].sum(0).tolist()
@@ -157,6 +163,12 @@ def compare(task: Gradients, transfer: Gradients) -> GradientRatio:
     ratio = of_transfer / of_task if of_task else math.inf if of_transfer else math.nan
     product = of_task * of_transfer
     return GradientRatio(of_task, of_transfer, ratio, both / product if product else math.nan)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return a.a, b.b and a.b."""
+    a, b = a.flatten(), b.flatten()
+    return torch.stack([a.dot(a), b.dot(b), a.dot(b)])
 
 
 class AutoBeta:

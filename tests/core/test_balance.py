@@ -229,6 +229,16 @@ def test_large_gradients_of_16_bits(dtype: torch.dtype) -> None:
     assert [*found] == pytest.approx([1e5, 2e5, 2.0, -1.0], rel=1e-2)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_squares_beyond_float32(size: float) -> None:
+    w = torch.randn(5, requires_grad=True)
+    a, b = torch.randn(5), torch.randn(5)
+    found = gradient_ratio((w * a * size).sum(), (w * b).sum(), [w])
+    a, b = a.double(), b.double()
+    wanted = (size * a.norm(), b.norm(), b.norm() / a.norm() / size, a @ b / a.norm() / b.norm())
+    assert [*found] == pytest.approx([float(value) for value in wanted], rel=1e-5)
+
+
 def test_sparse_gradients() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     found = gradient_ratio(table(torch.tensor([1, 1])).sum(), 2 * table.weight.sum(), table)
@@ -263,6 +273,7 @@ W = torch.ones(2, requires_grad=True)
         ((W.sum(), W.sum(), [torch.ones(2)]), ValueError, "requires a gradient, got none"),
         ((W.sum(), W.sum(), []), ValueError, "requires a gradient, got none"),
         ((W.sum(), W.sum(), W), TypeError, "must be an iterable of tensors or a module, got a t"),
+        ((W.sum(), W.sum(), None), TypeError, "iterable of tensors or a module, got NoneType"),
         ((W.sum(), W.sum(), [W + 0j]), TypeError, "parameters must be real, got torch.complex64"),
         ((W.sum(), mse_loss(torch.ones(2, requires_grad=True), W.detach()), [W]), ValueError,
          "both losses depend on, got none: give the student's"),
