@@ -227,7 +227,9 @@ class Experiment:
             for beta in config.betas:
                 own = replace(config.for_method(method), beta=beta)
                 for i in range(SEARCH_SEEDS):
-                    yield self._job(f"{method}-beta{beta:g}-seed{i}", method, SEARCH_SEED + i, own)
+                    yield self._job(
+                        f"{method}-beta{beta:.15g}-seed{i}", method, SEARCH_SEED + i, own
+                    )
         # Seed by seed, not method by method: a machine that slows down slows all rows alike.
         for seed in range(config.seeds):
             for method in config.compare:

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from at_fused import visualize
+from at_fused.balance import AUTO_STEPS
 from at_fused.layers import Pair
 from at_fused.train import checkpoints, parallel
 from at_fused.train.config import METHOD_OPTIONS, TITLES, Config, drawn, published, readers, to_toml
@@ -213,8 +214,13 @@ def measured_betas(result: Result, config: Config) -> list[str]:
     """Return a line for each method whose beta its first gradients chose."""
     lines = []
     for method, curves in result.students.items():
-        if found := [x["auto_beta"] for curve in curves if "auto_beta" in (x := curve.points[-1])]:
-            lines.append(f"beta auto of {TITLES[method]}: {min(found):.3g} to {max(found):.3g}")
+        last = [curve.points[-1] for curve in curves if "auto_beta" in curve.points[-1]]
+        if last:
+            found, steps = [point["auto_beta"] for point in last], last[0]["step"]
+            short = f", not fixed yet: {steps} of {AUTO_STEPS} steps" if steps < AUTO_STEPS else ""
+            lines.append(
+                f"beta auto of {TITLES[method]}: {min(found):.3g} to {max(found):.3g}{short}"
+            )
     return lines
 
 
@@ -233,9 +239,9 @@ def searched(result: Result) -> str:
     """Return the table of the accuracies on the validation share that chose beta."""
     rows = []
     for method, found in result.searched.items():
-        means = {f"{b:g}": f"{finals(c, 'validation').mean():.2f}" for b, c in found.items()}
+        means = {f"{b:.15g}": f"{finals(c, 'validation').mean():.2f}" for b, c in found.items()}
         title = f"validation accuracy, %, of {TITLES[method]} by beta"
-        rows.append({"": title, **means, "chosen": f"{result.chosen(method):g}"})
+        rows.append({"": title, **means, "chosen": f"{result.chosen(method):.15g}"})
     return table([*dict.fromkeys(column for row in rows for column in row if column)], rows)
 
 

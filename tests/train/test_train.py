@@ -267,6 +267,8 @@ def test_beta_by_the_first_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert f"beta auto of AT: {beta:.3g} to {beta:.3g}" in text(result, config)
     assert found[-1]["auto_beta"] == beta
     assert 'beta = "auto"' in (tmp_path / "whole/config.toml").read_text()
+    short = run(replace(config, epochs=4), tmp_path / "short")
+    assert ", not fixed yet: 4 of 10 steps" in text(short, config)
     # A run that is interrupted in these steps, or after, comes to the same.
     for step in (6, 13):
         out = tmp_path / f"stopped{step}"
@@ -342,10 +344,10 @@ def test_the_validation_share_chooses_beta(tmp_path: Path) -> None:
     assert {p["beta"] for p in metrics(tmp_path) if p["run"] == "at-seed1"} == {chosen}
     assert json.loads((tmp_path / "run.json").read_text())["betas_chosen"] == {"at": chosen}
     rows = cells(searched(result))
-    assert rows[""] == ["0", "1e+06", "chosen"]
-    assert rows["validation accuracy, %, of AT by beta"][-1] == f"{chosen:g}"
+    assert rows[""] == ["0", "1000000", "chosen"]
+    assert rows["validation accuracy, %, of AT by beta"][-1] == f"{chosen:.15g}"
     assert sorted(path.name for path in (tmp_path / "search").iterdir()) == [
-        f"student_at-beta{beta}-seed{i}.pt" for beta in ("0", "1e+06") for i in range(3)
+        f"student_at-beta{beta}-seed{i}.pt" for beta in (0, 1000000) for i in range(3)
     ]
     # More seeds have the beta that was chosen, and nothing is trained again; other betas would
     # choose anew.

@@ -257,6 +257,7 @@ def test_a_wrong_file_is_one_clear_error(refused: Any, content: str, message: st
         ("--optimizer=adamw", "argument --lr: must be given for adamw"),
         ("--nesterov --momentum=0", "argument --nesterov: got True, allowed is false where"),
         ("--betas=1,2", "argument --betas: got (1.0, 2.0), allowed is none without images"),
+        ("--betas=1,2,1 --validation=0.1", "betas: got (1.0, 2.0, 1.0), allowed is numbers, each"),
         ("--compare=", "argument --compare: got (), allowed is one method or more, each once"),
         (
             "--preset=own",
