@@ -57,8 +57,12 @@ def shown(picture: str) -> bool:
 
 
 def add(run: Path, name: str) -> None:
-    """Add the records of a run, or of a search."""
-    if (run / "search.json").exists():
+    """Add the records of a run, or of a search. SystemExit where it is not finished, or unknown."""
+    search = (run / "search.json").exists()
+    block = f"<!-- {name}{'-search' * search} -->"
+    if not any(block in page.read_text() for page in PAGES):
+        raise SystemExit(f"NAME: got {name!r}, but no page has a block {block}")
+    if search:
         file, found = FOLDER / f"{name}-search.json", {}
         for each in filter(Path.exists, (file, run / "search.json")):
             for point in json.loads(each.read_text()):
@@ -67,9 +71,14 @@ def add(run: Path, name: str) -> None:
         points = sorted(found.values(), key=lambda p: [*TITLES].index(p["method"]))
         file.write_text(json.dumps(points, indent=1) + "\n")
         return
-    shutil.copy(run / "config.toml", FOLDER / f"{name}.toml")
+    files = {"config.toml": f"{name}.toml", "metrics.jsonl": f"{name}.jsonl"}
     if shown(f"{name}-attention.png"):
-        shutil.copy(run / "attention.png", FOLDER / f"{name}-attention.png")
+        files["attention.png"] = f"{name}-attention.png"
+    if missing := [file for file in files if not (run / file).is_file()]:
+        raise SystemExit(f"RUN: got {run}, which has no {', '.join(missing)}")
+    read(run / "config.toml", run / "metrics.jsonl")
+    for file, kept in files.items():
+        shutil.copy(run / file, FOLDER / kept)
     lines = []
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         kept = {n: line[n] for n in KEPT if n in line}
@@ -78,20 +87,26 @@ def add(run: Path, name: str) -> None:
     (FOLDER / f"{name}.jsonl").write_text("".join(lines))
 
 
-def run_of(name: str) -> tuple[Result, Config]:
-    """Return the results and the configuration of a run's records."""
-    config = resolve(from_toml((FOLDER / f"{name}.toml").read_text()))
+def read(options: Path, metrics: Path) -> tuple[Result, Config]:
+    """Return the results and the configuration of a run's files; SystemExit if it is unfinished."""
+    config = resolve(from_toml(options.read_text()))
     curves: dict[str, Curve] = {}
-    result = Result(None, {method: [] for method in config.compare})
-    for line in map(json.loads, (FOLDER / f"{name}.jsonl").read_text().splitlines()):
-        if line["run"] not in curves:
-            curves[line["run"]] = curve = Curve()
-            if line["run"] != "teacher":
-                result.students[line["method"]].append(curve)
-        curves[line["run"]].points.append(line)
+    for line in map(json.loads, metrics.read_text().splitlines()):
+        curves.setdefault(line["run"], Curve()).points.append(line)
+    # Differences are paired by seed.
+    names = {m: [f"{m}-seed{seed}" for seed in range(config.seeds)] for m in config.compare}
+    for name in (each for of_method in names.values() for each in of_method):
+        if name not in curves or curves[name].points[-1]["epoch"] < config.epochs:
+            raise SystemExit(f"{metrics}: {name} is not finished; at-fused-train --resume goes on")
+    result = Result(None, {method: [curves[n] for n in names[method]] for method in names})
     if "teacher" in curves:
         result.teacher = (curves["teacher"].chosen["accuracy"],)
     return result, config
+
+
+def run_of(name: str) -> tuple[Result, Config]:
+    """Return the results and the configuration of a run's records."""
+    return read(FOLDER / f"{name}.toml", FOLDER / f"{name}.jsonl")
 
 
 class Task:
@@ -107,6 +122,8 @@ class Task:
         self.name, self.points = file.stem, dict[str, list[dict[str, Any]]]()
         for name, student in json.loads(file.read_text()).items():
             self.points.setdefault(name.rpartition("-seed")[0], []).append(student)
+        for students in self.points.values():  # differences are paired by seed
+            students.sort(key=lambda student: student["seed"])
         self.base = next(iter(self.points))
         grid = [name for name in self.points if "-beta" in name]
         self.grid = {self.points[name][0]["beta"]: name for name in grid}

@@ -14,13 +14,21 @@ import json
 import statistics
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from at_fused.train.cli import build_parser, configure, file_of
-from at_fused.train.config import METHODS, TITLES, Config, ConfigError, method_rule, read_file
+from at_fused.train.config import (
+    METHODS,
+    TITLES,
+    Config,
+    ConfigError,
+    method_rule,
+    naming,
+    read_file,
+    resolve,
+)
 from at_fused.train.experiment import Experiment
 from at_fused.train.loop import Callbacks, Job, Point
 from at_fused.train.report import table
@@ -32,16 +40,20 @@ Settings = tuple[str, dict[str, Any]]  # of a method
 def settings_of(grid: str) -> list[Settings]:
     """METHOD:OPTION=X,Y:OPTION=Z, as its points."""
     method, *options = grid.split(":")
-    if method not in METHODS or not all(option.partition("=")[2] for option in options):
+    named = dict(option.split("=", 1) for option in options if "=" in option)
+    if method not in METHODS or len(named) < len(options) or not all(named.values()):
         raise ConfigError(f"--grid: got {grid!r}, allowed is {settings_of.__doc__}")
-    named = [option.split("=") for option in options]
-    values = [[method_rule(method, n).read(x) for x in given.split(",")] for n, given in named]
-    return [(method, dict(zip(dict(named), each, strict=True))) for each in product(*values)]
+    values = []
+    for name, given in named.items():
+        with naming(f"--grid: {method}:{name}"):
+            rule = method_rule(method, name)
+            values.append([rule.read(x) for x in given.split(",")])
+    return [(method, dict(zip(named, each, strict=True))) for each in product(*values)]
 
 
 def written(value: Any) -> str:
     """Return a setting as it is given."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def name_of(settings: Settings) -> str:
@@ -62,6 +74,14 @@ def table_of_points(points: list[dict[str, Any]]) -> str:
     return table([*settings, "mean", "by seed"], rows)
 
 
+def of_point(config: Config, point: Settings) -> tuple[str, Config]:
+    """Return a point's method and configuration; ConfigError where a run would not take it."""
+    method, options = point
+    with naming(name_of(point)):
+        own = resolve(config.given, {"compare": (method,), "method": {method: options}})
+    return method, own.for_method(method)
+
+
 class Points(Experiment):
     """An experiment whose students are those of named points, seed by seed.
 
@@ -79,15 +99,15 @@ class Points(Experiment):
         done: Collection[str] = (),
         **options: Any,
     ) -> None:
-        self.points, self.seeds, self.done = points, seeds, done
+        self.seeds, self.done = seeds, done
+        self.points = {name: of_point(config, point) for name, point in points.items()}
         super().__init__(config, **options)
 
     def jobs(self) -> Iterator[Job]:
         """Yield the trainings."""
         yield from (job for job in super().jobs() if job.is_teacher)
         for seed in self.seeds:
-            for name, (method, options) in self.points.items():
-                own = replace(self.config.for_method(method), **options)
+            for name, (method, own) in self.points.items():
                 if f"{name}-seed{seed}" not in self.done:
                     yield self._job(f"{name}-seed{seed}", method, seed, own)
 
@@ -111,7 +131,7 @@ def main() -> None:
     parser = build_parser()
     parser.add_argument("--grid", action="append", required=True, help=settings_of.__doc__)
     flags = vars(parser.parse_args())
-    if wrong := {"compare", "evaluate", "eval"} & flags.keys():
+    if wrong := {"compare", "evaluate", "eval", "betas", "validation"} & flags.keys():
         parser.error(f"--{min(wrong)}: a search has none")
     try:
         points = {name_of(each): each for grid in flags.pop("grid") for each in settings_of(grid)}
@@ -119,14 +139,14 @@ def main() -> None:
         flags["evaluate"] = "val"
         file = file_of(flags)
         config, out = configure(flags, file and read_file(file))
-    except ConfigError as error:
-        parser.error(str(error))
-    record, seeds = Record(), range(SEED, SEED + config.seeds)
-    with record.signals:
+        record, seeds = Record(), range(SEED, SEED + config.seeds)
         search = Points(
             config, points, seeds, out=out, fresh="resume" not in flags, callbacks=record
         )
-        search.run()
+        with record.signals:
+            search.run()
+    except ConfigError as error:
+        parser.error(str(error))
     lines = (search.out / "metrics.jsonl").read_text().splitlines()
     last = {line["run"]: line for line in map(json.loads, lines)}
     results = [

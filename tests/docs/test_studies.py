@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_runs import SMALL
+from train_runs import SMALL, run, small
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import beta_study
@@ -18,6 +18,7 @@ import results
 import search_settings
 
 from at_fused.train.config import resolve
+from at_fused.train.report import table_of
 
 
 def test_settings_are_compared_on_images_set_apart(
@@ -50,9 +51,15 @@ def test_settings_are_compared_on_images_set_apart(
     [
         (["--grid=foo:lr=1"], "--grid: got 'foo:lr=1', allowed is METHOD:OPTION=X,Y"),
         (["--grid=at:lr"], "--grid: got 'at:lr', allowed is METHOD:OPTION=X,Y"),
-        (["--grid=at:lr=x"], "got 'x', allowed is a number"),
+        (["--grid=at:lr=x"], "--grid: at:lr: got 'x', allowed is a number"),
+        (["--grid=at:lr=1:lr=2"], "--grid: got 'at:lr=1:lr=2', allowed is METHOD:OPTION=X,Y"),
+        (["--grid=at:lr=1=2"], "--grid: at:lr: got '1=2', allowed is a number"),
         (["--grid=none:beta=1"], "got 'none', allowed is at"),
         (["--grid=none:lr=1", "--evaluate=test"], "--evaluate: a search has none"),
+        (["--grid=at:beta=1", "--betas=1,10"], "--betas: a search has none"),
+        (["--grid=at:form=paper"], "at-formpaper: beta: got None, allowed is auto, or a number"),
+        (["--grid=f-actt:beta=auto"], "beta: got 'auto', allowed is a number for f-actt"),
+        (["--grid=channel-at:beta=1"], "compare: channel-at does not go with wrn-10-1-b8"),
     ],
 )
 def test_a_wrong_search_is_one_clear_error(
@@ -109,3 +116,52 @@ def test_a_record_without_a_table_is_refused(
     monkeypatch.setattr(results, "PAGES", (page,))
     with pytest.raises(SystemExit, match="no page has a block <!-- NAME --> for beta-auto"):
         results.pages()
+
+
+@pytest.fixture
+def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A page with a block, whose records go to a folder of their own."""
+    page, folder = tmp_path / "page.md", tmp_path / "records"
+    page.write_text("<!-- digits -->\n<!-- end -->\n")
+    folder.mkdir()
+    monkeypatch.setattr(results, "PAGES", (page,))
+    monkeypatch.setattr(results, "FOLDER", folder)
+    return folder
+
+
+def test_differences_are_paired_by_seed(tmp_path: Path, records: Path) -> None:
+    config = small(compare=["none", "at"], seeds=3)
+    wanted = table_of(run(config, tmp_path / "run"), config)
+    file = tmp_path / "run/metrics.jsonl"
+    # As --resume leaves them after a student was deleted.
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    lines = sorted(file.read_text().splitlines(keepends=True), key=lambda x: json.loads(x)["step"])
+    file.write_text("".join(lines))
+    results.add(tmp_path / "run", "digits")
+
+    def accuracies(text: str) -> list[list[str]]:
+        return [line.split("|")[2:5] for line in text.splitlines()]
+
+    assert accuracies(table_of(*results.run_of("digits"))) == accuracies(wanted)
+
+
+@pytest.mark.parametrize("case", ["unknown", "unfinished", "a student less", "no config.toml"])
+def test_a_run_that_cannot_be_published_changes_nothing(
+    case: str, tmp_path: Path, records: Path
+) -> None:
+    folder, name = tmp_path / "run", "other" if case == "unknown" else "digits"
+    run(small(compare=["none", "at"], seeds=2), folder)
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    per_student = len(lines) // 5
+    kept = {"unfinished": -1, "a student less": -per_student}.get(case)
+    file.write_text("".join(lines[:kept]))
+    if case == "no config.toml":
+        (folder / "config.toml").unlink()
+    words = {
+        "unknown": "no page has a block <!-- other -->",
+        "no config.toml": "has no config.toml",
+    }.get(case, "at-seed1 is not finished")
+    with pytest.raises(SystemExit, match=words):
+        results.add(folder, name)
+    assert not [*records.iterdir()]
