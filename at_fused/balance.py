@@ -89,13 +89,11 @@ def shared_gradients(
     """Return both losses' gradients for the parameters that both reach."""
     check_loss("task_loss", task_loss)
     check_loss("transfer_loss", transfer_loss)
-    if isinstance(parameters, Tensor):
-        raise TypeError("parameters must be an iterable of tensors or a module, got a tensor")
-    if not isinstance(parameters, Iterable | nn.Module):
-        raise TypeError(
-            f"parameters must be an iterable of tensors or a module, got {kind(parameters)}"
-        )
-    given = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+    given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+    if isinstance(given, Tensor) or not isinstance(given, Iterable):
+        found = "a tensor" if isinstance(given, Tensor) else kind(given)
+        raise TypeError(f"parameters must be an iterable of tensors or a module, got {found}")
+    given = list(given)
     for each in given:
         if not isinstance(each, Tensor):
             raise TypeError(f"parameters must be tensors, got {kind(each)}")

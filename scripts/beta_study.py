@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search_settings import Points, Settings
+from search_settings import Points, Settings, name_of
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -154,7 +154,8 @@ class Study(Points):
     ) -> None:
         base, method = config.compare
         points: dict[str, Settings] = {base: (base, {"beta": 0.0})}
-        points |= {f"{method}-beta{beta:g}": (method, {"beta": beta}) for beta in betas}
+        grid: list[Settings] = [(method, {"beta": beta}) for beta in betas]
+        points |= {name_of(point): point for point in grid}
         points |= {f"{method}-ratio{ratio:g}": (method, {"beta": "auto"}) for ratio in ratios}
         # Pairs of a step and the ratio at beta 1 before it, by student.
         self.found: dict[str, list[tuple[int, float]]] = {}

@@ -35,7 +35,7 @@ Array = NDArray[np.float64]
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
 PAGES = (FOLDER.with_suffix(".md"), FOLDER.parents[1] / "README.md")
 
-# Fields of metrics.jsonl that tables and figures read.
+# Fields of metrics.jsonl that a record has.
 KEPT = (
     "run",
     "method",
@@ -46,7 +46,6 @@ KEPT = (
     "accuracy",
     "gradient_ratio",
     "ms",
-    "auto_beta",
     "validation",
 )
 
@@ -71,16 +70,17 @@ def add(run: Path, name: str) -> None:
         points = sorted(found.values(), key=lambda p: [*TITLES].index(p["method"]))
         file.write_text(json.dumps(points, indent=1) + "\n")
         return
-    files = {"config.toml": f"{name}.toml", "metrics.jsonl": f"{name}.jsonl"}
+    options, metrics, copies = run / "config.toml", run / "metrics.jsonl", {}
+    copies[options] = f"{name}.toml"
     if shown(f"{name}-attention.png"):
-        files["attention.png"] = f"{name}-attention.png"
-    if missing := [file for file in files if not (run / file).is_file()]:
+        copies[run / "attention.png"] = f"{name}-attention.png"
+    if missing := [file.name for file in (metrics, *copies) if not file.is_file()]:
         raise SystemExit(f"RUN: got {run}, which has no {', '.join(missing)}")
-    read(run / "config.toml", run / "metrics.jsonl")
-    for file, kept in files.items():
-        shutil.copy(run / file, FOLDER / kept)
+    read(options, metrics)  # raises for a run that is not finished
+    for file, copy in copies.items():
+        shutil.copy(file, FOLDER / copy)
     lines = []
-    for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+    for line in map(json.loads, metrics.read_text().splitlines()):
         kept = {n: line[n] for n in KEPT if n in line}
         short = {n: float(f"{x:.5g}") if isinstance(x, float) else x for n, x in kept.items()}
         lines.append(json.dumps(short) + "\n")

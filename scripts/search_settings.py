@@ -28,6 +28,7 @@ from at_fused.train.config import (
     naming,
     read_file,
     resolve,
+    word_of,
 )
 from at_fused.train.experiment import Experiment
 from at_fused.train.loop import Callbacks, Job, Point
@@ -51,22 +52,17 @@ def settings_of(grid: str) -> list[Settings]:
     return [(method, dict(zip(named, each, strict=True))) for each in product(*values)]
 
 
-def written(value: Any) -> str:
-    """Return a setting as it is given."""
-    return f"{value:.15g}" if isinstance(value, float) else str(value)
-
-
 def name_of(settings: Settings) -> str:
     """Return the name of a point."""
     method, options = settings
-    return "-".join([method, *(f"{name}{written(value)}" for name, value in options.items())])
+    return "-".join([method, *(f"{name}{word_of(value)}" for name, value in options.items())])
 
 
 def table_of_points(points: list[dict[str, Any]]) -> str:
     """Return the table of a search: each point's settings, mean and accuracies by seed."""
     rows = []
     for point in points:
-        cells = {n: written(x) for n, x in point.items() if n not in ("method", "accuracy")}
+        cells = {n: word_of(x) for n, x in point.items() if n not in ("method", "accuracy")}
         cells |= {"mean": f"{statistics.mean(point['accuracy']):.2f}"}
         cells |= {"by seed": ", ".join(f"{x:.2f}" for x in point["accuracy"])}
         rows.append({"": TITLES[point["method"]], **cells})

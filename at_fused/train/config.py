@@ -105,6 +105,11 @@ class Rule:
             return word
 
 
+def word_of(value: Any) -> str:
+    """Return a value as a word of the command line, with the digits that it was given with."""
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
 def whole(low: int, high: int) -> Rule:
     """A whole number."""
     return Rule(int, f"a whole number from {low} to {high}", lambda x: low <= x <= high, "N")

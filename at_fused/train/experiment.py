@@ -32,6 +32,7 @@ from at_fused.train.config import (
     in_a_line,
     readers,
     to_toml,
+    word_of,
 )
 from at_fused.train.data import PICTURES, Data, read_data
 from at_fused.train.data.samples import few_labels
@@ -227,9 +228,8 @@ class Experiment:
             for beta in config.betas:
                 own = replace(config.for_method(method), beta=beta)
                 for i in range(SEARCH_SEEDS):
-                    yield self._job(
-                        f"{method}-beta{beta:.15g}-seed{i}", method, SEARCH_SEED + i, own
-                    )
+                    name = f"{method}-beta{word_of(beta)}-seed{i}"
+                    yield self._job(name, method, SEARCH_SEED + i, own)
         # Seed by seed, not method by method: a machine that slows down slows all rows alike.
         for seed in range(config.seeds):
             for method in config.compare:

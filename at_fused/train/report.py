@@ -24,7 +24,16 @@ from at_fused import visualize
 from at_fused.balance import AUTO_STEPS
 from at_fused.layers import Pair
 from at_fused.train import checkpoints, parallel
-from at_fused.train.config import METHOD_OPTIONS, TITLES, Config, drawn, published, readers, to_toml
+from at_fused.train.config import (
+    METHOD_OPTIONS,
+    TITLES,
+    Config,
+    drawn,
+    published,
+    readers,
+    to_toml,
+    word_of,
+)
 from at_fused.train.data import Data
 from at_fused.train.experiment import Experiment, Result
 from at_fused.train.loop import Callbacks, Curve, Job, Point
@@ -210,7 +219,7 @@ def notes(config: Config) -> list[str]:
     return [*lines, "ms/step: median, with the reading of images; MB/step: allocated at its peak"]
 
 
-def measured_betas(result: Result, config: Config) -> list[str]:
+def measured_betas(result: Result) -> list[str]:
     """Return a line for each method whose beta its first gradients chose."""
     lines = []
     for method, curves in result.students.items():
@@ -230,7 +239,7 @@ def _networks(config: Config) -> str:
 
 def text(result: Result, config: Config) -> str:
     """Return the tables of the results, with what there is to say on them."""
-    lines = [*notes(config), *measured_betas(result, config)]
+    lines = [*notes(config), *measured_betas(result)]
     parts = [table_of(result, config), "\n".join(f"- {line}" for line in lines)]
     return "\n\n".join([*parts, *[searched(result)] * bool(result.searched)])
 
@@ -239,9 +248,9 @@ def searched(result: Result) -> str:
     """Return the table of the accuracies on the validation share that chose beta."""
     rows = []
     for method, found in result.searched.items():
-        means = {f"{b:.15g}": f"{finals(c, 'validation').mean():.2f}" for b, c in found.items()}
+        means = {word_of(b): f"{finals(c, 'validation').mean():.2f}" for b, c in found.items()}
         title = f"validation accuracy, %, of {TITLES[method]} by beta"
-        rows.append({"": title, **means, "chosen": f"{result.chosen(method):.15g}"})
+        rows.append({"": title, **means, "chosen": word_of(result.chosen(method))})
     return table([*dict.fromkeys(column for row in rows for column in row if column)], rows)
 
 
@@ -261,8 +270,8 @@ def options_of(config: Config, result: Result) -> str:
     rows = []
     for title, own, read in trainings:
         values = {name: getattr(own, name) for name in read}
-        cells = {n: f"{v:g}" if isinstance(v, (int, float)) else v for n, v in values.items()}
-        rows.append({"": title, **{n: v or "to choose" for n, v in cells.items()}})
+        cells = {n: "to choose" if v is None else word_of(v) for n, v in values.items()}
+        rows.append({"": title, **cells})
     return table(names, rows)
 
 
