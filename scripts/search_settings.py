@@ -127,7 +127,7 @@ def main() -> None:
     parser = build_parser()
     parser.add_argument("--grid", action="append", required=True, help=settings_of.__doc__)
     flags = vars(parser.parse_args())
-    if wrong := {"compare", "evaluate", "eval", "betas", "validation"} & flags.keys():
+    if wrong := {"compare", "evaluate", "eval", "betas"} & flags.keys():
         parser.error(f"--{min(wrong)}: a search has none")
     try:
         points = {name_of(each): each for grid in flags.pop("grid") for each in settings_of(grid)}
@@ -135,6 +135,8 @@ def main() -> None:
         flags["evaluate"] = "val"
         file = file_of(flags)
         config, out = configure(flags, file and read_file(file))
+        if config.validation:  # it would choose among the evaluations, of which the last counts
+            raise ConfigError("--validation: a search has none")
         record, seeds = Record(), range(SEED, SEED + config.seeds)
         search = Points(
             config, points, seeds, out=out, fresh="resume" not in flags, callbacks=record

@@ -57,14 +57,18 @@ def test_settings_are_compared_on_images_set_apart(
         (["--grid=none:beta=1"], "got 'none', allowed is at"),
         (["--grid=none:lr=1", "--evaluate=test"], "--evaluate: a search has none"),
         (["--grid=at:beta=1", "--betas=1,10"], "--betas: a search has none"),
+        (["--grid=at:beta=1", "--validation=0.1"], "--validation: a search has none"),
+        (["--grid=at:p=1", "--config=validated.toml"], "--validation: a search has none"),
         (["--grid=at:form=paper"], "at-formpaper: beta: got None, allowed is auto, or a number"),
         (["--grid=f-actt:beta=auto"], "beta: got 'auto', allowed is a number for f-actt"),
         (["--grid=channel-at:beta=1"], "compare: channel-at does not go with wrn-10-1-b8"),
     ],
 )
 def test_a_wrong_search_is_one_clear_error(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("validated.toml").write_text("betas = [1.0, 10.0]\nvalidation = 0.1\n")
     monkeypatch.setattr(sys, "argv", ["search", *words])
     with pytest.raises(SystemExit):
         search_settings.main()
