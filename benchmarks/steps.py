@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ def kept_features(model: nn.Module, layers: list[str]) -> Iterator[list[Tensor]]
 
 
 def programs(networks: Networks) -> dict[str, Callable[[], object]]:
-    """Steps to compare, on the same networks; hooks are there for the one step."""
+    """Return the steps to compare, all of the same weights."""
     student, teacher, x, _, layers = networks
 
     def without() -> float:
@@ -86,18 +87,20 @@ def programs(networks: Networks) -> dict[str, Callable[[], object]]:
         with kept_features(student, layers) as features, kept_features(teacher, layers) as targets:
             networks.step(lambda: without() + BETA * loss(features, targets))
 
-    def hooked(prepared: bool = False) -> None:
-        at = AttentionTransfer(student, teacher, layers, beta=BETA)
-        if prepared:
-            at.prepare(x)
-        networks.step(lambda: at(x))
-        at.remove()
+    # Hooks stay, on copies: the first pass of a layer that is named also reads its layout.
+    hooked = networks._replace(student=deepcopy(student), teacher=deepcopy(teacher))
+    at = AttentionTransfer(hooked.student, hooked.teacher, layers, beta=BETA)
+    hooked.step(lambda: at(x))
+
+    def prepared() -> None:
+        at.prepare(x)
+        hooked.step(lambda: at(x))
 
     return {
         "alone": networks.step,
         "without": lambda: networks.step(without),
         "eager": lambda: of_features(popular_losses),
         "drop-in": lambda: of_features(at_fused.at_loss),
-        "tap": hooked,
-        "prepared": lambda: hooked(prepared=True),
+        "tap": lambda: hooked.step(lambda: at(x)),
+        "prepared": prepared,
     }
