@@ -1,4 +1,4 @@
-"""Fixtures and hooks of all tests: the back ends at hand, and quiet, repeatable randomness."""
+"""Fixtures and hooks shared by all tests."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-# Workers (pytest -n) share the cores: threads that spin while they wait keep others from theirs.
+# pytest-xdist workers share the cores, so waiting threads must not spin.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from back_ends import EVERY, slow, use
+from back_ends import ALL_BACKENDS, is_slow, use
 
 try:
     from hypothesis import settings
-except ImportError:  # the GPU tests do without; the files that need it import it, and then fail
+except ImportError:  # GPU machines may lack it; only the files that import it fail
     settings = None
 
 import at_fused
@@ -31,15 +31,15 @@ if not cpu.available():
         "'pytest' rather than 'python -m pytest', which imports the checkout instead."
     )
 
-# The same examples each time, so that a failure is a change. To look for new ones, thousands:
+# Runs use the same examples, so that only a code change can cause a new failure. To search more:
 # pytest tests/core/test_properties.py --hypothesis-profile=search; --hypothesis-seed=N repeats it.
 if settings:
     settings.register_profile("same", derandomize=True, max_examples=150)
     settings.register_profile("search", max_examples=4000)
     settings.load_profile("same")
 
-# Autograd starts with its first backward, with a thread for each device. torch.compile puts a fake
-# one there: after that a process with these threads could not be forked.
+# The first backward starts autograd's device threads. torch.compile registers a fake device, and
+# a process whose autograd has a thread for it cannot fork. Start autograd before that.
 torch.ones((), requires_grad=True).backward()
 
 
@@ -47,7 +47,7 @@ torch.ones((), requires_grad=True).backward()
 def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "hypothesis_seed", "") is None:
         config.option.hypothesis_seed = str(random.randrange(2**32))
-    # A file's tests in one worker, for what they share, until another has none left.
+    # Keep a file's tests in one worker, because they share caches, until another worker is idle.
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist = "worksteal"
 
@@ -61,9 +61,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.fixture(autouse=True)
 def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Seeds random numbers, and gives the next test the number of threads that this one had."""
+    """Seed random numbers, and restore the number of threads after the test."""
     torch.manual_seed(0)
-    # Warnings of this package are errors here; the one-time warning has a test of its own.
+    # pytest turns warnings into errors; test_errors.py covers this one-time warning.
     monkeypatch.setattr(at_fused._arguments, "single_position_warned", True)
     threads = torch.get_num_threads()
     yield
@@ -71,40 +71,42 @@ def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.exhaustive] * slow(n)) for n in EVERY])
+@pytest.fixture(
+    params=[pytest.param(n, marks=[pytest.mark.exhaustive] * is_slow(n)) for n in ALL_BACKENDS]
+)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on every back end that this machine has, and on CUDA's kernels."""
+    """Run the test on every available back end and on the emulated CUDA kernels."""
     with use(request.param) as name:
         yield name
 
 
-@pytest.fixture(params=[n for n in EVERY if not slow(n)])
+@pytest.fixture(params=[n for n in ALL_BACKENDS if not is_slow(n)])
 def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """As ``backend``, for tests of thousands of calls or large tensors."""
+    """Run the test as ``backend`` does, without slow back ends: for many calls or large tensors."""
     with use(request.param) as name:
         yield name
 
 
-# ---- tests that need a GPU: a line at the end says how many are not run --------------------------
+# ---- tests that need a GPU: the summary counts those that were not run ---------------------------
 
 RUNS_GPU_TESTS = torch.cuda.is_available() or os.environ.get("AT_FUSED_GPU_DRY_RUN") == "1"
-LEFT_OUT = pytest.StashKey[int]()
+SKIPPED_GPU_TESTS = pytest.StashKey[int]()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if output := getattr(session.config, "workeroutput", None):
-        output["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+        output["skipped_gpu_tests"] = session.config.stash.get(SKIPPED_GPU_TESTS, 0)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    if output := getattr(node, "workeroutput", None):  # a worker that crashed has none
-        node.config.stash[LEFT_OUT] = output["left_out"]
+    if output := getattr(node, "workeroutput", None):  # absent if the worker crashed
+        node.config.stash[SKIPPED_GPU_TESTS] = output["skipped_gpu_tests"]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if left_out := config.stash.get(LEFT_OUT, 0):
-        line = f"{left_out} tests need a CUDA device (torch.cuda.is_available() is False): not run"
+    if skipped := config.stash.get(SKIPPED_GPU_TESTS, 0):
+        line = f"{skipped} tests need a CUDA device (torch.cuda.is_available() is False): not run"
         terminalreporter.write_line(line)
 
 
@@ -112,7 +114,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "the I-th of N parts of the tests, I from 0: for processes without pytest-xdist"
+    text = "run only shard I (from 0) of N, for processes without pytest-xdist"
     parser.addoption("--shard", type=shard, default=(0, 1), metavar="I/N", help=text)
 
 
@@ -126,7 +128,7 @@ def shard(text: str) -> tuple[int, int]:
 def pytest_report_teststatus(
     report: pytest.CollectReport | pytest.TestReport, config: pytest.Config
 ) -> tuple[str, str, str] | None:
-    """A shard says why a test fails when it does: what hangs later is killed, and says nothing."""
+    """Print a shard's failure at once: a shard that hangs later is killed without a report."""
     if not report.failed or config.option.shard == (0, 1):
         return None
     word = "failed" if report.when == "call" else "error"
@@ -137,19 +139,19 @@ def pytest_report_teststatus(
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> Generator[None, None, None]:
-    """Leave out what this machine cannot run, then divide what -k and -m choose among shards.
+    """Remove tests that need an absent GPU, then divide those that -k and -m select among shards.
 
-    By name, in turn, so that cases of one test, which take as long, go to all shards.
+    Shards take tests round-robin by name, so that each gets some of the cases of a slow test.
     """
-    # A test that takes a minute comes first, for no worker to wait at the end.
+    # The slowest tests run first, so that no worker waits for them at the end.
     items.sort(key=lambda item: item.path.stem not in ("test_triton_compile", "test_sanitizers"))
     if not RUNS_GPU_TESTS:
         gpu = {item for item in items if item.get_closest_marker("gpu")}
-        config.stash[LEFT_OUT] = len(gpu)
+        config.stash[SKIPPED_GPU_TESTS] = len(gpu)
         items[:] = [item for item in items if item not in gpu]
     yield
-    part, of = config.option.shard
-    if of > 1:
-        chosen = set(sorted(items, key=lambda item: item.nodeid)[part::of])
+    part, parts = config.option.shard
+    if parts > 1:
+        chosen = set(sorted(items, key=lambda item: item.nodeid)[part::parts])
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]

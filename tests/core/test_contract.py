@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from back_ends import slow
+from back_ends import is_slow
 from layouts import DTYPES, LAYOUTS, SHAPES, features, strided_views
 from matrix import crossed
 from reference import (
     assert_matches_reference,
-    popular_at,
-    popular_at_loss,
+    eager_at,
+    eager_at_loss,
     reference_loss,
 )
 from torch import Tensor
@@ -60,7 +60,7 @@ def test_lists_of_unequal_pairs(backend: str, reduction: str, weights: list[floa
 
 
 def test_more_pairs_than_a_launch_carries(backend: str) -> None:
-    count = 17 if slow(backend) else 40
+    count = 17 if is_slow(backend) else 40
     students, teachers = ([features(2, c, 2 + i % 5, 3) for i in range(count)] for c in (3, 4))
     for reduction in ("sum", "none"):
         assert_matches_reference(students, teachers, reduction=reduction)
@@ -99,12 +99,12 @@ def test_one_tensor_as_student_and_teacher(backend: str) -> None:
 def test_drop_in_for_the_popular_lines(fast_backend: str) -> None:
     for size in ((128, 16, 32, 32), (5, 7, 7, 7), (1, 2, 3, 3)):
         x, y = torch.randn(size, requires_grad=True), torch.randn(size, requires_grad=True)
-        loss, expected = at_fused.at_loss(x, y), popular_at_loss(x, y)
+        loss, expected = at_fused.at_loss(x, y), eager_at_loss(x, y)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
         found, right = (torch.autograd.grad(each, (x, y)) for each in (loss, expected))
         for g, r in zip(found, right, strict=True):
             assert (g - r).norm() <= 1e-5 * r.norm()
-        torch.testing.assert_close(at_fused.at(x), popular_at(x), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(at_fused.at(x), eager_at(x), rtol=1e-5, atol=1e-7)
 
 
 # ---- special values ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from back_ends import EMULATED, EVERY, use
+from back_ends import ALL_BACKENDS, EMULATED, use
 
 X = torch.randn(2, 3, 4, 4)
 AS_IT_WAS = X.clone()
@@ -169,7 +169,7 @@ WRONG: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
     [(operators, *row) for operators, rows in WRONG.items() for row in rows],
 )
 def test_wrong_direct_calls(operators: tuple[str, ...], change: dict[str, Any], words: str) -> None:
-    for operator, name in itertools.product(operators, EVERY):
+    for operator, name in itertools.product(operators, ALL_BACKENDS):
         with use(name), pytest.raises(RuntimeError, match="at_fused: ") as caught:
             call(operator, change)
         assert re.search(words, str(caught.value)), f"{operator} of {name}"
@@ -184,7 +184,7 @@ def test_tensors_elsewhere_are_refused(elsewhere: int) -> None:
     words = ("device of its feature", "device of its feature", r"\(B, N\)", "of int32")[elsewhere]
     # The dispatcher itself would go where any of the tensors is.
     cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-    for operator, name in itertools.product(TAPS, EVERY):
+    for operator, name in itertools.product(TAPS, ALL_BACKENDS):
         namespace = torch.ops.at_fused_emulated if name in EMULATED else torch.ops.at_fused
         with use(name), pytest.raises(RuntimeError, match=words):
             getattr(namespace, operator).default.redispatch(cpu, *three, 2.0, "max", channels)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import mistakes
+import bad_values
 import pytest
 import torch
-from mistakes import Mistake
+from bad_values import BadValue
 
 import at_fused
 
@@ -18,7 +18,7 @@ TOKENS, T_TOKENS = X[:, 0], Y[:, 0]
 ONES = torch.ones(2, 4, 4)
 LAST = {"channel_dim": -1}
 
-# Wrong calls of at_loss by the errors' words; wrong values of one option are mistakes.LOSS.
+# Wrong calls of at_loss by the errors' words; wrong values of one option are bad_values.LOSS.
 TYPE_ERRORS: dict[str, tuple[Any, ...]] = {
     "both be tensors or both be.*list.*Tensor": ([1.0], Y),
     "both be tensors.*Tensor and list": (X, [Y]),
@@ -104,43 +104,43 @@ def test_at_loss(message: str) -> None:
     assert re.search(message, found)
 
 
-def listed(options: dict[str, list[Mistake]]) -> Any:
+def listed(options: dict[str, list[BadValue]]) -> Any:
     rows = [(name, mistake) for name, several in options.items() for mistake in several]
     return pytest.mark.parametrize(("name", "mistake"), rows, ids=str)
 
 
-@listed(mistakes.LOSS)
-def test_a_wrong_option(name: str, mistake: Mistake) -> None:
-    error, message = raised(X, Y, **{name: mistake.of([1.0] if name == "weights" else 2.0)})
+@listed(bad_values.LOSS)
+def test_a_wrong_option(name: str, mistake: BadValue) -> None:
+    error, message = raised(X, Y, **{name: mistake.replace([1.0] if name == "weights" else 2.0)})
     assert issubclass(error, mistake.error)
     assert re.search(mistake.message, message)
 
 
-@listed(mistakes.DISTANCE)
-def test_a_wrong_option_of_features_loss(name: str, mistake: Mistake) -> None:
+@listed(bad_values.FEATURES_LOSS)
+def test_a_wrong_option_of_features_loss(name: str, mistake: BadValue) -> None:
     with pytest.raises(mistake.error, match=mistake.message):
-        at_fused.features_loss([X, Y], [X + 1, Y], **{name: mistake.of([1.0, 2.0])})
+        at_fused.features_loss([X, Y], [X + 1, Y], **{name: mistake.replace([1.0, 2.0])})
 
 
 LOGITS, LABELS = torch.randn(4, 6), torch.tensor([0, 1, 5, 3])
 
 
-@listed(mistakes.KD)
-def test_a_wrong_option_of_kd_loss(name: str, mistake: Mistake) -> None:
-    options = {"labels": LABELS, "alpha": 0.5} | {name: mistake.of(LABELS)}
+@listed(bad_values.KD)
+def test_a_wrong_option_of_kd_loss(name: str, mistake: BadValue) -> None:
+    options = {"labels": LABELS, "alpha": 0.5} | {name: mistake.replace(LABELS)}
     with pytest.raises(mistake.error, match=mistake.message):
         at_fused.kd_loss(LOGITS, LOGITS * 2, **options)
 
 
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("mistake", mistakes.FEATURE + mistakes.PAIRED, ids=str)
-def test_a_wrong_tensor_of_other_functions(mistake: Mistake, side: int) -> None:
+@pytest.mark.parametrize("mistake", bad_values.FEATURE + bad_values.PAIRED, ids=str)
+def test_a_wrong_tensor_of_other_functions(mistake: BadValue, side: int) -> None:
     for function, right, names in (
         (at_fused.kd_loss, LOGITS, ("student_logits", "teacher_logits")),
         (at_fused.features_loss, X, ("student", "teacher")),
     ):
         pair = [right, right]
-        pair[side] = mistake.of(right)
+        pair[side] = mistake.replace(right)
         with pytest.raises(mistake.error, match=mistake.message.format(name=names[side])):
             function(*pair)
 
@@ -173,10 +173,10 @@ def test_maps(
 
 def test_module_checks_its_options_when_made() -> None:
     for name, right in (("form", ""), ("p", 2.0), ("eps", 2.0), ("weights", [1.0, 2.0])):
-        for mistake in mistakes.LOSS[name]:
+        for mistake in bad_values.LOSS[name]:
             if "number per pair" not in mistake.message:  # is not known yet
                 with pytest.raises(mistake.error, match=mistake.message):
-                    at_fused.ATLoss(**{name: mistake.of(right)})
+                    at_fused.ATLoss(**{name: mistake.replace(right)})
 
 
 def test_use_backend() -> None:
@@ -187,11 +187,13 @@ def test_use_backend() -> None:
 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize(
-    "mistake", mistakes.FEATURE + mistakes.PAIRED + mistakes.LISTED + mistakes.RANKED, ids=str
+    "mistake",
+    bad_values.FEATURE + bad_values.PAIRED + bad_values.LISTED + bad_values.RANKED,
+    ids=str,
 )
-def test_a_wrong_feature(fast_backend: str, mistake: Mistake, side: int) -> None:
+def test_a_wrong_feature(fast_backend: str, mistake: BadValue, side: int) -> None:
     pair = [X, Y]
-    pair[side] = mistake.of(pair[side])
+    pair[side] = mistake.replace(pair[side])
     error, message = raised([X, pair[0]], [Y, pair[1]])
     assert issubclass(error, mistake.error)
     named = mistake.message.format(name=rf"{('student', 'teacher')[side]}\[1\]")

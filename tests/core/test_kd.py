@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_losses import DTYPES, leaves_and_doubles, rounding_of
+from plain_losses import DTYPES, gradient_tolerance, leaves_and_doubles
 from torch import Tensor
 
 import at_fused
@@ -58,7 +58,7 @@ def assert_matches(
             continue
         assert g.dtype == x.dtype
         rows = x.numel() / x.shape[1]
-        tolerance = max(rounding_of(g.dtype, 1e-5), 16 * rounding)
+        tolerance = max(gradient_tolerance(g.dtype, 1e-5), 16 * rounding)
         least = 16 * rounding * T / rows * scale + (2**-24 if g.dtype == torch.float16 else 1e-12)
         assert (g.double() - r).abs().max() <= tolerance * r.abs().max() + least
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from back_ends import slow
+from back_ends import is_slow
 from layouts import DTYPES, LAYOUTS, SHAPES, STRIDES, features, strided_views
 from matrix import crossed
 from operator_reference import (
@@ -16,8 +16,8 @@ from operator_reference import (
     assert_map_loss_matches,
     assert_maps_match,
     raw_maps,
+    reference_derivative,
     reference_map,
-    reference_slope,
 )
 from torch import Tensor
 
@@ -53,7 +53,7 @@ def lists_of_maps(kind: str) -> list[Tensor]:
 )
 def test_lists_of_maps(backend: str, kind: str, collapse: str, p: float) -> None:
     xs = lists_of_maps(kind)
-    assert_maps_match(xs[:17] if slow(backend) else xs, p, collapse)
+    assert_maps_match(xs[:17] if is_slow(backend) else xs, p, collapse)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -156,7 +156,7 @@ def test_gradients_times_that_of_the_loss(
         found = _ops.attention_map_backward(xs, ks, loss_gradient, [1, 0], 3.0, skips, channels)
         for i, (x, k, g) in enumerate(zip(xs, ks, found, strict=True)):
             right = torch.zeros_like(x, dtype=torch.float64)
-            slope = reference_slope(
+            slope = reference_derivative(
                 mapped[i], k.double() * factors[1 - i].unsqueeze(1), 3.0, winners[i]
             )
             right[:, :, x.shape[2] - mapped[i].shape[2] :] = slope
@@ -195,7 +195,7 @@ def test_map_loss(backend: str, form: str, eps_mode: str, eps: float, reduction:
 
 
 def test_map_loss_of_many_samples_and_pairs(backend: str) -> None:
-    samples, pairs = (70, 17) if slow(backend) else (300, 37)
+    samples, pairs = (70, 17) if is_slow(backend) else (300, 37)
     many = raw_maps((samples, 5)), raw_maps((samples, 5))
     for reduction in ("sum", "sample"):
         assert_map_loss_matches(*many, [2.0], "code", reduction, "max", 1e-12)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from back_ends import EVERY, use
+from back_ends import ALL_BACKENDS, use
 from hostile import right_call, tensors_of
 from matrix import crossed
 from outside import SUPPORT, output_of
@@ -175,7 +175,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     return dict(json.loads(output_of(tmp_path_factory.mktemp("kept"), script, "kept")))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ALL_BACKENDS)
 def test_nothing_allocated_outlives_a_call_but_its_outputs(kept: Any, name: str) -> None:
     # In a CUDA graph's pool what is kept would be used by another graph too.
     assert not any(kept[name].values()), kept[name]

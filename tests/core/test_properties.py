@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import Call, losses
 from hypothesis import HealthCheck, given, settings
-from reference import Precision, assert_matches_reference, both, reference_loss
+from reference import Precision, assert_matches_reference, reference_loss, two_sides
 from torch import Tensor
 
 import at_fused
@@ -29,7 +29,7 @@ def check_taps(call: Call) -> None:
     students, teachers, options = call.make()
     of_maps = {name: options[name] for name in OF_MAPS if name in options}
     layouts: list[dict[str, Any]] = [
-        {name: both(options[name])[side] for name in OF_LAYOUTS if name in options}
+        {name: two_sides(options[name])[side] for name in OF_LAYOUTS if name in options}
         for side in range(2)
     ]
     of_loss = {k: v for k, v in options.items() if k not in (*OF_MAPS, *OF_LAYOUTS)}
@@ -60,7 +60,7 @@ def check_taps(call: Call) -> None:
 
 
 # How calls are checked, and their share of the profile's number of examples.
-CHECKS = {"losses": (losses(), check_loss, 1.0), "taps": (losses(True), check_taps, 0.6)}
+CHECKS = {"losses": (losses(), check_loss, 1.0), "taps": (losses(for_taps=True), check_taps, 0.6)}
 # The others take longer.
 SHARES = {"cpu": 0.5, "eager": 0.5, "emulator-wide": 0.2, "emulator-small": 0.2, "triton": 0.05}
 

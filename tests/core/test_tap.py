@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from back_ends import EVERY, slow, use
+from back_ends import ALL_BACKENDS, is_slow, use
 from layouts import LAYOUTS, features
 from matrix import crossed
 from reference import raw_map
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import at_fused
 from at_fused._ops import ownership
 
-OTHERS = [name for name in EVERY if name != "cpu" and not slow(name)]
+OTHERS = [name for name in ALL_BACKENDS if name != "cpu" and not is_slow(name)]
 
 
 @pytest.fixture(params=["cpu", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in OTHERS)])

@@ -15,8 +15,8 @@ import pretend_cuda
 import pytest
 import test_contract
 import test_forward_mode
+import test_loss_options
 import test_map_operators
-import test_method
 import test_operators
 import test_tap
 import test_tap_operators
@@ -92,7 +92,7 @@ TAP = "map_and_gradients", "any_order", "rounded_once", "writes_in_place_where_i
 TAP += "the_other_branch_of_an_addition", "two_taps_of_one_gradient", "checkpointing"
 TAP += "captured_and_given_gradients", "retained_and_with_tensors_saved_elsewhere"
 TAP += ("module_hooks_see_their_own_gradients",)
-for module in (test_contract, test_map_operators, test_method, test_tap_operators):
+for module in (test_contract, test_map_operators, test_loss_options, test_tap_operators):
     globals().update(imported(module))
 globals().update(imported(test_operators, *OPERATORS))
 globals().update(imported(test_forward_mode, "the_operators_themselves"))

@@ -1,4 +1,4 @@
-"""The back ends that this machine can run, CUDA's kernels in the emulator among them."""
+"""Back ends that this machine can run, including the CUDA kernels in the emulator."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter, which has to be known before Triton
-# is imported.
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -18,14 +17,14 @@ from cuda_emulator import emulated
 import at_fused
 from at_fused.backends import triton
 
-# CUDA's kernels in the emulator: on a device so wide that even small samples are cut and several
-# blocks meet, and on one so small that samples stay whole, few of them on chip.
+# Emulated devices for the CUDA kernels. The wide one splits even small samples among thread blocks.
+# The small one keeps samples whole, and few of them fit in its shared memory.
 EMULATED = {
     "emulator-wide": {"multiprocessors": 132},
     "emulator-small": {"multiprocessors": 1, "shared": 40 << 10},
 }
 BACKENDS = [name for name, row in at_fused.backends().items() if row.available]
-EVERY = [*BACKENDS, *EMULATED]
+ALL_BACKENDS = [*BACKENDS, *EMULATED]
 
 
 @contextmanager
@@ -34,6 +33,6 @@ def use(name: str) -> Iterator[str]:
         yield name
 
 
-def slow(name: str) -> bool:
-    """Tell Triton's interpreter, which takes minutes for what others do in one."""
+def is_slow(name: str) -> bool:
+    """Return True for Triton's interpreter, which is many times slower than the others."""
     return name == "triton" and triton.interpreted()

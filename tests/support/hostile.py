@@ -2,8 +2,8 @@
 
 Every argument of a right call may be replaced by one of its kind that is wrong, odd or huge. What
 comes must be an exception, or what plain PyTorch gives. A crash is the end of this process, which
-test_abuse.py and test_sanitizers.py wait for: each call is printed before it is made, and can be
-repeated alone: ``hostile.py SEED 1 BACKEND NUMBER``. ``hostile.py kept``: memory, in JSON.
+test_robustness.py and test_sanitizers.py wait for: each call is printed before it is made, and can
+be repeated: ``hostile.py SEED 1 BACKEND NUMBER``. ``hostile.py kept``: memory, in JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from back_ends import EVERY, use
+from back_ends import ALL_BACKENDS, use
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -279,7 +279,7 @@ def kept() -> dict[str, int]:
 if __name__ == "__main__":
     if sys.argv[1:] == ["kept"]:
         found = {}
-        for name in EVERY:
+        for name in ALL_BACKENDS:
             with use(name):
                 found[name] = kept()
         print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Features of every dtype, in memory in every way."""
+"""Features of every dtype and memory layout."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SHAPES = [
     (3, 5, 1, 1),
     (4, 8, 1, 2),
     (2, 15, 13, 1),
-    (70, 4, 3, 3),  # several samples in a task
+    (70, 4, 3, 3),  # several samples per task
     (1, 300, 2, 3),
     (2, 70, 7, 7),
     (2, 64, 14, 14),
     (1, 2, 9000),
-    (1, 24, 64, 80),  # one sample in several tasks
-    (1, 64, 40, 64),  # in several turns of a block of the CUDA kernels
-    (1, 2048, 7, 7),  # rows of several channels in several tasks
+    (1, 24, 64, 80),  # several tasks per sample
+    (1, 64, 40, 64),  # several rounds of a CUDA thread block
+    (1, 2048, 7, 7),  # several tasks, each with rows of several channels
 ]
 
 
@@ -37,7 +37,7 @@ def features(*shape: int, layout: str = "planar", dtype: torch.dtype = torch.flo
 
 
 def padded(x: Tensor, *pads: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """The values of ``x`` inside a larger tensor: ``pads`` before and after C, H and W."""
+    """Copy ``x`` into a view of a larger tensor, with ``pads`` before and after C, H and W."""
     sizes = [n + a + b for n, a, b in zip(x.shape[1:], pads[::2], pads[1::2], strict=True)]
     view = x.new_full((len(x), *sizes), 7.0).contiguous(memory_format=layout)
     for d, (n, a) in enumerate(zip(x.shape[1:], pads[::2], strict=True)):
@@ -45,7 +45,7 @@ def padded(x: Tensor, *pads: int, layout: torch.memory_format = torch.contiguous
     return view.copy_(x)
 
 
-# The same values of (B, C, H, W) elsewhere in memory.
+# Each copies (B, C, H, W) into another memory layout.
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
     "planar": lambda x: x.contiguous(),
     "interleaved": lambda x: x.contiguous(memory_format=LAST),
@@ -61,11 +61,11 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def strided_views() -> list[Tensor]:
-    """Features of all strides: those of STRIDES, steps, parts and expanded ones."""
+    """Return features laid out as in STRIDES, or with steps, slices and expanded dimensions."""
     x = torch.randn(4, 12, 9, 10)
     last = x.contiguous(memory_format=LAST)
     return [
-        *(move(x) for move in STRIDES.values()),
+        *(copy_to(x) for copy_to in STRIDES.values()),
         x[::2],
         x[:, :, ::2, ::3],
         x.transpose(1, 2),

@@ -1,4 +1,4 @@
-"""Large matrices of cases: a small part for every run, the rest for ``pytest -m exhaustive``."""
+"""Large test matrices: a few cases run by default, the rest with ``pytest -m exhaustive``."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import pytest
 
 
 def crossed(**named: Iterable[Any]) -> Callable[..., Any]:
-    """Parametrize a test by all combinations of the axes' values.
+    """Parametrize a test over all combinations of the axes' values.
 
-    Rows in which each value comes at least once run always: the i-th takes the i-th value of every
-    axis. An axis at its end starts again, each time one value later, so that two short axes do not
-    always meet in the same values. All others are exhaustive.
+    The default run has as many combinations as the longest axis, and covers every value. The i-th
+    takes the i-th value of each axis. A shorter axis repeats, shifted by one value each time, so
+    that two short axes do not default pair the same values. The others are marked exhaustive.
     """
     axes = {name: list(values) for name, values in named.items()}
     lengths = [len(values) for values in axes.values()]
-    always = {tuple((i + i // n) % n for n in lengths) for i in range(max(lengths))}
+    default = {tuple((i + i // n) % n for n in lengths) for i in range(max(lengths))}
     return pytest.mark.parametrize(
         tuple(axes),
         [
             pytest.param(
                 *(values[i] for values, i in zip(axes.values(), chosen, strict=True)),
-                marks=[] if chosen in always else pytest.mark.exhaustive,
+                marks=[] if chosen in default else pytest.mark.exhaustive,
             )
             for chosen in itertools.product(*map(range, lengths))
         ],
-        # Addresses in texts would differ between pytest's processes.
+        # Ids must not contain addresses, which differ between pytest-xdist workers.
         ids=lambda value: None if len(text := str(value)) > 50 or " at 0x" in text else text,
     )

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from layouts import LAYOUTS
 from reference import (
     assert_matches_reference,
+    eager_at,
+    eager_at_loss,
     expected_loss,
-    popular_at,
-    popular_at_loss,
     reference_loss,
 )
 from reference import feature as features
@@ -43,9 +43,9 @@ def right_loss(s: Tensor, t: Tensor, **options: float | str) -> float:
 def test_fp16_squares_overflow_from_256_on(backend: str, layout: str) -> None:
     s, t = features(2, 8, 4, 6, layout=layout), features(2, 4, 4, 6)
     s, t = (200 + 20 * s.clamp(-2, 2)).half(), t.half()
-    assert torch.isfinite(popular_at_loss(s, t))
+    assert torch.isfinite(eager_at_loss(s, t))
     s[1, 3, 2, 1] = 256
-    assert not torch.isfinite(popular_at_loss(s, t))
+    assert not torch.isfinite(eager_at_loss(s, t))
     assert_matches_reference([s], [t], scale=2.0**12)
     s[0, 0, 0, 0] = torch.finfo(torch.float16).max
     assert_matches_reference([s], [t], scale=2.0**18)
@@ -56,8 +56,8 @@ def test_an_fp16_norm_that_overflows_gives_silent_zeros(backend: str, layout: st
     # Squares of 3600 fit; the norm over 30 x 36 positions is 1.2e5 and does not.
     s = (60 + features(1, 4, 30, 36, layout=layout)).half()
     t = (60 + 8 * features(1, 3, 30, 36)).half()
-    assert popular_at(s).abs().max() == 0
-    assert popular_at_loss(s, t) == 0
+    assert eager_at(s).abs().max() == 0
+    assert eager_at_loss(s, t) == 0
     assert right_loss(s, t) > 1e-6
     assert_matches_reference([s], [t], scale=2.0**14)
 
@@ -65,8 +65,8 @@ def test_an_fp16_norm_that_overflows_gives_silent_zeros(backend: str, layout: st
 def test_1e_12_is_0_in_fp16(backend: str) -> None:
     s, t = torch.zeros(2, 3, 4, 4).half(), features(2, 5, 4, 4).half()
     s[1] = features(3, 4, 4).half()
-    assert torch.isnan(popular_at(s)[0]).all()
-    assert torch.isnan(popular_at_loss(s, t))
+    assert torch.isnan(eager_at(s)[0]).all()
+    assert torch.isnan(eager_at_loss(s, t))
     assert_matches_reference([s], [t], scale=2.0**6)
     assert_matches_reference([s], [t], form="paper", scale=2.0**6)
 
@@ -86,7 +86,7 @@ def test_fp16_subnormals(backend: str, p: float) -> None:
     s, t = (features(2, 8, 4, 6) * 2**-20).half(), (features(2, 4, 4, 6) * 2**-20).half()
     assert 0 < s[s != 0].abs().min() < torch.finfo(torch.float16).tiny
     if p == 2:  # squares of less than 2^-12 are 0 in fp16
-        assert not torch.isfinite(popular_at_loss(s, t))
+        assert not torch.isfinite(eager_at_loss(s, t))
     assert_matches_reference([s], [t], p=p, scale=2.0**-4)
 
 
@@ -97,7 +97,7 @@ def test_maps_kept_in_bf16(backend: str) -> None:
     s = features(2, 32, 7, 9)
     s, t = s.bfloat16(), (s + 0.01 * features(2, 32, 7, 9)).bfloat16()
     right = right_loss(s, t)
-    assert abs(popular_at_loss(s, t).item() - right) > 0.3 * right
+    assert abs(eager_at_loss(s, t).item() - right) > 0.3 * right
     assert abs(at_fused.at_loss(s, t).item() - right) < 1e-5 * right
     assert_matches_reference([s], [t])
 
@@ -113,7 +113,7 @@ def test_a_zero_map(backend: str, dtype: torch.dtype, form: str) -> None:
     s.requires_grad_()
     q = s.pow(2).mean(1).flatten(1)
     written_out = q / q.pow(2).sum(1, keepdim=True).sqrt().clamp(min=1e-12)
-    assert torch.isnan(gradient((written_out - popular_at(t)).pow(2).mean(), s)).any()
+    assert torch.isnan(gradient((written_out - eager_at(t)).pow(2).mean(), s)).any()
     assert_matches_reference([s], [t], form=form)
 
 
@@ -123,7 +123,7 @@ def test_below_eps_nothing_is_projected_out(backend: str) -> None:
     right = gradient(reference_loss([s], [t]), s)
     # dL/dQ = (g - q (q.g)) / ||Q||, the branch of a norm above eps, used for all.
     q = s.pow(2).mean(1).flatten(1).detach()
-    difference = q / 1e-12 - popular_at(t)
+    difference = q / 1e-12 - eager_at(t)
     unit = q / q.norm(dim=1, keepdim=True)
     g = 2 * difference / difference.numel()
     one_branch = (g - unit * (unit * g).sum(1, keepdim=True)) / 1e-12
@@ -138,7 +138,7 @@ def test_the_root_of_a_difference_of_0(backend: str, dtype: torch.dtype) -> None
     s, t = features(2, 3, 4, 6).to(dtype), features(2, 3, 4, 6).to(dtype)
     t[0] = s[0]
     s.requires_grad_()
-    written_out = (popular_at(s) - popular_at(t)).pow(2).sum(1).sqrt().mean()
+    written_out = (eager_at(s) - eager_at(t)).pow(2).sum(1).sqrt().mean()
     assert torch.isnan(gradient(written_out, s)).any()
     found = gradient(at_fused.at_loss(s, t, form="paper"), s)
     assert found[0].abs().max() == 0
@@ -170,7 +170,7 @@ def test_two_minus_two_cosines_near_convergence(backend: str, apart: float, form
     s = features(2, 8, 5, 7)
     s, t = s.float(), (s * (1 + apart * features(2, 8, 5, 7))).float()
     right = right_loss(s, t)
-    cosines = (popular_at(s) * popular_at(t)).sum(1)
+    cosines = (eager_at(s) * eager_at(t)).sum(1)
     error = abs(((2 - 2 * cosines).mean() / 35).item() - right)
     assert error > {1e-2: 5e-4, 1e-3: 1e-2, 1e-4: 0.5}[apart] * right
     # Maps are rounded to fp32, 6e-8 of themselves, and are `apart` from each other.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_losses import DTYPES, leaves_and_doubles, rounding_of
+from plain_losses import DTYPES, gradient_tolerance, leaves_and_doubles
 from torch import Tensor
 
 import at_fused
@@ -42,7 +42,7 @@ def assert_matches(s: list[Tensor], t: list[Tensor], **options: Any) -> None:
     expected = torch.autograd.grad(right, doubles, above.double())
     for x, g, r in zip(leaves, gradients, expected, strict=True):
         assert g.dtype == x.dtype
-        assert (g.double() - r).abs().max() <= rounding_of(g.dtype, 1e-6) * r.abs().max()
+        assert (g.double() - r).abs().max() <= gradient_tolerance(g.dtype, 1e-6) * r.abs().max()
 
 
 @pytest.mark.parametrize("form", ["mean", "sum"])
