@@ -32,6 +32,14 @@ def test_version_is_the_distributions() -> None:
     assert importlib.metadata.version("at_fused") == at_fused.__version__
 
 
+def test_deprecated_module_still_works_and_warns() -> None:
+    sys.modules.pop("at_fused.modules", None)
+    with pytest.warns(FutureWarning, match="from at_fused import ATLoss") as record:
+        from at_fused.modules import ATLoss
+    assert ATLoss is at_fused.ATLoss
+    assert record[0].filename == __file__
+
+
 def copied(folder: Path, *left_out: str) -> Path:
     """The package in a folder, but for some of its files."""
     copy = folder / "at_fused"
