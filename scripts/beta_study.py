@@ -1,12 +1,12 @@
-"""Find out which gradient ratio the best beta has, over several tasks.
+"""Measure the gradient ratio at the best beta on several tasks.
 
     python scripts/beta_study.py --task digits-20 --out study --results docs/results/beta
 
-Trains, for each beta of a grid of powers of ten and 10 seeds, a student with attention transfer,
-and records the ratio of both gradients (at_fused.gradient_ratio, over beta) as it goes. Validation
-images choose among the betas, test images report. Needs timm. Leaves TASK.json in the folder of
-the results; students that it has are not trained again. An interrupted study goes on with the same
-command, and begins the student anew that it was at.
+Trains a student with attention transfer for each power of ten as beta and each of 10 seeds, and
+records the gradient ratio at beta 1 (at_fused.gradient_ratio) during training. The best beta is
+chosen on validation images; accuracies are on test images. Needs timm. Writes TASK.json to the
+results folder, and skips students that are already in it. To continue an interrupted study, repeat
+the command; the student that was being trained starts over.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from at_fused.train.loop import Callbacks, Job, Point, Trainer
 from at_fused.train.methods import Batch
 
 BETAS = (1.0, 10.0, 100.0, 1e3, 1e4)
-# The paper's formula is not squared.
+# The paper's equation (2) is not squared, so its losses are larger.
 PAPER_BETAS = (0.01, 0.1, 1.0, 10.0, 100.0)
 SEEDS = 10
-# Seeds whose ratio is recorded, and the steps before which it is.
+# The ratio is recorded for the first seeds, before these steps.
 RECORDED_SEEDS = 3
-RECORDED = {*range(10), *range(10, 100, 5), *range(100, 10_000, 20)}
+RECORDED_STEPS = {*range(10), *range(10, 100, 5), *range(100, 10_000, 20)}
 
-# ---- networks and images that at-fused-train has no names for
+# ---- networks and images that at-fused-train does not provide
 
 
 def _resnet(layers: list[int], channels: tuple[int, ...], classes: int) -> nn.Module:
@@ -49,12 +49,12 @@ def _resnet(layers: list[int], channels: tuple[int, ...], classes: int) -> nn.Mo
 
 
 def resnet_teacher(num_classes: int) -> nn.Module:
-    """Make a ResNet of four stages of two blocks for 32x32 pixels."""
+    """Build a ResNet for 32x32 images, with four stages of two blocks."""
     return _resnet([2, 2, 2, 2], (32, 64, 96, 128), num_classes)
 
 
 def resnet_student(num_classes: int) -> nn.Module:
-    """Make a ResNet of four stages of one block, half as wide."""
+    """Build a ResNet for 32x32 images, with four stages of one block, half as wide."""
     return _resnet([1, 1, 1, 1], (16, 32, 48, 64), num_classes)
 
 
@@ -66,17 +66,17 @@ def _vit(width: int, classes: int) -> nn.Module:
 
 
 def vit_teacher(num_classes: int) -> nn.Module:
-    """Make a ViT of 4x4 tokens and four blocks."""
+    """Build a ViT with 4x4 tokens and four blocks."""
     return _vit(96, num_classes)
 
 
 def vit_student(num_classes: int) -> nn.Module:
-    """Make one half as wide."""
+    """Build the same ViT, half as wide."""
     return _vit(48, num_classes)
 
 
-class Rows(Dataset[Any]):
-    """The digits as pictures of CIFAR's format: three channels of 32x32 pixels."""
+class ColourDigits(Dataset[Any]):
+    """The digits in CIFAR's format: three channels of 32x32 pixels."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.targets = images.repeat(1, 3, 1, 1), labels.tolist()
@@ -88,26 +88,26 @@ class Rows(Dataset[Any]):
         return self.images[i], self.targets[i]
 
 
-def colour_digits(root: str) -> tuple[Rows, Rows]:
-    """Open the digits in CIFAR's format, as ``--data`` takes them."""
+def colour_digits(root: str) -> tuple[ColourDigits, ColourDigits]:
+    """Return the training and test digits in CIFAR's format, for ``--data``."""
     data = open_data(Config(data="digits", image_size=32, augment=False, speed="exact"))
     parts = []
     for samples in (data.train, data.evaluate):
         ((x, y, _),) = samples.batches([torch.arange(len(samples))], None)
-        parts.append(Rows(x, y))
+        parts.append(ColourDigits(x, y))
     return parts[0], parts[1]
 
 
 # ---- tasks
 
 _COMMON: dict[str, Any] = {"speed": "exact", "threads": 1, "batch_size": 64, "seeds": SEEDS}
-# Betas of a seed then ask the teacher once.
+# The students of a seed then share the teacher's maps.
 _COMMON |= {"cache": 20}
 _DIGITS = {**_COMMON, "preset": "digits", "lr": 0.1, "validation": 0.3, "evaluate_every": 1000}
 _FASHION = {**_COMMON, "preset": "fashion-mnist", "fraction": 0.2, "validation": 0.25}
 _FASHION |= {"lr_schedule": "cosine", "reset_momentum": False, "init": "torch"}
 _FASHION |= {"lr": 0.1, "teacher_epochs": 10, "evaluate_every": 1000}
-_OWN = "beta_study:"
+_MODULE = "beta_study:"
 TASKS: dict[str, dict[str, Any]] = {
     "digits-20": {**_DIGITS, "labels": 20, "epochs": 300},
     "digits-50": {**_DIGITS, "labels": 50, "epochs": 300},
@@ -116,14 +116,14 @@ TASKS: dict[str, dict[str, Any]] = {
     "digits-50-paper": {**_DIGITS, "labels": 50, "epochs": 300, "form": "paper", "beta": 1.0},
     "colour-digits-100": {
         **(_DIGITS | {"preset": "own", "teacher_epochs": 25}),
-        **{"data": f"{_OWN}colour_digits", "workers": 0, "nesterov": True},
+        **{"data": f"{_MODULE}colour_digits", "workers": 0, "nesterov": True},
         **{"labels": 100, "epochs": 150, "student": "wrn-10-1-b8", "teacher": "wrn-10-2-b8"},
         **{"weight_decay": 2e-2, "teacher_weight_decay": 5e-4},
     },
     "fashion-200-resnet": {
         **_FASHION,
         **{"labels": 200, "epochs": 100},
-        **{"student": f"{_OWN}resnet_student", "teacher": f"{_OWN}resnet_teacher"},
+        **{"student": f"{_MODULE}resnet_student", "teacher": f"{_MODULE}resnet_teacher"},
     },
     "fashion-1000-wrn": {
         **_FASHION,
@@ -133,7 +133,7 @@ TASKS: dict[str, dict[str, Any]] = {
         **_DIGITS,
         **{"labels": 200, "epochs": 100, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05},
         **{"teacher_epochs": 60, "teacher_lr": 1e-3, "teacher_weight_decay": 0.05},
-        **{"student": f"{_OWN}vit_student", "teacher": f"{_OWN}vit_teacher"},
+        **{"student": f"{_MODULE}vit_student", "teacher": f"{_MODULE}vit_teacher"},
     },
 }
 
@@ -142,7 +142,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 class Study(Points):
-    """The students of a task: without transfer, of each beta, and of each ratio (beta="auto")."""
+    """The students of a task: without transfer, at each beta, and at each ratio (beta="auto")."""
 
     def __init__(
         self,
@@ -157,58 +157,58 @@ class Study(Points):
         grid: list[Settings] = [(method, {"beta": beta}) for beta in betas]
         points |= {name_of(point): point for point in grid}
         points |= {f"{method}-ratio{ratio:g}": (method, {"beta": "auto"}) for ratio in ratios}
-        # Pairs of a step and the ratio at beta 1 before it, by student.
-        self.found: dict[str, list[tuple[int, float]]] = {}
+        # By student: pairs of a step and the ratio at beta 1 before it.
+        self.recorded: dict[str, list[tuple[int, float]]] = {}
         super().__init__(config, points, range(config.seeds), done, **options)
 
     def _saved(self, job: Job) -> tuple[Path, dict[str, Any]] | None:
-        # The ratios of a student that goes on would lack the first steps.
+        # A resumed student would lack the ratios of its first steps.
         return super()._saved(job) if job.is_teacher else None
 
     def trainer(self, job: Job, compiles: bool = True) -> Trainer:
-        """Return the trainer of a job, which records the ratio."""
+        """Return a trainer that records the ratio."""
         trainer = super().trainer(job, compiles)
-        step, found = trainer.train_step, self.found.setdefault(job.name, [])
+        original_step, recorded = trainer.train_step, self.recorded.setdefault(job.name, [])
         if trainer.plan.auto:
             ratio = job.name.removeprefix(f"{job.method}-ratio").removesuffix(f"-seed{job.seed}")
             trainer.plan.auto = AutoBeta(ratio=float(ratio))
 
         def train_step(batch: Batch, share: float) -> None:
-            recorded = "at" in job.method and job.seed < RECORDED_SEEDS
-            if recorded and trainer.step in RECORDED:
+            is_recorded = "at" in job.method and job.seed < RECORDED_SEEDS
+            if is_recorded and trainer.step in RECORDED_STEPS:
                 ratio = trainer.gradient_ratio(batch, share, 1.0).ratio
-                found.append((trainer.step, float(f"{ratio:.4g}")))
-            step(batch, share)
+                recorded.append((trainer.step, float(f"{ratio:.4g}")))
+            original_step(batch, share)
 
         trainer.train_step = train_step  # type: ignore[method-assign]
         return trainer
 
 
 class Writer(Callbacks):
-    """Keeps the last evaluation of each student on the disk."""
+    """Writes the last evaluation of each student to the results file."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.file, self.study = file, None
-        self.found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        self.students: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
     def begin(self, study: Any) -> None:
-        """Keep the study."""
+        """Store the study, which has the recorded ratios."""
         self.study = study
 
     def point(self, job: Job, point: Point) -> None:
-        """Write a student's result."""
+        """Write a student's last evaluation."""
         if job.is_teacher or point["step"] < job.plan.steps:
             return
         assert self.study is not None
-        self.found[job.name] = {
+        self.students[job.name] = {
             "beta": float(f"{point['beta']:.4g}"),
             "seed": job.seed,
             "validation": round(point["validation"], 3),
             "accuracy": round(point["accuracy"], 3),
-            "ratios": self.study.found[job.name],
+            "ratios": self.study.recorded[job.name],
         }
-        self.file.write_text(json.dumps(self.found) + "\n")
+        self.file.write_text(json.dumps(self.students) + "\n")
         print(f"{job.name}: {point['validation']:.2f} %, {point['accuracy']:.2f} %", flush=True)
 
 
@@ -217,18 +217,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for weights")
-    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--results", type=Path, required=True, help="folder for TASK.json")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     numbers: Any = {"type": lambda words: tuple(float(x) for x in words.split(",") if x)}
-    parser.add_argument("--betas", default=(), help="powers of ten by default", **numbers)
-    parser.add_argument("--ratios", default=(), **numbers)
-    given = parser.parse_args()
-    config = resolve({"compare": ("none", "at"), **TASKS[given.task], "seeds": given.seeds})
-    given.results.mkdir(parents=True, exist_ok=True)
-    writer, out = Writer(given.results / f"{given.task}.json"), given.out / given.task
+    parser.add_argument("--betas", default=(), help="default: powers of ten", **numbers)
+    parser.add_argument("--ratios", default=(), help='gradient ratios of beta="auto"', **numbers)
+    options = parser.parse_args()
+    config = resolve({"compare": ("none", "at"), **TASKS[options.task], "seeds": options.seeds})
+    options.results.mkdir(parents=True, exist_ok=True)
+    writer, out = Writer(options.results / f"{options.task}.json"), options.out / options.task
     with writer.signals:
-        betas = given.betas or (PAPER_BETAS if config.form == "paper" else BETAS)
-        Study(config, betas, given.ratios, writer.found, out=out, callbacks=writer).run()
+        betas = options.betas or (PAPER_BETAS if config.form == "paper" else BETAS)
+        Study(config, betas, options.ratios, writer.students, out=out, callbacks=writer).run()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Checks over Pythons and torches that the package builds, installs, works and goes away again.
+"""Check that the package builds, installs, works and uninstalls under several Pythons and torches.
 
     scripts/check_versions.py [--python 3.11 ...] [--torch 2.10 newest ...]
 
-For each Python on PATH: an sdist of the commit; of that a wheel by each torch, without CUDA and,
-where nvcc is of torch's CUDA, with it; each wheel under each torch; a build without a compiler; and
-the sdist by pip alone, which fetches the newest torch to build with. Whether a torch is one with
-CUDA is up to pip's settings. Works in a temporary folder and leaves nothing; needs 6 GB for each
-torch with CUDA and 6 more for pip's own build, and 10 minutes for each torch.
-Exit status: 0 all well, 1 something failed.
+For each Python on PATH, builds an sdist of the commit, and from it a wheel with each torch: without
+CUDA and, if nvcc matches torch's CUDA version, with CUDA. Tests each wheel under each torch, a
+build without a compiler, and a pip install of the sdist, where pip fetches the newest torch to
+build with. pip's settings decide whether torch has CUDA. Works in a temporary folder that it
+deletes. Needs 6 GB for each torch with CUDA, 6 GB for pip's own build, and 10 minutes per torch.
+Exit status: 0 if all checks pass, otherwise 1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOOLS = ("build", "setuptools", "ninja", "pybind11", "numpy", "pytest", "hypothe
 TESTS = ("tests/core/test_contract.py", "tests/core/test_operators.py")
 FAILED: list[str] = []
 
-# Who has the libraries or asked for none is not warned, and has the popular lines' numbers.
+# There must be no warning, neither with the libraries nor if they were switched off.
 SMOKE = """
 import sys, warnings
 import torch
@@ -54,28 +54,28 @@ if "cuda" in libraries and torch.version.cuda:
 torch.manual_seed(0)
 s, t = torch.randn(4, 8, 7, 7, requires_grad=True), torch.randn(4, 16, 7, 7)
 a, b = (F.normalize(x.double().pow(2).mean(1).flatten(1)) for x in (s, t))
-right = (a - b).pow(2).mean()
-right = [right.float(), *torch.autograd.grad(right, s)]
+eager = (a - b).pow(2).mean()
+expected = [eager.float(), *torch.autograd.grad(eager, s)]
 for name in ["cpu", "eager"] if libraries else ["eager"]:
     with at_fused.use_backend(name):
         loss = at_fused.at_loss(s, t)
-    found = [loss, *torch.autograd.grad(loss, s)]
-    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-9)
+    actual = [loss, *torch.autograd.grad(loss, s)]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-9)
 """
 
 
 class CheckError(Exception):
-    """A check that did not hold, in words or as the log of a command."""
+    """A failed check; its message may be the log of a command."""
 
 
 def check(holds: bool, message: str) -> None:
-    """An assertion that the other checks survive."""
+    """Raise CheckError, which ``attempt`` catches, unless the condition holds."""
     if not holds:
         raise CheckError(message)
 
 
 def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Return what a command prints; it has to succeed."""
+    """Run a command and return its output; CheckError if it fails."""
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(command, cwd=cwd, env=env, check=False, **out)
     check(done.returncode == 0, f"$ {shlex.join(map(str, command))}\n{done.stdout}")
@@ -83,46 +83,46 @@ def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | Non
 
 
 @contextlib.contextmanager
-def attempt(what: str) -> Iterator[None]:
-    """Print how a check ended; one that failed does not end the others."""
+def attempt(name: str) -> Iterator[None]:
+    """Run a check, print its result, and continue if it failed."""
     start, state = time.monotonic(), "ok"
     try:
         yield
     except CheckError as error:
         print(error)
         state = "FAILED"
-        FAILED.append(what)
-    print(f"{state}: {what}, {time.monotonic() - start:.0f} s", flush=True)
+        FAILED.append(name)
+    print(f"{state}: {name}, {time.monotonic() - start:.0f} s", flush=True)
 
 
 class Environment:
-    """A virtual environment with a torch and nothing else; the tools are in a folder beside it."""
+    """A virtual environment with torch alone; build and test tools are in a separate folder."""
 
     def __init__(self, work: Path, python: str, torch: str) -> None:
         self.work, self.folder, self.tools = work, work / f"env-{torch}", work / "tools"
         run(f"python{python}", "-m", "venv", self.folder)
         self.pip("install", "torch" if torch == "newest" else f"torch=={torch}.*")
-        # The last line: torch may warn that there is no NumPy.
+        # Torch may print a warning about missing NumPy before the last line.
         versions = "import torch; print(torch.__version__, torch.version.cuda or '')"
         self.torch, _, self.cuda = self.call("-c", versions).splitlines()[-1].partition(" ")
         if not self.tools.exists():
             self.pip("install", "--target", self.tools, *TOOLS)
 
     def call(self, *arguments: str | Path, tools: bool = False, **variables: str) -> str:
-        """Runs its Python outside the checkout, as if nothing else were installed."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AT_FUSED_", "PYTHON"))}
-        kept |= {"TMPDIR": str(self.work), "PATH": f"{self.folder}/bin:{kept['PATH']}"}
+        """Run the environment's Python outside the checkout and return its output."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("AT_FUSED_", "PYTHON"))}
+        env |= {"TMPDIR": str(self.work), "PATH": f"{self.folder}/bin:{env['PATH']}"}
         if tools:
-            kept |= {"PYTHONPATH": str(self.tools), "PATH": f"{self.tools}/bin:{kept['PATH']}"}
+            env |= {"PYTHONPATH": str(self.tools), "PATH": f"{self.tools}/bin:{env['PATH']}"}
         python = self.folder / "bin/python"
-        return run(python, *arguments, cwd=self.work, env=kept | variables)
+        return run(python, *arguments, cwd=self.work, env=env | variables)
 
     def pip(self, *arguments: str | Path, **variables: str) -> str:
-        """Runs pip."""
+        """Run pip and return its output."""
         return self.call("-m", "pip", *arguments, **variables)
 
     def build(self, kind: str, source: Path, label: str, **variables: str) -> Path:
-        """An sdist or a wheel; what earlier builds have left in the source must not get in."""
+        """Build an sdist or a wheel and return its path."""
         folder = self.work / f"{label} by {self.torch}"
         arguments = (f"--{kind}", "--no-isolation", "-o", folder, source)
         self.call("-m", "build", *arguments, tools=True, **variables)
@@ -130,58 +130,58 @@ class Environment:
         return path
 
     def has_nvcc(self) -> bool:
-        """Tell whether there is an nvcc that fits this torch."""
-        there = self.cuda and shutil.which("nvcc")
-        return bool(there) and f"release {self.cuda.split('.')[0]}." in run("nvcc", "--version")
+        """Return whether PATH has an nvcc of torch's major CUDA version."""
+        has_both = bool(self.cuda and shutil.which("nvcc"))
+        return has_both and f"release {self.cuda.split('.')[0]}." in run("nvcc", "--version")
 
 
 def make_sdist(env: Environment) -> tuple[Path, Path]:
-    """The sdist, and where it is unpacked: has all that git has, and nothing else."""
+    """Build the sdist and return it and its unpacked folder; it must have exactly git's files."""
     checkout, unpacked = env.work / "a checkout", env.work / "an sdist"
     run("git", "clone", "-q", ROOT, checkout)
     files = set(run("git", "ls-files", cwd=checkout).splitlines())
     sdist = env.build("sdist", checkout, "sdist")
     shutil.unpack_archive(sdist, unpacked)
     (source,) = unpacked.iterdir()
-    found = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
-    made = {name for name in found if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
-    wrong = (found - made) ^ {name for name in files if not name.startswith(".")}
-    check(not wrong, f"not both in the sdist and in the checkout: {sorted(wrong)}")
+    packed = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    made = {name for name in packed if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    wrong = (packed - made) ^ {name for name in files if not name.startswith(".")}
+    check(not wrong, f"only in the sdist or only in the checkout: {sorted(wrong)}")
     return sdist, source
 
 
 def try_out(env: Environment, package: Path, source: Path, *libraries: str) -> None:
-    """Installs it in the clean environment, runs a smoke check and tests, and uninstalls it."""
+    """Install a package in a clean environment, run a smoke check and tests, and uninstall it."""
     env.pip("install", package)
     try:
         env.call("-c", SMOKE, *libraries)
         if libraries:
-            # What CUDA's kernels do in the emulator, no version of torch has a part in.
+            # The CUDA emulator does not depend on the version of torch.
             selection = ("-q", "-p", "no:cacheprovider", "-k", "not emulator")
             env.call("-m", "pytest", *selection, *(source / name for name in TESTS), tools=True)
     finally:
         env.pip("uninstall", "-y", "at_fused")
     left = sorted(env.folder.rglob("at_fused*"))
-    check(not left, f"not uninstalled: {left}")
+    check(not left, f"left after uninstalling: {left}")
 
 
-def without_compiler(env: Environment, source: Path) -> None:
-    """A refusal in words, and the way out that it names."""
+def check_without_compiler(env: Environment, source: Path) -> None:
+    """Check the error of a build without a compiler, and the pure wheel that it suggests."""
     alone = {"PATH": f"{env.folder}/bin:{env.tools}/bin", "CXX": "c++"}
     try:
         env.pip("install", "--no-build-isolation", source, tools=True, **alone)
     except CheckError as error:
         log = str(error)
     else:
-        raise CheckError("was built without a compiler")
+        raise CheckError("the build succeeded without a compiler")
     check("no C++ compiler" in log and "AT_FUSED_CPP=0" in log and "Traceback" not in log, log)
     pure = env.build("wheel", source, "pure", AT_FUSED_CPP="0", **alone)
-    check(pure.name.endswith("-py3-none-any.whl"), f"{pure.name}: wrong tag")
+    check(pure.name.endswith("-py3-none-any.whl"), f"wrong tag of a pure wheel: {pure.name}")
     try_out(env, pure, source)
 
 
 def check_python(python: str, torches: list[str], work: Path) -> None:
-    """All there is to check with one Python."""
+    """Run all checks with one Python."""
     environments = [Environment(work, python, torch) for torch in torches]
     first, last = environments[0], environments[-1]
     sdist, source = make_sdist(first)
@@ -196,24 +196,26 @@ def check_python(python: str, torches: list[str], work: Path) -> None:
         with attempt(f"Python {python}: {wheel.parent.name} under {env.torch}"):
             try_out(env, wheel, source, *libraries)
     with attempt(f"Python {python}: without a compiler"):
-        without_compiler(first, source)
+        check_without_compiler(first, source)
     with attempt(f"Python {python}: sdist by pip alone"):
         try_out(last, sdist, source, "cpu")
 
 
 def main() -> int:
-    """Prints a line for each check."""
+    """Run the program, which prints a line for each check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", nargs="+", default=PYTHONS, help="default: all on PATH")
-    parser.add_argument("--torch", nargs="+", default=["2.10", "newest"], help="2.10 newest")
+    parser.add_argument(
+        "--torch", nargs="+", default=["2.10", "newest"], help="default: 2.10 newest"
+    )
     options = parser.parse_args()
-    # A run that is ended cleans up as well.
+    # Raises SystemExit, so that the temporary folder is deleted.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     pythons = [python for python in options.python if shutil.which(f"python{python}")]
-    print("Python", *pythons or ["not at hand"])
+    print("Python", *pythons or ["not on PATH"])
     for python in pythons:
         work = tempfile.TemporaryDirectory(prefix="at_fused-versions-")
-        with work as folder, attempt(f"Python {python}, all of it"):
+        with work as folder, attempt(f"Python {python}, all checks"):
             check_python(python, options.torch, Path(folder))
     print("failed:", *FAILED or ["none"], sep="\n")
     return bool(FAILED or not pythons)

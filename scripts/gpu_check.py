@@ -1,17 +1,18 @@
 #!/usr/bin/env python
-"""Checks at_fused on a machine with a GPU, in eight minutes.
+"""Test and benchmark at_fused on a machine with a GPU, in eight minutes.
 
     python scripts/gpu_check.py [--out FOLDER] [--build]
 
-Needs torch of 2.10 or later, pytest, numpy and setuptools, and no network. Takes the libraries in
-at_fused/ if it has built them itself of the same sources, there or elsewhere: then carry
-at_fused/*.so and build/gpu_check.sha256. Else it builds them first, with pybind11, nvcc and a C++
-compiler, which may take half an hour more; --build does that alone, and needs no GPU.
+Needs torch 2.10 or later, pytest, numpy and setuptools, and no network. Builds the libraries first,
+with pybind11, nvcc and a C++ compiler, which may take half an hour more; --build stops there, and
+needs no GPU. Skips the build if this script built the libraries in at_fused/ from the same sources.
+To reuse a build from another machine, copy at_fused/*.so and build/gpu_check.sha256.
 
-Leaves two files to send in, in benchmarks/results or FOLDER: gpu_check_<device>_<date>.md, and the
-times in a .json beside it. The most telling comes first. Goes on after a part that fails or takes
-too long. Exit status: 0 all well, 1 a part failed, 2 cannot begin. AT_FUSED_GPU_DRY_RUN=1 runs a
-little of each part on the CPU, with any libraries.
+Writes two files to send in, to benchmarks/results or FOLDER: gpu_check_<device>_<date>.md and, with
+the times, gpu_check_<device>_<date>.json. The most informative parts run first, and a part that
+fails or times out does not stop the others. Exit status: 0 if all parts pass, 1 if one fails, 2 if
+the check cannot start. AT_FUSED_GPU_DRY_RUN=1 runs a little of each part on the CPU, with existing
+libraries even if their sources have changed.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 DRY_RUN = os.environ.get("AT_FUSED_GPU_DRY_RUN") == "1"
 DEVICE, LIBRARIES = ("cpu", ["_cpu"]) if DRY_RUN else ("cuda", ["_cpu", "_cuda"])
-PATIENCE = 10 if DRY_RUN else 1  # a dry run may be one of many things on few cores
-LINES = 100  # of the end of what each command says, for the report
-GRACE = 5  # the last seconds of a part, in which what is interrupted says what it knows
-# This at_fused before others, and no plugins of pytest.
-SET = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-SET |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-# So many processes share the cores.
-SHARED = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+TIMEOUT_FACTOR = 10 if DRY_RUN else 1  # a dry run may share few cores with other programs
+REPORT_LINES = 100  # last lines of a command's output in the report
+GRACE = 5  # seconds between SIGINT, on which pytest prints a traceback, and SIGKILL
+# The checkout's at_fused comes before an installed one.
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+ENVIRONMENT |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+# A part may run 14 processes at once.
+FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
 PYTEST = ("-m", "pytest", "-v", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider")
-PYTEST += ("-o", "faulthandler_timeout=60")  # says where a test hangs
-IN_USE = f"""
+PYTEST += ("-o", "faulthandler_timeout=60")  # prints where a test hangs
+PRINT_INFO = f"""
 import benchmarks, at_fused.info, pathlib, sys
 folder, row = pathlib.Path(at_fused.__file__).parents[1], at_fused.backends()[{LIBRARIES[-1][1:]!r}]
 if folder != pathlib.Path({str(ROOT)!r}):
-    sys.exit(f"another at_fused, in {{folder}}, stands in for this one: uninstall it")
+    sys.exit(f"Python imports another at_fused, from {{folder}}: uninstall it")
 if not row.in_use:
     sys.exit(f"the {{row.name}} library is not in use: {{row.reason}}")
 print("\\n".join(at_fused.info.lines()))
@@ -59,7 +60,7 @@ print("\\n".join(at_fused.info.lines()))
 
 
 class Part(NamedTuple):
-    """Commands that run at once, and the seconds they may take."""
+    """Commands that run in parallel, with a time limit."""
 
     title: str
     seconds: float
@@ -68,22 +69,22 @@ class Part(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A command's status, None if it ran out of time, and what it said."""
+    """A command's exit status, None if it timed out, and its output."""
 
     status: int | None
-    said: str
+    output: str
 
 
-def refuse(why: str) -> None:
-    """End with status 2."""
-    print(f"gpu_check: {why}", file=sys.stderr)
+def abort(message: str) -> None:
+    """Print a message and exit with status 2."""
+    print(f"gpu_check: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def run(part: Part) -> list[Done]:
-    """Run the commands of a part, each in a process group that is killed when its time is over."""
+    """Run the commands of a part, each in a process group that is killed at the time limit."""
     end, grace = time.monotonic() + part.seconds, min(GRACE, part.seconds / 2)
-    options = {"cwd": ROOT, "env": {**os.environ, **SET, **part.environment}}
+    options = {"cwd": ROOT, "env": {**os.environ, **ENVIRONMENT, **part.environment}}
     options |= {"stderr": subprocess.STDOUT, "start_new_session": True}
     with contextlib.ExitStack() as files:
         logs = [files.enter_context(tempfile.TemporaryFile("w+")) for _ in part.commands]
@@ -95,10 +96,10 @@ def run(part: Part) -> list[Done]:
                     process.wait(max(0, until - time.monotonic()))
             return [process.poll() for process in started]
 
-        def send(number: signal.Signals) -> None:
+        def send(signal_number: signal.Signals) -> None:
             for process in started:
                 if process.poll() is None:
-                    os.killpg(process.pid, number)
+                    os.killpg(process.pid, signal_number)
 
         try:
             for command, log in zip(part.commands, logs, strict=True):
@@ -114,143 +115,144 @@ def run(part: Part) -> list[Done]:
         return [Done(status, log.read()) for status, log in zip(statuses, logs, strict=True)]
 
 
-def tests(processes: int, parts: int, *choice: str) -> list[list[str]]:
-    """Run several processes, each with its part of the tests."""
+def pytest_commands(processes: int, shards: int, *selection: str) -> list[list[str]]:
+    """Return a pytest command for each of the first shards of the selected tests."""
     if DRY_RUN:
-        processes, parts = 2, 14
-    return [[sys.executable, *PYTEST, "--shard", f"{i}/{parts}", *choice] for i in range(processes)]
+        processes, shards = 2, 14
+    command = [sys.executable, *PYTEST]
+    return [[*command, "--shard", f"{i}/{shards}", *selection] for i in range(processes)]
 
 
-def parts(rows: Path) -> list[Part]:
-    """All of it, the most telling first."""
-    quick = [sys.executable, "-m", "benchmarks.quick", DEVICE, str(rows), *["1"] * DRY_RUN]
+def parts(times: Path) -> list[Part]:
+    """Return the parts, most informative first; the benchmarks write their times to a file."""
+    quick = [sys.executable, "-m", "benchmarks.quick", DEVICE, str(times), *["1"] * DRY_RUN]
     driver = [sys.executable, "scripts/gpu_driver.py", DEVICE]
     checks = [driver] if DRY_RUN else []
     path = f"{os.environ['PATH']}:/usr/local/cuda/bin"
     if not DRY_RUN and (sanitizer := shutil.which("compute-sanitizer", path=path)):
         tools = "--tool=memcheck", "--tool=racecheck"
         checks = [[sanitizer, "--error-exitcode=1", tool, *driver] for tool in tools]
-    # Not from the caching allocator, whose large blocks would hide accesses past a tensor's end.
-    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    every = ["tests/kernels/test_gpu.py", "tests/kernels/test_triton.py"]
-    smoke = tests(8, 8, "-m", "smoke", "-k", "not triton", every[0])
-    contract = tests(14, 14, "-m", "not smoke", "-k", "not triton", every[0])
-    triton = tests(8, 8, "-m", "smoke", "-k", "triton", every[0])
-    triton += tests(6, 30, "-m", "not smoke", "-k", "triton", *every)
+    # The large blocks of the caching allocator would hide accesses past a tensor's end.
+    no_caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    files = ["tests/kernels/test_gpu.py", "tests/kernels/test_triton.py"]
+    smoke = pytest_commands(8, 8, "-m", "smoke", "-k", "not triton", files[0])
+    contract = pytest_commands(14, 14, "-m", "not smoke", "-k", "not triton", files[0])
+    triton = pytest_commands(8, 8, "-m", "smoke", "-k", "triton", files[0])
+    triton += pytest_commands(6, 30, "-m", "not smoke", "-k", "triton", *files)
     return [
-        Part("Smoke", 100, smoke, SHARED),
-        # Dynamo's own compilation of the rivals is not for a dry run.
+        Part("Smoke tests", 100, smoke, FEW_THREADS),
+        # torch.compile of the baselines takes too long for a dry run.
         Part("Benchmarks", 120, [quick], {"TORCHDYNAMO_DISABLE": "1"} if DRY_RUN else {}),
-        Part("CUDA contract", 110, contract, SHARED),
-        Part("compute-sanitizer", 80, checks, alone),
-        Part("Triton's smoke and a fifth of its tests", 70, triton, SHARED),
+        Part("CUDA tests", 110, contract, FEW_THREADS),
+        Part("compute-sanitizer", 80, checks, no_caching),
+        Part("Triton smoke tests and a fifth of the other Triton tests", 70, triton, FEW_THREADS),
     ]
 
 
 def verdict(part: Part, done: list[Done]) -> tuple[bool, str]:
-    """(whether a part is as it should be, in words)."""
+    """Return whether a part passed, and its result in words."""
     if not part.commands:
-        return True, "not there"
-    if any(each.status is None for each in done):
-        return False, f"not done in {part.seconds:.0f} s"
-    of_tests = "pytest" in part.commands[0]
-    good = (0, 5) if of_tests else (0,)  # 5: no test is in this share of them
-    if bad := [str(each.status) for each in done if each.status not in good]:
-        return False, f"status {', '.join(bad)}"
-    if of_tests and not any(re.search(r"\d+ passed", each.said) for each in done):
-        return False, "no test has passed"
+        return True, "not available"
+    if any(command.status is None for command in done):
+        return False, f"timed out after {part.seconds:.0f} s"
+    runs_tests = "pytest" in part.commands[0]
+    allowed = (0, 5) if runs_tests else (0,)  # 5: the shard is empty
+    if failed := [str(command.status) for command in done if command.status not in allowed]:
+        return False, f"exit status {', '.join(failed)}"
+    if runs_tests and not any(re.search(r"\d+ passed", command.output) for command in done):
+        return False, "no test passed"
     return True, "passed"
 
 
 def digest() -> str:
-    """The SHA-256 of the libraries' sources together."""
+    """Return the SHA-256 of all sources of the libraries."""
     sources = hashlib.sha256()
     for file in sorted([ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]):
         sources.update(f"{file.relative_to(ROOT)}\n".encode() + file.read_bytes())
     return sources.hexdigest()
 
 
-def command(title: str, seconds: float, *arguments: str, **environment: str) -> str:
-    """Return what Python prints that must not fail."""
-    (done,) = run(Part(title, seconds, [[sys.executable, *arguments]], environment))
+def run_python(error: str, seconds: float, *arguments: str, **environment: str) -> str:
+    """Run Python and return its output; abort with the error if it fails."""
+    (done,) = run(Part(error, seconds, [[sys.executable, *arguments]], environment))
     if done.status != 0:
-        print(done.said)
-        refuse(f"{title}: {[f'status {done.status}', *done.said.strip().splitlines()][-1]}")
-    return done.said
+        print(done.output)
+        abort(f"{error}: {[f'status {done.status}', *done.output.strip().splitlines()][-1]}")
+    return done.output
 
 
 def build() -> None:
-    """Build libraries that are missing, or that it has not built of these sources."""
-    built, sources = ROOT / "build/gpu_check.sha256", digest()
-    there = all(any((ROOT / "at_fused").glob(f"{name}.*so")) for name in LIBRARIES)
-    if there and (DRY_RUN or (built.exists() and built.read_text() == sources)):
+    """Build the libraries unless this script already built them from the same sources."""
+    record, sources = ROOT / "build/gpu_check.sha256", digest()
+    is_built = all(any((ROOT / "at_fused").glob(f"{name}.*so")) for name in LIBRARIES)
+    if is_built and (DRY_RUN or (record.exists() and record.read_text() == sources)):
         return
-    print(f"{ROOT / 'at_fused'} has no libraries built here of these sources: building", flush=True)
+    print(f"{ROOT / 'at_fused'} has no libraries of these sources: building", flush=True)
     arguments = "setup.py", "build_ext", "--inplace", "--force"
-    command("cannot build", 1800, *arguments, AT_FUSED_CUDA=str(int(not DRY_RUN)))
+    run_python("cannot build", 1800, *arguments, AT_FUSED_CUDA=str(int(not DRY_RUN)))
     if not DRY_RUN:
-        built.parent.mkdir(exist_ok=True)
-        built.write_text(sources)
+        record.parent.mkdir(exist_ok=True)
+        record.write_text(sources)
 
 
 def prepare(only_build: bool) -> str:
-    """Build what it has to; return what is in use."""
-    names = "torch", "pytest", "numpy", "setuptools"  # the last for torch's C++ extensions
+    """Check the machine, build the libraries, and return lines about versions and libraries."""
+    names = "torch", "pytest", "numpy", "setuptools"  # torch's C++ extensions need setuptools
     if missing := [name for name in names if not importlib.util.find_spec(name)]:
-        refuse(f"{sys.executable} has no {', '.join(missing)}")
+        abort(f"{sys.executable} has no {', '.join(missing)}")
     import torch
 
     if not (DRY_RUN or only_build or torch.cuda.is_available()):
-        refuse(f"torch {torch.__version__} sees no GPU")
+        abort(f"torch {torch.__version__} sees no GPU")
     build()
-    in_use = "" if only_build else command("cannot begin", 120, "-c", IN_USE)
-    return f"{in_use}sources    sha256 {digest()}\n"
+    info = "" if only_build else run_python("cannot start", 120, "-c", PRINT_INFO)
+    return f"{info}sources    sha256 {digest()}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point."""
+    """Run the program and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", metavar="FOLDER")
     parser.add_argument("--build", action="store_true", help="only build the libraries")
-    given = parser.parse_args(arguments)
-    # A program that a shell starts in the background ignores it, and so would all that it starts.
+    options = parser.parse_args(arguments)
+    # Shells start background programs with SIGINT ignored, and child processes inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left on the device
-    in_use = prepare(given.build)
-    if given.build:
-        print(in_use, end="")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that run kills its processes
+    info = prepare(options.build)
+    if options.build:
+        print(info, end="")
         return 0
     import torch
 
     device = "dry run" if DRY_RUN else torch.cuda.get_device_name()
     today = datetime.date.today().isoformat()
     name = f"gpu_check_{re.sub(r'[^A-Za-z0-9]+', '-', device)}_{today}.md"
-    report = given.out.resolve() / name
+    report = options.out.resolve() / name
     report.parent.mkdir(parents=True, exist_ok=True)
     if report.exists():
-        refuse(f"{report} is there: move it away, or give another --out")
-    report.write_text(f"# at_fused on {device}, {today}\n\n```\n{in_use}```\n")
-    end, results, well = time.monotonic(), [], True
+        abort(f"{report} exists: move it, or choose another --out")
+    report.write_text(f"# at_fused on {device}, {today}\n\n```\n{info}```\n")
+    end, results, all_passed = time.monotonic(), [], True
     for part in parts(report.with_suffix(".json")):
         begin = time.monotonic()
-        end += part.seconds * PATIENCE  # what one leaves over the next may take
+        end += part.seconds * TIMEOUT_FACTOR  # time that a part does not use is left to the next
         part = part._replace(seconds=max(0, end - begin))
         done = run(part)
-        good, words = verdict(part, done)
-        well = well and good
-        results.append(f"{part.title}, {time.monotonic() - begin:.0f} s: {words}")
+        passed, description = verdict(part, done)
+        all_passed = all_passed and passed
+        results.append(f"{part.title}, {time.monotonic() - begin:.0f} s: {description}")
         print(results[-1], flush=True)
         lines = [f"\n## {results[-1]}"]
-        for arguments, each in zip(part.commands, done, strict=True):
-            short = "pytest" in arguments and each.status in (0, 5)
-            said = each.said.splitlines()[-2 if short else -LINES :]
-            lines += ["", "```", f"$ {' '.join(arguments)}", *said, "```"]
+        for arguments, command in zip(part.commands, done, strict=True):
+            is_short = "pytest" in arguments and command.status in (0, 5)
+            output = command.output.splitlines()[-2 if is_short else -REPORT_LINES :]
+            lines += ["", "```", f"$ {' '.join(arguments)}", *output, "```"]
         with report.open("a") as file:
             print(*lines, sep="\n", file=file)
     with report.open("a") as file:
         print("\n## Result\n", *(f"- {line}" for line in results), sep="\n", file=file)
     print(f"report: {report}")
-    return int(not well)
+    return int(not all_passed)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python scripts/results.py [RUN NAME]
 
-With a run's folder its records are added first, by a name. NAME.jsonl and NAME.toml are of its
-metrics.jsonl and config.toml, NAME-attention.png its picture. NAME-search.json is the search.json
-of scripts/search_settings.py, whose folder may be RUN too, and adds to it; beta/TASK.json are of
-scripts/beta_study.py. A table stands between <!-- NAME --> and <!-- end -->.
+With RUN, the folder of a run, copies its records first: metrics.jsonl and config.toml as NAME.jsonl
+and NAME.toml, and attention.png if a page shows NAME-attention.png. With the folder of a search,
+adds the points of its search.json to NAME-search.json. scripts/beta_study.py writes beta/TASK.json.
+In the pages, a table stands between <!-- NAME --> and <!-- end -->.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Array = NDArray[np.float64]
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
 PAGES = (FOLDER.with_suffix(".md"), FOLDER.parents[1] / "README.md")
 
-# Fields of metrics.jsonl that a record has.
-KEPT = (
+# Fields of metrics.jsonl that are copied.
+FIELDS = (
     "run",
     "method",
     "seed",
@@ -50,181 +50,182 @@ KEPT = (
 )
 
 
-def shown(picture: str) -> bool:
-    """Return whether a page has a picture."""
+def is_shown(picture: str) -> bool:
+    """Return whether a page shows a picture."""
     return any(f"results/{picture})" in page.read_text() for page in PAGES)
 
 
-def add(run: Path, name: str) -> None:
-    """Add the records of a run, or of a search. SystemExit where it is not finished, or unknown."""
-    search = (run / "search.json").exists()
-    block = f"<!-- {name}{'-search' * search} -->"
+def add_records(run: Path, name: str) -> None:
+    """Copy the records of a run or a search; SystemExit if unfinished, or if no page has NAME."""
+    is_search = (run / "search.json").exists()
+    block = f"<!-- {name}{'-search' * is_search} -->"
     if not any(block in page.read_text() for page in PAGES):
         raise SystemExit(f"NAME: got {name!r}, but no page has a block {block}")
-    if search:
-        file, found = FOLDER / f"{name}-search.json", {}
-        for each in filter(Path.exists, (file, run / "search.json")):
-            for point in json.loads(each.read_text()):
+    if is_search:
+        file, by_settings = FOLDER / f"{name}-search.json", {}
+        for source in filter(Path.exists, (file, run / "search.json")):
+            for point in json.loads(source.read_text()):
                 point["accuracy"] = [round(x, 2) for x in point["accuracy"]]
-                found[json.dumps({**point, "accuracy": 0})] = point
-        points = sorted(found.values(), key=lambda p: [*TITLES].index(p["method"]))
+                by_settings[json.dumps({**point, "accuracy": 0})] = point
+        points = sorted(by_settings.values(), key=lambda p: [*TITLES].index(p["method"]))
         file.write_text(json.dumps(points, indent=1) + "\n")
         return
     options, metrics, copies = run / "config.toml", run / "metrics.jsonl", {}
     copies[options] = f"{name}.toml"
-    if shown(f"{name}-attention.png"):
+    if is_shown(f"{name}-attention.png"):
         copies[run / "attention.png"] = f"{name}-attention.png"
     if missing := [file.name for file in (metrics, *copies) if not file.is_file()]:
         raise SystemExit(f"RUN: got {run}, which has no {', '.join(missing)}")
-    read(options, metrics)  # raises for a run that is not finished
+    read_run(options, metrics)  # raises if the run is not finished
     for file, copy in copies.items():
         shutil.copy(file, FOLDER / copy)
     lines = []
     for line in map(json.loads, metrics.read_text().splitlines()):
-        kept = {n: line[n] for n in KEPT if n in line}
-        short = {n: float(f"{x:.5g}") if isinstance(x, float) else x for n, x in kept.items()}
+        values = {n: line[n] for n in FIELDS if n in line}
+        short = {n: float(f"{x:.5g}") if isinstance(x, float) else x for n, x in values.items()}
         lines.append(json.dumps(short) + "\n")
     (FOLDER / f"{name}.jsonl").write_text("".join(lines))
 
 
-def read(options: Path, metrics: Path) -> tuple[Result, Config]:
-    """Return the results and the configuration of a run's files; SystemExit if it is unfinished."""
+def read_run(options: Path, metrics: Path) -> tuple[Result, Config]:
+    """Return the results and configuration in a run's files; SystemExit if it is unfinished."""
     config = resolve(from_toml(options.read_text()))
     curves: dict[str, Curve] = {}
     for line in map(json.loads, metrics.read_text().splitlines()):
         curves.setdefault(line["run"], Curve()).points.append(line)
-    # Differences are paired by seed.
+    # In the order of the seeds, by which differences are paired.
     names = {m: [f"{m}-seed{seed}" for seed in range(config.seeds)] for m in config.compare}
-    for name in (each for of_method in names.values() for each in of_method):
+    for name in (name for of_method in names.values() for name in of_method):
         if name not in curves or curves[name].points[-1]["epoch"] < config.epochs:
-            raise SystemExit(f"{metrics}: {name} is not finished; at-fused-train --resume goes on")
+            raise SystemExit(f"{metrics}: {name} is not finished; continue it with --resume")
     result = Result(None, {method: [curves[n] for n in names[method]] for method in names})
     if "teacher" in curves:
         result.teacher = (curves["teacher"].chosen["accuracy"],)
     return result, config
 
 
-def run_of(name: str) -> tuple[Result, Config]:
-    """Return the results and the configuration of a run's records."""
-    return read(FOLDER / f"{name}.toml", FOLDER / f"{name}.jsonl")
+def read_record(name: str) -> tuple[Result, Config]:
+    """Return the results and configuration of a run in docs/results."""
+    return read_run(FOLDER / f"{name}.toml", FOLDER / f"{name}.jsonl")
 
 
 class Task:
-    """The students of a task of scripts/beta_study.py, by point and seed.
+    """The students of a task of scripts/beta_study.py, by setting and seed.
 
     Attributes:
-        base: the point without attention transfer.
-        best: the beta of the grid with the best mean on validation images.
-        ratios: of beta="auto".
+        base: the setting without attention transfer.
+        grid: the settings with a fixed beta, by beta.
+        ratios: the settings with beta="auto", by ratio.
+        best: the beta of the grid with the best mean accuracy on validation images.
     """
 
     def __init__(self, file: Path) -> None:
-        self.name, self.points = file.stem, dict[str, list[dict[str, Any]]]()
+        self.name, self.students = file.stem, dict[str, list[dict[str, Any]]]()
         for name, student in json.loads(file.read_text()).items():
-            self.points.setdefault(name.rpartition("-seed")[0], []).append(student)
-        for students in self.points.values():  # differences are paired by seed
+            self.students.setdefault(name.rpartition("-seed")[0], []).append(student)
+        for students in self.students.values():  # differences are paired by seed
             students.sort(key=lambda student: student["seed"])
-        self.base = next(iter(self.points))
-        grid = [name for name in self.points if "-beta" in name]
-        self.grid = {self.points[name][0]["beta"]: name for name in grid}
-        self.best = max(self.grid, key=lambda beta: self.of(self.grid[beta], "validation").mean())
+        self.base = next(iter(self.students))
+        fixed = [name for name in self.students if "-beta" in name]
+        self.grid = {self.students[name][0]["beta"]: name for name in fixed}
+        self.best = max(self.grid, key=lambda b: self.values(self.grid[b], "validation").mean())
         self.ratios = {
-            float(name.rpartition("ratio")[2]): name for name in self.points if "-ratio" in name
+            float(name.rpartition("ratio")[2]): name for name in self.students if "-ratio" in name
         }
 
-    def of(self, point: str, value: str) -> Array:
-        """Return (seeds,) a value of a point's students."""
-        return np.array([student[value] for student in self.points[point]])
+    def values(self, setting: str, field: str) -> Array:
+        """Return (seeds,) a field of a setting's students."""
+        return np.array([student[field] for student in self.students[setting]])
 
-    def to_best(self, point: str, value: str = "accuracy") -> tuple[float, float]:
-        """Return the difference to the best beta and half its interval."""
-        return paired_difference(self.of(point, value), self.of(self.grid[self.best], value))
+    def difference_to_best(self, setting: str, field: str = "accuracy") -> tuple[float, float]:
+        """Return the difference to the best beta and half its 95 % interval."""
+        best = self.values(self.grid[self.best], field)
+        return paired_difference(self.values(setting, field), best)
 
-    def ratio(self, beta: float, first: int, last: int) -> float:
-        """Return the geometric mean of the ratio at a beta of the grid, from a step to another."""
-        found = [
+    def mean_ratio(self, beta: float, first: int, end: int) -> float:
+        """Return the geometric mean of the ratio at a beta of the grid, in steps first to end-1."""
+        logs = [
             math.log(ratio * beta)
-            for student in self.points[self.grid[beta]]
+            for student in self.students[self.grid[beta]]
             for step, ratio in student["ratios"]
-            if first <= step < last
+            if first <= step < end
         ]
-        return math.exp(statistics.mean(found))
+        return math.exp(statistics.mean(logs))
 
 
-def studied(tasks: list[Task]) -> dict[str, str]:
-    """Return the tables of the study of beta."""
-    autos, grids, measured = [], [], []
+def study_tables(tasks: list[Task]) -> dict[str, str]:
+    """Return the tables of the study of beta, by name."""
+    autos, grids, ratios = [], [], []
     for task in tasks:
         title, best = {"": task.name}, {"best beta": f"{task.best:g}"}
-        cells = {"without": f"{task.of(task.base, 'accuracy').mean():.2f}"}
-        cells["best"] = f"{task.of(task.grid[task.best], 'accuracy').mean():.2f}"
-        to_best = {
-            r: "{:+.2f} +- {:.2f}".format(*task.to_best(task.ratios[r])) for r in task.ratios
+        cells = {"without AT": f"{task.values(task.base, 'accuracy').mean():.2f}"}
+        cells["at best beta"] = f"{task.values(task.grid[task.best], 'accuracy').mean():.2f}"
+        differences = {
+            ratio: "{:+.2f} +- {:.2f}".format(*task.difference_to_best(setting))
+            for ratio, setting in task.ratios.items()
         }
-        cells |= {f"ratio {ratio:g}": words for ratio, words in to_best.items()}
-        # The ratio that comes closest to the best betas of the other tasks, on validation images.
+        cells |= {f"ratio {ratio:g}": text for ratio, text in differences.items()}
         others = [other for other in tasks if other is not task]
         chosen = max(
             task.ratios,
-            key=lambda r: sum(other.to_best(other.ratios[r], "validation")[0] for other in others),
+            key=lambda r: sum(t.difference_to_best(t.ratios[r], "validation")[0] for t in others),
         )
-        cells["by the others"] = f"{chosen:g}: {to_best[chosen]}"
-        betas = task.of(task.ratios[AUTO_RATIO], "beta")
-        cells["betas of 3"] = f"{betas.min():.3g} to {betas.max():.3g}"
+        cells["leave-one-out"] = f"{chosen:g}: {differences[chosen]}"
+        betas = task.values(task.ratios[AUTO_RATIO], "beta")
+        cells[f"beta at ratio {AUTO_RATIO:g}"] = f"{betas.min():.3g} to {betas.max():.3g}"
         autos.append(title | best | cells)
-        costs = {f"{b:g}": f"{task.to_best(point)[0]:+.2f}" for b, point in task.grid.items()}
-        grids.append(
-            title | {name: cost for name, cost in costs.items() if name != f"{task.best:g}"}
-        )
-        grids[-1][f"{task.best:g}"] = "best"
+        costs = {b: f"{task.difference_to_best(s)[0]:+.2f}" for b, s in task.grid.items()}
+        costs[task.best] = "best"
+        grids.append(title | {f"{beta:g}": cost for beta, cost in costs.items()})
         spans = {"before step 1": (0, 1), "steps 1 to 10": (0, 10), "from step 50": (50, 10**6)}
-        means = {name: f"{task.ratio(task.best, *span):.2g}" for name, span in spans.items()}
-        measured.append(title | best | means)
+        means = {name: f"{task.mean_ratio(task.best, *span):.2g}" for name, span in spans.items()}
+        ratios.append(title | best | means)
     return {
         "beta-auto": table([*autos[0]][1:], autos),
         "beta-grid": table([f"{10.0**k:g}" for k in range(-2, 5)], grids),
-        "beta-ratio": table([*measured[0]][1:], measured),
+        "beta-ratio": table([*ratios[0]][1:], ratios),
     }
 
 
 def draw_study(tasks: list[Task], path: Path) -> None:
-    """Draw what a beta of the grid costs, by the ratio that it has in the first ten steps."""
+    """Draw the accuracy at each beta of the grid by its gradient ratio in the first ten steps."""
     fig = Figure(figsize=(9, 5), layout="constrained")
     ax = fig.subplots()
     for task in tasks:
-        x = [task.ratio(beta, 0, 10) for beta in task.grid]
-        ax.plot(x, [task.to_best(p)[0] for p in task.grid.values()], marker="o", label=task.name)
+        x = [task.mean_ratio(beta, 0, 10) for beta in task.grid]
+        y = [task.difference_to_best(setting)[0] for setting in task.grid.values()]
+        ax.plot(x, y, marker="o", label=task.name)
     ax.axvline(AUTO_RATIO, color="black", ls=":", label=f'beta="auto": {AUTO_RATIO:g}')
-    ax.set(xscale="log", ylim=(-12, 1), ylabel="test accuracy below that of the best beta, points")
-    ax.set(xlabel="gradient of attention transfer / gradient of the rest, first ten steps")
+    ax.set(xscale="log", ylim=(-12, 1), ylabel="test accuracy minus that at the best beta, points")
+    ax.set(xlabel="gradient of AT / gradient of the rest of the loss, first ten steps")
     ax.grid(color="0.93")
     ax.legend(frameon=False)
     fig.savefig(path, dpi=110)
 
 
 def tables() -> dict[str, str]:
-    """Return every table of the page by its name."""
-    found = studied(tasks())
+    """Return every table by its name."""
+    result = study_tables(load_tasks())
     for file in sorted(FOLDER.glob("*.jsonl")):
-        found[file.stem] = table_of(*run_of(file.stem))
+        result[file.stem] = table_of(*read_record(file.stem))
     for file in sorted(FOLDER.glob("*-search.json")):
-        found[file.stem] = table_of_points(json.loads(file.read_text()))
-    return found
+        result[file.stem] = table_of_points(json.loads(file.read_text()))
+    return result
 
 
-def tasks() -> list[Task]:
+def load_tasks() -> list[Task]:
     """Return the tasks of the study of beta."""
     return [Task(file) for file in sorted((FOLDER / "beta").glob("*.json"))]
 
 
-def pages() -> dict[Path, str]:
-    """Return the pages with their tables."""
+def updated_pages() -> dict[Path, str]:
+    """Return the pages with the current tables; SystemExit if no page has a block for one."""
     texts, missing = {page: page.read_text() for page in PAGES}, []
     for name, content in tables().items():
         block = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.S)
-        found = {page: block.subn(rf"\g<1>{content}\n\2", text) for page, text in texts.items()}
-        texts = {page: text for page, (text, _) in found.items()}
-        if not any(count for _, count in found.values()):
+        replaced = {page: block.subn(rf"\g<1>{content}\n\2", text) for page, text in texts.items()}
+        texts = {page: text for page, (text, _) in replaced.items()}
+        if not any(count for _, count in replaced.values()):
             missing.append(name)
     if missing:
         raise SystemExit(f"no page has a block <!-- NAME --> for {', '.join(missing)}")
@@ -236,13 +237,13 @@ def main() -> None:
     if len(sys.argv) not in (1, 3):
         raise SystemExit(__doc__)
     if len(sys.argv) == 3:
-        add(Path(sys.argv[1]), sys.argv[2])
-    for page, text in pages().items():
+        add_records(Path(sys.argv[1]), sys.argv[2])
+    for page, text in updated_pages().items():
         page.write_text(text)
     for name in (file.stem for file in sorted(FOLDER.glob("*.jsonl"))):
-        if shown(f"{name}.png"):
-            draw_curves(*run_of(name), FOLDER / f"{name}.png")
-    draw_study(tasks(), FOLDER / "beta.png")
+        if is_shown(f"{name}.png"):
+            draw_curves(*read_record(name), FOLDER / f"{name}.png")
+    draw_study(load_tasks(), FOLDER / "beta.png")
 
 
 if __name__ == "__main__":

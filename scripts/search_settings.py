@@ -1,11 +1,11 @@
-"""Train students at every point of grids of settings, and report them on validation images.
+"""Train students at every point of one or more grids of settings, and report validation accuracy.
 
     python scripts/search_settings.py --preset fashion-mnist --grid at:lr=0.1:beta=100,1000,10000
 
-Test images are not looked at: the run has --evaluate val. Takes the options of at-fused-train that
-a run has, but for --compare; --resume goes on. The students' seeds are 100, 101, ...: other first
-weights and, with --labels, other images than a run of the preset has. Leaves search.json and
-search.md in the run's folder.
+Runs with --evaluate val, so test images are never read. Takes the options of at-fused-train for a
+run, except --compare; --resume continues a search. The seeds are 100, 101, ..., so students have
+other initial weights and, with --labels, other images than a run of the preset. Writes search.json
+and search.md to the run's folder.
 """
 
 from __future__ import annotations
@@ -35,31 +35,34 @@ from at_fused.train.loop import Callbacks, Job, Point
 from at_fused.train.report import table
 
 SEED = 100
-Settings = tuple[str, dict[str, Any]]  # of a method
+Settings = tuple[str, dict[str, Any]]  # method, options
 
 
-def settings_of(grid: str) -> list[Settings]:
-    """METHOD:OPTION=X,Y:OPTION=Z, as its points."""
+GRID_SYNTAX = "METHOD:OPTION=X,Y:OPTION=Z"
+
+
+def parse_grid(grid: str) -> list[Settings]:
+    """Return the points of a grid."""
     method, *options = grid.split(":")
     named = dict(option.split("=", 1) for option in options if "=" in option)
     if method not in METHODS or len(named) < len(options) or not all(named.values()):
-        raise ConfigError(f"--grid: got {grid!r}, allowed is {settings_of.__doc__}")
+        raise ConfigError(f"--grid: got {grid!r}, allowed is {GRID_SYNTAX}")
     values = []
-    for name, given in named.items():
+    for name, words in named.items():
         with naming(f"--grid: {method}:{name}"):
             rule = method_rule(method, name)
-            values.append([rule.read(x) for x in given.split(",")])
-    return [(method, dict(zip(named, each, strict=True))) for each in product(*values)]
+            values.append([rule.read(x) for x in words.split(",")])
+    return [(method, dict(zip(named, point, strict=True))) for point in product(*values)]
 
 
 def name_of(settings: Settings) -> str:
-    """Return the name of a point."""
+    """Return the name of a point, such as at-lr0.1-beta100."""
     method, options = settings
     return "-".join([method, *(f"{name}{word_of(value)}" for name, value in options.items())])
 
 
 def table_of_points(points: list[dict[str, Any]]) -> str:
-    """Return the table of a search: each point's settings, mean and accuracies by seed."""
+    """Return a table of each point's settings, mean accuracy and accuracies by seed."""
     rows = []
     for point in points:
         cells = {n: word_of(x) for n, x in point.items() if n not in ("method", "accuracy")}
@@ -70,21 +73,21 @@ def table_of_points(points: list[dict[str, Any]]) -> str:
     return table([*settings, "mean", "by seed"], rows)
 
 
-def of_point(config: Config, point: Settings) -> tuple[str, Config]:
-    """Return a point's method and configuration; ConfigError where a run would not take it."""
-    method, options = point
-    with naming(name_of(point)):
-        own = resolve(config.given, {"compare": (method,), "method": {method: options}})
-    return method, own.for_method(method)
+def config_of(settings: Settings, config: Config) -> tuple[str, Config]:
+    """Return a point's method and configuration; ConfigError if a run would not accept them."""
+    method, options = settings
+    with naming(name_of(settings)):
+        resolved = resolve(config.given, {"compare": (method,), "method": {method: options}})
+    return method, resolved.for_method(method)
 
 
 class Points(Experiment):
-    """An experiment whose students are those of named points, seed by seed.
+    """An experiment that trains a student for each seed and point.
 
     Args:
         points: settings by name.
-        seeds: of the students.
-        done: names of students that need no training any more, such as at-beta10-seed3.
+        seeds: seeds of the students.
+        done: names of students to skip, such as at-beta10-seed3.
     """
 
     def __init__(
@@ -96,28 +99,23 @@ class Points(Experiment):
         **options: Any,
     ) -> None:
         self.seeds, self.done = seeds, done
-        self.points = {name: of_point(config, point) for name, point in points.items()}
+        self.points = {name: config_of(point, config) for name, point in points.items()}
         super().__init__(config, **options)
 
     def jobs(self) -> Iterator[Job]:
-        """Yield the trainings."""
+        """Yield the teacher's training, then the students'."""
         yield from (job for job in super().jobs() if job.is_teacher)
         for seed in self.seeds:
-            for name, (method, own) in self.points.items():
+            for name, (method, config) in self.points.items():
                 if f"{name}-seed{seed}" not in self.done:
-                    yield self._job(f"{name}-seed{seed}", method, seed, own)
+                    yield self._job(f"{name}-seed{seed}", method, seed, config)
 
 
-class Record(Callbacks):
-    """Keeps the last evaluation of each network."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, Point] = {}
+class Printer(Callbacks):
+    """Prints the last evaluation of each network."""
 
     def point(self, job: Job, point: Point) -> None:
-        """Keep and print it."""
-        self.found[job.name] = point
+        """Print a network's last evaluation."""
         if point["step"] == job.plan.steps:
             print(f"{job.name}: {point['accuracy']:.2f} %, {point['ms']:.0f} ms/step", flush=True)
 
@@ -125,23 +123,23 @@ class Record(Callbacks):
 def main() -> None:
     """Run the program."""
     parser = build_parser()
-    parser.add_argument("--grid", action="append", required=True, help=settings_of.__doc__)
+    parser.add_argument("--grid", action="append", required=True, help=GRID_SYNTAX)
     flags = vars(parser.parse_args())
     if wrong := {"compare", "evaluate", "eval", "betas"} & flags.keys():
-        parser.error(f"--{min(wrong)}: a search has none")
+        parser.error(f"--{min(wrong)}: not an option of a search")
     try:
-        points = {name_of(each): each for grid in flags.pop("grid") for each in settings_of(grid)}
+        points = {name_of(point): point for grid in flags.pop("grid") for point in parse_grid(grid)}
         flags |= {"compare": (*dict.fromkeys(method for method, _ in points.values()),)}
         flags["evaluate"] = "val"
         file = file_of(flags)
         config, out = configure(flags, file and read_file(file))
-        if config.validation:  # it would choose among the evaluations, of which the last counts
-            raise ConfigError("--validation: a search has none")
-        record, seeds = Record(), range(SEED, SEED + config.seeds)
+        if config.validation:  # it would choose an epoch, but a search reports the last one
+            raise ConfigError("--validation: not an option of a search")
+        printer, seeds = Printer(), range(SEED, SEED + config.seeds)
         search = Points(
-            config, points, seeds, out=out, fresh="resume" not in flags, callbacks=record
+            config, points, seeds, out=out, fresh="resume" not in flags, callbacks=printer
         )
-        with record.signals:
+        with printer.signals:
             search.run()
     except ConfigError as error:
         parser.error(str(error))

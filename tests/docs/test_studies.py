@@ -1,4 +1,4 @@
-"""Scripts of experiments: the students that they train, and the tables that they write."""
+"""Scripts that search settings, study beta, and write the tables of results."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ from at_fused.train.config import resolve
 from at_fused.train.report import table_of
 
 
-def test_settings_are_compared_on_images_set_apart(
+def test_search_compares_settings_on_validation_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [f"--{n.replace('_', '-')}={v}" for n, v in SMALL.items() if n != "seeds"]
     words += ["--seeds=2", f"--out={tmp_path}/run", "--set", "at.p=1", "--grid=none:lr=0.1,0"]
     monkeypatch.setattr(sys, "argv", ["search", *words, "--grid=at:collapse=max:beta=auto,10"])
     search_settings.main()
-    found = json.loads((tmp_path / "run/search.json").read_text())
-    points = [{n: v for n, v in each.items() if n != "accuracy"} for each in found]
+    points = json.loads((tmp_path / "run/search.json").read_text())
+    accuracies = [point.pop("accuracy") for point in points]
     assert points == [
         {"method": "none", "lr": 0.1},
         {"method": "none", "lr": 0.0},
         {"method": "at", "collapse": "max", "beta": "auto"},
         {"method": "at", "collapse": "max", "beta": 10.0},
     ]
-    assert all(len(each["accuracy"]) == 2 for each in found)
-    # The 300 validation images give multiples of a third of a percent; the 500 test images do not.
-    assert all(x * 3 == pytest.approx(round(x * 3)) for each in found for x in each["accuracy"])
+    assert all(len(of_point) == 2 for of_point in accuracies)
+    # With 300 validation images, accuracies are multiples of 1/3 %; with 500 test images, of 1/5 %.
+    assert all(x * 3 == pytest.approx(round(x * 3)) for of_point in accuracies for x in of_point)
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert {line["seed"] for line in lines if line["run"] != "teacher"} == {100, 101}
-    assert (
-        (tmp_path / "run/search.md").read_text().strip().endswith(capsys.readouterr().out[-40:-1])
-    )
+    table = (tmp_path / "run/search.md").read_text().strip()
+    assert table.endswith(capsys.readouterr().out[-40:-1])
 
 
 @pytest.mark.parametrize(
@@ -55,16 +54,16 @@ def test_settings_are_compared_on_images_set_apart(
         (["--grid=at:lr=1:lr=2"], "--grid: got 'at:lr=1:lr=2', allowed is METHOD:OPTION=X,Y"),
         (["--grid=at:lr=1=2"], "--grid: at:lr: got '1=2', allowed is a number"),
         (["--grid=none:beta=1"], "got 'none', allowed is at"),
-        (["--grid=none:lr=1", "--evaluate=test"], "--evaluate: a search has none"),
-        (["--grid=at:beta=1", "--betas=1,10"], "--betas: a search has none"),
-        (["--grid=at:beta=1", "--validation=0.1"], "--validation: a search has none"),
-        (["--grid=at:p=1", "--config=validated.toml"], "--validation: a search has none"),
+        (["--grid=none:lr=1", "--evaluate=test"], "--evaluate: not an option of a search"),
+        (["--grid=at:beta=1", "--betas=1,10"], "--betas: not an option of a search"),
+        (["--grid=at:beta=1", "--validation=0.1"], "--validation: not an option of a search"),
+        (["--grid=at:p=1", "--config=validated.toml"], "--validation: not an option of a search"),
         (["--grid=at:form=paper"], "at-formpaper: beta: got None, allowed is auto, or a number"),
         (["--grid=f-actt:beta=auto"], "beta: got 'auto', allowed is a number for f-actt"),
         (["--grid=channel-at:beta=1"], "compare: channel-at does not go with wrn-10-1-b8"),
     ],
 )
-def test_a_wrong_search_is_one_clear_error(
+def test_search_reports_invalid_options(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -75,7 +74,7 @@ def test_a_wrong_search_is_one_clear_error(
     assert message in capsys.readouterr().err
 
 
-def test_a_study_records_ratios_and_goes_on(
+def test_study_records_ratios_and_skips_trained_students(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task: dict[str, Any] = {**beta_study.TASKS["digits-20"], **SMALL, "cache": 2}
@@ -84,47 +83,45 @@ def test_a_study_records_ratios_and_goes_on(
     for seeds in (1, 2):
         monkeypatch.setattr(sys, "argv", ["study", *words.split(), f"--seeds={seeds}"])
         beta_study.main()
-        found = json.loads((tmp_path / "digits-20.json").read_text())
-        assert [each["beta"] for each in found.values()][:3] == [0, 1, 100]
-        assert len(found) == 4 * seeds
-    steps = [[step for step, _ in each["ratios"]] for each in found.values()]
+        students = json.loads((tmp_path / "digits-20.json").read_text())
+        assert [student["beta"] for student in students.values()][:3] == [0, 1, 100]
+        assert len(students) == 4 * seeds
+    steps = [[step for step, _ in student["ratios"]] for student in students.values()]
     assert steps[:4] == [[], *[[*range(6)]] * 3]
-    # The first weights and images are the same, and the ratio is over beta.
-    assert found["at-beta1-seed0"]["ratios"][0] == found["at-beta100-seed0"]["ratios"][0]
-    chosen = found["at-ratio5-seed0"]
-    mean = statistics.geometric_mean(ratio for _, ratio in chosen["ratios"])
-    assert chosen["beta"] == pytest.approx(5 / mean, rel=1e-3)
-    # Nothing is trained again, also where the weights are gone.
+    # Initial weights and images are the same, and recorded ratios are those at beta 1.
+    assert students["at-beta1-seed0"]["ratios"][0] == students["at-beta100-seed0"]["ratios"][0]
+    auto = students["at-ratio5-seed0"]
+    mean = statistics.geometric_mean(ratio for _, ratio in auto["ratios"])
+    assert auto["beta"] == pytest.approx(5 / mean, rel=1e-3)
+    # Students with a result are skipped even if their weights are gone.
     shutil.rmtree(tmp_path / "digits-20")
-    before = (tmp_path / "digits-20.json").read_text()
+    expected = (tmp_path / "digits-20.json").read_text()
     beta_study.main()
-    assert (tmp_path / "digits-20.json").read_text() == before
+    assert (tmp_path / "digits-20.json").read_text() == expected
 
 
 @pytest.mark.parametrize("name", beta_study.TASKS)
-def test_tasks_are_options_of_the_program(name: str) -> None:
+def test_study_tasks_resolve_to_configurations(name: str) -> None:
     config = resolve({"compare": ("none", "at"), **beta_study.TASKS[name]})
     assert config.validation > 0
     assert config.labels
 
 
-def test_tables_of_the_pages_are_those_of_the_records() -> None:
-    assert results.pages() == {page: page.read_text() for page in results.PAGES}
+def test_tables_in_pages_match_the_records() -> None:
+    assert results.updated_pages() == {page: page.read_text() for page in results.PAGES}
 
 
-def test_a_record_without_a_table_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_record_without_a_table_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
     page.write_text(results.PAGES[0].read_text().replace("<!-- beta-auto -->", ""))
     monkeypatch.setattr(results, "PAGES", (page,))
     with pytest.raises(SystemExit, match="no page has a block <!-- NAME --> for beta-auto"):
-        results.pages()
+        results.updated_pages()
 
 
 @pytest.fixture
 def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A page with a block, whose records go to a folder of their own."""
+    """An empty folder of records, and a page with a block for ``digits``."""
     page, folder = tmp_path / "page.md", tmp_path / "records"
     page.write_text("<!-- digits -->\n<!-- end -->\n")
     folder.mkdir()
@@ -135,22 +132,22 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_differences_are_paired_by_seed(tmp_path: Path, records: Path) -> None:
     config = small(compare=["none", "at"], seeds=3)
-    wanted = table_of(run(config, tmp_path / "run"), config)
+    expected = table_of(run(config, tmp_path / "run"), config)
     file = tmp_path / "run/metrics.jsonl"
-    # As --resume leaves them after a student was deleted.
+    # Students in another order, as after --resume if one was deleted.
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     lines = sorted(file.read_text().splitlines(keepends=True), key=lambda x: json.loads(x)["step"])
     file.write_text("".join(lines))
-    results.add(tmp_path / "run", "digits")
+    results.add_records(tmp_path / "run", "digits")
 
     def accuracies(text: str) -> list[list[str]]:
         return [line.split("|")[2:5] for line in text.splitlines()]
 
-    assert accuracies(table_of(*results.run_of("digits"))) == accuracies(wanted)
+    assert accuracies(table_of(*results.read_record("digits"))) == accuracies(expected)
 
 
-@pytest.mark.parametrize("case", ["unknown", "unfinished", "a student less", "no config.toml"])
-def test_a_run_that_cannot_be_published_changes_nothing(
+@pytest.mark.parametrize("case", ["unknown", "unfinished", "missing student", "no config.toml"])
+def test_incomplete_runs_are_rejected_without_changes(
     case: str, tmp_path: Path, records: Path
 ) -> None:
     folder, name = tmp_path / "run", "other" if case == "unknown" else "digits"
@@ -158,14 +155,14 @@ def test_a_run_that_cannot_be_published_changes_nothing(
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     per_student = len(lines) // 5
-    kept = {"unfinished": -1, "a student less": -per_student}.get(case)
-    file.write_text("".join(lines[:kept]))
+    end = {"unfinished": -1, "missing student": -per_student}.get(case)
+    file.write_text("".join(lines[:end]))
     if case == "no config.toml":
         (folder / "config.toml").unlink()
-    words = {
+    message = {
         "unknown": "no page has a block <!-- other -->",
         "no config.toml": "has no config.toml",
     }.get(case, "at-seed1 is not finished")
-    with pytest.raises(SystemExit, match=words):
-        results.add(folder, name)
+    with pytest.raises(SystemExit, match=message):
+        results.add_records(folder, name)
     assert not [*records.iterdir()]
