@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py: a dry run of it, on the CPU; how it ends; what it starts on a GPU."""
+"""scripts/gpu_check.py: a dry run on the CPU, its exit paths, and its commands on a GPU."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import gpu_check
 from gpu_check import Done, Part
 
-# Missing on a machine with torch, pytest and numpy alone.
-WITHOUT = """
+# Hides packages that a machine with only torch, pytest and numpy lacks.
+HIDE_PACKAGES = """
 import sys
 from importlib.machinery import PathFinder
 
 MISSING = "hypothesis xdist torchdistill torchvision matplotlib PIL tqdm scipy sklearn".split()
 
-class Without(PathFinder):
+class Hiding(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         return None if name.split(".")[0] in MISSING else super().find_spec(name, path, target)
 
-sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+sys.meta_path[:] = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
 """
 
 
@@ -43,7 +43,7 @@ def python(code: str) -> list[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """This checkout with the package in use, which may be an installed one, in its place."""
+    """A copy of this checkout with the package under test, which may be an installed one."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     for item in gpu_check.ROOT.iterdir():
@@ -55,52 +55,52 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.mark.exhaustive
-def test_a_dry_run_goes_through_every_part(tmp_path: Path, checkout: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
-    with_nothing = {"PYTHONPATH": str(tmp_path), "AT_FUSED_GPU_DRY_RUN": "1"}
+def test_dry_run_passes_every_part(tmp_path: Path, checkout: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HIDE_PACKAGES)
+    environment = {"PYTHONPATH": str(tmp_path), "AT_FUSED_GPU_DRY_RUN": "1"}
     script = str(checkout / "scripts/gpu_check.py")
-    said = outside.output_of(tmp_path, script, "--out", "reports", **with_nothing)
+    output = outside.output_of(tmp_path, script, "--out", "reports", **environment)
     (report,) = (tmp_path / "reports").glob("gpu_check_*.md")
     text = report.read_text()
     titles = [part.title for part in gpu_check.parts(report)]
-    assert said.count(": passed\n") == len(titles) == 5
+    assert output.count(": passed\n") == len(titles) == 5
     assert all(f"\n## {title}, " in text and f"\n- {title}, " in text for title in titles)
-    found = json.loads(report.with_suffix(".json").read_text())["parts"]
-    assert found.keys() == {"cases", "calls"}
-    assert all(row["ms"] for rows in found.values() for row in rows)
+    times = json.loads(report.with_suffix(".json").read_text())["parts"]
+    assert times.keys() == {"cases", "calls"}
+    assert all(row["ms"] for rows in times.values() for row in rows)
 
 
-def test_parts_that_fail_or_hang_do_not_end_it(
+def test_failing_and_hanging_parts_do_not_stop_the_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_check, "prepare", lambda only_build: "what is in use\n")
+    monkeypatch.setattr(gpu_check, "prepare", lambda only_build: "library versions\n")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretend(R) GPU 9")
-    hangs = "import time, signal; print('here', flush=True); {}; time.sleep(1e6)"
-    deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    bad = [
-        Part("Hangs", 4, [python(hangs.format("pass")), python(hangs.format(deaf))]),
+    hang = "import time, signal; print('here', flush=True); {}; time.sleep(1e6)"
+    ignore_sigint = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    bad_parts = [
+        Part("Hangs", 4, [python(hang.format("pass")), python(hang.format(ignore_sigint))]),
         Part("Fails", 60, [python("print(1 / 0)"), python("")]),
-        Part("Absent", 60, []),
+        Part("Unavailable", 60, []),
     ]
-    for parts, status in ((bad[2:], 0), (bad, 1)):
+    for parts, status in ((bad_parts[2:], 0), (bad_parts, 1)):
         monkeypatch.setattr(gpu_check, "parts", lambda rows, parts=parts: parts)
         assert gpu_check.main(["--out", str(tmp_path / str(status))]) == status
-    said = capsys.readouterr().out
-    assert "s: status 1\n" in said
-    assert "s: not done in 4 s\n" in said
-    assert said.count("s: not there\n") == 2
+    output = capsys.readouterr().out
+    assert "s: exit status 1\n" in output
+    assert "s: timed out after 4 s\n" in output
+    assert output.count("s: not available\n") == 2
     (report,) = tmp_path.glob("1/gpu_check_Pretend-R-GPU-9_*.md")
-    with pytest.raises(SystemExit):  # it would be lost
+    with pytest.raises(SystemExit):  # the report would be overwritten
         gpu_check.main(["--out", str(report.parent)])
-    assert "is there: move it away" in capsys.readouterr().err
+    assert "exists: move it" in capsys.readouterr().err
     text = report.read_text()
-    assert "what is in use" in text
+    assert "library versions" in text
     assert "ZeroDivisionError" in text
     assert text.count("\nhere\n") == 2
-    assert text.count("\nKeyboardInterrupt\n") == 1  # where it hangs
+    assert text.count("\nKeyboardInterrupt\n") == 1  # a traceback of the part that hangs
 
 
-def test_nothing_is_left_running_when_it_is_ended(tmp_path: Path) -> None:
+def test_sigterm_kills_the_running_commands(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(gpu_check.__file__).parent)!r})
@@ -123,59 +123,59 @@ gpu_check.main(["--out", {str(tmp_path)!r}])
         os.kill(int(file.read_text()), 0)
 
 
-def test_no_test_is_no_pass() -> None:
-    of_tests = Part("", 9, [["python", "-m", "pytest"]] * 2)
-    for part, done, good in (
-        (of_tests, [Done(0, "3 passed"), Done(5, "no tests ran")], True),
-        (of_tests, [Done(5, "no tests ran")] * 2, False),
-        (of_tests, [Done(0, "3 passed"), Done(1, "2 passed, 1 failed")], False),
-        (of_tests, [Done(0, "3 passed"), Done(None, "")], False),
+def test_part_without_passing_tests_fails() -> None:
+    pytest_part = Part("", 9, [["python", "-m", "pytest"]] * 2)
+    for part, done, passed in (
+        (pytest_part, [Done(0, "3 passed"), Done(5, "no tests ran")], True),
+        (pytest_part, [Done(5, "no tests ran")] * 2, False),
+        (pytest_part, [Done(0, "3 passed"), Done(1, "2 passed, 1 failed")], False),
+        (pytest_part, [Done(0, "3 passed"), Done(None, "")], False),
         (Part("", 9, [["sanitizer"]]), [Done(5, "")], False),
     ):
-        assert gpu_check.verdict(part, done)[0] == good, done
+        assert gpu_check.verdict(part, done)[0] == passed, done
 
 
-def test_it_says_why_it_cannot_begin(
+def test_errors_say_why_the_check_cannot_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(*arguments: str) -> str:
+    def error(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:
             gpu_check.main(arguments)
         assert stop.value.code == 2
         return capsys.readouterr().err
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert refused().endswith("sees no GPU\n")
+    assert error().endswith("sees no GPU\n")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     (tmp_path / "at_fused").mkdir()
     (tmp_path / "setup.py").write_text("import pybind99")
-    assert refused() == "gpu_check: cannot build: ModuleNotFoundError: No module named 'pybind99'\n"
-    # A build that does what it should; what it has made is then looked at.
+    assert error() == "gpu_check: cannot build: ModuleNotFoundError: No module named 'pybind99'\n"
+    # The build succeeds, but the libraries are not in use.
     build = "import os, pathlib; assert os.environ['AT_FUSED_CUDA'] == '1'\n" + (
         "for name in ('_cpu', '_cuda'): pathlib.Path(f'at_fused/{name}.abi3.so').write_text('x')"
     )
     (tmp_path / "setup.py").write_text(build)
-    monkeypatch.setattr(gpu_check, "IN_USE", "raise SystemExit('not in use')")
-    assert refused() == "gpu_check: cannot begin: not in use\n"
-    # It builds again, without a GPU as well, where other sources have made what lies there.
+    monkeypatch.setattr(gpu_check, "PRINT_INFO", "raise SystemExit('not in use')")
+    assert error() == "gpu_check: cannot start: not in use\n"
+    # --build needs no GPU, and builds again only if the sources have changed.
     (tmp_path / "csrc").mkdir()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for changed, builds in (("", 0), ("csrc/x.cuh", 1), ("", 0)):
         if changed:
             (tmp_path / changed).write_text("changed")
         assert gpu_check.main(["--build"]) == 0
-        said = capsys.readouterr().out
-        assert said.count(": building\n") == builds, changed
-        assert f"sha256 {gpu_check.digest()}\n" in said
+        output = capsys.readouterr().out
+        assert output.count(": building\n") == builds, changed
+        assert f"sha256 {gpu_check.digest()}\n" in output
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
-    assert refused().endswith("has no torch, pytest, numpy, setuptools\n")
+    assert error().endswith("has no torch, pytest, numpy, setuptools\n")
 
 
-def test_what_it_starts_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "compute-sanitizer").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    parts = gpu_check.parts(tmp_path / "rows.json")
+    parts = gpu_check.parts(tmp_path / "times.json")
     smoke, _, contract, sanitizer, triton = parts
     assert sum(part.seconds for part in parts) == 8 * 60
 
@@ -193,16 +193,16 @@ def test_what_it_starts_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.exhaustive
 def test_shards_are_even(checkout: Path) -> None:
-    def of(shard: int) -> list[str]:
+    def collect(shard: int) -> list[str]:
         choice = f"-m|smoke|-k|not triton|--shard|{shard}/4|tests/kernels/test_gpu.py".split("|")
         options = "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"
-        alone = {"AT_FUSED_GPU_DRY_RUN": "1", "PYTHONPATH": str(checkout)}
-        said = outside.output_of(checkout, *options, *choice, **alone)
-        return re.findall("^tests/.*::.*$", said, re.M)
+        environment = {"AT_FUSED_GPU_DRY_RUN": "1", "PYTHONPATH": str(checkout)}
+        output = outside.output_of(checkout, *options, *choice, **environment)
+        return re.findall("^tests/.*::.*$", output, re.M)
 
-    shards = [of(i) for i in range(4)]
+    shards = [collect(i) for i in range(4)]
     names = [name for shard in shards for name in shard]
     assert len(names) == len(set(names)) > 20
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
-    # The longest are spread, over 4 and so over gpu_check's 8.
+    # The slowest tests are in different shards, of 4 and so of gpu_check's 8.
     assert all(sum("max-autotune" in name for name in shard) <= 1 for shard in shards)

@@ -1,4 +1,4 @@
-"""scripts/measure_errors.py: what it measures is within the bounds that docs/numerics.md gives."""
+"""scripts/measure_errors.py: measured errors are within the bounds of docs/numerics.md."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "numerics.md"
 def test_errors_are_within_the_bounds(fast_backend: str, dtype: torch.dtype) -> None:
     for i, (s, t, p, form) in enumerate(measure_errors.cases(1)):
         if i % 9 == 0:
-            found = measure_errors.errors(s.to(dtype), t.to(dtype), p, form)
-            assert found.value <= VALUE_TOLERANCE[dtype == torch.float64]
-            assert 0 < found.gradient <= GRADIENT_TOLERANCE[dtype]
-            assert found.distance > 0.1
+            errors = measure_errors.errors(s.to(dtype), t.to(dtype), p, form)
+            assert errors.value <= VALUE_TOLERANCE[dtype == torch.float64]
+            assert 0 < errors.gradient <= GRADIENT_TOLERANCE[dtype]
+            assert errors.distance > 0.1
     near = (s * (1 + 1e-3 * torch.randn(s.shape, dtype=s.dtype))).float()
-    found = measure_errors.errors(s.float(), near, p, form)
-    assert found.value * found.distance <= 2 * ROUNDING
-    assert found.gradient * found.distance <= 4 * ROUNDING
+    errors = measure_errors.errors(s.float(), near, p, form)
+    assert errors.value * errors.distance <= 2 * ROUNDING
+    assert errors.gradient * errors.distance <= 4 * ROUNDING
 
 
-def test_the_document_gives_the_bounds() -> None:
+def test_document_states_the_bounds() -> None:
     text = DOCUMENT.read_text()
     for dtype in measure_errors.DTYPES:
         assert f"| {str(dtype)[6:]} |" in text
