@@ -1,4 +1,4 @@
-"""What is written about the code is true of it: docstrings, names, defaults, code in Markdown."""
+"""Documentation against the code: docstrings, names, links, defaults and code in Markdown."""
 
 from __future__ import annotations
 
@@ -32,59 +32,59 @@ PAGES = ast.literal_eval(
 # ---- docstrings ----------------------------------------------------------------------------------
 
 TENSORS = r"\b(Tensor|Features|Maps)\b"
-# A shape, or where one is said.
+# A shape, or a reference to one.
 SHAPE = r"\((B|pairs)[^)]*\)|scalar|one element|shape|as in\b|what the"
 DTYPE = r"float(32|64|ing)|int64|dtype|as in\b"
-# Symbols of a formula in code, in line or as a block; or that it is another function's.
+# A formula as inline code or a block, or a reference to another function's formula.
 FORMULA = r"(?:``|^ {4,})[^`\n]*?(?:\|\||sum_|\^|sqrt|max\(|/ d x|\w \* )|formula is that of :func:"
 
 
 def public() -> Iterator[tuple[str, Any]]:
-    """Functions, classes and methods that the API reference shows, by name."""
+    """Yield names and objects of the functions, classes and methods in the API reference."""
     for page in PAGES:
-        # A program, and what takes another's framework to import.
+        # A program without an API, and a module that needs another framework.
         if page in ("at_fused.train", "at_fused.integrations.torchdistill"):
             continue
         module = importlib.import_module(page)
-        own = [n for n, x in vars(module).items() if getattr(x, "__module__", "") == page]
-        for name in getattr(module, "__all__", own):
-            found = getattr(module, name)
-            if name[0] == "_" or not callable(found):
+        defined = [n for n, x in vars(module).items() if getattr(x, "__module__", "") == page]
+        for name in getattr(module, "__all__", defined):
+            value = getattr(module, name)
+            if name[0] == "_" or not callable(value):
                 continue
-            yield f"{page}.{name}", found
-            for part, method in vars(found).items() if inspect.isclass(found) else ():
-                hidden = part == "extra_repr" or (part[0] == "_" and part != "__call__")
-                if inspect.isfunction(method) and not hidden:
-                    yield f"{page}.{name}.{part}", method
+            yield f"{page}.{name}", value
+            for attribute, method in vars(value).items() if inspect.isclass(value) else ():
+                is_private = attribute[0] == "_" and attribute != "__call__"
+                if inspect.isfunction(method) and not is_private and attribute != "extra_repr":
+                    yield f"{page}.{name}.{attribute}", method
 
 
-def section(name: str, text: str) -> str:
-    found = re.search(rf"^{name}:\n((?: .*\n|\n)+)", f"{text}\n", re.M)
-    return found[1] if found else ""
+def section(name: str, docstring: str) -> str:
+    match = re.search(rf"^{name}:\n((?: .*\n|\n)+)", f"{docstring}\n", re.M)
+    return match[1] if match else ""
 
 
 PUBLIC = dict(public())
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_docstrings_say_all_of_the_call_and_no_more(name: str) -> None:
-    made = PUBLIC[name]
-    call = vars(made).get("__init__") if inspect.isclass(made) else made
-    text = inspect.cleandoc(made.__doc__)
-    assert text.splitlines()[1:2] in ([], [""]), "one line of purpose"
-    assert "::\n" not in text, "not Markdown, of which the pages are made"
-    parameters = dict(inspect.signature(call).parameters) if call else {}
-    method = parameters.pop("self", None) is not None
+def test_docstrings_cover_signatures(name: str) -> None:
+    value = PUBLIC[name]
+    function = vars(value).get("__init__") if inspect.isclass(value) else value
+    text = inspect.cleandoc(value.__doc__)
+    assert text.splitlines()[1:2] in ([], [""]), "the summary must be one line"
+    assert "::\n" not in text, "the pages are Markdown"
+    parameters = dict(inspect.signature(function).parameters) if function else {}
+    is_method = parameters.pop("self", None) is not None
     items = re.findall(r"^    (\S[^:]*):\s", section("Args", text), re.M)
-    assert {each for item in items for each in item.split(", ")} == parameters.keys()
+    assert {argument for item in items for argument in item.split(", ")} == parameters.keys()
     assert section("Raises", text) or not parameters
-    result = "None" if made is not call else inspect.signature(made).return_annotation
+    result = "None" if value is not function else inspect.signature(value).return_annotation
     assert bool(section("Returns", text)) == (result != "None")
-    for types, said in ((result, "Returns"), (str(parameters), "Args")):
+    for types, title in ((result, "Returns"), (str(parameters), "Args")):
         if re.search(TENSORS, types):
-            assert re.search(SHAPE, section(said, text), re.I)
-            assert re.search(DTYPE, section(said, text))
-    if name.endswith("Loss") or (result in ("Tensor", "dict[str, Tensor]") and not method):
+            assert re.search(SHAPE, section(title, text), re.I)
+            assert re.search(DTYPE, section(title, text))
+    if name.endswith("Loss") or (result in ("Tensor", "dict[str, Tensor]") and not is_method):
         assert re.search(FORMULA, text, re.M)
         assert re.search(r"^Source: ", text, re.M)
 
@@ -94,11 +94,11 @@ def test_docstrings_say_all_of_the_call_and_no_more(name: str) -> None:
 PAGES_MD = sorted(
     path for folder in (".", "docs", "benchmarks/results") for path in (ROOT / folder).glob("*.md")
 )
-# Where names of files in the text begin.
+# Names of files in the text are relative to the page or to one of these.
 FOLDERS = ("", "at_fused", "at_fused/_ops", "at_fused/backends", "at_fused/backends/triton")
 FOLDERS += ("csrc", "csrc/cpu", "csrc/cuda", "benchmarks", "examples/stacks", "tests/support")
-# What programs write where they are told to.
-WRITTEN = {"report.md"}
+# Programs write these to a folder of the user's choice.
+GENERATED = {"report.md"}
 
 
 @pytest.fixture(params=PAGES_MD, ids=lambda path: str(path.relative_to(ROOT)))
@@ -111,7 +111,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if re.match(r"https?:", target):
             continue
@@ -121,53 +121,53 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(path), target
 
 
-def test_files_that_are_named_exist(page: Path) -> None:
+def test_named_files_exist(page: Path) -> None:
     suffixes = "py|md|h|cuh|cu|cpp|sh|jinja2"
     for name in re.findall(rf"(?<![\w/.<>*-])[\w./-]+\.(?:{suffixes})\b", page.read_text()):
-        found = any((root / name).exists() for root in (page.parent, *(ROOT / f for f in FOLDERS)))
-        assert found or Path(name).name in WRITTEN, name
+        folders = (page.parent, *(ROOT / folder for folder in FOLDERS))
+        exists = any((folder / name).exists() for folder in folders)
+        assert exists or Path(name).name in GENERATED, name
 
 
 @cache
-def words() -> set[str]:
-    """Every name in the sources."""
+def source_words() -> set[str]:
     files = [ROOT / "pyproject.toml", ROOT / "setup.py"]
     for folder in ("at_fused", "csrc", "tests", "benchmarks", "examples", "scripts"):
         files += [
             p for p in (ROOT / folder).rglob("*") if re.fullmatch(r"\.(py|h|cuh?|cpp|sh)", p.suffix)
         ]
-    own = Path(__file__)
-    return set().union(*(re.findall(r"\w+", p.read_text()) for p in files if p != own))
+    this_file = Path(__file__)
+    return set().union(*(re.findall(r"\w+", p.read_text()) for p in files if p != this_file))
 
 
 @pytest.mark.parametrize(
     "page", ["docs/architecture.md", "docs/adding-a-backend.md", "CONTRIBUTING.md"]
 )
-def test_names_that_explain_the_code_are_in_it(page: str) -> None:
+def test_quoted_names_exist_in_the_sources(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.M | re.S)
     for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\([^`]*\))?`", text):
-        assert set(name.split(".")) <= words() | {"py", "h", "cu", "cpp", "toml", "md"}, name
+        assert set(name.split(".")) <= source_words() | {"py", "h", "cu", "cpp", "toml", "md"}, name
 
 
-def test_qualified_names_are_there(page: Path) -> None:
+def test_qualified_names_resolve(page: Path) -> None:
     for name in set(re.findall(r"\bat_fused(?:\.[A-Za-z_]\w*)+", page.read_text())):
         parts = name.split(".")
         if parts[1] == "integrations":
             assert find_spec(".".join(parts[:3])), name
             continue
-        found: Any = at_fused
+        value: Any = at_fused
         for i, part in enumerate(parts[1:], 2):
-            if not hasattr(found, part):
+            if not hasattr(value, part):
                 importlib.import_module(".".join(parts[:i]))
-            found = getattr(found, part)
+            value = getattr(value, part)
 
 
 # ---- defaults ------------------------------------------------------------------------------------
 
 
 def defaults(function: Any) -> dict[str, Any]:
-    found = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in found if p.default is not p.empty}
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 @pytest.mark.parametrize(
@@ -182,18 +182,18 @@ def defaults(function: Any) -> dict[str, Any]:
         _layouts.FeatureLayout,
     ],
 )
-def test_an_option_has_one_default(function: Any) -> None:
-    right, own = defaults(at_fused.at_loss), defaults(function)
-    shared = right.keys() & own.keys()
+def test_options_have_the_defaults_of_at_loss(function: Any) -> None:
+    expected, actual = defaults(at_fused.at_loss), defaults(function)
+    shared = expected.keys() & actual.keys()
     assert shared
-    assert {name: own[name] for name in shared} == {name: right[name] for name in shared}
+    assert {name: actual[name] for name in shared} == {name: expected[name] for name in shared}
 
 
 # ---- code in Markdown ----------------------------------------------------------------------------
 
 
 def networks() -> tuple[nn.Module, nn.Module]:
-    """A student and a teacher with the layers that README.md names."""
+    """Return a student and a teacher with the layers that README.md names."""
 
     def conv(c: int, stride: int = 1) -> nn.Module:
         return nn.Sequential(nn.Conv2d(c, 8, 3, stride, padding=1), nn.BatchNorm2d(8), nn.ReLU())
@@ -207,8 +207,8 @@ def networks() -> tuple[nn.Module, nn.Module]:
     return nn.Sequential(student), nn.Sequential(teacher)
 
 
-def before(page: Path) -> dict[str, Any]:
-    """What a reader of a page has at hand."""
+def predefined_names(page: Path) -> dict[str, Any]:
+    """Return the names that a page's code may use."""
     if page.name != "README.md":
         return {}
     student, teacher = networks()
@@ -222,21 +222,21 @@ def before(page: Path) -> dict[str, Any]:
 
 
 def run(page: Path) -> dict[str, Any]:
-    """The names of a page's Python blocks, run one after the other."""
-    names = before(page)
+    """Run the Python blocks of a page in order and return their names."""
+    names = predefined_names(page)
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
         exec(compile(block, str(page), "exec"), names)
     return names
 
 
-def test_code_runs(page: Path) -> None:
+def test_python_blocks_run(page: Path) -> None:
     names = run(page)
     if "loss" in names:
         names["loss"].backward()
 
 
-def test_excerpts_are_of_tested_programs() -> None:
-    """Blocks in py are lines of a program, those between left out, as are comments."""
+def test_excerpts_match_the_example_programs() -> None:
+    """``py`` blocks are lines of a program, in order but with gaps and without comments."""
     page = (ROOT / "docs/stacks.md").read_text()
     programs = {path.name: path.read_text() for path in (ROOT / "examples/stacks").glob("*.py")}
     assert set(re.findall(r"\w+\.py(?=\))", page)) == programs.keys() - {"toy.py"}
@@ -244,21 +244,21 @@ def test_excerpts_are_of_tested_programs() -> None:
     assert len(blocks) >= len(programs) - 1
     for block in blocks:
 
-        def has(program: str, block: str = block) -> bool:
+        def contains_block(program: str, block: str = block) -> bool:
             lines = iter([line.split("  #")[0].strip() for line in program.splitlines()])
             return all(line.strip() in lines for line in block.splitlines() if line.strip())
 
-        assert any(map(has, programs.values())), block
+        assert any(map(contains_block, programs.values())), block
 
 
-def test_the_toy_back_end_is_one() -> None:
+def test_documented_toy_back_end_works() -> None:
     toy = run(ROOT / "docs/adding-a-backend.md")["toy"]
     library = override(toy, ("CPU",))
     try:
         s, t = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
         with torch.profiler.profile() as record:
-            found = at_fused.attention_map(s)
-        torch.testing.assert_close(found, s.square().mean(1))
+            result = at_fused.attention_map(s)
+        torch.testing.assert_close(result, s.square().mean(1))
         assert any(event.key == "aten::einsum" for event in record.key_averages())
         torch.testing.assert_close(at_fused.at_loss(s, t), eager_at_loss(s, t))
     finally:
