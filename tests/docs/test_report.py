@@ -1,4 +1,4 @@
-"""The benchmark report: what is committed is what the program makes of the committed figures."""
+"""The benchmark report: committed pages match committed results; measuring works on the CPU."""
 
 from __future__ import annotations
 
@@ -35,35 +35,36 @@ from benchmarks.cases import (
 from benchmarks.measure import Clock, Comparison
 from benchmarks.results import FOLDER, Result
 
-FOUND = results.load_all(FOLDER)
+RESULTS = results.load_all(FOLDER)
 COUNTS = roofline.load()
-SHOWN = [name for _, _, name, _ in report.MARKED.findall(report.README.read_text())]
+IN_README = [name for _, _, name, _ in report.MARKED.findall(report.README.read_text())]
 
 
-def cpu() -> Result:
-    """One with all parts: the README's."""
-    return copy.deepcopy(next(FOUND[name] for name in SHOWN if name in FOUND))
+def cpu_result() -> Result:
+    """Return the result in README.md, which has all parts."""
+    return copy.deepcopy(next(RESULTS[name] for name in IN_README if name in RESULTS))
 
 
-def gpu() -> Result:
-    """A device that is not there: the figures of the README's, on two back ends."""
-    pretend = cpu() | {"device": "Pretend(R) GPU 9", "kind": "cuda"}
-    pretend["backends"] = {"cuda": "CUDA kernels", "triton": "Triton kernels"}
-    parts = pretend["parts"]
+def gpu_result() -> Result:
+    """Return the result of a pretend GPU with two back ends, with the CPU's times."""
+    result = cpu_result() | {"device": "Pretend(R) GPU 9", "kind": "cuda"}
+    result["backends"] = {"cuda": "CUDA kernels", "triton": "Triton kernels"}
+    parts = result["parts"]
     for name, rows in parts.items():
-        parts[name] = [row | {"backend": on} for row in rows for on in pretend["backends"]]
+        parts[name] = [row | {"backend": on} for row in rows for on in result["backends"]]
     for row in parts["cases"]:
         row["bytes"] = row["bytes"] | {"copy": 2**29}
         row["ms"] = row["ms"] | {"copy": 100.0}
-    return pretend
+    return result
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Results of one device, and a README; the program's own for the test."""
+    """A folder with the results of one device and a README, which the program uses in the test."""
     shutil.copy(roofline.FILE, tmp_path)
-    results.write(results.path_of(cpu(), tmp_path), cpu())
-    name = results.path_of(cpu(), tmp_path).stem
+    path = results.path_of(cpu_result(), tmp_path)
+    results.write(path, cpu_result())
+    name = path.stem
     readme = f"before\n<!-- from benchmarks/results/{name}.json -->\nold\n<!-- end -->\nafter\n"
     (tmp_path / "README.md").write_text(readme)
     for module in (report, results):
@@ -72,21 +73,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-# ---- what is committed ---------------------------------------------------------------------------
+# ---- committed files -----------------------------------------------------------------------------
 
 
-def test_the_report_is_made_of_the_results() -> None:
-    assert (FOLDER / "report.md").read_text() == report.text(FOUND, COUNTS)
+def test_reports_match_the_results() -> None:
+    assert (FOLDER / "report.md").read_text() == report.text(RESULTS, COUNTS)
     assert roofline.FILE.with_suffix(".md").read_text() == roofline.text(COUNTS)
     text = report.README.read_text()
-    assert report.in_readme(text, FOUND, COUNTS) == text
-    assert len(SHOWN) == 3 == text.count("from benchmarks/results/")
-    (picture,) = {f"benchmarks/results/{name}-cases.png" for name in SHOWN if name in FOUND}
+    assert report.in_readme(text, RESULTS, COUNTS) == text
+    assert len(IN_README) == 3 == text.count("from benchmarks/results/")
+    (picture,) = {f"benchmarks/results/{name}-cases.png" for name in IN_README if name in RESULTS}
     assert f"({picture})" in text
 
 
-def test_the_pictures_were_drawn_from_the_results() -> None:
-    for name, result in FOUND.items():
+def test_pictures_match_the_results() -> None:
+    for name, result in RESULTS.items():
         for part in report.DRAWN:
             with Image.open(FOLDER / f"{name}-{part}.png") as picture:
                 assert picture.text["Description"] == charts.digest(result), (name, part)
@@ -97,16 +98,16 @@ def test_the_pictures_were_drawn_from_the_results() -> None:
 
 def test_devices_are_merged(folder: Path) -> None:
     report.main(["--merge"])
-    alone = (folder / "README.md").read_text()
-    assert alone.startswith("before\n<!-- from")
-    assert alone.endswith("<!-- end -->\nafter\n")
-    assert "\nold\n" not in alone
-    assert alone.count("\n| a |") == 4
+    readme = (folder / "README.md").read_text()
+    assert readme.startswith("before\n<!-- from")
+    assert readme.endswith("<!-- end -->\nafter\n")
+    assert "\nold\n" not in readme
+    assert readme.count("\n| a |") == 4
 
-    results.write(results.path_of(gpu(), folder), gpu())
-    for _ in range(2):  # again, over what is there
+    results.write(results.path_of(gpu_result(), folder), gpu_result())
+    for _ in range(2):  # the second run replaces the files of the first
         report.main(["--merge"])
-        assert (folder / "README.md").read_text() == alone
+        assert (folder / "README.md").read_text() == readme
         text = (folder / "report.md").read_text()
         assert "## pretend-gpu-9\n" in text
         assert "| a | fp32 | NCHW | triton |" in text
@@ -116,7 +117,7 @@ def test_devices_are_merged(folder: Path) -> None:
             assert picture.size > (600, 300)
 
 
-def test_ratios_are_the_others_over_ours() -> None:
+def test_speedups_divide_by_our_time() -> None:
     row = {"backend": "cpu", "case": "a", "dtype": "fp32", "layout": "NCHW", "pass": "forward"}
     ms = [{"floor": 1, "at_fused": 2, "compile": 3, "eager": 8}]
     ms += [{"floor": 1, "at_fused": 1, "compile": 3, "eager": 9}]
@@ -125,13 +126,13 @@ def test_ratios_are_the_others_over_ours() -> None:
     assert "| forward | 2 | 6.0x | 4.0x | 2.1x | 1.5x |" in text
 
 
-# ---- files that are not results ------------------------------------------------------------------
+# ---- damaged files -------------------------------------------------------------------------------
 
 
 def damaged(change: Callable[[Result], Any]) -> str:
-    found = cpu()
-    change(found)
-    return json.dumps(found)
+    result = cpu_result()
+    change(result)
+    return json.dumps(result)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def damaged(change: Callable[[Result], Any]) -> str:
         ("roofline.json", '{"parts": {"rows": [{}]}}'),
     ],
 )
-def test_damaged_files_are_refused(folder: Path, file: str, text: str) -> None:
+def test_damaged_files_raise_one_line_errors(folder: Path, file: str, text: str) -> None:
     (folder / file).write_text(text)
     with pytest.raises(SystemExit, match=rf"benchmarks\.report: .*{file}: not ") as error:
         report.main(["--merge"])
@@ -159,7 +160,7 @@ def test_damaged_files_are_refused(folder: Path, file: str, text: str) -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rounds of small inputs, and nothing compiled: what is timed is not at stake."""
+    """Few rounds of small inputs without torch.compile: the times do not matter here."""
     monkeypatch.setattr(Clock, "least", 1)
     monkeypatch.setattr(Clock, "most", 1)
     for case in CASES:
@@ -172,7 +173,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last", "tokens"])
-def test_the_popular_lines_compute_what_at_fused_does(layout: str) -> None:
+def test_eager_losses_match_at_fused(layout: str) -> None:
     inputs = Inputs.make((8, [(4, 6, 14), (2, 2, 14)]), layout=layout)
     both = popular_losses, at_fused.at_loss
     if layout == TOKENS:
@@ -185,34 +186,34 @@ def test_the_popular_lines_compute_what_at_fused_does(layout: str) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("tiny")
-def test_the_program_measures_all_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results.path_of(cpu(), folder).unlink()
-    (folder / "README.md").write_text("shows nothing\n")
+def test_program_measures_all_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results.path_of(cpu_result(), folder).unlink()
+    (folder / "README.md").write_text("no tables\n")
     report.main([])
-    found = results.load_all(folder)
-    assert sorted(result["kind"] for result in found.values()) == sorted(DEVICES)
-    assert all(result["parts"].keys() == measure.PARTS.keys() for result in found.values())
-    text, said = (folder / "report.md").read_text(), capsys.readouterr().out
+    by_device = results.load_all(folder)
+    assert sorted(result["kind"] for result in by_device.values()) == sorted(DEVICES)
+    assert all(result["parts"].keys() == measure.PARTS.keys() for result in by_device.values())
+    text, output = (folder / "report.md").read_text(), capsys.readouterr().out
     for title, _ in tables.PARTS.values():
         assert f"### {title}\n" in text
-        assert f"\n{title}\n\n| " in said
+        assert f"\n{title}\n\n| " in output
 
 
 def test_each_back_end_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "backends", lambda device: ["cpu", "eager"])
-    ran = []
-    programs = [{name: lambda: ran.append(users()["cpu"])} for name in ("eager", "at_fused")]
-    found = Comparison({"shape": [1]}, *programs, Clock(), measure.on("cpu"), 0).rows()
-    assert [row["backend"] for row in found] == ["cpu", "eager"]
-    assert all(row["shape"] == [1] and row["ms"].keys() == {"eager", "at_fused"} for row in found)
-    assert found[0]["ms"]["eager"] == found[1]["ms"]["eager"]
-    # The rival and ours on the fastest, ours on the other.
-    assert sorted(ran) == sorted(["cpu", "cpu", "eager"] * (len(ran) // 3))
+    calls = []
+    programs = [{name: lambda: calls.append(users()["cpu"])} for name in ("eager", "at_fused")]
+    rows = Comparison({"shape": [1]}, *programs, Clock(), measure.on("cpu"), 0).rows()
+    assert [row["backend"] for row in rows] == ["cpu", "eager"]
+    assert all(row["shape"] == [1] and row["ms"].keys() == {"eager", "at_fused"} for row in rows)
+    assert rows[0]["ms"]["eager"] == rows[1]["ms"]["eager"]
+    # Both programs run on the first back end, at_fused alone on the second.
+    assert sorted(calls) == sorted(["cpu", "cpu", "eager"] * (len(calls) // 3))
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> measure.Graphs:
-    """A GPU's meter, on stand-ins whose time is the operators that graphs run."""
+    """The GPU's meter on fake graphs, which take one unit of time per operator."""
     pretend_cuda.install(monkeypatch)
     monkeypatch.setattr(measure, "OTHER_BYTES", 64)
     meter = measure.Graphs("cpu")
@@ -220,16 +221,16 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> measure.Graphs:
     return meter
 
 
-def test_a_graph_is_replayed_without_the_host(graphs: measure.Graphs) -> None:
-    x, ran = torch.zeros(4), []
-    run, why = graphs.prepare(lambda: ran.append(x.add_(1).mul_(1)))
-    assert (len(ran), why) == (2 * measure.REPEATS, "")  # once before
-    assert graphs.take(run) == graphs.take(run) == 2  # without the reads of other data
-    assert len(ran) == 2 * measure.REPEATS
+def test_graph_replay_does_not_call_the_program(graphs: measure.Graphs) -> None:
+    x, calls = torch.zeros(4), []
+    run, error = graphs.prepare(lambda: calls.append(x.add_(1).mul_(1)))
+    assert (len(calls), error) == (2 * measure.REPEATS, "")  # a warm-up and the capture
+    assert graphs.take(run) == graphs.take(run) == 2  # without the reads that flush the cache
+    assert len(calls) == 2 * measure.REPEATS
     assert x[0] == 4 * measure.REPEATS
 
 
-def test_what_cannot_be_captured_is_said(
+def test_capture_errors_are_reported(
     graphs: measure.Graphs,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -237,8 +238,8 @@ def test_what_cannot_be_captured_is_said(
 ) -> None:
     x = torch.ones(4)
     programs = {"eager": lambda: x.sum().item()}, {"at_fused": lambda: x.abs().neg()}
-    what = {"pairs": 1, "shape": [1], "pass": "forward"}
-    calls = Comparison(what, *programs, graphs, measure.on("cpu"), 0)
+    settings = {"pairs": 1, "shape": [1], "pass": "forward"}
+    calls = Comparison(settings, *programs, graphs, measure.on("cpu"), 0)
     monkeypatch.setitem(measure.PARTS, "calls", (lambda device: calls, [()]))
     path = results.measure("cpu", {"calls": [()]}, None)
     (row,) = results.load(path)["parts"]["calls"]
@@ -252,38 +253,38 @@ def test_what_cannot_be_captured_is_said(
     assert capsys.readouterr().out.endswith(reason)
 
 
-def test_a_gpu_is_compared_with_a_copy_of_as_many_bytes(graphs: measure.Graphs) -> None:
-    found = measure.at_loss("cpu", *KINDS[0], "forward")
-    copy, moved = found.others["copy"], found.what["bytes"]
+def test_gpu_is_compared_with_a_copy_of_equal_bytes(graphs: measure.Graphs) -> None:
+    comparison = measure.at_loss("cpu", *KINDS[0], "forward")
+    copy, moved = comparison.others["copy"], comparison.what["bytes"]
     assert 2 * copy.args[0].nbytes == moved["copy"] == moved["at_fused"]
     assert graphs.take(graphs.prepare(copy)[0]) == 1
     assert tables.of_copy({"bytes": moved, "ms": {"copy": 1.0, "at_fused": 2.0}}) == ["50%"]
 
 
-def test_one_read_of_a_list_is_one_launch(graphs: measure.Graphs) -> None:
+def test_joined_read_of_a_list_is_one_launch(graphs: measure.Graphs) -> None:
     inputs = Inputs.make((2, [(4, 6, 8), (2, 2, 4)]), layout="channels_last")
     assert graphs.take(graphs.prepare(inputs.read_all(joined=True))[0]) == 1
     assert graphs.take(graphs.prepare(inputs.read_all())[0]) == 4
 
 
-def test_memory_is_the_gradient_and_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_gradient_and_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    (found,) = measure.memory("cpu", 8).rows()
-    assert found["gradient"] < found["bytes"]["at_fused"] < 1.1 * found["gradient"]
-    assert found["bytes"]["eager"] > 2 * found["gradient"]
+    (row,) = measure.memory("cpu", 8).rows()
+    assert row["gradient"] < row["bytes"]["at_fused"] < 1.1 * row["gradient"]
+    assert row["bytes"]["eager"] > 2 * row["gradient"]
 
 
-def test_the_installed_package_is_measured(tmp_path: Path) -> None:
-    """Not what is in the checkout, which comes first on the path and may have no libraries."""
+def test_installed_package_is_measured(tmp_path: Path) -> None:
+    """Skip the checkout, which comes first on the path but may have no compiled libraries."""
     files = {
         "checkout/benchmarks/__init__.py": (ROOT / "benchmarks/__init__.py").read_text(),
         "checkout/benchmarks/which.py": "import at_fused\n",
-        "checkout/at_fused/__init__.py": "print('the source')",
-        "installed/at_fused/__init__.py": "print('the installed')",
+        "checkout/at_fused/__init__.py": "print('checkout')",
+        "installed/at_fused/__init__.py": "print('installed')",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     installed = {"PYTHONPATH": str(tmp_path / "installed")}
-    said = output_of(tmp_path / "checkout", "-m", "benchmarks.which", **installed)
-    assert said == "the installed\n"
+    output = output_of(tmp_path / "checkout", "-m", "benchmarks.which", **installed)
+    assert output == "installed\n"
