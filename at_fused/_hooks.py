@@ -1,7 +1,7 @@
-"""Tapped networks: hooks in a user's modules, and the maps that they made in the last pass.
+"""Tapped networks: hooks on a user's modules, and the maps that they made in the last pass.
 
-Hooks are no part of copies and pickles of a module, which would keep them without their
-AttentionTransfer; one that is copied together with its networks puts its own into the copies.
+Copies and pickles of a module leave these hooks out, since a copied hook would have lost its
+AttentionTransfer. An AttentionTransfer that is copied with its networks adds hooks to the copies.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from at_fused._arguments import check_feature
 from at_fused._layouts import CHANNELS_FIRST, FeatureLayout
 from at_fused._models import Arguments, Hook, arguments_of, tensors_in, unwrap
 from at_fused._numbers import kind
-from at_fused._observe import GivenLayout, observe, rank_of_maps
+from at_fused._observe import LayoutOverrides, channels_first_rank, observe
 from at_fused._options import LossArguments
 
 
 class TappedLayer(NamedTuple):
-    """A layer to be tapped; its layout is None until a run shows it."""
+    """A layer to tap; its layout is None until a run shows it."""
 
     name: str
     module: nn.Module
@@ -35,32 +35,32 @@ class TappedLayer(NamedTuple):
 
 
 class LastPass:
-    """State that the hooks of a network keep of its last pass."""
+    """The state of a network's last pass, written by its hooks."""
 
     def __init__(self) -> None:
         self.maps: dict[str, Tensor] = {}  # by layer
-        self.grad_mode = True  # the one in which the network was called
-        # The inputs of the last two passes, of those since maps were taken.
+        self.grad_mode = True
+        # The inputs of the last two passes, if they began after the maps were last taken.
         self.inputs: list[list[weakref.ref[Tensor]]] = []
-        # Until layouts are known: features with their maps if channels come first, and the
-        # arguments for a run to see.
-        self.undecided = False
+        # While layouts are unknown: features, with their maps if channels come first, and the
+        # arguments of the pass, for a run that infers the layouts.
+        self.needs_layouts = False
         self.features: dict[str, tuple[Tensor, Tensor]] = {}
         self.arguments: Arguments | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Maps and features belong to a graph, which a copy has no part in.
-        return {**vars(LastPass()), "undecided": self.undecided}
+        # Maps and features belong to a graph, which copies do not share.
+        return {**vars(LastPass()), "needs_layouts": self.needs_layouts}
 
     def ignores_pass(self) -> bool:
-        """Return True in passes that are for another's hooks, and in a trace or an export."""
+        """Return True in passes for another owner's hooks, and in a trace or an export."""
         if torch.jit.is_tracing() or getattr(torch.compiler, "_is_exporting_flag", False):
-            return True  # is_exporting() is True in whatever older releases compile
+            return True  # in older releases is_exporting() is also True while compiling
         return not (Hook.acting is None or Hook.acting is self)
 
 
 def _in_backward() -> bool:
-    """Return True where a checkpoint runs a part of the network once more."""
+    """Return True where checkpointing recomputes a part of the network."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -68,25 +68,25 @@ def _in_backward() -> bool:
 
 
 class BeginPass(Hook):
-    """A forward pre-hook of the network: forget the pass before."""
+    """A forward pre-hook of the network that clears the state of the previous pass."""
 
     def __init__(self, last: LastPass) -> None:
-        self.last = last
+        self.last_pass = last
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        last = self.last
+        last = self.last_pass
         if last.ignores_pass() or _in_backward():
             return
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
-                "AttentionTransfer does not work in nn.DataParallel with several devices: use "
-                "nn.parallel.DistributedDataParallel, a process for each"
+                "AttentionTransfer does not work in nn.DataParallel with several devices; use "
+                "nn.parallel.DistributedDataParallel, with one process per device"
             )
         last.maps.clear()
         last.features.clear()
         last.grad_mode = torch.is_grad_enabled()
-        last.arguments = (args, kwargs) if last.undecided else None
-        if torch.compiler.is_compiling():  # which cannot trace weak references
+        last.arguments = (args, kwargs) if last.needs_layouts else None
+        if torch.compiler.is_compiling():  # it cannot trace weak references
             last.inputs = []
         else:
             inputs = [weakref.ref(x) for x in tensors_in((args, kwargs))]
@@ -94,44 +94,44 @@ class BeginPass(Hook):
 
 
 class LayerTap(Hook):
-    """A forward hook of a layer: tap its output.
+    """A forward hook of a layer that taps its output.
 
-    Between two convolutions no cache has Python's code any more, which makes each line dear: the
-    options were checked when the hook was made, and go to the operator as they are.
+    A convolution evicts Python's code from the CPU caches, so each line here is slow: the options
+    are checked when the hook is made, not in each pass.
     """
 
     def __init__(
-        self, layer: TappedLayer, last: LastPass, given: GivenLayout, options: LossArguments
+        self, layer: TappedLayer, last: LastPass, overrides: LayoutOverrides, options: LossArguments
     ) -> None:
-        self.name, self.layout, self.last = layer.name, layer.layout, last
+        self.name, self.layout, self.last_pass = layer.name, layer.layout, last
         self.collapse, self.absolute = options.collapse, options.absolute
         self.of_channels = options.attend == "channel"
-        # The rank of a feature whose channels certainly come first.
-        self.rank = rank_of_maps(layer.module) if given.channel_dim != -1 else None
-        # torch.compile with dynamic=True takes a float for a variable, a text for a constant.
+        is_channels_last = overrides.channel_dim == -1
+        self.channels_first_rank = None if is_channels_last else channels_first_rank(layer.module)
+        # torch.compile with dynamic=True makes a variable of a float, a constant of a string.
         self.p = repr(float(options.p))
-        self.grad_mode = True  # the one in which the layer ran last
+        self.grad_mode = True  # during the layer's last run
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        last = self.last
+        last = self.last_pass
         if last.ignores_pass():
             return None
         x = output[0] if isinstance(output, (tuple, list)) and output else output
         if not isinstance(x, Tensor):
             if isinstance(x, fx.Proxy):
-                return None  # symbolic_trace: the graph is the network's
+                return None  # symbolic_trace records the network without taps
             raise TypeError(
-                f"layer {self.name!r} ({type(module).__name__}) must give a tensor, or a tuple "
-                f"that begins with one, got {kind(output)}; name a module within it that does"
+                f"layer {self.name!r} ({type(module).__name__}) must return a tensor, or a tuple "
+                f"that begins with one, got {kind(output)}; name a module inside it that does"
             )
         check_feature(f"the output of layer {self.name!r}", x)
-        # A feature whose layout is not known yet is tapped as well, as a checkpoint will do when it
-        # runs the layer once more, in the backward, where its map has long been used.
+        # A feature of unknown layout is tapped as well, because a checkpoint taps it when it
+        # recomputes the layer in the backward pass, after the map was used.
         y, q = self.tap(x)
         if not _in_backward():
             self.grad_mode = torch.is_grad_enabled()
-            if self.layout is None and x.dim() != self.rank:
-                # A clone, as the next layer may change a constant in place.
+            if self.layout is None and x.dim() != self.channels_first_rank:
+                # Clone a constant, which the next layer may change in place.
                 last.features[self.name] = y if y.requires_grad else y.clone(), q
             else:
                 last.maps[self.name] = q
@@ -141,7 +141,7 @@ class LayerTap(Hook):
         return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
 
     def tap(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the feature, to be used in its own place, and its map."""
+        """Return the feature that replaces x, and its map."""
         layout = FeatureLayout(*self.layout[:2]) if self.layout else CHANNELS_FIRST
         feature = layout.to_channels_first(x, f"layer {self.name!r}")
         size = feature.shape[1:2] if self.of_channels else feature.shape[2:]
@@ -155,10 +155,10 @@ class LayerTap(Hook):
 
 
 class TappedNetwork:
-    """A network whose layers are hooked, and how to undo that.
+    """A network with hooks on its layers.
 
-    Layers that were named have no layout until a run on the arguments of their first pass shows it,
-    but for convolutions and their norms, whose features can lie in one way only.
+    The layouts of named layers are inferred in one more run, on the arguments of the first pass.
+    Convolutions and their norms need no such run, since their channels come first.
     """
 
     def __init__(
@@ -166,14 +166,16 @@ class TappedNetwork:
         side: str,
         model: nn.Module,
         layers: Sequence[TappedLayer],
-        given: GivenLayout,
+        overrides: LayoutOverrides,
         options: LossArguments,
     ) -> None:
-        self.side, self.model, self.layers, self.given = side, model, layers, given
-        network, self.last = unwrap(model), LastPass()
-        self.taps = [LayerTap(layer, self.last, given, options) for layer in layers]
-        self.last.undecided = any(tap.layout is None and tap.rank is None for tap in self.taps)
-        begin = BeginPass(self.last)
+        self.side, self.model, self.layers, self.overrides = side, model, layers, overrides
+        network, self.last_pass = unwrap(model), LastPass()
+        self.taps = [LayerTap(layer, self.last_pass, overrides, options) for layer in layers]
+        self.last_pass.needs_layouts = any(
+            tap.layout is None and tap.channels_first_rank is None for tap in self.taps
+        )
+        begin = BeginPass(self.last_pass)
         self.hooks: list[Hook] = [begin, *self.taps]
         self.handles = [network.register_forward_pre_hook(begin, with_kwargs=True)]
         for tap, layer in zip(self.taps, layers, strict=True):
@@ -182,17 +184,17 @@ class TappedNetwork:
             _hide_from_copies(handle)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A handle is copied with its dicts of hooks, which the copies of modules share.
-        orders = [list(next(_dicts_of(handle), ())) for handle in self.handles]
+        # A copied handle refers to the copies of its hook dicts, which the copied modules share.
+        orders = [list(next(_hook_dicts(handle), ())) for handle in self.handles]
         return {**vars(self), "orders": orders}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         orders = state.pop("orders")
         vars(self).update(state)
         for handle, hook, order in zip(self.handles, self.hooks, orders, strict=True):
-            if handle.id not in order:  # it was removed
+            if handle.id not in order:  # the hook was removed
                 continue
-            hooks, with_kwargs, *_ = _dicts_of(handle)
+            hooks, with_kwargs, *_ = _hook_dicts(handle)
             hooks[handle.id] = hook
             if isinstance(hook, BeginPass):
                 with_kwargs[handle.id] = True
@@ -201,114 +203,114 @@ class TappedNetwork:
             _hide_from_copies(handle)
 
     def take_maps(self, batch: Any) -> list[Tensor]:
-        """Return the maps of the last forward pass, on this batch, and keep them no longer."""
-        last = self.last
+        """Return the maps of the last forward pass, on this batch, and clear them."""
+        last = self.last_pass
         if last.features:
-            self._find_layouts(batch)
-        found, last.maps = last.maps, {}
-        (*before, own), last.inputs = last.inputs or [[]], []
-        # A tensor that no pass was given is no evidence: inputs are moved, cut up and resized.
-        given = {id(x) for x in tensors_in(batch)} - {id(ref()) for ref in own}
-        if any(id(ref()) in given for each in before for ref in each):
+            self._infer_layouts(batch)
+        maps, last.maps = last.maps, {}
+        (*earlier, latest), last.inputs = last.inputs or [[]], []
+        # A tensor that no pass received is ignored: networks get moved, cropped or resized copies.
+        missing = {id(x) for x in tensors_in(batch)} - {id(ref()) for ref in latest}
+        if any(id(ref()) in missing for inputs in earlier for ref in inputs):
             raise RuntimeError(
-                f"AttentionTransfer: x was the input of an earlier pass of the {self.side}, whose "
-                f"last had another; call at(x) after each {self.side}(x)"
+                f"AttentionTransfer: x was the input of an earlier pass of the {self.side}, but "
+                f"not of its last; call at(x) after each {self.side}(x)"
             )
         for name, module, _ in self.layers:
-            if name not in found:
-                raise RuntimeError(self._why_missing(name, module))
-            if found[name].shape[1:].numel() == 1:
+            if name not in maps:
+                raise RuntimeError(self._explain_missing_map(name, module))
+            if maps[name].shape[1:].numel() == 1:
                 raise ValueError(
-                    f"layers: the {self.side}'s layer {name!r} has a single position, or channel, "
-                    "whose attention is always 1: name a layer before it"
+                    f"layers: the map of the {self.side}'s layer {name!r} has a single element, "
+                    "which is always 1; name an earlier layer"
                 )
-        return [found[layer.name] for layer in self.layers]
+        return [maps[layer.name] for layer in self.layers]
 
-    def _find_layouts(self, batch: Any) -> None:
-        """Run the network once more to see how features lie, and make the maps of those kept."""
-        last = self.last
+    def _infer_layouts(self, batch: Any) -> None:
+        """Infer the layouts from another run, and compute the maps of the stored features."""
+        last = self.last_pass
         features, last.features = last.features, {}
         arguments, last.arguments = last.arguments or arguments_of(batch), None
-        run = observe(unwrap(self.model), arguments, self.given)
+        run = observe(unwrap(self.model), arguments, self.overrides)
         layouts = [run.layout_of_layer(self.side, tap.name) for tap in self.taps]
         for tap, layout in zip(self.taps, layouts, strict=True):
             tap.layout = layout
             if tap.name in features:
                 feature, q = features[tap.name]
                 last.maps[tap.name] = q if layout.channel_dim == 1 else tap.tap(feature)[1]
-        last.undecided = False
+        last.needs_layouts = False
 
-    def _why_missing(self, name: str, module: nn.Module) -> str:
-        message = f"AttentionTransfer: the {self.side}'s layer {name!r} has given no map: "
+    def _explain_missing_map(self, name: str, module: nn.Module) -> str:
+        message = f"AttentionTransfer: the {self.side}'s layer {name!r} returned no map: "
         if dict(unwrap(self.model).named_modules()).get(name) is not module:
             return message + "it was replaced after AttentionTransfer was made; make that last"
         if not any(hook in self.hooks for hook in module._forward_hooks.values()):
-            return message + "its hook was removed, as by at.remove()"
+            return message + "its hook was removed, for example by at.remove()"
         return message + (
-            f"it did not run; call the {self.side} itself, not its forward, before each at(x). Of "
-            "a GraphModule name a layer that its graph calls. If torch.compile compiled it, or a "
-            "copy, without hooks: set torch._dynamo.config.skip_nnmodule_hook_guards = False, and "
-            "call torch._dynamo.reset()"
+            f"it did not run. Call the {self.side} itself, not its forward, before each at(x). In "
+            "a GraphModule, name a layer that its graph calls. If torch.compile compiled it, or a "
+            "copy, before it had hooks: set torch._dynamo.config.skip_nnmodule_hook_guards = False "
+            "and call torch._dynamo.reset()"
         )
 
     def token_size(self, i: int) -> Sequence[int]:
-        """Return the size of the map of a layer's tokens; features of other layers have none."""
+        """Return the map size of a layer's tokens, or () if its features are not tokens."""
         layout = self.taps[i].layout
         return (layout and layout.map_size) or ()
 
     def skip_tokens(self) -> int:
-        """Return the most tokens that are left out of a layer's map."""
+        """Return the largest number of tokens that a layer's map leaves out."""
         return max(tap.layout.skip_tokens if tap.layout else 0 for tap in self.taps)
 
     def check_graph(self, maps: list[Tensor]) -> None:
-        """Refuse a map without a graph of a layer that is trained, or that such ones lead to.
+        """Raise if a map has no graph, but its layer or an earlier one has trained parameters.
 
-        A part of the network may well run under ``no_grad``, if nothing in it is trained.
+        A part of the network may run under ``no_grad`` if nothing in it is trained.
         """
         network = unwrap(self.model)
         for tap, q in zip(self.taps, maps, strict=True):
             if torch.is_grad_enabled() and not (q.requires_grad or tap.grad_mode):
-                part = tap.name.partition(".")[0] if self.last.grad_mode else ""
+                part = tap.name.partition(".")[0] if self.last_pass.grad_mode else ""
                 if any(p.requires_grad for p in network.get_submodule(part).parameters()):
                     raise RuntimeError(
                         f"AttentionTransfer: the map of the {self.side}'s layer {tap.name!r} has "
-                        "no graph: it ran under no_grad, or in a checkpoint, which has to be one "
-                        "with use_reentrant=False. To evaluate, call at(x) under no_grad too"
+                        "no graph, because it ran under no_grad or in a checkpoint. Checkpoint "
+                        "with use_reentrant=False; to evaluate, call at(x) under no_grad too"
                     )
 
     def remove(self) -> None:
-        """Take the hooks away, and what they have found."""
+        """Remove the hooks, their maps and their features."""
         for handle in self.handles:
-            for hooks in _dicts_of(handle):
-                _take_out(hooks, [handle.id])
-        self.last.maps, self.last.features, self.last.arguments = {}, {}, None
+            for hooks in _hook_dicts(handle):
+                _delete_hooks(hooks, [handle.id])
+        self.last_pass.maps, self.last_pass.features, self.last_pass.arguments = {}, {}, None
 
 
-# ---- dicts of hooks, which are copied without ours -----------------------------------------------
+# ---- hook dicts, copied without our hooks --------------------------------------------------------
 
 
-def _dicts_of(handle: RemovableHandle) -> Iterator[OrderedDict[int, Any]]:
-    """Yield the dicts of a module that have something of a hook, the hook itself in the first."""
+def _hook_dicts(handle: RemovableHandle) -> Iterator[OrderedDict[int, Any]]:
+    """Yield a module's dicts with an entry for the hook; the first holds the hook itself."""
     for ref in (handle.hooks_dict_ref, *handle.extra_dict_ref):
         if (hooks := ref()) is not None:
             yield hooks
 
 
 def _hide_from_copies(handle: RemovableHandle) -> None:
-    """Make copies and pickles of a module do without a hook of ours."""
-    for hooks in _dicts_of(handle):
+    """Leave the hook out of copies and pickles of its module."""
+    for hooks in _hook_dicts(handle):
         hidden = vars(hooks).setdefault("hidden", set())
         hidden.add(handle.id)
-        shown = partial(_shown, weakref.ref(hooks), hidden)
-        vars(hooks)["__deepcopy__"] = lambda memo, shown=shown: copy.deepcopy(shown(), memo)
-        vars(hooks)["__reduce_ex__"] = lambda protocol, shown=shown: shown().__reduce_ex__(protocol)
+        visible = partial(_visible, weakref.ref(hooks), hidden)
+        vars(hooks)["__deepcopy__"] = lambda memo, f=visible: copy.deepcopy(f(), memo)
+        vars(hooks)["__reduce_ex__"] = lambda protocol, f=visible: f().__reduce_ex__(protocol)
 
 
-def _shown(hooks: weakref.ref[OrderedDict[int, Any]], hidden: set[int]) -> OrderedDict[int, Any]:
+def _visible(hooks: weakref.ref[OrderedDict[int, Any]], hidden: set[int]) -> OrderedDict[int, Any]:
     return OrderedDict((k, hook) for k, hook in (hooks() or {}).items() if k not in hidden)
 
 
-def _take_out(hooks: OrderedDict[int, Any], keys: Iterable[int]) -> None:
+def _delete_hooks(hooks: OrderedDict[int, Any], keys: Iterable[int]) -> None:
     hidden = vars(hooks).get("hidden", set())
     for key in list(keys):
         hooks.pop(key, None)
@@ -318,19 +320,19 @@ def _take_out(hooks: OrderedDict[int, Any], keys: Iterable[int]) -> None:
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """Take the hooks of every :class:`AttentionTransfer` out of a module and all within it.
+    """Remove the hooks of every :class:`AttentionTransfer` from a module and all its submodules.
 
-    For a network whose ``at`` is lost, so that ``at.remove()`` cannot be called. Other hooks stay.
+    Use it when ``at`` is lost and ``at.remove()`` cannot be called. Other hooks stay.
 
     Args:
-        module: any module, hooked or not.
+        module: any module, with or without hooks.
 
     Raises:
-        TypeError: ``module`` is no ``nn.Module``.
+        TypeError: ``module`` is not an ``nn.Module``.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {kind(module)}")
     for each in module.modules():
         for name, hooks in vars(each).items():
             if name.startswith("_forward_") and isinstance(hooks, OrderedDict):
-                _take_out(hooks, vars(hooks).get("hidden", ()))
+                _delete_hooks(hooks, vars(hooks).get("hidden", ()))

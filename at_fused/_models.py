@@ -1,4 +1,4 @@
-"""Networks of users: their modules by name, their arguments and outputs, passes without a trace."""
+"""Access to a user's network: modules by name, arguments, outputs, eval mode, precision."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Hook:
-    """A hook of this package in a user's module."""
+    """A hook of this package on a user's module."""
 
-    # Only this owner's hooks act, in a pass that is not the user's; None: all do.
+    # The only owner of hooks that act in this pass; None: all hooks act.
     acting: ClassVar[object] = None
 
     @property
     def __name__(self) -> str:
-        # torch.jit.script asks a hook for its name, in order to compile it.
+        # torch.jit.script reads a hook's name in order to compile it.
         raise AttributeError(
             "torch.jit.script cannot compile the hooks of AttentionTransfer: call at.remove() "
             "before, or script copy.deepcopy(network)"
@@ -31,7 +31,7 @@ class Hook:
 
 @contextmanager
 def only_hooks_of(owner: object) -> Iterator[None]:
-    """Let this owner's hooks act, and none of ours besides."""
+    """Disable all hooks of this package except this owner's."""
     before, Hook.acting = Hook.acting, owner
     try:
         yield
@@ -40,23 +40,23 @@ def only_hooks_of(owner: object) -> Iterator[None]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network itself, out of torch.compile and of torch's two for data parallelism."""
+    """Return the network inside torch.compile, DataParallel and DistributedDataParallel."""
     parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     inner = model.module if parallel else getattr(model, "_orig_mod", None)
     return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
-def distributed(model: nn.Module | None) -> nn.parallel.DistributedDataParallel | None:
-    """Return the DistributedDataParallel of a network, out of torch.compile, if it is in one."""
+def find_ddp(model: nn.Module | None) -> nn.parallel.DistributedDataParallel | None:
+    """Return the network's DistributedDataParallel, also inside torch.compile, or None."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model
     inner = getattr(model, "_orig_mod", None)
-    return distributed(inner) if isinstance(inner, nn.Module) else None
+    return find_ddp(inner) if isinstance(inner, nn.Module) else None
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Enter eval mode without gradients, and give each module its own mode back."""
+    """Enter eval mode without gradients, and restore each module's mode on exit."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -69,29 +69,29 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def arguments_of(batch: Any) -> Arguments:
-    """Return a network's arguments: a mapping gives keyword arguments, a tuple positional ones."""
+    """Return a network's arguments: keyword ones from a mapping, positional ones otherwise."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (batch if isinstance(batch, tuple) else (batch,)), {}
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """Find the logits in a network's output, as documented at ``teacher_output``."""
+    """Return the logits in a network's output, as documented at ``teacher_output``."""
     if is_dataclass(output) and not isinstance(output, Mapping):
         output = {field.name: getattr(output, field.name) for field in fields(output)}
-    mapping = isinstance(output, Mapping)
+    is_mapping = isinstance(output, Mapping)
     for name in ("logits", "out"):
-        found = output.get(name) if mapping else getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
-    several = list(tensors_in(output)) if mapping else [output]
+        logits = output.get(name) if is_mapping else getattr(output, name, None)
+        if isinstance(logits, Tensor):
+            return logits
+    candidates = list(tensors_in(output)) if is_mapping else [output]
     if isinstance(output, tuple):
-        several = list(output[:1])
-    return several[0] if len(several) == 1 and isinstance(several[0], Tensor) else None
+        candidates = list(output[:1])
+    return candidates[0] if len(candidates) == 1 and isinstance(candidates[0], Tensor) else None
 
 
 def same_batch(a: Any, b: Any) -> bool:
-    """Return True where both hold the same objects, if in other containers of these kinds."""
+    """Return True if both hold the same objects; their containers may be copies."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(same_batch(a[key], b[key]) for key in a)
     if isinstance(a, (tuple, list)) and type(a) is type(b):
@@ -104,17 +104,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list, Mapping)):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(each)
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
 
 
 def version_of(x: Tensor) -> int:
-    """Return the number of changes in place, or -1 where nobody counts them."""
+    """Return the number of changes in place, or -1 if torch does not count them."""
     return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def precision(x: Tensor) -> str:
-    """Name the dtype in which a network computes on x: autocast's where it is on, else x's."""
+    """Return the name of the dtype that a network computes x in: autocast's, or else x's."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return f"autocast {torch.get_autocast_dtype(device)}"
@@ -122,16 +122,16 @@ def precision(x: Tensor) -> str:
 
 
 def modules_named(model: nn.Module, names: Sequence[str], side: str = "") -> list[nn.Module]:
-    """Return the modules of these names; a ValueError names the nearest to an unknown one."""
-    whose = f"the {side} " if side else ""
+    """Return the modules with these names; raise a ValueError that suggests names."""
+    owner = f"the {side} " if side else ""
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules:
             known = [n for n in modules if n]
             near = get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
             raise ValueError(
-                f"layers: {whose}{type(model).__name__} has no module {name!r}; "
-                + (f"near: {', '.join(near)}; " if near else "")
-                + f"all {len(known)} are in dict(model.named_modules())"
+                f"layers: {owner}{type(model).__name__} has no module {name!r}; "
+                + (f"some of its modules: {', '.join(near)}; " if near else "")
+                + f"model.named_modules() lists all {len(known)}"
             )
     return [modules[name] for name in names]

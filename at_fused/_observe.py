@@ -1,9 +1,9 @@
-"""An observed run of a network: which modules ran, and how their features lie.
+"""Inference of feature layouts: run a network once and read the evidence of its operators.
 
-A shape alone does not say where the channels of a feature are, nor which of N tokens are patches.
-The operators that ran do: a convolution or a batch norm has its channels first, a linear layer or a
-layer norm last; a convolution makes the grid that N tokens may fill; a concatenation says how many
-tokens were put before and after these.
+A shape alone does not show where the channels of a feature are, or which of N tokens are patches.
+The operators show it. A convolution or a batch norm has its channels first; a linear layer or a
+layer norm has them last. A convolution makes the grid that N tokens may fill. A concatenation shows
+how many tokens were added before and after the patches.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from at_fused._models import Arguments, evaluating, only_hooks_of, tensors_in, v
 Size = tuple[int, ...]
 Shape = tuple[int, ...]
 
-SEVERAL_SIZES = "it gives maps of several sizes"
-NOT_IN_ORDER = "its tokens do not lie as the image does (if they do, give skip_tokens)"
+SEVERAL_SIZES = "it returns maps of several sizes"
+NOT_IN_ORDER = "its tokens are not in the image's order (if they are, pass skip_tokens in Python)"
 
 _CHANNELS_FIRST = re.compile(
     r"_?(conv(_transpose)?\dd|\w*pool\dd|(batch|instance|group)_norm|interpolate|upsample"
     r"|pixel_(un)?shuffle)"
 )
 _CHANNELS_LAST = re.compile(r"linear|(layer|rms)_norm|embedding")
-_MOVES = ("flip", "fliplr", "flipud", "rot90", "roll", "einsum", "stack", "unbind")
+_REORDERING = ("flip", "fliplr", "flipud", "rot90", "roll", "einsum", "stack", "unbind")
 _OF_ANY_RANK = ("GroupNorm", "SyncBatchNorm", "PReLU")
-# More than class, distillation and register tokens: another level of features, or a prompt.
-_MOST_EXTRA_TOKENS = 16
-# Places where an image is changed to see a map follow, in parts of its time, height and width.
-_PLACES, _HALF = ((0.2, 0.3, 0.8), (0.8, 0.6, 0.2)), 1 / 16
+# More than class, distillation and register tokens: other features, or a prompt.
+_MAX_EXTRA_TOKENS = 16
+# The centres and half the side of patches to change, as parts of time, height and width.
+_PROBES, _PROBE_RADIUS = ((0.2, 0.3, 0.8), (0.8, 0.6, 0.2)), 1 / 16
 
 
-class GivenLayout(NamedTuple):
-    """A user's word on the features of a side; None is to be found out."""
+class LayoutOverrides(NamedTuple):
+    """The layout options that a user passed for one network; None is inferred from a run."""
 
     channel_dim: int | None = None
     skip_tokens: int | None = None
@@ -54,118 +54,119 @@ class GivenLayout(NamedTuple):
 
 @dataclass(eq=False)
 class ModuleCall:
-    """A module that ran: its inputs and outputs, and the modules that ran inside."""
+    """A call of a module: its inputs and outputs, and the calls inside it."""
 
     name: str
     module: nn.Module
-    inside: list[ModuleCall] = field(default_factory=list)
-    shapes_in: list[Shape] = field(default_factory=list)
-    shapes: list[Shape] = field(default_factory=list)
+    children: list[ModuleCall] = field(default_factory=list)
+    input_shapes: list[Shape] = field(default_factory=list)
+    output_shapes: list[Shape] = field(default_factory=list)
     output: Callable[[], Tensor | None] = lambda: None
     layout: FeatureLayout | None = None
-    size_in: Size | None = None
-    reason: str = ""
-    handed_on: bool = False  # its output is an input, unchanged
-    takes_same_input: bool = False  # as the module around it
+    input_size: Size | None = None
+    reason: str = ""  # why there is no layout
+    returns_its_input: bool = False
+    shares_input_with_parent: bool = False
     ends_in_layer_norm: bool = False
-    times: int = 1
+    count: int = 1
 
-    def all_inside(self) -> Iterator[ModuleCall]:
-        for each in self.inside:
-            yield each
-            yield from each.all_inside()
+    def descendants(self) -> Iterator[ModuleCall]:
+        for child in self.children:
+            yield child
+            yield from child.descendants()
 
     @property
     def size(self) -> Size | None:
-        return self.layout.size(self.shapes[0]) if self.layout else None
+        return self.layout.size(self.output_shapes[0]) if self.layout else None
 
-    def described(self, channels: str = "") -> str:
-        """Return the feature's shape, with the number of its channels or another word for it."""
+    def format_shape(self, channels: str = "") -> str:
+        """Return the feature's shape as text, with its number of channels or the text given."""
         assert self.layout
-        channel_dim, skip, tokens = self.layout
-        sides = ["L"] if len(self.shapes[0]) == 3 else ["T", "H", "W"][5 - len(self.shapes[0]) :]
+        shape, (channel_dim, skip, tokens) = self.output_shapes[0], self.layout
+        sides = ["L"] if len(shape) == 3 else ["T", "H", "W"][5 - len(shape) :]
         if tokens:
             sides = [f"{skip}+{math.prod(tokens)}" if skip else "N"]
-        channels = channels or str(self.shapes[0][channel_dim])
+        channels = channels or str(shape[channel_dim])
         dims = [channels, *sides] if channel_dim == 1 else [*sides, channels]
         return f"(B, {', '.join(dims)})"
 
-    def weighs(self) -> bool:
+    def is_weight_layer(self) -> bool:
         """Return True for a convolution, a linear layer, or a layer with a weight like theirs."""
         if isinstance(self.module, (nn.Linear, nn.modules.conv._ConvNd)):
             return True
-        return not self.inside and any(p.dim() > 1 for p in self.module.parameters(recurse=False))
+        return not self.children and any(p.dim() > 1 for p in self.module.parameters(recurse=False))
 
-    def layers(self) -> int:
+    def weight_layers(self) -> int:
         """Count the convolutions and linear layers."""
-        return sum(each.weighs() for each in self.all_inside()) or self.weighs()
+        return sum(c.is_weight_layer() for c in self.descendants()) or self.is_weight_layer()
 
-    def learned(self) -> bool:
+    def has_parameters(self) -> bool:
         return bool(list(self.module.parameters()))
 
     def depth(self) -> int:
         """Count the levels of layers with parameters inside: 0 for a layer, 1 for conv and norm."""
-        return max((1 + each.depth() for each in self.inside if each.learned()), default=0)
+        return max((1 + c.depth() for c in self.children if c.has_parameters()), default=0)
 
 
 class ObservedRun(TorchFunctionMode):
-    """The calls of a network's modules in a run, and the evidence of its operators."""
+    """The module calls of one run of a network, and the evidence that its operators gave."""
 
-    def __init__(self, model: nn.Module, arguments: Arguments, given: GivenLayout) -> None:
+    def __init__(self, model: nn.Module, arguments: Arguments, overrides: LayoutOverrides) -> None:
         super().__init__()
-        self.arguments, self.given = arguments, given
-        # The shapes that operators made, with their channels first or last.
+        self.arguments, self.overrides = arguments, overrides
+        # Shapes that operators with channels first, and with channels last, returned.
         self.channels_first, self.channels_last = set[Shape](), set[Shape]()
         self.grids: dict[int, Size] = {}  # by their number of positions
-        self.finest: Size = ()
-        self.concatenated: dict[int, list[list[int]]] = {}  # the lengths of the parts, by their sum
-        # A channel of the first sample's maps, by the number of positions; the numbers of tokens
-        # that were seen to be one, row by row; and what may have brought them into another order.
+        self.finest_grid: Size = ()
+        self.concatenations: dict[int, list[list[int]]] = {}  # lengths of the parts, by their sum
+        # The evidence for the order of tokens: one channel of the first sample's maps by number of
+        # positions, the numbers of tokens that matched one row by row, and operators that reorder.
         self.planes: dict[int, list[Tensor]] = {}
         self.row_by_row = set[int]()
-        self.permuted: list[Shape] = []
-        self.gathered = self.moved = False
+        self.permuted_shapes: list[Shape] = []
+        self.has_gather = self.has_reorder = False
         inputs = [x for x in tensors_in(arguments) if x.dim() > 0]
         if not inputs:
-            raise TypeError("example, or a batch in its place, must hold a tensor, got none")
+            raise TypeError("example (or the first batch) must hold a tensor, got none")
         main = max(inputs, key=lambda x: (x.dim() > 1, x.numel()))
-        # Images, as detectors take them.
-        listed = len(arguments[0]) > 0 and isinstance(arguments[0][0], list) and main.dim() == 3
-        self.batch = len(inputs) if listed else main.shape[0]
+        # Detectors take a list of images.
+        is_list = len(arguments[0]) > 0 and isinstance(arguments[0][0], list) and main.dim() == 3
+        self.batch_size = len(inputs) if is_list else main.shape[0]
         images = [x for x in inputs if x.dim() > 3]
-        self.image: Size = tuple(images[0].shape[2:]) if images else ()
-        self.inputs = {tuple(x.shape) for x in images}
-        self.lengths = {n for x in inputs if 2 <= x.dim() <= 3 and not listed for n in x.shape[1:]}
-        self.convolved = False
+        self.image_size: Size = tuple(images[0].shape[2:]) if images else ()
+        self.image_shapes = {tuple(x.shape) for x in images}
+        sequences = [x for x in inputs if 2 <= x.dim() <= 3 and not is_list]
+        self.lengths = {n for x in sequences for n in x.shape[1:]}
+        self.has_convolved = False
         self.root = ModuleCall("", model)
         self.calls: dict[str, ModuleCall] = {}
 
-    # ---- while it runs ---------------------------------------------------------------------------
+    # ---- during the run --------------------------------------------------------------------------
 
     def hook_modules(self) -> list[RemovableHandle]:
-        """Note the calls of all modules, until these handles are removed."""
+        """Record the calls of all modules until the returned handles are removed."""
         stack = [(self.root, dict[int, int]())]
 
         def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
             inputs = list(tensors_in([args, kwargs]))
-            made = ModuleCall(name, module, shapes_in=[tuple(x.shape) for x in inputs])
-            made.times = self.calls[name].times + 1 if name in self.calls else 1
-            self.calls[name] = made
-            parent, of_parent = stack[-1]
-            made.takes_same_input = any(id(x) in of_parent for x in inputs)
-            parent.inside.append(made)
-            stack.append((made, {id(x): version_of(x) for x in inputs}))
+            call = ModuleCall(name, module, input_shapes=[tuple(x.shape) for x in inputs])
+            call.count = self.calls[name].count + 1 if name in self.calls else 1
+            self.calls[name] = call
+            parent, versions = stack[-1]
+            call.shares_input_with_parent = any(id(x) in versions for x in inputs)
+            parent.children.append(call)
+            stack.append((call, {id(x): version_of(x) for x in inputs}))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            made, versions = stack.pop()
+            call, versions = stack.pop()
             outputs = list(tensors_in(output)) if isinstance(output, (Tensor, tuple, list)) else []
-            made.shapes = [tuple(x.shape) for x in outputs]
+            call.output_shapes = [tuple(x.shape) for x in outputs]
             if outputs:
-                made.handed_on = versions.get(id(outputs[0])) == version_of(outputs[0])
-                last = made.inside[-1] if made.inside else None
+                call.returns_its_input = versions.get(id(outputs[0])) == version_of(outputs[0])
+                last = call.children[-1] if call.children else None
                 if last and (last.ends_in_layer_norm or isinstance(last.module, nn.LayerNorm)):
-                    made.ends_in_layer_norm = last.output() is outputs[0]
-                made.output = weakref.ref(outputs[0])
+                    call.ends_in_layer_norm = last.output() is outputs[0]
+                call.output = weakref.ref(outputs[0])
 
         handles = []
         for name, module in self.root.module.named_modules():
@@ -174,12 +175,12 @@ class ObservedRun(TorchFunctionMode):
                 handles += [begin, module.register_forward_hook(after)]
         return handles
 
-    def find_layouts(self) -> None:
-        """Find how the features of all modules lie."""
-        for each in self.root.all_inside():
-            each.layout, each.reason = self._layout(each)
-            sizes = (y.size(s) for s in each.shapes_in if (y := self.layout_of(s)[0]))
-            each.size_in = next(sizes, None)
+    def infer_layouts(self) -> None:
+        """Infer the layout of every module's features."""
+        for call in self.root.descendants():
+            call.layout, call.reason = self._layout_of_call(call)
+            sizes = (layout.size(s) for s in call.input_shapes if (layout := self.layout_of(s)[0]))
+            call.input_size = next(sizes, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -189,179 +190,179 @@ class ObservedRun(TorchFunctionMode):
         if isinstance(result, Tensor) and result.dim() > 2:
             shape = tuple(result.shape)
             if _CHANNELS_FIRST.fullmatch(name):
-                self._note_image(name, args)
+                self._record_image(name, args)
                 self.channels_first.add(shape)
-                self._note_grid(result)
+                self._record_grid(result)
             elif _CHANNELS_LAST.fullmatch(name):
                 self.channels_last.add(shape)
             elif name in ("cat", "concat", "concatenate"):
-                self._note_concatenation(args, kwargs or {}, shape)
-            self._note_order(name, args, result)
+                self._record_concatenation(args, kwargs or {}, shape)
+            self._record_order(name, args, result)
         return result
 
-    def _note_image(self, name: str, args: Any) -> None:
-        # A network may resize what it is given, or take it from a list.
-        if not self.convolved and name.startswith("conv") and args:
-            self.convolved = True
+    def _record_image(self, name: str, args: Any) -> None:
+        # The network may resize its input, or take it from a list: the first convolution counts.
+        if not self.has_convolved and name.startswith("conv") and args:
+            self.has_convolved = True
             if args[0].dim() > 3:
-                self.image = tuple(args[0].shape[2:])
-                self.inputs.add(tuple(args[0].shape))
+                self.image_size = tuple(args[0].shape[2:])
+                self.image_shapes.add(tuple(args[0].shape))
 
-    def _note_grid(self, made: Tensor) -> None:
-        size = tuple(made.shape[2:])
+    def _record_grid(self, feature: Tensor) -> None:
+        size = tuple(feature.shape[2:])
         count = math.prod(size)
-        if count > max(1, math.prod(self.finest)):
-            self.finest = size
-        if made.shape[0] != self.batch:
+        if count > max(1, math.prod(self.finest_grid)):
+            self.finest_grid = size
+        if feature.shape[0] != self.batch_size:
             return
         if len(size) == 1:
             self.lengths.add(count)
-        elif count > 1 and self.like_image(size):
+        elif count > 1 and self.has_image_proportions(size):
             self.grids.setdefault(count, size)
-            plane = made.detach()[0, 0].flatten().clone()
-            if plane.min() != plane.max():  # of a blank image any order is the same
+            plane = feature.detach()[0, 0].flatten().clone()
+            if plane.min() != plane.max():  # a constant plane looks the same in any order
                 self.planes[count] = [*self.planes.get(count, [])[-2:], plane]
 
-    def _note_order(self, name: str, args: Any, result: Tensor) -> None:
+    def _record_order(self, name: str, args: Any, result: Tensor) -> None:
         shape = tuple(result.shape)
         if name in ("permute", "movedim", "transpose", "swapaxes") and len(shape) > 3:
-            self.permuted.append(shape)
+            self.permuted_shapes.append(shape)
         index = args[1] if name == "__getitem__" else ()
         parts = index if type(index) is tuple else [index]
-        steps = any(isinstance(i, slice) and i.step not in (None, 1) for i in parts)
-        fancy = any(hasattr(i, "__len__") for i in parts)
-        if fancy or name in ("gather", "index_select", "take_along_dim"):
-            self.gathered |= shape[0] == self.batch
-        elif steps or name in _MOVES:
-            self.moved |= shape[0] == self.batch
+        has_steps = any(isinstance(i, slice) and i.step not in (None, 1) for i in parts)
+        has_indices = any(hasattr(i, "__len__") for i in parts)
+        if has_indices or name in ("gather", "index_select", "take_along_dim"):
+            self.has_gather |= shape[0] == self.batch_size
+        elif has_steps or name in _REORDERING:
+            self.has_reorder |= shape[0] == self.batch_size
         for x in tensors_in(list(args[:2])):
             if x.dim() == 3 and x.shape[1] in self.planes and x.shape[1] not in self.row_by_row:
                 row = x.detach()[0, :, 0]
                 if any(torch.equal(row, plane) for plane in self.planes[x.shape[1]]):
                     self.row_by_row.add(x.shape[1])
 
-    def _note_concatenation(self, args: Any, kwargs: dict[str, Any], shape: Shape) -> None:
+    def _record_concatenation(self, args: Any, kwargs: dict[str, Any], shape: Shape) -> None:
         parts = args[0] if args else kwargs["tensors"]
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         dim %= len(shape)
-        of_one_rank = all(part.dim() == len(shape) for part in parts)
-        if shape[0] == self.batch and 0 < dim < len(shape) - 1 and of_one_rank:
+        same_rank = all(part.dim() == len(shape) for part in parts)
+        if shape[0] == self.batch_size and 0 < dim < len(shape) - 1 and same_rank:
             sizes = [part.shape[dim] for part in parts]
-            self.concatenated.setdefault(shape[dim], []).append(sizes)
-            self.moved |= len(shape) == 3 and sorted(sizes)[-2:][0] > _MOST_EXTRA_TOKENS
+            self.concatenations.setdefault(shape[dim], []).append(sizes)
+            self.has_reorder |= len(shape) == 3 and sorted(sizes)[-2:][0] > _MAX_EXTRA_TOKENS
 
     # ---- layouts ---------------------------------------------------------------------------------
 
-    def like_image(self, size: Size) -> bool:
-        """Return False for a map of another shape than the image's: channels taken for a side."""
-        if len(self.image) < 2 or len(size) < 2:
+    def has_image_proportions(self, size: Size) -> bool:
+        """Return False for a map of other proportions: one side is then the channels."""
+        if len(self.image_size) < 2 or len(size) < 2:
             return True
-        (h, w), (height, width) = size[-2:], self.image[-2:]
+        (h, w), (height, width) = size[-2:], self.image_size[-2:]
         return abs(h * width - w * height) <= max(height, width)
 
     def layout_of_layer(self, side: str, name: str) -> FeatureLayout:
-        """Return the layout of a layer that was named; a ValueError for one that is not known."""
-        made = self.calls.get(name)
-        if made is None:
+        """Return the layout of a named layer; raise a ValueError if it is unknown."""
+        call = self.calls.get(name)
+        if call is None:
             why = "it did not run"
-        elif made.layout is None:
-            shapes = ", ".join(map(str, made.shapes)) or "no tensor"
-            why = made.reason or f"it gives {shapes}, which is no feature"
-        elif not self.in_order(made):
+        elif call.layout is None:
+            shapes = ", ".join(map(str, call.output_shapes)) or "no tensor"
+            why = call.reason or f"it returns {shapes}, which is not a feature"
+        elif not self.is_in_image_order(call):
             why = NOT_IN_ORDER
         else:
-            return made.layout
-        raise ValueError(f"layers: the {side}'s {name!r} has no map that is known: {why}")
+            return call.layout
+        raise ValueError(f"layers: cannot make a map of the {side}'s layer {name!r}: {why}")
 
-    def _layout(self, made: ModuleCall) -> tuple[FeatureLayout | None, str]:
-        """Return the layout of the first of a module's outputs, or why it is not known."""
-        found = [self.layout_of(shape) for shape in made.shapes]
-        each = zip(found, made.shapes, strict=True)
-        if len({layout.size(shape) for (layout, _), shape in each if layout}) > 1:
+    def _layout_of_call(self, call: ModuleCall) -> tuple[FeatureLayout | None, str]:
+        """Return the layout of a call's first output, or the reason why it is unknown."""
+        layouts = [self.layout_of(shape) for shape in call.output_shapes]
+        pairs = zip(layouts, call.output_shapes, strict=True)
+        if len({layout.size(shape) for (layout, _), shape in pairs if layout}) > 1:
             return None, SEVERAL_SIZES
-        return found[0] if found else (None, "")
+        return layouts[0] if layouts else (None, "")
 
     def layout_of(self, shape: Shape) -> tuple[FeatureLayout | None, str]:
-        """Return the layout of a feature of this shape, or why it is not known."""
-        if not 3 <= len(shape) <= 5 or shape[0] != self.batch:
-            turned = len(shape) == 3 and shape[1] == self.batch and shape in self.channels_last
-            return None, f"its batch does not come first in {shape}" if turned else ""
-        if shape in self.inputs:
+        """Return the layout of features with this shape, or the reason why it is unknown."""
+        if not 3 <= len(shape) <= 5 or shape[0] != self.batch_size:
+            batch_second = shape[1:-1] == (self.batch_size,) and shape in self.channels_last
+            return None, f"the batch is not the first dimension of {shape}" if batch_second else ""
+        if shape in self.image_shapes:
             return FeatureLayout(), ""
-        channel_dim = self.given.channel_dim or self._channel_dim(shape)
+        channel_dim = self.overrides.channel_dim or self._channel_dim(shape)
         if channel_dim is None:
-            return None, f"where its channels are, of shape {shape}, is not known: give channel_dim"
+            return None, f"its channel dimension in {shape} is unknown (in Python, pass channel_dim)"
         size = shape[2:] if channel_dim == 1 else shape[1:-1]
         if math.prod(size) == 1:
-            return None, "it has a single position"
+            return None, "its map has a single position"
         if channel_dim == -1 and len(shape) == 3:
-            return self._tokens(size[0])
-        if len(size) == 1 and self._patches(size[0])[0]:
+            return self._token_layout(size[0])
+        if len(size) == 1 and self._split_tokens(size[0])[0]:
             return None, f"its {size[0]} tokens come after its channels"
-        if not self.like_image(size):
-            sizes = f"{written(size)} for an image of {written(self.image)}"
-            return None, f"its maps would be {sizes}, with channel_dim={channel_dim}"
+        if not self.has_image_proportions(size):
+            sizes = f"{format_size(size)} for an image of {format_size(self.image_size)}"
+            return None, f"its map would be {sizes} with channel_dim={channel_dim}"
         return FeatureLayout(channel_dim), ""
 
     def _channel_dim(self, shape: Shape) -> int | None:
-        """Return it as operators made the shape, else its channels and positions, or these."""
+        """Return the channel dimension by shape, else by channels and positions, or by either."""
         if len(shape) == 4 and len(set(shape[1:])) == 1 and shape in self.channels_last:
-            return None  # it may have been turned since
-        lies = [(s[1], s[2:]) for s in self.channels_first] + [
+            return None  # it may have been permuted since
+        splits = [(s[1], s[2:]) for s in self.channels_first] + [
             (s[-1], s[1:-1]) for s in self.channels_last
         ]
-        counts = {(channels, math.prod(size)) for channels, size in lies}
-        sizes = {size for _, size in lies} if len(shape) > 3 else set[Size]()
+        counts = {(channels, math.prod(size)) for channels, size in splits}
+        sizes = {size for _, size in splits} if len(shape) > 3 else set[Size]()
         first, last = (shape[1], shape[2:]), (shape[-1], shape[1:-1])
-        joined = (
-            len(shape) == 3 and shape[1] in self.concatenated and bool(self._patches(shape[1])[1])
-        )
+        is_tokens = len(shape) == 3 and shape[1] in self.concatenations
+        is_tokens = is_tokens and bool(self._split_tokens(shape[1])[1])
         for is_first, is_last in (
             (shape in self.channels_first, shape in self.channels_last),
             ((first[0], math.prod(first[1])) in counts, (last[0], math.prod(last[1])) in counts),
             (first[1] in sizes, last[1] in sizes),
-            (False, joined),
+            (False, is_tokens),
         ):
             if is_first or is_last:
                 return None if is_first and is_last else 1 if is_first else -1
         return None
 
-    def _tokens(self, count: int) -> tuple[FeatureLayout | None, str]:
-        """Return the layout of N tokens: which of them are patches, and the map of these."""
-        given = self.given.skip_tokens
-        if given is None:
-            before, size, after = self._patches(count)
-        elif given < count:
-            before, size, after = given, self._grid(count - given) or (count - given,), 0
+    def _token_layout(self, count: int) -> tuple[FeatureLayout | None, str]:
+        """Return the layout of N tokens: the patches among them, and the size of their map."""
+        skip = self.overrides.skip_tokens
+        if skip is None:
+            before, size, after = self._split_tokens(count)
+        elif skip < count:
+            before, size, after = skip, self._grid(count - skip) or (count - skip,), 0
         else:
-            return None, f"skip_tokens={given} leaves none of its {count} tokens"
+            return None, f"skip_tokens={skip} leaves none of its {count} tokens"
         if size is None:
-            return None, f"which of its {count} tokens are patches is not known: give skip_tokens"
+            why = f"cannot tell which of its {count} tokens are patches"
+            return None, f"{why} (in Python, pass skip_tokens)"
         if after:
-            return None, f"the last {after} of its {count} tokens are no patches"
+            return None, f"the last {after} of its {count} tokens are not patches"
         return (FeatureLayout(-1, before, size), "") if math.prod(size) > 1 else (None, "")
 
-    def _patches(self, count: int) -> tuple[int, Size | None, int]:
-        """Return the number of tokens before the patches, the grid of these, the number after."""
+    def _split_tokens(self, count: int) -> tuple[int, Size | None, int]:
+        """Return the number of tokens before the patches, the patches' grid, the number after."""
         if count in self.grids:
             return 0, self.grids[count], 0
-        for sizes in self.concatenated.get(count, ()):
-            most = max(sizes)
-            where = sizes.index(most)
-            before, after = sum(sizes[:where]), sum(sizes[where + 1 :])
-            if before + after <= _MOST_EXTRA_TOKENS and most < count:
-                inner, size, rest = self._patches(most)
+        for sizes in self.concatenations.get(count, ()):
+            largest = max(sizes)
+            i = sizes.index(largest)
+            before, after = sum(sizes[:i]), sum(sizes[i + 1 :])
+            if before + after <= _MAX_EXTRA_TOKENS and largest < count:
+                inner, size, rest = self._split_tokens(largest)
                 if size:
                     return before + inner, size, rest + after
         return 0, self._grid(count), 0
 
     def _grid(self, count: int) -> Size | None:
-        """Return the grid of so many positions, or a coarser one of the same proportions."""
-        if not self.image:  # words, or a signal
+        """Return the grid with this many positions: a recorded one, or a coarser one."""
+        if not self.image_size:  # text or a signal
             return (count,) if count in self.lengths else None
-        if count in self.grids or len(self.image) != 2 or self.gathered:
+        if count in self.grids or len(self.image_size) != 2 or self.has_gather:
             return self.grids.get(count)
-        height, width = self.finest if len(self.finest) == 2 else self.image
+        height, width = self.finest_grid if len(self.finest_grid) == 2 else self.image_size
         for step in range(1, min(height, width)):
             h, w = -(-height // step), -(-width // step)
             if h * w == count:
@@ -370,85 +371,85 @@ class ObservedRun(TorchFunctionMode):
 
     # ---- the order of tokens ---------------------------------------------------------------------
 
-    def in_order(self, made: ModuleCall) -> bool:
-        """Return False for tokens that do not lie as the image does.
+    def is_in_image_order(self, call: ModuleCall) -> bool:
+        """Return False for tokens that are not in the row-major order of the image.
 
-        Some networks have as many tokens as patches, but in an order of their own. If the operators
-        leave a doubt, the map has to change most where the image does.
+        Some networks have as many tokens as patches, but in another order. If the operators leave
+        a doubt, the image is changed in two places: the map must change most there.
         """
-        size = made.layout.map_size if made.layout else None
-        if self.given.skip_tokens is not None or not made.layout or not size or len(size) == 1:
+        size = call.layout.map_size if call.layout else None
+        if self.overrides.skip_tokens is not None or not call.layout or not size or len(size) == 1:
             return True
         count, sides = math.prod(size), set(size)
-        own = {count, count + made.layout.skip_tokens}
-        others = [shape for shape in self.permuted if own.isdisjoint(shape)]
-        turned = any(len(shape) > 4 or sides <= set(shape[1:]) for shape in others)
-        if count in self.row_by_row and not (turned or self.gathered or self.moved):
+        token_counts = {count, count + call.layout.skip_tokens}
+        others = [shape for shape in self.permuted_shapes if token_counts.isdisjoint(shape)]
+        is_permuted = any(len(shape) > 4 or sides <= set(shape[1:]) for shape in others)
+        if count in self.row_by_row and not (is_permuted or self.has_gather or self.has_reorder):
             return True
-        before = self.feature(made, self.arguments).float()
-        for place in _PLACES:
-            after = self.feature(made, _changed(self.arguments, place)).float()
-            change = (after - before).square().sum((0, 2))[made.layout.skip_tokens :].view(size)
+        before = self.run_again(call, self.arguments).float()
+        for centre in _PROBES:
+            after = self.run_again(call, _with_changed_patch(self.arguments, centre)).float()
+            change = (after - before).square().sum((0, 2))[call.layout.skip_tokens :].view(size)
             most = torch.unravel_index(change.argmax(), size)
-            places = zip(most, size, place[-len(size) :], strict=True)
-            near = [abs((int(i) + 0.5) / n - part) <= _HALF + 0.6 / n for i, n, part in places]
-            if change.any() and not all(near):
+            axes = zip(most, size, centre[-len(size) :], strict=True)
+            is_near = [abs((int(i) + 0.5) / n - c) <= _PROBE_RADIUS + 0.6 / n for i, n, c in axes]
+            if change.any() and not all(is_near):
                 return False
         return True
 
-    def feature(self, made: ModuleCall, arguments: Arguments) -> Tensor:
+    def run_again(self, call: ModuleCall, arguments: Arguments) -> Tensor:
         """Return the feature of a module in another run."""
-        found: list[Tensor] = []
-        handle = made.module.register_forward_hook(
-            lambda module, args, output: found.append(next(tensors_in(output)).clone())
+        features: list[Tensor] = []
+        handle = call.module.register_forward_hook(
+            lambda module, args, output: features.append(next(tensors_in(output)).clone())
         )
         try:
-            run(self.root.module, arguments)
+            run_without_traces(self.root.module, arguments)
         finally:
             handle.remove()
-        return found[-1]
+        return features[-1]
 
 
-def _changed(arguments: Arguments, place: tuple[float, ...]) -> Arguments:
-    """Return a network's arguments with other pixels at a place of the images."""
+def _with_changed_patch(arguments: Arguments, centre: tuple[float, ...]) -> Arguments:
+    """Return a network's arguments with one patch of the images changed."""
     copies: dict[int, Any] = {id(x): x.detach().clone() for x in tensors_in(arguments)}
     changed = copy.deepcopy(arguments, copies)
     for pixels in tensors_in(changed):
         if pixels.dim() > 3 and pixels.is_floating_point():
             if pixels.dim() == 5 and pixels.shape[2] in (1, 3) and pixels.shape[1] not in (1, 3):
-                pixels = pixels.transpose(1, 2)  # a video whose time comes before the colours
-            for dim, part in zip(range(2, pixels.dim()), place[2 - pixels.dim() :], strict=True):
+                pixels = pixels.transpose(1, 2)  # a video (B, T, C, H, W)
+            for dim, c in zip(range(2, pixels.dim()), centre[2 - pixels.dim() :], strict=True):
                 n = pixels.shape[dim]
-                first, last = int((part - _HALF) * n), math.ceil((part + _HALF) * n)
+                first, last = int((c - _PROBE_RADIUS) * n), math.ceil((c + _PROBE_RADIUS) * n)
                 pixels = pixels.narrow(dim, first, last - first)
             pixels.mul_(-1).add_(1)
             break
     return changed
 
 
-def observe(model: nn.Module, arguments: Arguments, given: GivenLayout) -> ObservedRun:
-    """Run a network on an example, and find how its features lie."""
-    observed = ObservedRun(model, arguments, given)
+def observe(model: nn.Module, arguments: Arguments, overrides: LayoutOverrides) -> ObservedRun:
+    """Run a network on an example, and infer the layouts of its features."""
+    observed = ObservedRun(model, arguments, overrides)
     handles = observed.hook_modules()
     try:
         with observed:
-            run(model, arguments)
+            run_without_traces(model, arguments)
     finally:
         for handle in handles:
             handle.remove()
-    observed.find_layouts()
+    observed.infer_layouts()
     return observed
 
 
-def run(model: nn.Module, arguments: Arguments) -> None:
-    """Run a network, in eval mode, without gradients and torch.compile, and leave it as it was."""
+def run_without_traces(model: nn.Module, arguments: Arguments) -> None:
+    """Run a network in eval mode, without gradients or torch.compile, and restore its state."""
     devices = {x.device for x in tensors_in(arguments) if x.is_cuda}
     buffers = [(x, x.clone(), version_of(x)) for x in model.buffers()]
     with (
         torch.random.fork_rng(devices),
         torch.compiler.set_stance("force_eager"),
         evaluating(model),
-        only_hooks_of(model),  # which has none of ours
+        only_hooks_of(model),  # so none of AttentionTransfer's hooks act
     ):
         model(*arguments[0], **arguments[1])
         for x, before, version in buffers:
@@ -456,19 +457,18 @@ def run(model: nn.Module, arguments: Arguments) -> None:
                 x.copy_(before)
 
 
-def rank_of_maps(module: nn.Module) -> int | None:
-    """Return the rank of features that certainly have their channels first, None for others.
+def channels_first_rank(module: nn.Module) -> int | None:
+    """Return the rank of the module's features if their channels certainly come first, else None.
 
-    Those of torch's own convolutions, norms and poolings, but for the ones of one dimension,
-    through which tokens go as well. A forward of one's own may put channels last.
+    That is so in torch's own convolutions, norms and poolings, except one-dimensional ones, which
+    tokens go through as well. A ``forward`` from elsewhere may put channels last.
     """
     ranks = set[int]()
     for each in module.modules():
         if not type(each).forward.__module__.startswith("torch.nn.modules"):
             return None
-        # Torch's own class that the module is of, or is made from.
-        classes = (c for c in type(each).__mro__ if c.__module__.startswith("torch.nn.modules"))
-        name = next(classes, nn.Module).__name__
+        bases = (c for c in type(each).__mro__ if c.__module__.startswith("torch.nn.modules"))
+        name = next(bases, nn.Module).__name__
         if spatial := re.match(r"(?:Lazy)?\w*(?:Conv|Norm|Pool)\w*?([123])d", name):
             ranks.add(int(spatial[1]) + 2)
         elif name not in _OF_ANY_RANK and list(each.parameters(recurse=False)):
@@ -476,6 +476,6 @@ def rank_of_maps(module: nn.Module) -> int | None:
     return ranks.pop() if len(ranks) == 1 and 3 not in ranks else None
 
 
-def written(size: Size) -> str:
-    """Write a map size, for messages."""
+def format_size(size: Size) -> str:
+    """Return a map size as text, such as 14x14."""
     return "x".join(map(str, size))

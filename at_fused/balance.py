@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from at_fused._arguments import check_tensor
-from at_fused._models import distributed
+from at_fused._models import find_ddp
 from at_fused._numbers import kind
 from at_fused.backends.eager import wide
 
@@ -199,7 +199,7 @@ class AutoBeta:
         """Add a step's ratio at beta 1; of a DistributedDataParallel, the mean of its processes."""
         counts = 0 < ratio < math.inf
         found = torch.tensor([math.log(ratio) if counts else 0.0, counts], dtype=torch.float64)
-        if parallel := distributed(student):
+        if parallel := find_ddp(student):
             group: Any = parallel.process_group
             found = found.to(next(parallel.parameters()).device)
             torch.distributed.all_reduce(found, group=group)

@@ -1,4 +1,4 @@
-"""Attention transfer between two networks as they are: maps are taken where the layers give them.
+"""Attention transfer between two networks without edits to either: hooks compute the maps.
 
 ::
 
@@ -30,8 +30,8 @@ from at_fused._hooks import TappedNetwork
 from at_fused._layouts import check_for_tokens, check_kept
 from at_fused._models import (
     arguments_of,
-    distributed,
     evaluating,
+    find_ddp,
     logits_of,
     only_hooks_of,
     precision,
@@ -40,16 +40,16 @@ from at_fused._models import (
     unwrap,
 )
 from at_fused._numbers import as_python, check_finite, kind
-from at_fused._observe import written
+from at_fused._observe import format_size
 from at_fused._options import LossArguments, MapSizes
 from at_fused.balance import AUTO_STEPS, AutoBeta, GradientRatio, check_loss, gradient_ratio
 from at_fused.layers import (
     SIDES,
     Pair,
     check_networks,
-    given_layouts,
     layers_to_tap,
-    named_pairs,
+    layout_overrides,
+    parse_pairs,
 )
 from at_fused.teacher_cache import TeacherCache, TeacherHash
 
@@ -60,65 +60,64 @@ if TYPE_CHECKING:
 class AttentionTransfer:
     """Attention transfer from a teacher to a student: ``criterion(student(x), y) + at(x)``.
 
-    Forward hooks tap the layers of both networks (:func:`at_fused.attention_tap`), so neither is
-    edited, and keep nothing but the maps; a teacher's feature dies as soon as its map is made.
-    ``at(x)`` runs the teacher once, in eval mode and without gradients, and returns:
+    Forward hooks tap layers of both networks (:func:`at_fused.attention_tap`), so neither network
+    is edited. The hooks keep only the maps: a teacher's feature is freed as soon as its map is
+    computed. ``at(x)`` runs the teacher once, in eval mode and without gradients, and returns
 
         beta * sum_j w_j L_j        L_j of at_loss, between the maps of the j-th pair of layers
 
-    a mean over the batch, under DistributedDataParallel over each process's part, which it
-    averages: ``beta`` means the same on one device and on eight.
+    The loss is a mean over the batch. In DistributedDataParallel it is the mean over a process's
+    part, and gradients are averaged: ``beta`` means the same on one device and on eight.
 
-    The student's maps hold its graph, up to the layers that gave them. ``at(x)`` hands it on, and a
-    backward through the network frees it as ever; after neither it stays until the next pass of the
-    student begins: evaluate under ``no_grad``.
+    The student's maps hold its graph up to the tapped layers. ``at(x)`` passes the graph on to the
+    loss, and a backward pass through the network frees it as usual. Without either, it lives until
+    the student's next pass begins, so evaluate under ``no_grad``.
 
     Args:
-        student: any module; also in DistributedDataParallel or torch.compile. Its copies, pickles
-            and exports have no hooks, but those made together with this object.
-        teacher: likewise; put on the device of the x of ``at(x)``. Nothing of it changes.
-        layers: a list of names from ``named_modules()``, for both, or of (student's, teacher's)
-            names. Each gives a tensor, or a tuple that begins with one. None: those that
-            :func:`match_layers` finds with ``example``. A layer that runs several times in a pass
-            counts with its last. What follows a tapped layer must not change its output in place.
-        example: what both networks take, such as two images: a mapping gives keyword arguments, a
-            tuple several. Both run on it now, in eval mode and without gradients, and show how
-            their features lie. Without it named layers, but for torch's own convolutions, norms and
-            poolings, show it in one more run on the first batch.
-        beta: a finite number, which may be set anew at any time; 1e3 is the paper's for the form
-            "code". "auto": the one that makes the gradient of this loss three times that of the
-            task for the student's weights, measured in the first ten calls with gradients and then
-            fixed; these take ``task_loss``. Where that needs ``teacher_output``, call ``prepare``
-            before. Calls in which a gradient is 0, inf or nan do not count. Both losses are as
-            they would be added: before GradScaler, and not divided by accumulated batches. Where
-            the weights hardly move in ten calls, as with warm-up, beta comes out smaller, by a
-            factor of up to six in docs/results.md (for its ViT, up to two times larger). In
-            several processes the student must be given in its DistributedDataParallel.
-        channel_dim: 1 or -1; None: as the run shows. This and the next two may be a pair
-            (student's, teacher's).
-        skip_tokens: how many tokens in front are left out of features (B, N, C); None: those that
-            were put before the patches in the run.
-        map_size: (H, W) of tokens; None: as the run shows, else the partner's H and W.
-        cache: a :class:`at_fused.TeacherCache`, from which the teacher's maps then come. Not for a
-            teacher whose ``forward`` was replaced, as accelerate does: its precision is not known.
-        verbose: whether to print the pairs that were found, what was left out, and a beta that was
-            chosen.
+        student: any module, also inside DistributedDataParallel or torch.compile. Its copies,
+            pickles and exports have no hooks, unless they are copied together with this object.
+        teacher: any module, likewise. It must be on the device of x; nothing in it changes.
+        layers: a list of names from ``named_modules()``, for both networks, or of (student's,
+            teacher's) names. A layer returns a tensor, or a tuple that begins with one; later
+            layers must not change it in place. If a layer runs several times in a pass, its last
+            run counts. None: the layers that :func:`match_layers` finds with ``example``.
+        example: an input of both networks, such as two images. A mapping gives keyword arguments, a
+            tuple positional ones. Both networks run on it in the constructor, in eval mode and
+            without gradients, to infer the layout of their features. Without it, named layers take
+            one more run, on the first batch, except torch's own convolutions, norms and poolings.
+        beta: a finite number, which can be changed at any time; the paper has 1e3 with form="code".
+            "auto" makes the gradient of this loss for the student's weights three times that of
+            the task loss. It is measured in the first ten calls with gradients, which take
+            ``task_loss``, and then fixed. If that loss needs ``teacher_output``, call ``prepare``
+            first. Calls with a gradient of 0, inf or nan do not count. Pass both losses as they
+            are added: before GradScaler, and not divided by accumulated batches. If the weights
+            hardly move in ten calls, as in warm-up, beta comes out smaller, by a factor of up to
+            six in docs/results.md (for its ViT, up to two times larger). In several processes, pass
+            the student in its DistributedDataParallel.
+        channel_dim: 1 or -1; None is inferred from the run. This and the next two options may be a
+            pair (student's, teacher's).
+        skip_tokens: the number of leading tokens to leave out of features (B, N, C); None means
+            those that the network put before the patches in the run.
+        map_size: (H, W) of tokens; None is inferred from the run, or else is the partner's (H, W).
+        cache: a :class:`at_fused.TeacherCache` to take the teacher's maps from. Not for a teacher
+            with a replaced ``forward``, as accelerate makes it: its precision is unknown.
+        verbose: whether to print the pairs found, the layers left out, and a measured beta.
         options: p, collapse, form, weights, resize (None or "maps"), attend ("spatial" or
             "channel"), absolute, eps, eps_mode of :func:`at_fused.at_loss`.
 
     Attributes:
         pairs: the names of the layers, a list of (student, teacher).
-        beta: as given; with "auto" the number that was measured, once there is one. Save it with a
-            checkpoint from the tenth call on, and set it where training goes on; calls may still
-            pass ``task_loss``.
-        teacher_output: the teacher's logits of the last ``at(x)`` or ``prepare``, for ``kd_loss``:
-            its output if that is a tensor; of any other its field ``logits`` (or ``out``), else of
-            a tuple the first, of a mapping or a dataclass the only tensor. None where there is no
-            such tensor; nothing else of the output is kept. A cache keeps logits (B, K) alone.
+        beta: the value passed; with "auto", the number measured so far, once there is one. To
+            resume training after the tenth call, save it with the checkpoint and set it again.
+            Calls may still pass ``task_loss`` then.
+        teacher_output: the teacher's logits of the last ``at(x)`` or ``prepare``, for ``kd_loss``.
+            They are the output if it is a tensor, else its field ``logits`` or ``out``, else the
+            first item of a tuple, or the only tensor of a mapping or a dataclass. None if there is
+            no such tensor. The rest of the output is not kept. A cache keeps only logits (B, K).
 
     Raises:
-        TypeError, ValueError: an argument is not as above, a name is none of the network's, or how
-            a layer's features lie is not known: the message says what to give.
+        TypeError, ValueError: an argument is invalid, a network has no module of a given name, or
+            the layout of a layer's features is unknown. The message says what to pass.
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1.
     """
@@ -141,46 +140,46 @@ class AttentionTransfer:
         check_networks(student, teacher)
         networks = [unwrap(student), unwrap(teacher)]
         if networks[0] is networks[1]:
-            raise ValueError("student and teacher must be two networks, got one")
+            raise ValueError("student and teacher must be two networks, got the same one twice")
         if layers is None and example is None:
-            raise ValueError("layers or example must be given: names, or inputs to find them with")
+            raise ValueError("layers or example must be given: names, or an input to find layers")
         if cache is not None and not isinstance(cache, TeacherCache):
             raise TypeError(f"cache must be a TeacherCache or None, got {kind(cache)}")
         if cache is not None and any("forward" in vars(module) for module in teacher.modules()):
             raise ValueError(
-                "cache: the teacher's forward was replaced, as by accelerator.prepare, which hides "
-                "its precision: give the teacher as it was, and call at(x) in torch.autocast"
+                "cache: the teacher's forward was replaced, as accelerator.prepare does, so its "
+                "precision is unknown; pass the original teacher, and call at(x) in torch.autocast"
             )
         self.beta = beta
         choices = CHOICES | {"attend": ("spatial", "channel"), "resize": (None, "maps")}
-        kept = check_kept("AttentionTransfer", options, PairOptions.__annotations__, choices)
-        self._given = {"beta": self.beta, **kept}
+        checked = check_kept("AttentionTransfer", options, PairOptions.__annotations__, choices)
+        self._options_to_show = checked
         self._verbose = verbose
-        self._options = made = LossArguments(**kept)
-        check_spatial(made.attend, map_size=map_size)
+        self._arguments = arguments = LossArguments(**checked)
+        check_spatial(arguments.attend, map_size=map_size)
         tokens = {"skip_tokens": skip_tokens, "map_size": map_size}
-        self._tokens = {name: as_python(name, value) for name, value in tokens.items()}
-        given = given_layouts(channel_dim, **self._tokens)
-        pairs = None if layers is None else named_pairs(as_python("layers", layers))
-        taps = layers_to_tap(networks, pairs, example, given, made.resize, verbose)
+        self._token_options = {name: as_python(name, value) for name, value in tokens.items()}
+        overrides = layout_overrides(channel_dim, **self._token_options)
+        pairs = None if layers is None else parse_pairs(as_python("layers", layers))
+        taps = layers_to_tap(networks, pairs, example, overrides, arguments.resize, verbose)
         self.pairs = [Pair(s.name, t.name) for s, t in zip(*taps, strict=True)]
-        self._weights = pair_weights(made.weights, len(self.pairs)) or [1.0] * len(self.pairs)
+        self._weights = pair_weights(arguments.weights, len(self.pairs)) or [1.0] * len(self.pairs)
         self.cache = cache
         self.teacher_output: Tensor | None = None
-        # All that the teacher's maps depend on, but for the input.
+        # The teacher's maps depend on nothing else except the input.
         names = [pair.teacher for pair in self.pairs]
         self._hash = TeacherHash(networks[1])
-        of_maps = float(made.p), made.collapse, made.absolute, made.attend
-        self._identity = names, of_maps, tuple(given[1][:2])
+        map_options = float(arguments.p), arguments.collapse, arguments.absolute, arguments.attend
+        self._identity = names, map_options, tuple(overrides[1][:2])
         self._prepared: tuple[Any, Any, list[Tensor], Tensor | None] | None = None
         self._student, self._teacher = self._sides = [
-            TappedNetwork(*side, made)
-            for side in zip(SIDES, (student, teacher), taps, given, strict=True)
+            TappedNetwork(*side, arguments)
+            for side in zip(SIDES, (student, teacher), taps, overrides, strict=True)
         ]
 
     @property
     def beta(self) -> float | Literal["auto"]:
-        """See the class."""
+        """The factor of the loss; see the class."""
         if self._auto is None:
             return self._beta
         return self._auto.beta if self._auto.logarithms else "auto"
@@ -190,26 +189,26 @@ class AttentionTransfer:
         if isinstance(beta, str) and beta != "auto":
             raise ValueError(f"beta must be a number or 'auto', got {beta!r}")
         self._auto = AutoBeta() if isinstance(beta, str) else None
-        # A number that was measured may be set again in a loop that passes task_loss.
-        self._measures = isinstance(beta, str) or getattr(self, "_measures", False)
+        # A loop that resumes with a measured number still passes task_loss.
+        self._takes_task_loss = isinstance(beta, str) or getattr(self, "_takes_task_loss", False)
         self._beta = 1.0 if isinstance(beta, str) else check_finite("beta", beta)
 
     def prepare(self, x: Any, index: Tensor | Sequence[int] | None = None, seed: int = 0) -> None:
         """Run the teacher now, for the ``at(x)`` that follows.
 
-        Before ``student(x)`` its pass takes memory that the student's graph does not hold yet; in
-        ``at(x)`` it would come on top. Of the pass nothing stays but the maps and the output.
+        Call it before ``student(x)``: the teacher then runs while the student's graph does not
+        exist yet, which lowers peak memory. Only the maps and the output are kept.
 
         Args:
-            x, index, seed: as in ``at(x, index, seed)``, which then takes the same ``x``, or the
+            x, index, seed: as in ``at(x, index, seed)``, which must then get the same ``x``, or the
                 same tensors in another tuple or mapping. May run under ``inference_mode``.
 
         Raises:
             TypeError, ValueError: as ``at(x)``.
         """
-        numbers = as_python("index", index), seed
+        key = as_python("index", index), seed
         maps, self.teacher_output = self._teacher_maps(x, index, seed)
-        self._prepared = x, numbers, maps, self.teacher_output
+        self._prepared = x, key, maps, self.teacher_output
 
     def __call__(
         self,
@@ -221,165 +220,167 @@ class AttentionTransfer:
         sample_weights: Tensor | None = None,
         task_loss: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of the student's last forward pass, with the teacher's on ``x``.
+        """Return the loss between the student's last forward pass and the teacher's pass on ``x``.
 
         Args:
-            x: what the teacher takes, the samples that the student saw, in their order. A mapping
-                (also transformers' BatchEncoding) gives keyword arguments, ``teacher(**x)``, a
-                tuple several, ``teacher(*x)``; anything else is the only one. For a cache it holds
-                one tensor and nothing else.
+            x: the teacher's input: the samples of the student's pass, in the same order. A mapping
+                (also transformers' BatchEncoding) gives keyword arguments, ``teacher(**x)``, and a
+                tuple positional ones, ``teacher(*x)``. With a cache, x must hold one tensor and
+                nothing else.
             index: with a cache, the samples' numbers in the data set, (B,) int64 or ints.
-            seed: with a cache, that of the transform that made ``x``.
+            seed: with a cache, the seed of the transform that made ``x``.
             mask, sample_weights: as in :func:`at_fused.at_loss`.
-            task_loss: the rest of the loss, a scalar of the same pass of the student, for
-                ``beta="auto"``; not looked at without gradients, or once beta is fixed.
+            task_loss: the rest of the loss, a scalar from the same pass of the student, for
+                ``beta="auto"``. Ignored without gradients, and once beta is fixed.
 
         Returns:
-            A scalar, beta included: float64 if any map is, else float32.
+            A scalar that includes beta: float64 if any map is float64, else float32.
 
         Raises:
-            RuntimeError: the student has not run since the last call; a tensor of ``x`` went into
-                an earlier pass, not into the last (compiled passes are not looked at); a layer
-                that is trained, or comes after one that is, ran without gradients.
-            TypeError: with a cache, ``x`` is not as above; a factor is none of ``at_loss``.
-            ValueError: how a named layer's features lie is not known; the maps of a pair have
-                another batch or size, or the arguments are not what ``prepare`` was given; an
-                option of tokens without tokens, or of a cache without it; a factor of another
-                shape, a mask of channel attention; ``task_loss`` is missing for "auto", is given
-                for a number, or has no gradient.
+            RuntimeError: the student has not run since the last call; a tensor of ``x`` was in an
+                earlier pass and not in the last (compiled passes are not checked); a layer that is
+                trained, or follows one that is, ran without gradients.
+            TypeError: with a cache, ``x`` is not a single tensor; a factor has the wrong type.
+            ValueError: the layout of a named layer's features is unknown; the maps of a pair differ
+                in batch or size; an argument differs from the one in ``prepare``; an option of
+                tokens without tokens, or of a cache without a cache; a factor has the wrong shape;
+                a mask with channel attention; ``task_loss`` is missing for "auto", is passed with a
+                number, or has no gradient.
         """
-        measured = self._check_task_loss(task_loss)
+        measured_loss = self._check_task_loss(task_loss)
         prepared, self._prepared = self._prepared, None
         students = self._student.take_maps(x)
         self._student.check_graph(students)
         if prepared is None:
             teachers, self.teacher_output = self._teacher_maps(x, index, seed)
         else:
-            before, numbers, teachers, self.teacher_output = prepared
-            again = (as_python("index", index), seed) in ((None, 0), numbers)
-            if not again or not same_batch(x, before):
-                name = "x" if again else "index and seed, if given,"
-                raise ValueError(f"{name} must be what at.prepare was called with, got another")
+            prepared_x, key, teachers, self.teacher_output = prepared
+            is_same_key = (as_python("index", index), seed) in ((None, 0), key)
+            if not is_same_key or not same_batch(x, prepared_x):
+                name = "x" if is_same_key else "index and seed, if given,"
+                raise ValueError(f"{name} must be the same as in at.prepare, got another value")
         self._check_token_options()
-        if self._options.attend == "channel":
+        if self._arguments.attend == "channel":
             check_channels(students, teachers)
             if mask is not None:
                 raise ValueError("mask is for attend='spatial', got attend='channel'")
-        as_grids = any(each.dim() == 3 for each in tensors_in(mask))
+        as_grids = any(m.dim() == 3 for m in tensors_in(mask))
         for i, maps in enumerate(zip(students, teachers, strict=True)):
-            students[i] = self._grid(i, 0, maps, x, as_grids)
-            teachers[i] = self._grid(i, 1, maps, x, as_grids)
+            students[i] = self._reshape_map(i, 0, maps, x, as_grids)
+            teachers[i] = self._reshape_map(i, 1, maps, x, as_grids)
         if mask is not None and (skip := self._student.skip_tokens()):
             check_masks(mask, [q.unsqueeze(1) for q in students], skip)
-        beta = self._auto.beta if self._auto and measured is None else self._beta
+        beta = self._auto.beta if self._auto and measured_loss is None else self._beta
         weights = [beta * weight for weight in self._weights]
-        arguments = self._options._replace(
+        arguments = self._arguments._replace(
             weights=weights, mask=mask, sample_weights=sample_weights
         )
         loss = _loss.map_loss_of_checked_options(students, teachers, arguments)
-        if measured is None:
+        if measured_loss is None:
             return loss
-        return self._chosen_by(measured, loss) * loss
+        return self._measure_beta(measured_loss, loss) * loss
 
     def _check_task_loss(self, task_loss: Tensor | None) -> Tensor | None:
-        """Return the loss that is measured in this call, if one is."""
-        if not self._measures and task_loss is not None:
+        """Return the task loss if this call measures beta, else None."""
+        if not self._takes_task_loss and task_loss is not None:
             raise ValueError(f"task_loss is for beta='auto', got beta={self._beta:g}")
         if self._auto is None or self._auto.chosen:
             return None
         if not torch.is_grad_enabled():
             if not self._auto.logarithms:
                 raise ValueError(
-                    "beta: 'auto' is not measured yet, and cannot be without gradients: train a "
-                    "step first, or give a number"
+                    "beta: 'auto' is not measured yet, and measuring it takes gradients; run a "
+                    "training step first, or set beta to a number"
                 )
             return None
         if task_loss is None:
             raise ValueError(
-                f"task_loss must be given in the first {AUTO_STEPS} calls for beta='auto': "
+                f"task_loss must be given in the first {AUTO_STEPS} calls with beta='auto': "
                 "task = criterion(student(x), y), then task + at(x, task_loss=task)"
             )
         check_loss("task_loss", task_loss)
         return task_loss
 
-    def _chosen_by(self, task_loss: Tensor, transfer_loss: Tensor) -> float:
-        """Return beta by the gradients so far, of a transfer loss at beta 1."""
+    def _measure_beta(self, task_loss: Tensor, transfer_loss: Tensor) -> float:
+        """Return beta from the gradients so far; ``transfer_loss`` has beta 1."""
         assert self._auto is not None
         if not transfer_loss.requires_grad:
             raise ValueError("beta: 'auto' needs a tapped layer that is trained, got none")
         model = self._student.model
-        group = torch.distributed
-        several = group.is_available() and group.is_initialized() and group.get_world_size() > 1
-        if several and distributed(model) is None:
+        dist = torch.distributed
+        is_parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if is_parallel and find_ddp(model) is None:
             raise ValueError(
-                "beta: 'auto' needs the student in its DistributedDataParallel, as each of the "
-                "processes would measure another beta: AttentionTransfer(ddp, ...), or a number"
+                "beta: 'auto' needs the student in its DistributedDataParallel, since otherwise "
+                "each process measures its own beta; use AttentionTransfer(ddp, ...) or a number"
             )
         self._auto.add(gradient_ratio(task_loss, transfer_loss, model).ratio, model)
         if self._auto.chosen and self._verbose:
-            print(f"beta {self._auto.beta:.3g}, by the gradients of the first {AUTO_STEPS} calls")
+            print(f"beta {self._auto.beta:.3g}, from the gradients of the first {AUTO_STEPS} calls")
         return self._auto.beta
 
     def _check_token_options(self) -> None:
-        """Refuse an option of tokens for a side without any."""
-        tokens = [any(map(side.token_size, range(len(self.pairs)))) for side in self._sides]
-        for name, value in self._tokens.items():
-            each = [getattr(side.given, name) for side in self._sides]
-            check_for_tokens(name, value, each, tokens, "none of its network's layers gives")
+        """Raise if an option of tokens was passed for a network without token features."""
+        has_tokens = [any(map(side.token_size, range(len(self.pairs)))) for side in self._sides]
+        for name, value in self._token_options.items():
+            values = [getattr(side.overrides, name) for side in self._sides]
+            check_for_tokens(name, value, values, has_tokens, "no layer of its network returns")
 
     def _run_teacher(self, x: Any) -> tuple[list[Tensor], Tensor | None]:
         args, kwargs = arguments_of(x)
-        # Not for the hooks of another, whose student this teacher is.
-        with evaluating(self._teacher.model), only_hooks_of(self._teacher.last):
-            # The output may hold features, which are not to live on.
+        # This teacher may be the student of another AttentionTransfer, with hooks of its own.
+        with evaluating(self._teacher.model), only_hooks_of(self._teacher.last_pass):
+            # Keep the logits only, since the output may hold features.
             logits = logits_of(self._teacher.model(*args, **kwargs))
         return self._teacher.take_maps(x), logits
 
     def _teacher_maps(self, x: Any, index: Any, seed: int) -> tuple[list[Tensor], Tensor | None]:
         if self.cache is None:
             if index is not None or seed != 0:
-                raise ValueError(f"index and seed are for a cache, got {index!r:.80} and {seed!r}")
+                raise ValueError(f"index and seed need a cache, got {index!r:.80} and {seed!r}")
             return self._run_teacher(x)
         if index is None:
-            raise ValueError("index must be given for a cache: the samples' numbers")
+            raise ValueError("index must be given with a cache: the samples' numbers")
         args, kwargs = arguments_of(x)
         (rows, *others), name = (*args, *kwargs.values()), next(iter(kwargs), None)
         if others or not isinstance(rows, Tensor):
-            found = ", ".join(map(kind, (rows, *others)))
-            raise TypeError(f"x must be one tensor for a cache, also in a mapping, got {found}")
+            kinds = ", ".join(map(kind, (rows, *others)))
+            raise TypeError(f"x must be one tensor with a cache, also in a mapping, got {kinds}")
 
         def compute(rows: Tensor) -> tuple[list[Tensor], Tensor | None]:
             maps, logits = self._run_teacher({name: rows} if kwargs else rows)
             return maps, logits if logits is not None and logits.dim() == 2 else None
 
-        if self._teacher.last.undecided:  # and might never run, where all is stored
+        if self._teacher.last_pass.needs_layouts:  # a full cache would never run the teacher
             compute(rows[:1])
         identity = self._hash(*self._identity, precision(rows), name)
         return self.cache.fetch(compute, rows, index, identity=identity, seed=seed)
 
-    def _grid(self, i: int, side: int, maps: tuple[Tensor, Tensor], x: Any, grid: bool) -> Tensor:
-        """Return a map of a pair; one of tokens as a grid, as its partner or the images in x."""
-        q, other, own = maps[side], maps[1 - side], self._sides[side]
-        given, seen, count = own.given.map_size, own.token_size(i), q.shape[1]
-        if not seen or (q.shape == other.shape and not grid and not given):
+    def _reshape_map(
+        self, i: int, side: int, maps: tuple[Tensor, Tensor], x: Any, as_grid: bool
+    ) -> Tensor:
+        """Return a map of a pair; tokens get the grid of their partner or of the images in x."""
+        q, partner, network = maps[side], maps[1 - side], self._sides[side]
+        map_size, inferred, count = network.overrides.map_size, network.token_size(i), q.shape[1]
+        if not inferred or (q.shape == partner.shape and not as_grid and not map_size):
             return q
         images = [image.shape[2:] for image in tensors_in(x) if image.dim() == 4]
-        like = [other.shape[1:]] if other.dim() > 2 else images
-        sizes = [given] if given else [*(_of_proportions(count, each) for each in like), seen]
+        similar = [partner.shape[1:]] if partner.dim() > 2 else images
+        sizes = [map_size] if map_size else [*(_grid_like(count, s) for s in similar), inferred]
         size = next((each for each in sizes if each and math.prod(each) == count), None)
-        if size is None and other.dim() == 2 and len(seen) == 1:
-            return q  # words, or a signal
+        if size is None and partner.dim() == 2 and len(inferred) == 1:
+            return q  # text or a signal
         if size is None:
             raise ValueError(
-                f"map_size must be (H, W) of {count} tokens, whose partner's map is "
-                f"{written(tuple(other.shape[1:]))}, got {given}"
+                f"map_size must be (H, W) of {count} tokens, since the partner's map is "
+                f"{format_size(tuple(partner.shape[1:]))}, got {map_size}"
             )
         return q.unflatten(1, tuple(size))
 
     def gradient_ratio(
         self, task_loss: Tensor, transfer_loss: Tensor, *, verbose: bool = True
     ) -> GradientRatio:
-        """Compare the gradients of the task and of ``at(x)`` for the student's parameters.
+        """Compare the gradients of the task loss and of ``at(x)`` for the student's parameters.
 
             task, transfer = criterion(student(x), y), at(x)
             if step % 100 == 0:
@@ -388,8 +389,8 @@ class AttentionTransfer:
 
         Args:
             task_loss: the rest of the loss, a scalar with a graph, of any floating dtype.
-            transfer_loss: the result of ``at(x)``, beta included, for the same pass; likewise.
-            verbose: whether to print a line of it.
+            transfer_loss: the result of ``at(x)`` for the same pass, beta included; likewise.
+            verbose: whether to print the result in one line.
 
         Returns:
             The norms, their ratio and cosine: see :func:`at_fused.gradient_ratio`.
@@ -397,25 +398,25 @@ class AttentionTransfer:
         Raises:
             TypeError, ValueError: as :func:`at_fused.gradient_ratio`.
         """
-        found = gradient_ratio(task_loss, transfer_loss, self._student.model)
+        result = gradient_ratio(task_loss, transfer_loss, self._student.model)
         if verbose:
             beta = self.beta if isinstance(self.beta, str) else f"{self.beta:g}"
-            print(f"beta {beta}: {found}")
-        return found
+            print(f"beta {beta}: {result}")
+        return result
 
     def remove(self) -> None:
-        """Take all hooks away: both networks are as they were."""
+        """Remove all hooks from both networks."""
         self._student.remove()
         self._teacher.remove()
 
     def __repr__(self) -> str:
-        options = {**self._given, "beta": self.beta}
+        options = {"beta": self.beta, **self._options_to_show}
         pairs = ", ".join(s if s == t else f"{s} <- {t}" for s, t in self.pairs)
         return f"AttentionTransfer({pairs}; {', '.join(f'{k}={v!r}' for k, v in options.items())})"
 
 
-def _of_proportions(count: int, shape: Size) -> tuple[int, ...]:
-    """Return a grid of so many positions, if there is one, with the proportions of a map (H, W)."""
+def _grid_like(count: int, shape: Size) -> tuple[int, ...]:
+    """Return the grid of ``count`` positions with the proportions of a map (H, W), or ()."""
     if math.prod(shape) == count or len(shape) != 2:
         return tuple(shape)
     height, width = shape

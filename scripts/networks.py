@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Write docs/networks.md: the layers that match_layers finds in networks that people have.
+"""Write docs/networks.md: the layers that match_layers finds in networks of common libraries.
 
 pip install -e ".[stacks]"
-python scripts/networks.py    # every network, with random weights, in a minute
+python scripts/networks.py    # all networks, with random weights, in a minute
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from vit_pytorch.simple_vit_with_register_tokens import SimpleViT as ViTWithRegi
 
 from at_fused import match_layers
 from at_fused._models import arguments_of, tensors_in
-from at_fused._observe import GivenLayout, observe, written
-from at_fused.layers import NetworkStages, parts
+from at_fused._observe import LayoutOverrides, format_size, observe
+from at_fused.layers import NetworkStages, split_single_block
 
 PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
 Network = tuple[Callable[[], nn.Module], Any]
@@ -51,8 +51,7 @@ TIMM = {
         res2net50_14w_8s resnet18d resnetv2_50 rexnet_100 selecsls42 skresnet18 starnet_s050
         tf_efficientnetv2_b0 tresnet_m vovnet39a xception41p mambaout_femto""",
 }  # fmt: skip
-# These keep the size that they were made for.
-SIZES = {
+FIXED_SIZES = {
     "maxvit_rmlp_pico_rw_256": 256,
     "crossvit_tiny_240": 240,
     "vit_small_patch14_reg4_dinov2": 518,
@@ -78,7 +77,7 @@ _FOCI = {"hidden_sizes": [24, 48, 96], "focal_levels": [2] * 3, "focal_windows":
 _HIERA = {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 2, 2, 1]}
 _WAVES = {**_VIT, "num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 15}
 IMAGE = image(64)
-# Options of the configuration, and an example.
+# Configuration options and an example.
 TRANSFORMERS: dict[str, tuple[dict[str, Any], Any]] = {
     "ViTForImageClassification": (_PATCHES, IMAGE),
     "DeiTForImageClassification": (_PATCHES, IMAGE),
@@ -119,7 +118,7 @@ _OWN = {
 
 
 def one_dimensional(width: int) -> nn.Module:
-    """Make a network of signals (B, C, L)."""
+    """Return a network for signals (B, C, L)."""
 
     def block(c: int, c_out: int) -> nn.Module:
         conv = nn.Conv1d(c, c_out, 3, 2, 1), nn.BatchNorm1d(c_out), nn.ReLU()
@@ -129,33 +128,33 @@ def one_dimensional(width: int) -> nn.Module:
 
 
 def networks() -> dict[str, dict[str, Network]]:
-    """The networks by where they come from, each with an example of its input."""
+    """Return the networks by library and name, each with an example of its input."""
 
-    def of_torchvision(name: str, example: Any) -> Network:
+    def torchvision_network(name: str, example: Any) -> Network:
         backbone = {"weights_backbone": None} if name in SEGMENTATION.split() else {}
         return partial(models.get_model, name, weights=None, **backbone), example
 
-    def of_transformers(name: str) -> Network:
+    def transformers_network(name: str) -> Network:
         options, example = TRANSFORMERS[name]
-        of_class = getattr(transformers, name)
-        return (lambda: of_class(of_class.config_class(**options))), example
+        network = getattr(transformers, name)
+        return (lambda: network(network.config_class(**options))), example
 
     torchvision = {n: image(size) for size, names in TORCHVISION.items() for n in names.split()}
     torchvision |= {name: image(96) for name in SEGMENTATION.split()}
     torchvision |= dict.fromkeys(VIDEO.split(), torch.randn(2, 3, 8, 64, 64))
-    of_detector: dict[str, Any] = {"weights": None, "weights_backbone": None}
+    no_weights: dict[str, Any] = {"weights": None, "weights_backbone": None}
     detector = partial(
-        models.detection.fasterrcnn_resnet50_fpn, **of_detector, min_size=96, max_size=96
+        models.detection.fasterrcnn_resnet50_fpn, **no_weights, min_size=96, max_size=96
     )
     return {
         "timm": {
-            name: (partial(timm.create_model, name), image(SIZES.get(name, size)))
+            name: (partial(timm.create_model, name), image(FIXED_SIZES.get(name, size)))
             for size, names in TIMM.items()
             for name in names.split()
         },
-        "torchvision": {n: of_torchvision(n, x) for n, x in torchvision.items()}
+        "torchvision": {n: torchvision_network(n, x) for n, x in torchvision.items()}
         | {"fasterrcnn_resnet50_fpn": (detector, [torch.randn(3, 96, 96) for _ in range(2)])},
-        "transformers": {name: of_transformers(name) for name in TRANSFORMERS},
+        "transformers": {name: transformers_network(name) for name in TRANSFORMERS},
         "segmentation_models_pytorch": {
             f"{name}, {encoder}": (
                 partial(getattr(smp, name), encoder, encoder_weights=None),
@@ -172,8 +171,8 @@ def networks() -> dict[str, dict[str, Network]]:
     }
 
 
-# Student and teacher of other families, by their names above.
-ACROSS = [
+# Students and teachers of different families: library and name of each.
+ACROSS_FAMILIES = [
     ("timm", "resnet18d", "torchvision", "resnet50"),
     ("torchvision", "mobilenet_v2", "torchvision", "convnext_tiny"),
     ("torchvision", "resnet50", "torchvision", "swin_t"),
@@ -191,26 +190,26 @@ ACROSS = [
 
 
 def row(name: str, network: Network) -> str:
-    """Describe what is found in a network."""
+    """Return the row of the table for a network."""
     make, example = network
     torch.manual_seed(0)
     shapes = ", ".join("x".join(map(str, x.shape[1:])) for x in tensors_in(example))
     try:
-        found = NetworkStages(observe(make(), arguments_of(example), GivenLayout()))
+        stages = NetworkStages(observe(make(), arguments_of(example), LayoutOverrides()))
     except ValueError as error:
         return f"| {name} | {shapes} | refused: {error} | |"
-    if not found.blocks:
-        return f"| {name} | {shapes} | refused: {found.described()} | |"
-    chosen = [blocks[-1] for blocks in found.blocks.values()]
-    layers = ", ".join(f"`{call.name}` {written(call.size or ())}" for call in chosen)
-    forms = ", ".join(sorted({call.described("C") for call in chosen}))
+    if not stages.blocks:
+        return f"| {name} | {shapes} | refused: {stages.describe()} | |"
+    chosen = [blocks[-1] for blocks in stages.blocks.values()]
+    layers = ", ".join(f"`{call.name}` {format_size(call.size or ())}" for call in chosen)
+    forms = ", ".join(sorted({call.format_shape("C") for call in chosen}))
     if len(chosen) == 1:
-        layers += f", the last of {len(parts(*found.blocks.values()))}"
+        layers += f", the last of {len(split_single_block(*stages.blocks.values()))}"
     return f"| {name} | {shapes} | {layers} | {forms} |"
 
 
 def pairs_of(student: Network, teacher: Network) -> str:
-    """Return what match_layers prints of two networks."""
+    """Return the pairs of two networks, as match_layers prints them."""
     output = io.StringIO()
     torch.manual_seed(0)
     try:
@@ -222,27 +221,28 @@ def pairs_of(student: Network, teacher: Network) -> str:
 
 
 def page() -> str:
-    """Return the page."""
-    found = networks()
+    """Return the text of the page."""
+    libraries = networks()
     lines = [INTRODUCTION]
-    for source, of_source in found.items():
-        lines += [f"\n## {source}\n", "| network | input | layers and their maps | features |"]
-        lines += ["|---|---|---|---|", *(row(name, each) for name, each in of_source.items())]
+    for library, by_name in libraries.items():
+        lines += [f"\n## {library}\n", "| network | input | layers and their maps | features |"]
+        lines += ["|---|---|---|---|", *(row(name, each) for name, each in by_name.items())]
     lines.append("\n## Across families\n")
-    for of_student, student, of_teacher, teacher in ACROSS:
-        pair = found[of_student][student], found[of_teacher][teacher]
+    for student_library, student, teacher_library, teacher in ACROSS_FAMILIES:
+        pair = libraries[student_library][student], libraries[teacher_library][teacher]
         lines.append(f"{student} <- {teacher}\n\n{pairs_of(*pair)}\n")
     return "\n".join(lines).rstrip() + "\n"
 
 
 INTRODUCTION = """# Layers found in networks
 
-The layers that `match_layers` finds, and `AttentionTransfer(student, teacher, example=x)` taps,
-in networks with random weights: the last block of each stage, and the size of its map. Layers that
-both networks of a pair have at one size are paired; networks of one size, as ViTs, get up to four
-pairs of blocks at proportional depth. `1+196` are one class token, which is left out, and 196
-patches. What is refused needs names, `layers=[...]`, or the option that the message asks for. Made
-by `scripts/networks.py`; the tests compare this page with what the script finds."""
+This page lists the layers that `match_layers` finds in networks with random weights, and that
+`AttentionTransfer(student, teacher, example=x)` taps: the last block of each stage, and the size of
+its map. In a pair of networks, layers with maps of one size are paired. Networks with a single
+size, such as ViTs, get up to four pairs of blocks at proportional depth. `1+196` means one class
+token, which is left out, and 196 patches. If a network is refused, name its layers with
+`layers=[...]`, or pass the option that the message asks for. `scripts/networks.py` writes this
+page, and a test compares it with the script's output."""
 
 
 if __name__ == "__main__":

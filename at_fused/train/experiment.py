@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import at_fused
 from at_fused import TeacherCache, match_layers
 from at_fused._models import evaluating, modules_named
-from at_fused.layers import Pair, named_pairs
+from at_fused.layers import Pair, parse_pairs
 from at_fused.teacher_cache import TeacherHash
 from at_fused.train import checkpoints, parallel
 from at_fused.train.checkpoints import CheckpointError
@@ -165,7 +165,7 @@ class Experiment:
             if not layers:
                 return match_layers(student, self.teacher, self.example, verbose=False)
             names = [each.strip() for each in layers.split(",")]
-            pairs = named_pairs([tuple(n.split(":")) if ":" in n else n for n in names])
+            pairs = parse_pairs([tuple(n.split(":")) if ":" in n else n for n in names])
             modules_named(student, [pair.student for pair in pairs])
             modules_named(self.teacher, [pair.teacher for pair in pairs])
             return pairs

@@ -133,7 +133,7 @@ def test_auto_is_measured_in_ten_steps_and_then_fixed(
         optimizer.zero_grad()
         (task + loss).backward()
         optimizer.step()
-    said = f"beta {at.beta:.3g}, by the gradients of the first 10 calls\n"
+    said = f"beta {at.beta:.3g}, from the gradients of the first 10 calls\n"
     assert capsys.readouterr().out == said
     # A number takes its place, and "auto" begins again.
     at.beta = 5.0

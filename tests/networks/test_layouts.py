@@ -272,7 +272,7 @@ def test_as_many_channels_as_rows_and_columns() -> None:
     expected = BETA * at_loss(*(features_of(net, x)[0] for net in nets))
     torch.testing.assert_close(loss_once(*nets, x, example=x, weights=[1.0, 0.0]), expected)
     nets = [LAYOUTS["maps, channels last"][0](16) for _ in "ab"]
-    with pytest.raises(ValueError, match=r"of shape \(2, 16, 16, 16\), is not known: give channel"):
+    with pytest.raises(ValueError, match=r"dimension in \(2, 16, 16, 16\) is unknown.*channel_dim"):
         loss_once(*nets, x, ["blocks.0"])
     expected = BETA * at_loss(*(features_of(net, x)[0] for net in nets), channel_dim=-1)
     found = loss_once(*nets, x, ["blocks.0"], channel_dim=-1)
@@ -324,9 +324,9 @@ def test_the_choice_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [
         "map  student   features      teacher   features",
         "8x8  blocks.1  (B, 5+64, 8)  stages.0  (B, 8, H, W)",
-        "left out of the teacher: stages.1 (the other network has no stage of 4x4)",
-        "left out of the teacher: stages.2 (the other network has no stage of 2x2)",
-        "left out of the teacher: stem, final_conv (outside of the stages)",
+        "left out of the teacher: stages.1 (the other network has no maps of 4x4)",
+        "left out of the teacher: stages.2 (the other network has no maps of 2x2)",
+        "left out of the teacher: stem, final_conv (outside the stages)",
     ]
     match_layers(trunk(), trunk(), IMAGE, verbose=False)
     assert not capsys.readouterr().out
@@ -396,16 +396,16 @@ NAMED_ALONE = ("part1", "1", "blocks.2")  # match_layers chooses others, or none
         squares(lambda c: vit(c), {"skip_tokens": 65}, "leaves none of its 65"),
         squares(LAYOUTS["maps"][0], {"channel_dim": -1}, "would be 64x8 for an image of 32x32"),
         squares(LAYOUTS["maps, channels last"][0], {"channel_dim": 1}, "would be 8x64 for"),
-        squares(lambda c: Net(Patch(c), [Mix(c)], shuffled), {}, "do not lie as the image"),
-        (lambda: Net(Patch(8), [Mix(8)], by_columns), IMAGE, "blocks.0", {}, "do not lie as the"),
-        (moving(lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1)), IMAGE, "blocks.2", {}, "not lie"),
-        (sequence_first, data(3, 12, 6), "part1", {}, r"batch does not come first in \(12, 3"),
+        squares(lambda c: Net(Patch(c), [Mix(c)], shuffled), {}, "not in the image's order"),
+        (lambda: Net(Patch(8), [Mix(8)], by_columns), IMAGE, "blocks.0", {}, "not in the image"),
+        (moving(lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1)), IMAGE, "blocks.2", {}, "not in the"),
+        (sequence_first, data(3, 12, 6), "part1", {}, r"batch is not the first .* \(12, 3"),
         (pooled, IMAGE, "1", {"example": IMAGE}, "has a single position"),
-        (two_branches, IMAGE, None, {}, "'part0' and 'part1' have the same stages"),
-        (lambda: nn.Sequential(nn.Linear(3, 4)), data(2, 3), None, {}, "no layer .* gives feat"),
-        (ends_in_norm, IMAGE, None, {}, r"student none \(blocks.1: it ends in a LayerNorm"),
+        (two_branches, IMAGE, None, {}, "'part0' and 'part1' have stages of the same"),
+        (lambda: nn.Sequential(nn.Linear(3, 4)), data(2, 3), None, {}, "no layer .* returns a"),
+        (ends_in_norm, IMAGE, None, {}, r"student: no stage \(blocks.1: it ends in a LayerNorm"),
         (trunk, IMAGE, None, {"resize": "features"}, "must be None or 'maps', got 'features'"),
-        (hourglass, IMAGE, None, {}, "Sequential comes back to maps of 24x32"),
+        (hourglass, IMAGE, None, {}, "Sequential returns to maps of 24x32"),
     ],
     ids=range(14),
 )
@@ -415,7 +415,7 @@ def test_refused(make: Any, x: Tensor, layer: str | None, options: Any, message:
         with pytest.raises(ValueError, match=message):
             match_layers(student, teacher, x, **options)
     if layer:
-        with pytest.raises(ValueError, match=f"the student's '{layer}'.*{message}"):
+        with pytest.raises(ValueError, match=f"the student's layer '{layer}'.*{message}"):
             loss_once(student, teacher, x, [layer], **options)
 
 
@@ -478,7 +478,7 @@ def test_first_passes(way: str) -> None:
         loss = at(x)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(torch.autograd.grad(loss, list(student.parameters())), right)
-        assert not at._student.last.maps  # of what a checkpoint runs again
+        assert not at._student.last_pass.maps  # of what a checkpoint runs again
     if way == "mutual":
         torch.testing.assert_close(other(x), expected)
 
@@ -493,7 +493,7 @@ def test_an_example_leaves_no_trace() -> None:
     for model in networks:
         model.register_buffer("count", torch.zeros(()))
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match="do not lie as the image"):
+    with pytest.raises(ValueError, match="not in the image's order"):
         match_layers(*networks, IMAGE)
     assert torch.equal(torch.get_rng_state(), state)
     assert [int(model.count) for model in networks] == [0, 0]
@@ -570,5 +570,5 @@ def test_a_named_layer_with_a_single_position_is_refused() -> None:
     )
     at = AttentionTransfer(student, teacher, ["1"], beta=1.0, verbose=False)
     student(IMAGE)
-    with pytest.raises(ValueError, match="student's layer '1' has a single position, or channel"):
+    with pytest.raises(ValueError, match="student's layer '1' has a single element"):
         at(IMAGE)

@@ -138,7 +138,7 @@ def test_batches_of_several_inputs(batch: Any, prepared: bool) -> None:
     torch.testing.assert_close(at.teacher_output, teacher(**given).detach())
     at.prepare(batch)
     call(student, batch)
-    with pytest.raises(ValueError, match=r"x must be what at\.prepare was called with"):
+    with pytest.raises(ValueError, match=r"x must be the same as in at\.prepare"):
         at({**given, "scale": 7.0})
 
 
@@ -158,7 +158,7 @@ def test_a_cache_takes_a_single_tensor(tmp_path: Path) -> None:
         ([X], "list"),
     ):
         student(X)
-        with pytest.raises(TypeError, match=f"x must be one tensor for a cache, .* got {got}$"):
+        with pytest.raises(TypeError, match=f"x must be one tensor with a cache, .* got {got}$"):
             at(wrong, range(4))
 
 

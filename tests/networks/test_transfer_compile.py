@@ -95,7 +95,7 @@ def test_code_compiled_without_hooks() -> None:
             check(at, fast, student, teacher, x)
         at.remove()
         run(fast, x)
-        assert not at._student.last.maps
+        assert not at._student.last_pass.maps
         at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
         check(at, fast, student, teacher, x)
 

@@ -159,7 +159,7 @@ def test_remove_hooks() -> None:
     assert list(student[0]._forward_hooks) == [kept.id]
     assert torch.equal(student(x), y)
     for each in (at, other):
-        each._student.last.maps.clear(), each._student.last.features.clear()
+        each._student.last_pass.maps.clear(), each._student.last_pass.features.clear()
         with pytest.raises(RuntimeError, match=r"student's layer '.' .*its hook was removed"):
             each(x)
         each.remove()
