@@ -33,36 +33,6 @@ TOOLS = ("build", "setuptools", "ninja", "pybind11", "numpy", "pytest", "hypothe
 TESTS = ("tests/core/test_contract.py", "tests/core/test_operators.py")
 FAILED: list[str] = []
 
-# There must be no warning, neither with the libraries nor if they were switched off.
-SMOKE = """
-import sys, warnings
-import torch
-import torch.nn.functional as F
-
-warnings.simplefilter("error")
-import at_fused
-from at_fused.backends import users
-from at_fused.info import lines
-libraries, table = sys.argv[1:], at_fused.backends()
-print(*lines(), sep="\\n")
-assert at_fused.__file__.startswith(sys.prefix), at_fused.__file__
-assert table["cpu"].available == ("cpu" in libraries)
-assert ("installed with AT_FUSED_CPP=0" in "\\n".join(lines())) == (not libraries)
-if "cuda" in libraries and torch.version.cuda:
-    assert users()["cuda"] == "cuda", table["cuda"].reason
-
-torch.manual_seed(0)
-s, t = torch.randn(4, 8, 7, 7, requires_grad=True), torch.randn(4, 16, 7, 7)
-a, b = (F.normalize(x.double().pow(2).mean(1).flatten(1)) for x in (s, t))
-eager = (a - b).pow(2).mean()
-expected = [eager.float(), *torch.autograd.grad(eager, s)]
-for name in ["cpu", "eager"] if libraries else ["eager"]:
-    with at_fused.use_backend(name):
-        loss = at_fused.at_loss(s, t)
-    actual = [loss, *torch.autograd.grad(loss, s)]
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-9)
-"""
-
 
 class CheckError(Exception):
     """A failed check; its message may be the log of a command."""
@@ -154,7 +124,7 @@ def try_out(env: Environment, package: Path, source: Path, *libraries: str) -> N
     """Install a package in a clean environment, run a smoke check and tests, and uninstall it."""
     env.pip("install", package)
     try:
-        env.call("-c", SMOKE, *libraries)
+        env.call(source / "scripts/smoke.py", *libraries)
         if libraries:
             # The CUDA emulator does not depend on the version of torch.
             selection = ("-q", "-p", "no:cacheprovider", "-k", "not emulator")

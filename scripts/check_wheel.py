@@ -1,0 +1,76 @@
+"""Check wheels as users meet them: platform tag, metadata, an installation without a compiler.
+
+    python scripts/check_wheel.py dist/at_fused-*.whl --out wheelhouse
+
+For each wheel: auditwheel repairs it into --out (torch's libraries stay outside), twine checks its
+metadata, pip installs it in a fresh virtual environment whose PATH has no compiler, and
+scripts/smoke.py runs there. The environment takes torch from the one that runs this program.
+Needs Linux and pip install ".[release]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from pathlib import Path
+
+SMOKE = Path(__file__).resolve().parent / "smoke.py"
+# At run time these are the ones of the user's torch.
+EXCLUDED = ("libtorch*.so*", "libc10*.so*")
+
+
+def run(*command: str | Path, **options: object) -> str:
+    """Run a command, show it and what it prints, and return that; it has to succeed."""
+    print("$", *command, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **options)
+    print(done.stdout, end="", flush=True)
+    return done.stdout
+
+
+def repaired(wheel: Path, out: Path) -> Path:
+    """Return the wheel with the tag of the oldest Linux that it runs on."""
+    before = set(out.glob("*.whl"))
+    exclude = [f"--exclude={name}" for name in EXCLUDED]
+    run("auditwheel", "show", wheel)
+    run("auditwheel", "repair", "--plat=auto", *exclude, "-w", out, wheel)
+    (path,) = set(out.glob("*.whl")) - before
+    return path
+
+
+def try_out(wheel: Path, libraries: list[str]) -> None:
+    """Install the wheel where there is no compiler, and run the smoke test."""
+    with tempfile.TemporaryDirectory(prefix="at_fused-wheel-") as work:
+        folder = Path(work, "env")
+        venv.create(folder, with_pip=True)
+        python = folder / "bin/python"
+        packages = sysconfig.get_path("purelib", vars={"base": str(folder)})
+        # After the environment's own packages: only at_fused and pip come from those.
+        Path(packages, "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("AT_FUSED_", "PYTHON"))}
+        env["PATH"] = str(folder / "bin")
+        pip = ("-m", "pip", "install", "-q", "--no-deps", "--no-index")
+        run(python, *pip, wheel.resolve(), cwd=work, env=env)
+        run(python, SMOKE, *libraries, cwd=work, env=env)
+
+
+def main() -> None:
+    """Check each wheel, and leave the repaired ones."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("wheels", nargs="+", type=Path, metavar="WHEEL")
+    parser.add_argument("--out", type=Path, default=Path("wheelhouse"), help="default: wheelhouse")
+    parser.add_argument("--cuda", action="store_true", help="the wheels must have CUDA kernels")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for wheel in options.wheels:
+        path = repaired(wheel, options.out)
+        run(sys.executable, "-m", "twine", "check", "--strict", path)
+        try_out(path, ["cpu", "cuda"] if options.cuda else ["cpu"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The files that a release is made of: workflows, forms, citation, metadata."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import at_fused
+
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def test_version_is_the_same_everywhere() -> None:
+    assert f"\nversion: {at_fused.__version__}\n" in text("CITATION.cff")
+    assert re.search(r"^## (\S+)", text("CHANGELOG.md"), re.M)[1] == at_fused.__version__
+
+
+def test_address_of_the_repository_is_in_one_file() -> None:
+    (address,) = re.findall(r'^Repository = "(.+)"', text("pyproject.toml"), re.M)
+    files = subprocess.run(
+        ["git", "grep", "-lF", address], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert files.returncode or files.stdout.split() == ["pyproject.toml"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_run_files_that_exist(path: Path) -> None:
+    named = re.findall(
+        r"(?:bash|python) (?:\{project\}/)?([\w./-]+\.\w+|\.ci/run)", path.read_text()
+    )
+    assert path.name == "docs.yml" or named
+    assert all((ROOT / name).exists() for name in named)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflow_jobs_have_a_timeout(path: Path) -> None:
+    jobs = path.read_text().partition("\njobs:\n")[2]
+    assert len(re.findall(r"^  \w+:$", jobs, re.M)) == jobs.count("timeout-minutes:")
+
+
+def release(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(folder / "scripts/release.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The files that release.sh reads, ready to publish 0.2.0."""
+    for name in ("scripts/release.sh", "at_fused/_version.py", "CHANGELOG.md", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "at_fused/_version.py").write_text('__version__ = "0.2.0"\n')
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## 0.2.0 (2026-12-01)\n")
+    (tmp_path / "pyproject.toml").write_text('Repository = "https://git.example/at_fused"\n')
+    return tmp_path
+
+
+def test_release_is_ready(checkout: Path) -> None:
+    done = release("check", "v0.2.0", folder=checkout)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("at_fused/_version.py", '__version__ = "0.3.0"\n', "the tag is v0.2.0"),
+        ("CHANGELOG.md", "## 0.2.0 (unreleased)\n", "no line '## 0.2.0 (YYYY-MM-DD)'"),
+        ("pyproject.toml", 'Repository = "https://example.org/at_fused"', "fill in the"),
+    ],
+)
+def test_release_that_is_not_ready(checkout: Path, name: str, content: str, message: str) -> None:
+    (checkout / name).write_text(content)
+    done = release("check", "v0.2.0", folder=checkout)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_local_version(checkout: Path) -> None:
+    assert not release("local-version", "cu13", folder=checkout).returncode
+    assert (checkout / "at_fused/_version.py").read_text() == '__version__ = "0.2.0+cu13"\n'
+
+
+def test_release_names_its_steps() -> None:
+    done = release("publish", folder=ROOT)
+    assert done.returncode == 1
+    assert "usage: release.sh check TAG | sdist | wheel" in done.stderr
