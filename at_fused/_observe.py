@@ -291,7 +291,7 @@ class ObservedRun(TorchFunctionMode):
             return FeatureLayout(), ""
         channel_dim = self.overrides.channel_dim or self._channel_dim(shape)
         if channel_dim is None:
-            return None, f"its channel dimension in {shape} is unknown (in Python, pass channel_dim)"
+            return None, f"its channel axis in {shape} is unknown (in Python, pass channel_dim)"
         size = shape[2:] if channel_dim == 1 else shape[1:-1]
         if math.prod(size) == 1:
             return None, "its map has a single position"

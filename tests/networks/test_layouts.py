@@ -272,7 +272,7 @@ def test_as_many_channels_as_rows_and_columns() -> None:
     expected = BETA * at_loss(*(features_of(net, x)[0] for net in nets))
     torch.testing.assert_close(loss_once(*nets, x, example=x, weights=[1.0, 0.0]), expected)
     nets = [LAYOUTS["maps, channels last"][0](16) for _ in "ab"]
-    with pytest.raises(ValueError, match=r"dimension in \(2, 16, 16, 16\) is unknown.*channel_dim"):
+    with pytest.raises(ValueError, match=r"axis in \(2, 16, 16, 16\) is unknown.*channel_dim"):
         loss_once(*nets, x, ["blocks.0"])
     expected = BETA * at_loss(*(features_of(net, x)[0] for net in nets), channel_dim=-1)
     found = loss_once(*nets, x, ["blocks.0"], channel_dim=-1)
@@ -398,7 +398,7 @@ NAMED_ALONE = ("part1", "1", "blocks.2")  # match_layers chooses others, or none
         squares(LAYOUTS["maps, channels last"][0], {"channel_dim": 1}, "would be 8x64 for"),
         squares(lambda c: Net(Patch(c), [Mix(c)], shuffled), {}, "not in the image's order"),
         (lambda: Net(Patch(8), [Mix(8)], by_columns), IMAGE, "blocks.0", {}, "not in the image"),
-        (moving(lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1)), IMAGE, "blocks.2", {}, "not in the"),
+        (moving(lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1)), IMAGE, "blocks.2", {}, "not in"),
         (sequence_first, data(3, 12, 6), "part1", {}, r"batch is not the first .* \(12, 3"),
         (pooled, IMAGE, "1", {"example": IMAGE}, "has a single position"),
         (two_branches, IMAGE, None, {}, "'part0' and 'part1' have stages of the same"),

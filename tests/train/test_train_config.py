@@ -268,7 +268,7 @@ def test_a_wrong_file_is_one_clear_error(refused: Any, content: str, message: st
         ("--device=cuda:99", "device: got 'cuda:99', but PyTorch sees"),
         ("--labels=5", "labels: got 5, allowed is 10, one for each class, to 997, or 0 for all"),
         ("--student=wrn-12-1", "student: got 'wrn-12-1': depth must be 6n + 4 with n >= 1"),
-        ("--layers=groups.0,group.1", "layers: WRN has no module 'group.1'; some of its modules: groups.1"),
+        ("--layers=groups.0,group.1", "no module 'group.1'; some of its modules: groups.1"),
         ("--layers=groups.0:groups.1", "compare: at does not go with wrn-10-1-b8 and wrn-16-2"),
         ("--data=cifar10", "data 'cifar10': needs the published files in "),
         ("--data=folder", "data 'folder' needs train/<class>/<picture> and val/<class>/"),
