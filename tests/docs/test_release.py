@@ -74,7 +74,7 @@ def test_release_is_ready(checkout: Path) -> None:
     [
         ("at_fused/_version.py", '__version__ = "0.3.0"\n', "the tag is v0.2.0"),
         ("CHANGELOG.md", "## 0.2.0 (unreleased)\n", "no line '## 0.2.0 (YYYY-MM-DD)'"),
-        ("pyproject.toml", 'Repository = "https://example.org/at_fused"', "fill in the"),
+        ("pyproject.toml", 'Repository = "https://example.org/name"', "fill in the"),
     ],
 )
 def test_release_that_is_not_ready(checkout: Path, name: str, content: str, message: str) -> None:
