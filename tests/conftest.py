@@ -38,8 +38,8 @@ if settings:
     settings.register_profile("search", max_examples=4000)
     settings.load_profile("same")
 
-# The first backward starts autograd's device threads. torch.compile registers a fake device, and
-# a process whose autograd has a thread for it cannot fork. Start autograd before that.
+# The first backward starts one autograd thread per device. torch.compile adds a fake device, and a
+# process with a thread for that one cannot fork, so start the threads first.
 torch.ones((), requires_grad=True).backward()
 
 

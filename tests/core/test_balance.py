@@ -1,4 +1,4 @@
-"""gradient_ratio: the norms that it gives, and what it leaves as it was."""
+"""``gradient_ratio`` and ``beta="auto"``."""
 
 from __future__ import annotations
 
@@ -39,66 +39,66 @@ def flat(loss: Tensor, parameters: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_norms_ratio_and_cosine_are_those_of_the_shared_parameters(
+def test_norms_ratio_and_cosine_match_gradients_of_shared_parameters(
     networks: Any, dtype: torch.dtype
 ) -> None:
     student, teacher, x, y = networks
     student, teacher, x = student.to(dtype), teacher.to(dtype), x.to(dtype)
     at = AttentionTransfer(student, teacher, ["first", "second"], beta=30.0, verbose=False)
     task, transfer = cross_entropy(student(x), y), at(x)
-    found = gradient_ratio(task, transfer, student)
-    # The head learns from the task alone.
+    actual = gradient_ratio(task, transfer, student)
+    # Only the task loss depends on the head.
     shared = [*student.first.parameters(), *student.second.parameters()]
     a, b = flat(task, shared), flat(transfer, shared)
-    wanted = (a.norm(), b.norm(), b.norm() / a.norm(), a @ b / a.norm() / b.norm())
-    assert [*found] == pytest.approx([float(value) for value in wanted], rel=1e-5)
+    expected = (a.norm(), b.norm(), b.norm() / a.norm(), a @ b / a.norm() / b.norm())
+    assert [*actual] == pytest.approx([float(value) for value in expected], rel=1e-5)
     assert gradient_ratio(task, 2 * transfer, student.parameters()).ratio == pytest.approx(
-        2 * found.ratio, rel=1e-6
+        2 * actual.ratio, rel=1e-6
     )
-    # A backward may follow, and finds what it would have found.
+    # It leaves .grad alone and keeps the graph for a backward pass.
     assert all(p.grad is None for p in student.parameters())
     (task + transfer).backward()
     grads = torch.cat([p.grad.flatten() for p in shared]).double()
     torch.testing.assert_close(grads, a + b, rtol=1e-5, atol=1e-7)
 
 
-def test_gradients_at_features(networks: Any) -> None:
+def test_gradients_with_respect_to_features(networks: Any) -> None:
     student, _, x, y = networks
     feature = student.first(x)
     task = cross_entropy(student.head(student.second(feature.relu()).mean((2, 3))), y)
     transfer = at_fused.at_loss([feature], [torch.randn(7, 2, 7, 7)])
-    found = gradient_ratio(task, transfer, [feature])
-    assert found.task == pytest.approx(float(flat(task, [feature]).norm()), rel=1e-5)
-    assert found.transfer == pytest.approx(float(flat(transfer, [feature]).norm()), rel=1e-5)
+    actual = gradient_ratio(task, transfer, [feature])
+    assert actual.task == pytest.approx(float(flat(task, [feature]).norm()), rel=1e-5)
+    assert actual.transfer == pytest.approx(float(flat(transfer, [feature]).norm()), rel=1e-5)
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_line_is_printed_on_request(networks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_method_prints_its_result(networks: Any, capsys: pytest.CaptureFixture[str]) -> None:
     student, teacher, x, y = networks
     at = AttentionTransfer(student, teacher, ["second"], beta=1e3, verbose=False)
     task, transfer = cross_entropy(student(x), y), at(x)
-    found = at.gradient_ratio(task, transfer)
-    assert capsys.readouterr().out == f"beta 1000: {found}\n"
-    assert f"transfer / task {found.ratio:.3g} (" in str(found)
-    assert found == at.gradient_ratio(task, transfer, verbose=False)
-    assert found == gradient_ratio(task, transfer, student)
+    ratio = at.gradient_ratio(task, transfer)
+    assert capsys.readouterr().out == f"beta 1000: {ratio}\n"
+    assert f"transfer / task {ratio.ratio:.3g} (" in str(ratio)
+    assert ratio == at.gradient_ratio(task, transfer, verbose=False)
+    assert ratio == gradient_ratio(task, transfer, student)
     assert capsys.readouterr().out == ""
 
 
-def test_a_student_in_torch_compile(networks: Any) -> None:
+def test_ratio_of_a_compiled_student(networks: Any) -> None:
     student, teacher, x, y = networks
     at = AttentionTransfer(student, teacher, ["second"], beta=1e3, verbose=False)
     expected = at.gradient_ratio(cross_entropy(student(x), y), at(x), verbose=False)
     compiled = torch.compile(student, backend="aot_eager")
-    found = at.gradient_ratio(cross_entropy(compiled(x), y), at(x), verbose=False)
-    assert [*found] == pytest.approx([*expected], rel=1e-4)
+    actual = at.gradient_ratio(cross_entropy(compiled(x), y), at(x), verbose=False)
+    assert [*actual] == pytest.approx([*expected], rel=1e-4)
 
 
 # ---- beta="auto"
 
 
-def losses_by_hand(networks: Any, steps: int) -> tuple[list[float], list[float]]:
-    """The ratios at beta 1, and the losses, of training in which beta is chosen by its formula."""
+def reference_training(networks: Any, steps: int) -> tuple[list[float], list[float]]:
+    """Train with beta from its formula; return the ratios at beta 1, and the losses."""
     student, teacher, x, y = copy.deepcopy(networks)
     at = AttentionTransfer(student, teacher, ["first", "second"], beta=1.0, verbose=False)
     optimizer = torch.optim.SGD(student.parameters(), 0.1)
@@ -115,62 +115,60 @@ def losses_by_hand(networks: Any, steps: int) -> tuple[list[float], list[float]]
     return ratios, losses
 
 
-def test_auto_is_measured_in_ten_steps_and_then_fixed(
+def test_auto_beta_is_fixed_after_ten_steps(
     networks: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ratios, expected = losses_by_hand(networks, 13)
+    ratios, losses = reference_training(networks, 13)
     student, teacher, x, y = networks
     at = AttentionTransfer(student, teacher, ["first", "second"], beta="auto")
     assert at.beta == "auto"
     assert "beta='auto'" in repr(at)
     optimizer = torch.optim.SGD(student.parameters(), 0.1)
-    for step, wanted in enumerate(expected):
+    for step, expected in enumerate(losses):
         task = cross_entropy(student(x), y)
         loss = at(x, task_loss=task) if step < 11 else at(x)
-        assert loss.item() == pytest.approx(wanted, rel=1e-3)
+        assert loss.item() == pytest.approx(expected, rel=1e-3)
         beta = 3 / statistics.geometric_mean(ratios[: step + 1])
         assert at.beta == pytest.approx(beta, rel=1e-3)
         optimizer.zero_grad()
         (task + loss).backward()
         optimizer.step()
-    said = f"beta {at.beta:.3g}, from the gradients of the first 10 calls\n"
-    assert capsys.readouterr().out == said
-    # A number takes its place, and "auto" begins again.
+    line = f"beta {at.beta:.3g}, from the gradients of the first 10 calls\n"
+    assert capsys.readouterr().out == line
+    # Assigning "auto" starts a new measurement.
     at.beta = 5.0
     assert (at.beta, "beta=5.0" in repr(at)) == (5.0, True)
     at.beta = "auto"
     assert at.beta == "auto"
 
 
-def test_auto_needs_the_task(networks: Any) -> None:
+def test_auto_beta_requires_the_task_loss(networks: Any) -> None:
     student, teacher, x, y = networks
     at = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
     task = cross_entropy(student(x), y)
     with pytest.raises(ValueError, match="task_loss must be given in the first 10 calls"):
         at(x)
-    assert at(x, task_loss=task).requires_grad  # the pass is still there
+    assert at(x, task_loss=task).requires_grad  # the error left the recorded features in place
     with pytest.raises(ValueError, match="task_loss must be a scalar that requires a gradient"):
         student(x), at(x, task_loss=cross_entropy(student(x), y).detach())
     assert at(x, task_loss=cross_entropy(student(x), y)).requires_grad
-    for wrong in (1.0, "Auto", "1"):
-        other = AttentionTransfer(student, teacher, ["second"], beta=2, verbose=False)
-        if isinstance(wrong, str):
-            with pytest.raises(ValueError, match=f"beta must be a number or 'auto', got '{wrong}'"):
-                other.beta = wrong  # type: ignore[assignment]
-        with pytest.raises(ValueError, match="task_loss is for beta='auto', got beta=2"):
-            student(x), other(x, task_loss=task)
+    fixed = AttentionTransfer(student, teacher, ["second"], beta=2, verbose=False)
+    for beta in ("Auto", "1"):
+        with pytest.raises(ValueError, match=f"beta must be a number or 'auto', got '{beta}'"):
+            fixed.beta = beta  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="task_loss is for beta='auto', got beta=2"):
+        student(x), fixed(x, task_loss=task)
     student.requires_grad_(False).head.requires_grad_(True)
     at.beta = "auto"
     with pytest.raises(ValueError, match="beta: 'auto' needs a tapped layer that is trained"):
         at(x, task_loss=cross_entropy(student(x), y))
 
 
-def test_auto_leaves_out_steps_without_two_gradients(networks: Any) -> None:
-    """A last layer of zeros gives the others no gradient at first."""
+def test_auto_beta_skips_steps_with_a_zero_gradient(networks: Any) -> None:
     student, teacher, x, y = networks
     at = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
     head = copy.deepcopy(student.head)
-    nn.init.zeros_(student.head.weight)
+    nn.init.zeros_(student.head.weight)  # so the other layers have no gradient
     assert at(x, task_loss=cross_entropy(student(x), y)).item() == 0
     student.head = head
     task = cross_entropy(student(x), y)
@@ -181,13 +179,13 @@ def test_auto_leaves_out_steps_without_two_gradients(networks: Any) -> None:
     assert at.beta == first
     for _ in range(7):
         at(x, task_loss=0 * cross_entropy(student(x), y))
-    for missed in (10, 11):
-        words = rf"'auto' needs steps .* got {missed} others, .* ratio of inf"
-        with pytest.raises(ValueError, match=words):
+    for skipped in (10, 11):
+        message = rf"'auto' needs steps .* got {skipped} others, .* ratio of inf"
+        with pytest.raises(ValueError, match=message):
             at(x, task_loss=0 * cross_entropy(student(x), y))
 
 
-def test_auto_without_gradients_takes_what_is_measured(networks: Any) -> None:
+def test_auto_beta_without_gradients_uses_the_measured_value(networks: Any) -> None:
     student, teacher, x, y = networks
     at = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
     with torch.no_grad(), pytest.raises(ValueError, match="beta: 'auto' is not measured yet"):
@@ -196,13 +194,13 @@ def test_auto_without_gradients_takes_what_is_measured(networks: Any) -> None:
     with torch.no_grad():
         student(x)
         assert at(x).item() == pytest.approx(loss.item())
-    # A measured beta goes on in the same loop.
-    again = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
-    again.beta = at.beta
-    assert again(x, task_loss=cross_entropy(student(x), y)).item() == pytest.approx(loss.item())
+    # A resumed run assigns the measured beta and may still pass task_loss.
+    resumed = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
+    resumed.beta = at.beta
+    assert resumed(x, task_loss=cross_entropy(student(x), y)).item() == pytest.approx(loss.item())
 
 
-def test_the_teachers_logits_for_a_task_with_distillation(networks: Any) -> None:
+def test_task_loss_may_use_the_teachers_logits(networks: Any) -> None:
     student, teacher, x, y = networks
     at = AttentionTransfer(student, teacher, ["second"], beta="auto", verbose=False)
     at.prepare(x)
@@ -211,38 +209,38 @@ def test_the_teachers_logits_for_a_task_with_distillation(networks: Any) -> None
     assert at(x, task_loss=task).requires_grad
 
 
-def test_small_gradients_of_autocast_are_scaled(networks: Any) -> None:
-    """Without a scale the gradient of float16 is far too small."""
+def test_small_gradients_under_autocast(networks: Any) -> None:
+    """Without a scale the float16 gradients underflow."""
     student, teacher, x, y = networks
     at = AttentionTransfer(student, teacher, ["second"], beta=1e-5, verbose=False)
     expected = at.gradient_ratio(cross_entropy(student(x), y), at(x), verbose=False)
     with torch.autocast("cpu", torch.float16):
         task, transfer = cross_entropy(student(x), y), at(x)
-    found = at.gradient_ratio(task, transfer, verbose=False)
-    assert [*found] == pytest.approx([*expected], rel=0.02)
+    actual = at.gradient_ratio(task, transfer, verbose=False)
+    assert [*actual] == pytest.approx([*expected], rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_large_gradients_of_16_bits(dtype: torch.dtype) -> None:
+def test_large_gradients_in_16_bits(dtype: torch.dtype) -> None:
     w = torch.ones(10_000, dtype=dtype, requires_grad=True)
-    found = gradient_ratio((w * 1000).sum(), (w * -2000).sum(), [w])
-    assert [*found] == pytest.approx([1e5, 2e5, 2.0, -1.0], rel=1e-2)
+    actual = gradient_ratio((w * 1000).sum(), (w * -2000).sum(), [w])
+    assert [*actual] == pytest.approx([1e5, 2e5, 2.0, -1.0], rel=1e-2)
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])
-def test_squares_beyond_float32(size: float) -> None:
+def test_gradients_with_squares_beyond_float32(size: float) -> None:
     w = torch.randn(5, requires_grad=True)
     a, b = torch.randn(5), torch.randn(5)
-    found = gradient_ratio((w * a * size).sum(), (w * b).sum(), [w])
+    actual = gradient_ratio((w * a * size).sum(), (w * b).sum(), [w])
     a, b = a.double(), b.double()
-    wanted = (size * a.norm(), b.norm(), b.norm() / a.norm() / size, a @ b / a.norm() / b.norm())
-    assert [*found] == pytest.approx([float(value) for value in wanted], rel=1e-5)
+    expected = (size * a.norm(), b.norm(), b.norm() / a.norm() / size, a @ b / a.norm() / b.norm())
+    assert [*actual] == pytest.approx([float(value) for value in expected], rel=1e-5)
 
 
 def test_sparse_gradients() -> None:
     table = nn.Embedding(5, 3, sparse=True)
-    found = gradient_ratio(table(torch.tensor([1, 1])).sum(), 2 * table.weight.sum(), table)
-    assert [*found] == pytest.approx([12**0.5, 60**0.5, 5**0.5, 12 / 720**0.5])
+    actual = gradient_ratio(table(torch.tensor([1, 1])).sum(), 2 * table.weight.sum(), table)
+    assert [*actual] == pytest.approx([12**0.5, 60**0.5, 5**0.5, 12 / 720**0.5])
 
 
 def test_zero_gradients() -> None:
@@ -254,7 +252,7 @@ def test_zero_gradients() -> None:
     assert math.isnan(gradient_ratio(zero, zero, [w]).ratio)
 
 
-def test_a_weight_that_two_modules_share_counts_once() -> None:
+def test_a_shared_parameter_counts_once() -> None:
     w = torch.ones(4, requires_grad=True)
     frozen = torch.ones(4)
     assert gradient_ratio(w.sum(), w.sum(), iter([w, w, frozen])).task == 2
@@ -279,6 +277,6 @@ W = torch.ones(2, requires_grad=True)
          "both losses depend on, got none: give the student's"),
     ],
 )  # fmt: skip
-def test_wrong_arguments(arguments: Any, error: type[Exception], message: str) -> None:
+def test_invalid_arguments(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         gradient_ratio(*arguments)

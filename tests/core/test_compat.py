@@ -1,6 +1,6 @@
-"""The losses of published programs: each against its formula, as that program computes it.
+"""Losses of published programs against those programs' formulas, and ``convert_beta``.
 
-And convert_beta: the losses of two programs have one gradient, or it says why they cannot.
+A converted beta must give both programs the same gradient, or ``convert_beta`` must raise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def aberhu_trainer(s: Side, t: Side, beta: float) -> Tensor:
     return sum(losses) / len(losses) * beta
 
 
-# As convert_beta names them: sums of squares, and of norms.
+# Programs of convert_beta: those that sum squared distances, and those that sum norms.
 SQUARED: dict[str, Loss] = {
     "authors": lambda s, t, beta: beta * compat.authors_at_loss(s, t),
     "repdistiller": lambda s, t, beta: beta * sum(compat.RepDistillerAttention()(s, t)),
@@ -55,7 +55,7 @@ EQUAL = {
 }
 
 
-def pairs_of(sizes: Sequence[tuple[int, ...]], scale: float = 1.0) -> Pairs:
+def make_pairs(sizes: Sequence[tuple[int, ...]], scale: float = 1.0) -> Pairs:
     students = [scale * torch.randn(b, c, h, w, dtype=torch.float64) for b, c, _, h, w in sizes]
     teachers = [scale * torch.randn(b, c, h, w, dtype=torch.float64) for b, _, c, h, w in sizes]
     for x in students + teachers:
@@ -63,32 +63,33 @@ def pairs_of(sizes: Sequence[tuple[int, ...]], scale: float = 1.0) -> Pairs:
     return students, teachers
 
 
-def assert_same(found: Tensor, right: Tensor, pairs: Pairs, rtol: float = 1e-12) -> None:
-    """Compare the value and both gradients, to rounding."""
-    assert found.shape == right.shape == ()
-    torch.testing.assert_close(found, right, rtol=rtol, atol=0)
-    assert_same_gradients(found, right, pairs, rtol)
+def assert_same(actual: Tensor, expected: Tensor, pairs: Pairs, rtol: float = 1e-12) -> None:
+    """Compare the losses and their gradients up to rounding."""
+    assert actual.shape == expected.shape == ()
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=0)
+    assert_same_gradients(actual, expected, pairs, rtol)
 
 
-def assert_same_gradients(found: Tensor, right: Tensor, pairs: Pairs, rtol: float) -> None:
+def assert_same_gradients(actual: Tensor, expected: Tensor, pairs: Pairs, rtol: float) -> None:
     leaves = [*pairs[0], *pairs[1]]
-    ours = torch.autograd.grad(found, leaves, retain_graph=True)
-    theirs = torch.autograd.grad(right, leaves, retain_graph=True)
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).abs().max() <= rtol * b.abs().max() + 1e-18
-        assert b.abs().max() > 0
+    gradients = (
+        torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (actual, expected)
+    )
+    for g, e in zip(*gradients, strict=True):
+        assert (g - e).abs().max() <= rtol * e.abs().max() + 1e-18
+        assert e.abs().max() > 0
 
 
-# ---- one formula each ----------------------------------------------------------------------------
+# ---- formulas ------------------------------------------------------------------------------------
 
 
-def flat(x: Tensor, p: float) -> Tensor:
-    """Return mean_c x^p, without an absolute value, flattened and normalised."""
+def signed_map(x: Tensor, p: float) -> Tensor:
+    """Compute mean_c x^p without an absolute value, flattened and normalised."""
     return F.normalize(x.pow(p).mean(1).flatten(1))
 
 
 def mean_of_squares(s: Tensor, t: Tensor, p: float = 2.0) -> Tensor:
-    return (flat(s, p) - flat(t, p)).square().mean()
+    return (signed_map(s, p) - signed_map(t, p)).square().mean()
 
 
 def sum_of_norms(s: Tensor, t: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def paper(s: Tensor, t: Tensor, p: float = 2.0, collapse: str = "sum", power: in
     return (s - t).norm(dim=1).pow(power).sum() / 2
 
 
-# Of a pair: of all programs, but those of mean_of_squares.
+# Loss of one pair in each program. The programs not listed use mean_of_squares.
 FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "aberhu": aberhu,
     "tensorflow-zoo": tensorflow_zoo,
@@ -126,13 +127,13 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("scale", [1.0, 3e-4])  # 3e-4: maps in which the epsilons count
+@pytest.mark.parametrize("scale", [1.0, 3e-4])  # 3e-4: small enough for the epsilons to matter
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("sizes", EQUAL.values(), ids=EQUAL)
-def test_each_program_has_its_formula(
+def test_losses_match_the_programs_formulas(
     sizes: list[tuple[int, ...]], name: str, scale: float
 ) -> None:
-    pairs = pairs_of(sizes)
+    pairs = make_pairs(sizes)
     s, t = ([x * scale for x in side] for side in pairs)
     losses = [FORMULAS.get(name, mean_of_squares)(a, b) for a, b in zip(s, t, strict=True)]
     count = len(losses) if name == "aberhu" else 1
@@ -141,29 +142,29 @@ def test_each_program_has_its_formula(
 
 @pytest.mark.parametrize("p", [1.0, 2.5, 4.0])
 def test_powers_and_layouts(p: float) -> None:
-    (s,), (t,) = pairs = pairs_of([(3, 4, 7, 5, 9)])
+    (s,), (t,) = pairs = make_pairs([(3, 4, 7, 5, 9)])
     assert_same(compat.aberhu_at_loss(s, t, p), aberhu(s, t, p), pairs)
     for collapse in ("sum", "max"):
-        right = paper(s, t, p, collapse)
-        assert_same(compat.paper_at_loss(s, t, 1.0, p=p, collapse=collapse), right, pairs)
-    last = (x.movedim(1, -1) for x in (s, t))
-    found = compat.tensorflow_zoo_at_loss(*last, 1.0, channel_dim=-1)
-    assert_same(found, tensorflow_zoo(s, t), pairs)
+        expected = paper(s, t, p, collapse)
+        assert_same(compat.paper_at_loss(s, t, 1.0, p=p, collapse=collapse), expected, pairs)
+    channels_last = (x.movedim(1, -1) for x in (s, t))
+    actual = compat.tensorflow_zoo_at_loss(*channels_last, 1.0, channel_dim=-1)
+    assert_same(actual, tensorflow_zoo(s, t), pairs)
 
 
-def test_weights_and_betas_of_pairs() -> None:
-    s, t = pairs_of(EQUAL["not square"])
+def test_weights_and_betas_per_pair() -> None:
+    s, t = make_pairs(EQUAL["not square"])
     numbers = [1.0, 0.25, 3.0]
     for mode, pair, divisor in (("code", mean_of_squares, 1), ("paper", sum_of_norms, len(s[0]))):
-        right = sum(n * pair(a, b) / divisor for n, a, b in zip(numbers, s, t, strict=True))
-        assert_same(compat.torchdistill_at_loss(s, t, mode, numbers), right, (s, t))
-    right = sum(n * paper(a, b) for n, a, b in zip(numbers, s, t, strict=True))
-    assert_same(compat.paper_at_loss(s, t, numbers), right, (s, t))
+        expected = sum(n * pair(a, b) / divisor for n, a, b in zip(numbers, s, t, strict=True))
+        assert_same(compat.torchdistill_at_loss(s, t, mode, numbers), expected, (s, t))
+    expected = sum(n * paper(a, b) for n, a, b in zip(numbers, s, t, strict=True))
+    assert_same(compat.paper_at_loss(s, t, numbers), expected, (s, t))
     assert_same(compat.authors_at_loss(s[0], t[0]), mean_of_squares(s[0], t[0]), (s[:1], t[:1]))
 
 
-def pooled_pair(s: Tensor, t: Tensor, p: int) -> Tensor:
-    """Pool to the smaller height and width, as the programs do where it is square."""
+def pooled_loss(s: Tensor, t: Tensor, p: int) -> Tensor:
+    """Pool to the smaller height and width, as the programs do for square sizes."""
     size = [min(n, m) for n, m in zip(s.shape[2:], t.shape[2:], strict=True)]
     return mean_of_squares(*(F.adaptive_avg_pool2d(x, size) for x in (s, t)), p)
 
@@ -174,7 +175,7 @@ POOLED = {
     "teacher larger, to a square": ((2, 4, 4, 4), (2, 3, 9, 5)),
     "to one position less": ((2, 4, 3, 3), (2, 2, 2, 2)),
     "equal, not square": ((2, 3, 3, 7), (2, 5, 3, 7)),
-    "larger, not square, where the originals stop": ((2, 3, 8, 4), (2, 3, 4, 2)),
+    "larger, not square, which the originals reject": ((2, 3, 8, 4), (2, 3, 4, 2)),
 }
 
 
@@ -187,124 +188,122 @@ def test_repdistiller_and_mdistiller(
         [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in side]
         for side in (shapes, shapes[::-1])
     )
-    right = [pooled_pair(a, b, p) for a, b in zip(s, t, strict=True)]
-    found = compat.RepDistillerAttention(p)(s, t)
-    assert isinstance(found, list)
-    assert [x.item() for x in found] == pytest.approx([x.item() for x in right], rel=1e-12)
-    assert_same(sum(found), sum(right), (s, t))
-    ours = compat.mdistiller_at_loss(s, t, p, feat_weight=1000.0)
-    assert_same(ours, 1000 * sum(right), (s, t))
+    expected = [pooled_loss(a, b, p) for a, b in zip(s, t, strict=True)]
+    actual = compat.RepDistillerAttention(p)(s, t)
+    assert isinstance(actual, list)
+    assert [x.item() for x in actual] == pytest.approx([x.item() for x in expected], rel=1e-12)
+    assert_same(sum(actual), sum(expected), (s, t))
+    actual = compat.mdistiller_at_loss(s, t, p, feat_weight=1000.0)
+    assert_same(actual, 1000 * sum(expected), (s, t))
 
 
-def test_paper_with_maps_of_different_sizes() -> None:
+def test_paper_interpolates_maps_of_other_sizes() -> None:
     s = torch.randn(2, 3, 6, 4, dtype=torch.float64, requires_grad=True)
     t = torch.randn(2, 5, 3, 7, dtype=torch.float64, requires_grad=True)
     q_t = t.pow(2).sum(1, keepdim=True)
     q_t = F.interpolate(q_t, size=(6, 4), mode="bilinear", align_corners=False)
-    right = 0.1 * paper(s, q_t.sqrt())
-    assert_same(compat.paper_at_loss(s, t, 0.1), right, ([s], [t]))
+    expected = 0.1 * paper(s, q_t.sqrt())
+    assert_same(compat.paper_at_loss(s, t, 0.1), expected, ([s], [t]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("p", [1.0, 2.0, 4.0])
-def test_paper_is_defined_for_zero_and_equal_maps(p: float, dtype: torch.dtype) -> None:
-    """It has no epsilon."""
+def test_paper_is_finite_for_zero_and_equal_maps(p: float, dtype: torch.dtype) -> None:
+    """The paper's formula has no epsilon."""
     s, t = torch.randn(3, 4, 5, 5).to(dtype), torch.randn(3, 2, 5, 5).to(dtype)
     s[0] = t[1] = 0
     s[2] = t[2] = 1
     s.requires_grad_()
     t.requires_grad_()
     loss = compat.paper_at_loss(s, t, 2.0, p=p)
-    assert loss.item() == pytest.approx(2, abs=1e-5)  # each zero map is at distance 1 of a unit one
+    assert loss.item() == pytest.approx(2, abs=1e-5)  # a zero map is at distance 1 from a unit map
     for x in torch.autograd.grad(loss, (s, t)):
         assert torch.isfinite(x).all()
         assert x[2].abs().max() == 0
         assert x[:2].abs().amin(0).max() == 0
-    pairs = pairs_of([(2, 3, 4, 5, 5)])
+    pairs = make_pairs([(2, 3, 4, 5, 5)])
     small = [[x * 1e-30 for x in side] for side in pairs]
     assert_same(compat.paper_at_loss(*small, 1.0), compat.paper_at_loss(*pairs, 1.0), pairs)
 
 
-# ---- what the originals take ---------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 X, Y = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 8, 8)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_nothing_is_broadcast_stretched_or_cut_short(name: str) -> None:
+def test_features_that_do_not_match_raise(name: str) -> None:
     loss = PROGRAMS[name]
     with pytest.raises(ValueError, match="same batch size, got 1 and 2"):
         loss([X[:1]], [Y], 1.0)
-    other = torch.randn(2, 3, 4, 16)  # as many positions are not the same positions
-    if name.startswith("paper"):  # which interpolates
+    other = torch.randn(2, 3, 4, 16)  # as many positions, in another shape
+    if name.startswith("paper"):  # it interpolates
         assert torch.isfinite(loss([other], [Y], 1.0))
     else:
         with pytest.raises(ValueError, match="4x16 and 8x8"):
             loss([other], [Y], 1.0)
-    if name != "aberhu":  # of one pair
+    if name != "aberhu":  # its function takes one pair
         with pytest.raises(ValueError, match="same number of tensors, got 2 and 1"):
             loss([X, X], [Y], 1.0)
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
-def test_no_formula_breaks_a_compiled_graph(dynamic: bool) -> None:
-    s, t = pairs_of([(3, 4, 7, 8, 8), (3, 8, 5, 8, 8)])
+def test_losses_compile_without_graph_breaks(dynamic: bool) -> None:
+    s, t = make_pairs([(3, 4, 7, 8, 8), (3, 8, 5, 8, 8)])
 
-    def every(s: list[Tensor], t: list[Tensor]) -> Tensor:
+    def total(s: list[Tensor], t: list[Tensor]) -> Tensor:
         pooled = compat.RepDistillerAttention(3)(s, [t[0], t[1][..., :4, :4]])
-        others = ("authors", "torchdistill-paper", "aberhu", "tensorflow-zoo", "paper")
-        return sum(pooled) + sum(PROGRAMS[name](s, t, 0.5) for name in others)
+        names = ("authors", "torchdistill-paper", "aberhu", "tensorflow-zoo", "paper")
+        return sum(pooled) + sum(PROGRAMS[name](s, t, 0.5) for name in names)
 
-    compiled = torch.compile(every, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    found, right = compiled(s, t), every(s, t)
-    torch.testing.assert_close(found, right)
-    torch.testing.assert_close(torch.autograd.grad(found, s + t), torch.autograd.grad(right, s + t))
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    losses = compiled(s, t), total(s, t)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, s + t) for loss in losses))
 
 
 # ---- convert_beta --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", PROGRAMS)
-def test_conversions(source: str) -> None:
-    same = SQUARED if source in SQUARED else NORM
+def test_converted_betas_give_equal_losses(source: str) -> None:
+    family = SQUARED if source in SQUARED else NORM
     for sizes in ([(6, 6)], [(4, 7), (4, 7)], [(8, 8), (3, 5), (2, 2)]):
-        # Features next to which no epsilon counts; AberHu's shrinks maps by 1e-6 of a norm of 1e4.
-        s, t = pairs_of([(3, 3, 5, *size) for size in sizes], scale=40.0)
+        # Large enough for epsilons not to matter: AberHu adds 1e-6 to norms of about 1e4.
+        s, t = make_pairs([(3, 3, 5, *size) for size in sizes], scale=40.0)
         shapes = [x.shape for x in s]
-        for target in same:
+        for target in family:
             betas = compat.pair_betas(1e3, source, target, shapes)
-            found = [same[target]([a], [b], beta) for a, b, beta in zip(s, t, betas, strict=True)]
+            losses = [family[target]([a], [b], c) for a, b, c in zip(s, t, betas, strict=True)]
             count = len(s) if target == "aberhu" else 1
-            assert_same(sum(found) / count, same[source](s, t, 1e3), (s, t), 1e-9)
-            # Among the squared forms only a sum over positions tells sizes apart.
+            assert_same(sum(losses) / count, family[source](s, t, 1e3), (s, t), 1e-9)
+            # Of the squared losses, only paper-squared sums over positions, so sizes matter.
             if len(set(sizes)) > 1 and source != target and "paper-squared" in (source, target):
                 with pytest.raises(ValueError, match=r"no single beta.*pair_betas"):
                     compat.convert_beta(1e3, source, target, shapes)
                 continue
             beta = compat.convert_beta(1e3, source, target, shapes)
             assert beta == betas[0]
-            assert compat.convert_beta(beta, target, source, shapes) == pytest.approx(
-                1e3, rel=1e-15
-            )
+            back = compat.convert_beta(beta, target, source, shapes)
+            assert back == pytest.approx(1e3, rel=1e-15)
 
 
 @pytest.mark.parametrize("source", PROGRAMS)
-def test_squares_and_norms_agree_at_one_distance(source: str) -> None:
-    s, t = pairs_of([(1, 3, 5, 4, 6)], scale=40.0)
+def test_squares_convert_to_norms_at_a_given_distance(source: str) -> None:
+    s, t = make_pairs([(1, 3, 5, 4, 6)], scale=40.0)
     distance = at_fused.at_loss(s, t, form="paper").item()
-    # Three samples at one distance.
     s, t = ([x.detach().repeat(3, 1, 1, 1).requires_grad_() for x in side] for side in (s, t))
-    shapes, right = [x.shape for x in s], PROGRAMS[source](s, t, 1e3)
-    others = NORM if source in SQUARED else SQUARED
-    for target in others:
+    shapes, expected = [x.shape for x in s], PROGRAMS[source](s, t, 1e3)
+    family = NORM if source in SQUARED else SQUARED
+    for target in family:
         beta = compat.convert_beta(1e3, source, target, shapes, distance=distance)
-        assert_same_gradients(others[target](s, t, beta), right, (s, t), 1e-9)
+        assert_same_gradients(family[target](s, t, beta), expected, (s, t), 1e-9)
         with pytest.raises(ValueError, match=r"no beta turns.*one sums norms.*distance="):
             compat.convert_beta(1e3, source, target, shapes)
 
 
-def test_numbers_by_hand() -> None:
+def test_documented_conversions() -> None:
     assert all(f'"{name}"' in compat.convert_beta.__doc__ for name in PROGRAMS)
     shapes = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8)]
     convert = compat.convert_beta
@@ -314,7 +313,7 @@ def test_numbers_by_hand() -> None:
     assert convert(0.1, "paper", "torchdistill-paper", shapes) == 0.1 * 64
     assert convert(0.1, "paper-mean", "at_loss-paper", shapes) == 0.05
     assert convert(-1000, "authors", "mdistiller", shapes) == -1000
-    # The paper's rule of 1e3 / (N B) for each layer, without the half.
+    # The paper's rule for each layer, 1e3 / (N B), without its factor 1/2.
     assert compat.pair_betas(500, "authors", "paper-squared", shapes) == [
         1e3 / (n * 128) for n in (1024, 256, 64)
     ]
@@ -356,6 +355,6 @@ ERRORS: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors(message: str) -> None:
-    call, *given = ERRORS[message]
+    call, *arguments = ERRORS[message]
     with pytest.raises((TypeError, ValueError), match=message):
-        call(*given)
+        call(*arguments)

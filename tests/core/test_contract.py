@@ -1,4 +1,4 @@
-"""The contract: every back end gives the float64 reference's values and gradients, to rounding."""
+"""Values and gradients of every back end must match the float64 reference up to rounding."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_lists_of_unequal_pairs(backend: str, reduction: str, weights: list[floa
         )
 
 
-def test_more_pairs_than_a_launch_carries(backend: str) -> None:
+def test_more_pairs_than_one_kernel_launch_holds(backend: str) -> None:
     count = 17 if is_slow(backend) else 40
     students, teachers = ([features(2, c, 2 + i % 5, 3) for i in range(count)] for c in (3, 4))
     for reduction in ("sum", "none"):
@@ -73,7 +73,7 @@ def test_every_stride_pattern(backend: str) -> None:
     assert_matches_reference(dense, views, reduction="none", form="paper", p=1.0)
 
 
-def test_gradients_only_where_asked_for(backend: str) -> None:
+def test_gradients_only_where_required(backend: str) -> None:
     pair = [features(2, 3, 4, 4)], [features(2, 5, 4, 4)]
     for student_grad in (True, False):
         for teacher_grad in (True, False):
@@ -93,17 +93,17 @@ def test_one_tensor_as_student_and_teacher(backend: str) -> None:
     )
 
 
-# ---- the popular lines ---------------------------------------------------------------------------
+# ---- eager PyTorch -------------------------------------------------------------------------------
 
 
-def test_drop_in_for_the_popular_lines(fast_backend: str) -> None:
+def test_matches_eager_pytorch(fast_backend: str) -> None:
     for size in ((128, 16, 32, 32), (5, 7, 7, 7), (1, 2, 3, 3)):
         x, y = torch.randn(size, requires_grad=True), torch.randn(size, requires_grad=True)
         loss, expected = at_fused.at_loss(x, y), eager_at_loss(x, y)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-        found, right = (torch.autograd.grad(each, (x, y)) for each in (loss, expected))
-        for g, r in zip(found, right, strict=True):
-            assert (g - r).norm() <= 1e-5 * r.norm()
+        actual, expected = (torch.autograd.grad(value, (x, y)) for value in (loss, expected))
+        for g, e in zip(actual, expected, strict=True):
+            assert (g - e).norm() <= 1e-5 * e.norm()
         torch.testing.assert_close(at_fused.at(x), eager_at(x), rtol=1e-5, atol=1e-7)
 
 
@@ -113,7 +113,7 @@ def test_drop_in_for_the_popular_lines(fast_backend: str) -> None:
 @crossed(size=[0.0, 1e-8], form=["paper", "code"])
 def test_maps_below_eps(backend: str, form: str, size: float) -> None:
     s, t = features(2, 3, 4, 4), features(2, 3, 4, 4)
-    s[0] *= size  # squares to 1e-16: the norm is clamped at eps
+    s[0] *= size  # 1e-8 squared is 1e-16, so the norm is clamped at eps
     for dtype in (torch.float32, torch.float64):
         assert_matches_reference([s.to(dtype)], [t.to(dtype)], form=form)
         for eps_mode in ("max", "add"):
@@ -137,12 +137,10 @@ def test_zeros_and_equal_maps_have_finite_gradients(backend: str, p: float, form
 
 
 @crossed(p=[1.0, 2.0, 3.0, 4.0], value=[math.nan, math.inf, -math.inf], layout=LAYOUTS)
-def test_nan_and_infinity_come_out_as_nan(
-    backend: str, p: float, value: float, layout: str
-) -> None:
-    for dtype, of_teacher in itertools.product(DTYPES, (False, True)):
+def test_nan_and_infinity_give_nan(backend: str, p: float, value: float, layout: str) -> None:
+    for dtype, in_teacher in itertools.product(DTYPES, (False, True)):
         s, t = (features(2, 5, 3, 6, layout=layout, dtype=dtype) for _ in range(2))
-        (t if of_teacher else s)[1, 2, 1, 3] = value
+        (t if in_teacher else s)[1, 2, 1, 3] = value
         s.requires_grad_()
         losses = at_fused.at_loss([s, s], [t, s.detach()], p=p, reduction="none")
         assert torch.isnan(losses[0])
@@ -151,7 +149,7 @@ def test_nan_and_infinity_come_out_as_nan(
         assert torch.isfinite(gradient[0]).all()
 
 
-def test_a_single_position_is_always_zero(backend: str) -> None:
+def test_loss_of_a_single_position_is_zero(backend: str) -> None:
     s, t = features(3, 4, 1, 1).requires_grad_(), features(3, 5, 1, 1)
     loss = at_fused.at_loss(s, t)
     loss.backward()
@@ -170,7 +168,7 @@ def test_gradcheck_and_gradgradcheck(fast_backend: str, p: float, form: str, lay
     def loss(s: Tensor, t: Tensor) -> Tensor:
         return at_fused.at_loss([s, t], [t, s], p=p, form=form, weights=[1.0, 0.5])
 
-    # Second derivatives in a few directions instead of every element, and all of the emulator.
+    # The fast mode checks one random direction: all derivatives are too slow in the emulator.
     assert torch.autograd.gradcheck(loss, (s, t), fast_mode=fast_backend.startswith("emulator"))
     assert torch.autograd.gradgradcheck(loss, (s, t), fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda x: loss(x, t.detach()), (s,), fast_mode=True)
@@ -181,12 +179,11 @@ def test_third_derivative(backend: str) -> None:
     x = features(1, 2, 2, 2, dtype=torch.float64).requires_grad_()
     t = features(1, 2, 2, 2, dtype=torch.float64)
 
-    def third(loss: Tensor) -> Tensor:
+    def differentiate_three_times(loss: Tensor) -> Tensor:
         for _ in range(3):
             (g,) = torch.autograd.grad(loss, x, create_graph=True)
             loss = (g * torch.arange(1.0, 9.0, dtype=g.dtype).view_as(g)).sum()
         return loss
 
-    torch.testing.assert_close(
-        third(at_fused.at_loss(x, t)), third(reference_loss([x], [t])), rtol=1e-8, atol=1e-12
-    )
+    losses = at_fused.at_loss(x, t), reference_loss([x], [t])
+    torch.testing.assert_close(*map(differentiate_three_times, losses), rtol=1e-8, atol=1e-12)

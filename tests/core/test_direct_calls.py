@@ -1,7 +1,7 @@
-"""Wrong direct calls of the operators raise an error that names the argument.
+"""Invalid direct calls of ``torch.ops.at_fused`` raise an error that names the argument.
 
-The public functions check their arguments themselves (test_errors.py). These checks keep kernels
-within their memory, whoever calls ``torch.ops.at_fused``.
+The operators check what keeps their kernels within memory. The public functions check more
+(test_errors.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from back_ends import ALL_BACKENDS, EMULATED, use
 
 X = torch.randn(2, 3, 4, 4)
-AS_IT_WAS = X.clone()
-Q, WON, ONE_SAMPLE = torch.rand(2, 16), torch.zeros(2, 16).int(), torch.rand(1, 16)
+X_COPY = X.clone()
+Q, CHANNELS, ONE_SAMPLE = torch.rand(2, 16), torch.zeros(2, 16).int(), torch.rand(1, 16)
 TOKENS, BATCHES = [torch.randn(2, 3, 5)], [X, X[:1]]
 TWO = {"student": [X, X], "teacher": [X, X]}
 TWO_FEATURES = {"features": [X, X], "coefficients": [Q, Q], "pairs": [0, 0]}
@@ -26,7 +26,7 @@ PAIRS = {"student": [X], "teacher": [X + 1], "masks": [], "weights": [], "skip_t
 LOSS = {**PAIRS, "p": 2.0, "collapse": "mean", **OPTIONS}
 TAP = {"gradient": X, "feature": X, "map_gradient": Q, "p": 2.0, "collapse": "mean"}
 NO_GRADIENTS = {"student_grad": False, "teacher_grad": False}
-RIGHT: dict[str, dict[str, Any]] = {
+VALID: dict[str, dict[str, Any]] = {
     "attention_map": {"features": [X], "p": 2.0, "collapse": "mean"},
     "attention_map_backward": {
         **{"features": [X], "coefficients": [Q], "loss_gradient": None, "pairs": [0]},
@@ -41,13 +41,13 @@ RIGHT: dict[str, dict[str, Any]] = {
 
 
 def call(operator: str, change: dict[str, Any]) -> None:
-    getattr(torch.ops.at_fused, operator)(**(RIGHT[operator] | change))
+    getattr(torch.ops.at_fused, operator)(**(VALID[operator] | change))
 
 
 TAPS = "attention_tap_backward", "attention_tap_backward_"
 FLOATING, SPATIAL = "float16, bfloat16, float32 or float64", r"\(B, C, \*spatial\)"
-# Of operators: wrong arguments, and words of the error.
-WRONG: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
+# Invalid arguments of some operators, and regular expressions for their errors.
+INVALID: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
     ("at_loss", "at_value_and_grad", "map_loss"): [
         ({"student": []}, "as many teachers"),
         ({"teacher": []}, "as many teachers"),
@@ -79,8 +79,8 @@ WRONG: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
         ({"skip_tokens": [0]}, "one number per feature"),
         ({"skip_tokens": [1, 1]}, r"leave a token of a feature \(B, C, N\), got 1"),
         *(
-            ({"student": TOKENS, "teacher": TOKENS, "skip_tokens": skips}, words)
-            for skips, words in (
+            ({"student": TOKENS, "teacher": TOKENS, "skip_tokens": skips}, message)
+            for skips, message in (
                 ([5, 5], "leave a token.*got 5"),
                 ([0, -1], "leave a token.*got -1"),
                 ([0, 1], "same B and positions"),
@@ -127,10 +127,10 @@ WRONG: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
         ({"pairs": [1], "loss_gradient": torch.ones(1)}, "pair number 1|pair 1"),
         ({"pairs": [-1], "loss_gradient": torch.ones(3)}, "pair number -1|pair -1"),
         ({"pairs": [2], "loss_gradient": torch.ones(2, 2)}, "pair number 2|pair 2"),
-        ({"channels": [WON, WON]}, "per feature"),
-        (TWO_FEATURES | {"channels": [WON]}, "per feature"),
+        ({"channels": [CHANNELS, CHANNELS]}, "per feature"),
+        (TWO_FEATURES | {"channels": [CHANNELS]}, "per feature"),
         ({"channels": [Q]}, "of int32"),
-        ({"channels": [WON[:, 1:]]}, "of int32"),
+        ({"channels": [CHANNELS[:, 1:]]}, "of int32"),
     ],
     TAPS: [
         *(
@@ -146,11 +146,11 @@ WRONG: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
         ),
         *(
             (change, "a map of channels belongs to collapse 'max', and to no other")
-            for change in ({"collapse": "max"}, {"channels": WON})
+            for change in ({"collapse": "max"}, {"channels": CHANNELS})
         ),
         *(
             ({"collapse": "max", "channels": channels}, "of int32")
-            for channels in (WON.long(), WON[:, 1:])
+            for channels in (CHANNELS.long(), CHANNELS[:, 1:])
         ),
     ],
     ("attention_tap_backward_",): [
@@ -165,26 +165,26 @@ WRONG: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
 
 
 @pytest.mark.parametrize(
-    ("operators", "change", "words"),
-    [(operators, *row) for operators, rows in WRONG.items() for row in rows],
+    ("operators", "change", "message"),
+    [(operators, *row) for operators, rows in INVALID.items() for row in rows],
 )
-def test_wrong_direct_calls(operators: tuple[str, ...], change: dict[str, Any], words: str) -> None:
+def test_invalid_calls(operators: tuple[str, ...], change: dict[str, Any], message: str) -> None:
     for operator, name in itertools.product(operators, ALL_BACKENDS):
-        with use(name), pytest.raises(RuntimeError, match="at_fused: ") as caught:
+        with use(name), pytest.raises(RuntimeError, match="at_fused: ") as error:
             call(operator, change)
-        assert re.search(words, str(caught.value)), f"{operator} of {name}"
-        assert torch.equal(X, AS_IT_WAS)
+        assert re.search(message, str(error.value)), f"{operator} of {name}"
+        assert torch.equal(X, X_COPY)
 
 
-@pytest.mark.parametrize("elsewhere", range(4))
-def test_tensors_elsewhere_are_refused(elsewhere: int) -> None:
-    tensors = [X.clone(), X, Q, WON]
-    tensors[elsewhere] = tensors[elsewhere].to("meta")
-    *three, channels = tensors
-    words = ("device of its feature", "device of its feature", r"\(B, N\)", "of int32")[elsewhere]
-    # The dispatcher itself would go where any of the tensors is.
+@pytest.mark.parametrize("argument", range(4))
+def test_tensors_on_another_device_raise(argument: int) -> None:
+    tensors = [X.clone(), X, Q, CHANNELS]
+    tensors[argument] = tensors[argument].to("meta")
+    *others, channels = tensors
+    message = ("device of its feature", "device of its feature", r"\(B, N\)", "of int32")[argument]
+    # The dispatcher would choose meta's kernel, so name the dispatch key.
     cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     for operator, name in itertools.product(TAPS, ALL_BACKENDS):
         namespace = torch.ops.at_fused_emulated if name in EMULATED else torch.ops.at_fused
-        with use(name), pytest.raises(RuntimeError, match=words):
-            getattr(namespace, operator).default.redispatch(cpu, *three, 2.0, "max", channels)
+        with use(name), pytest.raises(RuntimeError, match=message):
+            getattr(namespace, operator).default.redispatch(cpu, *others, 2.0, "max", channels)

@@ -1,4 +1,4 @@
-"""Bad input: one error that names the argument and what was given."""
+"""Errors of the public functions: one error that names the bad argument and its value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS, T_TOKENS = X[:, 0], Y[:, 0]
 ONES = torch.ones(2, 4, 4)
 LAST = {"channel_dim": -1}
 
-# Wrong calls of at_loss by the errors' words; wrong values of one option are bad_values.LOSS.
+# Invalid calls of at_loss by their messages. bad_values.LOSS has those with one bad option.
 TYPE_ERRORS: dict[str, tuple[Any, ...]] = {
     "both be tensors or both be.*list.*Tensor": ([1.0], Y),
     "both be tensors.*Tensor and list": (X, [Y]),
@@ -78,74 +78,74 @@ VALUE_ERRORS: dict[str, tuple[Any, ...]] = {
 }
 
 
-# Plain arguments go straight to the operator, and to the thorough checks where it refuses them.
-# channel_dim=(1, 1) says what 1 does, and goes to the checks at once.
-UNCHECKED = ("p", "eps", "collapse", "form", "reduction", "eps_mode")
+# With only these options at_loss calls the operator first, and _arguments.py if that raises.
+# channel_dim=(1, 1) means 1, but calls _arguments.py first.
+FAST_OPTIONS = ("p", "eps", "collapse", "form", "reduction", "eps_mode")
+CHECKED = {"channel_dim": (1, 1)}
 
 
-def raised(student: Any, teacher: Any, **options: Any) -> tuple[type[Exception], str]:
-    """The one error of both functions, with and without the thorough checks at once."""
-    either_way = [{}, {"channel_dim": (1, 1)}] if options.keys() <= {*UNCHECKED} else [{}]
-    found = set()
+def get_error(student: Any, teacher: Any, **options: Any) -> tuple[type[Exception], str]:
+    """Return type and message of the error, equal for both functions and both paths."""
+    errors = set()
     for function in (at_fused.at_loss, at_fused.at_value_and_grad):
-        for more in either_way:
+        for path in [{}, CHECKED] if options.keys() <= {*FAST_OPTIONS} else [{}]:
             with pytest.raises((TypeError, ValueError)) as error:
-                function(student, teacher, **options, **more)
-            found.add((error.type, str(error.value)))
-    (one,) = found
-    return one
+                function(student, teacher, **options, **path)
+            errors.add((error.type, str(error.value)))
+    (error,) = errors
+    return error
 
 
 @pytest.mark.parametrize("message", [*TYPE_ERRORS, *VALUE_ERRORS])
 def test_at_loss(message: str) -> None:
     student, teacher, *options = (TYPE_ERRORS | VALUE_ERRORS)[message]
-    error, found = raised(student, teacher, **(options[0] if options else {}))
+    error, actual = get_error(student, teacher, **(options[0] if options else {}))
     assert issubclass(error, TypeError if message in TYPE_ERRORS else ValueError)
-    assert re.search(message, found)
+    assert re.search(message, actual)
 
 
-def listed(options: dict[str, list[BadValue]]) -> Any:
-    rows = [(name, mistake) for name, several in options.items() for mistake in several]
-    return pytest.mark.parametrize(("name", "mistake"), rows, ids=str)
+def parametrize_bad_options(options: dict[str, list[BadValue]]) -> Any:
+    rows = [(name, bad) for name, values in options.items() for bad in values]
+    return pytest.mark.parametrize(("name", "bad"), rows, ids=str)
 
 
-@listed(bad_values.LOSS)
-def test_a_wrong_option(name: str, mistake: BadValue) -> None:
-    error, message = raised(X, Y, **{name: mistake.replace([1.0] if name == "weights" else 2.0)})
-    assert issubclass(error, mistake.error)
-    assert re.search(mistake.message, message)
+@parametrize_bad_options(bad_values.LOSS)
+def test_bad_options_of_at_loss(name: str, bad: BadValue) -> None:
+    error, message = get_error(X, Y, **{name: bad.replace([1.0] if name == "weights" else 2.0)})
+    assert issubclass(error, bad.error)
+    assert re.search(bad.message, message)
 
 
-@listed(bad_values.FEATURES_LOSS)
-def test_a_wrong_option_of_features_loss(name: str, mistake: BadValue) -> None:
-    with pytest.raises(mistake.error, match=mistake.message):
-        at_fused.features_loss([X, Y], [X + 1, Y], **{name: mistake.replace([1.0, 2.0])})
+@parametrize_bad_options(bad_values.FEATURES_LOSS)
+def test_bad_options_of_features_loss(name: str, bad: BadValue) -> None:
+    with pytest.raises(bad.error, match=bad.message):
+        at_fused.features_loss([X, Y], [X + 1, Y], **{name: bad.replace([1.0, 2.0])})
 
 
 LOGITS, LABELS = torch.randn(4, 6), torch.tensor([0, 1, 5, 3])
 
 
-@listed(bad_values.KD)
-def test_a_wrong_option_of_kd_loss(name: str, mistake: BadValue) -> None:
-    options = {"labels": LABELS, "alpha": 0.5} | {name: mistake.replace(LABELS)}
-    with pytest.raises(mistake.error, match=mistake.message):
+@parametrize_bad_options(bad_values.KD)
+def test_bad_options_of_kd_loss(name: str, bad: BadValue) -> None:
+    options = {"labels": LABELS, "alpha": 0.5} | {name: bad.replace(LABELS)}
+    with pytest.raises(bad.error, match=bad.message):
         at_fused.kd_loss(LOGITS, LOGITS * 2, **options)
 
 
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("mistake", bad_values.FEATURE + bad_values.PAIRED, ids=str)
-def test_a_wrong_tensor_of_other_functions(mistake: BadValue, side: int) -> None:
-    for function, right, names in (
+@pytest.mark.parametrize("bad", bad_values.FEATURE + bad_values.PAIRED, ids=str)
+def test_bad_tensors_of_kd_loss_and_features_loss(bad: BadValue, side: int) -> None:
+    for function, valid, names in (
         (at_fused.kd_loss, LOGITS, ("student_logits", "teacher_logits")),
         (at_fused.features_loss, X, ("student", "teacher")),
     ):
-        pair = [right, right]
-        pair[side] = mistake.replace(right)
-        with pytest.raises(mistake.error, match=mistake.message.format(name=names[side])):
+        pair = [valid, valid]
+        pair[side] = bad.replace(valid)
+        with pytest.raises(bad.error, match=bad.message.format(name=names[side])):
             function(*pair)
 
 
-OF_ONE_FEATURE: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+MAP_ERRORS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ([X], {}, TypeError, "x must be a tensor, got list"),
     (X[0, 0, 0], {}, ValueError, r"x must be \(B, C, H, W\).*\(4,\)"),
     (X, {"channel_dim": 2}, ValueError, "channel_dim must be 1 or -1, got 2"),
@@ -161,8 +161,8 @@ OF_ONE_FEATURE: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize("function", [at_fused.at, at_fused.attention_map, at_fused.attention_tap])
-@pytest.mark.parametrize(("x", "options", "error", "message"), OF_ONE_FEATURE)
-def test_maps(
+@pytest.mark.parametrize(("x", "options", "error", "message"), MAP_ERRORS)
+def test_functions_of_maps(
     function: Any, x: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     if function is at_fused.at and not options.keys() <= {"collapse", "channel_dim", "p", "eps"}:
@@ -171,38 +171,38 @@ def test_maps(
         function(x, **options)
 
 
-def test_module_checks_its_options_when_made() -> None:
-    for name, right in (("form", ""), ("p", 2.0), ("eps", 2.0), ("weights", [1.0, 2.0])):
-        for mistake in bad_values.LOSS[name]:
-            if "number per pair" not in mistake.message:  # is not known yet
-                with pytest.raises(mistake.error, match=mistake.message):
-                    at_fused.ATLoss(**{name: mistake.replace(right)})
+def test_constructor_of_at_loss_module() -> None:
+    for name, valid in (("form", ""), ("p", 2.0), ("eps", 2.0), ("weights", [1.0, 2.0])):
+        for bad in bad_values.LOSS[name]:
+            if "number per pair" not in bad.message:  # the constructor does not know the number
+                with pytest.raises(bad.error, match=bad.message):
+                    at_fused.ATLoss(**{name: bad.replace(valid)})
 
 
 def test_use_backend() -> None:
-    for wrong, got in (("gpu", "'gpu'"), (None, "None"), (["eager"], r"\['eager'\]")):
+    for name, got in (("gpu", "'gpu'"), (None, "None"), (["eager"], r"\['eager'\]")):
         with pytest.raises(ValueError, match=rf"name must be 'auto', .* or 'eager', got {got}"):
-            at_fused.use_backend(wrong)
+            at_fused.use_backend(name)
 
 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize(
-    "mistake",
+    "bad",
     bad_values.FEATURE + bad_values.PAIRED + bad_values.LISTED + bad_values.RANKED,
     ids=str,
 )
-def test_a_wrong_feature(fast_backend: str, mistake: BadValue, side: int) -> None:
+def test_bad_features_of_at_loss(fast_backend: str, bad: BadValue, side: int) -> None:
     pair = [X, Y]
-    pair[side] = mistake.replace(pair[side])
-    error, message = raised([X, pair[0]], [Y, pair[1]])
-    assert issubclass(error, mistake.error)
-    named = mistake.message.format(name=rf"{('student', 'teacher')[side]}\[1\]")
-    assert re.search(named, message)
+    pair[side] = bad.replace(pair[side])
+    error, message = get_error([X, pair[0]], [Y, pair[1]])
+    assert issubclass(error, bad.error)
+    expected = bad.message.format(name=rf"{('student', 'teacher')[side]}\[1\]")
+    assert re.search(expected, message)
     if isinstance(pair[side], torch.Tensor):
-        raised(*pair)
+        get_error(*pair)
 
 
-def test_both_ways_give_the_same(backend: str) -> None:
+def test_both_paths_give_equal_results(backend: str) -> None:
     s = torch.nn.Parameter(X.clone())
     for student, teacher, options in (
         (s, Y, {}),
@@ -211,22 +211,19 @@ def test_both_ways_give_the_same(backend: str) -> None:
         ([s, s[:, :, ::2]], [Y, Y[:, :, ::2]], {"reduction": "sample", "eps_mode": "add"}),
         (s, Y, {"collapse": "max"}),
     ):
-        losses = [
-            at_fused.at_loss(student, teacher, **options, **more)
-            for more in ({}, {"channel_dim": (1, 1)})
-        ]
+        losses = [at_fused.at_loss(student, teacher, **options, **path) for path in ({}, CHECKED)]
         assert torch.equal(*losses)
         assert torch.equal(*(torch.autograd.grad(loss.sum(), s)[0] for loss in losses))
 
 
-def test_a_single_position_warns_once_at_the_callers_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_position_warns_once_at_the_callers_line(monkeypatch: pytest.MonkeyPatch) -> None:
     s, t = X[:, :, :1, :1], Y[:, :, :1, :1]
-    for more in ({}, {"channel_dim": (1, 1)}):
+    for path in ({}, CHECKED):
         monkeypatch.setattr(at_fused._arguments, "single_position_warned", False)
         with pytest.warns(at_fused.AtFusedWarning, match="pair 1 has maps of a single posit") as w:
-            at_fused.at_loss([X, s], [Y, t], **more)
-        assert [each.filename for each in w] == [__file__]
-        at_fused.at_loss(s, t, **more)  # a second warning would be an error here
+            at_fused.at_loss([X, s], [Y, t], **path)
+        assert [warning.filename for warning in w] == [__file__]
+        at_fused.at_loss(s, t, **path)  # pytest would turn a second warning into an error
 
 
 MAP = torch.rand(2, 4, 4)

@@ -1,4 +1,4 @@
-"""Full-activation transfer against the formula in float64. More: test_properties.py."""
+"""``features_loss`` and ``FeaturesLoss`` against the formula in float64."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def reference(
 
 
 def assert_matches(s: list[Tensor], t: list[Tensor], **options: Any) -> None:
-    """The loss, and the gradients of both sides."""
+    """Check the loss and the gradients of both sides."""
     (leaves, doubles), n = leaves_and_doubles(*s, *t), len(s)
-    found = at_fused.features_loss(leaves[:n], leaves[n:], **options)
-    right = reference(doubles[:n], doubles[n:], **options)
-    wide = any(x.dtype == torch.float64 for x in leaves)
-    assert found.dtype == (torch.float64 if wide else torch.float32)
-    torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=0)
-    above = torch.linspace(1, 2, found.numel(), dtype=found.dtype).reshape(found.shape)
-    gradients = torch.autograd.grad(found, leaves, above)
-    expected = torch.autograd.grad(right, doubles, above.double())
-    for x, g, r in zip(leaves, gradients, expected, strict=True):
+    loss = at_fused.features_loss(leaves[:n], leaves[n:], **options)
+    expected = reference(doubles[:n], doubles[n:], **options)
+    any_fp64 = any(x.dtype == torch.float64 for x in leaves)
+    assert loss.dtype == (torch.float64 if any_fp64 else torch.float32)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    upstream = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    actual = torch.autograd.grad(loss, leaves, upstream)
+    gradients = torch.autograd.grad(expected, doubles, upstream.double())
+    for x, g, e in zip(leaves, actual, gradients, strict=True):
         assert g.dtype == x.dtype
-        assert (g.double() - r).abs().max() <= gradient_tolerance(g.dtype, 1e-6) * r.abs().max()
+        assert (g.double() - e).abs().max() <= gradient_tolerance(g.dtype, 1e-6) * e.abs().max()
 
 
 @pytest.mark.parametrize("form", ["mean", "sum"])
@@ -51,14 +51,14 @@ def assert_matches(s: list[Tensor], t: list[Tensor], **options: Any) -> None:
 def test_shapes(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> None:
     s, t = torch.randn(shape).to(dtype), torch.randn(shape)
     assert_matches([s], [t], form=form)
-    one = at_fused.features_loss(s, t, form=form, reduction="none")
-    assert torch.equal(one, at_fused.features_loss([s], [t], form=form, reduction="none"))
+    loss = at_fused.features_loss(s, t, form=form, reduction="none")
+    assert torch.equal(loss, at_fused.features_loss([s], [t], form=form, reduction="none"))
 
 
 @pytest.mark.parametrize("form", ["mean", "sum"])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("weights", [None, [1.0, 0.25, -3.0, 0.0]], ids=str)
-def test_a_list(form: str, reduction: str, weights: list[float] | None) -> None:
+def test_lists_of_features(form: str, reduction: str, weights: list[float] | None) -> None:
     shapes = [(2, 3, 8, 8), (2, 40), (2, 5, 7), (2, 16, 4, 4)]
     s = [torch.randn(shape) for shape in shapes]
     s[3] = s[3].half().to(memory_format=torch.channels_last)
@@ -68,26 +68,26 @@ def test_a_list(form: str, reduction: str, weights: list[float] | None) -> None:
     assert_matches(s, t, form=form, reduction=reduction, weights=weights)
 
 
-def test_the_range() -> None:
-    """Sums of squares up to 3e38; beyond the loss is inf, and its gradient right."""
-    near, far = torch.full((2, 100), 4e17), torch.full((2, 100), 3e18)
-    assert_matches([near], [-near])
-    s = far.requires_grad_()
-    loss = at_fused.features_loss(s, -far.detach())
+def test_large_differences() -> None:
+    """Beyond float32's range, 3e38, the loss is inf but its gradient is still right."""
+    within, beyond = torch.full((2, 100), 4e17), torch.full((2, 100), 3e18)
+    assert_matches([within], [-within])
+    s = beyond.requires_grad_()
+    loss = at_fused.features_loss(s, -beyond.detach())
     assert loss.item() == torch.inf
     (g,) = torch.autograd.grad(loss, s)
     torch.testing.assert_close(g, torch.full_like(g, 2 * 6e18 / 200))
 
 
-def test_the_module_projects_where_channels_differ() -> None:
+def test_module_projects_students_with_other_channels() -> None:
     module = at_fused.FeaturesLoss([4, 8], [6, 8])
     s = [torch.randn(2, 4, 5, 5), torch.randn(2, 8, 3, 3)]
     t = [torch.randn(2, 6, 5, 5), torch.randn(2, 8, 3, 3)]
     (weight,) = module.parameters()
     assert weight.shape == (6, 4, 1, 1)
-    right = F.mse_loss(F.conv2d(s[0], weight), t[0]) + F.mse_loss(s[1], t[1])
-    torch.testing.assert_close(module(s, t), right)
-    torch.testing.assert_close(copy.deepcopy(module)(s, t), right)
+    expected = F.mse_loss(F.conv2d(s[0], weight), t[0]) + F.mse_loss(s[1], t[1])
+    torch.testing.assert_close(module(s, t), expected)
+    torch.testing.assert_close(copy.deepcopy(module)(s, t), expected)
     module(s, t).backward()
     assert weight.grad.abs().sum() > 0
     single = at_fused.FeaturesLoss(4, 6, form="sum")
@@ -98,7 +98,7 @@ def test_the_module_projects_where_channels_differ() -> None:
 X = torch.randn(2, 3, 4)
 
 
-# Others are in test_errors.py.
+# test_errors.py checks the other arguments.
 def test_errors() -> None:
     with pytest.raises(ValueError, match="same batch size, got 2 and, in pair 1, 1"):
         at_fused.features_loss([X, X[:1]], [X, X[:1]])
@@ -116,12 +116,12 @@ def test_errors() -> None:
     ],
     ids=str,
 )
-def test_wrong_channels(channels: Any, message: str) -> None:
+def test_invalid_channels(channels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         at_fused.FeaturesLoss(*channels)
 
 
-def test_errors_of_the_module() -> None:
+def test_module_errors() -> None:
     with pytest.raises(ValueError, match=r"student must have 1 features.*got 2"):
         at_fused.FeaturesLoss([3], [3])([X[..., None]] * 2, [X[..., None]] * 2)
     with pytest.raises(ValueError, match=r"student must be \(B, C, H, W\), got shape \(2, 3, 4\)"):

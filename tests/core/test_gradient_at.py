@@ -1,4 +1,4 @@
-"""Gradient-based attention transfer: input gradients by hand, losses, double backward."""
+"""Gradient-based attention transfer: input gradients, losses and double backward."""
 
 from __future__ import annotations
 
@@ -24,52 +24,52 @@ def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return torch.randn(4, 3, 9, 9, dtype=dtype), torch.tensor([0, 3, 4, 1])
 
 
-def by_hand(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    """A loop over the samples, each a batch of its own."""
+def reference_gradient(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    """Compute the gradient of each sample in a batch of size 1."""
     rows = []
     for sample, label in zip(x.detach(), labels, strict=True):
-        one = sample[None].requires_grad_()
-        F.cross_entropy(model(one), label[None]).backward(inputs=[one])
-        rows.append(one.grad[0])
+        image = sample[None].requires_grad_()
+        F.cross_entropy(model(image), label[None]).backward(inputs=[image])
+        rows.append(image.grad[0])
     return torch.stack(rows)
 
 
 # ---- input gradients -----------------------------------------------------------------------------
 
 
-def test_each_samples_own_gradient() -> None:
-    """And nothing is left behind."""
+def test_input_gradient_of_each_sample() -> None:
+    """Check also that the model, its parameters and ``x`` stay unchanged."""
     model, (x, labels) = net().train(), batch()
-    right = by_hand(model, x, labels)
+    expected = reference_gradient(model, x, labels)
     with torch.no_grad():
-        torch.testing.assert_close(at_fused.input_gradient(model, x, labels), right)
-    found = at_fused.input_gradient(model, x, labels, create_graph=True)
-    torch.testing.assert_close(found, right)
-    assert found.requires_grad
+        torch.testing.assert_close(at_fused.input_gradient(model, x, labels), expected)
+    gradient = at_fused.input_gradient(model, x, labels, create_graph=True)
+    torch.testing.assert_close(gradient, expected)
+    assert gradient.requires_grad
     assert not x.requires_grad
     assert x.grad is None
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert model.training
     model.requires_grad_(False)
-    torch.testing.assert_close(at_fused.input_gradient(model, x, labels), right)
+    torch.testing.assert_close(at_fused.input_gradient(model, x, labels), expected)
     labels[1] = -100
-    found = at_fused.input_gradient(model, x, labels)
-    assert not found[1].any()
-    torch.testing.assert_close(found[0], right[0])
+    gradient = at_fused.input_gradient(model, x, labels)
+    assert not gradient[1].any()
+    torch.testing.assert_close(gradient[0], expected[0])
 
 
-def test_the_graph_of_given_logits_is_kept() -> None:
+def test_graph_of_logits_is_retained() -> None:
     model, (x, labels) = net(), batch()
     x.requires_grad_()
     logits = model(x)
-    found = at_fused.input_gradient(logits, x, labels)
-    torch.testing.assert_close(found, by_hand(model, x, labels))
-    assert not found.requires_grad
+    gradient = at_fused.input_gradient(logits, x, labels)
+    torch.testing.assert_close(gradient, reference_gradient(model, x, labels))
+    assert not gradient.requires_grad
     F.cross_entropy(logits, labels).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_computed_input_stays_part_of_the_graph() -> None:
+def test_gradient_flows_through_a_computed_input() -> None:
     model, (x, labels) = net(nn.Tanh, torch.float64), batch(torch.float64)
     scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
 
@@ -97,31 +97,31 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11, torch.float16: 1e-3, tor
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [(3, 3, 5, 7), (4,), (2, 70001)], ids=str)
 def test_gradient_at_loss(form: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Also of a sure network's samples, and of networks without normalisation."""
+    """Confident networks have tiny gradients, networks without normalisation have large ones."""
     for size in (1.0, 1e-15, 1e15) if form == "paper" and dtype.itemsize > 2 else (1.0,):
         a = (size * torch.randn(shape)).to(dtype).requires_grad_()
         b = (size * torch.randn(shape)).to(dtype)
-        found = at_fused.gradient_at_loss(a, b, form=form)
-        wide = a.detach().double().requires_grad_()
-        right = reference(wide, b.double(), form)
-        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        exact = 1e-11 if dtype == torch.float64 else 1e-6
-        torch.testing.assert_close(found.double(), right, rtol=exact, atol=0)
-        (g,), (r,) = torch.autograd.grad(found, a), torch.autograd.grad(right, wide)
-        assert (g.double() - r).abs().max() <= TOLERANCE[dtype] * r.abs().max()
+        loss = at_fused.gradient_at_loss(a, b, form=form)
+        double = a.detach().double().requires_grad_()
+        expected = reference(double, b.double(), form)
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        rtol = 1e-11 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=0)
+        (g,), (e,) = torch.autograd.grad(loss, a), torch.autograd.grad(expected, double)
+        assert (g.double() - e).abs().max() <= TOLERANCE[dtype] * e.abs().max()
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2,)], ids=str)
-def test_the_norm_at_0_has_gradient_0(shape: tuple[int, ...]) -> None:
+def test_norm_of_zero_has_zero_gradient(shape: tuple[int, ...]) -> None:
     a = torch.randn(shape).requires_grad_()
     b = a.detach().clone()
     b[1] += 1
     weight = torch.ones((), requires_grad=True)
     loss = weight * at_fused.gradient_at_loss(a, b)
-    g, of_weight = torch.autograd.grad(loss, (a, weight), create_graph=True)
+    g, weight_gradient = torch.autograd.grad(loss, (a, weight), create_graph=True)
     assert not g[0].any()
     torch.testing.assert_close(g[1], torch.full_like(g[1], -0.5 / a[0].numel() ** 0.5))
-    second = torch.autograd.grad(g.square().sum() + of_weight, (a, weight))
+    second = torch.autograd.grad(g.square().sum() + weight_gradient, (a, weight))
     assert all(h.isfinite().all() for h in second)
     _, tangent = torch.func.jvp(
         torch.func.grad(lambda x: at_fused.gradient_at_loss(x, b)), (a.detach(),), (b,)
@@ -130,22 +130,22 @@ def test_the_norm_at_0_has_gradient_0(shape: tuple[int, ...]) -> None:
     assert tangent.isfinite().all()
 
 
-def test_images_and_labels_of_inference_mode() -> None:
+def test_images_and_labels_made_in_inference_mode() -> None:
     model, (x, labels) = net(), batch()
-    right = at_fused.input_gradient(model, x, labels)
+    expected = at_fused.input_gradient(model, x, labels)
     with torch.inference_mode():
         images, classes = x.clone(), labels.clone()
     for create_graph in (False, True):
-        found = at_fused.input_gradient(model, images, classes, create_graph=create_graph)
-        torch.testing.assert_close(found, right)
-    found.sum().backward()
+        gradient = at_fused.input_gradient(model, images, classes, create_graph=create_graph)
+        torch.testing.assert_close(gradient, expected)
+    gradient.sum().backward()
     leaf = x.requires_grad_()
-    torch.testing.assert_close(at_fused.input_gradient(model(leaf), leaf, classes), right)
+    torch.testing.assert_close(at_fused.input_gradient(model(leaf), leaf, classes), expected)
 
 
 @FORMS
 def test_double_backward_through_a_network(form: str) -> None:
-    """The parameters' gradients against those of plain PyTorch."""
+    """Compare the parameters' gradients with plain PyTorch's."""
     student, teacher = net(nn.Softplus, torch.float64), net(nn.ReLU, torch.float64)
     x, labels = batch(torch.float64)
     j_t = at_fused.input_gradient(teacher, x, labels)
@@ -157,21 +157,23 @@ def test_double_backward_through_a_network(form: str) -> None:
         loss = F.cross_entropy(logits, labels) + distance(j, j_t, form=form)
         return torch.autograd.grad(loss, list(student.parameters()))
 
-    for g, r in zip(gradients(at_fused.gradient_at_loss), gradients(reference), strict=True):
-        torch.testing.assert_close(g, r, rtol=1e-6, atol=1e-9)
+    for g, e in zip(gradients(at_fused.gradient_at_loss), gradients(reference), strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-9)
 
 
-def test_flip_symmetry() -> None:
+def test_flip_symmetry_loss() -> None:
     model, (x, labels) = net(), batch()
-    j, flipped = by_hand(model, x, labels), by_hand(model, x.flip(3), labels).flip(3)
+    j, flipped = (
+        reference_gradient(model, x, labels),
+        reference_gradient(model, x.flip(3), labels).flip(3),
+    )
     for form in ("paper", "squared", "code"):
-        found = at_fused.flip_symmetry_loss(model, x, labels, form=form)
-        torch.testing.assert_close(found, reference(j, flipped, form), rtol=1e-4, atol=1e-8)
-    gradients = torch.autograd.grad(found, list(model.parameters()), allow_unused=True)
+        loss = at_fused.flip_symmetry_loss(model, x, labels, form=form)
+        torch.testing.assert_close(loss, reference(j, flipped, form), rtol=1e-4, atol=1e-8)
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     assert any(g is not None and g.any() for g in gradients)
-    # A network that cannot tell the sides apart.
-    blind = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
-    assert at_fused.flip_symmetry_loss(blind, x, labels).item() < 1e-6
+    symmetric = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
+    assert at_fused.flip_symmetry_loss(symmetric, x, labels).item() < 1e-6
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ def test_other_errors() -> None:
         at_fused.input_gradient(LINEAR, X, Y)
 
 
-def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(__file__).parents[2] / "examples/gradient_at.py"
     torch.set_num_threads(1)
     accuracies = runpy.run_path(str(path))["main"](epochs=12, seeds=1)

@@ -1,4 +1,4 @@
-"""Inside other people's frameworks and networks: torchdistill, torchvision and timm themselves."""
+"""at_fused with torchdistill and with networks of torchvision and timm."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-# That it is missing is an error: the extra "test" installs it. But pip gives a torch without CUDA
-# a torchvision with it, whose operators do not load.
+# The extra "test" installs torchvision, so its absence is an error. But pip may install one built
+# for CUDA next to a torch without CUDA, and then its operators do not load.
 try:
     import torchvision
 except (ImportError, OSError, RuntimeError) as error:
@@ -38,7 +38,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Networks this small are slower on more."""
+    """Use one thread, because networks this small are slower on more."""
     torch.set_num_threads(1)
 
 
@@ -49,7 +49,7 @@ def pair(student: str, teacher: str, io: str = "output", **more: Any) -> dict[st
     return {"student": {"io": io, "path": student}, "teacher": {"io": io, "path": teacher}, **more}
 
 
-def loss_of(key: str, **kwargs: Any) -> nn.Module:
+def make_loss(key: str, **kwargs: Any) -> nn.Module:
     return get_mid_level_loss({"key": key, "kwargs": kwargs})
 
 
@@ -81,7 +81,7 @@ PAIRS = {
 }
 
 
-def test_importing_it_registers_it(tmp_path: Path) -> None:
+def test_import_registers_the_loss(tmp_path: Path) -> None:
     code = """
 from torchdistill.common.main_util import import_dependencies
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
@@ -95,18 +95,18 @@ print("FusedATLoss" in MIDDLE_LEVEL_LOSS_DICT)
 
 @pytest.mark.parametrize("names", [["one"], ["two"], ["one", "two", "three"]], ids="-".join)
 @pytest.mark.parametrize("mode", ["code", "paper"])
-def test_value_and_gradients_are_atlosss(mode: str, names: list[str]) -> None:
+def test_value_and_gradients_match_torchdistills_loss(mode: str, names: list[str]) -> None:
     student, teacher = io_dicts()
-    pairs, given = {name: PAIRS[name] for name in names}, leaves(student, teacher)
+    pairs, inputs = {name: PAIRS[name] for name in names}, leaves(student, teacher)
     results = []
     for key in ("FusedATLoss", "ATLoss"):
-        loss = loss_of(key, at_pairs=pairs, mode=mode)(student, teacher, torch.arange(4))
+        loss = make_loss(key, at_pairs=pairs, mode=mode)(student, teacher, torch.arange(4))
         options = {"allow_unused": True, "materialize_grads": True}
-        results.append([loss, *torch.autograd.grad(loss, given, **options)])
+        results.append([loss, *torch.autograd.grad(loss, inputs, **options)])
     torch.testing.assert_close(*results)
 
 
-def test_the_options_of_at_loss() -> None:
+def test_loss_takes_the_options_of_at_loss() -> None:
     student, teacher = io_dicts()
     teacher["t"] = {"output": torch.randn(4, 49, 6)}
     s, t, small, tokens = (
@@ -118,10 +118,10 @@ def test_the_options_of_at_loss() -> None:
         loss = FusedATLoss({"one": pair("a", "x", weight=3)}, mode, **options)
         torch.testing.assert_close(loss(student, teacher), 3 * at_loss(s, t, form=mode, **options))
     assert repr(loss).startswith("FusedATLoss(one, mode='paper', collapse='max', p=4, ")
-    as_grid = {"channel_dim": [1, -1], "skip_tokens": [0, 1], "map_size": [None, [8, 6]]}
-    for path, feature, given in (("y", small, {"resize": "maps"}), ("t", tokens, as_grid)):
-        found = FusedATLoss({"one": pair("a", path)}, **given)(student, teacher)
-        torch.testing.assert_close(found, at_loss(s, feature, **given))
+    grid = {"channel_dim": [1, -1], "skip_tokens": [0, 1], "map_size": [None, [8, 6]]}
+    for path, feature, options in (("y", small, {"resize": "maps"}), ("t", tokens, grid)):
+        loss = FusedATLoss({"one": pair("a", path)}, **options)
+        torch.testing.assert_close(loss(student, teacher), at_loss(s, feature, **options))
 
 
 ERRORS: dict[str, dict[str, Any]] = {
@@ -133,7 +133,7 @@ ERRORS: dict[str, dict[str, Any]] = {
     "with 'path' and 'io', and perhaps 'weight', got .*'wight'": (
         {"at_pairs": {"one": pair("a", "x", wight=2)}}
     ),
-    r"\['weight'\] must be a number, got str": (  # to YAML 1.0e+3 is one
+    r"\['weight'\] must be a number, got str": (  # YAML reads 1.0e+3 as a number, but not 1e3
         {"at_pairs": {"one": pair("a", "x", **yaml.safe_load("weight: 1e3"))}}
     ),
     "FusedATLoss takes no option 'form'": {"form": "paper"},
@@ -142,12 +142,12 @@ ERRORS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("message", ERRORS)
-def test_errors_of_the_configuration(message: str) -> None:
+def test_configuration_errors(message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        loss_of("FusedATLoss", **{"at_pairs": PAIRS, **ERRORS[message]})
+        make_loss("FusedATLoss", **{"at_pairs": PAIRS, **ERRORS[message]})
 
 
-def test_errors_of_the_features() -> None:
+def test_feature_errors() -> None:
     student, teacher = io_dicts()
     with pytest.raises(
         ValueError,
@@ -163,7 +163,7 @@ def test_errors_of_the_features() -> None:
         FusedATLoss(PAIRS, "paper")(student, teacher)
 
 
-# ---- AttentionTransfer between the networks of torchvision and timm ------------------------------
+# ---- AttentionTransfer with networks of torchvision and timm -------------------------------------
 
 
 def timm_vit(depth: int, embed_dim: int, **options: Any) -> nn.Module:
@@ -181,7 +181,7 @@ BOTTLENECKS = ["features.3", "features.6", "features.13", "features.17"]
 STAGES = ["features.1", "features.3", "features.5", "features.7"]
 Make = Callable[[], nn.Module]
 
-# Student, teacher, the layers found in each. docs/networks.md has many more.
+# Student, teacher, and the layers that AttentionTransfer chooses. docs/networks.md has many more.
 NETWORKS: dict[str, tuple[Make, Make, list[str], list[str]]] = {
     "mobilenet_v2 <- convnext_tiny": (
         models.mobilenet_v2, models.convnext_tiny, BOTTLENECKS, STAGES,
@@ -203,27 +203,27 @@ NETWORKS: dict[str, tuple[Make, Make, list[str], list[str]]] = {
 
 
 def features_of(model: nn.Module, names: list[str], x: Tensor) -> list[Tensor]:
-    """Return the features of layers by plain hooks, channels first, tokens at their places."""
-    found: dict[str, Tensor] = {}
+    """Return features that plain hooks record, channels first, tokens on their grid."""
+    features: dict[str, Tensor] = {}
     for name in names:
         model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: found.update({name: output.clone()})
+            lambda module, args, output, name=name: features.update({name: output.clone()})
         )
     model(x)
-    for name, feature in found.items():
+    for name, feature in features.items():
         if feature.dim() == 3:
             side = int(feature.shape[1] ** 0.5)
-            found[name] = feature[:, -side * side :].mT.unflatten(2, (side, side))
+            features[name] = feature[:, -side * side :].mT.unflatten(2, (side, side))
         elif isinstance(model, models.SwinTransformer):
-            found[name] = feature.movedim(-1, 1)
-    return [found[name] for name in names]
+            features[name] = feature.movedim(-1, 1)
+    return [features[name] for name in names]
 
 
 @pytest.mark.parametrize("case", NETWORKS)
-def test_pairs_and_a_loss_with_gradients(case: str) -> None:
+def test_layers_loss_and_gradients(case: str) -> None:
     make_student, make_teacher, *names = NETWORKS[case]
     student, teacher = make_student().eval(), make_teacher().eval()
-    twin, x = copy.deepcopy(student), torch.randn(2, 3, 64, 64)
+    reference, x = copy.deepcopy(student), torch.randn(2, 3, 64, 64)
     at = AttentionTransfer(student, teacher, example=x, beta=100.0, verbose=False)
     assert at.pairs == list(zip(*names, strict=True))
     student(x)
@@ -231,15 +231,15 @@ def test_pairs_and_a_loss_with_gradients(case: str) -> None:
     with torch.no_grad():
         targets = features_of(copy.deepcopy(teacher), names[1], x)
         torch.testing.assert_close(at.teacher_output, teacher(x))
-    expected = 100 * at_loss(features_of(twin, names[0], x), targets)
+    expected = 100 * at_loss(features_of(reference, names[0], x), targets)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     loss.backward(), expected.backward()
-    for (name, a), b in zip(student.named_parameters(), twin.parameters(), strict=True):
+    for (name, a), b in zip(student.named_parameters(), reference.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None:
             assert (a.grad - b.grad).norm() <= 1e-3 * b.grad.norm() + 1e-5, name
     at.remove()
-    at = AttentionTransfer(student, teacher, at.pairs, beta=100.0)  # layers by name
+    at = AttentionTransfer(student, teacher, at.pairs, beta=100.0)
     student(x)
     torch.testing.assert_close(at(x), expected, rtol=1e-4, atol=1e-6)
 
@@ -249,7 +249,7 @@ def test_pairs_and_a_loss_with_gradients(case: str) -> None:
 
 @pytest.fixture
 def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """Runs a file as the interpreter would, up to its main: the folder is on the path."""
+    """Load an example with its folder on the path, and return its main."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield lambda name: runpy.run_path(str(EXAMPLES / name))["main"]
     sys.modules.pop("digits", None)
@@ -262,24 +262,24 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
         ("timm_vit.py", "blocks.3 <- blocks.5"),
     ],
 )
-def test_the_examples(
+def test_examples_run(
     name: str, pairs: str, examples: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["--steps", "4", "--epochs", "1", "--batch", "8"]
-    accuracy = examples(name)([*few, "--teacher-epochs", "1"])
-    printed = capsys.readouterr().out
+    options = ["--steps", "4", "--epochs", "1", "--batch", "8"]
+    accuracy = examples(name)([*options, "--teacher-epochs", "1"])
+    output = capsys.readouterr().out
     assert 0 < accuracy <= 1
-    assert "teacher's test accuracy 0." in printed
-    assert pairs in printed
-    assert f"student's test accuracy {accuracy:.3f}" in printed
-    assert "AT 0.000" not in printed.splitlines()[-2]
-    examples(name)([*few, "--no-at"])
-    printed = capsys.readouterr().out
-    assert "AT 0.000" in printed.splitlines()[-2]
-    assert "teacher" not in printed
+    assert "teacher's test accuracy 0." in output
+    assert pairs in output
+    assert f"student's test accuracy {accuracy:.3f}" in output
+    assert "AT 0.000" not in output.splitlines()[-2]
+    examples(name)([*options, "--no-at"])
+    output = capsys.readouterr().out
+    assert "AT 0.000" in output.splitlines()[-2]
+    assert "teacher" not in output
 
 
-def test_the_resnet_example_on_a_folder_with_a_teacher(
+def test_resnet_example_reads_a_folder_and_a_teacher(
     examples: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for part in ("train", "test"):
@@ -294,29 +294,29 @@ def test_the_resnet_example_on_a_folder_with_a_teacher(
     assert "56x56  layer1" in capsys.readouterr().out
 
 
-def accuracies(printed: str) -> dict[str, float]:
-    """Return the accuracy of each network of examples/wrn.py; checks that its lines are there."""
-    found = re.findall(r"^(.+): test accuracy (\d+\.\d\d) %$", printed, re.M)
-    for name, _ in found:
-        assert re.search(rf"^{name}: epoch (\d+) of \1, loss \d+\.\d{{3}}$", printed, re.M)
-    assert [name for name, _ in found] == ["teacher", "student alone", "student with AT"]
-    return {name: float(percent) for name, percent in found}
+def accuracies(output: str) -> dict[str, float]:
+    """Check the output of examples/wrn.py, and return the accuracy of each network."""
+    lines = re.findall(r"^(.+): test accuracy (\d+\.\d\d) %$", output, re.M)
+    for name, _ in lines:
+        assert re.search(rf"^{name}: epoch (\d+) of \1, loss \d+\.\d{{3}}$", output, re.M)
+    assert [name for name, _ in lines] == ["teacher", "student alone", "student with AT"]
+    return {name: float(percent) for name, percent in lines}
 
 
 @pytest.mark.exhaustive
-def test_the_papers_program_on_digits(tmp_path: Path) -> None:
-    found = accuracies(output_of(tmp_path, str(EXAMPLES / "wrn.py"), "--epochs", "80"))
-    assert min(found.values()) > 40, found  # of ten classes
-    assert found["teacher"] > 75, found
+def test_wrn_example_on_digits(tmp_path: Path) -> None:
+    results = accuracies(output_of(tmp_path, str(EXAMPLES / "wrn.py"), "--epochs", "80"))
+    assert min(results.values()) > 40, results  # chance is 10
+    assert results["teacher"] > 75, results
 
 
-def test_the_papers_program_on_cifar(
+def test_wrn_example_on_cifar(
     examples: Callable[[str], Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Train on 20 pictures and test on 4, in the files that torchvision reads."""
+    """Train on 20 images and test on 4, in CIFAR's file format."""
     write_cifar(tmp_path, "cifar10", monkeypatch)
     examples("wrn.py")(["--root", str(tmp_path), "--epochs", "2"])
     assert {a % 25 for a in accuracies(capsys.readouterr().out).values()} == {0}

@@ -1,4 +1,4 @@
-"""The operators of maps, on every back end: sums, maxima, their gradients, and losses of maps."""
+"""Operators for maps and map losses on every back end."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def lists_of_maps(kind: str) -> list[Tensor]:
         return [features(*shape, layout=kind) for shape in SHAPES]
     if kind == "strides":
         return strided_views()
-    if kind == "longer than a launch":
+    if kind == "longer than one launch":
         return [features(1, 2 + i % 3, 4 + i % 2, 5) for i in range(67)]
     tokens, volumes = features(3, 30, 9, dtype=torch.bfloat16), features(2, 3, 4, 5, 6).double()
     return [features(4, 16, 8, 8, layout="interleaved"), tokens, features(2, 70, 7, 7), volumes]
 
 
 @crossed(
-    kind=[*LAYOUTS, "strides", "longer than a launch", "unlike"],
+    kind=[*LAYOUTS, "strides", "longer than one launch", "mixed"],
     collapse=["mean", "max"],
     p=[3.0, 1.0, 2.0],
 )
@@ -57,17 +57,17 @@ def test_lists_of_maps(backend: str, kind: str, collapse: str, p: float) -> None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_of_equal_channels_the_first_wins(backend: str, layout: str) -> None:
+def test_first_of_equal_maxima_is_chosen(backend: str, layout: str) -> None:
     for shape in ((2, 24, 3, 4), (2, 16, 7, 7), (1, 300, 1, 5)):
         x = STRIDES[layout](torch.randint(-2, 3, shape).float())
-        x[:, :, -1] = 0  # all alike
+        x[:, :, -1] = 0  # all channels are equal
         for dtype in DTYPES:
             _, channels = _ops.attention_map([x.to(dtype)], 2.0, "max")
             assert torch.equal(channels.long(), reference_map(x, 2.0, "max")[1])
 
 
 @crossed(dtype=DTYPES, layout=LAYOUTS)
-def test_a_nan_wins_and_infinity_is_a_number(backend: str, dtype: torch.dtype, layout: str) -> None:
+def test_maximum_of_nan_and_infinity(backend: str, dtype: torch.dtype, layout: str) -> None:
     for c, h, w in ((20, 3, 4), (16, 7, 7), (300, 1, 2)):
         x = features(2, c, h, w, layout=layout, dtype=dtype)
         x[0, 7, 0, 1] = x[0, 9, 0, 1] = math.nan
@@ -78,48 +78,47 @@ def test_a_nan_wins_and_infinity_is_a_number(backend: str, dtype: torch.dtype, l
         assert channels[0, 1] == 7
         assert q[1, 0] == math.inf
         assert channels[1, 0] == 5
-    # Powers beyond the largest number are all infinite, and still have one winner.
+    # Powers overflow to infinity, but the channel with the largest |x| is still chosen.
     x = torch.tensor([1e30, -2e30, 3e30]).view(1, 3, 1)
     q, channel = _ops.attention_map([x], 4.0, "max")
     assert (q.item(), channel.item()) == (math.inf, 2)
 
 
-def test_powers_keep_their_digits(backend: str) -> None:
-    """Those of any exponent, over fp32's whole range."""
+def test_powers_are_accurate_over_the_range_of_float32(backend: str) -> None:
     for p in (1.1, 1.5, 1.9, 2.7, 3.0, 5.0, 6.0, 7.7, 31.3):
         largest = math.log10(3e38 ** (1 / p)) - 0.1
         x = torch.cat([torch.logspace(-44, largest, 1000), torch.linspace(0.5, 1.5, 1000)])
         x = torch.cat([x, torch.tensor([0.0, 1.0])]).view(1, 1, -1)
         (q,) = _ops.attention_map([x], p, "sum")
         (g,) = _ops.attention_map_backward([-x], [torch.ones_like(q)], None, [0], p)
-        # torch's power takes the exponent in fp32, and so does CUDA's.
+        # torch and CUDA round the exponent to fp32.
         in_fp32 = backend in ("eager", "cuda") or backend.startswith("emulator")
         rounding = 5e-7 if in_fp32 else 2e-7
-        for found, right in ((q, x.double().pow(p)), (-g, x.double().pow(p - 1))):
-            found, right = found.flatten(), right.flatten()
-            normal = right > 1e-37  # less have fewer digits, or are 0
-            assert ((found - right).abs() <= rounding * max(p, 10) * right)[normal].all()
-            assert (found[~normal] <= 1.1e-37).all()
+        for actual, expected in ((q, x.double().pow(p)), (-g, x.double().pow(p - 1))):
+            actual, expected = actual.flatten(), expected.flatten()
+            normal = expected > 1e-37  # subnormal numbers have fewer digits
+            assert ((actual - expected).abs() <= rounding * max(p, 10) * expected)[normal].all()
+            assert (actual[~normal] <= 1.1e-37).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_zero_infinity_and_nan(backend: str, dtype: torch.dtype) -> None:
+def test_powers_of_zero_infinity_and_nan(backend: str, dtype: torch.dtype) -> None:
     x = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0], dtype=dtype)
     x = x.view(1, 1, -1)
     for p in EXPONENTS:
-        (found,) = _ops.attention_map([x], p, "sum")
-        right = x.double().abs().pow(p).to(found.dtype).flatten(1)
-        torch.testing.assert_close(found, right, equal_nan=True)
-        (found,) = _ops.attention_map_backward([x], [torch.ones_like(found)], None, [0], p)
-        right = (x.double().abs().pow(p - 1) * x.double().sign()).to(dtype)
-        # The sign of NaN is NaN here or there, and 0 in torch; the map is NaN in any case.
-        known = ~x.isnan()
-        torch.testing.assert_close(found[known], right[known])
+        (q,) = _ops.attention_map([x], p, "sum")
+        expected = x.double().abs().pow(p).to(q.dtype).flatten(1)
+        torch.testing.assert_close(q, expected, equal_nan=True)
+        (g,) = _ops.attention_map_backward([x], [torch.ones_like(q)], None, [0], p)
+        expected = (x.double().abs().pow(p - 1) * x.double().sign()).to(dtype)
+        # sign(NaN) is 0 in torch and NaN in some back ends. The map is NaN in all of them.
+        numbers = ~x.isnan()
+        torch.testing.assert_close(g[numbers], expected[numbers])
 
 
 # ---- gradients -----------------------------------------------------------------------------------
 
-# The loss's gradient for two pairs of three samples, in the strides that autograd may give.
+# Gradients of the loss of two pairs with three samples, with strides that autograd may produce.
 LOSS_GRADIENTS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "none": lambda g: None,
     "one": lambda g: g[0, 0],
@@ -131,13 +130,13 @@ LOSS_GRADIENTS: dict[str, Callable[[Tensor], Tensor | None]] = {
 
 
 @crossed(
-    above=list(LOSS_GRADIENTS),
+    kind=list(LOSS_GRADIENTS),
     layout=[*LAYOUTS, "tokens"],
     collapse=["sum", "max"],
     dtype=[torch.float64, torch.float32, torch.bfloat16],
 )
-def test_gradients_times_that_of_the_loss(
-    backend: str, above: str, layout: str, collapse: str, dtype: torch.dtype
+def test_gradients_are_scaled_by_the_loss_gradient(
+    backend: str, kind: str, layout: str, collapse: str, dtype: torch.dtype
 ) -> None:
     if layout == "tokens":
         xs = [features(3, 40, 12, layout="interleaved"), features(3, 5, 30, dtype=dtype)]
@@ -145,33 +144,32 @@ def test_gradients_times_that_of_the_loss(
     else:
         xs = [features(3, 6, 9, 8, layout=layout), features(3, 5, 4, 7, layout=layout, dtype=dtype)]
         skips = []
-    mapped = [x[:, :, n:] for x, n in zip(xs, skips or [0, 0], strict=True)]
+    parts = [x[:, :, n:] for x, n in zip(xs, skips or [0, 0], strict=True)]
     ks = [torch.randn_like(q) for q in _ops.attention_map(xs, 3.0, "sum", skips)]
-    winners = [reference_map(x, 3.0, collapse)[1] for x in mapped]
-    channels = [c.int() for c in winners] if collapse == "max" else []
-    for wide in (torch.float32, torch.float64):
-        loss_gradient = LOSS_GRADIENTS[above](torch.randn(6, 6, dtype=wide))
-        each = torch.ones(()) if loss_gradient is None else loss_gradient
-        factors = (each if each.dim() == 2 else each.view(-1, 1)).expand(2, 3)
-        found = _ops.attention_map_backward(xs, ks, loss_gradient, [1, 0], 3.0, skips, channels)
-        for i, (x, k, g) in enumerate(zip(xs, ks, found, strict=True)):
-            right = torch.zeros_like(x, dtype=torch.float64)
-            slope = reference_derivative(
-                mapped[i], k.double() * factors[1 - i].unsqueeze(1), 3.0, winners[i]
-            )
-            right[:, :, x.shape[2] - mapped[i].shape[2] :] = slope
-            assert_gradient_matches(g, right, x)
+    largest = [reference_map(x, 3.0, collapse)[1] for x in parts]
+    channels = [c.int() for c in largest] if collapse == "max" else []
+    for loss_dtype in (torch.float32, torch.float64):
+        loss_gradient = LOSS_GRADIENTS[kind](torch.randn(6, 6, dtype=loss_dtype))
+        factors = torch.ones(()) if loss_gradient is None else loss_gradient
+        factors = (factors if factors.dim() == 2 else factors.view(-1, 1)).expand(2, 3)
+        actual = _ops.attention_map_backward(xs, ks, loss_gradient, [1, 0], 3.0, skips, channels)
+        for i, (x, k, g) in enumerate(zip(xs, ks, actual, strict=True)):
+            expected = torch.zeros_like(x, dtype=torch.float64)
+            scaled = k.double() * factors[1 - i].unsqueeze(1)
+            derivative = reference_derivative(parts[i], scaled, 3.0, largest[i])
+            expected[:, :, x.shape[2] - parts[i].shape[2] :] = derivative
+            assert_gradient_matches(g, expected, x)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_channels_that_did_not_win_have_none_of_a_nan(backend: str, layout: str) -> None:
+def test_nan_reaches_only_the_channels_of_the_maxima(backend: str, layout: str) -> None:
     x = features(2, 6, 4, 4, layout=layout)
     q, channels = _ops.attention_map([x], 2.0, "max")
     k = torch.full_like(q, math.nan)
     (g,) = _ops.attention_map_backward([x], [k], None, [0], 2.0, [], [channels])
     assert torch.isnan(g).sum() == q.numel()
     assert (g[~torch.isnan(g)] == 0).all()
-    # No channel at all has these numbers.
+    # Channels out of range must not be written.
     channels = torch.tensor([-1, 6, -6, 2**31 - 1]).repeat(2, 4).int()
     (g,) = _ops.attention_map_backward([x], [k], None, [0], 2.0, [], [channels])
     assert (g == 0).all()
@@ -213,12 +211,12 @@ def test_map_loss_of_strided_maps(backend: str) -> None:
     assert_map_loss_matches(students, teachers, [], "code", "none", "max", 1e-12)
 
 
-def test_map_loss_gradients_only_where_asked_for(backend: str) -> None:
+def test_map_loss_gradients_only_where_requested(backend: str) -> None:
     s, t = raw_maps((3, 6), (2, 4)), raw_maps((3, 6), (2, 4))
     options = [], "code", "sum", "max", 1e-12
     both = MAP_LOSS(s, t, *options, True, True)[1]
     assert MAP_LOSS(s, t, *options, False, False)[1] == []
     for i, flags in enumerate(((True, False), (False, True))):
-        found = MAP_LOSS(s, t, *options, *flags)[1]
-        assert all(map(torch.equal, found, both[2 * i : 2 * i + 2]))
-        assert len(found) == 2
+        gradients = MAP_LOSS(s, t, *options, *flags)[1]
+        assert all(map(torch.equal, gradients, both[2 * i : 2 * i + 2]))
+        assert len(gradients) == 2

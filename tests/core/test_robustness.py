@@ -1,4 +1,4 @@
-"""What no caller should do, and what the system may do to one: nothing of it ends the process."""
+"""Hostile arguments, exhausted memory, forks and subinterpreters must not crash the process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import at_fused
 from at_fused.backends import cpu
 
 exhaustive = pytest.mark.exhaustive
-*LEVELS, LEVEL = cpu.isa_levels()
+*INSTRUCTION_SETS, NATIVE = cpu.isa_levels()
 
 # ---- arguments -----------------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ exhaustive = pytest.mark.exhaustive
         *(pytest.param(name, 3, 500, marks=exhaustive) for name in EMULATED),
     ],
 )
-def test_hostile_arguments(tmp_path: Path, backend: str, seed: int, count: int) -> None:
+def test_random_hostile_arguments(tmp_path: Path, backend: str, seed: int, count: int) -> None:
     arguments = str(SUPPORT / "hostile.py"), str(seed), str(count), backend
     output = output_of(tmp_path, *arguments)
     assert f"{count} calls of {backend}, " in output
@@ -37,14 +37,14 @@ def test_hostile_arguments(tmp_path: Path, backend: str, seed: int, count: int) 
 
 
 @pytest.mark.parametrize(
-    "level", [LEVEL, *(pytest.param(level, marks=exhaustive) for level in LEVELS)]
+    "isa", [NATIVE, *(pytest.param(isa, marks=exhaustive) for isa in INSTRUCTION_SETS)]
 )
-def test_nothing_beyond_a_tensor_is_touched(tmp_path: Path, level: str) -> None:
+def test_kernels_stay_within_tensors(tmp_path: Path, isa: str) -> None:
     arguments = str(SUPPORT / "guarded.py"), "3000", "cpu"
-    assert "nothing" in output_of(tmp_path, *arguments, AT_FUSED_CPU_ISA=level)
+    assert "nothing" in output_of(tmp_path, *arguments, AT_FUSED_CPU_ISA=isa)
 
 
-HUGE = torch.ones(1).expand(1, 1, 2**40)
+HUGE = torch.ones(1).expand(1, 1, 2**40)  # expanded, so they use no memory
 MANY_CHANNELS = torch.ones(1).expand(1, 2**62, 1)
 
 
@@ -58,8 +58,7 @@ MANY_CHANNELS = torch.ones(1).expand(1, 2**62, 1)
         (lambda: at_fused.at_loss(MANY_CHANNELS, MANY_CHANNELS), "at most 2\\^44"),
     ],
 )
-def test_tensors_larger_than_memory(call: Any, message: str) -> None:
-    """Expanded ones, which cost nothing to make."""
+def test_tensors_larger_than_memory_raise(call: Any, message: str) -> None:
     with pytest.raises((RuntimeError, MemoryError), match=message):
         call()
     x = torch.randn(2, 3, 4, 4)
@@ -68,7 +67,7 @@ def test_tensors_larger_than_memory(call: Any, message: str) -> None:
 
 # ---- memory --------------------------------------------------------------------------------------
 
-MEMORY = f"""
+MEMORY_HELPERS = f"""
 import gc, resource, sys
 sys.path.insert(0, {str(SUPPORT)!r})
 import torch, at_fused
@@ -88,10 +87,10 @@ def raises(call, *errors):
 torch.set_num_threads(1)
 """
 
-NO_MEMORY = f"""{MEMORY}
+EXHAUST_MEMORY = f"""{MEMORY_HELPERS}
 size = 2**27
 small = torch.randn(1, 1, 64, 64)
-student = small.expand(1, size // 4 // 64**2, 64, 64).requires_grad_()  # a gradient of that size
+student = small.expand(1, size // 4 // 64**2, 64, 64).requires_grad_()  # its gradient has this size
 
 def tapped():
     y, q = at_fused.attention_tap(student)
@@ -107,19 +106,19 @@ for call in calls:
     call()
     student.grad = None
 resource.setrlimit(resource.RLIMIT_AS, (pages(0) + size // 2, -1))
-for again in range(6):
+for attempt in range(6):
     for call in calls:
         raises(call, RuntimeError, MemoryError)
-    if again == 1:
-        before = pages(1)  # with what errors need the first time
+    if attempt == 1:
+        before = pages(1)  # the first errors allocate memory that later ones reuse
 assert pages(1) - before < 2**20, pages(1) - before
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 calls[0]()
 assert student.grad.abs().sum() > 0
-print("nothing is lost")
+print("no leak")
 """
 
-FLAT = f"""{MEMORY}
+REPEAT_CALLS = f"""{MEMORY_HELPERS}
 x = torch.randn(2, 4, 3, 3)
 calls = [
     *works((2, 3, 5, 4)),
@@ -133,22 +132,22 @@ before = pages(1)
 for call in calls * rounds:
     call()
 assert pages(1) - before < 2**20, pages(1) - before
-print("nothing is lost")
+print("no leak")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("program", "rounds"), [(NO_MEMORY, 0), (FLAT, 40), pytest.param(FLAT, 2000, marks=exhaustive)]
+    ("program", "rounds"),
+    [(EXHAUST_MEMORY, 0), (REPEAT_CALLS, 40), pytest.param(REPEAT_CALLS, 2000, marks=exhaustive)],
 )
-def test_no_memory_is_lost(tmp_path: Path, program: str, rounds: int) -> None:
-    """By calls that find none, which is an exception, and by those that find some."""
-    assert "nothing is lost" in output_of(tmp_path, "-c", program, str(rounds))
+def test_no_memory_leaks(tmp_path: Path, program: str, rounds: int) -> None:
+    assert "no leak" in output_of(tmp_path, "-c", program, str(rounds))
 
 
 # ---- processes -----------------------------------------------------------------------------------
 
-FORK = """
+FORK_AFTER_THREADS = """
 import os, torch, at_fused
 torch.set_num_threads(2)
 s, t = torch.randn(4, 64, 40, 40, requires_grad=True), torch.randn(4, 32, 40, 40)
@@ -157,20 +156,20 @@ def compute():
     loss = at_fused.at_loss(s, t)
     return loss.detach(), *torch.autograd.grad(loss, s)
 
-expected = compute()  # by two threads
+expected = compute()  # on two threads
 child = os.fork()
 if child == 0:
-    # torch's threads do not come along, nor does anything say so: as DataLoader's workers do.
+    # fork does not copy torch's threads, so use one thread, as DataLoader's workers do.
     torch.set_num_threads(1)
     os._exit(0 if all(map(torch.equal, expected, compute())) else 1)
 assert os.waitpid(child, 0)[1] == 0
 assert all(map(torch.equal, expected, compute()))
-print("both")
+print("parent and child agree")
 """
 
 
-def test_a_fork_after_threads_were_used(tmp_path: Path) -> None:
-    assert "both" in output_of(tmp_path, "-c", FORK)
+def test_calls_in_a_fork_after_threads_were_used(tmp_path: Path) -> None:
+    assert "parent and child agree" in output_of(tmp_path, "-c", FORK_AFTER_THREADS)
 
 
 SUBINTERPRETER = """
@@ -178,22 +177,22 @@ try:
     import _interpreters
 except ImportError:
     import _xxsubinterpreters as _interpreters
-other = _interpreters.create()
+subinterpreter = _interpreters.create()
 try:
-    error = _interpreters.run_string(other, "import at_fused.compat")
+    error = _interpreters.run_string(subinterpreter, "import at_fused.compat")
 except Exception as raised:
     error = raised
 assert "ImportError" in str(error) and "does not run in a subinterpreter" in str(error), error
-_interpreters.destroy(other)
+_interpreters.destroy(subinterpreter)
 import torch, at_fused
 x = torch.randn(2, 3, 4, 4)
 assert at_fused.at_loss(x, x * x) > 0
-print("refused")
+print("raised")
 """
 
 
-def test_a_subinterpreter_is_refused(tmp_path: Path) -> None:
-    """torch hangs or crashes there."""
+def test_import_in_a_subinterpreter_raises(tmp_path: Path) -> None:
+    """Without the error torch hangs or crashes."""
     if sys.version_info < (3, 13):
         pytest.importorskip("_xxsubinterpreters")
-    assert "refused" in output_of(tmp_path, "-c", SUBINTERPRETER)
+    assert "raised" in output_of(tmp_path, "-c", SUBINTERPRETER)

@@ -95,7 +95,7 @@ TAP += ("module_hooks_see_their_own_gradients",)
 for module in (test_contract, test_map_operators, test_loss_options, test_tap_operators):
     globals().update(imported(module))
 globals().update(imported(test_operators, *OPERATORS))
-globals().update(imported(test_forward_mode, "the_operators_themselves"))
+globals().update(imported(test_forward_mode, "operators_in_forward_mode"))
 globals().update(imported(test_tap, *TAP))
 
 

@@ -16,7 +16,7 @@ import at_fused
 
 feature = partial(features, dtype=torch.float64)
 
-# Options for which at_loss computes maps first, instead of one operator for the whole loss.
+# Options that need maps first, instead of one operator for the whole loss.
 THROUGH_MAPS: dict[str, dict[str, Any]] = {
     "max": {"collapse": "max"},
     "maps": {"resize": "maps", "form": "paper"},
@@ -256,7 +256,7 @@ class Precision(NamedTuple):
         rounding = EXACT_ROUNDING if exact else ROUNDING
         blur = rounding / max(least_distance(students, teachers, **options), rounding)
         absolute = 3 * (rounding if all_options.form == "paper" else rounding**2)
-        # at_fused pools features and computes signed powers in PyTorch, which rounds once more.
+        # at_fused pools features and computes signed powers in PyTorch: an additional rounding.
         fused = all_options.resize != "features" and all_options.absolute
         return cls(exact, 1 if fused else 2, blur, absolute)
 
