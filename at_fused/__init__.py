@@ -1,15 +1,15 @@
 """Fused kernels for attention transfer, the knowledge-distillation loss of Zagoruyko & Komodakis.
 
-``at_loss`` is the drop-in, ``AttentionTransfer`` the loss of two networks as they are; README.md
-has the API at a glance. Beside what is here:
+``at_loss`` is a drop-in loss of features. ``AttentionTransfer`` applies it to two networks without
+changes to their code. README.md gives an overview of the API. The package also has these modules:
 
-- ``at_fused.compat``: the losses of published programs, and a beta of one as that of another
-- ``at_fused.schedules``: beta as a function of the step
-- ``at_fused.visualize``: attention maps over images; also a program
-- ``at_fused.teacher_cache``: what ``TeacherCache`` writes, and the hash of a teacher
-- ``at_fused.integrations.torchdistill``: the loss in torchdistill's configurations
-- ``at_fused.info``: what is installed and what runs; a program
-- ``at_fused.train``: at-fused-train, the training program
+- ``at_fused.compat``: the losses of published programs, and conversion between their betas
+- ``at_fused.schedules``: schedules of beta
+- ``at_fused.visualize``: attention maps drawn over images; also a command-line program
+- ``at_fused.teacher_cache``: the files of ``TeacherCache``, and the hash of a teacher's weights
+- ``at_fused.integrations.torchdistill``: the loss for torchdistill's configuration files
+- ``at_fused.info``: a report of the installation and of the back ends in use; also a program
+- ``at_fused.train``: the training program, at-fused-train
 """
 
 import sys
@@ -54,8 +54,7 @@ __all__ = [
 
 refuse_subinterpreters()
 
-# The modules named above, each imported when it is first asked for.
-_MODULES = ("compat", "info", "integrations", "teacher_cache", "train", "visualize")
+_LAZY_MODULES = ("compat", "info", "integrations", "teacher_cache", "train", "visualize")
 
 if TYPE_CHECKING or "torch" in sys.modules:
     from at_fused._api import *
@@ -70,22 +69,21 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        if name in _MODULES:
+        if name in _LAZY_MODULES:
             return import_module(f"at_fused.{name}")
         if name not in __all__:
             raise AttributeError(f"module 'at_fused' has no attribute {name!r}")
-        # Nobody needed torch so far, and it takes a second or two: at-fused-train answers --help
-        # without.
+        # Importing torch takes a second or two, and at-fused-train --help does not need it.
         api = import_module("at_fused._api")
-        globals().update({each: getattr(api, each) for each in __all__ if hasattr(api, each)})
+        globals().update({n: getattr(api, n) for n in __all__ if hasattr(api, n)})
         return globals()[name]
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, *_MODULES})
+        return sorted({*globals(), *__all__, *_LAZY_MODULES})
 
 
 class _Package(ModuleType):
-    """A package whose ``backends`` is the function, also where only the sub-package is imported."""
+    """A package in which ``backends`` stays the function when the sub-package is imported."""
 
     @property
     def backends(self) -> Any:
@@ -93,7 +91,7 @@ class _Package(ModuleType):
 
     @backends.setter
     def backends(self, module: object) -> None:
-        """Ignore what the import system sets once the sub-package of that name is imported."""
+        """Ignore the module that the import system assigns after importing the sub-package."""
 
 
 sys.modules[__name__].__class__ = _Package

@@ -1,4 +1,4 @@
-"""The public names that need torch. The package gives them once torch is there or one is used."""
+"""Public names that need torch: the package imports them with torch, or at their first use."""
 
 from at_fused._hooks import remove_hooks
 from at_fused._warnings import AtFusedWarning

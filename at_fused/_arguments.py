@@ -1,4 +1,4 @@
-"""Arguments of the public functions: one error that names what is wrong, or what was given."""
+"""Checks of public arguments: an error names the argument, its value and the allowed values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from at_fused._numbers import as_python, check_finite, check_number, kind
+from at_fused._numbers import as_python, check_finite, check_number, type_name
 from at_fused._options import MapSizes, Sides
 from at_fused._warnings import warn
 
@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 
 
 class PairOptions(TypedDict, total=False):
-    """The keyword arguments of ``at_loss`` that say what is compared, and how."""
+    """Keyword arguments of ``at_loss`` about the comparison of a pair."""
 
     p: float
     collapse: str
@@ -39,7 +39,7 @@ class PairOptions(TypedDict, total=False):
 
 
 class ATOptions(PairOptions, total=False):
-    """The keyword arguments of ``at_loss`` that do not belong to a batch."""
+    """Keyword arguments of ``at_loss`` that do not belong to a batch."""
 
     reduction: str
     channel_dim: Sides
@@ -50,58 +50,58 @@ class ATOptions(PairOptions, total=False):
 # ---- options -------------------------------------------------------------------------------------
 
 
-def one_of(allowed: Sequence[str | None]) -> str:
-    """Return a choice in words."""
-    *most, last = map(repr, allowed)
-    return f"{', '.join(most)} or {last}"
+def join_choices(allowed: Sequence[str | None]) -> str:
+    """Return the allowed values as text: 'a', 'b' or 'c'."""
+    *first, last = map(repr, allowed)
+    return f"{', '.join(first)} or {last}"
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str | None]) -> None:
-    """Raise the ValueError that names the option, what was given, and what is allowed."""
-    # An array would be compared element by element.
+    """Raise a ValueError if the value is not one of the allowed ones."""
+    # The type comes first: ``in`` would compare an array element by element.
     if not isinstance(value, (str, type(None))) or value not in allowed:
-        raise ValueError(f"{name} must be {one_of(allowed)}, got {value!r}")
+        raise ValueError(f"{name} must be {join_choices(allowed)}, got {value!r}")
 
 
 def check_options(
-    given: Mapping[str, Any], choices: Mapping[str, tuple[str | None, ...]] = CHOICES
+    options: Mapping[str, Any], choices: Mapping[str, tuple[str | None, ...]] = CHOICES
 ) -> None:
-    """Check those options of ``at_loss`` that are given, one by one and against each other."""
+    """Check a subset of the options of ``at_loss``, each alone and in combination."""
     for name, allowed in choices.items():
-        if name in given:
-            check_choice(name, given[name], allowed)
-    p, eps = check_number("p", given.get("p", 2.0)), check_number("eps", given.get("eps", 1.0))
+        if name in options:
+            check_choice(name, options[name], allowed)
+    p, eps = check_number("p", options.get("p", 2.0)), check_number("eps", options.get("eps", 1.0))
     if not 1 <= p < math.inf:
         raise ValueError(f"p must be a finite number >= 1, got {p!r}")
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be a finite number > 0, got {eps!r}")
-    absolute, attend = given.get("absolute", True), given.get("attend", "spatial")
+    absolute, attend = options.get("absolute", True), options.get("attend", "spatial")
     if not isinstance(absolute, bool):
-        raise TypeError(f"absolute must be True or False, got {kind(absolute)}")
+        raise TypeError(f"absolute must be True or False, got {type_name(absolute)}")
     if not absolute:
         if p != int(p):
-            raise ValueError(f"p must be a whole number with absolute=False, got {p!r}")
-        if given.get("collapse") == "max":
-            raise ValueError("collapse='max' takes absolute values, got absolute=False")
-    check_spatial(attend, resize=given.get("resize"), map_size=given.get("map_size"))
-    if given.get("mask") is not None and attend != "spatial":
+            raise ValueError(f"p must be an integer with absolute=False, got {p!r}")
+        if options.get("collapse") == "max":
+            raise ValueError("collapse='max' needs absolute=True, got absolute=False")
+    check_spatial_options(attend, resize=options.get("resize"), map_size=options.get("map_size"))
+    if options.get("mask") is not None and attend != "spatial":
         raise ValueError(f"mask is for attend='spatial', got attend={attend!r}")
 
 
-def check_spatial(attend: str | None, **options: object) -> None:
-    """Raise where an option of the map's size is given for channel attention alone."""
+def check_spatial_options(attend: str | None, **options: object) -> None:
+    """Raise a ValueError if channel attention gets an option for spatial maps."""
     for name, value in options.items():
         if value is not None and attend == "channel":
             raise ValueError(f"{name} is for spatial attention, got attend='channel'")
 
 
 def pair_weights(weights: Sequence[float] | None, count: int | None) -> list[float]:
-    """Return one number for each pair, none at all for ones; a count of None is not known yet."""
+    """Return a number per pair, or [] if all are 1; ``count`` is None if it is not known yet."""
     if weights is None:
         return []
-    given, weights = weights, as_python("weights", weights)
+    original_type, weights = type_name(weights), as_python("weights", weights)
     if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"weights must be a list or tuple of numbers, got {kind(given)}")
+        raise TypeError(f"weights must be a list or tuple of numbers, got {original_type}")
     if count is not None and len(weights) != count:
         raise ValueError(
             f"weights must have one number per pair, got {len(weights)} for {count} pairs"
@@ -113,17 +113,17 @@ def pair_weights(weights: Sequence[float] | None, count: int | None) -> list[flo
 
 
 def check_dense(name: str, x: object) -> Tensor:
-    """Refuse anything but a dense tensor."""
+    """Return x if it is a dense tensor; raise a TypeError otherwise."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {kind(x)}")
+        raise TypeError(f"{name} must be a tensor, got {type_name(x)}")
     if x.layout is not torch.strided or x.is_nested:
-        found = "a nested one" if x.is_nested else f"layout {x.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {found}")
+        layout = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {layout}")
     return x
 
 
 def check_tensor(name: str, x: object) -> Tensor:
-    """Refuse anything but a dense floating-point tensor with elements."""
+    """Return x if it is a dense, non-empty floating-point tensor; raise an error otherwise."""
     x = check_dense(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
@@ -133,7 +133,7 @@ def check_tensor(name: str, x: object) -> Tensor:
 
 
 def check_feature(name: str, x: object) -> Tensor:
-    """Refuse anything but a feature: such a tensor with one to three spatial dimensions."""
+    """Return x if it has the dtype and the rank of a feature; raise an error otherwise."""
     x = check_tensor(name, x)
     if not 3 <= x.dim() <= 5:
         raise ValueError(
@@ -144,7 +144,7 @@ def check_feature(name: str, x: object) -> Tensor:
 
 
 def check_map(name: str, q: object) -> Tensor:
-    """Refuse anything but a map (B, *spatial); return it as a feature of one channel."""
+    """Return a map (B, *spatial) as a feature of one channel; raise an error if it is not one."""
     q = check_tensor(name, q)
     if q.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, as attention maps are, got {q.dtype}")
@@ -157,16 +157,16 @@ def check_map(name: str, q: object) -> Tensor:
 
 
 def savable(x: Tensor) -> Tensor:
-    """Return a copy of a tensor made under ``inference_mode``, which autograd does not save."""
+    """Return x, or a copy if x is an inference tensor, which autograd refuses to save."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.is_inference():
         return x
     return x.clone()
 
 
 def check_labels(labels: object, logits: Tensor, probabilities: bool = False) -> None:
-    """Refuse anything but a class number for each row of (B, K, *spatial) logits.
+    """Raise an error unless labels hold a class number for each row of (B, K, *spatial) logits.
 
-    With ``probabilities`` one for each class and row will do as well.
+    With ``probabilities`` they may hold a probability for each class and row instead.
     """
     labels = check_dense("labels", labels)
     if not (probabilities and labels.dtype in DTYPES and labels.shape == logits.shape):
@@ -191,106 +191,110 @@ def check_labels(labels: object, logits: Tensor, probabilities: bool = False) ->
 # ---- pairs ---------------------------------------------------------------------------------------
 
 
-def named(name: str, given: object) -> dict[str, Any]:
-    """Return what an argument holds, a tensor or a sequence of some, by its names in messages."""
-    if not isinstance(given, (Tensor, list, tuple)):
-        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {kind(given)}")
-    if not isinstance(given, Tensor) and not given:
-        raise ValueError(f"{name} must not be an empty {kind(given)}")
-    if isinstance(given, Tensor):
-        return {name: given}
-    return {f"{name}[{i}]": x for i, x in enumerate(given)}
+def named_tensors(name: str, value: object) -> dict[str, Any]:
+    """Return the items of an argument, a tensor or a sequence, by their names in messages."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if not isinstance(value, (list, tuple)):
+        got = type_name(value)
+        raise TypeError(f"{name} must be a tensor or a list or tuple of tensors, got {got}")
+    if not value:
+        raise ValueError(f"{name} must not be an empty {type_name(value)}")
+    return {f"{name}[{i}]": x for i, x in enumerate(value)}
 
 
-def paired(
+def as_pairs(
     first: object,
     second: object,
     check: Callable[[str, object], Tensor] = check_feature,
     names: tuple[str, str] = ("student", "teacher"),
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return two tensors, or two sequences, as lists of pairs of one batch size, on one device.
+    """Return two tensors, or two sequences of tensors, as two checked lists of equal length.
 
-    ``check`` refuses what a single one must not be, or returns it.
+    ``check`` checks a single tensor. Both tensors of a pair must have the same batch size, and all
+    tensors must be on the same device.
     """
-    one, other = names
+    first_name, second_name = names
     if isinstance(first, Tensor) != isinstance(second, Tensor):
         raise TypeError(
-            f"{one} and {other} must both be tensors or both be sequences of tensors, "
-            f"got {kind(first)} and {kind(second)}"
+            f"{first_name} and {second_name} must both be tensors or both be sequences of tensors, "
+            f"got {type_name(first)} and {type_name(second)}"
         )
-    ours, theirs = (
-        [check(own, x) for own, x in named(name, given).items()]
-        for name, given in zip(names, (first, second), strict=True)
+    firsts, seconds = (
+        [check(name, x) for name, x in named_tensors(argument, value).items()]
+        for argument, value in zip(names, (first, second), strict=True)
     )
-    if len(ours) != len(theirs):
+    if len(firsts) != len(seconds):
         raise ValueError(
-            f"{one} and {other} must have the same number of tensors, "
-            f"got {len(ours)} and {len(theirs)}"
+            f"{first_name} and {second_name} must have the same number of tensors, "
+            f"got {len(firsts)} and {len(seconds)}"
         )
-    device = ours[0].device
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        for name, x in ((one, a), (other, b)):
+    device = firsts[0].device
+    for i, (a, b) in enumerate(zip(firsts, seconds, strict=True)):
+        for name, x in ((first_name, a), (second_name, b)):
             if x.device != device:
                 raise ValueError(
-                    f"{name} of pair {i} is on {x.device}, the first {one} on {device}: "
+                    f"{name} of pair {i} is on {x.device}, the first {first_name} on {device}: "
                     "all tensors must be on one device"
                 )
         if a.shape[0] != b.shape[0]:
             raise ValueError(
-                f"{one} and {other} of pair {i} must have the same batch size, "
+                f"{first_name} and {second_name} of pair {i} must have the same batch size, "
                 f"got {a.shape[0]} and {b.shape[0]}"
             )
-    return ours, theirs
+    return firsts, seconds
 
 
 def check_one_batch(students: list[Tensor], rule: str) -> None:
-    """Raise where pairs have different batch sizes; ``rule`` begins the message."""
+    """Raise a ValueError if pairs have different batch sizes; ``rule`` begins the message."""
+    first = students[0].shape[0]
     for i, x in enumerate(students):
-        if x.shape[0] != students[0].shape[0]:
-            raise ValueError(f"{rule}, got {students[0].shape[0]} and, in pair {i}, {x.shape[0]}")
+        if x.shape[0] != first:
+            raise ValueError(f"{rule}, got {first} for pair 0 and {x.shape[0]} for pair {i}")
 
 
-def check_pairs(
+def as_equal_pairs(
     names: tuple[str, str], first: object, second: object, rank: int = 2
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return two tensors, or two sequences of them, as lists of equal shapes and one batch size."""
+    """Return two checked lists as ``as_pairs`` does: equal shapes in a pair, one batch size."""
 
-    def check(own: str, given: object) -> Tensor:
-        x = check_tensor(own, given)
+    def check(name: str, value: object) -> Tensor:
+        x = check_tensor(name, value)
         if x.dim() < rank:
-            raise ValueError(f"{own} must have a batch dimension, got shape {tuple(x.shape)}")
+            raise ValueError(f"{name} must have a batch dimension, got shape {tuple(x.shape)}")
         return x
 
-    ours, theirs = paired(first, second, check, names)
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+    firsts, seconds = as_pairs(first, second, check, names)
+    for i, (a, b) in enumerate(zip(firsts, seconds, strict=True)):
         if a.shape != b.shape:
             raise ValueError(
                 f"{names[0]} and {names[1]} of pair {i} must have the same shape, "
                 f"got {tuple(a.shape)} and {tuple(b.shape)}"
             )
-    check_one_batch(ours, "all pairs must have the same batch size")
-    return ours, theirs
+    check_one_batch(firsts, "all pairs must have the same batch size")
+    return firsts, seconds
 
 
-def size_of(x: Tensor) -> str:
-    """Return the spatial size, for messages."""
+def format_size(x: Tensor) -> str:
+    """Return the spatial size as text: 4x4."""
     return "x".join(str(int(n)) for n in x.shape[2:])
 
 
 def check_sizes(students: list[Tensor], teachers: list[Tensor], resize: str | None) -> bool:
-    """Return True if the maps of all pairs agree in size; raise where they may not differ."""
+    """Return True if the maps of each pair have one size; raise if ``resize`` cannot help."""
     same = True
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         positions = s.shape[2:]
         if positions != t.shape[2:]:
             same = False
             if resize is None or s.dim() != t.dim():
-                advice = "; resize='maps' or, of at_loss, resize='features' makes them one"
+                advice = ", or set resize='maps' (at_loss also has resize='features')"
                 if s.dim() != t.dim():
-                    advice = " and rank (at_loss takes channel_dim=-1 and map_size for tokens)"
+                    advice = " and rank (for tokens, at_loss has channel_dim=-1 and map_size)"
+                sizes = f"{format_size(s)} and {format_size(t)}"
                 raise ValueError(
                     f"student and teacher of pair {i} must have the same map size (H x W), got "
-                    f"{size_of(s)} and {size_of(t)}; choose layers of one map size{advice}"
+                    f"{sizes}; choose layers with the same map size{advice}"
                 )
         if positions.numel() == 1:
             _warn_single_position(i)
@@ -298,13 +302,13 @@ def check_sizes(students: list[Tensor], teachers: list[Tensor], resize: str | No
 
 
 def check_channels(students: list[Tensor], teachers: list[Tensor]) -> None:
-    """Raise where channel attention finds other channels on the other side."""
+    """Raise a ValueError if the features of a pair have different numbers of channels."""
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         if s.shape[1] != t.shape[1]:
             raise ValueError(
                 f"student and teacher of pair {i} must have the same number of channels for "
-                f"channel attention, got {s.shape[1]} and {t.shape[1]}; choose layers of equal "
-                "channels, or spatial attention, for which they may differ"
+                f"channel attention, got {s.shape[1]} and {t.shape[1]}; choose layers with the "
+                "same number of channels, or attend='spatial'"
             )
 
 
@@ -316,8 +320,8 @@ def _warn_single_position(i: int) -> None:
     if not single_position_warned and not torch.compiler.is_compiling():
         single_position_warned = True
         warn(
-            f"pair {i} has maps of a single position: normalised they are all 1, and the loss of "
-            "this pair is 0 whatever the features"
+            f"pair {i} has maps of a single position: after normalisation they are all 1, so the "
+            "loss of this pair is always 0"
         )
 
 
@@ -327,11 +331,11 @@ def _warn_single_position(i: int) -> None:
 def gradient_scale(
     scale: float | Tensor, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, Tensor | None]:
-    """Return a scale as a number, and as what the device has to read."""
+    """Return a checked scale as a factor on the host, and as a tensor if it is one."""
     if not isinstance(scale, Tensor):
         scale = check_finite("scale", scale)
         if not -torch.finfo(dtype).max <= scale <= torch.finfo(dtype).max:
-            raise ValueError(f"scale must be finite in {dtype}, the gradient's, got {scale!r}")
+            raise ValueError(f"scale must be finite in the gradient's {dtype}, got {scale!r}")
         return float(scale), None
     check_dense("scale", scale)
     if scale.numel() != 1 or scale.dtype not in DTYPES:
@@ -356,27 +360,28 @@ def _check_factor(name: str, factor: object, x: Tensor) -> Tensor:
 
 
 def check_sample_weights(factor: object, students: list[Tensor]) -> Tensor | None:
-    """Return None, or a tensor (B,) with the B of every pair."""
+    """Return None, or the weights (B,), with the B of every pair."""
     if factor is None:
         return None
     factor = _check_factor("sample_weights", factor, students[0])
     for i, x in enumerate(students):
         if factor.shape != (x.shape[0],):
             raise ValueError(
-                f"sample_weights must be ({x.shape[0]},), one for each sample of pair {i}, "
+                f"sample_weights must be ({x.shape[0]},), one number per sample of pair {i}, "
                 f"got shape {tuple(factor.shape)}"
             )
     return factor
 
 
 def check_masks(mask: object, students: list[Tensor], skip_tokens: int = 0) -> list[Tensor] | None:
-    """Return None, or a mask (B, *spatial), of any size, for each pair."""
+    """Return None, or a mask (B, *spatial) for each pair; its size may differ from the map's."""
     if mask is None:
         return None
     if isinstance(mask, Tensor):
         masks = [mask] * len(students)
     elif not isinstance(mask, (list, tuple)):
-        raise TypeError(f"mask must be a tensor or a list or tuple of tensors, got {kind(mask)}")
+        got = type_name(mask)
+        raise TypeError(f"mask must be a tensor or a list or tuple of tensors, got {got}")
     elif len(mask) != len(students):
         raise ValueError(
             f"mask must be one tensor or one per pair, got {len(mask)} for {len(students)} pairs"
@@ -392,7 +397,7 @@ def check_masks(mask: object, students: list[Tensor], skip_tokens: int = 0) -> l
             )
         if skip_tokens and x.dim() == 3 and m.shape[1] == x.shape[2] + skip_tokens:
             raise ValueError(
-                f"mask must be of the {x.shape[2]} tokens that skip_tokens={skip_tokens} leaves, "
-                f"got {m.shape[1]}; give mask[:, {skip_tokens}:]"
+                f"mask must cover the {x.shape[2]} tokens left by skip_tokens={skip_tokens}, "
+                f"got {m.shape[1]} tokens; pass mask[:, {skip_tokens}:]"
             )
     return masks

@@ -21,7 +21,7 @@ from at_fused import _maps
 from at_fused._arguments import check_feature
 from at_fused._layouts import CHANNELS_FIRST, FeatureLayout
 from at_fused._models import Arguments, Hook, arguments_of, tensors_in, unwrap
-from at_fused._numbers import kind
+from at_fused._numbers import type_name
 from at_fused._observe import LayoutOverrides, channels_first_rank, observe
 from at_fused._options import LossArguments
 
@@ -105,7 +105,7 @@ class LayerTap(Hook):
     ) -> None:
         self.name, self.layout, self.last_pass = layer.name, layer.layout, last
         self.collapse, self.absolute = options.collapse, options.absolute
-        self.of_channels = options.attend == "channel"
+        self.channel_attention = options.attend == "channel"
         is_channels_last = overrides.channel_dim == -1
         self.channels_first_rank = None if is_channels_last else channels_first_rank(layer.module)
         # torch.compile with dynamic=True makes a variable of a float, a constant of a string.
@@ -122,7 +122,7 @@ class LayerTap(Hook):
                 return None  # symbolic_trace records the network without taps
             raise TypeError(
                 f"layer {self.name!r} ({type(module).__name__}) must return a tensor, or a tuple "
-                f"that begins with one, got {kind(output)}; name a module inside it that does"
+                f"that begins with one, got {type_name(output)}; name a module inside it that does"
             )
         check_feature(f"the output of layer {self.name!r}", x)
         # A feature of unknown layout is tapped as well, because a checkpoint taps it when it
@@ -144,9 +144,9 @@ class LayerTap(Hook):
         """Return the feature that replaces x, and its map."""
         layout = FeatureLayout(*self.layout[:2]) if self.layout else CHANNELS_FIRST
         feature = layout.to_channels_first(x, f"layer {self.name!r}")
-        size = feature.shape[1:2] if self.of_channels else feature.shape[2:]
+        size = feature.shape[1:2] if self.channel_attention else feature.shape[2:]
         y, q = _maps.attention_tap(
-            x, float(self.p), self.collapse, self.absolute, layout, self.of_channels
+            x, float(self.p), self.collapse, self.absolute, layout, self.channel_attention
         )
         return y, q.view(x.shape[0], *size)
 
@@ -331,7 +331,7 @@ def remove_hooks(module: nn.Module) -> None:
         TypeError: ``module`` is not an ``nn.Module``.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {kind(module)}")
+        raise TypeError(f"module must be an nn.Module, got {type_name(module)}")
     for each in module.modules():
         for name, hooks in vars(each).items():
             if name.startswith("_forward_") and isinstance(hooks, OrderedDict):

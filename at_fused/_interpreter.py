@@ -1,10 +1,10 @@
-"""Python's subinterpreters, in which torch hangs or crashes."""
+"""A check for Python subinterpreters, in which torch hangs or crashes."""
 
 import ctypes
 
 
 def refuse_subinterpreters() -> None:
-    """Raises ImportError in one; to be called before torch is imported."""
+    """Raise an ImportError in a subinterpreter. Call it before importing torch."""
     current, main = (
         ctypes.pythonapi.PyInterpreterState_Get,
         ctypes.pythonapi.PyInterpreterState_Main,
@@ -12,5 +12,5 @@ def refuse_subinterpreters() -> None:
     current.restype = main.restype = ctypes.c_void_p
     if current() != main():
         raise ImportError(
-            "at_fused does not run in a subinterpreter: torch does not; use a process"
+            "at_fused cannot run in a subinterpreter, because torch cannot; use a process instead"
         )

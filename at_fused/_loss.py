@@ -1,8 +1,8 @@
-"""The losses as their public functions are called: checked, and carried out by the operators.
+"""The losses behind the public functions: checks of the arguments, and calls of the operators.
 
-Most options are one operator (``at_loss``). ``collapse="max"``, maps of different sizes and signed
-powers are two, ``attention_map`` and ``map_loss``, with torch's own operators between them for what
-concerns the maps alone. ``resize="features"`` pools with torch's operator before all that.
+Most options need one operator, ``at_loss``. ``collapse="max"``, maps of different sizes and signed
+powers need two, ``attention_map`` and ``map_loss``; torch resizes and masks the maps in between.
+``resize="features"`` first pools the features with torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from at_fused import _ops
 from at_fused._arguments import (
     CHOICES,
+    as_pairs,
     check_channels,
     check_map,
     check_masks,
@@ -25,7 +26,6 @@ from at_fused._arguments import (
     check_sample_weights,
     check_sizes,
     pair_weights,
-    paired,
     savable,
 )
 from at_fused._layouts import CHANNELS_FIRST, FeatureLayout, channels_as_positions, feature_layouts
@@ -36,13 +36,15 @@ from at_fused.backends.outputs import accumulate_dtype
 _OTHER_DEFAULTS = LossArguments()[len(LossOptions._fields) :]
 
 
-# ---- the public functions ------------------------------------------------------------------------
+# ---- entry points of the public functions --------------------------------------------------------
 
 
 def at_loss(student: Any, teacher: Any, arguments: tuple[Any, ...]) -> Tensor:
-    """Return the loss of features; ``arguments`` in the order of ``LossArguments``."""
-    found = call_unchecked(_ops.at_loss, student, teacher, arguments)
-    return found[0] if found else _loss(checked_inputs(student, teacher, LossArguments(*arguments)))
+    """Return the loss of features; ``arguments`` have the order of ``LossArguments``."""
+    result = call_unchecked(_ops.at_loss, student, teacher, arguments)
+    if result:
+        return result[0]
+    return _checked_loss(checked_inputs(student, teacher, LossArguments(*arguments)))
 
 
 def map_loss(student: Any, teacher: Any, arguments: LossArguments) -> Tensor:
@@ -52,24 +54,24 @@ def map_loss(student: Any, teacher: Any, arguments: LossArguments) -> Tensor:
 
 
 def map_loss_of_checked_options(student: Any, teacher: Any, arguments: LossArguments) -> Tensor:
-    """Return the loss of raw maps, of options that ``check_options`` has let pass before."""
-    students, teachers = paired(student, teacher, check_map)
-    inputs = _inputs(students, teachers, arguments)
+    """Return the loss of raw maps for options that have passed ``check_options``."""
+    students, teachers = as_pairs(student, teacher, check_map)
+    inputs = _make_inputs(students, teachers, arguments)
     check_sizes(students, teachers, inputs.resize)
-    return _compare(inputs, [x.flatten(1) for x in students + teachers])
+    return _loss_of_maps(inputs, [x.flatten(1) for x in students + teachers])
 
 
-# ---- ordinary pairs ------------------------------------------------------------------------------
+# ---- the fast path -------------------------------------------------------------------------------
 
 
 def call_unchecked(
     call: Callable[..., Any], student: Any, teacher: Any, arguments: tuple[Any, ...], *more: Any
 ) -> Any:
-    """Return what an operator makes of ordinary pairs, handed to it as they are.
+    """Call the operator on common arguments without checks in Python; return None for all others.
 
-    On small features most of a call's time is Python's. The operator checks what memory needs; here
-    is what it would take and ``at_loss`` does not. After None ``checked_inputs`` says what is
-    wrong, if anything.
+    For small features, Python takes most of the time. The operator itself checks what memory safety
+    needs. The conditions below exclude what it would accept and ``at_loss`` does not. After None,
+    call ``checked_inputs``, which raises an error if an argument is wrong.
     """
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):
         student, teacher = [student], [teacher]
@@ -96,14 +98,14 @@ def call_unchecked(
         return None
 
 
-# ---- all others: checked -------------------------------------------------------------------------
+# ---- checked inputs ------------------------------------------------------------------------------
 
 
 class LossInputs(NamedTuple):
-    """The checked inputs of a loss: features (B, C, *spatial), and what to do with them.
+    """Checked inputs of a loss: features (B, C, *spatial) and options.
 
-    ``skip_tokens`` is empty, or holds a number for each feature, students first; ``whole`` are then
-    the features before any token was cut off.
+    ``skip_tokens`` is empty, or has a number for each feature, students first. ``full_features``
+    are then the features with all their tokens.
     """
 
     students: list[Tensor]
@@ -116,11 +118,11 @@ class LossInputs(NamedTuple):
     absolute: bool
     attend: str
     layout: FeatureLayout  # the students'
-    whole: list[Tensor] = []  # noqa: RUF012 - never changed
+    full_features: list[Tensor] = []  # noqa: RUF012 - never changed
     skip_tokens: list[int] = []  # noqa: RUF012
 
     def is_fused(self) -> bool:
-        """Return True where one operator does all of it, for maps that agree in size."""
+        """Return True if one operator computes the loss of maps of equal sizes."""
         return (
             self.options.collapse != "max"
             and not keeps_sign(self.options.p, self.absolute)
@@ -128,8 +130,8 @@ class LossInputs(NamedTuple):
         )
 
     def features(self) -> list[Tensor]:
-        """Return the features as the operators take them."""
-        return self.whole or self.students + self.teachers
+        """Return the features for operators that skip tokens themselves."""
+        return self.full_features or self.students + self.teachers
 
     def operator_arguments(self) -> tuple[Any, ...]:
         """Return the arguments of the operator ``at_loss``."""
@@ -142,13 +144,13 @@ class LossInputs(NamedTuple):
         return *lists, *self.operator_options()
 
     def operator_options(self) -> LossOptions:
-        """Return the operators' options: weights of samples come before their mean."""
-        weighted = self.sample_weights is not None
-        return self.options._replace(reduction="sample") if weighted else self.options
+        """Return the operators' options; sample weights need the loss of each sample."""
+        has_weights = self.sample_weights is not None
+        return self.options._replace(reduction="sample") if has_weights else self.options
 
 
 def checked_inputs(student: Any, teacher: Any, arguments: LossArguments) -> LossInputs:
-    """Check the arguments of ``at_loss``, and bring its features to (B, C, *spatial)."""
+    """Check the arguments of ``at_loss``, and view its features as (B, C, *spatial)."""
     check_options(arguments._asdict())
     layouts = feature_layouts(
         arguments.channel_dim,
@@ -156,38 +158,38 @@ def checked_inputs(student: Any, teacher: Any, arguments: LossArguments) -> Loss
         arguments.map_size,
         has_tokens=(_may_have_tokens(student), _may_have_tokens(teacher)),
     )
-    given = paired(student, teacher)
+    sides = as_pairs(student, teacher)
     students, teachers = (
         [layout.to_channels_first(x, f"{side} of pair {i}") for i, x in enumerate(features)]
-        for side, layout, features in zip(("student", "teacher"), layouts, given, strict=True)
+        for side, layout, features in zip(("student", "teacher"), layouts, sides, strict=True)
     )
-    inputs = _inputs(students, teachers, arguments, layouts[0])
+    inputs = _make_inputs(students, teachers, arguments, layouts[0])
     if not (layouts[0].skip_tokens or layouts[1].skip_tokens):
         return inputs
-    of_layout = [(y, x) for y, features in zip(layouts, given, strict=True) for x in features]
+    originals = [(y, x) for y, features in zip(layouts, sides, strict=True) for x in features]
     return inputs._replace(
-        whole=[
-            y.all_tokens().to_channels_first(x) if y.has_tokens(x) else placed
-            for (y, x), placed in zip(of_layout, students + teachers, strict=True)
+        full_features=[
+            y.all_tokens().to_channels_first(x) if y.has_tokens(x) else view
+            for (y, x), view in zip(originals, students + teachers, strict=True)
         ],
-        skip_tokens=[y.skip_tokens if y.has_tokens(x) else 0 for y, x in of_layout],
+        skip_tokens=[y.skip_tokens if y.has_tokens(x) else 0 for y, x in originals],
     )
 
 
-def _may_have_tokens(given: Any) -> bool:
-    """Return False for features none of which is (B, N, C)."""
-    several = given if isinstance(given, (list, tuple)) else [given]
-    return any(not isinstance(x, Tensor) or x.dim() == 3 for x in several)
+def _may_have_tokens(features: Any) -> bool:
+    """Return False if no feature has the rank of tokens (B, N, C)."""
+    items = features if isinstance(features, (list, tuple)) else [features]
+    return any(not isinstance(x, Tensor) or x.dim() == 3 for x in items)
 
 
-def _inputs(
+def _make_inputs(
     students: list[Tensor],
     teachers: list[Tensor],
     arguments: LossArguments,
     layout: FeatureLayout = CHANNELS_FIRST,
 ) -> LossInputs:
     if arguments.reduction == "sample":
-        check_one_batch(students, "reduction='sample' takes pairs of one batch size")
+        check_one_batch(students, "reduction='sample' needs pairs of one batch size")
     return LossInputs(
         students,
         teachers,
@@ -205,7 +207,7 @@ def _inputs(
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-def _loss(inputs: LossInputs) -> Tensor:
+def _checked_loss(inputs: LossInputs) -> Tensor:
     if inputs.attend == "spatial":
         return _spatial_loss(inputs)
     check_channels(inputs.students, inputs.teachers)
@@ -213,51 +215,53 @@ def _loss(inputs: LossInputs) -> Tensor:
     channel = inputs._replace(
         students=[channels_as_positions(x) for x in inputs.students],
         teachers=[channels_as_positions(x) for x in inputs.teachers],
-        whole=[],
+        full_features=[],
         skip_tokens=[],
         resize=None,
     )
     if inputs.attend == "channel":
         return _spatial_loss(channel)
-    if inputs.resize is None and inputs.options.reduction == "sum" and not inputs.whole:
-        # One call for both.
-        both = inputs._replace(
+    if inputs.resize is None and inputs.options.reduction == "sum" and not inputs.full_features:
+        # One call of the operator instead of two.
+        combined = inputs._replace(
             students=inputs.students + channel.students,
             teachers=inputs.teachers + channel.teachers,
             weights=inputs.weights * 2,
         )
-        return _spatial_loss(both)
+        return _spatial_loss(combined)
     return _spatial_loss(channel) + _spatial_loss(inputs)
 
 
 def _spatial_loss(inputs: LossInputs) -> Tensor:
-    same = check_sizes(inputs.students, inputs.teachers, inputs.resize)
-    if inputs.resize == "features" and not same:
-        inputs, same = _pooled(inputs), True
-    if same and inputs.is_fused():
+    same_size = check_sizes(inputs.students, inputs.teachers, inputs.resize)
+    if inputs.resize == "features" and not same_size:
+        inputs, same_size = _pooled(inputs), True
+    if same_size and inputs.is_fused():
         return reduce_samples(inputs, _ops.at_loss(*inputs.operator_arguments())[0])
     p, collapse = inputs.options[:2]
-    return _compare(
-        inputs, attention_maps(inputs.features(), p, collapse, inputs.absolute, inputs.skip_tokens)
+    features, skip_tokens = inputs.features(), inputs.skip_tokens
+    return _loss_of_maps(
+        inputs, attention_maps(features, p, collapse, inputs.absolute, skip_tokens)
     )
 
 
 def _pooled(inputs: LossInputs) -> LossInputs:
-    """Average both features of a pair to the smaller size in each dimension."""
+    """Pool both features of each pair to the smaller size in each dimension."""
     students, teachers = [], []
     for s, t in zip(inputs.students, inputs.teachers, strict=True):
         size = [min(n, m) for n, m in zip(s.shape[2:], t.shape[2:], strict=True)]
         students.append(pool(s, size))
         teachers.append(pool(t, size))
-    return inputs._replace(students=students, teachers=teachers, whole=[], skip_tokens=[])
+    return inputs._replace(students=students, teachers=teachers, full_features=[], skip_tokens=[])
 
 
-def _compare(inputs: LossInputs, maps: list[Tensor]) -> Tensor:
-    """Return the loss of raw maps (B, N), the students' first, resized to theirs and masked."""
+def _loss_of_maps(inputs: LossInputs, maps: list[Tensor]) -> Tensor:
+    """Resize the teachers' raw maps (B, N), mask all maps and return the loss; students first."""
     n = len(inputs.students)
     sizes = [x.shape[2:] for x in inputs.students]
-    given = [x.shape[2:] for x in inputs.teachers]
-    maps = maps[:n] + [interpolate(*each) for each in zip(maps[n:], given, sizes, strict=True)]
+    teacher_sizes = [x.shape[2:] for x in inputs.teachers]
+    resized = [interpolate(*each) for each in zip(maps[n:], teacher_sizes, sizes, strict=True)]
+    maps = maps[:n] + resized
     if inputs.masks is not None:
         maps = [
             savable(q) * resized_mask(mask, size, q.dtype)
@@ -268,7 +272,7 @@ def _compare(inputs: LossInputs, maps: list[Tensor]) -> Tensor:
 
 
 def reduce_samples(inputs: LossInputs, loss: Tensor) -> Tensor:
-    """Weigh the losses of samples, and reduce them, where the operator has not."""
+    """Apply the sample weights, if there are any, and then the reduction of the options."""
     if inputs.sample_weights is None:
         return loss
     loss = loss * inputs.sample_weights.to(loss.dtype)

@@ -1,7 +1,7 @@
-"""Raw maps by the public options, and what torch does with features and maps around the operators.
+"""Raw maps for the public options, and torch's resizing and pooling around the operators.
 
-``absolute=False`` means A^p in place of |A|^p, which is another number for odd p alone. Few people
-want that one, so that no operator knows it: it is plain PyTorch, with autograd's own gradient.
+``absolute=False`` means A^p instead of |A|^p, which differs for odd p only. This rare option has no
+operator: it runs in plain PyTorch with autograd's gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from at_fused._layouts import FeatureLayout
 from at_fused.backends import eager
 from at_fused.backends.outputs import accumulate_dtype
 
-_FP32_POSITIONS = 32  # in a dimension; up to here weights in fp32 are right to 2e-6
+_MAX_FP32_SIZE = 32  # of a map, in a dimension: up to here fp32 weights are exact to 2e-6
 
 
 def attention_maps(
@@ -29,26 +29,31 @@ def attention_maps(
 ) -> list[Tensor]:
     """Return the raw map (B, N) of each feature (B, C, *spatial), without its skipped tokens."""
     if keeps_sign(p, absolute):
-        return [_signed_map(x, p, collapse) for x in eager.without_first(features, skip_tokens)]
+        return [_signed_map(x, p, collapse) for x in eager.without_skipped(features, skip_tokens)]
     return _ops.attention_map(features, p, collapse, skip_tokens)[: len(features)]
 
 
 def attention_tap(
-    x: Tensor, p: float, collapse: str, absolute: bool, layout: FeatureLayout, of_channels: bool
+    x: Tensor,
+    p: float,
+    collapse: str,
+    absolute: bool,
+    layout: FeatureLayout,
+    channel_attention: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the feature itself, to be used in its place, and its raw map (B, N)."""
+    """Return the feature for the next layer, and its raw map (B, N)."""
     if keeps_sign(p, absolute):
-        return x, _signed_map(layout.view(x, of_channels), p, collapse)
-    return _ops.attention_tap(x, p, collapse, layout, of_channels)
+        return x, _signed_map(layout.view(x, channel_attention), p, collapse)
+    return _ops.attention_tap(x, p, collapse, layout, channel_attention)
 
 
 def normalized(raw: Tensor, eps: float, eps_mode: str) -> Tensor:
-    """Return raw maps (B, N) divided by their norms."""
+    """Divide raw maps (B, N) by their norms."""
     return eager.normalize(raw, eps, eps_mode)[0].to(raw.dtype)
 
 
 def keeps_sign(p: float, absolute: bool) -> bool:
-    """Return True where A^p is not |A|^p."""
+    """Return True if the options ask for an A^p that differs from |A|^p."""
     return not absolute and p % 2 == 1
 
 
@@ -59,7 +64,7 @@ def _signed_map(x: Tensor, p: float, collapse: str) -> Tensor:
 
 
 def pool(x: Tensor, size: list[int]) -> Tensor:
-    """Pool adaptively, 16 bits in fp32: torch would round the means to 16 bits."""
+    """Pool a feature adaptively, 16-bit ones in fp32: torch would round the means to 16 bits."""
     if list(x.shape[2:]) == size:
         return x
     pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -72,16 +77,15 @@ def interpolate(maps: Tensor, size: Sequence[int], target: Sequence[int]) -> Ten
         return maps
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
     planes = maps.reshape(maps.shape[0], 1, *size)
-    # torch computes a position's weights in the maps' dtype: in fp32 they are off by the rounding
-    # of the position's number.
-    wide = eager.wide(planes) if max(*size, *target) > _FP32_POSITIONS else planes
-    found = F.interpolate(wide, size=tuple(target), mode=mode, align_corners=False)
-    return found.flatten(1).to(maps.dtype)
+    # torch computes the weights in the maps' dtype: in fp32 their error grows with the coordinate.
+    exact = eager.to_float64(planes) if max(*size, *target) > _MAX_FP32_SIZE else planes
+    resized = F.interpolate(exact, size=tuple(target), mode=mode, align_corners=False)
+    return resized.flatten(1).to(maps.dtype)
 
 
 def resized_mask(mask: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return (B, N): the mask's mean over the area of each position of the map."""
-    wide = mask.to(dtype)
+    """Average a mask to the size of a map; return it as (B, N)."""
+    resized = mask.to(dtype)
     if list(mask.shape[1:]) != list(size):
-        wide = F.interpolate(wide.unsqueeze(1), size=tuple(size), mode="area").squeeze(1)
-    return wide.flatten(1)
+        resized = F.interpolate(resized.unsqueeze(1), size=tuple(size), mode="area").squeeze(1)
+    return resized.flatten(1)

@@ -1,4 +1,4 @@
-"""The options of a loss, from the public function to the operators."""
+"""Options of a loss, for the public functions and the operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MapSizes = MapSize | tuple[MapSize | None, MapSize | None] | None
 
 
 class LossOptions(NamedTuple):
-    """The options that the operators take: how maps are made, normalised and compared."""
+    """Options of the operators: how maps are computed, normalised and compared."""
 
     p: float = 2.0
     collapse: str = "mean"
@@ -24,7 +24,7 @@ class LossOptions(NamedTuple):
 
 
 class LossArguments(NamedTuple):
-    """The keyword arguments of ``at_loss``, those of ``LossOptions`` first."""
+    """Keyword arguments of ``at_loss``, starting with those of ``LossOptions``."""
 
     p: float = 2.0
     collapse: str = "mean"

@@ -1,3 +1,3 @@
-"""The version, alone in a file so that the build can read it without importing torch."""
+"""The version, in a file of its own: the build reads it without importing torch."""
 
 __version__ = "0.2.0"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from at_fused._arguments import check_tensor
 from at_fused._models import find_ddp
-from at_fused._numbers import kind
-from at_fused.backends.eager import wide
+from at_fused._numbers import type_name
+from at_fused.backends.eager import to_float64
 
 # The ratio that beta="auto" gives, and the calls that it measures: docs/results.md has the study.
 AUTO_RATIO = 3.0
@@ -91,12 +91,12 @@ def shared_gradients(
     check_loss("transfer_loss", transfer_loss)
     given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
     if isinstance(given, Tensor) or not isinstance(given, Iterable):
-        found = "a tensor" if isinstance(given, Tensor) else kind(given)
+        found = "a tensor" if isinstance(given, Tensor) else type_name(given)
         raise TypeError(f"parameters must be an iterable of tensors or a module, got {found}")
     given = list(given)
     for each in given:
         if not isinstance(each, Tensor):
-            raise TypeError(f"parameters must be tensors, got {kind(each)}")
+            raise TypeError(f"parameters must be tensors, got {type_name(each)}")
         if each.is_complex():
             raise TypeError(f"parameters must be real, got {each.dtype}")
         if hasattr(each, "full_tensor"):
@@ -153,7 +153,7 @@ def compare(task: Gradients, transfer: Gradients) -> GradientRatio:
     # Squares of float32 are right from 1e-38 to 3e38.
     sound = (found[:, :2] > 1e-30).all(1) & (found[:, :2] < 1e38).all(1)
     for i in (~sound).nonzero().flatten().tolist():
-        found[i] = _products(*map(wide, pairs[i])).cpu()
+        found[i] = _products(*map(to_float64, pairs[i])).cpu()
     # A compiled network gives zeros for a parameter that a loss does not reach.
     reached = (found[:, :2] != 0).all(1)
     of_task, of_transfer, both = found[reached if reached.any() else ...].sum(0).tolist()

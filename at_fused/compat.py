@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from at_fused._arguments import check_choice, check_one_batch, check_options, paired, size_of
-from at_fused._numbers import as_python, check_finite, kind
+from at_fused._arguments import as_pairs, check_choice, check_one_batch, check_options, format_size
+from at_fused._numbers import as_python, check_finite, type_name
 from at_fused.functional import at_loss
 
 __all__ = [
@@ -61,13 +61,13 @@ def authors_at_loss(student: Features, teacher: Features) -> Tensor:
 
 
 def _pooled_at_loss(student: Features, teacher: Features, p: float, reduction: str) -> Tensor:
-    students, teachers = paired(student, teacher)
+    students, teachers = as_pairs(student, teacher)
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         larger = [n - m for n, m in zip(s.shape[2:], t.shape[2:], strict=False)]
         if min(larger) < 0 < max(larger):
             raise ValueError(
                 f"student and teacher of pair {i} must be of one size, or one of them the larger "
-                f"in every dimension, to be pooled, got {size_of(s)} and {size_of(t)}"
+                f"in every dimension, to be pooled, got {format_size(s)} and {format_size(t)}"
             )
     return at_loss(students, teachers, p=p, absolute=False, resize="features", reduction=reduction)
 
@@ -168,7 +168,7 @@ def torchdistill_at_loss(
     check_choice("mode", mode, ("code", "paper"))
     if mode == "code":
         return at_loss(student, teacher, weights=weights)
-    check_one_batch(paired(student, teacher)[0], _ONE_BATCH)
+    check_one_batch(as_pairs(student, teacher)[0], _ONE_BATCH)
     return at_loss(student, teacher, form="paper", collapse="sum", weights=weights)
 
 
@@ -194,7 +194,7 @@ def aberhu_at_loss(student: Tensor, teacher: Tensor, p: float = 2.0) -> Tensor:
     """
     for name, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, of one pair, got {kind(x)}")
+            raise TypeError(f"{name} must be a tensor, of one pair, got {type_name(x)}")
     return at_loss(student, teacher, p=p, collapse="sum", eps=1e-6, eps_mode="add")
 
 
@@ -261,7 +261,7 @@ def paper_at_loss(
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1, equation (2), and section 4.1.
     """
     check_choice("batch", batch, ("sum", "mean"))
-    students, teachers = paired(student, teacher)
+    students, teachers = as_pairs(student, teacher)
     check_one_batch(students, _ONE_BATCH)
     weights = [each / 2 for each in _per_pair("beta", beta, len(students))]
     if squared:  # a sum over the positions, where at_loss has a mean

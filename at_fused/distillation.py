@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from at_fused._arguments import (
+    as_equal_pairs,
     check_choice,
     check_labels,
-    check_pairs,
     check_tensor,
-    named,
+    named_tensors,
     pair_weights,
     savable,
 )
-from at_fused._numbers import as_python, check_number, is_whole, kind
+from at_fused._numbers import as_python, check_number, is_int, type_name
 from at_fused.backends.outputs import accumulate_dtype
 
 # ---- Hinton's loss -------------------------------------------------------------------------------
@@ -38,8 +38,8 @@ def check_kd_options(
         raise ValueError(f"alpha must be from 0 to 1, got {alpha!r}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be >= 0 and < 1, got {label_smoothing!r}")
-    if not is_whole(ignore_index):
-        raise TypeError(f"ignore_index must be an int, got {kind(ignore_index)}")
+    if not is_int(ignore_index):
+        raise TypeError(f"ignore_index must be an int, got {type_name(ignore_index)}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must be an int64, as labels are, got {ignore_index}")
     return T, alpha, label_smoothing, ignore_index
@@ -49,7 +49,7 @@ def check_one_pair(names: tuple[str, str], first: object, second: object, rank: 
     """Refuse anything but two tensors of one shape, on one device."""
     for name, x in zip(names, (first, second), strict=True):
         check_tensor(name, x)
-    check_pairs(names, first, second, rank)
+    as_equal_pairs(names, first, second, rank)
 
 
 def _divergence(student: Tensor, teacher: Tensor, T: float, alpha: float) -> Tensor:
@@ -250,7 +250,7 @@ def features_loss(
     Source: Zagoruyko & Komodakis, ICLR 2017, section 4.1, after Romero et al., "FitNets", 2015.
     """
     _check_form(form, reduction)
-    students, teachers = check_pairs(("student", "teacher"), student, teacher)
+    students, teachers = as_equal_pairs(("student", "teacher"), student, teacher)
     dtype, losses = accumulate_dtype(*students, *teachers), []
     factors = pair_weights(weights, len(students)) or [1.0] * len(students)
     for s, t, factor in zip(students, teachers, factors, strict=True):
@@ -328,7 +328,7 @@ class FeaturesLoss(_LossModule):
             TypeError, ValueError: as :func:`at_fused.features_loss`.
             RuntimeError: another C than the convolution's.
         """
-        students = named("student", student)
+        students = named_tensors("student", student)
         if len(students) != len(self.projections):
             given = f"as channels were given, got {len(students)}"
             raise ValueError(f"student must have {len(self.projections)} features, {given}")
@@ -346,7 +346,7 @@ def _channels(student: Any, teacher: Any) -> list[tuple[int, int]]:
     names = "student_channels", "teacher_channels"
     given = [as_python(*each) for each in zip(names, (student, teacher), strict=True)]
     sides = [tuple(side) if isinstance(side, (list, tuple)) else (side,) for side in given]
-    right = all(is_whole(c) and c >= 1 for c in sides[0] + sides[1])
+    right = all(is_int(c) and c >= 1 for c in sides[0] + sides[1])
     if not right or not 0 < len(sides[0]) == len(sides[1]):
         raise ValueError(
             "student_channels and teacher_channels must be ints >= 1, or lists of as many, got "

@@ -1,4 +1,4 @@
-"""The public functions of activation-based attention."""
+"""Public functions for activation-based attention transfer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from at_fused import _loss, _maps, _value_and_grad
 from at_fused._arguments import ATOptions
-from at_fused._layouts import check_kept, layout_of_one
+from at_fused._layouts import check_module_options, layout_of_feature
 from at_fused._options import LossArguments, MapSize, MapSizes, Sides
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def at_loss(
     eps: float = 1e-12,
     eps_mode: str = "max",
 ) -> Tensor:
-    """Attention-transfer loss between the features of a student and of a teacher.
+    """Compute the attention-transfer loss between the features of a student and a teacher.
 
     With the raw map ``Q[b, n] = (1/C) sum_c |A[b, c, n]|^p`` over the N = H*W positions and the
     normalised map ``q[b] = Q[b] / max(||Q[b]||_2, eps)``, the loss of a pair is:
@@ -46,78 +46,78 @@ def at_loss(
         form="code"     1/(B N) * sum_b ||qs[b] - qt[b]||_2^2     the authors' program
         form="paper"    1/B     * sum_b ||qs[b] - qt[b]||_2       the paper's equation (2)
 
-    Gradients flow to every feature that requires them, student's or teacher's, to any order.
+    Gradients of any order flow to all features that require them, the teacher's included.
 
     Args:
-        student: (B, C, H, W), or a list or tuple of such features, one per stage. Also (B, C, L)
-            and (B, C, D, H, W). float32, float64, float16 or bfloat16, any strides; NCHW and
-            channels_last are read as they lie.
-        teacher: as many features, each with the B of its partner, and its H and W unless ``resize``
-            says otherwise; C and dtype may differ.
-        p: exponent, any finite number >= 1; 1, 2 and 4 are fastest.
-        collapse: "mean" divides the sum over channels by C, "sum" does not (which changes but what
-            eps means), "max" takes ``max_c |A|^p``; its gradient goes to the first of the largest.
+        student: (B, C, H, W), or a list or tuple of such features, one per stage. (B, C, L) and
+            (B, C, D, H, W) also work. float32, float64, float16 or bfloat16, any strides; NCHW and
+            channels_last are read without a copy.
+        teacher: as many features as ``student``. Each has the B of its partner, and its H and W
+            unless ``resize`` is set. C and dtype may differ.
+        p: exponent, any finite number >= 1. 1, 2 and 4 are the fastest.
+        collapse: "mean" divides the sum over channels by C. "sum" does not, which only changes the
+            effect of eps. "max" takes ``max_c |A|^p``; its gradient goes to the first maximum.
         form: "code" or "paper", as above.
-        weights: one finite factor per pair; None is 1 for all.
+        weights: one finite factor per pair. None means 1 for all.
         reduction: "sum" over the pairs, "none" for one value per pair, or "sample" for one per
             pair and sample, without the mean over the batch.
-        resize: what to do with maps of different sizes. None raises; "maps" interpolates the
-            teacher's raw map (bilinearly, ``align_corners=False``) to the student's size (the
-            paper); "features" pools the larger features to the smaller size in each dimension
-            before the power (torch's ``adaptive_avg_pool``, as RepDistiller and mdistiller), in
-            float32 at least, for which 16-bit features are copied.
-        attend: "spatial"; "channel" swaps the roles of channels and positions (one weight per
-            channel, ``Q[b, c] = (1/N) sum_n |A[b, c, n]|^p``: equal C, any H x W); "both" is the
-            sum of the two.
-        channel_dim: 1, or -1 for features of shape (B, H, W, C) and tokens (B, N, C). This and the
-            next two may be a pair (student's, teacher's).
-        skip_tokens: how many tokens in front (class, registers) are left out of (B, N, C).
+        resize: how to compare maps of different sizes. None raises an error. "maps" interpolates
+            the teacher's raw map to the student's size, as in the paper (bilinear,
+            ``align_corners=False``). "features" pools the larger features to the smaller size in
+            each dimension before the power, as in RepDistiller and mdistiller (torch's
+            ``adaptive_avg_pool``, in float32 for 16-bit features, which are copied).
+        attend: "spatial", or "channel" to swap the roles of channels and positions (one weight per
+            channel, ``Q[b, c] = (1/N) sum_n |A[b, c, n]|^p``; C must match, H x W need not).
+            "both" is the sum of the two losses.
+        channel_dim: 1, or -1 for features of shape (B, H, W, C) and tokens (B, N, C). This option
+            and the next two accept a pair (student's, teacher's).
+        skip_tokens: number of leading tokens (class, registers) of (B, N, C) to skip.
         map_size: (H, W) of the remaining tokens, for a partner that has H and W.
-        mask: (B, H, W), bool or float, or a list of one per pair: a factor for the raw maps of
-            both sides, such as 0 at padding. Another size is averaged to the map's.
-        sample_weights: (B,), a factor for each sample's loss; the mean still divides by B.
-        absolute: False for ``A^p`` in place of ``|A|^p`` (whole p only, and not with "max"). An odd
-            p is plain PyTorch then, with its time and its temporaries of the features' size.
+        mask: (B, H, W), bool or float, or a list with one per pair. It multiplies the raw maps of
+            both sides, for example by 0 at padding. Other sizes are averaged to the map's size.
+        sample_weights: (B,), a factor for each sample's loss. The mean still divides by B.
+        absolute: False for ``A^p`` instead of ``|A|^p`` (integer p only, and not with "max"). An
+            odd p then runs in plain PyTorch, slower and with feature-sized temporaries.
         eps: lower bound of the norm, > 0.
         eps_mode: "max" as above, or "add" for ``Q / (||Q||_2 + eps)``.
 
     Returns:
-        A scalar; with ``reduction="none"`` a vector with one value per pair, with "sample" (pairs,
-        B): float64 if any feature is, else float32 (also under autocast).
+        A scalar. With ``reduction="none"`` a vector with one value per pair, with "sample" (pairs,
+        B). float64 if any feature is float64, else float32 (also under autocast).
 
     Raises:
-        TypeError: an argument is not of the kind above (not a tensor, an integer, complex or
-            sparse one, a number that is none).
-        ValueError: shapes, batch sizes, map sizes, devices or lengths that do not match, an empty
-            tensor or list, an option out of its range or of tokens for a side without any.
+        TypeError: an argument has the wrong type (no tensor, an integer, complex or sparse tensor,
+            an option that is not a number).
+        ValueError: shapes, batch sizes, map sizes, devices or lengths do not match; a tensor or
+            list is empty; an option is out of range, or is for tokens and a side has no tokens.
 
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
-    # A plain tuple in the order of LossArguments: of a tiny pair's time most is Python's.
+    # A plain tuple in the order of LossArguments: for small features Python dominates the time.
     options = p, collapse, form, reduction, eps_mode, eps, weights, resize, attend
     layout = channel_dim, skip_tokens, map_size
     return _loss.at_loss(student, teacher, (*options, *layout, mask, sample_weights, absolute))
 
 
 class ATLoss(nn.Module):
-    """Keep the options of ``at_loss``: ``ATLoss(p=2)(student, teacher)``.
+    """Module form of ``at_loss``: ``ATLoss(p=2)(student, teacher)``.
 
-    The formula is that of :func:`at_fused.at_loss`. Has no parameters.
+    The formula is that of :func:`at_fused.at_loss`. The module has no parameters.
 
     Args:
-        options: keyword arguments of :func:`at_fused.at_loss`, but for ``mask`` and
-            ``sample_weights``, which belong to a batch and are given in the call. They are checked
-            here, once, and can be read back from the attribute of this name.
+        options: keyword arguments of :func:`at_fused.at_loss`, except ``mask`` and
+            ``sample_weights``, which belong to a batch and are arguments of the call. The
+            constructor checks them and keeps them in the attribute ``options``.
 
     Raises:
-        TypeError, ValueError: an option that does not exist, or is not allowed.
+        TypeError, ValueError: an option does not exist, or its value is not allowed.
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1.
     """
 
     def __init__(self, **options: Unpack[ATOptions]) -> None:
         super().__init__()
-        self.options = check_kept("ATLoss", options, ATOptions.__annotations__)
+        self.options = check_module_options("ATLoss", options, ATOptions.__annotations__)
 
     def forward(
         self,
@@ -126,7 +126,7 @@ class ATLoss(nn.Module):
         mask: Tensor | Sequence[Tensor] | None = None,
         sample_weights: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of one pair, or of all pairs of two sequences.
+        """Compute the loss of one pair, or of the pairs of two sequences.
 
         Args:
             student, teacher, mask, sample_weights: as in :func:`at_fused.at_loss`.
@@ -140,7 +140,7 @@ class ATLoss(nn.Module):
         return at_loss(student, teacher, mask=mask, sample_weights=sample_weights, **self.options)
 
     def extra_repr(self) -> str:
-        """Return the options that were given, as in the call."""
+        """Return the options as keyword arguments."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
@@ -153,37 +153,38 @@ def at_value_and_grad(
     sample_weights: Tensor | None = None,
     **options: Unpack[ATOptions],
 ) -> tuple[Tensor, Features]:
-    """The loss of :func:`at_loss` and its gradient for the student, in one call.
+    """Compute the loss of :func:`at_loss` and its gradient for the student in one call.
 
-    ``(L, scale * dL/dS)``, where forward and backward one after the other would read S twice. For
-    loops that put gradients together themselves:
+    The result is ``(L, scale * dL/dS)``. Separate forward and backward passes would read S twice.
+    Use it in training loops that combine gradients themselves:
 
         loss, gradients = at_value_and_grad(features, teacher_features, scale=beta)
         torch.autograd.backward([task_loss, *features], [None, *gradients])
 
-    Neither result is part of a graph: nothing is differentiated through this call. It does not
-    matter whether the features require gradients. It is ``at_loss`` and its backward, and cannot be
-    exported nor compiled in one graph, with ``collapse="max"``, maps of different sizes, channel
-    attention, a mask that requires a gradient, and odd powers without ``absolute``.
+    Neither result has a graph, and the features need not require gradients. Some options have no
+    fused kernel here: ``collapse="max"``, maps of different sizes, channel attention, a mask that
+    requires a gradient, and odd powers without ``absolute``. The function then calls ``at_loss``
+    and its backward, and can neither be exported nor compiled in one graph.
 
     Args:
         student, teacher, mask, sample_weights, options: as in :func:`at_loss`.
-        scale: factor of the gradient, not of the loss: beta, a loss scale. A number in the range of
-            float32 (of float64 for such features), or a tensor of one element on the features'
-            device, which is not waited for: beyond that range it is inf.
+        scale: factor of the gradient, not of the loss, such as beta or a loss scale. A number in
+            the range of float32 (float64 for float64 features), or a tensor of one element on the
+            features' device. A tensor is not synchronised; beyond that range it becomes inf.
 
     Returns:
-        The loss, as :func:`at_loss` gives it (with ``reduction="none"`` the gradient is that of the
-        sum), and the gradient: a tensor, or a list where ``student`` is a sequence. Gradients have
-        the students' shapes and dtypes, and the strides of ``torch.empty_like``.
+        The loss, as :func:`at_loss` returns it, and the gradient: a tensor, or a list if
+        ``student`` is a sequence. If the loss is not a scalar, the gradient is that of its sum.
+        Gradients have the shapes and dtypes of the student's features, and the strides of
+        ``torch.empty_like``.
 
     Raises:
-        TypeError, ValueError: as :func:`at_loss`, and for a ``scale`` that is not as above.
+        TypeError, ValueError: as :func:`at_loss`; ``scale`` is not as above.
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1; the gradient in closed form.
     """
     for name in options.keys() - ATOptions.__annotations__.keys():
-        raise TypeError(f"at_value_and_grad takes no option {name!r}")
+        raise TypeError(f"at_value_and_grad has no option {name!r}")
     arguments = LossArguments(mask=mask, sample_weights=sample_weights, **options)
     loss, gradients = _value_and_grad.at_value_and_grad(student, teacher, arguments, scale)
     return loss, gradients[0] if isinstance(student, Tensor) else gradients
@@ -203,23 +204,23 @@ def attention_map(
     eps: float = 1e-12,
     eps_mode: str = "max",
 ) -> Tensor:
-    """Attention map of a feature: the p-power mean, sum or maximum over its channels.
+    """Compute the attention map of a feature: the mean, sum or maximum of |A|^p over channels.
 
-    ``Q[b, n] = (1/C) sum_c |A[b, c, n]|^p`` with ``collapse="mean"``, without 1/C with "sum",
-    ``max_c |A[b, c, n]|^p`` with "max"; with ``normalize`` divided by ``max(||Q[b]||_2, eps)``, the
+    ``Q[b, n] = (1/C) sum_c |A[b, c, n]|^p`` for ``collapse="mean"``, without 1/C for "sum", and
+    ``max_c |A[b, c, n]|^p`` for "max". ``normalize`` divides it by ``max(||Q[b]||_2, eps)``, the
     norm over all positions of a sample. ``attend="channel"`` swaps the roles of channels and
     positions.
 
     Args:
-        x: (B, C, H, W), (B, C, L) or (B, C, D, H, W); or (B, H, W, C) or tokens (B, N, C) with
-            ``channel_dim=-1``.
-        normalize: whether to divide by the norm, which alone eps and eps_mode are for.
+        x: (B, C, H, W), (B, C, L) or (B, C, D, H, W). With ``channel_dim=-1``: (B, H, W, C), or
+            tokens (B, N, C).
+        normalize: True to divide by the norm; only then are eps and eps_mode allowed.
         p, collapse, channel_dim, skip_tokens, map_size, absolute, eps, eps_mode: as in
             :func:`at_loss`; one value each.
         attend: "spatial" or "channel".
 
     Returns:
-        (B, H, W), or (B, C) of channels: float64 for float64 features, else float32.
+        (B, H, W), or (B, C) for channel attention. float64 for float64 features, else float32.
         Differentiable to any order.
 
     Raises:
@@ -229,7 +230,7 @@ def attention_map(
     """
     options = {"p": p, "collapse": collapse, "attend": attend, "absolute": absolute}
     options |= {"normalize": normalize, "eps": eps, "eps_mode": eps_mode}
-    layout = layout_of_one(x, channel_dim, skip_tokens, map_size, options)
+    layout = layout_of_feature(x, channel_dim, skip_tokens, map_size, options)
     feature = layout.view(x, attend == "channel")
     (raw,) = _maps.attention_maps([feature], float(p), collapse, absolute)
     q = _maps.normalized(raw, float(eps), eps_mode) if normalize else raw
@@ -250,20 +251,20 @@ def attention_tap(
     eps: float = 1e-12,
     eps_mode: str = "max",
 ) -> tuple[Tensor, Tensor]:
-    """A feature on its way through a network, and its attention map.
+    """Return a feature unchanged, together with its attention map.
 
         x, q = attention_tap(x)
 
-    The first result is ``x`` itself, for the next layer; the second its map Q (``normalize``: q),
-    as :func:`attention_map` has it, for :func:`map_loss`. The backward gets both gradients, and
-    adds the map's into the other in one sweep:
+    The first result is ``x`` itself, for the next layer. The second is its map Q for
+    :func:`map_loss`, as from :func:`attention_map` (q with ``normalize``). The backward pass gets
+    both gradients and adds the map's to the other in one sweep:
 
         dL/dx[b, c, n] = dL/dx' + scale * p * dL/dQ[b, n] * |x|^(p-1) * sign(x)
 
-    with a scale of 1/C for ``collapse="mean"``, else 1, and for "max" in the largest channel alone;
-    in place where no other branch of the graph, hook, view or capture holds that gradient, else,
-    and with ``create_graph``, in a new tensor. So the loss costs no feature-sized memory, and a
-    teacher's feature need not outlive its map.
+    ``scale`` is 1/C for ``collapse="mean"``, else 1; for "max" only the largest channel gets a
+    gradient. The sum is written in place if no other branch of the graph, hook, view or capture
+    holds the incoming gradient, and into a new tensor otherwise or with ``create_graph``. The loss
+    thus needs no feature-sized memory, and a teacher's feature can be freed once its map exists.
 
     Args:
         x: as in :func:`attention_map`.
@@ -271,9 +272,9 @@ def attention_tap(
             as in :func:`attention_map`.
 
     Returns:
-        x (a view of it where it requires a gradient, which must not be changed in place), and the
+        x, or a view of it if it requires a gradient; do not change that view in place. And the
         map, (B, H, W) or (B, C): float64 for float64 features, else float32. Differentiable to any
-        order. Without gradients the map is all that is kept.
+        order.
 
     Raises:
         TypeError, ValueError: as :func:`at_loss`.
@@ -282,7 +283,7 @@ def attention_tap(
     """
     options = {"p": p, "collapse": collapse, "attend": attend, "absolute": absolute}
     options |= {"normalize": normalize, "eps": eps, "eps_mode": eps_mode}
-    layout = layout_of_one(x, channel_dim, skip_tokens, map_size, options)
+    layout = layout_of_feature(x, channel_dim, skip_tokens, map_size, options)
     y, raw = _maps.attention_tap(x, float(p), collapse, absolute, layout, attend == "channel")
     q = _maps.normalized(raw, float(eps), eps_mode) if normalize else raw
     return y, q if attend == "channel" else q.view(x.shape[0], *layout.size(x.shape))
@@ -301,33 +302,34 @@ def map_loss(
     eps: float = 1e-12,
     eps_mode: str = "max",
 ) -> Tensor:
-    """Attention-transfer loss between attention maps, which taps or :func:`attention_map` made.
+    """Compute the attention-transfer loss between maps from taps or :func:`attention_map`.
 
-    With ``q[b] = Q[b] / max(||Q[b]||_2, eps)`` the loss of a pair is, as in :func:`at_loss`:
+    As in :func:`at_loss`, with ``q[b] = Q[b] / max(||Q[b]||_2, eps)``, the loss of a pair is:
 
         form="code"     1/(B N) * sum_b ||qs[b] - qt[b]||_2^2
         form="paper"    1/B     * sum_b ||qs[b] - qt[b]||_2
 
     Args:
-        student: (B, H, W), or a list or tuple of such maps, one per stage; also (B, L), (B, C) and
-            (B, D, H, W). float32 or float64, raw or normalised, which changes nothing but what eps
-            means.
-        teacher: (B, H, W) as above, as many maps, each with the B of its partner, and its size
-            unless ``resize="maps"`` interpolates it (bilinearly) to the student's.
+        student: (B, H, W), or a list or tuple of such maps, one per stage. (B, L), (B, C) and
+            (B, D, H, W) also work. float32 or float64. Maps may be raw or normalised, which only
+            changes the effect of eps.
+        teacher: (B, H, W) as above, as many maps as ``student``. Each has the B of its partner,
+            and its size unless ``resize="maps"`` interpolates it (bilinearly) to the student's.
         form, weights, reduction, mask, sample_weights, eps, eps_mode: as in :func:`at_loss`.
         resize: None or "maps".
 
     Returns:
-        As :func:`at_loss`: a scalar, (pairs,) or (pairs, B); float64 if any map is, else float32.
+        As :func:`at_loss`: a scalar, (pairs,) or (pairs, B). float64 if any map is float64, else
+        float32.
 
     Raises:
         TypeError, ValueError: as :func:`at_loss`.
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1.
     """
-    given = LossArguments(form=form, reduction=reduction, eps_mode=eps_mode, eps=eps)
-    given = given._replace(weights=weights, resize=resize, mask=mask, sample_weights=sample_weights)
-    return _loss.map_loss(student, teacher, given)
+    args = LossArguments(form=form, reduction=reduction, eps_mode=eps_mode, eps=eps)
+    args = args._replace(weights=weights, resize=resize, mask=mask, sample_weights=sample_weights)
+    return _loss.map_loss(student, teacher, args)
 
 
 def at(
@@ -338,7 +340,7 @@ def at(
     channel_dim: int = 1,
     eps: float = 1e-12,
 ) -> Tensor:
-    """Normalised, flattened attention map, the ``at(x)`` of the authors' program.
+    """Compute the normalised, flattened attention map: ``at(x)`` of the authors' program.
 
     ``q[b] = Q[b] / max(||Q[b]||_2, eps)`` with the raw map Q of :func:`attention_map`.
 

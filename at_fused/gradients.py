@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from at_fused._arguments import check_choice, check_labels, check_tensor, savable
-from at_fused._numbers import kind
+from at_fused._numbers import type_name
 from at_fused.distillation import check_one_pair, cross_entropy, squared_error
 
 
@@ -70,7 +70,7 @@ def input_gradient(
             raise ValueError("x must require a gradient where model is given as logits")
         logits = model
     elif not callable(model):
-        raise TypeError(f"model must be a module, a function or logits, got {kind(model)}")
+        raise TypeError(f"model must be a module, a function or logits, got {type_name(model)}")
     else:
         with torch.enable_grad():
             # A J with a graph depends on the origin of an x that is itself computed.
@@ -78,7 +78,7 @@ def input_gradient(
             x = x.view_as(x) if computed else savable(x).detach().requires_grad_()
             logits = model(x)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"model must return logits (B, K), got {kind(logits)}")
+        raise TypeError(f"model must return logits (B, K), got {type_name(logits)}")
     if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
         found = f"{x.shape[0]}, got shape {tuple(logits.shape)}"
         raise ValueError(f"model: logits must be (B, K) with the B of x, {found}")

@@ -18,9 +18,9 @@ from torch import nn
 
 from at_fused._arguments import check_choice
 from at_fused._hooks import TappedLayer
-from at_fused._layouts import both, feature_layouts, layout_options
+from at_fused._layouts import feature_layouts, layout_options, per_side
 from at_fused._models import arguments_of, modules_named, unwrap
-from at_fused._numbers import kind
+from at_fused._numbers import type_name
 from at_fused._observe import (
     NOT_IN_ORDER,
     SEVERAL_SIZES,
@@ -150,7 +150,7 @@ def check_networks(*networks: object) -> None:
     """Raise a TypeError for a network that is not a module."""
     for side, network in zip(SIDES, networks, strict=True):
         if not isinstance(network, nn.Module):
-            raise TypeError(f"{side} must be an nn.Module, got {kind(network)}")
+            raise TypeError(f"{side} must be an nn.Module, got {type_name(network)}")
 
 
 def layout_overrides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> list[LayoutOverrides]:
@@ -164,7 +164,7 @@ def layout_overrides(channel_dim: Any, skip_tokens: Any, map_size: Any) -> list[
 
     dims, skips, sizes = options.values()
     feature_layouts(with_default(dims, -1), with_default(skips, 0), sizes)
-    return list(map(LayoutOverrides, *(both(*option) for option in options.items())))
+    return list(map(LayoutOverrides, *(per_side(*option) for option in options.items())))
 
 
 # ---- the search for pairs ------------------------------------------------------------------------

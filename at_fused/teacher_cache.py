@@ -39,7 +39,7 @@ from torch.utils.weak import WeakIdRef
 
 from at_fused._arguments import DTYPES, check_dense, check_tensor
 from at_fused._models import version_of
-from at_fused._numbers import as_python, is_whole, kind
+from at_fused._numbers import as_python, is_int, type_name
 
 if TYPE_CHECKING:
     import sqlite3
@@ -70,7 +70,7 @@ class TeacherHash:
 
     def __init__(self, module: nn.Module) -> None:
         if not isinstance(module, nn.Module):
-            raise TypeError(f"module must be a torch.nn.Module, got {kind(module)}")
+            raise TypeError(f"module must be a torch.nn.Module, got {type_name(module)}")
         self._module = module
         self._state: list[tuple[object, ...]] = []
         self._digest = ""
@@ -111,7 +111,7 @@ def _digest(module: nn.Module) -> str:
             if is_traceable_wrapper_subclass(tensor):  # whose bytes are elsewhere
                 raise TypeError(
                     f"module: {name!r} must be a tensor with bytes of its own, got "
-                    f"{kind(tensor)}; hash or cache a teacher that is not sharded (FSDP), nor "
+                    f"{type_name(tensor)}; hash or cache a teacher that is not sharded (FSDP), nor "
                     "quantised by tensors of another class"
                 )
             t = tensor.detach().cpu().contiguous()
@@ -178,7 +178,7 @@ def _to_bytes(result: Any, count: int) -> list[bytes]:
         (*maps,), logits = result
     except (TypeError, ValueError):
         raise TypeError(
-            f"compute must return (list or tuple of maps, logits or None), got {kind(result)}"
+            f"compute must return (list or tuple of maps, logits or None), got {type_name(result)}"
         ) from None
     named = {f"map{i}": t for i, t in enumerate(maps)}
     if logits is not None:
@@ -298,7 +298,7 @@ class TeacherCache:
 
     def __init__(self, folder: str | os.PathLike[str], samples: int) -> None:
         self._samples = as_python("samples", samples)
-        if not is_whole(self._samples) or not 1 <= self._samples < 2**63:
+        if not is_int(self._samples) or not 1 <= self._samples < 2**63:
             raise ValueError(f"samples must be an int >= 1 and below 2^63, got {samples!r}")
         self._folder = os.path.abspath(folder)
         os.makedirs(self._folder, exist_ok=True)
@@ -340,7 +340,7 @@ class TeacherCache:
             OSError: the disk is full, or the file may not be read and written.
         """
         if not callable(compute):
-            raise TypeError(f"compute must be a function, got {kind(compute)}")
+            raise TypeError(f"compute must be a function, got {type_name(compute)}")
         if check_dense("x", x).dim() == 0 or 0 in x.shape:
             raise ValueError(f"x must be (B, ...) and not empty, got shape {tuple(x.shape)}")
         numbers = self._numbers(index, x.shape[0])
@@ -379,7 +379,7 @@ class TeacherCache:
     def _numbers(self, index: Tensor | Sequence[int], batch: int) -> list[int]:
         numbers = as_python("index", index)
         each = numbers if isinstance(numbers, (list, tuple)) else ()
-        if len(each) != batch or not all(is_whole(i) and 0 <= i < self._samples for i in each):
+        if len(each) != batch or not all(is_int(i) and 0 <= i < self._samples for i in each):
             allowed = f"{batch} ints in [0, {self._samples}), a tensor or a sequence"
             raise ValueError(f"index must be {allowed}, got {numbers!r:.80}")
         return list(each)
@@ -388,7 +388,7 @@ class TeacherCache:
         seed = as_python("seed", seed)
         if not isinstance(identity, str) or not re.fullmatch(r"[0-9A-Za-z_-]+", identity):
             raise ValueError(f"identity must be letters, digits, '-' and '_', got {identity!r}")
-        if not is_whole(seed):
-            raise TypeError(f"seed must be an int, got {kind(seed)}")
+        if not is_int(seed):
+            raise TypeError(f"seed must be an int, got {type_name(seed)}")
         path = os.path.join(self._folder, f"{identity[:16]}-seed{seed}")
         return _Table(path, f"{_FORMAT} {sys.byteorder} {identity} {seed} {self._samples}")

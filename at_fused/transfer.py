@@ -23,11 +23,11 @@ from at_fused._arguments import (
     PairOptions,
     check_channels,
     check_masks,
-    check_spatial,
+    check_spatial_options,
     pair_weights,
 )
 from at_fused._hooks import TappedNetwork
-from at_fused._layouts import check_for_tokens, check_kept
+from at_fused._layouts import check_module_options, check_token_option
 from at_fused._models import (
     arguments_of,
     evaluating,
@@ -39,7 +39,7 @@ from at_fused._models import (
     tensors_in,
     unwrap,
 )
-from at_fused._numbers import as_python, check_finite, kind
+from at_fused._numbers import as_python, check_finite, type_name
 from at_fused._observe import format_size
 from at_fused._options import LossArguments, MapSizes
 from at_fused.balance import AUTO_STEPS, AutoBeta, GradientRatio, check_loss, gradient_ratio
@@ -144,7 +144,7 @@ class AttentionTransfer:
         if layers is None and example is None:
             raise ValueError("layers or example must be given: names, or an input to find layers")
         if cache is not None and not isinstance(cache, TeacherCache):
-            raise TypeError(f"cache must be a TeacherCache or None, got {kind(cache)}")
+            raise TypeError(f"cache must be a TeacherCache or None, got {type_name(cache)}")
         if cache is not None and any("forward" in vars(module) for module in teacher.modules()):
             raise ValueError(
                 "cache: the teacher's forward was replaced, as accelerator.prepare does, so its "
@@ -152,11 +152,13 @@ class AttentionTransfer:
             )
         self.beta = beta
         choices = CHOICES | {"attend": ("spatial", "channel"), "resize": (None, "maps")}
-        checked = check_kept("AttentionTransfer", options, PairOptions.__annotations__, choices)
+        checked = check_module_options(
+            "AttentionTransfer", options, PairOptions.__annotations__, choices
+        )
         self._options_to_show = checked
         self._verbose = verbose
         self._arguments = arguments = LossArguments(**checked)
-        check_spatial(arguments.attend, map_size=map_size)
+        check_spatial_options(arguments.attend, map_size=map_size)
         tokens = {"skip_tokens": skip_tokens, "map_size": map_size}
         self._token_options = {name: as_python(name, value) for name, value in tokens.items()}
         overrides = layout_overrides(channel_dim, **self._token_options)
@@ -324,7 +326,7 @@ class AttentionTransfer:
         has_tokens = [any(map(side.token_size, range(len(self.pairs)))) for side in self._sides]
         for name, value in self._token_options.items():
             values = [getattr(side.overrides, name) for side in self._sides]
-            check_for_tokens(name, value, values, has_tokens, "no layer of its network returns")
+            check_token_option(name, value, values, has_tokens, "no layer of its network returns")
 
     def _run_teacher(self, x: Any) -> tuple[list[Tensor], Tensor | None]:
         args, kwargs = arguments_of(x)
@@ -344,7 +346,7 @@ class AttentionTransfer:
         args, kwargs = arguments_of(x)
         (rows, *others), name = (*args, *kwargs.values()), next(iter(kwargs), None)
         if others or not isinstance(rows, Tensor):
-            kinds = ", ".join(map(kind, (rows, *others)))
+            kinds = ", ".join(map(type_name, (rows, *others)))
             raise TypeError(f"x must be one tensor with a cache, also in a mapping, got {kinds}")
 
         def compute(rows: Tensor) -> tuple[list[Tensor], Tensor | None]:

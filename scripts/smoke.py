@@ -18,7 +18,7 @@ import torch.nn.functional as F
 # A package without its libraries warns; this one must not.
 warnings.simplefilter("error")
 import at_fused  # noqa: E402
-from at_fused.backends import users  # noqa: E402
+from at_fused.backends import backend_by_device  # noqa: E402
 from at_fused.info import lines  # noqa: E402
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -37,7 +37,7 @@ def main(libraries: list[str]) -> None:
     assert table["cpu"].available == ("cpu" in libraries), table["cpu"].reason
     assert ("installed with AT_FUSED_CPP=0" in "\n".join(lines())) == (not libraries)
     if "cuda" in libraries and torch.version.cuda:
-        assert users()["cuda"] == "cuda", table["cuda"].reason
+        assert backend_by_device()["cuda"] == "cuda", table["cuda"].reason
 
     torch.manual_seed(0)
     s, t = torch.randn(4, 8, 7, 7, requires_grad=True), torch.randn(4, 16, 7, 7)

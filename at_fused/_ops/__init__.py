@@ -1,7 +1,7 @@
-"""The operators ``torch.ops.at_fused.*``: schema and autograd of each, in one place.
+"""The operators ``torch.ops.at_fused.*``, each with its schema and autograd.
 
-What runs them is chosen in ``backends``: ``backends.eager`` is registered for every device, a
-compiled library for its own on top of it.
+``backends`` chooses their kernels: ``backends.eager`` is registered for every device, and a
+compiled library overrides it for its own device.
 """
 
 from at_fused._ops.attention import attention_map, attention_map_backward
@@ -20,4 +20,4 @@ __all__ = [
     "map_loss",
 ]
 
-load()  # importing the operators also gives each device its fastest kernels
+load()

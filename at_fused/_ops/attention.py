@@ -1,17 +1,18 @@
-"""Maps, and the way back to features: schema and autograd of each operator.
+"""Operators from features to maps and back: schema and autograd.
 
     attention_map            raw maps of a list of features
-    attention_map_backward   the gradient of a list of features from their coefficient maps
+    attention_map_backward   gradients of a list of features from their coefficient maps
 
-A feature is (B, C, *spatial) with any strides, a map (B, N). All take lists, so that a network's
-stages are one call and, on a GPU, one launch. ``skip_tokens`` holds a number for each feature, or
-nothing: so many positions in front of a feature (B, C, N) have no part in its map, and no gradient.
+A feature is (B, C, *spatial) with any strides, a map is (B, N). The operators take lists: all
+stages of a network need one call and, on a GPU, one launch. ``skip_tokens`` is empty or has a
+number for each feature: that many leading positions of a feature (B, C, N) are left out of its map
+and get a zero gradient.
 
-``attention_map`` with ``collapse="max"`` returns the n maps and after them n int32 maps of the
-channels that won.
+``attention_map`` with ``collapse="max"`` returns n maps, then n int32 maps with the channel of each
+maximum.
 
-``attention_map_backward`` multiplies the coefficients by ``loss_gradient``: nothing, a scalar, one
-value per pair, or one per pair and sample; ``pairs`` holds the number of each feature's pair.
+``attention_map_backward`` multiplies the coefficients by ``loss_gradient``: None, a scalar, one
+value per pair, or one per pair and sample. ``pairs`` has the pair's index for each feature.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from torch import Tensor
 
 from at_fused._ops.library import (
     apply,
-    below_autograd,
+    call_below_autograd,
     define,
-    entry,
+    is_transformed,
+    needs_graph,
     operators,
-    tracks,
-    transformed,
+    register_autograd,
 )
 from at_fused.backends import eager
 
@@ -50,30 +51,33 @@ class _AttentionMap(torch.autograd.Function):
     def forward(
         ctx: Any, p: float, collapse: str, skip_tokens: Sequence[int], *features: Tensor
     ) -> tuple[Tensor, ...]:
-        found = below_autograd(operators.attention_map.default, features, p, collapse, skip_tokens)
-        maps, channels = found[: len(features)], found[len(features) :]
+        operator = operators.attention_map.default
+        results = call_below_autograd(operator, features, p, collapse, skip_tokens)
+        maps, channels = results[: len(features)], results[len(features) :]
         ctx.set_materialize_grads(False)
         ctx.options = p, collapse, skip_tokens
-        # Features without a gradient, a teacher's, may die, and their maps have none either.
+        # Features that need no gradient, such as a teacher's, are not saved: they can be freed.
         ctx.needed = needed = ctx.needs_input_grad[3:]
         ctx.save_for_backward(*compress(features, needed), *compress(channels, needed))
         ctx.mark_non_differentiable(*compress(maps, map(not_, needed)), *channels)
-        return tuple(found)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *map_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         p, collapse, skip_tokens = ctx.options
-        saved, kept = ctx.saved_tensors, list(compress(range(len(ctx.needed)), ctx.needed))
-        known = [map_gradients[i] is not None for i in kept]
-        found = map_gradients_backward(
-            list(compress(saved, known)),
-            [map_gradients[i] for i in compress(kept, known)],
+        saved, indices = ctx.saved_tensors, list(compress(range(len(ctx.needed)), ctx.needed))
+        has_gradient = [map_gradients[i] is not None for i in indices]
+        channels = saved[len(indices) :]
+        used = list(compress(indices, has_gradient))
+        results = map_gradients_backward(
+            list(compress(saved, has_gradient)),
+            [map_gradients[i] for i in used],
             p,
             collapse,
-            [skip_tokens[i] for i in compress(kept, known)] if skip_tokens else [],
-            list(compress(saved[len(kept) :], known)),
+            [skip_tokens[i] for i in used] if skip_tokens else [],
+            list(compress(channels, has_gradient)),
         )
-        gradients = dict(zip(compress(kept, known), found, strict=True))
+        gradients = dict(zip(used, results, strict=True))
         return None, None, None, *(gradients.get(i) for i in range(len(ctx.needed)))
 
 
@@ -85,7 +89,7 @@ def map_gradients_backward(
     skip_tokens: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """Return the gradients of features from those of their maps."""
+    """Return the gradients of features from the gradients of their maps."""
     pairs = zip(features, map_gradients, strict=True)
     coefficients = [g * (p * eager.collapse_scale(x, collapse)) for x, g in pairs]
     rest = None, list(range(len(features))), p, list(skip_tokens), list(channels)
@@ -95,11 +99,11 @@ def map_gradients_backward(
 def _attention_map_autograd(
     features: list[Tensor], p: float, collapse: str, skip_tokens: Sequence[int] = ()
 ) -> list[Tensor]:
-    if transformed():
+    if is_transformed():
         return eager.attention_map(features, p, collapse, skip_tokens)
-    if tracks(features):
+    if needs_graph(features):
         return list(apply(_AttentionMap, p, collapse, skip_tokens, *features))
-    return below_autograd(operators.attention_map.default, features, p, collapse, skip_tokens)
+    return call_below_autograd(operators.attention_map.default, features, p, collapse, skip_tokens)
 
 
 def _attention_map_backward_autograd(
@@ -112,10 +116,12 @@ def _attention_map_backward_autograd(
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     arguments = features, coefficients, loss_gradient, pairs, p, skip_tokens, channels
-    if transformed() or tracks(features, coefficients, [loss_gradient]):
+    if is_transformed() or needs_graph(features, coefficients, [loss_gradient]):
         return eager.attention_map_backward(*arguments)  # for a second derivative
-    return below_autograd(operators.attention_map_backward.default, *arguments)
+    return call_below_autograd(operators.attention_map_backward.default, *arguments)
 
 
-attention_map = entry("attention_map", _attention_map_autograd)
-attention_map_backward = entry("attention_map_backward", _attention_map_backward_autograd)
+attention_map = register_autograd("attention_map", _attention_map_autograd)
+attention_map_backward = register_autograd(
+    "attention_map_backward", _attention_map_backward_autograd
+)

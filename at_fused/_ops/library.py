@@ -1,9 +1,9 @@
-"""The library ``torch.ops.at_fused``, and what the operators' autograd has in common.
+"""The library ``torch.ops.at_fused``, and helpers for the operators' autograd.
 
-``torch.library.register_autograd`` would do, at several times the time per call: it walks every
-argument as a tree. The autograd functions of this package take their tensors flat instead, and are
-registered under the key "Autograd". A graph that is being compiled or exported holds the operators
-themselves; elsewhere the functions are called directly, which saves a way through the dispatcher.
+``torch.library.register_autograd`` would take several times as long per call: it walks every
+argument as a pytree. The autograd functions of this package take a flat list of tensors instead,
+and are registered under the dispatch key "Autograd". In eager mode they are called directly, which
+saves a pass through the dispatcher. Compiled and exported graphs hold the operators themselves.
 """
 
 from __future__ import annotations
@@ -22,20 +22,17 @@ operators = torch.ops.at_fused
 
 
 def define(schema: str) -> None:
-    """Define an operator; every device, and none, has its function in ``backends.eager``."""
+    """Define an operator; ``backends.eager`` is its kernel for all devices and its fake kernel."""
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema[: schema.index("(")]
     library.impl(name, getattr(eager, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"at_fused::{name}", getattr(eager, name), lib=library)
 
 
-def entry(name: str, function: Callable[..., Any], *last: Any) -> Callable[..., Any]:
-    """Register an operator's autograd; return what calls the operator, with ``last`` at the end.
-
-    A graph that is being compiled or exported holds the operator itself.
-    """
+def register_autograd(name: str, function: Callable[..., Any], *last: Any) -> Callable[..., Any]:
+    """Register an operator's autograd; return a function that calls it with ``last`` appended."""
     library.impl(name, function, "Autograd")
-    library.impl(name, function, "FuncTorchBatched")  # of a vmap in such a graph
+    library.impl(name, function, "FuncTorchBatched")  # for a vmap in a compiled graph
     operator = getattr(operators, name).default
 
     def call(*arguments: Any) -> Any:
@@ -44,42 +41,42 @@ def entry(name: str, function: Callable[..., Any], *last: Any) -> Callable[..., 
     return call
 
 
-def transformed() -> bool:
+def is_transformed() -> bool:
     """Return True under forward-mode AD and the transforms of ``torch.func``.
 
-    torch has their rules for its own operators alone: plain PyTorch runs there.
+    torch has rules for its own operators only, so plain PyTorch runs there.
     """
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def below_autograd(operator: Any, *arguments: Any) -> Any:
-    """Call an operator's kernel itself, not its autograd again."""
+def call_below_autograd(operator: Any, *arguments: Any) -> Any:
+    """Call an operator's kernel, without its autograd."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Call ``function.apply``, quicker.
+    """Call ``function.apply`` with less overhead.
 
-    ``Function.apply`` itself first looks for transforms of ``torch.func``, and binds the arguments
-    to forward's signature for default values. There are none here.
+    ``Function.apply`` checks for transforms of ``torch.func`` and binds the arguments to the
+    signature of ``forward``. Here no transform is active and no argument has a default.
     """
-    plain: Any = super(torch.autograd.Function, function)
-    return plain.apply(*arguments)
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply(*arguments)
 
 
-def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Save tensors for a backward pass: copies of those made under ``inference_mode``.
+def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward pass; inference tensors, which torch refuses, as copies.
 
-    torch saves none of these; a teacher's features, maps and masks often are.
+    A teacher's features, maps and masks are often inference tensors.
     """
     ctx.save_for_backward(
         *(x.clone() if x is not None and x.is_inference() else x for x in tensors)
     )
 
 
-def tracks(*groups: Sequence[Tensor | None]) -> bool:
-    """Return True where autograd follows any of the tensors."""
+def needs_graph(*groups: Sequence[Tensor | None]) -> bool:
+    """Return True if autograd records an operation on these tensors."""
     if torch.is_grad_enabled():
         for group in groups:
             for x in group:

@@ -1,12 +1,12 @@
-"""Back ends, which run the operators: those there are, can be used here, and are in use.
+"""Back ends: sets of kernels for the operators, and the choice between them.
 
-    cpu      the compiled C++ library (csrc/cpu), CPU tensors
-    cuda     the compiled CUDA library (csrc/cuda), CUDA tensors
-    triton   Triton kernels (triton/), CUDA tensors, where there is no CUDA library
-    eager    plain PyTorch, every device (eager/)
+    cpu      compiled C++ library (csrc/cpu), CPU tensors
+    cuda     compiled CUDA library (csrc/cuda), CUDA tensors
+    triton   Triton kernels (triton/), CUDA tensors without a CUDA library
+    eager    plain PyTorch (eager.py), tensors of every device
 
-The dispatcher picks: a back end is a set of kernels registered for a device, the fastest on top.
-``use_backend`` puts another one on top, for the whole process.
+torch's dispatcher picks the kernel that was registered last for a device, which is the fastest one.
+``use_backend`` overrides this choice for the whole process.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from at_fused._arguments import check_choice
 from at_fused.backends import eager, triton
 from at_fused.backends.compiled import cpu, cuda
 
-# What a back end provides: a kernel for each of the operators in _ops, under its name.
+# A back end has a function for each of these operators.
 OPERATORS: tuple[str, ...] = "attention_map", "attention_map_backward"
 OPERATORS += "attention_tap_backward", "attention_tap_backward_"
 OPERATORS += "map_loss", "at_loss", "at_value_and_grad"
 
 
 class Backend(NamedTuple):
-    """One row of :func:`at_fused.backends`.
+    """Row of the table that :func:`at_fused.backends` returns.
 
     Attributes:
         name: "cpu", "cuda", "triton" or "eager".
-        available: whether it can be used here.
-        devices: the types of devices whose tensors run there now, or could if it were chosen.
-        in_use: whether any tensors run there now.
-        reason: what it is, or why it cannot be used.
+        available: True if it can be used on this machine.
+        devices: the device types that use it now; if there are none, those that could use it.
+        in_use: True if a device type uses it now.
+        reason: a description, or why it cannot be used.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Backend(NamedTuple):
     reason: str
 
 
-# Fastest first, each with the devices whose tensors it could run.
+# Fastest first, each with the device types that it supports.
 _TABLE: dict[str, tuple[Any, tuple[str, ...]]] = {
     "cpu": (cpu, ("cpu",)),
     "cuda": (cuda, ("cuda",)),
@@ -58,28 +58,28 @@ _triton_library: torch.library.Library | None = None
 
 
 def load() -> None:
-    """Registers the fastest kernels for each device, once, when the package is imported."""
+    """Register the fastest kernels for each device. Called once, by importing ``_ops``."""
     global _triton_library
     cpu.load()
     cuda.load()
-    if users()["cuda"] == "triton":
+    if backend_by_device()["cuda"] == "triton":
         _triton_library = override(triton, ("CUDA",))
 
 
 def candidates(device: str) -> list[str]:
-    """The back ends that could run a device's tensors, fastest first."""
+    """Return the back ends that support a device, fastest first."""
     return [name for name, (_, devices) in _TABLE.items() if device in devices]
 
 
 def _forced_devices(name: str) -> tuple[str, ...]:
-    """The devices that a back end takes from faster ones where it is chosen."""
+    """Return the devices that a back end serves when the user chooses it."""
     if name == "triton" and triton.interpreted():
         return "cpu", "cuda"
     return () if name == "auto" else _TABLE[name][1]
 
 
-def users() -> dict[str, str]:
-    """Device type -> the back end that runs its tensors."""
+def backend_by_device() -> dict[str, str]:
+    """Map each device type to the back end that runs its tensors."""
     fastest = {
         device: next(name for name in candidates(device) if _TABLE[name][0].loaded())
         for device in ("cpu", "cuda", "other")
@@ -88,23 +88,24 @@ def users() -> dict[str, str]:
 
 
 def backends() -> dict[str, Backend]:
-    """The table of back ends, fastest first.
+    """Return the table of back ends, fastest first.
 
     Returns:
-        For each name a :class:`at_fused.Backend`: name, available, devices, in_use, reason.
+        A :class:`at_fused.Backend` for each name: name, available, devices, in_use, reason.
     """
-    runs = users()
+    choice = backend_by_device()
     table = {}
-    for name, (module, could) in _TABLE.items():
+    for name, (module, supported) in _TABLE.items():
         available = module.available()
-        now = tuple(device for device, user in runs.items() if user == name)
-        in_use = available and bool(now)
-        table[name] = Backend(name, available, now if in_use else could, in_use, module.reason())
+        served = tuple(device for device, backend in choice.items() if backend == name)
+        in_use = available and bool(served)
+        devices = served if in_use else supported
+        table[name] = Backend(name, available, devices, in_use, module.reason())
     return table
 
 
 def override(functions: Any, keys: tuple[str, ...]) -> torch.library.Library:
-    """Puts a back end's functions on top of what is registered; ``_destroy()`` undoes it."""
+    """Register a back end's functions over the existing kernels; ``_destroy()`` undoes it."""
     library = torch.library.Library("at_fused", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"(?s).*Overriding a previously registered kernel")
@@ -119,25 +120,25 @@ def _force(name: str) -> None:
     if _override is not None:
         _override._destroy()
     _forced, _override = name, None
-    if name in ("triton", "eager"):  # a compiled library's kernels are the fastest as they are
+    if name in ("triton", "eager"):  # the compiled kernels are active without an override
         keys = tuple(device.upper() for device in _forced_devices(name) if device != "other")
         _override = override(_TABLE[name][0], keys)
 
 
 class use_backend:  # noqa: N801 - used like torch.no_grad
-    """Runs the operators on one back end: a setting, or a context manager that undoes it.
+    """Choice of the back end that runs the operators: a setting, or a context manager.
 
-    A back end for one kind of device leaves the others' tensors to the fastest there is for them.
-    The choice holds for the whole process, all threads, like ``torch.backends`` flags. It must not
-    change while another thread calls the operators, whose calls may then fail: torch changes its
-    tables of kernels without a lock.
+    Devices that the back end does not support keep their fastest one. The choice holds for all
+    threads of the process, like the flags of ``torch.backends``. Do not change it while another
+    thread calls the operators: torch updates its kernel tables without a lock, so that those calls
+    may fail.
 
     Args:
-        name: "auto" (the fastest there is for each device), "cpu", "cuda", "triton" or "eager".
+        name: "auto" (the fastest for each device), "cpu", "cuda", "triton" or "eager".
 
     Raises:
-        ValueError: ``name`` is none of these.
-        RuntimeError: the back end cannot be used here; the message says why.
+        ValueError: ``name`` is not one of these.
+        RuntimeError: the back end cannot be used on this machine; the message says why.
     """
 
     def __init__(self, name: str) -> None:

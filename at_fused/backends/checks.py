@@ -1,7 +1,7 @@
-"""Checks of the operators' arguments for the back ends in Python.
+"""Checks of the operators' arguments for the Python back ends.
 
-They keep Triton's kernels within their memory, and PyTorch from broadcasting what does not match.
-``csrc`` has the same for the compiled ones.
+They keep Triton kernels from reading out of bounds, and PyTorch from broadcasting mismatched
+shapes. ``csrc`` has the same checks for the compiled back ends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from at_fused._arguments import CHOICES, DTYPES, one_of
+from at_fused._arguments import CHOICES, DTYPES, join_choices
 from at_fused._options import LossOptions
 from at_fused.backends.outputs import accumulate_dtype
 
@@ -21,13 +21,13 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise the error of a wrong direct call."""
+    """Raise a RuntimeError for a wrong direct call if the condition is False."""
     if not condition:
         raise RuntimeError(f"at_fused: {message}")
 
 
-def without_first(features: Sequence[Tensor], skip_tokens: Sequence[int]) -> list[Tensor]:
-    """Return the features without their skipped tokens, as views."""
+def without_skipped(features: Sequence[Tensor], skip_tokens: Sequence[int]) -> list[Tensor]:
+    """Return views of the features without their skipped tokens."""
     if not skip_tokens:
         return list(features)
     return [x[:, :, n:] if n else x for x, n in zip(features, skip_tokens, strict=True)]
@@ -38,7 +38,7 @@ def _shape_of_map(x: Tensor) -> tuple[int, int]:
 
 
 def _check_choice(name: str, value: str) -> None:
-    require(value in CHOICES[name], f"{name} must be {one_of(CHOICES[name])}, got {value!r}")
+    require(value in CHOICES[name], f"{name} must be {join_choices(CHOICES[name])}, got {value!r}")
 
 
 # ---- features and maps ---------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def _check_choice(name: str, value: str) -> None:
 def check_attention_map(
     features: Sequence[Tensor], p: float, collapse: str, skip_tokens: Sequence[int]
 ) -> None:
-    """Check features, the options of their maps, and how many tokens have no part in those."""
+    """Check features, the options of their maps, and the numbers of skipped tokens."""
     for x in features:
         require(
             x.dim() >= 3 and x.numel() > 0 and x.layout is torch.strided and x.dtype in DTYPES,
@@ -108,15 +108,15 @@ def check_attention_map_backward(
     skip_tokens: Sequence[int],
     channels: Sequence[Tensor],
 ) -> None:
-    """Check a map and a pair number for each feature, and perhaps a map of channels."""
+    """Check the coefficient map and pair number of each feature, and its map of channels if any."""
     check_attention_map(features, p, "max" if channels else "sum", skip_tokens)
     count = len(features)
     require(
         len(coefficients) == len(pairs) == count and len(channels) in (0, count),
         "a coefficient map and a pair number per feature, and a map of channels or none",
     )
-    winners: Sequence[Tensor | None] = channels or [None] * count
-    for each in zip(without_first(features, skip_tokens), coefficients, winners, strict=True):
+    maximums: Sequence[Tensor | None] = channels or [None] * count
+    for each in zip(without_skipped(features, skip_tokens), coefficients, maximums, strict=True):
         _check_map(*each)
     _check_loss_gradient(loss_gradient, pairs, features)
 
@@ -137,15 +137,15 @@ def check_tap(gradient: Tensor, feature: Tensor, map_gradient: Tensor, *rest: An
     _check_map(feature, map_gradient, channels)
 
 
-def check_apart(gradient: Tensor) -> None:
-    """Check that no two elements of what is written in place lie in one place."""
-    reach = 1
+def check_no_overlap(gradient: Tensor) -> None:
+    """Check that no two elements of a tensor that is written in place share memory."""
+    extent = 1
     for step, size in sorted(zip(gradient.stride(), gradient.shape, strict=True)):
         require(
-            size < 2 or step >= reach,
+            size < 2 or step >= extent,
             "a gradient that is written in place must not be expanded, nor overlap itself",
         )
-        reach += (size - 1) * step
+        extent += (size - 1) * step
 
 
 # ---- losses --------------------------------------------------------------------------------------
@@ -178,23 +178,23 @@ def check_at_loss(
     options: LossOptions,
     loss_gradient: Tensor | None = None,
 ) -> None:
-    """Check the pairs of a loss, their masks, and its options."""
+    """Check the pairs of a loss, their masks and the options."""
     _check_pairs(student, teacher, weights, *options[2:])
     features, count = [*student, *teacher], len(student)
     check_attention_map(features, options.p, options.collapse, skip_tokens)
     require(options.collapse != "max", "collapse must be 'mean' or 'sum' here")
     require(len(masks) in (0, count), f"a mask per pair, got {len(masks)}")
-    mapped = without_first(features, skip_tokens)
+    mapped = without_skipped(features, skip_tokens)
     for i, (s, t) in enumerate(zip(mapped[:count], mapped[count:], strict=True)):
         shape = _shape_of_map(s)
         require(
             shape == _shape_of_map(t),
             "student and teacher of a pair must have the same B and positions",
         )
-        right = shape, s.device, accumulate_dtype(s, t)
+        expected = shape, s.device, accumulate_dtype(s, t)
         require(
-            not masks or (masks[i].shape, masks[i].device, masks[i].dtype) == right,
-            "a mask must be (B, N) on the features' device, float64 where a feature of the pair is "
+            not masks or (masks[i].shape, masks[i].device, masks[i].dtype) == expected,
+            "a mask must be (B, N) on the features' device, float64 if a feature of the pair is "
             "and float32 otherwise",
         )
     _check_loss_gradient(loss_gradient, range(count), student)
@@ -203,7 +203,7 @@ def check_at_loss(
 def check_map_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[float], *options: Any
 ) -> None:
-    """Check the pairs of a loss of maps, and its options."""
+    """Check the pairs of a loss of maps and the options."""
     _check_pairs(student, teacher, weights, *options)
     for i, q in enumerate([*student, *teacher]):
         require(

@@ -1,4 +1,4 @@
-"""The compiled libraries (csrc/cpu, csrc/cuda): found, loaded, and asked about themselves."""
+"""The compiled libraries (csrc/cpu, csrc/cuda): loading them, and how they were built."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ _FOLDER = Path(__file__).resolve().parent.parent
 
 
 class _Library:
-    """``at_fused/<stem>*.so``; ``failure`` says why it is not in use, "" if it is."""
+    """Library ``at_fused/<stem>*.so``; ``failure`` is "", or the reason why it is not in use."""
 
     def __init__(self, stem: str) -> None:
         self.stem = stem
         self.failure = "not loaded yet"
-        self.found = False
+        self.exists = False
 
     def load(self) -> None:
-        """Load the library, which registers its kernels, or say in ``failure`` why not."""
+        """Load the library, which registers its kernels, or set ``failure``."""
         libraries = sorted(_FOLDER.glob(f"{self.stem}*.so"))
-        self.found = bool(libraries)
-        if not self.found:
+        self.exists = bool(libraries)
+        if not self.exists:
             self.failure = f"no compiled library in {_FOLDER}"
             return
         try:
             torch.ops.load_library(str(libraries[0]))
             self.failure = ""
         except (OSError, RuntimeError) as error:
-            self.failure = f"{libraries[0].name} does not load: {error}"
+            self.failure = f"{libraries[0].name} cannot be loaded: {error}"
 
     def loaded(self) -> bool:
         """Return True once the library's kernels are registered."""
@@ -46,22 +46,22 @@ class _Library:
 
 class _CPU(_Library):
     def load(self) -> None:
-        """Load the library; where that fails, warn, unless the user asked for none."""
+        """Load the library; warn if that fails, unless the user chose to install without it."""
         super().load()
         if self.loaded():
-            wanted = os.environ.get("AT_FUSED_CPU_ISA")
-            if wanted and wanted != self.isa():
+            isa = os.environ.get("AT_FUSED_CPU_ISA")
+            if isa and isa != self.isa():
                 warn(
                     f"AT_FUSED_CPU_ISA must be one of {', '.join(self.isa_levels())} on this "
-                    f"machine, got {wanted!r}; {self.isa()} is used"
+                    f"machine, got {isa!r}; using {self.isa()} instead"
                 )
             return
-        nothing = nothing_compiled()
-        if not (nothing and nothing.wanted):
-            advice = f": {nothing.reason}" if nothing else ""
+        not_compiled = why_not_compiled()
+        if not (not_compiled and not_compiled.is_intended):
+            advice = f": {not_compiled.reason}" if not_compiled else ""
             warn(
-                f"the CPU kernels are not used ({self.failure}{advice}); at_fused runs on plain "
-                "PyTorch, slower"
+                f"the CPU kernels are not used ({self.failure}{advice}); at_fused runs in plain "
+                "PyTorch, which is slower"
             )
 
     def isa(self) -> str:
@@ -69,33 +69,33 @@ class _CPU(_Library):
         return str(torch.ops.at_fused.cpu_isa())
 
     def isa_levels(self) -> list[str]:
-        """Return the instruction sets that this processor can run, lowest first."""
+        """Return the instruction sets that this processor supports, lowest first."""
         return list(torch.ops.at_fused.cpu_isa_levels())
 
     def reason(self) -> str:
-        """Return the instruction set in use, or why the library is not."""
+        """Return the instruction set in use, or why the library is not in use."""
         return self.failure or f"C++ kernels, {self.isa()}"
 
 
 class _CUDA(_Library):
     def load(self) -> None:
-        """Load the library if there is one and torch has CUDA; warn only where that should work."""
+        """Load the library if torch has CUDA; warn if the library exists but cannot be loaded."""
         if torch.version.cuda is None:
             self.failure = f"torch {torch.__version__} has no CUDA"
             return
         super().load()
-        if self.found and not self.loaded():
+        if self.exists and not self.loaded():
             warn(
-                f"the CUDA kernels are not used ({self.failure}); CUDA tensors take Triton or "
-                "plain PyTorch"
+                f"the CUDA kernels are not used ({self.failure}); CUDA tensors use Triton or plain "
+                "PyTorch instead"
             )
 
     def available(self) -> bool:
-        """Return True where the library is loaded and there is a device for it."""
+        """Return True if the library is loaded and there is a CUDA device."""
         return self.loaded() and torch.cuda.is_available()
 
     def reason(self) -> str:
-        """Return what the library is, or why it is not used."""
+        """Return a description of the library, or why it is not in use."""
         if not self.loaded():
             build = build_info()
             why = f" ({build.cuda})" if build and build.cuda.startswith("not built") else ""
@@ -111,30 +111,30 @@ cuda = _CUDA("_cuda")
 
 
 def build_info() -> ModuleType | None:
-    """Return how this package was built; None where it was not, or that cannot be read."""
+    """Return the record of this package's build; None if it is missing or unreadable."""
     if not any(_FOLDER.glob("_build_info*")):
-        return None  # an editable package elsewhere would lend its own
+        return None  # the import could find that of an editable install in another folder
     try:
         return importlib.import_module("at_fused._build_info")
     except ImportError:
         return None
 
 
-class Nothing(NamedTuple):
-    """The reason why there is nothing compiled in this package, and if the user wanted that."""
+class NotCompiled(NamedTuple):
+    """Reason why this package has no compiled libraries; ``is_intended`` if the user chose so."""
 
     reason: str
-    wanted: bool
+    is_intended: bool
 
 
-def nothing_compiled() -> Nothing | None:
-    """Return why there is nothing compiled in this package; None where there is something."""
+def why_not_compiled() -> NotCompiled | None:
+    """Return why this package has no compiled libraries; None if it has one."""
     if any(_FOLDER.glob("*.so")):
         return None
-    wheels = [each.read_text("WHEEL") or "" for each in distributions(name="at_fused")]
+    wheels = [package.read_text("WHEEL") or "" for package in distributions(name="at_fused")]
     if any("Root-Is-Purelib: true" in wheel for wheel in wheels):
-        return Nothing("installed with AT_FUSED_CPP=0", wanted=True)
+        return NotCompiled("installed with AT_FUSED_CPP=0", is_intended=True)
     if not (_FOLDER.parent / "csrc").is_dir():
-        return Nothing("it is damaged; install it again", wanted=False)
+        return NotCompiled("the installation is damaged; install it again", is_intended=False)
     advice = f"run in another folder, or pip install -e {_FOLDER.parent}"
-    return Nothing(f"these are the sources; {advice}", wanted=False)
+    return NotCompiled(f"this is the source folder; {advice}", is_intended=False)

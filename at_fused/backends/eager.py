@@ -1,8 +1,7 @@
-"""The operators in plain PyTorch: the readable reference, and the path of last resort.
+"""The operators in plain PyTorch: a readable reference, and the fallback on every device.
 
-Runs on every device that torch has. Each function has the signature of its operator in ``_ops``.
-Everything here is differentiable, to any order: ``_ops`` leans on that for second derivatives.
-fp16, bf16 and fp32 are computed in fp32, fp64 in fp64.
+Each function has the signature of its operator in ``_ops``. All are differentiable to any order:
+``_ops`` uses them for second derivatives. fp16, bf16 and fp32 are computed in fp32, fp64 in fp64.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from torch import Tensor
 
 from at_fused._options import LossOptions
 from at_fused.backends.checks import (
-    check_apart,
     check_at_loss,
     check_attention_map,
     check_attention_map_backward,
     check_map_loss,
+    check_no_overlap,
     check_tap,
-    without_first,
+    without_skipped,
 )
-from at_fused.backends.outputs import accumulate_dtype, laid_out_as
+from at_fused.backends.outputs import accumulate_dtype, match_strides
 
 
 def loaded() -> bool:
-    """Return True: torch's dispatcher always has it."""
+    """Return True: this back end is always registered."""
     return True
 
 
@@ -36,27 +35,27 @@ available = loaded
 
 
 def reason() -> str:
-    """Return what it is."""
+    """Return a description of the back end."""
     return "plain PyTorch"
 
 
-def wide(x: Tensor) -> Tensor:
-    """Return x in fp64, or on Apple's GPUs, which have none, in fp32."""
+def to_float64(x: Tensor) -> Tensor:
+    """Return x in fp64; in fp32 on Apple's GPUs, which have no fp64."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
 def collapse_scale(x: Tensor, collapse: str) -> float:
-    """The factor before the channel sum: 1/C for "mean", 1 for "sum" and "max"."""
+    """Return the factor of the sum over channels: 1/C for "mean", 1 for "sum" and "max"."""
     return 1.0 / x.shape[1] if collapse == "mean" else 1.0
 
 
 def power(x: Tensor, p: float) -> Tensor:
-    """|x|^p."""
+    """Return |x|^p."""
     return x * x if p == 2 else x.abs() if p == 1 else x.abs().pow(p)
 
 
 def slope(x: Tensor, p: float) -> Tensor:
-    """The derivative of ``power`` over p: |x|^(p-1) * sign(x)."""
+    """Return the derivative of ``power`` divided by p: |x|^(p-1) * sign(x)."""
     return x if p == 2 else x.sign() if p == 1 else x.abs().pow(p - 1) * x.sign()
 
 
@@ -66,17 +65,17 @@ def slope(x: Tensor, p: float) -> Tensor:
 def attention_map(
     features: list[Tensor], p: float, collapse: str, skip_tokens: Sequence[int] = ()
 ) -> list[Tensor]:
-    """Q[b, n] = scale * sum_c |A[b, c, n]|^p for each feature (B, C, *spatial).
+    """Return Q[b, n] = scale * sum_c |A[b, c, n]|^p for each feature (B, C, *spatial).
 
-    With "max" the largest |A|^p, and behind the maps the channel (int32) of each: the first one of
-    several, a NaN before all.
+    With "max", return the largest |A|^p, and after all maps the channel (int32) of each maximum.
+    The first of equal channels wins, and NaN counts as the largest value.
     """
     check_attention_map(features, p, collapse, skip_tokens)
     maps, channels = [], []
-    for x in without_first(features, skip_tokens):
+    for x in without_skipped(features, skip_tokens):
         exact = x.to(accumulate_dtype(x)).flatten(2)
         if collapse == "max":
-            # The largest of |A|: their powers may be alike by rounding.
+            # Compare |A| itself: powers of different values may round to the same number.
             channel = exact.abs().max(1).indices
             maps.append(power(exact.gather(1, channel.unsqueeze(1)).squeeze(1), p))
             channels.append(channel.to(torch.int32))
@@ -94,27 +93,27 @@ def attention_map_backward(
     skip_tokens: Sequence[int] = (),
     channels: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    """dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout.
+    """Return dL/dA = g * k[b, n] * |A|^(p-1) * sign(A) for each feature, in its dtype and layout.
 
-    With ``channels`` only the named channel of each position has a gradient.
+    With ``channels``, only that channel of each position gets a gradient.
     """
     check_attention_map_backward(
         features, coefficients, loss_gradient, pairs, p, skip_tokens, channels
     )
     gradients = []
-    mapped = without_first(features, skip_tokens)
+    mapped = without_skipped(features, skip_tokens)
     for i, (x, k) in enumerate(zip(mapped, coefficients, strict=True)):
         k = times_loss_gradient(k, loss_gradient, pairs[i])
         channel = channels[i] if channels else None
         gradient = _sweep(x.to(k.dtype), k, p, channel).to(x.dtype)
         if skip_tokens and skip_tokens[i]:
             gradient = F.pad(gradient, (skip_tokens[i], 0))
-        gradients.append(laid_out_as(features[i], gradient))
+        gradients.append(match_strides(features[i], gradient))
     return gradients
 
 
 def times_loss_gradient(k: Tensor, loss_gradient: Tensor | None, pair: int) -> Tensor:
-    """Multiply a pair's coefficients by the gradient of its loss, as ``_ops`` describes it."""
+    """Multiply the coefficients of a pair by the gradient of its loss (see ``_ops.attention``)."""
     if loss_gradient is None:
         return k
     g = loss_gradient if loss_gradient.dim() == 0 else loss_gradient[pair]
@@ -122,33 +121,33 @@ def times_loss_gradient(k: Tensor, loss_gradient: Tensor | None, pair: int) -> T
 
 
 def _sweep(x: Tensor, k: Tensor, p: float, channels: Tensor | None) -> Tensor:
-    """k[b, n] * |x|^(p-1) * sign(x), of the named channels alone if there are any."""
+    """Return k[b, n] * |x|^(p-1) * sign(x), with zeros outside ``channels`` if they are given."""
     k = k.reshape(x.shape[0], 1, *x.shape[2:])
     if channels is None:
         return k * slope(x, p)
     channel = channels.reshape(k.shape).long()
-    known = (channel >= 0) & (channel < x.shape[1])
-    channel = torch.where(known, channel, 0)
-    only = torch.where(known, k * slope(x.gather(1, channel), p), 0.0)
-    return torch.zeros_like(x).scatter(1, channel, only)
+    is_valid = (channel >= 0) & (channel < x.shape[1])
+    channel = torch.where(is_valid, channel, 0)
+    values = torch.where(is_valid, k * slope(x.gather(1, channel), p), 0.0)
+    return torch.zeros_like(x).scatter(1, channel, values)
 
 
 # ---- taps ----------------------------------------------------------------------------------------
 
 
 def attention_tap_backward(gradient: Tensor, feature: Tensor, *rest: Any) -> Tensor:
-    """G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A), in the feature's dtype and layout."""
-    return torch.empty_like(feature).copy_(_tapped(gradient, feature, *rest))
+    """Return G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A), in A's dtype and layout."""
+    return torch.empty_like(feature).copy_(_tap_gradient(gradient, feature, *rest))
 
 
 def attention_tap_backward_(gradient: Tensor, *rest: Any) -> None:
-    """``attention_tap_backward``, written into ``gradient``."""
-    added = _tapped(gradient, *rest)
-    check_apart(gradient)
-    gradient.copy_(added)
+    """Write the result of ``attention_tap_backward`` into ``gradient``."""
+    result = _tap_gradient(gradient, *rest)
+    check_no_overlap(gradient)
+    gradient.copy_(result)
 
 
-def _tapped(
+def _tap_gradient(
     gradient: Tensor,
     feature: Tensor,
     map_gradient: Tensor,
@@ -165,13 +164,14 @@ def _tapped(
 
 
 def normalize(raw: Tensor, eps: float, eps_mode: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Q / max(||Q||, eps) along the positions, or Q / (||Q|| + eps); and what it takes to go back.
+    """Return Q / max(||Q||, eps) or Q / (||Q|| + eps), and the two inputs of its derivative.
 
-    That is Q / ||Q||, zeros where a norm has no part in the quotient, and the divisor. All in fp64.
+    These are the unit map Q / ||Q|| (zeros where the result does not depend on the norm) and the
+    divisor. All three are in fp64.
     """
-    # Squares of a map overflow fp32 from features of 1e10 on. Apple's GPUs have no fp64.
-    raw = wide(raw)
-    # The norm's own derivative is 0/0 at a zero map, where it has no part anyway.
+    # For features above about 1e10, the squares of a map overflow fp32.
+    raw = to_float64(raw)
+    # The derivative of a norm is 0/0 at a zero map; ``constant`` excludes it.
     squares = (raw * raw).sum(1, keepdim=True)
     constant = squares <= (eps * eps if eps_mode == "max" else 0.0)
     norm = torch.where(constant, 1.0, squares).sqrt()
@@ -185,9 +185,9 @@ def normalize(raw: Tensor, eps: float, eps_mode: str) -> tuple[Tensor, Tensor, T
 def pair_loss(
     student: Tensor, teacher: Tensor, weight: float, form: str, eps_mode: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of each sample (B,) and coefficient maps dL/dQ of both sides, from raw maps (B, N).
+    """Return the loss of each sample (B,), and the gradients of their sum for both raw maps (B, N).
 
-    In fp64, and for the sum over the samples.
+    The results are in fp64.
     """
     qs, student_unit, student_divisor = normalize(student, eps, eps_mode)
     qt, teacher_unit, teacher_divisor = normalize(teacher, eps, eps_mode)
@@ -198,10 +198,10 @@ def pair_loss(
         loss = squares * weight
         gradient = difference * (2 * weight)
     else:
-        same = squares == 0
-        distance = torch.where(same, 1.0, squares).sqrt()
-        loss = torch.where(same, 0.0, distance) * weight
-        gradient = torch.where(same, 0.0, difference / distance) * weight
+        is_zero = squares == 0
+        distance = torch.where(is_zero, 1.0, squares).sqrt()
+        loss = torch.where(is_zero, 0.0, distance) * weight
+        gradient = torch.where(is_zero, 0.0, difference / distance) * weight
 
     def coefficients(q: Tensor, unit: Tensor, divisor: Tensor, g: Tensor) -> Tensor:
         return (g - unit * (q * g).sum(1, keepdim=True)) / divisor
@@ -214,7 +214,7 @@ def pair_loss(
 
 
 def sample_weight(weights: list[float], i: int, batch: int, reduction: str) -> float:
-    """Return the factor of a sample's loss in the result."""
+    """Return the factor of the loss of each sample of pair i."""
     weight = weights[i] if weights else 1.0
     return weight if reduction == "sample" else weight / batch
 
@@ -222,7 +222,7 @@ def sample_weight(weights: list[float], i: int, batch: int, reduction: str) -> f
 def map_loss(
     student: list[Tensor], teacher: list[Tensor], weights: list[float], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss of all pairs of raw maps (B, N), and dL/dQ of the sides asked for."""
+    """Return the loss of all pairs of raw maps (B, N), and dL/dQ of the requested sides."""
     form, reduction, eps_mode, eps, student_grad, teacher_grad = rest
     check_map_loss(student, teacher, weights, form, reduction, eps_mode, eps)
     losses, student_maps, teacher_maps = [], [], []
@@ -246,7 +246,7 @@ def at_loss(
     skip_tokens: list[int],
     *rest: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss of all pairs, and what the backward pass needs of them (see ``_ops``)."""
+    """Return the loss of all pairs, and the maps for the backward pass (see ``_ops.loss``)."""
     *values, student_grad, teacher_grad = rest
     options = LossOptions(*values)
     check_at_loss(student, teacher, masks, weights, skip_tokens, options)
@@ -274,7 +274,7 @@ def at_value_and_grad(
     skip_tokens: list[int],
     *rest: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss of all pairs, and the students' gradients times ``scale * loss_gradient``."""
+    """Return the loss of all pairs, and the students' gradients times ``scale * loss_gradient``."""
     *options, scale, loss_gradient = rest
     loss, maps = at_loss(student, teacher, masks, weights, skip_tokens, *options, True, False)
     count = len(student)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torchdistill.losses.registry import register_mid_level_loss
 
 from at_fused._arguments import ATOptions, check_choice, check_one_batch
-from at_fused._layouts import check_kept
+from at_fused._layouts import check_module_options
 from at_fused._numbers import check_finite
 from at_fused.functional import at_loss
 
@@ -69,7 +69,7 @@ class FusedATLoss(nn.Module):
         check_choice("mode", mode, ("code", "paper"))
         if mode == "paper":
             options = {"collapse": "sum", **options}
-        check_kept("FusedATLoss", options, _OPTIONS)
+        check_module_options("FusedATLoss", options, _OPTIONS)
         if not isinstance(at_pairs, Mapping) or not at_pairs:
             raise TypeError(f"at_pairs must be a dict of pairs by name, got {at_pairs!r:.80}")
         self.at_pairs, self.mode, self.options = at_pairs, mode, options

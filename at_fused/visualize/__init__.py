@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from at_fused import attention_map
 from at_fused._models import evaluating, modules_named
-from at_fused._numbers import as_python, check_finite, is_whole, kind
+from at_fused._numbers import as_python, check_finite, is_int, type_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def attention_maps(
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {kind(model)}")
+        raise TypeError(f"model must be an nn.Module, got {type_name(model)}")
     layers = as_python("layers", layers)
     names = [layers] if isinstance(layers, str) else layers
     several = isinstance(names, (list, tuple)) and len(names) > 0
@@ -79,8 +79,8 @@ def attention_maps(
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 raise TypeError(
-                    f"layer {name!r} ({kind(module)}) must give one tensor, got {kind(output)}; "
-                    "name a module within it that does"
+                    f"layer {name!r} ({type_name(module)}) must give one tensor, got "
+                    f"{type_name(output)}; name a module within it that does"
                 )
             # Now, not after the pass: what follows may write into this tensor (ReLU in place).
             try:
@@ -174,7 +174,7 @@ def _pictures(
     images: Tensor, mean: float | Sequence[float] | None, std: float | Sequence[float] | None
 ) -> Tensor:
     """Return images as (B, H, W, 1 or 3) in [0, 1]."""
-    got = tuple(images.shape) if isinstance(images, Tensor) else kind(images)
+    got = tuple(images.shape) if isinstance(images, Tensor) else type_name(images)
     if not isinstance(got, tuple) or len(got) != 4 or got[1] not in (1, 3) or 0 in got:
         raise ValueError(f"images must be a tensor (B, 1, H, W) or (B, 3, H, W), got {got}")
     x = images.detach().cpu().double() / (255 if images.dtype is torch.uint8 else 1)
@@ -188,7 +188,7 @@ def _pictures(
 
 def _relative(name: str, attention: Tensor, batch: int) -> Tensor:
     """Return a map (B, h, w) over its root mean square: sqrt(h w) q, 1 everywhere if it is flat."""
-    got = tuple(attention.shape) if isinstance(attention, Tensor) else kind(attention)
+    got = tuple(attention.shape) if isinstance(attention, Tensor) else type_name(attention)
     if not isinstance(got, tuple) or len(got) != 3 or got[0] != batch or 0 in got:
         raise ValueError(f"{name} must be maps (B, H, W) of the {batch} images, got {got}")
     attention = attention.detach().cpu().double()
@@ -296,7 +296,7 @@ def figure(
     rows, names = _labels("stages", stages, rows), _labels("names", names, ["image"] * batch)
     letters = max(8, int(panel * 13))  # as wide as a panel, at 9 points
     heads, titles = ([textwrap.fill(str(x), letters) for x in texts] for texts in (names, columns))
-    if not is_whole(across) or across < 1:
+    if not is_int(across) or across < 1:
         raise ValueError(f"across must be a whole number >= 1, got {across!r}")
     across = min(across, batch)
 

@@ -323,9 +323,9 @@ def test_documented_conversions() -> None:
 
 SHAPES = [(8, 4, 6, 6)]
 ERRORS: dict[str, tuple[Any, ...]] = {
-    "p must be a whole number with absolute=False, got 1.5": (compat.RepDistillerAttention, 1.5),
+    "p must be an integer with absolute=False, got 1.5": (compat.RepDistillerAttention, 1.5),
     "mode must be 'code' or 'paper', got 'eq2'": (compat.torchdistill_at_loss, X, Y, "eq2"),
-    "one batch size.*got 2 and, in pair 1, 1": (
+    "one batch size.*got 2 for pair 0 and 1 for pair 1": (
         *(compat.torchdistill_at_loss, [X, X[:1]], [Y, Y[:1]], "paper"),
     ),
     "must be a tensor, of one pair, got list": (compat.aberhu_at_loss, [X], [Y]),

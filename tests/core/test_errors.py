@@ -38,16 +38,16 @@ VALUE_ERRORS: dict[str, tuple[Any, ...]] = {
     "student must not be an empty list": ([], []),
     "teacher must not be empty": (X, Y[:, :0]),
     "student of pair 1 is on meta": ([X, X.to("meta")], [Y, Y]),
-    r"4x4 and 16; choose .* and rank \(at_loss takes .* map_size for tokens\)$": (
+    r"4x4 and 16; choose .* and rank \(for tokens, at_loss has .* and map_size\)$": (
         *(X, Y.flatten(2), {"resize": "maps"}),
     ),
     "got 4x4 and 1x4x4; choose .* and rank": (X, Y[:, :, None], {"resize": "maps"}),
-    "got 3 and 5; choose layers of equal": (X, Y, {"attend": "channel"}),
-    "whole number.*2.5": (X, Y, {"absolute": False, "p": 2.5}),
-    "collapse='max' takes absolute": (X, Y, {"absolute": False, "p": 3, "collapse": "max"}),
+    "got 3 and 5; choose layers with the same number": (X, Y, {"attend": "channel"}),
+    "an integer.*2.5": (X, Y, {"absolute": False, "p": 2.5}),
+    "collapse='max' needs absolute=True": (X, Y, {"absolute": False, "p": 3, "collapse": "max"}),
     "skip_tokens is for token features.*channel_dim=-1": (X, Y, {"skip_tokens": 1}),
     "map_size is for token features.*channel_dim=-1": (X, Y, {"map_size": (4, 4)}),
-    "must leave a token of student.*has 4, got 4": (TOKENS, T_TOKENS, LAST | {"skip_tokens": 4}),
+    "at least one token of student.*has 4, got 4": (TOKENS, T_TOKENS, LAST | {"skip_tokens": 4}),
     r"map_size must have.*has tokens after skip_tokens, 4, got \(3, 2\)": (
         *(TOKENS, T_TOKENS, LAST | {"map_size": (3, 2)}),
     ),
@@ -57,22 +57,22 @@ VALUE_ERRORS: dict[str, tuple[Any, ...]] = {
     "one per pair, got 2 for 1": (X, X, {"mask": [ONES, ONES]}),
     "features' device, cpu, got meta": (X, X, {"mask": ONES.to("meta")}),
     "mask is for attend='spatial'": (X, X, {"mask": ONES, "attend": "channel"}),
-    r"mask must be of the 3 tokens that skip_tokens=1 leaves, got 4; give mask\[:, 1:\]": (
+    r"mask must cover the 3 tokens left by skip_tokens=1, got 4 tokens; pass mask\[:, 1:\]": (
         *(TOKENS, T_TOKENS, LAST | {"skip_tokens": 1, "mask": torch.ones(2, 4)}),
     ),
-    r"sample_weights must be \(2,\), one for each sample of pair 0, got shape \(3,\)": (
+    r"sample_weights must be \(2,\), one number per sample of pair 0, got shape \(3,\)": (
         *(X, Y, {"sample_weights": torch.ones(3)}),
     ),
     r"map_size must be one to three.*got \[3, 3.0\]": (
         *(TOKENS, T_TOKENS, LAST | {"map_size": [3, 3.0]}),
     ),
-    r"skip_tokens .*=-1 \(here \(1, -1\)\); the student has none, got skip_tokens=\(1, 0\)": (
+    r"skip_tokens .*=-1 \(got \(1, -1\)\); the student has none, got skip_tokens=\(1, 0\)": (
         *(X, T_TOKENS, {"channel_dim": (1, -1), "skip_tokens": (1, 0)}),
     ),
     r"map_size .*got map_size=\(None, \(4, 4\)\)": (
         *(TOKENS, Y, {"channel_dim": (-1, 1), "map_size": (None, (4, 4))}),
     ),
-    "one batch size, got 2 and, in pair 1, 1": (
+    "one batch size, got 2 for pair 0 and 1 for pair 1": (
         *([X, X[:1]], [Y, Y[:1]], {"reduction": "sample"}),
     ),
 }

@@ -195,5 +195,5 @@ def test_value_and_grad_beside_graphs(name: str) -> None:
     compiled = torch.compile(values(options), backend="aot_eager")
     assert_values(compiled(*features), features, options)
     program = Module(lambda s, t: at_fused.at_value_and_grad(s, t, **options)[0])
-    with pytest.raises(RuntimeError, match="export at_loss in its place"):
+    with pytest.raises(RuntimeError, match="export at_loss instead"):
         torch.export.export(program, (features[0], features[2]))

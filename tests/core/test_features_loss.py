@@ -100,7 +100,7 @@ X = torch.randn(2, 3, 4)
 
 # test_errors.py checks the other arguments.
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="same batch size, got 2 and, in pair 1, 1"):
+    with pytest.raises(ValueError, match="same batch size, got 2 for pair 0 and 1 for pair 1"):
         at_fused.features_loss([X, X[:1]], [X, X[:1]])
     with pytest.raises(ValueError, match=r"student must have a batch dimension.*\(4,\)"):
         at_fused.features_loss(X[0, 0], X[0, 0])

@@ -136,8 +136,8 @@ ERRORS: dict[str, dict[str, Any]] = {
     r"\['weight'\] must be a number, got str": (  # YAML reads 1.0e+3 as a number, but not 1e3
         {"at_pairs": {"one": pair("a", "x", **yaml.safe_load("weight: 1e3"))}}
     ),
-    "FusedATLoss takes no option 'form'": {"form": "paper"},
-    "FusedATLoss takes no option 'weights'": {"weights": [1]},
+    "FusedATLoss has no option 'form'": {"form": "paper"},
+    "FusedATLoss has no option 'weights'": {"weights": [1]},
 }
 
 
@@ -159,7 +159,7 @@ def test_feature_errors() -> None:
     for d, path in ((student, "b"), (teacher, "y")):
         d[path]["output"] = d[path]["output"][:2]
     FusedATLoss(PAIRS)(student, teacher)
-    with pytest.raises(ValueError, match="mode 'paper', got 4 and, in pair 1, 2"):
+    with pytest.raises(ValueError, match="mode 'paper', got 4 for pair 0 and 2 for pair 1"):
         FusedATLoss(PAIRS, "paper")(student, teacher)
 
 

@@ -242,5 +242,5 @@ def test_module_is_the_function() -> None:
     expected = at_fused.at_loss(s, t, mask=mask, sample_weights=weights, collapse="max")
     assert torch.equal(at_fused.ATLoss(collapse="max")(s, t, mask, weights), expected)
     for name in ("mask", "power"):
-        with pytest.raises(TypeError, match=f"takes no option '{name}'"):
+        with pytest.raises(TypeError, match=f"has no option '{name}'"):
             at_fused.ATLoss(**{name: 1})

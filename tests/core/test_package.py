@@ -22,7 +22,7 @@ from torch.utils import cpp_extension
 import at_fused
 from at_fused import info
 from at_fused._warnings import warn
-from at_fused.backends import OPERATORS, cpu, users
+from at_fused.backends import OPERATORS, backend_by_device, cpu
 
 PACKAGE = Path(at_fused.__file__).parent
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ def test_a_library_needs_its_torch_and_no_other(
 
 
 def test_cuda_tensors_have_the_kernels_that_info_names() -> None:
-    user = users()["cuda"]
+    user = backend_by_device()["cuda"]
     assert info.facts()["CUDA tensors run on"].startswith(user)
     if list(PACKAGE.glob("_cuda*.so")) and torch.version.cuda:
         assert user == "cuda", at_fused.backends()["cuda"].reason
@@ -133,7 +133,7 @@ def test_info_reports(tmp_path: Path) -> None:
     text = "\n".join(info.lines())
     assert at_fused.__version__ in text
     assert torch.__version__ in text
-    assert info.facts()["CPU level"] == cpu.isa()
+    assert info.facts()["CPU instruction set"] == cpu.isa()
     code = """
 import runpy, sys
 runpy.run_module("at_fused.info", run_name="__main__")
@@ -174,9 +174,9 @@ WARNED, SILENT, BROKEN = "['AtFusedWarning']", "[]", b"not a library"
     ("name", "content", "cuda", "warned", "reason"),
     some(
         ("cpu", None, None, WARNED, "no compiled library"),
-        ("cpu", BROKEN, None, WARNED, "_cpu.abi3.so does not load"),
+        ("cpu", BROKEN, None, WARNED, "_cpu.abi3.so cannot be loaded"),
         ("cuda", BROKEN, None, SILENT, "has no CUDA"),
-        ("cuda", BROKEN, "13.0", WARNED, "_cuda.abi3.so does not load"),
+        ("cuda", BROKEN, "13.0", WARNED, "_cuda.abi3.so cannot be loaded"),
     ),
 )
 def test_a_library_that_does_not_load_is_said_once_and_not_used(
@@ -211,7 +211,7 @@ def test_who_asked_for_no_compiled_code_is_not_warned(tmp_path: Path) -> None:
         seen = output_of(tmp_path, "-c", SEEN.format(name="cpu", cuda=None), PYTHONPATH=str(folder))
         assert (f"not used (no compiled library in {copy}: " in seen) != asked
         assert ("nothing compiled: installed with AT_FUSED_CPP=0\n" in seen) == asked
-        assert ("it is damaged; install it again" in seen) != asked
+        assert ("the installation is damaged; install it again" in seen) != asked
 
 
 def test_a_source_folder_in_place_of_the_package_says_so(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_source_folder_in_place_of_the_package_says_so(tmp_path: Path) -> None
     (source / "csrc").mkdir()
     record(place, "false")
     seen = run(source, "-m", "at_fused.info", PYTHONPATH=str(place))
-    advice = f"these are the sources; run in another folder, or pip install -e {source}"
+    advice = f"this is the source folder; run in another folder, or pip install -e {source}"
     assert f"AtFusedWarning: the CPU kernels are not used (no compiled library in {copy}: " in (
         seen.stderr
     )

@@ -334,7 +334,7 @@ def test_changes_of_the_feature_are_refused(fast_backend: str) -> None:
 @pytest.fixture
 def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "_calibrated", False)
-    monkeypatch.setattr(ownership, "_free", None)
+    monkeypatch.setattr(ownership, "_sole_owner_counts", None)
 
 
 @pytest.mark.usefixtures("uncalibrated")

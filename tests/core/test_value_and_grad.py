@@ -52,8 +52,8 @@ def test_nothing_is_part_of_a_graph(backend: str) -> None:
         ("2", TypeError, "scale must be a number, got str"),
         (True, TypeError, "scale must be a number, got bool"),
         (float("inf"), ValueError, "scale must be finite, got inf"),
-        (-1e39, ValueError, "scale must be finite in torch.float32, the gradient's, got -1e"),
-        (10**39, ValueError, "scale must be finite in torch.float32, the gradient's, got 1000"),
+        (-1e39, ValueError, "scale must be finite in the gradient's torch.float32, got -1e"),
+        (10**39, ValueError, "scale must be finite in the gradient's torch.float32, got 1000"),
         (torch.ones(1).to_sparse(), TypeError, "scale must be a dense tensor"),
         (
             torch.ones(1).to(torch.float8_e5m2),
@@ -80,5 +80,5 @@ def test_a_scale_beyond_fp32_for_float64() -> None:
 
 def test_an_unknown_option_is_named() -> None:
     s = torch.randn(2, 3, 4, 4)
-    with pytest.raises(TypeError, match="at_value_and_grad takes no option 'power'"):
+    with pytest.raises(TypeError, match="at_value_and_grad has no option 'power'"):
         at_fused.at_value_and_grad(s, s, power=2)

@@ -18,7 +18,7 @@ from outside import output_of
 from PIL import Image
 
 import at_fused
-from at_fused.backends import users
+from at_fused.backends import backend_by_device
 
 sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks import ROOT, charts, measure, report, results, roofline, steps, tables
@@ -202,7 +202,9 @@ def test_program_measures_all_parts(folder: Path, capsys: pytest.CaptureFixture[
 def test_each_back_end_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "backends", lambda device: ["cpu", "eager"])
     calls = []
-    programs = [{name: lambda: calls.append(users()["cpu"])} for name in ("eager", "at_fused")]
+    programs = [
+        {name: lambda: calls.append(backend_by_device()["cpu"])} for name in ("eager", "at_fused")
+    ]
     rows = Comparison({"shape": [1]}, *programs, Clock(), measure.on("cpu"), 0).rows()
     assert [row["backend"] for row in rows] == ["cpu", "eager"]
     assert all(row["shape"] == [1] and row["ms"].keys() == {"eager", "at_fused"} for row in rows)

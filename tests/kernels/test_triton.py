@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 from at_fused.backends.triton import launch, loss
-from at_fused.backends.triton.tiles import double, double_of, number, number_of
+from at_fused.backends.triton.tiles import decode_double, decode_int, encode_double, encode_int
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_lists_of_several_launches_and_samples_of_several_programs(
     whole = results(layout)
     monkeypatch.setattr(launch, "MAX_ENTRIES", 2)
     monkeypatch.setattr(launch, "_PIECE_BYTES", 1024)
-    monkeypatch.setattr(loss, "_WHOLE_BYTES", 1024)
+    monkeypatch.setattr(loss, "_MAX_UNSPLIT_BYTES", 1024)
     pieces = results(layout)
     torch.testing.assert_close(pieces, whole)
     # In whatever order the programs come.
@@ -142,15 +142,15 @@ def test_nothing_beyond_a_tensor_is_touched(tmp_path: Path) -> None:
 
 @triton.jit
 def _unpack(record, whole, real):  # type: ignore[no-untyped-def]
-    tl.store(whole, number(record[0]))
-    tl.store(real, double(record[1]))
+    tl.store(whole, decode_int(record[0]))
+    tl.store(real, decode_double(record[1]))
 
 
 @pytest.mark.parametrize("n", [0, 1, 16, 2**31 - 1])
 def test_scalars_arrive_as_they_are(n: int) -> None:
     whole, real = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.float64)
     for x in (0.0, 1.0, -1 / 3, 5e-324, -1.7e308, float("inf")):
-        launch.start(_unpack, 1, (number_of(n), double_of(x)), whole, real)
+        launch.start(_unpack, 1, (encode_int(n), encode_double(x)), whole, real)
         assert (whole.item(), real.item()) == (n, x)
 
 

@@ -189,7 +189,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"attend": "both"}, ValueError, "attend must be 'spatial' or 'channel', got 'both'$"),
     ({"resize": "features"}, ValueError, "resize must be None or 'maps', got 'features'$"),
     ({"weights": [1.0]}, ValueError, "weights must have one number per pair"),
-    ({"reduction": "none"}, TypeError, "takes no option 'reduction'"),
+    ({"reduction": "none"}, TypeError, "has no option 'reduction'"),
     ({"map_size": (True, 4)}, ValueError, "map_size must be"),
     ({"skip_tokens": (1, -1)}, ValueError, "skip_tokens must be >= 0, got -1"),
     ({"skip_tokens": 1, "channel_dim": 1}, ValueError, "skip_tokens is for token features"),

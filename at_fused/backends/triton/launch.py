@@ -1,4 +1,4 @@
-"""The host's side of the kernels: records of features, how the work is cut, launches."""
+"""Host side of the kernels: records of features, division of the work, launches."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 from at_fused.backends import eager
 from at_fused.backends.checks import require
 from at_fused.backends.triton import interpreted
-from at_fused.backends.triton.tiles import Above, Entry, Feature, number_of
+from at_fused.backends.triton.tiles import Entry, Feature, LossGradient, encode_int
 
-# A launch compiles the body once per entry; and a kernel's arguments may take 4 KB.
+# The kernel's body is compiled once per entry, and its arguments may take at most 4 KB.
 MAX_ENTRIES = 8
 
-_TILE = 4096  # elements of a tile: 32 to a thread
-_ROW_BYTES = 512  # of a tile along the contiguous dimension
-_PIECE_BYTES = 64 * 1024  # about this much to a program, where samples are cut
+_TILE = 4096  # elements per tile: 32 per thread
+_ROW_BYTES = 512  # of a tile, along the contiguous dimension
+_PIECE_BYTES = 64 * 1024  # approximate work of a program, if samples are split
 
-constexpr = functools.lru_cache(maxsize=4096, typed=True)(tl.constexpr)  # True is not 1
+constexpr = functools.lru_cache(maxsize=4096, typed=True)(tl.constexpr)  # typed: True is not 1
 
 
-def power_of_2(n: int) -> int:
-    """Return the next power of 2."""
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
@@ -39,7 +39,7 @@ def power_of_2(n: int) -> int:
 def _layout(
     shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int, p: float, halvings: int
 ) -> Feature | None:
-    """Make the record of a (B, C, *spatial) tensor, without data; None for other strides."""
+    """Return the record of a (B, C, *spatial) tensor without data; None for other strides."""
     channels, channel = shape[1], stride[1]
     positions, position = 1, 0
     for size, step in zip(reversed(shape[2:]), reversed(stride[2:]), strict=True):
@@ -59,18 +59,18 @@ def _layout(
     else:
         return None
     inner, outer = (positions, channels) if planar else (channels, positions)
-    # A stride that is never taken may be anything.
+    # The stride of a dimension of size 1 is arbitrary.
     line = (channel if planar else position) if outer > 1 else 0
-    # A single sample has the stride of several dense ones, so that one kernel serves both.
+    # A single sample gets the stride of a dense batch, so that it needs no kernel of its own.
     batch = stride[0] if shape[0] > 1 else max(outer * line, inner)
     align = math.gcd(batch, line, inner, 16)
 
     elements = _TILE >> halvings
-    # What takes more registers per element: fp64, a general power, an address for each element.
-    for more in (itemsize == 8, p not in (1, 2, 3, 4), align * itemsize < 16):
-        elements = elements // 2 if more else elements
-    across = min(power_of_2(inner), _ROW_BYTES // itemsize, elements)
-    down = min(power_of_2(outer), elements // across)
+    # fp64, a general power, and an address per element need more registers per element.
+    for needs_more in (itemsize == 8, p not in (1, 2, 3, 4), align * itemsize < 16):
+        elements = elements // 2 if needs_more else elements
+    across = min(next_power_of_2(inner), _ROW_BYTES // itemsize, elements)
+    down = min(next_power_of_2(outer), elements // across)
     wide = (outer - 1) * line + inner >= 2**31
     compiled = planar, align, wide, *((down, across) if planar else (across, down))
     numbers = batch // align, line // align, inner // align, outer
@@ -78,28 +78,28 @@ def _layout(
 
 
 def layout_of(x: Tensor, p: float, halvings: int = 0) -> Feature | None:
-    """Make the record of a tensor as it lies; None where its strides do not allow that.
+    """Return the record of a tensor without a copy; None if its strides do not allow that.
 
-    Tiles are halved for kernels that take more registers.
+    ``halvings`` halves the tiles, for kernels that need more registers.
     """
-    found = _layout(x.shape, x.stride(), x.element_size(), p, halvings)
-    return found and found._replace(data=x)
+    layout = _layout(x.shape, x.stride(), x.element_size(), p, halvings)
+    return layout and layout._replace(data=x)
 
 
 def feature_of(x: Tensor, p: float, halvings: int = 0) -> Feature:
-    """Make the record of a feature, or of a copy where its strides do not allow that."""
-    found = layout_of(x, p, halvings) or layout_of(x.contiguous(), p, halvings)
-    assert found is not None
-    return found
+    """Return the record of a feature, or of a contiguous copy if its strides require one."""
+    feature = layout_of(x, p, halvings) or layout_of(x.contiguous(), p, halvings)
+    assert feature is not None
+    return feature
 
 
 def gradient_of(target: Tensor, p: float) -> Feature:
-    """Make the record of a gradient to be written; ``copy_back`` brings it to odd strides."""
+    """Return the record of a gradient to write: the target, or a buffer for ``copy_back``."""
     return layout_of(target, p) or feature_of(target.new_empty(target.shape), p)
 
 
 def copy_back(gradient: Feature, target: Tensor) -> None:
-    """Copy a gradient to its target where it was written elsewhere."""
+    """Copy a gradient to its target if it was written to a buffer."""
     if gradient.data is not target:
         target.copy_(gradient.data)
 
@@ -107,24 +107,24 @@ def copy_back(gradient: Feature, target: Tensor) -> None:
 def new_gradients(
     features: list[Tensor], skip_tokens: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Make the features' gradients; return them, and the parts that kernels are to write.
+    """Allocate the gradients; return them, and views of them without the skipped tokens.
 
-    The rest belongs to skipped tokens, and is 0.
+    Kernels write the views. The gradients of skipped tokens are set to 0.
     """
     gradients = [torch.empty_like(x) for x in features]
     for gradient, skip in zip(gradients, skip_tokens, strict=False):
         gradient[:, :, :skip].zero_()
-    return gradients, eager.without_first(gradients, skip_tokens)
+    return gradients, eager.without_skipped(gradients, skip_tokens)
 
 
-# ---- cutting -------------------------------------------------------------------------------------
+# ---- division of the work ------------------------------------------------------------------------
 
 
-def cut(positions: int, size: int, step: int) -> tuple[int, int]:
-    """Return the pieces of a sample of ``size`` bytes, and the steps of each along positions."""
+def split_sample(positions: int, size: int, step: int) -> tuple[int, int]:
+    """Return the number of pieces of a sample of ``size`` bytes, and the steps per piece."""
     steps = -(-positions // step)
-    each = -(-steps // min(-(-size // _PIECE_BYTES), steps))
-    return -(-steps // each), each
+    steps_per_piece = -(-steps // min(-(-size // _PIECE_BYTES), steps))
+    return -(-steps // steps_per_piece), steps_per_piece
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -134,18 +134,18 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the tensor's GPU the current one."""
     require(
         x.is_cuda or interpreted(),
-        f"Triton runs {x.device.type} tensors under TRITON_INTERPRET=1 only",
+        f"Triton needs CUDA tensors, got {x.device.type}; set TRITON_INTERPRET=1 for CPU tensors",
     )
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def options(cuda: bool) -> dict[str, Any]:
-    """Return Triton's own options of every launch."""
-    found: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+    """Return Triton's options for every launch."""
+    launch_options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
     if cuda:
-        # A bound of its own keeps ptxas from spilling a word or two for the sake of occupancy.
-        found["maxnreg"] = 128
-    return found
+        # Without an explicit bound, ptxas spills a word or two to raise the occupancy.
+        launch_options["maxnreg"] = 128
+    return launch_options
 
 
 _options = options(cuda=torch.version.cuda is not None)
@@ -159,18 +159,18 @@ def start(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None
 def start_list(
     kernel: Any, work: Sequence[tuple[Any, int]], *arguments: Any, **constants: Any
 ) -> None:
-    """Launch a kernel on a list of records, each with how many programs it takes."""
+    """Launch a kernel on a list of records, each with its number of programs."""
     for first in range(0, len(work), MAX_ENTRIES):
         entries, programs = [], 0
         for record, count in work[first : first + MAX_ENTRIES]:
-            entries.append(Entry(record, number_of(programs), number_of(programs + count)))
+            entries.append(Entry(record, encode_int(programs), encode_int(programs + count)))
             programs += count
         start(kernel, programs, tuple(entries), *arguments, **constants)
 
 
-def above_of(loss_gradient: Tensor | None) -> Above | None:
-    """Make the record of the gradients that come from above."""
+def loss_gradient_of(loss_gradient: Tensor | None) -> LossGradient | None:
+    """Return the record of the gradients of the losses."""
     if loss_gradient is None:
         return None
     pair, sample = (*loss_gradient.stride(), 0, 0)[:2]
-    return Above(loss_gradient, number_of(pair), number_of(sample))
+    return LossGradient(loss_gradient, encode_int(pair), encode_int(sample))

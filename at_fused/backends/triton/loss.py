@@ -1,4 +1,4 @@
-"""The loss of a list of pairs, and the students' gradients: ``loss_kernel``."""
+"""Loss of a list of pairs, and the students' gradients: ``loss_kernel``."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -17,7 +17,7 @@ from at_fused.backends.triton import launch
 from at_fused.backends.triton.gradients import sweep
 from at_fused.backends.triton.loss_of_maps import (
     MapPair,
-    add_up,
+    add_to_loss,
     is_last,
     loss_call,
     loss_of_sample,
@@ -27,36 +27,36 @@ from at_fused.backends.triton.maps import new_map
 from at_fused.backends.triton.tiles import (
     Feature,
     channels_of,
-    double,
-    double_of,
-    is_mine,
-    number,
-    number_of,
+    decode_double,
+    decode_int,
+    encode_double,
+    encode_int,
+    has_program,
     positions_of,
     program_of,
     store_gradient,
     store_map,
-    times_above,
+    times_loss_gradient,
 )
 
-_WHOLE_BYTES = 512 * 1024  # a sample up to this size is not cut where its gradient follows
+_MAX_UNSPLIT_BYTES = 512 * 1024  # of a sample for which the same launch writes the gradient
 
 
 class Pair(NamedTuple):
-    """A student and a teacher; ``gradient`` where this launch writes dL/dS too."""
+    """Record of a student and a teacher; with a ``gradient`` the launch also writes dL/dS."""
 
     maps: MapPair
     student: Feature
     teacher: Feature
     gradient: Feature | None
-    pieces: int  # of a sample; this and the next by ``number_of``
-    steps: int  # of a piece, each of STEP positions
+    pieces: int  # per sample; this and the next with ``encode_int``
+    steps: int  # per piece, of STEP positions each
     STEP: Any
 
 
 @triton.jit
 def _sweep_sample(pair, b, P: tl.constexpr):
-    """Write the gradient of one sample, whose coefficients this program has just written."""
+    """Write the gradient of one sample from the coefficients that this program has written."""
     positions = positions_of(pair.student)
     channels = channels_of(pair.student)
     coefficients = pair.maps.student + b.to(tl.int64) * positions
@@ -69,15 +69,15 @@ def _sweep_sample(pair, b, P: tl.constexpr):
 
 
 @triton.jit
-def _loss_of_pair(pair, program, call, scale, above, P: tl.constexpr, MEAN: tl.constexpr):
-    pieces = number(pair.pieces)
-    span = number(pair.steps) * pair.STEP
+def _loss_of_pair(pair, program, call, scale, loss_gradient, P: tl.constexpr, MEAN: tl.constexpr):
+    pieces = decode_int(pair.pieces)
+    span = decode_int(pair.steps) * pair.STEP
     b = program // pieces
     begin = program % pieces * span
     store_map(pair.student, pair.maps.student, b, begin, span, P, MEAN)
     store_map(pair.teacher, pair.maps.teacher, b, begin, span, P, MEAN)
-    if is_last(call.counters + number(pair.maps.first_sample) + b, pieces):
-        factor = times_above(double(scale), above, pair.maps.number, b)
+    if is_last(call.counters + decode_int(pair.maps.first_sample) + b, pieces):
+        factor = times_loss_gradient(decode_double(scale), loss_gradient, pair.maps.pair_index, b)
         s_factor = factor * P
         t_factor = factor * P
         if MEAN:
@@ -87,21 +87,23 @@ def _loss_of_pair(pair, program, call, scale, above, P: tl.constexpr, MEAN: tl.c
         if pair.gradient is not None:
             tl.debug_barrier()
             _sweep_sample(pair, b, P)
-        add_up(pair.maps, call, b, value)
+        add_to_loss(pair.maps, call, b, value)
 
 
 @triton.jit
-def loss_kernel(entries, call, scale, above, P: tl.constexpr, MEAN: tl.constexpr):
-    """Maps, losses, coefficients, and gradients where an entry (``Pair``) has a place for them.
+def loss_kernel(entries, call, scale, loss_gradient, P: tl.constexpr, MEAN: tl.constexpr):
+    """Compute maps, losses, coefficients and, if an entry (``Pair``) has them, gradients.
 
-    A program has a sample, or a piece of one: the last of a sample's programs finishes it.
+    A program works on a sample or a piece of one. The last program of a sample finishes it.
     """
     for i in tl.static_range(len(entries)):
-        if is_mine(entries[i]):
-            _loss_of_pair(entries[i].record, program_of(entries[i]), call, scale, above, P, MEAN)
+        if has_program(entries[i]):
+            _loss_of_pair(
+                entries[i].record, program_of(entries[i]), call, scale, loss_gradient, P, MEAN
+            )
 
 
-# ---- the host's side -----------------------------------------------------------------------------
+# ---- host side -----------------------------------------------------------------------------------
 
 
 def at_loss(
@@ -112,15 +114,15 @@ def at_loss(
     skip_tokens: list[int],
     *rest: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss of all pairs, and what the backward pass needs of them (see ``_ops``).
+    """Return the loss of all pairs, and the maps for the backward pass (see ``_ops.loss``).
 
-    The rest are ``LossOptions`` and which sides have a gradient.
+    ``rest`` is the ``LossOptions``, ``student_grad`` and ``teacher_grad``.
     """
-    *given, student_grad, teacher_grad = rest
-    options = LossOptions(*given)
+    *values, student_grad, teacher_grad = rest
+    options = LossOptions(*values)
     check_at_loss(student, teacher, masks, weights, skip_tokens, options)
     with launch.on_device(student[0]):
-        features = eager.without_first([*student, *teacher], skip_tokens)
+        features = eager.without_skipped([*student, *teacher], skip_tokens)
         grads = student_grad, teacher_grad
         loss, maps, _ = _forward(features, masks, weights, options, grads)
     return loss, maps if student_grad or teacher_grad else []
@@ -136,20 +138,20 @@ def at_value_and_grad(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss of all pairs, and the students' gradients times ``scale * loss_gradient``.
 
-    The rest are ``LossOptions``, ``scale`` and ``loss_gradient``. A launch for each MAX_ENTRIES
-    pairs; more for pairs of large samples, whose gradients are swept for themselves.
+    ``rest`` is the ``LossOptions``, ``scale`` and ``loss_gradient``. MAX_ENTRIES pairs share a
+    launch; the gradients of large samples need another one.
     """
-    *given, scale, loss_gradient = rest
-    options = LossOptions(*given)
+    *values, scale, loss_gradient = rest
+    options = LossOptions(*values)
     check_at_loss(student, teacher, masks, weights, skip_tokens, options, loss_gradient)
     with launch.on_device(student[0]):
-        features = eager.without_first([*student, *teacher], skip_tokens)
+        features = eager.without_skipped([*student, *teacher], skip_tokens)
         gradients, targets = launch.new_gradients(student, skip_tokens[: len(student)])
-        loss, maps, left = _forward(
+        loss, maps, remaining = _forward(
             features, masks, weights, options, (True, False), targets, scale, loss_gradient
         )
-        xs, ks, outs = ([tensors[i] for i in left] for tensors in (features, maps, targets))
-        sweep(xs, ks, outs, None, left, options.p)
+        xs, ks, outs = ([tensors[i] for i in remaining] for tensors in (features, maps, targets))
+        sweep(xs, ks, outs, None, remaining, options.p)
     return loss, gradients
 
 
@@ -163,37 +165,36 @@ def _forward(
     scale: float = 1.0,
     loss_gradient: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], list[int]]:
-    """Return the loss; maps, students first; and the pairs whose gradient is still to come.
+    """Return the loss, the maps (students first), and the pairs without a gradient so far.
 
-    With ``targets`` dL/dS goes there, times ``scale`` and ``loss_gradient``; where it is still to
-    come, the student's map holds its coefficients.
+    With ``targets`` dL/dS times ``scale * loss_gradient`` is written there. For the returned pairs
+    the student's map holds the coefficients instead.
     """
     p, collapse, form, reduction, eps_mode, eps = options
     count = len(features) // 2
     maps = [new_map(x) for x in features]
     coefficients = [q if grads[i // count] else None for i, q in enumerate(maps)]
     work: list[tuple[Pair, int]] = []
-    left: list[int] = []
+    remaining: list[int] = []
     for i, pair in enumerate(map_pairs(maps, coefficients, masks, weights, reduction)):
         student, teacher = (launch.feature_of(x, p) for x in (features[i], features[count + i]))
         step = max(student.BLOCK_N.value, teacher.BLOCK_N.value)
         batch, positions = maps[i].shape
         size = (features[i].nbytes + features[count + i].nbytes) // batch
-        pieces, steps = launch.cut(positions, size, step)
+        pieces, steps = launch.split_sample(positions, size, step)
         gradient = None
-        if targets and size <= _WHOLE_BYTES:
+        if targets and size <= _MAX_UNSPLIT_BYTES:
             pieces, steps = 1, -(-positions // step)
             gradient = launch.gradient_of(targets[i], p)
         elif targets:
-            left.append(i)
-        numbers = number_of(pieces), number_of(steps)
+            remaining.append(i)
+        numbers = encode_int(pieces), encode_int(steps)
         entry = Pair(pair, student, teacher, gradient, *numbers, launch.constexpr(step))
         work.append((entry, batch * pieces))
     call = loss_call(features, form, reduction, eps_mode, eps)
-    above = launch.above_of(loss_gradient)
-    constants = {"P": p, "MEAN": collapse == "mean"}
-    launch.start_list(loss_kernel, work, call, double_of(scale), above, **constants)
+    arguments = call, encode_double(scale), launch.loss_gradient_of(loss_gradient)
+    launch.start_list(loss_kernel, work, *arguments, P=p, MEAN=collapse == "mean")
     for i, (entry, _) in enumerate(work):
         if targets and entry.gradient:
             launch.copy_back(entry.gradient, targets[i])
-    return call.loss, maps, left
+    return call.loss, maps, remaining

@@ -1,4 +1,4 @@
-"""The loss of a list of pairs of raw maps, and its gradients: ``map_loss_kernel``."""
+"""Loss of a list of pairs of raw maps, and its gradients: ``map_loss_kernel``."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -16,21 +16,21 @@ from at_fused.backends.checks import check_map_loss
 from at_fused.backends.outputs import accumulate_dtype
 from at_fused.backends.triton import launch
 from at_fused.backends.triton.tiles import (
-    double,
-    double_of,
-    is_mine,
-    number,
-    number_of,
+    decode_double,
+    decode_int,
+    encode_double,
+    encode_int,
+    has_program,
     program_of,
 )
 
-_BLOCK = 512  # elements of a map that are taken at a time
+_BLOCK = 512  # elements of a map per step
 
 
 class MapPair(NamedTuple):
-    """A student's and a teacher's raw map (B, N), and what becomes of them.
+    """Record of the raw maps (B, N) of a student and a teacher, and of their gradients.
 
-    The gradients, where they are wanted, may be written over the maps.
+    A gradient is None if it is not needed, and may share the memory of its map.
     """
 
     student: Tensor
@@ -39,25 +39,25 @@ class MapPair(NamedTuple):
     teacher_gradient: Tensor | None
     mask: Tensor | None  # (B, N), a factor of both maps
     positions: int
-    share: tuple[int, int]  # of a sample in the loss, by ``double_of``
-    number: int  # this and the following by ``number_of``
+    sample_weight: tuple[int, int]  # with ``encode_double``
+    pair_index: int  # this and the following with ``encode_int``
     samples: int
     first_sample: int
     BLOCK: Any
 
 
 class LossCall(NamedTuple):
-    """The result and the options of a list.
+    """Record of the results and the options of a list.
 
-    ``losses`` (fp64) and ``counters`` (int32, all 0 before a list's first launch) hold an element
-    per sample, then one per pair, then one more.
+    ``losses`` (fp64) has an element per sample, then one per pair. ``counters`` (int32) has the
+    same and one for the list; all are 0 before the first launch of a list.
     """
 
     loss: Tensor
     losses: Tensor
     counters: Tensor
-    eps: tuple[int, int]  # by ``double_of``
-    samples: int  # this and the next by ``number_of``
+    eps: tuple[int, int]  # with ``encode_double``
+    samples: int  # this and the next with ``encode_int``
     pairs: int
     PAPER: Any
     ADD: Any
@@ -77,14 +77,14 @@ def _masked(values, mask, row, n, positions):
 
 @triton.jit
 def _load_map(q, mask, row, n, positions):
-    # Past the first-level cache: another program may have written it.
+    # ".cg" bypasses the L1 cache: another program may have written the map.
     values = tl.load(q + row + n, mask=n < positions, other=0.0, cache_modifier=".cg")
     return _masked(values.to(tl.float64), mask, row, n, positions)
 
 
 @triton.jit
 def _divisor(squares, eps, ADD: tl.constexpr):
-    """Divisor of a map Q to q; and (Q / ||Q||) / q, 0 where the norm has no part in q."""
+    """Return the divisor that turns Q into q, and (Q / ||Q||) / q (0 if q ignores the norm)."""
     if ADD:
         norm = tl.sqrt(squares)
         divisor = norm + eps
@@ -98,14 +98,14 @@ def _divisor(squares, eps, ADD: tl.constexpr):
 
 @triton.jit
 def loss_of_sample(pair, call, b, s_factor, t_factor):
-    """Return a sample's loss; write factor * dL/dQ of the sides that have a place for it.
+    """Return a sample's loss; write factor * dL/dQ for each side that has a gradient.
 
-    All in fp64. Of a masked pair's other side the map is masked in place.
+    Computes in fp64. If the pair has a mask, a side without a gradient is masked in place.
     """
     positions = pair.positions
     row = b.to(tl.int64) * positions
     block = tl.arange(0, pair.BLOCK)
-    eps = double(call.eps)
+    eps = decode_double(call.eps)
     s_squares = tl.zeros([pair.BLOCK], tl.float64)
     t_squares = tl.zeros([pair.BLOCK], tl.float64)
     for start in range(0, positions, pair.BLOCK):
@@ -117,28 +117,28 @@ def loss_of_sample(pair, call, b, s_factor, t_factor):
     t_divisor, t_unit = _divisor(tl.sum(t_squares, 0), eps, call.ADD)
 
     squares = tl.zeros([pair.BLOCK], tl.float64)
-    s_along = tl.zeros([pair.BLOCK], tl.float64)
-    t_along = tl.zeros([pair.BLOCK], tl.float64)
+    s_products = tl.zeros([pair.BLOCK], tl.float64)
+    t_products = tl.zeros([pair.BLOCK], tl.float64)
     for start in range(0, positions, pair.BLOCK):
-        # Divided, not multiplied by an inverse: a single position is exactly 1 on both sides.
+        # A division, not a product with the inverse: a single position must give exactly 1.
         s = _load_map(pair.student, pair.mask, row, start + block, positions) / s_divisor
         t = _load_map(pair.teacher, pair.mask, row, start + block, positions) / t_divisor
         squares += (s - t) * (s - t)
-        s_along += s * (s - t)
-        t_along += t * (s - t)
+        s_products += s * (s - t)
+        t_products += t * (s - t)
     square = tl.sum(squares, 0)
 
-    share = double(pair.share)
+    weight = decode_double(pair.sample_weight)
     if call.PAPER:
         distance = tl.sqrt(square)
-        loss = share * distance
-        slope = tl.where(square == 0.0, 0.0, share / tl.where(square == 0.0, 1.0, distance))
+        loss = weight * distance
+        slope = tl.where(square == 0.0, 0.0, weight / tl.where(square == 0.0, 1.0, distance))
     else:
-        loss = share * (square / positions)
-        slope = 2.0 * share / positions
+        loss = weight * (square / positions)
+        slope = 2.0 * weight / positions
 
-    s_sum = s_unit * tl.sum(s_along, 0)
-    t_sum = t_unit * tl.sum(t_along, 0)
+    s_sum = s_unit * tl.sum(s_products, 0)
+    t_sum = t_unit * tl.sum(t_products, 0)
     s_slope = slope * s_factor / s_divisor
     t_slope = slope * t_factor / t_divisor
     for start in range(0, positions, pair.BLOCK):
@@ -164,23 +164,23 @@ def _store(out, values, row, n, positions):
     tl.store(out + row + n, values.to(out.dtype.element_ty), mask=n < positions)
 
 
-# ---- all samples ---------------------------------------------------------------------------------
+# ---- sums over samples ---------------------------------------------------------------------------
 #
-# Programs that work on one thing count themselves; the last to come finds all of it done, and does
-# what is left.
+# Programs that share a sample, a pair or a list increment a counter. The last one sees all results
+# of the others and adds them up.
 
 
 @triton.jit
 def is_last(counter, count):
-    """Return whether this is the last of ``count`` programs to come here."""
-    # All threads have written before one of them says so.
+    """Return True in the last of ``count`` programs that call this."""
+    # All threads must have written their results before one thread counts the program.
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
 
 
 @triton.jit
 def _sum_in_order(values, count):
-    """The sum of ``count`` fp64 values, the same bits each time."""
+    """Return the sum of ``count`` fp64 values, in a fixed order."""
     BLOCK: tl.constexpr = 128
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
@@ -190,43 +190,43 @@ def _sum_in_order(values, count):
 
 
 @triton.jit
-def add_up(pair, call, b, value):
-    """Store or add a sample's loss: in the order of the samples, whichever program comes last."""
-    first = number(pair.first_sample)
+def add_to_loss(pair, call, b, value):
+    """Add a sample's loss to the result, in the order of the samples, not of the programs."""
+    first = decode_int(pair.first_sample)
     if call.SAMPLE:
         tl.store(call.loss + first + b, value.to(call.loss.dtype.element_ty))
     else:
         tl.store(call.losses + first + b, value)
-        which = number(pair.number)
-        count = number(pair.samples)
-        samples = number(call.samples)
-        if is_last(call.counters + samples + which, count):
+        index = decode_int(pair.pair_index)
+        count = decode_int(pair.samples)
+        samples = decode_int(call.samples)
+        if is_last(call.counters + samples + index, count):
             total = _sum_in_order(call.losses + first, count)
             if call.SUM:
-                tl.store(call.losses + samples + which, total)
-                pairs = number(call.pairs)
+                tl.store(call.losses + samples + index, total)
+                pairs = decode_int(call.pairs)
                 if is_last(call.counters + samples + pairs, pairs):
                     total = _sum_in_order(call.losses + samples, pairs)
                     tl.store(call.loss, total.to(call.loss.dtype.element_ty))
             else:
-                tl.store(call.loss + which, total.to(call.loss.dtype.element_ty))
+                tl.store(call.loss + index, total.to(call.loss.dtype.element_ty))
 
 
 @triton.jit
 def _loss_of_maps(pair, b, call):
     value = loss_of_sample(pair, call, b, 1.0, 1.0)
-    add_up(pair, call, b, value)
+    add_to_loss(pair, call, b, value)
 
 
 @triton.jit
 def map_loss_kernel(entries, call):
-    """Losses of a list of pairs (``MapPair``), and dL/dQ where it is wanted; a program a sample."""
+    """Compute the losses and gradients of a list of pairs (``MapPair``), one program per sample."""
     for i in tl.static_range(len(entries)):
-        if is_mine(entries[i]):
+        if has_program(entries[i]):
             _loss_of_maps(entries[i].record, program_of(entries[i]), call)
 
 
-# ---- the host's side -----------------------------------------------------------------------------
+# ---- host side -----------------------------------------------------------------------------------
 
 
 def map_pairs(
@@ -236,7 +236,7 @@ def map_pairs(
     weights: list[float],
     reduction: str,
 ) -> list[MapPair]:
-    """Make the records of pairs of maps; maps and gradients of the students come first."""
+    """Return the records of pairs of maps; in each list the students come first."""
     count, first_sample = len(maps) // 2, 0
     pairs = []
     for i in range(count):
@@ -249,11 +249,11 @@ def map_pairs(
                 gradients[count + i],
                 masks[i].contiguous() if masks else None,
                 positions,
-                double_of(eager.sample_weight(weights, i, batch, reduction)),
-                number_of(i),
-                number_of(batch),
-                number_of(first_sample),
-                launch.constexpr(min(launch.power_of_2(positions), _BLOCK)),
+                encode_double(eager.sample_weight(weights, i, batch, reduction)),
+                encode_int(i),
+                encode_int(batch),
+                encode_int(first_sample),
+                launch.constexpr(min(launch.next_power_of_2(positions), _BLOCK)),
             )
         )
         first_sample += batch
@@ -263,7 +263,7 @@ def map_pairs(
 def loss_call(
     tensors: list[Tensor], form: str, reduction: str, eps_mode: str, eps: float
 ) -> LossCall:
-    """Make the record of a list of pairs, students first."""
+    """Return the record of a list of pairs, from features or maps, students first."""
     count = len(tensors) // 2
     samples = sum(x.shape[0] for x in tensors[:count])
     shape = {"sum": (), "none": (count,), "sample": (count, tensors[0].shape[0])}
@@ -273,9 +273,9 @@ def loss_call(
         losses.new_empty(shape[reduction], dtype=accumulate_dtype(*tensors)),
         losses,
         losses.new_zeros(samples + count + 1, dtype=torch.int32),
-        double_of(eps),
-        number_of(samples),
-        number_of(count),
+        encode_double(eps),
+        encode_int(samples),
+        encode_int(count),
         *map(launch.constexpr, flags),
     )
 
@@ -291,12 +291,12 @@ def map_loss(
     student_grad: bool,
     teacher_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss of all pairs of raw maps (B, N), and dL/dQ of the sides asked for."""
+    """Return the loss of all pairs of raw maps (B, N), and dL/dQ of the requested sides."""
     check_map_loss(student, teacher, weights, form, reduction, eps_mode, eps)
     maps = [*student, *teacher]
-    wanted = [student_grad] * len(student) + [teacher_grad] * len(teacher)
+    needed = [student_grad] * len(student) + [teacher_grad] * len(teacher)
     with launch.on_device(maps[0]):
-        gradients = [q.new_empty(q.shape) if g else None for q, g in zip(maps, wanted, strict=True)]
+        gradients = [q.new_empty(q.shape) if g else None for q, g in zip(maps, needed, strict=True)]
         call = loss_call(maps, form, reduction, eps_mode, eps)
         pairs = map_pairs(maps, gradients, [], weights, reduction)
         work = [(pair, q.shape[0]) for pair, q in zip(pairs, student, strict=True)]

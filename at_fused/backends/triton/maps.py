@@ -21,9 +21,9 @@ from at_fused.backends.triton.tiles import (
     Feature,
     addresses,
     channels_of,
-    is_mine,
-    number,
-    number_of,
+    decode_int,
+    encode_int,
+    has_program,
     positions_of,
     power,
     program_of,
@@ -32,18 +32,18 @@ from at_fused.backends.triton.tiles import (
 
 
 class Map(NamedTuple):
-    """A feature whose map is wanted; ``winners`` where the channels go that have the maximum."""
+    """Record of a feature and its map; for "max" also of the channels of the maxima."""
 
     feature: Feature
     out: Tensor
-    winners: Any
-    pieces: int  # of a sample; this and the next by ``number_of``
-    tiles: int  # of a piece, along the positions
+    max_channels: Any
+    pieces: int  # per sample; this and the next with ``encode_int``
+    tiles: int  # per piece, along the positions
 
 
 @triton.jit
 def _rank(x):
-    """Return a whole number that orders by |x|: all NaN alike, and above infinity."""
+    """Return an integer that orders by |x|: every NaN has the same one, above infinity."""
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
         rank = tl.minimum(bits, 0x7FF0000000000001)
@@ -54,8 +54,8 @@ def _rank(x):
 
 
 @triton.jit
-def _store_max(feature, out, winners, b, begin, span, P: tl.constexpr):
-    """Store the largest |x|^p of each position, and in ``winners`` the channel that has it."""
+def _store_max(feature, out, max_channels, b, begin, span, P: tl.constexpr):
+    """Store the largest |x|^p of each position, and its channel in ``max_channels``."""
     ACC: tl.constexpr = out.dtype.element_ty
     channels = channels_of(feature)
     positions = positions_of(feature)
@@ -69,66 +69,66 @@ def _store_max(feature, out, winners, b, begin, span, P: tl.constexpr):
             c = first + tl.arange(0, feature.BLOCK_C)
             mask = (c < channels)[:, None] & inside[None, :]
             x = tl.load(addresses(feature, b, c[:, None], n[None, :]), mask=mask, other=0.0)
-            # Elements past the last channel rank with zeros, after channel 0.
+            # Masked elements are 0: they never rank above channel 0, which comes first.
             rank = _rank(x.to(ACC))
             tile = tl.where(rank > largest, first, tile)
             largest = tl.maximum(rank, largest)
-        winner = tl.max(largest, 0)
+        maximum = tl.max(largest, 0)
         c = tile + tl.arange(0, feature.BLOCK_C)[:, None]
-        found = tl.min(tl.where(largest == winner[None, :], c, channels), 0)
-        tl.store(winners + row + n, found, mask=inside)
-        tl.store(out + row + n, power(winner.to(ACC, bitcast=True), P), mask=inside)
+        first_channel = tl.min(tl.where(largest == maximum[None, :], c, channels), 0)
+        tl.store(max_channels + row + n, first_channel, mask=inside)
+        tl.store(out + row + n, power(maximum.to(ACC, bitcast=True), P), mask=inside)
 
 
 @triton.jit
 def _map_of_feature(entry, program, P: tl.constexpr, MEAN: tl.constexpr):
-    pieces = number(entry.pieces)
-    span = number(entry.tiles) * entry.feature.BLOCK_N
+    pieces = decode_int(entry.pieces)
+    span = decode_int(entry.tiles) * entry.feature.BLOCK_N
     b = program // pieces
     begin = program % pieces * span
-    if entry.winners is None:
+    if entry.max_channels is None:
         store_map(entry.feature, entry.out, b, begin, span, P, MEAN)
     else:
-        _store_max(entry.feature, entry.out, entry.winners, b, begin, span, P)
+        _store_max(entry.feature, entry.out, entry.max_channels, b, begin, span, P)
 
 
 @triton.jit
 def map_kernel(entries, P: tl.constexpr, MEAN: tl.constexpr):
-    """The raw maps of a list of features (``Map``)."""
+    """Compute the raw maps of a list of features (``Map``)."""
     for i in tl.static_range(len(entries)):
-        if is_mine(entries[i]):
+        if has_program(entries[i]):
             _map_of_feature(entries[i].record, program_of(entries[i]), P, MEAN)
 
 
 def new_map(x: Tensor) -> Tensor:
-    """Make memory for a feature's map."""
+    """Allocate the map of a feature."""
     return x.new_empty((x.shape[0], math.prod(x.shape[2:])), dtype=accumulate_dtype(x))
 
 
 def attention_map(
     features: list[Tensor], p: float, collapse: str, skip_tokens: Sequence[int] = ()
 ) -> list[Tensor]:
-    """Q[b, n] = scale * sum_c |A[b, c, n]|^p, (B, N), for each feature (B, C, *spatial).
+    """Return Q[b, n] = scale * sum_c |A[b, c, n]|^p, (B, N), for each feature (B, C, *spatial).
 
-    With "max" the largest |A|^p, and after the maps the channel (int32) of each.
+    With "max", return the largest |A|^p, and after all maps the channel (int32) of each maximum.
     """
     check_attention_map(features, p, collapse, skip_tokens)
     if not features:
         return []
-    features = eager.without_first(features, skip_tokens)
-    largest = collapse == "max"
+    features = eager.without_skipped(features, skip_tokens)
+    is_max = collapse == "max"
     maps = [new_map(x) for x in features]
-    winners = [torch.empty_like(q, dtype=torch.int32) for q in maps] if largest else []
+    channels = [torch.empty_like(q, dtype=torch.int32) for q in maps] if is_max else []
     with launch.on_device(features[0]):
         work = []
         for i, (x, q) in enumerate(zip(features, maps, strict=True)):
-            # The channels take as many registers again as their values.
-            feature = launch.feature_of(x, p, int(largest))
+            # The channels need as many registers as the values.
+            feature = launch.feature_of(x, p, int(is_max))
             batch, positions = q.shape
             size = x.nbytes // batch
-            pieces, tiles = launch.cut(positions, size, feature.BLOCK_N.value)
-            numbers = number_of(pieces), number_of(tiles)
-            entry = Map(feature, q, winners[i] if largest else None, *numbers)
+            pieces, tiles = launch.split_sample(positions, size, feature.BLOCK_N.value)
+            numbers = encode_int(pieces), encode_int(tiles)
+            entry = Map(feature, q, channels[i] if is_max else None, *numbers)
             work.append((entry, batch * pieces))
         launch.start_list(map_kernel, work, P=p, MEAN=collapse == "mean")
-    return maps + winners
+    return maps + channels

@@ -1,15 +1,15 @@
-"""Features as the kernels see them: records, addresses, powers, maps and gradients of tiles.
+"""Building blocks of the kernels: records, addresses, powers, maps and gradients of tiles.
 
-A launch takes a list: a tuple of records (``NamedTuple`` classes), and each program finds by its
-number the entry that it works for. Fields in lower case are values of that call, those in upper
-case are compiled in.
+A launch takes a list: a tuple of records (``NamedTuple`` classes). Each program finds its entry by
+its program id. Fields in lower case are run-time values; fields in upper case are compile-time
+constants.
 
-A tile is BLOCK_C channels by BLOCK_N positions of one sample, in both layouts: only the strides
-differ, and Triton deals the threads out along the one that is 1.
+A tile is BLOCK_C channels by BLOCK_N positions of one sample, in both layouts. Only the strides
+differ: Triton distributes the threads along the contiguous dimension.
 
-A record is always named in full (``entries[i].record``) or passed on: bound to a variable, it would
-lose which of its fields are compiled in. A record's own records stand before what is compiled in:
-Triton 3.6 would forget theirs in a loop.
+Two rules keep Triton from losing which fields are constants. Never bind a record to a variable:
+write ``entries[i].record``, or pass it as an argument. Declare nested records before the constants:
+Triton 3.6 loses theirs in a loop.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -24,30 +24,30 @@ import triton.language as tl
 
 # ---- numbers -------------------------------------------------------------------------------------
 #
-# Triton compiles a kernel anew for an integer that is 1, a multiple of 16, or of more than 32 bits.
-# ``do_not_specialize`` does not reach into tuples, so records hold what no compilation may depend
-# on in a form that is always odd and of 34 bits.
+# Triton compiles separate kernels for an integer argument of 1, a multiple of 16, and more than 32
+# bits. ``do_not_specialize`` does not apply inside tuples. Records therefore encode integers as odd
+# numbers of 34 bits, which all share one kernel.
 
 
-def number_of(value: int) -> int:
-    """Encode a number of 32 bits for a record or an argument."""
+def encode_int(value: int) -> int:
+    """Encode a 32-bit integer for a record or an argument."""
     return 2 * (2**32 + value) + 1
 
 
 @triton.jit
-def number(argument):
-    """Decode a number below 2^31."""
+def decode_int(argument):
+    """Decode an integer below 2^31."""
     return (argument >> 1).to(tl.int32)
 
 
-def double_of(value: float) -> tuple[int, int]:
-    """Encode a double for a record or an argument: Triton would round a float to fp32."""
+def encode_double(value: float) -> tuple[int, int]:
+    """Encode a double for a record or an argument; Triton would round a float to fp32."""
     low, high = struct.unpack("<II", struct.pack("<d", value))
-    return number_of(high), number_of(low)
+    return encode_int(high), encode_int(low)
 
 
 @triton.jit
-def double(argument):
+def decode_double(argument):
     """Decode a double."""
     bits = ((argument[0] >> 1) << 32) | ((argument[1] >> 1) & 0xFFFFFFFF)
     return bits.to(tl.float64, bitcast=True)
@@ -57,7 +57,7 @@ def double(argument):
 
 
 class Entry(NamedTuple):
-    """One record of a list, and the numbers of its programs (by ``number_of``)."""
+    """Record of a list, and the range of its program ids (with ``encode_int``)."""
 
     record: Any
     first_program: int
@@ -65,35 +65,36 @@ class Entry(NamedTuple):
 
 
 @triton.jit
-def is_mine(entry):
-    """Return whether this program works for an entry."""
+def has_program(entry):
+    """Return True if this program belongs to an entry."""
     program = tl.program_id(0)
-    return (program >= number(entry.first_program)) & (program < number(entry.end_program))
+    return (program >= decode_int(entry.first_program)) & (program < decode_int(entry.end_program))
 
 
 @triton.jit
 def program_of(entry):
-    """Return this program's number among the entry's."""
-    return tl.program_id(0) - number(entry.first_program)
+    """Return the index of this program within its entry."""
+    return tl.program_id(0) - decode_int(entry.first_program)
 
 
-# ---- the gradient from above ---------------------------------------------------------------------
+# ---- gradients of the losses ---------------------------------------------------------------------
 
 
-class Above(NamedTuple):
-    """A loss's gradient: one, or one of each pair, or of each sample; steps by ``number_of``."""
+class LossGradient(NamedTuple):
+    """Gradient of the loss: one value, or one per pair or sample; strides with ``encode_int``."""
 
     data: Any
-    pair_step: int
-    sample_step: int
+    pair_stride: int
+    sample_stride: int
 
 
 @triton.jit
-def times_above(k, above, pair, b):
-    """Multiply by the gradient of the loss of a pair's sample, where there is one."""
-    if above is not None:
-        place = number(pair) * number(above.pair_step) + b * number(above.sample_step)
-        k *= tl.load(above.data + place).to(k.dtype)
+def times_loss_gradient(k, gradient, pair, b):
+    """Multiply k by the gradient of the loss of a pair's sample, if there is one."""
+    if gradient is not None:
+        offset = decode_int(pair) * decode_int(gradient.pair_stride)
+        offset += b * decode_int(gradient.sample_stride)
+        k *= tl.load(gradient.data + offset).to(k.dtype)
     return k
 
 
@@ -101,11 +102,12 @@ def times_above(k, above, pair, b):
 
 
 class Feature(NamedTuple):
-    """One feature tensor, or its gradient, as (B, C, N).
+    """Record of a feature, or its gradient, as (B, C, N).
 
-    ``batch``, ``line`` (the stride of whichever of C and N is not contiguous) and ``inner`` (the
-    size of the one that is) are given in units of ALIGN elements: multiplied back in the kernel,
-    they tell the compiler how wide an access may be.
+    Of C and N, ``inner`` is the size of the contiguous dimension; ``outer`` and ``line`` are size
+    and stride of the other one. ``batch`` is the stride of a sample. ``batch``, ``line`` and
+    ``inner`` are in units of ALIGN elements: the kernel multiplies by the constant ALIGN, which
+    tells the compiler how wide an access may be.
     """
 
     data: Any
@@ -122,7 +124,7 @@ class Feature(NamedTuple):
 
 @triton.jit
 def channels_of(feature):
-    """C of a feature."""
+    """Return C of a feature."""
     if feature.PLANAR:
         size = feature.outer
     else:
@@ -132,7 +134,7 @@ def channels_of(feature):
 
 @triton.jit
 def positions_of(feature):
-    """N of a feature."""
+    """Return N of a feature."""
     if feature.PLANAR:
         size = feature.inner * feature.ALIGN
     else:
@@ -142,7 +144,7 @@ def positions_of(feature):
 
 @triton.jit
 def addresses(feature, b, c, n):
-    """Addresses in sample ``b``; channels and positions broadcast."""
+    """Return the addresses of channels c and positions n, broadcast, in sample b."""
     if feature.WIDE:
         c = c.to(tl.int64)
         n = n.to(tl.int64)
@@ -153,14 +155,14 @@ def addresses(feature, b, c, n):
     return feature.data + b.to(tl.int64) * feature.batch * feature.ALIGN + offsets
 
 
-# ---- powers, to fp32's last digits ---------------------------------------------------------------
+# ---- powers --------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _power_fp32(a, P: tl.constexpr):
-    # a = 2^e * m with m about 1, so that a^p = 2^(p e) * 2^(p log2 m). With log2(a) in one number
-    # the rounding of p log2(a), which may be 100, would go into the result's fourth digit from the
-    # end. HIGH is p to 8 binary places: HIGH * e is exact.
+    # a = 2^e * m with m near 1, so that a^p = 2^(p e) * 2^(p log2 m). Rounding p log2(a) itself,
+    # which may be 100, would change the fourth digit of the result from the end. HIGH is p rounded
+    # down to 8 binary places, so that HIGH * e is exact.
     LOW: tl.constexpr = P % 0.00390625
     HIGH: tl.constexpr = P - LOW
     small = a < 1.1754943508222875e-38
@@ -172,7 +174,7 @@ def _power_fp32(a, P: tl.constexpr):
     low = P * tl.log2(m) + LOW * exponent
     whole = tl.floor(high + low + 0.5)
     fraction = tl.exp2((high - whole) + low)
-    # 2^whole as two factors, as it may be past what one can be.
+    # 2^whole may overflow fp32: multiply by two factors instead.
     n = tl.minimum(tl.maximum(whole, -252.0), 252.0).to(tl.int32)
     half = n >> 1
     first = ((half + 127) << 23).to(tl.float32, bitcast=True)
@@ -183,18 +185,18 @@ def _power_fp32(a, P: tl.constexpr):
 @triton.jit
 def _power(x, P: tl.constexpr):
     a = tl.abs(x)
-    regular = (a > 0.0) & (a < float("inf"))  # else 0, inf and NaN as they are
-    safe = tl.where(regular, a, 1.0)
+    is_regular = (a > 0.0) & (a < float("inf"))  # 0, inf and NaN are returned unchanged
+    safe = tl.where(is_regular, a, 1.0)
     if x.dtype == tl.float64:
         powered = tl.exp2(P * tl.log2(safe))
     else:
         powered = _power_fp32(safe, P)
-    return tl.where(regular, powered, a)
+    return tl.where(is_regular, powered, a)
 
 
 @triton.jit
 def power(x, P: tl.constexpr):
-    """|x|^p."""
+    """Return |x|^p."""
     if P == 2.0:
         y = x * x
     elif P == 1.0:
@@ -210,7 +212,7 @@ def power(x, P: tl.constexpr):
 
 @triton.jit
 def slope(x, P: tl.constexpr):
-    """|x|^(p-1) * sign(x)."""
+    """Return |x|^(p-1) * sign(x)."""
     if P == 2.0:
         y = x
     elif P == 1.0:
@@ -254,12 +256,12 @@ def store_map(feature, out, b, begin, span, P: tl.constexpr, MEAN: tl.constexpr)
 
 @triton.jit
 def store_gradient(feature, gradient, k, b, c, n, P: tl.constexpr, addend=None):
-    """Write k[n] * |x|^(p-1) * sign(x) for one tile, plus the addend's where there is one."""
+    """Write k[n] * |x|^(p-1) * sign(x) for one tile, plus the addend if there is one."""
     mask = (c < channels_of(feature))[:, None] & (n < positions_of(feature))[None, :]
     x = tl.load(addresses(feature, b, c[:, None], n[None, :]), mask=mask, other=0.0)
     result = k[None, :] * slope(x.to(k.dtype), P)
     if addend is not None:
-        before = tl.load(addresses(addend, b, c[:, None], n[None, :]), mask=mask, other=0.0)
-        result += before.to(k.dtype)
-    place = addresses(gradient, b, c[:, None], n[None, :])
-    tl.store(place, result.to(gradient.data.dtype.element_ty), mask=mask)
+        added = tl.load(addresses(addend, b, c[:, None], n[None, :]), mask=mask, other=0.0)
+        result += added.to(k.dtype)
+    target = addresses(gradient, b, c[:, None], n[None, :])
+    tl.store(target, result.to(gradient.data.dtype.element_ty), mask=mask)
