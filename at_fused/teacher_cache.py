@@ -1,19 +1,19 @@
-"""A teacher's maps and logits on disk, computed only once where the same inputs come again.
+"""A disk cache for a teacher's maps and logits: each input is computed once.
 
     cache = TeacherCache("cache", samples=len(dataset))
     identity = teacher_hash(teacher, "p=2")
     maps, logits = cache.fetch(compute, x, index, identity=identity, seed=epoch % 10)
 
-One SQLite database, ``<folder>/<identity[:16]>-seed<seed>``, for each teacher, with the options of
-its maps, and each transform of the inputs. It has a table, named by format, byte order, identity,
-seed and number of samples, with a record for each sample that is stored: a CRC-32 (4 bytes), a
-fingerprint of the sample's input (8 bytes), a line of JSON with the dtype and shape of each array,
-and the arrays: maps, then logits.
+Each teacher (with the options of its maps) and each seed of the input transform have a SQLite
+database of their own, ``<folder>/<identity[:16]>-seed<seed>``. Its only table is named after the
+format, byte order, identity, seed and number of samples, and has one record per stored sample. A
+record holds a CRC-32 (4 bytes), a fingerprint of the input (8 bytes), a line of JSON with the dtype
+and shape of each array, and the arrays: maps, then logits.
 
-A batch is stored whole or not at all, whatever ends the process; what is damaged, as where the
-machine itself fails, is refused. Any number of processes of one machine may use a folder at once;
-several machines may not, since network file systems do not lock well enough. The hashes are against
-accidents, not forgery.
+A batch is stored completely or not at all, even if the process is killed. Damaged records, as after
+a crash of the machine, are refused. Any number of processes on one machine may use a folder at the
+same time. Several machines may not, because network file systems do not lock reliably. The hashes
+protect against accidents, not against forgery.
 """
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ if TYPE_CHECKING:
 __all__ = ["StaleCacheError", "TeacherCache", "teacher_hash"]
 
 _FORMAT = 3
-_PATIENCE = 600  # seconds to wait for other processes
-_CHUNK = 1 << 22  # numbers hashed at once: an int64 temporary of 32 MiB
+_TIMEOUT = 600  # seconds to wait for other processes
+_CHUNK = 1 << 22  # numbers hashed at a time: an int64 temporary of 32 MiB
 _DTYPES = {str(dtype): dtype for dtype in DTYPES}
 
 
 class StaleCacheError(RuntimeError):
-    """A cache that is damaged, or was made from something else."""
+    """The error for a cache that is damaged, or was made from other inputs."""
 
 
-# ---- which teacher, which input ------------------------------------------------------------------
+# ---- hashes of teachers and inputs ---------------------------------------------------------------
 
 
 class TeacherHash:
-    """:func:`teacher_hash` of one module, computed again only where the module has changed.
+    """A memoised :func:`teacher_hash` of one module, recomputed only after a change.
 
     A call notices in-place updates, ``load_state_dict``, replaced tensors and modules,
     ``.data = ...``, and moves. It cannot notice in-place updates through ``.data``
-    (``p.data.add_(1)``), which torch does not count, nor a module's other attributes: make another
-    TeacherHash after these.
+    (``p.data.add_(1)``), which torch does not count, or changes of a module's other attributes.
+    Make a new TeacherHash after these.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -76,13 +76,13 @@ class TeacherHash:
         self._digest = ""
 
     def __call__(self, *options: object) -> str:
-        """Return :func:`teacher_hash` of the module and of ``options``."""
-        shown = repr(options)
-        if " at 0x" in shown:
-            raise ValueError(f"options must be the same in every process, got {shown}")
-        # References hold no memory, and a new object never equals one that is gone.
+        """Return :func:`teacher_hash` of the module and ``options``."""
+        text = repr(options)
+        if " at 0x" in text:
+            raise ValueError(f"options must have the same repr in every process, got {text}")
+        # Weak references hold no memory, and never equal a new object at the same address.
         state: list[tuple[object, ...]] = []
-        counted = True
+        has_versions = True
         for path, part in self._module.named_modules(remove_duplicate=False):
             state.append((path, WeakIdRef(part)))
             for name, t in (*part._parameters.items(), *part._buffers.items()):
@@ -90,71 +90,71 @@ class TeacherHash:
                     version, storage = version_of(t), StorageWeakRef(t.untyped_storage())
                     layout = t.dtype, t.shape, t.storage_offset(), t.stride()
                     state.append((name, WeakIdRef(t), version, storage, *layout))
-                    counted &= version >= 0
-        if not counted or state != self._state:
+                    has_versions &= version >= 0
+        if not has_versions or state != self._state:
             self._digest, self._state = _digest(self._module), state
-        return hashlib.sha256(f"{self._digest} {shown}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._digest} {text}".encode()).hexdigest()
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self._module,)
 
 
 def _digest(module: nn.Module) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path, part in module.named_modules(remove_duplicate=False):
-        # It has what no tensor shows, such as a convolution's stride.
-        shown = re.sub(r" at 0x[0-9a-f]+", "", part.extra_repr())
-        found.update(repr((path, type(part).__qualname__, shown)).encode())
+        # extra_repr has options that no tensor depends on, such as a convolution's stride.
+        options = re.sub(r" at 0x[0-9a-f]+", "", part.extra_repr())
+        digest.update(repr((path, type(part).__qualname__, options)).encode())
         for name, tensor in (*part._parameters.items(), *part._buffers.items()):
             if tensor is None:
                 continue
-            if is_traceable_wrapper_subclass(tensor):  # whose bytes are elsewhere
+            if is_traceable_wrapper_subclass(tensor):  # its data is in other tensors
                 raise TypeError(
-                    f"module: {name!r} must be a tensor with bytes of its own, got "
-                    f"{type_name(tensor)}; hash or cache a teacher that is not sharded (FSDP), nor "
-                    "quantised by tensors of another class"
+                    f"module: {name!r} must be a tensor with its own storage, got "
+                    f"{type_name(tensor)}; hash or cache a teacher that is neither sharded by FSDP "
+                    "nor quantised with a tensor subclass"
                 )
             t = tensor.detach().cpu().contiguous()
-            found.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
+            digest.update(repr((name, str(t.dtype), tuple(t.shape))).encode())
             if t.numel():
-                found.update((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
-    return found.hexdigest()
+                digest.update((ctypes.c_char * t.nbytes).from_address(t.data_ptr()))
+    return digest.hexdigest()
 
 
 def teacher_hash(module: nn.Module, *options: object) -> str:
-    """A hash of a teacher and of the options that its maps are made with.
+    """Return a hash of a teacher and of the options for its maps.
 
-    The same in every process, on every device, in training mode and in eval mode, and with any
-    hooks. Reads all parameters; :class:`TeacherHash` reads them once.
+    It is the same in every process, on every device, in training and eval mode, and with any hooks.
+    Reads all parameters in each call; :class:`TeacherHash` reads them once.
 
     Args:
-        module: its modules' names, class names and ``extra_repr`` are hashed, and each parameter's
-            and buffer's name, dtype, shape and bytes.
+        module: the teacher. The hash covers its modules' names, class names and ``extra_repr``, and
+            the name, dtype, shape and bytes of each parameter and buffer.
         options: hashed by their repr.
 
     Returns:
-        A sha256, 64 hexadecimal digits.
+        A SHA-256, as 64 hexadecimal digits.
 
     Raises:
-        TypeError: ``module`` is no module, or has tensors of a class that keeps others inside, such
-            as the DTensors of a sharded teacher.
-        ValueError: an option's repr has an address, which differs between processes.
+        TypeError: ``module`` is not a module, or has tensors that wrap others, such as the DTensors
+            of a sharded teacher.
+        ValueError: an option's repr contains an address, which differs between processes.
     """
     return TeacherHash(module)(*options)
 
 
 def _mix(v: Tensor) -> Tensor:
-    """Return a bijection of int64 whose every bit depends on all: the end of MurmurHash3."""
+    """Return the finaliser of MurmurHash3: a bijection of int64 that mixes all bits."""
     for factor in (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64):
         v = (v ^ ((v >> 33) & 0x7FFFFFFF)) * factor
     return v ^ ((v >> 33) & 0x7FFFFFFF)
 
 
 def _fingerprints(x: Tensor) -> list[bytes]:
-    """Return 8 bytes for each row's bytes, dtype and shape: from integers, on all devices the same.
+    """Return 8 bytes per row for its bytes, dtype and shape, the same on all devices.
 
-    A sum of products mod 2^64 with odd factors, one for each lane of at most 32 bits: a changed
-    lane always changes it, several changed lanes but for one case in 2^32.
+    Sums the products mod 2^64 of integer lanes of at most 32 bits with odd factors. The sum always
+    changes if one lane does; if several do, it stays the same in one case of 2^32.
     """
     start = hashlib.sha256(repr((str(x.dtype), tuple(x.shape[1:]))).encode()).digest()[:8]
     lane = {1: torch.uint8, 2: torch.int16}.get(x.element_size(), torch.int32)
@@ -162,18 +162,18 @@ def _fingerprints(x: Tensor) -> list[bytes]:
     factors = _mix(torch.arange(1, count + 1, device=x.device)) | 1
     sums = []
     for part in x.detach().split(max(1, _CHUNK // count)):
-        # The last dimension of 1 lets any strides be viewed as another dtype.
+        # view(dtype) needs a last dimension with stride 1.
         lanes = part.reshape(len(part), -1).unsqueeze(-1).view(lane).flatten(1)
         sums.append((lanes * factors).sum(1))
     hashes = _mix(torch.cat(sums) + int.from_bytes(start, "little", signed=True))
-    return [each.to_bytes(8, "little", signed=True) for each in hashes.tolist()]
+    return [number.to_bytes(8, "little", signed=True) for number in hashes.tolist()]
 
 
 # ---- tensors as records --------------------------------------------------------------------------
 
 
 def _to_bytes(result: Any, count: int) -> list[bytes]:
-    """Return what ``compute`` returned sample by sample: its arrays' description, and theirs."""
+    """Return the result of ``compute`` as one record per sample: JSON header, then arrays."""
     try:
         (*maps,), logits = result
     except (TypeError, ValueError):
@@ -196,26 +196,26 @@ def _to_bytes(result: Any, count: int) -> list[bytes]:
 
 
 def _to_tensors(path: str, records: list[bytes | None]) -> dict[str, Tensor]:
-    """Return the arrays of samples, from their records after the fingerprints."""
-    there = [record for record in records if record is not None]
-    line = there[0][: there[0].index(b"\n") + 1] if there else b""
-    if len(there) < len(records) or not all(record.startswith(line) for record in there):
-        raise _refusal(path, "samples of this batch are lost, or of different shapes or dtypes")
-    rows = torch.frombuffer(bytearray().join(there), dtype=torch.uint8)
-    rows, start, found = rows.view(len(there), -1), len(line), {}
+    """Return the arrays of a batch from its records without fingerprints."""
+    stored = [record for record in records if record is not None]
+    line = stored[0][: stored[0].index(b"\n") + 1] if stored else b""
+    if len(stored) < len(records) or not all(record.startswith(line) for record in stored):
+        raise _stale(path, "samples of this batch are missing, or differ in shape or dtype")
+    rows = torch.frombuffer(bytearray().join(stored), dtype=torch.uint8)
+    rows, start, arrays = rows.view(len(stored), -1), len(line), {}
     for name, (dtype, *shape) in json.loads(line).items():
         stop = start + math.prod(shape) * _DTYPES[dtype].itemsize
-        # A copy, whose address is a multiple of any dtype's size.
+        # The copy is aligned for any dtype.
         part = rows[:, start:stop].clone(memory_format=torch.contiguous_format)
-        found[name], start = part.view(_DTYPES[dtype]).view(len(there), *shape), stop
-    return found
+        arrays[name], start = part.view(_DTYPES[dtype]).view(len(stored), *shape), stop
+    return arrays
 
 
 # ---- the database --------------------------------------------------------------------------------
 
 
-def _refusal(path: str, problem: str) -> StaleCacheError:
-    advice = "delete it, give another folder, or use no cache"
+def _stale(path: str, problem: str) -> StaleCacheError:
+    advice = "delete it, use another folder, or use no cache"
     return StaleCacheError(f"{path}: {problem}. This cache is stale or damaged: {advice}")
 
 
@@ -225,18 +225,18 @@ def _checksum(table: str, number: int, content: bytes) -> bytes:
 
 @dataclass
 class _Table:
-    """The records of one teacher and seed: an input's fingerprint, then the arrays' bytes."""
+    """The records of one teacher and seed, each a fingerprint and the bytes of the arrays."""
 
     path: str
     name: str
 
     @contextmanager
     def transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        """Open the database for what is done whole or, after an error, not at all."""
-        import sqlite3  # not before it is used: some Pythons lack it
+        """Open the database for one transaction, which an error undoes."""
+        import sqlite3  # here, because some builds of Python lack it
 
         try:
-            with closing(sqlite3.connect(self.path, _PATIENCE, isolation_level=None)) as database:
+            with closing(sqlite3.connect(self.path, _TIMEOUT, isolation_level=None)) as database:
                 database.text_factory = bytes
                 database.execute("PRAGMA synchronous = OFF")
                 database.execute(f"BEGIN {begin}")
@@ -245,55 +245,56 @@ class _Table:
                 yield database
                 database.execute("COMMIT")
         except sqlite3.OperationalError as error:
-            advice = "free some space, give another folder, or use no cache"
+            advice = "free some disk space, use another folder, or use no cache"
             if os.path.isdir(self.path):
-                advice = "it is a folder, as an earlier version made: delete it"
+                advice = "it is a folder from an earlier version: delete it"
             raise OSError(f"{self.path}: {error}; {advice}") from error
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # messages may quote damage
-            raise _refusal(self.path, f"no whole database: {error}") from error
+        # A UnicodeDecodeError comes from a message that quotes damaged bytes.
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            raise _stale(self.path, f"not a valid database: {error}") from error
 
-    def read(self, prints: Sequence[tuple[int, bytes]]) -> list[bytes | None]:
-        """Return the arrays' bytes of samples, numbers with fingerprints; None is not stored."""
+    def read(self, keys: Sequence[tuple[int, bytes]]) -> list[bytes | None]:
+        """Return the bytes of the arrays by (sample number, fingerprint), None if not stored."""
         with self.transaction("DEFERRED") as database:
-            return [self._record(database, *each) for each in prints]
+            return [self._record(database, *key) for key in keys]
 
-    def write(self, new: Sequence[tuple[int, bytes]]) -> None:
-        """Store records under numbers, but where another process has stored some meanwhile."""
-        rows = [(i, _checksum(self.name, i, content) + content) for i, content in new]
+    def write(self, records: Sequence[tuple[int, bytes]]) -> None:
+        """Store records by sample number; records that another process has stored stay."""
+        rows = [(i, _checksum(self.name, i, content) + content) for i, content in records]
         with self.transaction("IMMEDIATE") as database:
             database.executemany(f'INSERT OR IGNORE INTO "{self.name}" VALUES (?, ?)', rows)
 
     def _record(self, database: sqlite3.Connection, number: int, mark: bytes) -> bytes | None:
         query = f'SELECT record FROM "{self.name}" WHERE number = ?'
-        found = database.execute(query, (number,)).fetchone()
-        if found is None:
+        row = database.execute(query, (number,)).fetchone()
+        if row is None:
             return None
-        record = found[0] if isinstance(found[0], bytes) else b""
+        record = row[0] if isinstance(row[0], bytes) else b""
         if record[:4] != _checksum(self.name, number, record[4:]):
-            raise _refusal(self.path, f"record {number} is not as its checksum says")
+            raise _stale(self.path, f"record {number} does not match its checksum")
         if record[4:12] != mark:
-            raise _refusal(
+            raise _stale(
                 self.path,
                 f"sample {number} is not the input that the cache was made from: the data set "
-                "changed, or its transform is random (seed it, and give each seed as seed=)",
+                "changed, or its transform is random (seed it; in Python, pass seed= as well)",
             )
         return record[12:]
 
 
 class TeacherCache:
-    """A teacher's maps and logits of a data set, on disk.
+    """A disk cache for a teacher's maps and logits of one data set.
 
-    Several processes (DDP's ranks) may share a folder. Can be pickled, and used after a fork. What
-    is stale or damaged is refused, never used, and never repaired. Layout and limits:
-    :mod:`at_fused.teacher_cache`.
+    Several processes, such as the ranks of DDP, may share a folder. The object can be pickled, and
+    used after a fork. Stale or damaged data is refused, and never used or repaired. See
+    :mod:`at_fused.teacher_cache` for file format and limits.
 
     Args:
-        folder: made where it is absent.
-        samples: how many samples the data set has.
+        folder: the folder of the databases; created if it does not exist.
+        samples: the number of samples in the data set.
 
     Raises:
-        TypeError, ValueError: ``folder`` is no path, ``samples`` no int from 1 to 2^63.
-        OSError: ``folder`` cannot be made.
+        TypeError, ValueError: ``folder`` is not a path, or ``samples`` not an int in [1, 2^63).
+        OSError: ``folder`` cannot be created.
     """
 
     def __init__(self, folder: str | os.PathLike[str], samples: int) -> None:
@@ -315,29 +316,28 @@ class TeacherCache:
         identity: str,
         seed: int = 0,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """The maps and logits of a batch: stored ones, and those of ``compute``, which it stores.
+        """Return the maps and logits of a batch; missing ones are computed and stored.
 
         Args:
-            compute: a function of the rows of ``x`` that are not stored, in their order (``x``
-                itself where none is), that returns (maps, logits or None), each (b, ...) and
-                floating point. Not called where all are stored.
+            compute: a function that takes the rows of ``x`` that are not stored, in order (``x``
+                itself if no row is stored), and returns (maps, logits or None), each (b, ...) and
+                floating point. Not called if all rows are stored.
             x: (B, ...), any dtype and device. A sample's bytes must be those it was stored with.
-            index: (B,), a tensor or a sequence of ints, the samples' numbers. They may repeat.
-            identity: :func:`at_fused.teacher_cache.teacher_hash` of the teacher and the options
-                that decide what ``compute`` returns; letters, digits, "-" and "_". The first 16
-                name a file.
+            index: (B,), a tensor or a sequence of ints: the samples' numbers. They may repeat.
+            identity: :func:`at_fused.teacher_cache.teacher_hash` of the teacher and of the options
+                of ``compute``; letters, digits, "-" and "_". The first 16 are in the file name.
             seed: the seed of the transform that made x.
 
         Returns:
             The maps and the logits (None if none were stored) of all rows of x, (B, ...), on its
-            device, in the dtypes and bit for bit what ``compute`` returned, without gradients.
+            device, bit for bit and in the dtype that ``compute`` returned, without gradients.
 
         Raises:
-            TypeError: an argument, or what ``compute`` returns, is not of the kind above.
-            ValueError: shapes that do not match; numbers out of range.
-            StaleCacheError: what is stored was made from another input, or with other shapes or
-                dtypes, or is damaged. A RuntimeError.
-            OSError: the disk is full, or the file may not be read and written.
+            TypeError: an argument, or a result of ``compute``, has the wrong type.
+            ValueError: shapes do not match, or numbers are out of range.
+            StaleCacheError: the stored data is from another input, has other shapes or dtypes, or
+                is damaged. A RuntimeError.
+            OSError: the disk is full, or the file cannot be read and written.
         """
         if not callable(compute):
             raise TypeError(f"compute must be a function, got {type_name(compute)}")
@@ -345,27 +345,27 @@ class TeacherCache:
             raise ValueError(f"x must be (B, ...) and not empty, got shape {tuple(x.shape)}")
         numbers = self._numbers(index, x.shape[0])
         table = self._table(identity, seed)
-        prints = list(zip(numbers, _fingerprints(x), strict=True))
-        records = table.read(prints)
-        absent = [row for row, record in enumerate(records) if record is None]
-        if absent:
-            rows = x if len(absent) == len(x) else x[torch.tensor(absent, device=x.device)]
-            given = zip(absent, _to_bytes(compute(rows), len(absent)), strict=True)
-            table.write([(prints[row][0], prints[row][1] + sample) for row, sample in given])
-            # All samples again: other processes may have stored some meanwhile.
-            records = table.read(prints)
-        found = {name: t.to(x.device) for name, t in _to_tensors(table.path, records).items()}
-        logits = found.pop("logits", None)
-        return list(found.values()), logits
+        keys = list(zip(numbers, _fingerprints(x), strict=True))
+        records = table.read(keys)
+        missing = [row for row, record in enumerate(records) if record is None]
+        if missing:
+            rows = x if len(missing) == len(x) else x[torch.tensor(missing, device=x.device)]
+            new = zip(missing, _to_bytes(compute(rows), len(missing)), strict=True)
+            table.write([(keys[row][0], keys[row][1] + sample) for row, sample in new])
+            # Read all samples, since another process may have stored some of them first.
+            records = table.read(keys)
+        arrays = {name: t.to(x.device) for name, t in _to_tensors(table.path, records).items()}
+        logits = arrays.pop("logits", None)
+        return list(arrays.values()), logits
 
     def stored(self, identity: str, seed: int = 0) -> int:
-        """Count the samples that are stored for a teacher and a seed.
+        """Return the number of samples stored for a teacher and a seed.
 
         Args:
             identity, seed: as in :meth:`fetch`.
 
         Returns:
-            Their number, in [0, samples].
+            An int in [0, samples].
 
         Raises:
             TypeError, ValueError, StaleCacheError: as :meth:`fetch`.
@@ -378,11 +378,11 @@ class TeacherCache:
 
     def _numbers(self, index: Tensor | Sequence[int], batch: int) -> list[int]:
         numbers = as_python("index", index)
-        each = numbers if isinstance(numbers, (list, tuple)) else ()
-        if len(each) != batch or not all(is_int(i) and 0 <= i < self._samples for i in each):
-            allowed = f"{batch} ints in [0, {self._samples}), a tensor or a sequence"
+        items = numbers if isinstance(numbers, (list, tuple)) else ()
+        if len(items) != batch or not all(is_int(i) and 0 <= i < self._samples for i in items):
+            allowed = f"a tensor or sequence of {batch} ints in [0, {self._samples})"
             raise ValueError(f"index must be {allowed}, got {numbers!r:.80}")
-        return list(each)
+        return list(items)
 
     def _table(self, identity: str, seed: int) -> _Table:
         seed = as_python("seed", seed)

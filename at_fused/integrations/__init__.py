@@ -1,4 +1,4 @@
-"""Attention transfer inside other people's frameworks.
+"""Attention transfer in other training frameworks.
 
-Each module is imported by its own name and needs its framework: ``integrations.torchdistill``.
+Each module needs its framework and is imported by name: ``at_fused.integrations.torchdistill``.
 """

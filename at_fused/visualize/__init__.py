@@ -1,11 +1,11 @@
-"""Attention maps of any model's layers, drawn over the images. Needs matplotlib.
+"""Attention maps of any model's layers, drawn over images. Needs matplotlib.
 
     from at_fused import visualize
 
     models = {"student": student, "student + AT": student_at, "teacher": teacher}
     visualize.compare(models, images, ["layer2", "layer3"], path="maps.png")
 
-``python -m at_fused.visualize runs/DATE-TIME`` draws those of a run of at-fused-train.
+``python -m at_fused.visualize runs/DATE-TIME`` draws the maps of a run of at-fused-train.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ def attention_maps(
     normalize: bool = True,
     **map_options: Any,
 ) -> dict[str, Tensor]:
-    """Attention maps of the named layers' outputs, from one forward pass in eval mode.
+    """Return the attention maps of named layers, from one forward pass in eval mode.
 
     ``Q[b, n] = (1/C) sum_c |A[b, c, n]|^p`` of each output A, divided by ``max(||Q[b]||_2, eps)``.
-    The model is left as it was: no hook stays, each module's training mode and the statistics of
-    BatchNorm are kept, no graph is made.
+    The model does not change: hooks are removed, and each module keeps its training mode and its
+    statistics. No graph is made.
 
     Args:
-        model: called as ``model(images)``. One that ``torch.compile`` wrapped is taken from before
-            that, since compiled code skips hooks.
-        images: what the model takes, of any dtype.
-        layers: a name, or a list of names, from ``model.named_modules()``. The output of each must
-            be one tensor, and each must run once in a forward pass.
-        normalize: False for the raw Q.
-        map_options: those of :func:`at_fused.attention_map`, for all layers the same.
+        model: any module, called as ``model(images)``. The original of a module that
+            ``torch.compile`` wrapped is called, because compiled code skips hooks.
+        images: the model's input, (B, ...), of any dtype.
+        layers: a name, or a list of names, from ``model.named_modules()``. Each layer must return
+            one tensor, and run once in a forward pass.
+        normalize: False returns Q itself.
+        map_options: options of :func:`at_fused.attention_map`, the same for all layers.
 
     Returns:
-        By name, in the order of ``layers``: (B, H, W), float64 for float64 features, else float32.
+        Maps (B, H, W) by name, in the order given: float64 for float64 features, else float32.
 
     Raises:
-        TypeError: ``model`` is no module, a layer's output is not one tensor.
-        ValueError: no names, or an unknown one, a layer that does not run or runs more than once, a
-            feature or an option that :func:`at_fused.attention_map` refuses.
+        TypeError: ``model`` is not a module, or a layer's output is not one tensor.
+        ValueError: there is no name or an unknown one; a layer does not run, or runs more than
+            once; :func:`at_fused.attention_map` refuses a feature or an option.
 
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
     """
@@ -70,19 +70,19 @@ def attention_maps(
         raise TypeError(f"model must be an nn.Module, got {type_name(model)}")
     layers = as_python("layers", layers)
     names = [layers] if isinstance(layers, str) else layers
-    several = isinstance(names, (list, tuple)) and len(names) > 0
-    if not several or not all(isinstance(n, str) and names.count(n) == 1 for n in names):
-        raise ValueError(f"layers must be a name or a list of names, each once, got {layers!r}")
+    is_list = isinstance(names, (list, tuple)) and len(names) > 0
+    if not is_list or not all(isinstance(n, str) and names.count(n) == 1 for n in names):
+        raise ValueError(f"layers must be a name or a list of different names, got {layers!r}")
     maps: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def make_hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 raise TypeError(
-                    f"layer {name!r} ({type_name(module)}) must give one tensor, got "
-                    f"{type_name(output)}; name a module within it that does"
+                    f"layer {name!r} ({type_name(module)}) must return one tensor, got "
+                    f"{type_name(output)}; name a module inside it that does"
                 )
-            # Now, not after the pass: what follows may write into this tensor (ReLU in place).
+            # During the pass, because the next layer may change the output in place.
             try:
                 maps[name].append(attention_map(output, normalize=normalize, **map_options))
             except (TypeError, ValueError) as error:
@@ -92,14 +92,14 @@ def attention_maps(
 
     with ExitStack() as stack:
         for name, module in zip(names, modules_named(model, list(names)), strict=True):
-            stack.callback(module.register_forward_hook(keep(name)).remove)
+            stack.callback(module.register_forward_hook(make_hook(name)).remove)
         stack.enter_context(evaluating(model))
         model(images)
-    for name, found in maps.items():
-        if len(found) != 1:
-            ran = f"it ran {len(found)} times"
-            raise ValueError(f"layer {name!r} must run once in a forward pass, {ran}")
-    return {name: found[0] for name, found in maps.items()}
+    for name, runs in maps.items():
+        if len(runs) != 1:
+            count = f"but ran {len(runs)} times"
+            raise ValueError(f"layer {name!r} must run once in a forward pass, {count}")
+    return {name: runs[0] for name, runs in maps.items()}
 
 
 def compare(
@@ -110,50 +110,50 @@ def compare(
     path: str | Path | None = None,
     **options: Any,
 ) -> Figure:
-    """Attention maps of several models on the same images, side by side: a column per model.
+    """Draw the attention maps of several models on the same images, one column per model.
 
-    :func:`attention_maps` of each model, then :func:`figure` of them, and with a path :func:`save`.
+    Calls :func:`attention_maps` for each model, :func:`figure`, and with a path :func:`save`.
 
     Args:
-        models: by title, in the order of the columns.
-        images: what the models take, (B, 1, H, W) or (B, 3, H, W), floating point.
-        layers: a name or a list of names, or these by the models' titles, where they differ.
-        path: where to write the picture, .png, .svg or another that matplotlib writes.
-        options: those of :func:`figure` and of :func:`attention_maps`. Where these differ from
-            model to model, as for a CNN and a ViT, call the two functions.
+        models: modules by title, in the order of the columns.
+        images: the models' input, (B, 1, H, W) or (B, 3, H, W), floating point.
+        layers: a name or a list of names. If models differ, a mapping of their titles to these.
+        path: the file to write, .png, .svg or another suffix that matplotlib supports.
+        options: options of :func:`figure` and :func:`attention_maps`. If models need different
+            options, such as a CNN and a ViT, call these functions instead.
 
     Returns:
         The matplotlib Figure.
 
     Raises:
-        ImportError, TypeError, ValueError, OSError: as the three functions do.
+        ImportError, TypeError, ValueError, OSError: as the three functions.
     """
     if not isinstance(models, Mapping):
         raise TypeError(f"models must be a mapping of titles to modules, got {models!r:.80}")
     by_model = layers if isinstance(layers, Mapping) else dict.fromkeys(models, layers)
     if set(by_model) != set(models):
-        got = f"{list(models)}, got {list(by_model)}"
-        raise ValueError(f"layers must have the titles of models, {got}")
-    of_figure = {k: options.pop(k) for k in list(options) if k in signature(figure).parameters}
+        titles = f"{list(models)}, got {list(by_model)}"
+        raise ValueError(f"layers must have the titles of models, {titles}")
+    figure_options = {k: options.pop(k) for k in list(options) if k in signature(figure).parameters}
     maps = {t: attention_maps(models[t], images, by_model[t], **options) for t in models}
-    fig = figure(images, maps, **of_figure)
+    fig = figure(images, maps, **figure_options)
     if path is not None:
         save(fig, path)
     return fig
 
 
 def save(fig: Figure, path: str | Path, dpi: float = 120) -> None:
-    """Write a figure as PNG, SVG or what else matplotlib writes, by the suffix of ``path``.
+    """Write a figure as PNG, SVG or another format, chosen by the suffix of ``path``.
 
     Args:
-        fig: what :func:`figure` or :func:`at_fused.visualize.compare` gave.
+        fig: a figure from :func:`figure` or :func:`at_fused.visualize.compare`.
         path: the file.
         dpi: pixels per inch of a PNG.
 
     Raises:
-        ValueError, OSError: a suffix that matplotlib does not know, a file that cannot be written.
+        ValueError, OSError: matplotlib does not support the suffix, or the file cannot be written.
     """
-    # Without the date, the same picture is the same file.
+    # Without a date, the same figure gives the same file.
     metadata = {"Date": None} if Path(path).suffix.lower() == ".svg" else None
     fig.savefig(path, dpi=dpi, metadata=metadata)
 
@@ -162,15 +162,15 @@ def save(fig: Figure, path: str | Path, dpi: float = 120) -> None:
 
 
 def _per_channel(name: str, value: float | Sequence[float], channels: int) -> Tensor:
-    several = as_python(name, value)
-    several = several if isinstance(several, (list, tuple)) else [several]
-    if len(several) not in (1, channels):
+    items = as_python(name, value)
+    items = items if isinstance(items, (list, tuple)) else [items]
+    if len(items) not in (1, channels):
         raise ValueError(f"{name} must be a number or one per channel, got {value!r}")
-    numbers = [check_finite(name, number) for number in several]
+    numbers = [check_finite(name, item) for item in items]
     return torch.tensor(numbers, dtype=torch.float64)[:, None, None]
 
 
-def _pictures(
+def _to_pictures(
     images: Tensor, mean: float | Sequence[float] | None, std: float | Sequence[float] | None
 ) -> Tensor:
     """Return images as (B, H, W, 1 or 3) in [0, 1]."""
@@ -186,8 +186,8 @@ def _pictures(
     return x.clamp(0, 1).movedim(1, -1)
 
 
-def _relative(name: str, attention: Tensor, batch: int) -> Tensor:
-    """Return a map (B, h, w) over its root mean square: sqrt(h w) q, 1 everywhere if it is flat."""
+def _divide_by_rms(name: str, attention: Tensor, batch: int) -> Tensor:
+    """Return a map (B, h, w) divided by its root mean square: sqrt(h w) q, 1 for a flat map."""
     got = tuple(attention.shape) if isinstance(attention, Tensor) else type_name(attention)
     if not isinstance(got, tuple) or len(got) != 3 or got[0] != batch or 0 in got:
         raise ValueError(f"{name} must be maps (B, H, W) of the {batch} images, got {got}")
@@ -198,41 +198,41 @@ def _relative(name: str, attention: Tensor, batch: int) -> Tensor:
     return attention / rms.clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _columns(columns: Mapping[str, Maps], batch: int) -> tuple[list[str], list[list[Tensor]]]:
-    """Return names of the stages, and of each column its maps stage by stage."""
+def _read_columns(columns: Mapping[str, Maps], batch: int) -> tuple[list[str], list[list[Tensor]]]:
+    """Return the names of the stages, and each column's maps by stage."""
 
     def by_name(maps: Maps) -> Mapping[str, Tensor]:
         maps = [maps] if isinstance(maps, Tensor) else maps
         if isinstance(maps, Mapping):
             return maps
-        listed = maps if isinstance(maps, (list, tuple)) else ()
-        return {f"stage {i + 1}": x for i, x in enumerate(listed)}
+        items = maps if isinstance(maps, (list, tuple)) else ()
+        return {f"stage {i + 1}": x for i, x in enumerate(items)}
 
     named = [by_name(maps) for maps in columns.values()] if isinstance(columns, Mapping) else []
     if len({len(maps) for maps in named} | {0}) != 2:
         raise ValueError(
-            "columns must be a mapping of titles to maps, or to mappings or lists of them, as many "
-            f"for each title, got {columns!r:.80}"
+            "columns must be a mapping of titles to maps, or to mappings or lists of maps, the "
+            f"same number for each title, got {columns!r:.80}"
         )
     drawn = [
-        [_relative(f"columns[{title!r}][{name!r}]", x, batch) for name, x in maps.items()]
+        [_divide_by_rms(f"columns[{title!r}][{name!r}]", x, batch) for name, x in maps.items()]
         for title, maps in zip(columns, named, strict=True)
     ]
     stages = []
     for i, names in enumerate(zip(*named, strict=True)):
-        # One name if all columns agree on it, else only the number; and so for the maps' sizes.
+        # Names and sizes are shown only if all columns agree on them.
         stage = names[0] if len(set(names)) == 1 else f"stage {i + 1}"
-        sizes = {tuple(each[i].shape[1:]) for each in drawn}
+        sizes = {tuple(maps[i].shape[1:]) for maps in drawn}
         stages.append(stage + ("\n{}x{}".format(*sizes.pop()) if len(sizes) == 1 else ""))
     return stages, drawn
 
 
-def _labels(name: str, given: Sequence[str] | None, default: list[str]) -> list[str]:
-    if given is None:
+def _check_labels(name: str, labels: Sequence[str] | None, default: list[str]) -> list[str]:
+    if labels is None:
         return default
-    if not isinstance(given, (list, tuple)) or len(given) != len(default):
-        raise ValueError(f"{name} must be a list of {len(default)} texts, got {given!r}")
-    return [str(text) for text in given]
+    if not isinstance(labels, (list, tuple)) or len(labels) != len(default):
+        raise ValueError(f"{name} must be a list of {len(default)} strings, got {labels!r}")
+    return [str(label) for label in labels]
 
 
 def figure(
@@ -249,35 +249,34 @@ def figure(
     interpolation: str = "bilinear",
     panel: float = 1.3,
 ) -> Figure:
-    """A picture of maps over their images: a row per image and stage, a column per model.
+    """Draw maps over their images: one row per image and stage, one column per model.
 
-    Each row has the image, then it again under the map of each column. A map is drawn as
-    ``sqrt(h w) q = Q / rms(Q)``, 1 everywhere for a flat map whatever its size, so that one colour
-    scale, from 0 to the row's maximum, serves a row. A cell of an (h, w) map covers the
-    H/h x W/w pixels that it stands for, as ``torch.nn.functional.interpolate`` has it with
-    ``align_corners=False``.
+    Each row shows the image, and then the image under the map of each column. A map is drawn as
+    ``sqrt(h w) q = Q / rms(Q)``, which is 1 everywhere for a flat map of any size. All maps of a
+    row therefore share one colour scale, from 0 to the row's maximum. A cell of an (h, w) map
+    covers H/h x W/w pixels, as in ``torch.nn.functional.interpolate`` with ``align_corners=False``.
 
     Args:
         images: (B, 1, H, W) or (B, 3, H, W), floating point or uint8.
-        columns: for each title the maps (B, h, w) of its stages, raw or normalised, any size: what
-            :func:`attention_maps` returns, or a list, or one map.
-        stages: names of the rows; None is the maps' names and sizes where all columns agree, else
-            numbers.
+        columns: the maps (B, h, w) of each title, raw or normalised, of any size: a result of
+            :func:`attention_maps`, a list of maps, or one map.
+        stages: names of the rows. None: the maps' names and sizes if all columns agree on them,
+            else numbers.
         names: titles of the images.
-        across: images next to each other; a row is then a stage of that many images.
-        mean, std: what the images were normalised by, a number or one per channel. Without both,
-            images outside [0, 1] (uint8: [0, 255]) are stretched to it, all alike.
+        across: number of images next to each other in a row.
+        mean, std: those that the images were normalised with, a number or one per channel. Without
+            both, images outside [0, 1] (uint8: [0, 255]) are rescaled to it, all in the same way.
         alpha: opacity of the maps, 0 to 1.
         cmap: name of a matplotlib colour map.
-        interpolation: "bilinear" between the centres of the cells, or "nearest", which shows them.
+        interpolation: "bilinear" between the centres of the cells, or "nearest", which shows cells.
         panel: width of an image in inches.
 
     Returns:
-        A matplotlib Figure, unknown to pyplot; :func:`save` writes it.
+        A matplotlib Figure that pyplot does not manage; write it with :func:`save`.
 
     Raises:
-        ImportError: no matplotlib.
-        TypeError, ValueError: an argument that is not as above, or does not fit the images.
+        ImportError: matplotlib is not installed.
+        TypeError, ValueError: an argument is invalid or does not fit the images.
 
     Source: the layout of figure 2 of Zagoruyko & Komodakis, ICLR 2017.
     """
@@ -290,21 +289,22 @@ def figure(
     if panel <= 0:
         raise ValueError(f"panel must be > 0, in inches, got {panel!r}")
     across = as_python("across", across)
-    pictures = _pictures(images, mean, std)
+    pictures = _to_pictures(images, mean, std)
     batch, height, width = pictures.shape[:3]
-    rows, maps = _columns(columns, batch)
-    rows, names = _labels("stages", stages, rows), _labels("names", names, ["image"] * batch)
-    letters = max(8, int(panel * 13))  # as wide as a panel, at 9 points
+    rows, maps = _read_columns(columns, batch)
+    rows = _check_labels("stages", stages, rows)
+    names = _check_labels("names", names, ["image"] * batch)
+    letters = max(8, int(panel * 13))  # in the width of a panel, at 9 points
     heads, titles = ([textwrap.fill(str(x), letters) for x in texts] for texts in (names, columns))
     if not is_int(across) or across < 1:
         raise ValueError(f"across must be a whole number >= 1, got {across!r}")
     across = min(across, batch)
 
     lines, block = -(-batch // across), 1 + len(maps)
-    # A narrow empty column keeps images apart from each other.
+    # A narrow empty column separates the images.
     ratios = ([1.0] * block + [0.12]) * across
     shape = (lines * len(rows), len(ratios) - 1)
-    # Inches that text of 9 points takes: names on the left, titles above; 0.8 for the colour bar.
+    # In inches at 9 points: names on the left, titles above, and 0.8 for the colour bar.
     left = 0.08 * max(len(part) for text in rows for part in text.split("\n"))
     above = 0.16 * max(text.count("\n") + 1 for text in heads + titles) + 0.1
     tall = (panel * height / width + 0.1) * shape[0] + above * lines
@@ -324,7 +324,7 @@ def figure(
         for n in shown:
             cells = line[(n - first) * (block + 1) :][:block]
             for ax in cells:
-                # At half its contrast below a map, else its brightness would pass for attention.
+                # Half the contrast below a map, where brightness would look like attention.
                 picture = pictures[n] if ax is cells[0] else 0.25 + 0.5 * pictures[n]
                 ax.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
             for ax, column in zip(cells[1:], maps, strict=True):
@@ -336,7 +336,7 @@ def figure(
                 for ax, title in zip(cells, [heads[n], *titles], strict=True):
                     ax.set_title(title, fontsize=9)
         bar = fig.colorbar(top, ax=line, aspect=12, pad=0.01)
-        bar.ax.set_facecolor("0.5")  # as below the maps
+        bar.ax.set_facecolor("0.5")  # the mean grey below the maps
         bar.ax.tick_params(labelsize=8)
         bar.set_label("attention\n/ its rms", fontsize=8)
     return fig

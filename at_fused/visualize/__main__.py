@@ -1,6 +1,6 @@
 """The program ``python -m at_fused.visualize``: attention maps of a run of at-fused-train.
 
-Nothing else imports both at_fused.visualize and what reads a run.
+Only this module imports both at_fused.visualize and the code that reads a run.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags."""
     parser = argparse.ArgumentParser(
         prog="python -m at_fused.visualize",
-        description="Draw the attention maps of networks that at-fused-train has trained, over the "
-        "first of its test images. For other models see at_fused.visualize.compare.",
+        description="Draw the attention maps of networks from a run of at-fused-train, over its "
+        "first test images. For other models, see at_fused.visualize.compare.",
     )
     add = parser.add_argument
     files = (
-        "a run's folder (the students of seed 0 of its first method and of AT, its teacher), or "
-        "files in it; a column each, in this order"
+        "a run's folder (its students of the first method and of AT with seed 0, and its teacher), "
+        "or files in it; each file is a column, in this order"
     )
     add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=files)
-    out = "the picture, .png or .svg (default: attention.png beside the first checkpoint)"
+    out = "file to write, .png or .svg (default: attention.png next to the first checkpoint)"
     add("--out", type=Path, metavar="PATH", help=out)
     count = options.whole(1, 100).read
-    add("--images", type=count, default=4, metavar="N", help="test images (default: 4)")
-    rows = "modules whose output is shown, a row each (default: those that the run compares)"
+    add("--images", type=count, default=4, metavar="N", help="number of test images (default: 4)")
+    rows = "modules to draw, one row each (default: the layers that the run compares)"
     add("--layers", nargs="+", metavar="NAME", help=rows)
     return parser
 
@@ -52,42 +52,42 @@ def config_of(folder: Path) -> options.Config:
         return options.resolve(options.from_toml(text))
 
 
-def of_a_run(folder: Path) -> list[Path]:
-    """Return the files of a run whose networks are shown."""
-    shown = options.drawn(config_of(folder))
-    return [*(folder / f"student_{method}-seed0.pt" for method in shown), folder / "teacher.pt"]
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run to draw: students, then the teacher."""
+    methods = options.drawn(config_of(folder))
+    return [*(folder / f"student_{method}-seed0.pt" for method in methods), folder / "teacher.pt"]
 
 
 def titles(paths: list[Path]) -> list[str]:
-    """Return each file's method or name, or its path where these do not tell them apart."""
+    """Return each file's method or name, or the paths if these are ambiguous."""
     methods = [re.sub(r"^student_(.+)-seed\d+$", r"\1", path.stem) for path in paths]
     short = [options.TITLES.get(method, method) for method in methods]
     return short if len(set(short)) == len(short) else list(map(str, paths))
 
 
 def _compared_layers(folder: Path, network: str) -> list[str]:
-    """Return the layers of a run's student, or of its teacher, that it compares."""
+    """Return the layers that a run compares, of its students or of its teacher."""
     pairs = json.loads((folder / "run.json").read_text(encoding="utf-8"))["layers"]
     return [pair[network == "teacher"] for pair in pairs]
 
 
-def _images_of(folder: Path, facts: list[dict[str, Any]]) -> Data:
-    """Return the data of a run, of the size that its networks take."""
-    sizes = {each["image_size"] for each in facts}
+def _open_images(folder: Path, facts: list[dict[str, Any]]) -> Data:
+    """Return the data of a run, in the size that its networks take."""
+    sizes = {fact["image_size"] for fact in facts}
     if len(sizes) > 1:
-        raise CheckpointError(f"images of one size for all, got {sorted(sizes)}")
-    config, known = config_of(folder), folder / PICTURES
-    pictures = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else None
-    own, root = is_import(config.data), facts[0].get("images", {}).get("root")
-    # As the network's file has it from the root on; moved images are where the run found them.
-    if root and (own or Path(root).exists()):
+        raise CheckpointError(f"all networks must take images of one size, got {sorted(sizes)}")
+    config, file = config_of(folder), folder / PICTURES
+    pictures = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    is_own, root = is_import(config.data), facts[0].get("images", {}).get("root")
+    # The checkpoint has the absolute root. If images were moved, use the root of the run.
+    if root and (is_own or Path(root).exists()):
         config = replace(config, root=root)
-    config = replace(config, image_size=None if own else sizes.pop(), workers=0, validation=0.0)
+    config = replace(config, image_size=None if is_own else sizes.pop(), workers=0, validation=0.0)
     return open_data(config, pictures=Pictures(**pictures) if pictures else None)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw what the arguments name, and print the picture's path."""
+    """Draw the maps, and print the path of the picture."""
     parser = build_parser()
     args = parser.parse_args(argv)
     folders = [path if path.is_dir() else path.parent for path in args.checkpoints]
@@ -96,15 +96,15 @@ def main(argv: list[str] | None = None) -> None:
     from at_fused.train.report import draw_maps
 
     try:
-        given = [of_a_run(path) if path.is_dir() else [path] for path in args.checkpoints]
-        paths = list(dict.fromkeys(chain.from_iterable(given)))
+        lists = [checkpoints_of(path) if path.is_dir() else [path] for path in args.checkpoints]
+        paths = list(dict.fromkeys(chain.from_iterable(lists)))
         columns = dict(zip(titles(paths), map(load_network, paths), strict=True))
-        facts = [found for _, found in columns.values()]
+        facts = [fact for _, fact in columns.values()]
         networks = {
-            title: (model, args.layers or _compared_layers(path.parent, found["run"]))
-            for path, (title, (model, found)) in zip(paths, columns.items(), strict=True)
+            title: (model, args.layers or _compared_layers(path.parent, fact["run"]))
+            for path, (title, (model, fact)) in zip(paths, columns.items(), strict=True)
         }
-        visualize.save(draw_maps(networks, _images_of(folders[0], facts), args.images), out)
+        visualize.save(draw_maps(networks, _open_images(folders[0], facts), args.images), out)
     except (CheckpointError, OSError, ImportError, TypeError, ValueError) as error:
         parser.error(str(error))
     print(out)

@@ -130,7 +130,7 @@ ERRORS: dict[str, dict[str, Any]] = {
     r"\['one'\] must be a dict with 'student' and 'teacher', each .*got": {
         "at_pairs": {"one": {"student": {}}}
     },
-    "with 'path' and 'io', and perhaps 'weight', got .*'wight'": (
+    "with 'path' and 'io', and optionally 'weight', got .*'wight'": (
         {"at_pairs": {"one": pair("a", "x", wight=2)}}
     ),
     r"\['weight'\] must be a number, got str": (  # YAML reads 1.0e+3 as a number, but not 1e3
@@ -151,10 +151,10 @@ def test_feature_errors() -> None:
     student, teacher = io_dicts()
     with pytest.raises(
         ValueError,
-        match=r"at_pairs\['one'\]: the teacher kept no output of 'z'; list it under 'output' of",
+        match=r"at_pairs\['one'\]: no output of 'z' was stored for the teacher; list 'z' under",
     ):
         FusedATLoss({"one": pair("a", "z")})(student, teacher)
-    with pytest.raises(ValueError, match="the student kept no input of 'b'"):
+    with pytest.raises(ValueError, match="no input of 'b' was stored for the student"):
         FusedATLoss({"one": pair("b", "x", "input")})(student, teacher)
     for d, path in ((student, "b"), (teacher, "y")):
         d[path]["output"] = d[path]["output"][:2]

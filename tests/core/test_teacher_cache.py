@@ -198,10 +198,10 @@ def record(number: int, value: str) -> Callable[[Path], None]:
 
 # What is done to the file, and the refusal. A sample's number is in its checksum.
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a file of the user": (lambda f: f.write_text("mine" * 99), "no whole database: file is not"),
-    "cut": (record(4, "substr(record, 1, 99) || x'00'"), "record 4 is not as its checksum says"),
-    "number": (record(4, "7"), "record 4 is not as its checksum says"),
-    "moved": (record(4, "(SELECT record FROM TABLE WHERE number = 5)"), "record 4 is not as its"),
+    "a file of the user": (lambda f: f.write_text("mine" * 99), "not a valid database: file is"),
+    "cut": (record(4, "substr(record, 1, 99) || x'00'"), "record 4 does not match its checksum"),
+    "number": (record(4, "7"), "record 4 does not match its checksum"),
+    "moved": (record(4, "(SELECT record FROM TABLE WHERE number = 5)"), "record 4 does not match"),
 }
 
 
@@ -212,7 +212,7 @@ def test_damage_is_refused_and_stays(cache: TeacherCache, case: str) -> None:
     change(file)
     before = file.read_bytes()
     for batch in (range(SAMPLES), [4, 4]):
-        with pytest.raises(StaleCacheError, match=f"{file}: {message}.* delete it, give"):
+        with pytest.raises(StaleCacheError, match=f"{file}: {message}.* delete it, use"):
             cache.fetch(Teacher(2), X[list(batch)], batch, identity=NAME)
     if "record 4" in message:
         check(cache.fetch(never, X[5:], range(5, SAMPLES), identity=NAME), Teacher()(X[5:]))
@@ -260,7 +260,7 @@ def test_samples_with_different_maps_are_no_batch(cache: TeacherCache) -> None:
     others = ([a.reshape(-1, 6, 8), b], logits), ([a, b.float()], logits), ([a], logits)
     for seed, other in enumerate((*others, ([a, b], None))):
         cache.fetch(Teacher(), X[2:4], [2, 3], identity=NAME, seed=seed)
-        with pytest.raises(StaleCacheError, match="lost, or of different shapes or dtypes"):
+        with pytest.raises(StaleCacheError, match="missing, or differ in shape or dtype"):
             cache.fetch(lambda _, other=other: other, X[:4], range(4), identity=NAME, seed=seed)
 
 
@@ -276,7 +276,7 @@ def test_a_full_disk_is_an_error_and_stores_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(sqlite3, "connect", small)
-        with pytest.raises(OSError, match=f"{cache._folder}/.* is full; free some space, give an"):
+        with pytest.raises(OSError, match=f"{cache._folder}/.* is full; free some disk space, use"):
             cache.fetch(lambda x: ([torch.ones(12, 4000)], None), X, range(12), identity=NAME)
     assert cache.stored(NAME) == 0
     check(cache.fetch(Teacher(), X, range(SAMPLES), identity=NAME), Teacher()(X))
@@ -362,7 +362,7 @@ def test_what_the_hash_leaves_out() -> None:
     assert teacher_hash(Shown()) == teacher_hash(Shown())
     shown = [(), (1,), ("1",), (1.0,), (1, 2), ((1, 2),)]
     assert len({teacher_hash(model, *options) for options in shown}) == len(shown)
-    with pytest.raises(ValueError, match="options must be the same in every process, got"):
+    with pytest.raises(ValueError, match="options must have the same repr in every"):
         teacher_hash(model, object())
     with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got int"):
         teacher_hash(3)
@@ -416,7 +416,7 @@ def test_a_sharded_teacher_is_refused() -> None:
         from torch.distributed.fsdp import fully_shard
 
         teacher = fully_shard(nn.Linear(2, 3), mesh=init_device_mesh("cpu", (2,)))
-        with pytest.raises(TypeError, match=r"'weight' must be .* of its own, got DTensor"):
+        with pytest.raises(TypeError, match=r"'weight' must be .* own storage, got DTensor"):
             teacher_hash(teacher)
 
     assert together(2, member) == [0, 0]
@@ -445,10 +445,10 @@ ERRORS: dict[str, dict[str, Any]] = {
     "x must be a tensor, got list": {"x": [1]},
     "x must be a dense tensor": {"x": torch.eye(2).to_sparse()},
     r"x must be \(B, ...\) and not empty": {"x": M[:0]},
-    r"2 ints in \[0, 12\), a tensor or .*, got \[\[1.0, 1.0": {"index": M},
-    r"index must be 2 ints .*, got \[0\]": {"index": [0]},
-    r"index must be 2 ints .*, got \[0, 12\]": {"index": torch.tensor([0, 12])},
-    r"index must be 2 ints .*, got \[0, -1\]": {"index": torch.tensor([0, -1])},
+    r"sequence of 2 ints in \[0, 12\), got \[\[1.0, 1.0": {"index": M},
+    r"index must be a tensor .* of 2 ints .*, got \[0\]": {"index": [0]},
+    r"index must be a tensor .* of 2 ints .*, got \[0, 12\]": {"index": torch.tensor([0, 12])},
+    r"index must be a tensor .* of 2 ints .*, got \[0, -1\]": {"index": torch.tensor([0, -1])},
     "identity must be letters, digits, '-' and '_', got 3": {"identity": 3},
     "identity must be letters, digits, '-' and '_', got '../a'": {"identity": "../a"},
     "seed must be an int, got float": {"seed": 1.0},

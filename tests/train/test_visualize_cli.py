@@ -21,7 +21,7 @@ from at_fused.train.config import resolve, to_toml
 from at_fused.train.data import inspect
 from at_fused.train.networks import build
 from at_fused.train.saved import load_network
-from at_fused.visualize.__main__ import main, of_a_run, titles
+from at_fused.visualize.__main__ import checkpoints_of, main, titles
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_columns_are_the_networks_and_rows_the_digits(
         f"groups.{i}\n{size}x{size}" for i, size in enumerate((12, 6, 3))
     ] * 2
     # The features that the networks return are those that were drawn, each network's its own.
-    for place, path in enumerate(of_a_run(run), start=1):
+    for place, path in enumerate(checkpoints_of(run), start=1):
         model, _ = load_network(path)
         with torch.no_grad():
             _, features = model(images)
@@ -159,7 +159,7 @@ def test_titles_tell_files_apart() -> None:
         (["RUN/none.pt"], "No such file or directory: 'RUN/none.pt'"),
         (["RUN/text.pt"], "RUN/text.pt: truncated, damaged, or no file of this version"),
         (["RUN/wrong.pt"], "RUN/wrong.pt: no network of at-fused-train (Error(s)"),
-        (["RUN/teacher.pt", "RUN/larger.pt"], "images of one size for all, got [12, 16]"),
+        (["RUN/teacher.pt", "RUN/larger.pt"], "must take images of one size, got [12, 16]"),
         (["RUN", "--layers", "group.0"], "layers: WRN has no module 'group.0'"),
         (["RUN", "--layers", "head"], "layer 'head': x must be (B, C, H, W)"),
         (["RUN", "--images", "0"], "argument --images: got 0, allowed is a whole number from 1"),
