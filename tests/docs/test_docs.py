@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
 import re
@@ -25,9 +24,12 @@ from at_fused.backends import override
 from at_fused.train.networks import WRN
 
 ROOT = Path(__file__).parents[2]
-PAGES = ast.literal_eval(
-    re.search(r"^PAGES = (\(.*?\))$", (ROOT / "docs/api/make.py").read_text(), re.M | re.S)[1]
-)
+# The modules and objects of the API reference.
+DIRECTIVES = [
+    name
+    for path in sorted((ROOT / "docs/api").glob("*.md"))
+    for name in re.findall(r"^::: (\S+)$", path.read_text(), re.M)
+]
 
 # ---- docstrings ----------------------------------------------------------------------------------
 
@@ -41,14 +43,18 @@ FORMULA = r"(?:``|^ {4,})[^`\n]*?(?:\|\||sum_|\^|sqrt|max\(|/ d x|\w \* )|formul
 
 def public() -> Iterator[tuple[str, Any]]:
     """Yield names and objects of the functions, classes and methods in the API reference."""
-    for page in PAGES:
+    for directive in DIRECTIVES:
         # A program without an API, and a module that needs another framework.
-        if page in ("at_fused.train", "at_fused.integrations.torchdistill"):
+        if directive in ("at_fused.train", "at_fused.integrations.torchdistill"):
             continue
-        module = importlib.import_module(page)
-        defined = [n for n, x in vars(module).items() if getattr(x, "__module__", "") == page]
-        for name in getattr(module, "__all__", defined):
-            value = getattr(module, name)
+        page, _, name = directive.rpartition(".")
+        names = [name]
+        if find_spec(directive):
+            page, module = directive, importlib.import_module(directive)
+            defined = [n for n, x in vars(module).items() if getattr(x, "__module__", "") == page]
+            names = getattr(module, "__all__", defined)
+        for name in names:
+            value = getattr(importlib.import_module(page), name)
             if name[0] == "_" or not callable(value):
                 continue
             yield f"{page}.{name}", value
@@ -64,6 +70,12 @@ def section(name: str, docstring: str) -> str:
 
 
 PUBLIC = dict(public())
+
+
+def test_api_reference_has_every_public_name() -> None:
+    documented = {id(value) for value in PUBLIC.values()}
+    for name in set(at_fused.__all__) - {"__version__", "schedules"}:
+        assert id(getattr(at_fused, name)) in documented, name
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -229,7 +241,8 @@ def run(page: Path) -> dict[str, Any]:
     return names
 
 
-def test_python_blocks_run(page: Path) -> None:
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names = run(page)
     if "loss" in names:
         names["loss"].backward()
