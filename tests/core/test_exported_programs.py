@@ -1,7 +1,7 @@
-"""Programs that were exported or traced without ``requires_grad`` and are run with it.
+"""Programs exported or traced without ``requires_grad`` and run with it, and ``at_value_and_grad``.
 
-What such a program holds is an operator that was not asked for gradients: it has them all the same,
-or the loss would have a gradient of 0, without a word. And ``at_value_and_grad`` in graphs.
+Such a program calls the operator with no gradients requested. The operator must compute them
+anyway, or the loss would silently have a gradient of 0.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import at_fused
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
-def tapped(s: Tensor, t: Tensor) -> Tensor:
+def tap_loss(s: Tensor, t: Tensor) -> Tensor:
     y, q = at_fused.attention_tap(s)
     return at_fused.map_loss(q, at_fused.attention_map(t), form="paper") + y.square().mean()
 
 
-def of_tokens(s: Tensor, t: Tensor) -> Tensor:
+def token_loss(s: Tensor, t: Tensor) -> Tensor:
     s, t = (x.flatten(2).transpose(1, 2) for x in (s, t))
     return at_fused.at_loss(s, t, channel_dim=-1, skip_tokens=2)
 
@@ -36,17 +36,17 @@ PROGRAMS: dict[str, Function] = {
     "a list": lambda s, t: at_fused.at_loss([s, s * 2], [t, t], form="paper"),
     "mask": lambda s, t: at_fused.at_loss(s, t, mask=t[:, 0] > 0, eps_mode="add"),
     "samples": lambda s, t: at_fused.at_loss(s, t, reduction="sample").square().sum(),
-    "tokens": of_tokens,
+    "tokens": token_loss,
     "max": lambda s, t: at_fused.at_loss(s, t, collapse="max"),
     "maps": lambda s, t: at_fused.map_loss(at_fused.attention_map(s), at_fused.attention_map(t)),
     "map_loss": lambda s, t: at_fused.map_loss(s.square().mean(1), t.square().mean(1)),
     "at": lambda s, t: (at_fused.at(s) - at_fused.at(t)).square().mean(),
-    "tap": tapped,
+    "tap": tap_loss,
 }
 
 
 class Module(nn.Module):
-    """A program as a module, for torch.export."""
+    """A function as a module for torch.export."""
 
     def __init__(self, function: Function) -> None:
         super().__init__()
@@ -56,38 +56,38 @@ class Module(nn.Module):
         return self.function(s, t)
 
 
-def exported(function: Function, s: Tensor, t: Tensor) -> Any:
+def export(function: Function, s: Tensor, t: Tensor) -> Any:
     return torch.export.export(Module(function), (s, t)).module()
 
 
 TRACERS: dict[str, Callable[[Function, Tensor, Tensor], Any]] = {
-    "export": exported,
+    "export": export,
     "make_fx": lambda function, s, t: make_fx(function)(s, t),
     "make_fx fake": lambda function, s, t: make_fx(function, tracing_mode="fake")(s, t),
 }
 
 
 @crossed(name=PROGRAMS, tracer=TRACERS)
-def test_gradients_of_what_was_traced_without(name: str, tracer: str) -> None:
+def test_gradients_of_programs_traced_without_gradients(name: str, tracer: str) -> None:
     function = PROGRAMS[name]
     program = TRACERS[tracer](function, torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4))
     s, t = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
-    for wanted in ((True, False), (False, True), (True, True)):
-        leaves = [x.detach().requires_grad_(w) for x, w in zip((s, t), wanted, strict=True)]
-        asked = [x for x in leaves if x.requires_grad]
-        loss, right = program(*leaves), function(*leaves)
-        torch.testing.assert_close(loss, right)
-        found, expected = (torch.autograd.grad(each, asked) for each in (loss, right))
-        for g, r in zip(found, expected, strict=True):
-            assert r.any()
-            torch.testing.assert_close(g, r)
+    for flags in ((True, False), (False, True), (True, True)):
+        leaves = [x.detach().requires_grad_(flag) for x, flag in zip((s, t), flags, strict=True)]
+        inputs = [x for x in leaves if x.requires_grad]
+        losses = program(*leaves), function(*leaves)
+        torch.testing.assert_close(*losses)
+        actual, expected = (torch.autograd.grad(loss, inputs) for loss in losses)
+        for g, e in zip(actual, expected, strict=True):
+            assert e.any()
+            torch.testing.assert_close(g, e)
     with torch.no_grad():
         assert not program(s, t).requires_grad
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_gradients_of_a_gradient_that_was_traced_without(name: str) -> None:
-    """The trace holds the backward, whose maps have a derivative as well."""
+def test_second_derivative_of_a_traced_gradient(name: str) -> None:
+    """The trace contains the backward pass, which must be differentiable too."""
 
     def gradient(s: Tensor, t: Tensor) -> Tensor:
         leaf = s * 1 if s.requires_grad else (s * 1).requires_grad_()
@@ -97,17 +97,16 @@ def test_gradients_of_a_gradient_that_was_traced_without(name: str) -> None:
     program = make_fx(gradient)(s, t)
     torch.testing.assert_close(program(s, t), gradient(s, t))
     s.requires_grad_()
-    found, right = program(s, t), gradient(s, t)
-    torch.testing.assert_close(found, right)
-    found, right = (torch.autograd.grad(g.square().sum(), s)[0] for g in (found, right))
-    torch.testing.assert_close(found, right)
+    gradients = program(s, t), gradient(s, t)
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*(torch.autograd.grad(g.square().sum(), s)[0] for g in gradients))
 
 
 # ---- at_value_and_grad ---------------------------------------------------------------------------
 
 TOKENS = {"channel_dim": -1, "skip_tokens": 1}
 MASK, WEIGHTS = torch.rand(2, 12), torch.tensor([0.5, 3.0])
-# Options of one operator; the others are at_loss and its backward, which no graph holds.
+# Options of the fused operator. With the others at_value_and_grad cannot be part of a graph.
 FUSED: dict[str, dict[str, Any]] = {
     "plain": {},
     "tokens": TOKENS,
@@ -127,56 +126,56 @@ OTHERS: dict[str, dict[str, Any]] = THROUGH_MAPS | {
 VALUES = FUSED | OTHERS
 
 
-def features_of(options: dict[str, Any]) -> list[Tensor]:
-    """Two students and two teachers."""
+def make_features(options: dict[str, Any]) -> list[Tensor]:
+    """Make features of two students and two teachers."""
     if "channel_dim" in options:
         return [*torch.randn(4, 2, 13, 5)]
     sizes = (4, 4, 3, 3) if "resize" in options else (4, 4, 4, 4)
     return [torch.randn(2, 5, n, 4) for n in sizes]
 
 
-def values(options: dict[str, Any], scale: Any = 3.0) -> Callable[..., Any]:
+def value_and_grad(options: dict[str, Any], scale: Any = 3.0) -> Callable[..., Any]:
     def compute(*features: Tensor) -> Any:
-        times = scale(features[0]) if callable(scale) else scale
-        return at_fused.at_value_and_grad(features[:2], features[2:], scale=times, **options)
+        factor = scale(features[0]) if callable(scale) else scale
+        return at_fused.at_value_and_grad(features[:2], features[2:], scale=factor, **options)
 
     return compute
 
 
-def assert_values(found: Any, features: list[Tensor], options: dict[str, Any]) -> None:
-    value, gradients = found
+def assert_matches(result: Any, features: list[Tensor], options: dict[str, Any]) -> None:
+    value, gradients = result
     leaves = [x.detach().clone().requires_grad_() for x in features[:2]]
     loss = at_fused.at_loss(leaves, features[2:], **options)
     torch.testing.assert_close(value, loss.detach())
     assert not value.requires_grad
-    right = torch.autograd.grad(3 * loss.sum(), leaves)
-    for g, r in zip(gradients, right, strict=True):
-        assert g.stride() == r.stride()
-        torch.testing.assert_close(g, r, rtol=1e-5, atol=1e-8)
+    expected = torch.autograd.grad(3 * loss.sum(), leaves)
+    for g, e in zip(gradients, expected, strict=True):
+        assert g.stride() == e.stride()
+        torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_value_and_grad_with_a_tensor_and_in_inference_mode(name: str) -> None:
-    options, features = VALUES[name], features_of(VALUES[name])
-    assert_values(values(options)(*features), features, options)
-    assert_values(values(options, torch.tensor(3.0))(*features), features, options)
+def test_value_and_grad_with_a_tensor_scale_and_in_inference_mode(name: str) -> None:
+    options, features = VALUES[name], make_features(VALUES[name])
+    assert_matches(value_and_grad(options)(*features), features, options)
+    assert_matches(value_and_grad(options, torch.tensor(3.0))(*features), features, options)
     with torch.inference_mode():
-        value, gradients = values(options)(*[x.clone() for x in features])
-    assert_values((value.clone(), [g.clone() for g in gradients]), features, options)
+        value, gradients = value_and_grad(options)(*[x.clone() for x in features])
+    assert_matches((value.clone(), [g.clone() for g in gradients]), features, options)
 
 
-def three(x: Tensor) -> Tensor:
-    """A scale that is traced."""
+def traced_scale(x: Tensor) -> Tensor:
+    """Return 3 as a tensor computed inside the graph."""
     return x.abs().sum() * 0 + 3
 
 
-@crossed(name=FUSED, scale=[3.0, three])
+@crossed(name=FUSED, scale=[3.0, traced_scale])
 def test_value_and_grad_in_one_graph(name: str, scale: Any) -> None:
-    options, features = FUSED[name], features_of(FUSED[name])
-    function = values(options, scale)
+    options, features = FUSED[name], make_features(FUSED[name])
+    function = value_and_grad(options, scale)
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert_values(compiled(*features), features, options)
+    assert_matches(compiled(*features), features, options)
 
     class Program(nn.Module):
         def forward(self, features: tuple[Tensor, ...]) -> Any:
@@ -184,16 +183,16 @@ def test_value_and_grad_in_one_graph(name: str, scale: Any) -> None:
 
     inputs = (tuple(features),)
     exported = torch.export.export(Program(), inputs).module()
-    assert_values(exported(*inputs), features, options)
+    assert_matches(exported(*inputs), features, options)
 
 
 @pytest.mark.parametrize("name", ["max", "both, maps"])
-def test_value_and_grad_beside_graphs(name: str) -> None:
-    """Options that one operator does not take: compiled around, and not exported."""
-    options, features = OTHERS[name], features_of(OTHERS[name])
+def test_value_and_grad_with_other_options_breaks_graphs(name: str) -> None:
+    """torch.compile breaks the graph, and torch.export raises."""
+    options, features = OTHERS[name], make_features(OTHERS[name])
     torch._dynamo.reset()
-    compiled = torch.compile(values(options), backend="aot_eager")
-    assert_values(compiled(*features), features, options)
+    compiled = torch.compile(value_and_grad(options), backend="aot_eager")
+    assert_matches(compiled(*features), features, options)
     program = Module(lambda s, t: at_fused.at_value_and_grad(s, t, **options)[0])
     with pytest.raises(RuntimeError, match="export at_loss instead"):
         torch.export.export(program, (features[0], features[2]))

@@ -1,4 +1,4 @@
-"""The method through the public functions: what generated calls (test_properties) would miss."""
+"""Options of ``at_loss``, in cases that generated calls (test_properties.py) would miss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 import at_fused
 
-# ---- every option --------------------------------------------------------------------------------
+# ---- options of maps and resizing ----------------------------------------------------------------
 
 OPTIONS: dict[str, dict[str, Any]] = THROUGH_MAPS | {
     "max, p=1": {"collapse": "max", "p": 1.0},
@@ -28,23 +28,23 @@ OPTIONS: dict[str, dict[str, Any]] = THROUGH_MAPS | {
 }
 
 
-@crossed(options=OPTIONS, dtype=DTYPES, layout=LAYOUTS)
-def test_the_method(backend: str, options: str, dtype: torch.dtype, layout: str) -> None:
-    given = OPTIONS[options]
+@crossed(name=OPTIONS, dtype=DTYPES, layout=LAYOUTS)
+def test_options_of_maps(backend: str, name: str, dtype: torch.dtype, layout: str) -> None:
+    options = OPTIONS[name]
     s = feature(3, 20, 5, 7, layout=layout, dtype=dtype)
-    any_size = "resize" in given or given.get("attend") == "channel"
+    any_size = "resize" in options or options.get("attend") == "channel"
     size = (8, 4) if any_size else (5, 7)
-    t = feature(3, 20 if "attend" in given else 33, *size, dtype=dtype)
-    assert_matches_reference([s], [t], **given)
+    t = feature(3, 20 if "attend" in options else 33, *size, dtype=dtype)
+    assert_matches_reference([s], [t], **options)
 
 
 RESIZES = [
     ((3, 4, 8, 8), (3, 6, 4, 4)),
-    ((2, 5, 13, 9), (2, 3, 7, 5)),  # windows that overlap
-    ((2, 5, 8, 3), (2, 3, 4, 6)),  # each side has the larger one of the sizes
+    ((2, 5, 13, 9), (2, 3, 7, 5)),  # overlapping windows
+    ((2, 5, 8, 3), (2, 3, 4, 6)),  # each side is larger in one dimension
     ((2, 3, 4, 6, 5), (2, 4, 2, 5, 5)),
-    ((1, 3, 9000), (1, 2, 3)),  # windows that are large
-    ((1, 3, 75, 80), (1, 2, 74, 79)),  # and many
+    ((1, 3, 9000), (1, 2, 3)),  # large windows
+    ((1, 3, 75, 80), (1, 2, 74, 79)),  # many windows
     ((1, 3, 20, 22, 20), (1, 2, 10, 21, 10)),
 ]
 
@@ -66,17 +66,17 @@ def test_resizing(
 def test_gradients_through_wide_maps(
     fast_backend: str, size: tuple[int, ...], other: tuple[int, ...]
 ) -> None:
-    """In fp32 a position's weights would be off by the rounding of its number, to 2e-5."""
+    """Weights computed from positions in fp32 would have errors up to 2e-5."""
     pair = feature(2, 3, *size, dtype=torch.float32), feature(2, 4, *other, dtype=torch.float32)
     leaves = [x.requires_grad_() for x in pair]
     doubles = [x.detach().double().requires_grad_() for x in pair]
-    found = torch.autograd.grad(at_fused.at_loss(*leaves, resize="maps"), leaves)
-    right = torch.autograd.grad(expected_loss(*doubles, resize="maps").mean(), doubles)
-    for g, r in zip(found, right, strict=True):
-        assert (g - r).abs().max() < 2e-6 * r.abs().max()
+    actual = torch.autograd.grad(at_fused.at_loss(*leaves, resize="maps"), leaves)
+    expected = torch.autograd.grad(expected_loss(*doubles, resize="maps").mean(), doubles)
+    for g, e in zip(actual, expected, strict=True):
+        assert (g - e).abs().max() < 2e-6 * e.abs().max()
 
 
-def test_nan_and_infinity_stay_in_their_windows(backend: str) -> None:
+def test_nan_and_infinity_stay_in_their_samples(backend: str) -> None:
     s, t = torch.randn(3, 4, 6, 6, requires_grad=True), torch.randn(3, 5, 3, 3)
     with torch.no_grad():
         s[0, 1, 2, 2], s[1, 1, 2, 2] = float("nan"), float("inf")
@@ -97,27 +97,27 @@ def test_special_values_of_signed_powers(backend: str) -> None:
         assert q[0, 3] == (-(2.0**p) if p < 4 else -float("inf"))
 
 
-# ---- tokens, masks, weights of samples -----------------------------------------------------------
+# ---- tokens, masks, sample weights ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resize", ["maps", "features"])
 def test_tokens_against_a_convolution(backend: str, resize: str) -> None:
     tokens, maps = [feature(2, 1 + 12, 8)], [feature(2, 5, 6, 8)]
-    of_teacher = {"channel_dim": (1, -1), "skip_tokens": 1, "map_size": (3, 4)}
-    assert_matches_reference(maps, tokens, resize=resize, **of_teacher)
-    of_student = {"channel_dim": (-1, 1), "skip_tokens": (1, 0), "map_size": ((3, 4), None)}
-    assert_matches_reference(tokens, maps, resize=resize, **of_student)
+    in_teacher = {"channel_dim": (1, -1), "skip_tokens": 1, "map_size": (3, 4)}
+    assert_matches_reference(maps, tokens, resize=resize, **in_teacher)
+    in_student = {"channel_dim": (-1, 1), "skip_tokens": (1, 0), "map_size": ((3, 4), None)}
+    assert_matches_reference(tokens, maps, resize=resize, **in_student)
 
 
 @pytest.mark.parametrize("resize", ["maps", "features"])
-def test_a_mask_of_any_size(backend: str, resize: str) -> None:
+def test_masks_of_any_size(backend: str, resize: str) -> None:
     s, t = feature(3, 4, 8, 6), feature(3, 5, 4, 9)
     for size in ((8, 6), (4, 6), (32, 24), (7, 5)):
         for mask in (torch.rand(3, *size), torch.rand(3, *size) > 0.3):
             assert_matches_reference([s], [t], mask=[mask], resize=resize, form="paper")
 
 
-def test_what_a_mask_leaves_out_has_no_gradient(backend: str) -> None:
+def test_masked_positions_have_no_gradient(backend: str) -> None:
     mask = torch.ones(2, 4, 4)
     mask[:, :, 3] = 0
     s, t = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
@@ -129,15 +129,15 @@ def test_what_a_mask_leaves_out_has_no_gradient(backend: str) -> None:
     assert torch.equal(at_fused.at_loss(s, t, mask=mask), at_fused.at_loss(s, changed, mask=mask))
 
 
-# ---- all of it in one operator -------------------------------------------------------------------
+# ---- options of the fused operator ---------------------------------------------------------------
 
-# Two pairs: sizes of their maps, channels of both sides.
+# Map size, student channels and teacher channels of two pairs.
 PAIRS = [((5, 7), 20, 9), ((4, 3), 6, 17)]
-PLACES = ("planar", "interleaved", "tokens")
-SKIPS = 2, 1  # tokens of students and teachers
-FACTORS: dict[str, dict[str, Any]] = {
+ALL_LAYOUTS = ("planar", "interleaved", "tokens")
+SKIPS = 2, 1  # skip_tokens of students and teachers
+FUSED_OPTIONS: dict[str, dict[str, Any]] = {
     "sample": {"reduction": "sample", "weights": [2.0, -0.5]},
-    "weights of samples": {"reduction": "none", "sample_weights": True, "p": 1.0},
+    "sample_weights": {"reduction": "none", "sample_weights": True, "p": 1.0},
     "added": {"eps_mode": "add", "eps": 0.3},
     "mask": {"mask": "bool"},
     "float masks, sample": {"mask": "float", "reduction": "sample", "eps_mode": "add", "eps": 0.3},
@@ -146,64 +146,64 @@ FACTORS: dict[str, dict[str, Any]] = {
 }
 
 
-def placed_pairs(
-    place: str, dtype: torch.dtype, pairs: Any = PAIRS
+def make_features(
+    layout: str, dtype: torch.dtype, pairs: Any = PAIRS
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Students and teachers as at_loss takes them: of four dimensions, or tokens."""
+    """Make features of students and teachers: (B, C, H, W), or tokens."""
     sides: tuple[list[Tensor], list[Tensor]] = [], []
     for (h, w), *channels in pairs:
         for side, c, skip in zip(sides, channels, SKIPS, strict=True):
-            if place == "tokens":
+            if layout == "tokens":
                 side.append(feature(3, skip + h * w, c, dtype=dtype))
             else:
-                side.append(feature(3, c, h, w, layout=place, dtype=dtype))
+                side.append(feature(3, c, h, w, layout=layout, dtype=dtype))
     return sides
 
 
-def masks_of_pairs(kind: str, place: str, pairs: Any = PAIRS) -> list[Tensor]:
-    """One of each pair; of the second sample nothing is left."""
+def make_masks(kind: str, layout: str, pairs: Any = PAIRS) -> list[Tensor]:
+    """Make a mask per pair, with all of the second sample masked."""
     masks = [torch.rand(3, *size) for size, *_ in pairs]
     masks = [mask > 0.3 if kind == "bool" else mask for mask in masks]
     for mask in masks:
         mask[1] = 0
-    return [mask.flatten(1) for mask in masks] if place == "tokens" else masks
+    return [mask.flatten(1) for mask in masks] if layout == "tokens" else masks
 
 
-def of_layout(place: str) -> dict[str, Any]:
-    return {"channel_dim": -1, "skip_tokens": SKIPS} if place == "tokens" else {}
+def token_options(layout: str) -> dict[str, Any]:
+    return {"channel_dim": -1, "skip_tokens": SKIPS} if layout == "tokens" else {}
 
 
-def made(factors: str, place: str) -> dict[str, Any]:
-    """Options of FACTORS, with tensors."""
-    options = FACTORS[factors] | of_layout(place)
+def make_options(name: str, layout: str) -> dict[str, Any]:
+    """Replace the mask and sample_weights in FUSED_OPTIONS by tensors."""
+    options = FUSED_OPTIONS[name] | token_options(layout)
     if "mask" in options:
-        options["mask"] = masks_of_pairs(options["mask"], place)
+        options["mask"] = make_masks(options["mask"], layout)
     if "sample_weights" in options:
         options["sample_weights"] = torch.tensor([1.0, 0.0, 0.25])
     return options
 
 
-@crossed(factors=FACTORS, dtype=DTYPES, place=PLACES)
-def test_factors(backend: str, dtype: torch.dtype, place: str, factors: str) -> None:
-    pairs = placed_pairs(place, dtype)
+@crossed(name=FUSED_OPTIONS, dtype=DTYPES, layout=ALL_LAYOUTS)
+def test_fused_options(backend: str, dtype: torch.dtype, layout: str, name: str) -> None:
+    pairs = make_features(layout, dtype)
     for form in ("code", "paper"):
-        assert_matches_reference(*pairs, form=form, **made(factors, place))
+        assert_matches_reference(*pairs, form=form, **make_options(name, layout))
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_masks_of_samples_that_are_cut(backend: str, place: str) -> None:
-    """A sample that several tasks, blocks or programs share, and whole ones."""
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+def test_masks_of_large_samples(backend: str, layout: str) -> None:
+    """Several tasks, thread blocks or Triton programs share the large sample."""
     pairs = [*PAIRS[:1], ((64, 80), 24, 40)]
-    students, teachers = placed_pairs(place, torch.float32, pairs)
-    masks = masks_of_pairs("float", place, pairs)
+    students, teachers = make_features(layout, torch.float32, pairs)
+    masks = make_masks("float", layout, pairs)
     students[1], teachers[1], masks[1] = students[1][:1], teachers[1][:1], masks[1][:1]
     masks[1].view(1, -1)[:, : 7 * 80] = 0
     options = {"mask": masks, "reduction": "none", "form": "paper"}
-    assert_matches_reference(students, teachers, **options, **of_layout(place))
+    assert_matches_reference(students, teachers, **options, **token_options(layout))
 
 
-class Recorded(TorchDispatchMode):
-    """The operators that the dispatcher runs, and the elements that each of them makes."""
+class OperatorRecorder(TorchDispatchMode):
+    """A mode that records each operator and the number of elements that it allocates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,36 +212,34 @@ class Recorded(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        found = function(*args, **(kwargs or {}))
-        new = [
-            x for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, Tensor)
-        ]
-        made = 0 if function.is_view else sum(x.numel() for x in new)
-        self.calls.append((str(function), made))
-        return found
+        result = function(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, tuple) else (result,)
+        elements = sum(x.numel() for x in outputs if isinstance(x, Tensor))
+        self.calls.append((str(function), 0 if function.is_view else elements))
+        return result
 
-    def ours(self) -> list[str]:
+    def fused(self) -> list[str]:
         return [name.split(".")[1] for name, _ in self.calls if name.startswith("at_fused")]
 
 
-@crossed(factors=FACTORS, place=PLACES)
-def test_one_operator_each_way(backend: str, place: str, factors: str) -> None:
-    students, teachers = placed_pairs(place, torch.float32)
+@crossed(name=FUSED_OPTIONS, layout=ALL_LAYOUTS)
+def test_forward_and_backward_are_one_operator_each(backend: str, layout: str, name: str) -> None:
+    students, teachers = make_features(layout, torch.float32)
     students = [x.requires_grad_() for x in students]
-    options = made(factors, place)
+    options = make_options(name, layout)
     largest = max(size[0] * size[1] * 3 for size, *_ in PAIRS)
-    with Recorded() as forward:
+    with OperatorRecorder() as forward:
         loss = at_fused.at_loss(students, teachers, **options).sum()
-    with Recorded() as backward:
+    with OperatorRecorder() as backward:
         torch.autograd.grad(loss, students)
-    with Recorded() as both:
+    with OperatorRecorder() as both:
         at_fused.at_value_and_grad(students, teachers, **options)
-    assert forward.ours() == ["at_loss"]
-    assert backward.ours() == ["attention_map_backward"]
-    assert both.ours() == ["at_value_and_grad"]
-    # Nothing else makes more than a map.
-    for name, made_elements in forward.calls + backward.calls + both.calls:
-        assert name.startswith("at_fused") or made_elements <= largest, name
+    assert forward.fused() == ["at_loss"]
+    assert backward.fused() == ["attention_map_backward"]
+    assert both.fused() == ["at_value_and_grad"]
+    # Other operators allocate no more than a map.
+    for name, elements in forward.calls + backward.calls + both.calls:
+        assert name.startswith("at_fused") or elements <= largest, name
 
 
 # ---- teachers under inference_mode ---------------------------------------------------------------
@@ -253,21 +251,21 @@ def test_teachers_under_inference_mode(backend: str, name: str) -> None:
     s = feature(2, 5, 4, 4).requires_grad_()
     with torch.inference_mode():
         t = feature(2, 5, *((3, 5) if "resize" in options else (4, 4)))
-        # Of the maps' dtype and size: used as they are.
+        # They have the maps' dtype and size, so at_loss does not copy them.
         mask, weights = torch.rand(2, 4, 4).double(), torch.rand(2).double()
     more: list[dict[str, Any]] = [{}, {"mask": mask}, {"sample_weights": weights}]
-    calls: list[tuple[Any, Any, dict[str, Any]]] = [(s, t, options | each) for each in more]
+    calls: list[tuple[Any, Any, dict[str, Any]]] = [(s, t, options | extra) for extra in more]
     if "resize" not in options and "absolute" not in options:
         calls.append((s, t, options | {"attend": "both"}))
-        # A list of which one student is nobody's to train.
+        # A student's feature may come from inference mode, too.
         calls.append(([s, t], [t, t], options))
         calls.append((s[..., 0], t[..., 0], options | {"channel_dim": -1, "skip_tokens": 1}))
     for call in calls:
         plain = tree_map_only(Tensor, lambda x: x.clone() if x.is_inference() else x, call)
         losses = [at_fused.at_loss(x, y, **o).sum() for x, y, o in (call, plain)]
         torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
-        found, right = (torch.autograd.grad(loss, s)[0] for loss in losses)
-        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-15)
+        gradients = (torch.autograd.grad(loss, s)[0] for loss in losses)
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-15)
         value, _ = at_fused.at_value_and_grad(*call[:2], **call[2])
         torch.testing.assert_close(value.sum(), losses[1].detach())
 
@@ -284,15 +282,15 @@ def test_maps_under_inference_mode(backend: str) -> None:
             loss = at_fused.map_loss(at_fused.attention_tap(s)[1], q, **options).sum()
             if "mask" in options:
                 options["mask"] = mask.clone()
-            right = at_fused.at_loss(s, t.clone(), **options).sum()
-            torch.testing.assert_close(loss, right, rtol=1e-12, atol=0)
+            expected = at_fused.at_loss(s, t.clone(), **options).sum()
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
             (g,) = torch.autograd.grad(loss, s, create_graph=True)
-            torch.testing.assert_close(g, *torch.autograd.grad(right, s), rtol=1e-9, atol=1e-15)
-            # Twice: the graph of the gradient reads what was saved.
+            torch.testing.assert_close(g, *torch.autograd.grad(expected, s), rtol=1e-9, atol=1e-15)
+            # The double backward reads the saved tensors.
             assert torch.autograd.grad(g.square().sum(), s)[0].any()
 
 
-# ---- derivatives, other callers ------------------------------------------------------------------
+# ---- derivatives, torch.compile, memory ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", THROUGH_MAPS)
@@ -309,7 +307,7 @@ def test_first_and_second_derivatives(fast_backend: str, options: str) -> None:
 
 
 @pytest.mark.parametrize("options", ["max", "added", "signed features", "sample"])
-def test_compile_fullgraph_of_the_method(options: str) -> None:
+def test_compile_fullgraph_with_options(options: str) -> None:
     s = torch.randn(2, 3, 6, 6, requires_grad=True)
     t = torch.randn(2, 5, *((4, 3) if "resize" in THROUGH_MAPS[options] else (6, 6)))
 
@@ -317,20 +315,20 @@ def test_compile_fullgraph_of_the_method(options: str) -> None:
         return at_fused.at_loss(s * 2, t, **THROUGH_MAPS[options]).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    found, right = compiled(s, t), step(s, t)
-    torch.testing.assert_close(found, right)
-    torch.testing.assert_close(torch.autograd.grad(found, s), torch.autograd.grad(right, s))
+    losses = compiled(s, t), step(s, t)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, s) for loss in losses))
 
 
-def test_a_teachers_features_are_not_kept_alive(backend: str) -> None:
+def test_teacher_features_are_freed_before_backward(backend: str) -> None:
     s, t = torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(2, 5, 3, 3)
     for resize in (None, "maps", "features"):
         for collapse in ("mean", "max"):
             u = t.clone() if resize else torch.randn_like(s)
-            alive = weakref.ref(u)
+            reference = weakref.ref(u)
             loss = at_fused.at_loss(s, u, resize=resize, collapse=collapse)
             del u
-            assert alive() is None
+            assert reference() is None
             loss.backward()
 
 
@@ -339,24 +337,25 @@ def test_second_derivative_with_a_mask_and_a_wider_teacher(
     backend: str, dtype: torch.dtype
 ) -> None:
     s, t, mask = feature(2, 3, 4, 4, dtype=dtype), feature(2, 5, 4, 4), torch.rand(2, 4, 4)
-    found = []
-    for x, loss_of in ((s.clone(), at_fused.at_loss), (s.double(), reference_loss)):
+    results = []
+    for x, loss_function in ((s.clone(), at_fused.at_loss), (s.double(), reference_loss)):
         x.requires_grad_()
-        loss = loss_of([x, x], [t, t], mask=[mask, mask > 0.3])
+        loss = loss_function([x, x], [t, t], mask=[mask, mask > 0.3])
         (g,) = torch.autograd.grad(loss, x, create_graph=True)
-        found.append(torch.autograd.grad((g.double() * t[:, :3]).sum(), x)[0].double())
-    share = {torch.float32: 2e-5, torch.float16: 2**-8}[dtype]
-    assert (found[0] - found[1]).abs().max() < share * found[1].abs().max()
+        results.append(torch.autograd.grad((g.double() * t[:, :3]).sum(), x)[0].double())
+    tolerance = {torch.float32: 2e-5, torch.float16: 2**-8}[dtype]
+    actual, expected = results
+    assert (actual - expected).abs().max() < tolerance * expected.abs().max()
 
 
-def test_a_masks_gradient_with_a_map_of_inference_mode(backend: str) -> None:
+def test_mask_gradient_with_a_map_made_in_inference_mode(backend: str) -> None:
     s, t, mask = feature(2, 3, 4, 4), feature(2, 5, 4, 4), feature(2, 4, 4).abs()
     with torch.inference_mode():
         q = at_fused.attention_map(t)
     gradients = []
-    for other in (q, q.clone()):
+    for teacher_map in (q, q.clone()):
         m = mask.clone().requires_grad_()
-        loss = at_fused.map_loss(at_fused.attention_map(s), other, mask=m)
+        loss = at_fused.map_loss(at_fused.attention_map(s), teacher_map, mask=m)
         gradients += torch.autograd.grad(loss, m)
     assert torch.equal(*gradients)
     assert gradients[0].abs().max() > 0

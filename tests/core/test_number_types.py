@@ -1,8 +1,8 @@
-"""Options that are numbers of NumPy or torch, arrays, or lists of another kind: Python's own."""
+"""Options may be NumPy or torch numbers, arrays and other sequences instead of Python's."""
 
 from __future__ import annotations
 
-from collections import UserList  # a sequence that is no list, as OmegaConf's
+from collections import UserList  # a sequence that is not a list, like OmegaConf's
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from at_fused import compat, schedules, visualize
 Convert = Callable[[Any], Any]
 
 
-def every_number(make: Convert) -> Convert:
-    """Numbers of another kind, and a sequence of these for a list."""
+def convert_numbers(make: Convert) -> Convert:
+    """Return a function that converts numbers, and lists to another sequence of them."""
 
     def convert(x: Any) -> Any:
         if isinstance(x, (list, tuple)):
@@ -30,12 +30,12 @@ def every_number(make: Convert) -> Convert:
     return convert
 
 
-def arrays(make: Convert) -> Convert:
-    """An array for a number, and for a list of numbers."""
+def convert_to_arrays(make: Convert) -> Convert:
+    """Return a function that converts numbers and lists of numbers to arrays."""
 
     def convert(x: Any) -> Any:
-        several = isinstance(x, (list, tuple))
-        if several and not all(isinstance(n, (int, float)) for n in x):
+        is_list = isinstance(x, (list, tuple))
+        if is_list and not all(isinstance(n, (int, float)) for n in x):
             return [convert(n) for n in x]
         return x if isinstance(x, (str, type(None))) else make(x)
 
@@ -43,12 +43,12 @@ def arrays(make: Convert) -> Convert:
 
 
 KINDS: dict[str, Convert] = {
-    "float32": every_number(lambda x: np.int64(x) if isinstance(x, int) else np.float32(x)),
-    "float64": every_number(lambda x: np.int64(x) if isinstance(x, int) else np.float64(x)),
-    "arrays of a number": every_number(np.array),
-    "tensors of a number": every_number(torch.tensor),
-    "arrays": arrays(np.array),
-    "tensors": arrays(torch.tensor),
+    "float32": convert_numbers(lambda x: np.int64(x) if isinstance(x, int) else np.float32(x)),
+    "float64": convert_numbers(lambda x: np.int64(x) if isinstance(x, int) else np.float64(x)),
+    "arrays of a number": convert_numbers(np.array),
+    "tensors of a number": convert_numbers(torch.tensor),
+    "arrays": convert_to_arrays(np.array),
+    "tensors": convert_to_arrays(torch.tensor),
 }
 X, Y = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
 TOKENS = torch.randn(2, 17, 3)
@@ -92,19 +92,19 @@ CALLS: list[Callable[[Convert], Any]] = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", CALLS, ids=range(len(CALLS)))
-def test_numbers_of_any_kind(call: Callable[[Convert], Any], kind: str) -> None:
-    expected, found = call(lambda x: x), call(KINDS[kind])
-    assert type(found) is type(expected)
+def test_numbers_of_other_types(call: Callable[[Convert], Any], kind: str) -> None:
+    expected, actual = call(lambda x: x), call(KINDS[kind])
+    assert type(actual) is type(expected)
     if isinstance(expected, (Tensor, tuple)):
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     else:
-        assert found == expected
+        assert actual == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_transfer(kind: str, tmp_path: Path) -> None:
     student, teacher, x, _ = networks()
-    losses = []
+    results = []
     for c in (lambda x: x, KINDS[kind]):
         options = {"p": 3.0, "eps": 0.5, "weights": [1.0, 0.5, 2.0], "channel_dim": (1, 1)}
         at = at_fused.AttentionTransfer(
@@ -115,17 +115,17 @@ def test_attention_transfer(kind: str, tmp_path: Path) -> None:
         )
         for _ in range(2):
             student(x)
-            losses.append(at(x, c([7, 2, 9, 0]), seed=c(3)))
+            results.append(at(x, c([7, 2, 9, 0]), seed=c(3)))
         at.beta = c(4.0)
-        losses.append(at.beta)
-        losses.append(repr(at))
+        results.append(at.beta)
+        results.append(repr(at))
         at.remove()
-    assert losses[:4] == losses[4:]
+    assert results[:4] == results[4:]
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith("-seed3")
 
 
-def test_names_of_layers() -> None:
+def test_layer_names_in_other_sequences() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     assert list(visualize.attention_maps(net, X, UserList(["0", "1"]))) == ["0", "1"]
     student, teacher, *_ = networks()
@@ -134,11 +134,11 @@ def test_names_of_layers() -> None:
     assert at.pairs == [(g, g) for g in GROUPS[:2]]
 
 
-def test_compiled() -> None:
+def test_numbers_of_other_types_in_compiled_modules() -> None:
     torch._dynamo.reset()
     options = {"p": torch.tensor(3.0), "weights": np.array([0.5]), "channel_dim": np.int64(1)}
     loss = at_fused.ATLoss(**options)
-    fast = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(fast(X, Y), at_fused.at_loss(X, Y, p=3.0, weights=[0.5]))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X, Y), at_fused.at_loss(X, Y, p=3.0, weights=[0.5]))
     kd = torch.compile(at_fused.KDLoss(np.float32(2)), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(kd(LOGITS, LOGITS * 2), at_fused.kd_loss(LOGITS, LOGITS * 2, T=2.0))

@@ -1,4 +1,4 @@
-"""The operators inside PyTorch's machinery: opcheck, compile, export, autocast, torch.func."""
+"""The operators with opcheck, torch.compile, torch.export, autocast and inference mode."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_opcheck(backend: str, operator: str, seed: int) -> None:
     differentiated = operator not in ("attention_tap_backward_", "at_value_and_grad")
     for x in tensors_of(arguments[:2]) if differentiated else ():
         x.requires_grad_()
-    # Autograd and compilers see the same of every back end, and nothing of what is in place.
-    few = backend not in ("cpu", "cuda") or operator == "attention_tap_backward_"
-    some = {"test_utils": ("test_schema", "test_faketensor")} if few else {}
-    torch.library.opcheck(getattr(torch.ops.at_fused, operator), tuple(arguments), **some)
+    # Autograd does not depend on the back end, and does not support the in-place operator.
+    skip_autograd = backend not in ("cpu", "cuda") or operator == "attention_tap_backward_"
+    checks = {"test_utils": ("test_schema", "test_faketensor")} if skip_autograd else {}
+    torch.library.opcheck(getattr(torch.ops.at_fused, operator), tuple(arguments), **checks)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -49,33 +49,32 @@ def test_compile_fullgraph(compiler: str) -> None:
     s1 = s1.detach().to(memory_format=torch.channels_last).requires_grad_()
 
     def step(s0: Tensor, s1: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
-        # Non-leaf inputs, an expression around the loss, and maps beside it.
+        # Non-leaf inputs, arithmetic with the loss, and maps in the same graph.
         loss = at_fused.at_loss([s0 * 2, s1 + 1], [t0, t1], weights=[1.0, 2.0])
         return 3 * loss + at_fused.at(s0).square().mean() + at_fused.attention_map(s1).mean()
 
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
     loss, expected = compiled(s0, s1, t0, t1), step(s0, s1, t0, t1)
     torch.testing.assert_close(loss, expected)
-    found, right = (torch.autograd.grad(each, (s0, s1)) for each in (loss, expected))
-    torch.testing.assert_close(found, right)
-    assert found[1].is_contiguous(memory_format=torch.channels_last)
+    gradients = [torch.autograd.grad(x, (s0, s1)) for x in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0][1].is_contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         torch.testing.assert_close(step(s0, s1, t0, t1), compiled(s0, s1, t0, t1))
 
 
-def test_compile_dynamic_shapes_without_a_new_graph() -> None:
+def test_compile_dynamic_shapes_without_recompilation() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(at_fused.at_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for shape in [(2, 3, 8, 8), (4, 5, 6, 6), (3, 9, 7, 7)]:
             s, t = pair(*shape)
-            loss, expected = compiled(s, t), at_fused.at_loss(s, t)
-            torch.testing.assert_close(loss, expected)
-            found, right = (torch.autograd.grad(each, s) for each in (loss, expected))
-            torch.testing.assert_close(found, right)
+            losses = compiled(s, t), at_fused.at_loss(s, t)
+            torch.testing.assert_close(*losses)
+            torch.testing.assert_close(*(torch.autograd.grad(loss, s) for loss in losses))
 
 
-def test_export_and_dynamic_batch(tmp_path: Any) -> None:
+def test_export_with_dynamic_batch(tmp_path: Any) -> None:
     s, t = pair(4, 3, 8, 8)
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(
@@ -101,9 +100,9 @@ def test_autocast_gives_low_precision_features_and_a_float32_loss(
     assert loss.dtype == torch.float32
     expected = reference_loss([s.double()], [t.double()])
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    (found,) = torch.autograd.grad(loss * 1024, student.weight, retain_graph=True)
-    (right,) = torch.autograd.grad(expected * 1024, student.weight)
-    assert (found - right).norm() < 0.02 * right.norm()
+    (actual,) = torch.autograd.grad(loss * 1024, student.weight, retain_graph=True)
+    (expected,) = torch.autograd.grad(expected * 1024, student.weight)
+    assert (actual - expected).norm() < 0.02 * expected.norm()
 
 
 def test_no_grad_and_inference_mode(backend: str) -> None:
@@ -118,7 +117,7 @@ def test_no_grad_and_inference_mode(backend: str) -> None:
         assert torch.equal(at_fused.at(s * 1), at_fused.at(s))
 
 
-def test_a_feature_changed_before_backward_is_an_error(backend: str) -> None:
+def test_features_changed_in_place_before_backward_raise(backend: str) -> None:
     s, t = pair(2, 3, 4, 4)
     x = s * 1
     loss = at_fused.at_loss(x, t)
@@ -147,7 +146,7 @@ def allocated(call: Any) -> tuple[Any, int]:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_no_feature_sized_temporary() -> None:
+def test_operators_allocate_no_feature_sized_temporaries() -> None:
     s, t = torch.randn(2, 64, 24, 24, requires_grad=True), torch.randn(2, 64, 24, 24)
     size = s.nbytes
     loss, forward = allocated(lambda: at_fused.at_loss(s, t))
@@ -158,8 +157,8 @@ def test_no_feature_sized_temporary() -> None:
     assert size <= both < size * 1.05
     (q, channels), forward = allocated(lambda: _ops.attention_map([t], 2.0, "max"))
     assert 0 < forward < size / 16
-    for won in ([], [channels]):
-        call = partial(_ops.attention_map_backward, [t], [q], None, [0], 2.0, [], won)
+    for maxima in ([], [channels]):
+        call = partial(_ops.attention_map_backward, [t], [q], None, [0], 2.0, [], maxima)
         assert size <= allocated(call)[1] < size * 1.02
     for rest in ([q, 2.0, "mean"], [q, 2.0, "max", channels]):
         gradient = torch.randn_like(t)
@@ -170,50 +169,50 @@ def test_no_feature_sized_temporary() -> None:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+def leaked_bytes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     script = str(SUPPORT / "hostile.py")
-    return dict(json.loads(output_of(tmp_path_factory.mktemp("kept"), script, "kept")))
+    return dict(json.loads(output_of(tmp_path_factory.mktemp("leaks"), script, "kept")))
 
 
 @pytest.mark.parametrize("name", ALL_BACKENDS)
-def test_nothing_allocated_outlives_a_call_but_its_outputs(kept: Any, name: str) -> None:
-    # In a CUDA graph's pool what is kept would be used by another graph too.
-    assert not any(kept[name].values()), kept[name]
+def test_only_outputs_outlive_a_call(leaked_bytes: Any, name: str) -> None:
+    # Memory kept from a CUDA graph's pool could be overwritten by another graph.
+    assert not any(leaked_bytes[name].values()), leaked_bytes[name]
 
 
-FAR = 2**31 + 64
-FAR_APART = {
-    "samples": ((2, 2, 16), (FAR, 16, 1)),
-    "lines": ((2, 2, 16), (16, FAR, 1)),
-    "interleaved samples": ((2, 3, 16), (FAR, 1, 3)),
-    "interleaved lines": ((1, 2, 2), (0, 1, FAR)),
+HUGE = 2**31 + 64
+HUGE_STRIDES = {
+    "samples": ((2, 2, 16), (HUGE, 16, 1)),
+    "rows": ((2, 2, 16), (16, HUGE, 1)),
+    "interleaved samples": ((2, 3, 16), (HUGE, 1, 3)),
+    "interleaved rows": ((1, 2, 2), (0, 1, HUGE)),
 }
 
 
-@crossed(apart=list(FAR_APART), collapse=["mean", "max"])
-def test_elements_beyond_2_to_the_31(backend: str, collapse: str, apart: str) -> None:
-    """Memory that nobody touches costs nothing: a tensor may lie far apart."""
-    shape, strides = FAR_APART[apart]
+@crossed(layout=list(HUGE_STRIDES), collapse=["mean", "max"])
+def test_offsets_beyond_int32(backend: str, collapse: str, layout: str) -> None:
+    """Use tensors with huge strides; untouched memory is never allocated."""
+    shape, strides = HUGE_STRIDES[layout]
     if torch.get_default_device().type == "cuda" and torch.cuda.mem_get_info()[0] < 10 << 30:
         pytest.skip("less than 10 GB of free memory")
-    near, teacher = [torch.randn(shape).bfloat16() for _ in range(2)], torch.randn(shape)
-    g, x = (torch.empty(FAR + 64, dtype=y.dtype).as_strided(shape, strides) for y in near)
-    g.copy_(near[0])
-    x.copy_(near[1])
+    dense, teacher = [torch.randn(shape).bfloat16() for _ in range(2)], torch.randn(shape)
+    g, x = (torch.empty(HUGE + 64, dtype=y.dtype).as_strided(shape, strides) for y in dense)
+    g.copy_(dense[0])
+    x.copy_(dense[1])
     results = []
-    for gradient, y in ((g, x), near):
+    for gradient, y in ((g, x), dense):
         q, *channels = _ops.attention_map([y], 2.0, collapse)
-        (swept,) = _ops.attention_map_backward([y], [q], None, [0], 3.0, [], channels)
+        (map_gradient,) = _ops.attention_map_backward([y], [q], None, [0], 3.0, [], channels)
         rest = y, q, 2.0, collapse, *channels
-        added = _ops.attention_tap_backward(gradient, *rest)
+        tap_gradient = _ops.attention_tap_backward(gradient, *rest)
         _ops.attention_tap_backward_(gradient, *rest)
-        loss, direct = _ops.at_value_and_grad(*loss_arguments([y], [teacher]), 1.0, None)
-        results.append((q, *channels, swept, added, gradient, loss, *direct))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+        loss, gradients = _ops.at_value_and_grad(*loss_arguments([y], [teacher]), 1.0, None)
+        results.append((q, *channels, map_gradient, tap_gradient, gradient, loss, *gradients))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
-def test_a_map_whose_feature_needs_no_gradient(backend: str) -> None:
+def test_maps_of_features_without_gradients_have_none(backend: str) -> None:
     x, y = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
     maps = _ops.attention_map([x, y], 2.0, "mean")
     assert not maps[1].requires_grad
@@ -228,16 +227,16 @@ def test_meta_tensors() -> None:
     assert at_fused.attention_map(s).shape == (2, 4, 5)
 
 
-def test_module_is_the_function() -> None:
+def test_module_and_its_copies_match_the_function() -> None:
     options = {"p": 4, "form": "paper", "collapse": "sum", "weights": [1, 2], "reduction": "none"}
     module = at_fused.ATLoss(**options)
     s, t = pair(2, 3, 4, 4)
     expected = at_fused.at_loss([s, s], [t, t], **options)
-    for same in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        torch.testing.assert_close(same([s, s], [t, t]), expected, rtol=0, atol=0)
+    for loss in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(loss([s, s], [t, t]), expected, rtol=0, atol=0)
     assert "form='paper'" in repr(module)
     assert not module.state_dict()
-    # What belongs to a batch is given in the call.
+    # mask and sample_weights belong to a batch, so the call takes them.
     mask, weights = torch.rand(2, 4, 4), torch.rand(2)
     expected = at_fused.at_loss(s, t, mask=mask, sample_weights=weights, collapse="max")
     assert torch.equal(at_fused.ATLoss(collapse="max")(s, t, mask, weights), expected)

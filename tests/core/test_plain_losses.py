@@ -1,4 +1,4 @@
-"""Losses in plain PyTorch inside PyTorch: derivatives, transforms, compilation, inference mode."""
+"""Losses written in plain PyTorch with torch.func, torch.compile and inference mode."""
 
 from __future__ import annotations
 
@@ -41,39 +41,39 @@ LOSSES: dict[str, Loss] = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_derivatives_and_transforms(name: str) -> None:
-    """To second order, and in forward mode; and vmap, of the teacher alone as well."""
+    """Check derivatives to second order, forward mode, and vmap over both or only the teacher."""
     loss = LOSSES[name]
     s, t = (torch.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     call, sides = (lambda s: loss(s, t), (s,)) if "alpha=0.0" in name else (loss, (s, t))
     assert torch.autograd.gradcheck(call, sides, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, sides, check_fwd_over_rev=True)
-    each = torch.func.vmap(loss)(torch.stack([s, t]), torch.stack([t, t]))
-    torch.testing.assert_close(each, torch.stack([loss(s, t), loss(t, t)]))
-    each = torch.func.vmap(lambda t: loss(s, t))(torch.stack([s, t]))
-    torch.testing.assert_close(each, torch.stack([loss(s, s), loss(s, t)]))
+    losses = torch.func.vmap(loss)(torch.stack([s, t]), torch.stack([t, t]))
+    torch.testing.assert_close(losses, torch.stack([loss(s, t), loss(t, t)]))
+    losses = torch.func.vmap(lambda t: loss(s, t))(torch.stack([s, t]))
+    torch.testing.assert_close(losses, torch.stack([loss(s, s), loss(s, t)]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_teacher_under_inference_mode(name: str, dtype: torch.dtype) -> None:
+def test_teacher_made_in_inference_mode(name: str, dtype: torch.dtype) -> None:
     loss, s, t = LOSSES[name], torch.randn(2, 4, requires_grad=True), torch.randn(2, 4).to(dtype)
     with torch.inference_mode():
         teacher = t.clone()
-    found, right = loss(s, teacher), loss(s, t)
-    assert torch.equal(found, right)
-    above = torch.ones_like(found)
-    assert torch.equal(*torch.autograd.grad(found, s, above), *torch.autograd.grad(right, s, above))
+    losses = loss(s, teacher), loss(s, t)
+    assert torch.equal(*losses)
+    upstream = torch.ones_like(losses[0])
+    assert torch.equal(*(torch.autograd.grad(x, s, upstream)[0] for x in losses))
 
 
 @pytest.mark.parametrize(
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
 )
-def test_compiled_in_one_graph(compiler: str) -> None:
+def test_compile_fullgraph(compiler: str) -> None:
     s, t = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4)
 
     def step(s: Tensor, t: Tensor) -> Tensor:
         return sum(loss(2 * s, t).sum() for loss in LOSSES.values())
 
-    found, right = torch.compile(step, fullgraph=True, backend=compiler)(s, t), step(s, t)
-    torch.testing.assert_close(found, right)
-    torch.testing.assert_close(torch.autograd.grad(found, s), torch.autograd.grad(right, s))
+    losses = torch.compile(step, fullgraph=True, backend=compiler)(s, t), step(s, t)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, s) for loss in losses))

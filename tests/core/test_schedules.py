@@ -1,4 +1,4 @@
-"""Schedules of beta: values at the ends and between, and bad arguments."""
+"""Schedules of beta."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_constant() -> None:
 
 
 @pytest.mark.parametrize("schedule", [schedules.linear_decay, schedules.cosine])
-def test_ends_and_clamping(schedule: Any) -> None:
+def test_schedules_decrease_and_are_clamped_at_their_ends(schedule: Any) -> None:
     beta = schedule(2.0, 10, end=0.5)
     assert beta(0) == beta(-3) == 2.0
     assert beta(10) == beta(11) == beta(10**9) == 0.5
@@ -27,7 +27,7 @@ def test_ends_and_clamping(schedule: Any) -> None:
     assert schedule(1.0, 4)(4) == 0.0
 
 
-def test_between() -> None:
+def test_values_between_the_ends() -> None:
     assert schedules.linear_decay(8.0, 4)(1) == 6.0
     assert schedules.linear_decay(8.0, 4)(2.5) == 3.0
     assert schedules.cosine(8.0, 4)(1) == pytest.approx(4 + 4 * math.cos(math.pi / 4))
@@ -43,13 +43,13 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("message", ERRORS)
-def test_errors(message: str) -> None:
+def test_invalid_arguments(message: str) -> None:
     for schedule in (schedules.linear_decay, schedules.cosine):
         with pytest.raises((TypeError, ValueError), match=message):
             schedule(*ERRORS[message])
 
 
-def test_errors_of_a_step() -> None:
+def test_invalid_steps() -> None:
     for schedule in (schedules.constant(1), schedules.linear_decay(1, 2), schedules.cosine(1, 2)):
         with pytest.raises(TypeError, match="step must be a number, got NoneType"):
             schedule(None)

@@ -1,4 +1,4 @@
-"""``at_value_and_grad``: what the contract (reference.py) does not say of it."""
+"""``at_value_and_grad``: ``scale``, graphs and errors. test_contract.py compares its results."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
     return torch.randn(shape, dtype=dtype), torch.randn(b, c + 2, *spatial, dtype=dtype)
 
 
-def by_autograd(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def loss_and_grad(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     x = student.detach().requires_grad_()
     loss = at_fused.at_loss(x, teacher, **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
 
 
-def test_scale_is_the_gradients(backend: str) -> None:
+def test_scale_applies_only_to_the_gradient(backend: str) -> None:
     s, t = pair(2, 3, 5, 4)
-    loss, expected = by_autograd(s, t)
+    loss, expected = loss_and_grad(s, t)
     for scale in (3.0, -2, torch.tensor(0.5), torch.tensor([2.0]).double()):
         value, gradient = at_fused.at_value_and_grad(s, t, scale=scale)
         torch.testing.assert_close(value, loss)
         torch.testing.assert_close(gradient, expected * float(scale), rtol=1e-5, atol=1e-9)
 
 
-def test_nothing_is_part_of_a_graph(backend: str) -> None:
+def test_results_are_detached(backend: str) -> None:
     s, t = pair(2, 3, 4, 4)
     s.requires_grad_(), t.requires_grad_()
     value, gradient = at_fused.at_value_and_grad(s, t)
     assert not value.requires_grad
     assert not gradient.requires_grad
-    # The use that the docstring shows: the rest of the network goes on from the features.
+    # As in the docstring: pass the gradient to the features in one backward with the task loss.
     w = torch.randn(2, 3, 4, 4, requires_grad=True)
     features, task = w * 2, w.sum()
     _, gradient = at_fused.at_value_and_grad(features, t.detach(), scale=10.0)
@@ -66,19 +66,19 @@ def test_nothing_is_part_of_a_graph(backend: str) -> None:
     ],
     ids=str,
 )
-def test_a_wrong_scale(scale: Any, error: type[Exception], message: str) -> None:
+def test_invalid_scales(scale: Any, error: type[Exception], message: str) -> None:
     s, t = pair(2, 3, 4, 4)
     with pytest.raises(error, match=message):
         at_fused.at_value_and_grad(s, t, scale=scale)
 
 
-def test_a_scale_beyond_fp32_for_float64() -> None:
+def test_scale_beyond_float32_for_float64_features() -> None:
     s, t = pair(2, 3, 4, 4, dtype=torch.float64)
     _, gradient = at_fused.at_value_and_grad(s, t, scale=1e39)
-    torch.testing.assert_close(gradient, by_autograd(s, t)[1] * 1e39, rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient, loss_and_grad(s, t)[1] * 1e39, rtol=1e-9, atol=0)
 
 
-def test_an_unknown_option_is_named() -> None:
+def test_unknown_options_raise() -> None:
     s = torch.randn(2, 3, 4, 4)
     with pytest.raises(TypeError, match="at_value_and_grad has no option 'power'"):
         at_fused.at_value_and_grad(s, s, power=2)

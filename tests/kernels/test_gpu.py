@@ -82,10 +82,10 @@ def imported(module: ModuleType, *names: str) -> dict[str, Callable[..., None]]:
     }
 
 
-OPERATORS = "opcheck", "no_grad_and_inference_mode", "elements_beyond_2_to_the_31"
+OPERATORS = "opcheck", "no_grad_and_inference_mode", "offsets_beyond_int32"
 OPERATORS += (
-    "a_map_whose_feature_needs_no_gradient",
-    "a_feature_changed_before_backward_is_an_error",
+    "maps_of_features_without_gradients_have_none",
+    "features_changed_in_place_before_backward_raise",
 )
 # Whose gradient it is depends on the engine's threads, which a GPU has of its own.
 TAP = "map_and_gradients", "any_order", "rounded_once", "writes_in_place_where_it_may"
