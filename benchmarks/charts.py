@@ -1,4 +1,4 @@
-"""The pictures of the report. Needs matplotlib."""
+"""The report's charts. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from benchmarks.cases import TIMED_CASES
 from benchmarks.measure import Row
-from benchmarks.results import Result
+from benchmarks.results import Result, machine_of
 
-# Of Okabe & Ito, told apart by colour-blind readers too; a program has the same in all pictures.
+# Okabe & Ito's palette, which colour-blind readers can distinguish.
 COLOURS = {"at_fused": "#0072b2", "compile": "#e69f00", "eager": "#9a9a9a", "floor": "#000000"}
 NAMES = {"at_fused": "at_fused", "compile": "torch.compile", "eager": "eager PyTorch"}
 
 
 def digest(source: Any) -> str:
-    """Name the figures that a picture was drawn from; it carries that name."""
+    """Return a hash of the measurements that a chart shows; its metadata has the same."""
     return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save(figure: Figure, path: Path, source: Any) -> None:
-    """Write a picture and what it was drawn from."""
+    """Write a chart, and the digest of its source in its metadata."""
     figure.savefig(path, dpi=110, metadata={"Description": digest(source)})
 
 
 def panels(
     width: float, height: float, *titles: str, grid: str = "both", **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with plots beside each other, of one look."""
+    """Make a figure with one plot per title, side by side."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = list(figure.subplots(1, len(titles), squeeze=False, **options)[0])
     for ax, title in zip(axes, titles, strict=True):
@@ -46,73 +47,84 @@ def panels(
 
 
 def programs_of(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Program, back end, label: ours on each back end of a GPU, the others once."""
+    """Return program, back end and label: the baselines once, at_fused once per back end."""
     names = list(dict.fromkeys(row["backend"] for row in rows))
     ours = [("at_fused", n, "at_fused" if n == "cpu" else f"at_fused ({n})") for n in names]
-    return ours + [(rival, names[0], NAMES[rival]) for rival in ("compile", "eager")]
+    return [(name, names[0], NAMES[name]) for name in ("eager", "compile")] + ours
 
 
 def cases(result: Result) -> Figure:
-    """Every case's time over one read of its bytes, and what the bytes that have to move take."""
+    """Draw the time of each pass over the time of one read of its input, and the lower bounds."""
     rows = result["parts"]["cases"]
-    settings = list(dict.fromkeys((r["case"], r["dtype"], r["layout"]) for r in rows))
+    # A case has a line for its title, then one for each dtype and layout.
+    keys = [key for r in rows for key in ((r["case"],), (r["case"], r["dtype"], r["layout"]))]
+    lines = {key: y for y, key in enumerate(dict.fromkeys(keys))}
     look: dict[str, Any] = {"grid": "x", "sharey": True, "width_ratios": (2, 3)}
-    titles = "forward", "forward and backward"
-    figure, axes = panels(9, 1.6 + 0.3 * len(settings), *titles, **look)
-    for ax in axes:
-        ax.set(xscale="log", xlabel="time, in reads of the same bytes")
-    drawn = programs_of(rows)
-    labels: dict[Any, str] = {"floor": "floor", "value and gradient": "value and gradient"}
-    labels |= {(program, backend): label for program, backend, label in drawn}
+    figure, axes = panels(9, 1.8 + 0.27 * len(lines), "forward", "forward and backward", **look)
+    machine = machine_of(result)
+    figure.suptitle(f"Time of the attention-transfer loss on {machine} (lower is better)")
+    programs = programs_of(rows)
+    labels: dict[Any, str] = {"-": "lower bound", ":": "lower bound of at_value_and_grad"}
+    labels |= {(program, backend): label for program, backend, label in programs}
+    labels |= {"value and gradient": "at_value_and_grad"}
+    handles: dict[Any, Any] = {}
     for row in rows:
         ax = axes[int(row["pass"] != "forward")]
-        y = settings.index((row["case"], row["dtype"], row["layout"]))
-        one_pass = row["pass"] == "value and gradient"
-        floor = row["bytes"]["at_fused"] / row["bytes"]["floor"]
-        line = {"color": COLOURS["floor"], "ls": ":" if one_pass else "-", "lw": 1.6}
-        ax.vlines(floor, y - 0.5, y + 0.5, label=labels.pop("floor", "_"), **line)
+        y, backend = lines[row["case"], row["dtype"], row["layout"]], row["backend"]
+        is_one_call = row["pass"] == "value and gradient"
+        bound = row["bytes"]["at_fused"] / row["bytes"]["floor"]
+        kind = ":" if is_one_call else "-"
+        handles[kind] = ax.vlines(bound, y - 0.5, y + 0.5, COLOURS["floor"], kind, lw=1.6)
         times = {name: row["ms"][name] / row["ms"]["floor"] for name in NAMES}
-        style: dict[str, Any] = {"ms": 6.5, "zorder": 3}
-        if one_pass:
+        style: dict[str, Any] = {"ms": 6.5, "zorder": 3, "ls": ""}
+        if is_one_call:
             times = {"at_fused": times["at_fused"]}
             style |= {"mfc": "white", "mew": 1.6}
         else:
-            ax.hlines(y, floor, times["eager"], color="0.85", lw=1, zorder=0)
+            ax.hlines(y, bound, times["eager"], color="0.85", lw=1, zorder=0)
         for program, x in reversed(times.items()):
-            on = row["backend"]
-            marker = "D" if program == "at_fused" and on != drawn[0][1] else "o"
-            label = labels.pop(row["pass"] if one_pass else (program, on), "_")
-            ax.plot(x, y, marker, color=COLOURS[program], label=label, **style)
+            marker = "D" if program == "at_fused" and backend != programs[0][1] else "o"
+            key = row["pass"] if is_one_call else (program, backend)
+            (point,) = ax.plot(x, y, marker, color=COLOURS[program], **style)
+            handles.setdefault(key, point)
     for ax in axes:
+        ax.set(xscale="log", xlabel="time (1x = one read of the input)")
         low, high = ax.get_xlim()
         ticks = [n for n in (0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100) if low <= n <= high]
-        ax.set_xticks(ticks, map(str, ticks))
+        ax.set_xticks(ticks, [f"{n}x" for n in ticks])
         ax.minorticks_off()
-    axes[0].set_yticks(range(len(settings)), [" ".join(setting) for setting in settings])
-    axes[0].set_ylim(len(settings) - 0.5, -0.5)
-    close = {"columnspacing": 1.2, "handletextpad": 0.3, "frameon": False}
-    figure.legend(loc="outside upper center", ncols=9, **close)
+    for title in TIMED_CASES:
+        if (key := (title[0],)) in lines:
+            position = {"xy": (0.01, lines[key]), "xycoords": ("axes fraction", "data")}
+            axes[0].annotate(title, va="center", weight="bold", **position)
+    axes[0].set_yticks(range(len(lines)), [" ".join(key[1:]) for key in lines])
+    axes[0].set_ylim(len(lines) - 0.5, -0.5)
+    shown = [key for key in labels if key in handles]
+    legend = {"loc": "outside lower center", "ncols": (len(shown) + 1) // 2, "frameon": False}
+    figure.legend([handles[key] for key in shown], [labels[key] for key in shown], **legend)
     return figure
 
 
 def sizes(result: Result) -> Figure:
-    """Time against size, log-log, with one read of the bytes."""
+    """Draw time against size, with one read of the bytes."""
     rows = result["parts"]["sizes"]
-    figure, (ax,) = panels(8, 4.4, "Forward and backward of one pair, fp32 NCHW")
-    drawn = programs_of(rows)
-    for program, backend, label in drawn:
-        mine = [row for row in rows if row["backend"] == backend]
-        points = [row["bytes"] for row in mine], [row["ms"][program] / 1e3 for row in mine]
-        marker = "o-" if backend == drawn[0][1] else "D-"
+    figure, (ax,) = panels(8, 4.4, f"Loss of one fp32 NCHW pair on {machine_of(result)}")
+    programs = programs_of(rows)
+    for program, backend, label in programs:
+        own = [row for row in rows if row["backend"] == backend]
+        points = [row["bytes"] for row in own], [row["ms"][program] / 1e3 for row in own]
+        marker = "o-" if backend == programs[0][1] else "D-"
         order = 2 + (program == "at_fused")
         ax.plot(*points, marker, color=COLOURS[program], ms=5, lw=2, label=label, zorder=order)
     floor = {row["bytes"]: row["ms"]["floor"] / 1e3 for row in rows}
-    ax.plot(*zip(*floor.items(), strict=True), "--", color=COLOURS["floor"], label="one read")
+    label = "memory floor: one read of the input"
+    ax.plot(*zip(*floor.items(), strict=True), "--", color=COLOURS["floor"], label=label)
     if cache := result["cache"]:
         ax.axvline(cache, color="0.6", ls=":", lw=1.2)
-        place = {"xy": (cache, 0.02), "xycoords": ("data", "axes fraction"), "ha": "right"}
-        ax.annotate("last-level cache ", color="0.4", fontsize=9, **place)
-    ax.set(xscale="log", yscale="log", xlabel="bytes of both features", ylabel="time")
+        position = {"xy": (cache, 0.02), "xycoords": ("data", "axes fraction"), "ha": "right"}
+        ax.annotate("last-level cache ", color="0.4", fontsize=9, **position)
+    ax.set(xscale="log", xlabel="size of student and teacher features (bytes)")
+    ax.set(yscale="log", ylabel="time of forward and backward (seconds)")
     ax.xaxis.set_major_formatter(EngFormatter("B"))
     ax.yaxis.set_major_formatter(EngFormatter("s"))
     ax.minorticks_off()

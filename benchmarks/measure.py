@@ -1,10 +1,16 @@
-"""The benchmarks: PARTS, each with its settings; ``Comparison.rows`` times them all.
+"""Timers, comparisons, and PARTS: the benchmarks and their settings.
 
-A row says what the programs worked on, which back end ran at_fused, and the median milliseconds (or
-bytes) of all programs, which took turns in the same rounds: "at_fused" and its likes, "eager" (the
-popular lines), "compile" (torch.compile of them), "floor" (one read of the same bytes), on a GPU
-"copy" (of the bytes that have to move). There all run in CUDA graphs; "uncaptured" says which could
-not, and why.
+A row holds the setting, the back end that ran at_fused, and the median of each program in
+milliseconds (or bytes), all measured in the same rounds. The programs:
+
+at_fused   at_loss, or the steps of steps.py that use the package
+eager      the loss in eager PyTorch
+compile    torch.compile of it
+floor      one read of the same bytes
+copy       a copy of as many bytes as at_fused must move (only on a GPU)
+
+On a GPU every program runs in a CUDA graph. "uncaptured" names those that could not be captured,
+with the reason.
 """
 
 from __future__ import annotations
@@ -23,80 +29,74 @@ import torch
 import at_fused
 from at_fused.train.speed import peak
 from benchmarks import steps as training
-from benchmarks.cases import (
-    CANONICAL,
-    KINDS,
-    PASSES,
-    Inputs,
-    backends,
-    rivals,
-)
+from benchmarks.cases import PASSES, SETTINGS, TIMED_CASES, Inputs, backends, baselines
 
 Program = Callable[[], object]
 Row = dict[str, Any]
 
-OTHER_BYTES = 256 << 20  # several times any second-level cache
-REPEATS = 8  # of a program in its graph
-HOST_CYCLES = 2_000_000  # about a millisecond of a GPU's clock
-TWO_PASSES = PASSES[:2]  # that the others have
+FLUSH_BYTES = 256 << 20  # several times any GPU's L2 cache
+REPEATS = 8  # runs of a program in its CUDA graph
+SLEEP_CYCLES = 2_000_000  # about a millisecond of a GPU's clock
+SIZES = [(1, 1), (4, 1), (4, 4), *((32, c) for c in (2, 8, 32, 128, 512, 1024))]  # batch, channels
+BASELINE_PASSES = PASSES[:2]  # the baselines have no single call for value and gradient
 
 
-# ---- the timer -----------------------------------------------------------------------------------
+# ---- timers --------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Milliseconds of a run, by the host's clock; before it the device ends what it has to do."""
+class Timer:
+    """Timer by the host's clock, in milliseconds; the device is idle when a run starts."""
 
-    unit, least, most = "ms", 8, 200
+    unit, min_rounds, max_rounds = "ms", 8, 200
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
 
     def copies(self, count: int) -> dict[str, Program]:
-        """Programs that have to move so many bytes, by name."""
+        """Return copies that move ``count`` bytes, by name; a CPU has none."""
         return {}
 
     def prepare(self, program: Program) -> tuple[Program, str]:
-        """Return what ``take`` runs for a program, and why that is not a graph, or ""."""
+        """Return what ``measure`` runs, and why it is not a CUDA graph ("" if it is)."""
         return program, ""
 
-    def take(self, run: Program) -> float:
-        """One run of a program."""
+    def measure(self, run: Program) -> float:
+        """Return the time of one run."""
         if self._device == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
         result = run()
         end = time.perf_counter()
-        # Not timed: with its memory the allocator gives back what other programs left.
+        # Outside the timing: this also returns memory that other programs left to the allocator.
         del result
         return 1e3 * (end - begin)
 
 
-class Graphs(Clock):
-    """Milliseconds of a program in a CUDA graph, with other data in the second-level cache.
+class GraphTimer(Timer):
+    """Timer of programs in CUDA graphs, which start with other data in the L2 cache.
 
-    Each of the graph's repeats follows a read of that other data; the reads' own time, that of a
-    graph without a program, is taken off. So what the host does does not count, nor the start of a
-    graph, but what a program leaves to be written back does.
+    A graph repeats its program, each time after a read of other data. The time of these reads is
+    measured with an empty program and subtracted. So the host's work and the start of a graph do
+    not count. Writes that a program leaves in the cache do.
     """
 
-    least = 20
+    min_rounds = 20
 
     def __init__(self, device: str = "cuda") -> None:
         super().__init__(device)
-        self._other = torch.zeros(OTHER_BYTES // 4, device=device, dtype=torch.int32)
+        self._other = torch.zeros(FLUSH_BYTES // 4, device=device, dtype=torch.int32)
         self._failed: list[torch.cuda.CUDAGraph] = []
         self._reads, _ = self.prepare(lambda: None)
 
     def copies(self, count: int) -> dict[str, Program]:
-        """A copy that reads half of the bytes and writes the other."""
+        """Return a copy that reads half of the bytes and writes the other half."""
         source = torch.zeros(count // 2, device=self._device, dtype=torch.uint8)
         return {"copy": partial(torch.empty_like(source).copy_, source)}
 
     def prepare(self, program: Program) -> tuple[Program, str]:
-        """The replay of its graph; where it cannot be captured its launches, one by one."""
+        """Return the replay of the program's graph, or its launches if it cannot be captured."""
 
-        def repeated() -> None:
+        def repeat() -> None:
             for _ in range(REPEATS):
                 self._other.max()
                 program()
@@ -104,26 +104,27 @@ class Graphs(Clock):
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            repeated()  # compiles, loads and allocates what a capture may not
+            repeat()  # a capture may not compile, load modules or allocate
         torch.cuda.current_stream().wait_stream(side)
         try:
-            # A capture that fails does not leave its stream.
-            own = torch.cuda.stream(torch.cuda.current_stream())
-            with own, torch.cuda.graph(graph):
-                repeated()
+            # A failed capture does not restore the current stream.
+            restore = torch.cuda.stream(torch.cuda.current_stream())
+            with restore, torch.cuda.graph(graph):
+                repeat()
         except RuntimeError as error:
-            self._failed.append(graph)  # the allocator goes on to ask it
-            # Older torch's generator else stays in the capture, and lets no graph be replayed.
+            self._failed.append(graph)  # the allocator still queries it
+            # In older torch the generator stays in capture mode, which blocks every replay, until
+            # another capture succeeds.
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 self._other.max()
-            return repeated, str(error.__context__ or error).partition("\n")[0]
+            return repeat, str(error.__context__ or error).partition("\n")[0]
         return graph.replay, ""
 
-    def take(self, run: Program) -> float:
-        """One run of a program, of the mean of its repeats."""
+    def measure(self, run: Program) -> float:
+        """Return the mean time of the repeats of one run."""
         before, begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         torch.cuda.synchronize()
-        torch.cuda._sleep(HOST_CYCLES)  # for the host to have launched all of it
+        torch.cuda._sleep(SLEEP_CYCLES)  # the host launches everything before the device starts
         before.record()
         self._reads()
         begin.record()
@@ -133,158 +134,160 @@ class Graphs(Clock):
         return (begin.elapsed_time(end) - before.elapsed_time(begin)) / REPEATS
 
 
-class Allocations(Clock):
-    """Bytes that a run holds at the most, beyond what was there before."""
+class PeakMemory(Timer):
+    """Meter of the most bytes that a run allocates beyond what existed before."""
 
-    unit, least, most = "bytes", 1, 1
+    unit, min_rounds, max_rounds = "bytes", 1, 1
 
-    def take(self, program: Program) -> int:
-        """The most of a run."""
-        # Twice: the profiler knows the sizes of what it has seen allocated. Only so do the
-        # gradients that the first run leaves count as freed in the second, every time.
+    def measure(self, run: Program) -> int:
+        """Return the peak of a second run."""
+        # The profiler knows the sizes of allocations that it has seen. Gradients that the first
+        # run leaves count as freed in the second one.
         device = torch.device(self._device)
-        peak(device, program)
-        return peak(device, program)
+        peak(device, run)
+        return peak(device, run)
 
 
 @cache
-def clock(device: str) -> Clock:
-    """The one for a device type."""
-    return Graphs() if device == "cuda" else Clock()
+def timer_for(device: str) -> Timer:
+    """Return the timer of a device type."""
+    return GraphTimer() if device == "cuda" else Timer()
 
 
 class Comparison(NamedTuple):
-    """Programs that take turns: ``ours`` on each back end, ``others`` once a round."""
+    """Programs to measure in the same rounds: ``ours`` on each back end, ``others`` once."""
 
-    what: Row
+    setting: Row
     others: dict[str, Program]
     ours: dict[str, Program]
-    meter: Clock
+    meter: Timer
     backends: dict[str, Callable[[], AbstractContextManager[object]]]
-    seconds: float = 1.0  # of measuring, about
+    seconds: float = 1.0  # approximate total
 
     def rows(self) -> list[Row]:
-        """A row for each back end, with the medians of some rounds.
+        """Measure all programs, and return a row of medians for each back end.
 
-        Every round runs all programs in random order: whatever else the machine does falls on all
-        alike, and so does what the one before left in the caches.
+        A round runs every program once, in random order. Other load on the machine, and caches
+        that the previous program filled, then affect all programs equally.
         """
         programs = {(name, ""): run for name, run in self.others.items()}
         programs |= {(name, on): run for on in self.backends for name, run in self.ours.items()}
         uncaptured: dict[tuple[str, str], str] = {}
-        found: dict[tuple[str, str], list[float]] = {each: [] for each in programs}
+        samples: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
 
-        def chosen(backend: str) -> AbstractContextManager[object]:
+        def use(backend: str) -> AbstractContextManager[object]:
             return self.backends[backend]() if backend else nullcontext()
 
-        def once(name: str, backend: str) -> float:
-            with chosen(backend):
-                return self.meter.take(programs[name, backend])
+        def measure(name: str, backend: str) -> float:
+            with use(backend):
+                return self.meter.measure(programs[name, backend])
 
         for name, backend in programs:
-            with chosen(backend):
-                programs[name, backend], why = self.meter.prepare(programs[name, backend])
-            if why:
-                uncaptured[name, backend] = why
-            once(name, backend)  # compiles, and fills the allocator
+            with use(backend):
+                programs[name, backend], reason = self.meter.prepare(programs[name, backend])
+            if reason:
+                uncaptured[name, backend] = reason
+            measure(name, backend)  # warm-up: compiles, and fills the allocator
         order, shuffle, rounds = list(programs), random.Random(0).shuffle, 0
+        least, most = self.meter.min_rounds, self.meter.max_rounds
         end = time.perf_counter() + self.seconds
-        while rounds < self.meter.least or (time.perf_counter() < end and rounds < self.meter.most):
+        while rounds < least or (rounds < most and time.perf_counter() < end):
             shuffle(order)
-            for each in order:
-                found[each].append(once(*each))
+            for key in order:
+                samples[key].append(measure(*key))
             rounds += 1
-        medians = {each: round(statistics.median(values), 6) for each, values in found.items()}
+        medians = {key: round(statistics.median(values), 6) for key, values in samples.items()}
 
         def row(backend: str) -> Row:
-            def its(found: dict[tuple[str, str], Any]) -> dict[str, Any]:
-                return {name: value for (name, on), value in found.items() if on in ("", backend)}
+            def select(values: dict[tuple[str, str], Any]) -> dict[str, Any]:
+                return {name: value for (name, on), value in values.items() if on in ("", backend)}
 
-            head = {**self.what, "backend": backend, "rounds": rounds}
-            head[self.meter.unit] = its(medians)
-            return head | ({"uncaptured": its(uncaptured)} if its(uncaptured) else {})
+            head = {**self.setting, "backend": backend, "rounds": rounds}
+            head[self.meter.unit] = select(medians)
+            return head | ({"uncaptured": select(uncaptured)} if select(uncaptured) else {})
 
         return [row(backend) for backend in self.backends]
 
 
-def on(device: str) -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """The back ends there; a single one needs no choice, which would cool the caches."""
+def backend_contexts(device: str) -> dict[str, Callable[[], AbstractContextManager[object]]]:
+    """Return a context manager for each back end; a single one needs no switch."""
     names = backends(device)
-    several = len(names) > 1
+    several = len(names) > 1  # a switch runs Python code, which evicts data from caches
     return {name: partial(at_fused.use_backend, name) if several else nullcontext for name in names}
 
 
-# ---- the parts: tables.py says what they are -----------------------------------------------------
+# ---- parts: tables.py has their titles and tables ------------------------------------------------
 
 
-def compared(
+def compare(
     device: str,
-    what: Row,
+    setting: Row,
     inputs: Inputs,
-    *floor: str,
+    has_floor: bool = False,
     backward: bool = True,
-    meter: Clock | None = None,
+    meter: Timer | None = None,
     seconds: float = 1.0,
 ) -> Comparison:
-    """at_fused, its rivals, and "floor" if it is asked for."""
-    others = {name: inputs.step(loss, backward) for name, loss in rivals().items()}
-    others |= {name: inputs.read_all(device == "cuda") for name in floor}
-    ours = {"at_fused": inputs.step(at_fused.at_loss, backward)}
-    return Comparison(what, others, ours, meter or clock(device), on(device), seconds)
+    """Compare at_loss with the baselines, and with one read of the bytes if ``has_floor``."""
+    others = {name: inputs.step(loss, backward) for name, loss in baselines().items()}
+    if has_floor:
+        others["floor"] = inputs.reader(joined=device == "cuda")
+    ours, meter = {"at_fused": inputs.step(at_fused.at_loss, backward)}, meter or timer_for(device)
+    return Comparison(setting, others, ours, meter, backend_contexts(device), seconds)
 
 
-def at_loss(device: str, case: str, dtype: str, layout: str, direction: str) -> Comparison:
+def compare_case(device: str, case: str, dtype: str, layout: str, pass_name: str) -> Comparison:
     inputs = Inputs.make(case, dtype, layout, device)
-    floors, backward = inputs.floors(), direction != "forward"
-    moved = {"floor": floors["read"], "at_fused": floors[direction]}
-    what = {"case": case[0], "dtype": dtype, "layout": layout, "pass": direction, "bytes": moved}
-    found = compared(device, what, inputs, "floor", backward=backward, seconds=2.0)
-    if direction not in TWO_PASSES:
-        both = partial(at_fused.at_value_and_grad, inputs.students, inputs.teachers)
-        found.ours["at_fused"] = both
-    copies = found.meter.copies(floors[direction])
-    found.others.update(copies)
-    moved |= dict.fromkeys(copies, floors[direction])
-    return found
+    minimum, backward = inputs.minimum_bytes(), pass_name != "forward"
+    moved = {"floor": minimum["read"], "at_fused": minimum[pass_name]}
+    setting = {"case": case[0], "dtype": dtype, "layout": layout, "pass": pass_name, "bytes": moved}
+    comparison = compare(device, setting, inputs, True, backward=backward, seconds=2.0)
+    if pass_name not in BASELINE_PASSES:
+        call = partial(at_fused.at_value_and_grad, inputs.students, inputs.teachers)
+        comparison.ours["at_fused"] = call
+    copies = comparison.meter.copies(minimum[pass_name])
+    comparison.others.update(copies)
+    moved |= dict.fromkeys(copies, minimum[pass_name])
+    return comparison
 
 
-def size(device: str, batch: int, channels: int) -> Comparison:
+def compare_size(device: str, batch: int, channels: int) -> Comparison:
     inputs = Inputs.make((batch, [(channels, channels, 28)]), device=device)
-    what = {"shape": [batch, channels, 28, 28], "bytes": inputs.floors()["read"]}
-    return compared(device, what, inputs, "floor")
+    setting = {"shape": [batch, channels, 28, 28], "bytes": inputs.minimum_bytes()["read"]}
+    return compare(device, setting, inputs, has_floor=True)
 
 
-def memory(device: str, share: int) -> Comparison:
-    inputs = Inputs.make(CANONICAL[1], device=device, share=share)
+def compare_memory(device: str, divisor: int) -> Comparison:
+    inputs = Inputs.make(TIMED_CASES[1], device=device, divisor=divisor)
     gradient = sum(x.nbytes for x in inputs.students)
-    what = {"case": "b", "batch": len(inputs.students[0]), "gradient": gradient}
-    return compared(device, what, inputs, meter=Allocations(device))
+    setting = {"case": "b", "batch": len(inputs.students[0]), "gradient": gradient}
+    return compare(device, setting, inputs, meter=PeakMemory(device))
 
 
-def call(device: str, pairs: int, direction: str) -> Comparison:
-    """The host's time, by its clock."""
+def compare_call(device: str, pairs: int, pass_name: str) -> Comparison:
+    """Compare calls on tiny features, by the host's clock."""
     inputs = Inputs.make((4, [(8, 8, 4)] * pairs), device=device)
-    what = {"pairs": pairs, "shape": [4, 8, 4, 4], "pass": direction}
-    return compared(device, what, inputs, backward=direction != "forward", meter=Clock(device))
+    setting = {"pairs": pairs, "shape": [4, 8, 4, 4], "pass": pass_name}
+    return compare(device, setting, inputs, backward=pass_name != "forward", meter=Timer(device))
 
 
-def step(device: str, name: str) -> Comparison:
-    """Compare whole training steps, and their memory."""
+def compare_steps(device: str, name: str) -> Comparison:
+    """Compare whole training steps, and their peak memory."""
     torch.manual_seed(0)
     with torch.device(device):
         programs = training.programs(training.NETWORKS[name]())
-    held = Allocations(device)
-    what: Row = {"networks": name, "bytes": {key: held.take(run) for key, run in programs.items()}}
+    memory = PeakMemory(device)
+    peaks = {key: memory.measure(run) for key, run in programs.items()}
     fused = {key: programs.pop(key) for key in ("drop-in", "tap", "prepared")}
-    return Comparison(what, programs, fused, clock(device), on(device), 20.0)
+    setting, contexts = {"networks": name, "bytes": peaks}, backend_contexts(device)
+    return Comparison(setting, programs, fused, timer_for(device), contexts, 20.0)
 
 
-# Name -> what is compared, and its settings.
+# Name -> comparison, and its settings.
 PARTS: dict[str, tuple[Callable[..., Comparison], Sequence[Sequence[Any]]]] = {
-    "cases": (at_loss, [(*kind, direction) for kind in KINDS for direction in PASSES]),
-    # Batch and channels: from 6 kB to 206 MB.
-    "sizes": (size, [(1, 1), (4, 1), (4, 4), *((32, c) for c in (2, 8, 32, 128, 512, 1024))]),
-    "memory": (memory, [(8,), (4,), (2,), (1,)]),
-    "calls": (call, list(itertools.product((1, 3), TWO_PASSES))),
-    "steps": (step, [(name,) for name in training.NETWORKS]),
+    "cases": (compare_case, [(*setting, name) for setting in SETTINGS for name in PASSES]),
+    "sizes": (compare_size, SIZES),
+    "memory": (compare_memory, [(8,), (4,), (2,), (1,)]),
+    "calls": (compare_call, list(itertools.product((1, 3), BASELINE_PASSES))),
+    "steps": (compare_steps, [(name,) for name in training.NETWORKS]),
 }

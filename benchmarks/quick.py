@@ -1,25 +1,34 @@
-"""Measures a few cases in about two minutes: ``python -m benchmarks.quick DEVICE FILE [MOST]``.
+"""Measure a few cases in about two minutes; needs only torch.
 
-Needs torch alone. Writes the rows into a file of JSON as they come, the most telling first;
-MOST is of settings of a part.
+python -m benchmarks.quick DEVICE FILE [LIMIT]
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import results
-from benchmarks.cases import CANONICAL, PASSES
+from benchmarks import argument_parser, results
+from benchmarks.cases import DEVICES, PASSES, TIMED_CASES
 from benchmarks.measure import PARTS
 
-KINDS = (("fp32", "NCHW"), ("bf16", "channels_last"))
+FORMATS = (("fp32", "NCHW"), ("bf16", "channels_last"))
+# The most informative settings come first.
 SETTINGS = {
-    "cases": [(case, *kind, way) for kind in KINDS for case in CANONICAL for way in PASSES],
+    "cases": [(case, *kind, name) for kind in FORMATS for case in TIMED_CASES for name in PASSES],
     "calls": PARTS["calls"][1],
 }
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argument_parser("quick", __doc__)
+    parser.add_argument("device", choices=DEVICES)
+    parser.add_argument("file", type=Path, help="JSON file, written after each setting")
+    parser.add_argument("limit", type=int, nargs="?", help="number of settings per part (all)")
+    options = parser.parse_args(arguments)
+    settings = {part: every[: options.limit] for part, every in SETTINGS.items()}
+    results.measure(options.device, settings, options.file, seconds=0.5)
+
+
 if __name__ == "__main__":
-    device, file, *most = sys.argv[1:]
-    settings = {part: each[: int(*most) or None] for part, each in SETTINGS.items()}
-    results.measure(device, settings, Path(file), seconds=0.5)
+    main()

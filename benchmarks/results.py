@@ -1,4 +1,4 @@
-"""The results of a device: what it is, and the rows of each part. One JSON file for each device."""
+"""Results of a device: its description and the rows of each part, in one JSON file per device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,47 +23,47 @@ Result = dict[str, Any]
 
 SCHEMA = 1
 FOLDER = ROOT / "benchmarks/results"
-NO_DEVICE = re.compile("roofline|gpu_check_.*")  # other files there
+OTHER_FILES = re.compile("roofline|gpu_check_.*")  # in the same folder
 
 
 class ResultError(ValueError):
-    """A file that is no result, or not one that goes with the rest."""
+    """Missing or unreadable results, or a device that cannot be measured."""
 
 
 def processor() -> str:
-    """The processor's name; with family and model where a cloud hides which of a series it is."""
+    """Return the processor's name, with family and model where a cloud hides the series."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    known = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
-    name = known.get("model name") or platform.processor() or platform.machine()
-    if {"cpu family", "model"} <= known.keys() and not re.search(r"\d", name):
-        name += f", family {known['cpu family']} model {known['model']}"
+    fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= fields.keys() and not re.search(r"\d", name):
+        name += f", family {fields['cpu family']} model {fields['model']}"
     return name
 
 
 def last_level_cache() -> int:
-    """Bytes, 0 if unknown."""
+    """Return the size of the largest cache in bytes, 0 if unknown."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     return max((int(path.read_text().strip().rstrip("K")) << 10 for path in sizes), default=0)
 
 
 def commit() -> str:
-    """Return the checkout's commit; "-dirty" where files differ from it."""
-    name = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    """Return the checkout's commit, with "-dirty" if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
-        return subprocess.run(
-            name, cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def begin(device: str) -> Result:
-    """A result without a row, of "cpu" or "cuda"."""
-    on = {name: at_fused.backends()[name].reason for name in backends(device)}
-    if not on:
-        reasons = "; ".join(f"{name}: {row.reason}" for name, row in at_fused.backends().items())
-        raise ResultError(f"nothing to measure on {device}: no back end runs ({reasons})")
+def new_result(device: str) -> Result:
+    """Return a result without rows for "cpu" or "cuda"."""
+    known = at_fused.backends()
+    usable = {name: known[name].reason for name in backends(device)}
+    if not usable:
+        unavailable = "; ".join(f"{name}: {row.reason}" for name, row in known.items())
+        raise ResultError(f"cannot measure {device}: no back end is available ({unavailable})")
     gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
     versions = {"at_fused": at_fused.__version__, "torch": torch.__version__}
     versions["Python"] = platform.python_version()
@@ -76,80 +77,83 @@ def begin(device: str) -> Result:
         "cache": gpu.L2_cache_size if gpu else last_level_cache(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
-        "backends": on,
+        "backends": usable,
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "parts": {},
     }
 
 
+def machine_of(result: Result) -> str:
+    """Return the device's name, and the threads of a CPU."""
+    threads = f", {result['threads']} thread{'s' * (result['threads'] != 1)}"
+    return result["device"] + threads * (result["kind"] == "cpu")
+
+
 def describe(result: Result) -> str:
-    """Describe in a line what was measured."""
+    """Return the device, versions and date in one line."""
     versions = dict(result["versions"])
-    machine = [result["device"]]
-    if result["kind"] == "cpu":
-        machine.append(f"{result['threads']} thread{'s' * (result['threads'] != 1)}")
-    if result["cache"]:
-        machine.append(f"{result['cache'] / 2**20:.0f} MB of last-level cache")
-    ours = f"at_fused {versions.pop('at_fused')} of commit {result['commit']}"
-    on = " and ".join(f"{name} ({what})" for name, what in result["backends"].items())
+    cache = f", {result['cache'] / 2**20:.0f} MB of last-level cache" * bool(result["cache"])
+    ours = f"at_fused {versions.pop('at_fused')} (commit {result['commit']})"
+    on = " and ".join(f"{name} ({kernels})" for name, kernels in result["backends"].items())
     others = [f"{name} {version}" for name, version in versions.items()]
     programs = ", ".join([f"{ours} on {on}", *others, result["system"]])
-    return f"{', '.join(machine)}; {programs}; {result['date']}"
+    return f"{machine_of(result)}{cache}; {programs}; {result['date']}"
 
 
 def path_of(result: Result, folder: Path) -> Path:
-    """Return the file's path, named after the device."""
+    """Return the path of a result's file, which is named after the device."""
     name = re.sub(r"\((r|tm|c)\)|\bcpu\b|@.*", " ", result["device"].lower())
     return folder / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.json"
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """Write JSON whose "parts" are lists of rows, a row in a line."""
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write JSON with one line per row of "parts"."""
     parts = ",\n".join(
         f'  "{name}": [\n' + ",\n".join(f"   {json.dumps(row)}" for row in rows) + "\n  ]"
-        for name, rows in found["parts"].items()
+        for name, rows in result["parts"].items()
     )
-    head = json.dumps({key: value for key, value in found.items() if key != "parts"}, indent=1)
+    head = json.dumps({key: value for key, value in result.items() if key != "parts"}, indent=1)
     path.write_text(head[: -len("\n}")] + f',\n "parts": {{\n{parts}\n }}\n}}\n')
 
 
 def measure(
     device: str, settings: dict[str, Sequence[Sequence[Any]]], path: Path | None, **options: Any
 ) -> Path:
-    """Measure settings of parts; save the rows as they come, and show each part's table."""
-    found = begin(device)
-    path = path or path_of(found, FOLDER)
-    print(describe(found), flush=True)
-    for part, of_part in settings.items():
-        rows = found["parts"][part] = []
-        title, table = tables.PARTS[part]
+    """Measure settings of parts, save after each, and print the table of each part."""
+    result = new_result(device)
+    path = path or path_of(result, FOLDER)
+    print(describe(result), flush=True)
+    for name, part_settings in settings.items():
+        rows = result["parts"][name] = []
         try:
-            for setting in of_part:
-                rows += PARTS[part][0](device, *setting)._replace(**options).rows()
-                write(path, found)
-        finally:  # when it is interrupted as well
-            why = {(name, w) for row in rows for name, w in row.get("uncaptured", {}).items()}
-            print("", title, "", *table(rows), sep="\n")
-            print(*(f"\\* {name}: {w}" for name, w in sorted(why)), sep="\n", flush=True)
+            for setting in part_settings:
+                rows += PARTS[name][0](device, *setting)._replace(**options).rows()
+                write(path, result)
+        finally:  # an interrupted run also prints its table
+            reasons = {item for row in rows for item in row.get("uncaptured", {}).items()}
+            part = tables.PARTS[name]
+            print("", part.title, "", *part.table(rows), sep="\n")
+            print(*(f"\\* {program}: {reason}" for program, reason in sorted(reasons)), sep="\n")
+            sys.stdout.flush()
     return path
 
 
 def load(path: Path) -> Result:
-    """Read a result that has been saved, of which its tables can be made."""
+    """Read a saved result, and check that its tables can be made."""
     try:
-        found = json.loads(path.read_text())
-        if found["schema"] != SCHEMA:
-            raise ValueError(f"'schema' must be {SCHEMA}, else measure again")
-        describe(found)
-        for part, rows in found["parts"].items():
-            tables.PARTS[part][1](rows)
+        result = json.loads(path.read_text())
+        if result["schema"] != SCHEMA:
+            raise ValueError(f"'schema' must be {SCHEMA}, got {result['schema']}: measure again")
+        describe(result)
+        for name, rows in result["parts"].items():
+            tables.PARTS[name].table(rows)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ResultError(f"{path}: not a result: {error!r}") from error
-    return found
+    return result
 
 
 def load_all(folder: Path) -> dict[str, Result]:
-    """Those of all devices, by the names of their files."""
+    """Read the results of all devices, by the names of their files."""
     paths = sorted(folder.glob("*.json"))
-    return {path.stem: load(path) for path in paths if not NO_DEVICE.fullmatch(path.stem)}
+    return {path.stem: load(path) for path in paths if not OTHER_FILES.fullmatch(path.stem)}

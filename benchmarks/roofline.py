@@ -1,16 +1,15 @@
-"""The bytes that the CUDA kernels move, against the least that must move: counted, without a GPU.
+"""Count the bytes that the CUDA kernels move, without a GPU, and compare them with the minimum.
 
     python -m benchmarks.roofline
 
-The kernels run in tests/kernels/emulator, whose instrumented loads and stores count bytes and
-launches; on a quarter of each batch and of an H100's multiprocessors, which cuts every sample as
-the whole device would, times four. The eager lines are counted operator by operator (inputs read,
-outputs written, views free). Writes results/roofline.json and .md.
+The kernels run in the CUDA emulator (tests/kernels/emulator), which counts bytes and launches. It
+runs 1/4 of each batch on 1/4 of an H100's multiprocessors, so every sample is split as on the whole
+device, and the counts are multiplied by 4. Eager PyTorch is counted by operator: inputs are read,
+outputs are written, views are free. Writes results/roofline.json and roofline.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -26,18 +25,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import at_fused
-from benchmarks import ROOT
+from benchmarks import ROOT, argument_parser
 from benchmarks.cases import (
-    CANONICAL,
     DTYPES,
     LARGE,
     LAYOUTS,
+    TIMED_CASES,
     TOKEN_OPTIONS,
     TOKENS,
     TRANSFORMER,
     Inputs,
-    popular_losses,
-    popular_token_losses,
+    eager_losses,
+    eager_token_losses,
 )
 from benchmarks.results import FOLDER, ResultError, write
 from benchmarks.tables import markdown
@@ -49,15 +48,15 @@ from plan_library import H100
 FILE = FOLDER / "roofline.json"
 
 PASSES = ("forward", "backward", "value and gradient")
-SHARE = 4  # divides the batches and the multiprocessors
+DIVISOR = 4  # of batches and multiprocessors
 SETTINGS = [
-    *itertools.product((*CANONICAL, LARGE), DTYPES, LAYOUTS),
+    *itertools.product((*TIMED_CASES, LARGE), DTYPES, LAYOUTS),
     *itertools.product([TRANSFORMER], DTYPES, [TOKENS]),
 ]
 
 
 class Count(NamedTuple):
-    """Bytes and kernels."""
+    """Bytes and kernel launches."""
 
     bytes: int
     launches: int
@@ -66,32 +65,32 @@ class Count(NamedTuple):
         return Count(self.bytes + other.bytes, self.launches + other.launches)
 
 
-# A pass of a case: the floor in bytes, and bytes and launches of at_fused ("counted") and "eager".
+# A pass of a case: minimum bytes ("floor"), and the counts of at_fused ("counted") and "eager".
 Row = dict[str, Any]
 
 
-def count(emulator: Emulator, run: Callable[[], Any], share: int) -> tuple[Any, Count]:
-    """Return what a program returns, and its distinct bytes and launches on the whole device."""
+def count(emulator: Emulator, run: Callable[[], Any], factor: int) -> tuple[Any, Count]:
+    """Return the result of a program, its distinct bytes times ``factor``, and its launches."""
     result, c = emulator.counted(run)
     if emulator.error():
         raise RuntimeError(emulator.error())
-    return result, Count(share * (c.distinct_load_bytes + c.distinct_store_bytes), c.launches)
+    return result, Count(factor * (c.distinct_load_bytes + c.distinct_store_bytes), c.launches)
 
 
-def count_passes(inputs: Inputs, share: int, **options: Any) -> dict[str, Count]:
-    """at_fused's passes, on 1/share of the device."""
+def count_passes(inputs: Inputs, divisor: int, **options: Any) -> dict[str, Count]:
+    """Count the passes of at_fused, on 1/divisor of the device."""
     loss_of = partial(at_fused.at_loss, **options)
     students = [x.detach() for x in inputs.students]
-    both = partial(at_fused.at_value_and_grad, students, inputs.teachers, **options)
-    with emulated(multiprocessors=H100.multiprocessors // share) as emulator:
-        loss, forward = count(emulator, inputs.step(loss_of, backward=False), share)
-        _, backward = count(emulator, lambda: torch.autograd.grad(loss, inputs.students), share)
-        _, in_one = count(emulator, both, share)
-    return dict(zip(PASSES, (forward, backward, in_one), strict=True))
+    call = partial(at_fused.at_value_and_grad, students, inputs.teachers, **options)
+    with emulated(multiprocessors=H100.multiprocessors // divisor) as emulator:
+        loss, forward = count(emulator, inputs.step(loss_of, backward=False), divisor)
+        _, backward = count(emulator, lambda: torch.autograd.grad(loss, inputs.students), divisor)
+        _, value_and_grad = count(emulator, call, divisor)
+    return dict(zip(PASSES, (forward, backward, value_and_grad), strict=True))
 
 
-class Operators(TorchDispatchMode):
-    """Takes each operator as one kernel that reads its inputs and writes its outputs."""
+class OperatorCounter(TorchDispatchMode):
+    """Counter that takes each operator as a kernel that reads its inputs and writes its outputs."""
 
     count = Count(0, 0)
 
@@ -100,71 +99,73 @@ class Operators(TorchDispatchMode):
     ) -> Any:
         out = function(*args, **(kwargs or {}))
         if not function.is_view and "empty" not in function.name():
-            found = {id(x): x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
-            # An expanded tensor counts as it lies in memory.
+            tensors = {id(x): x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+            # Dimensions of stride 0 (expanded) take no memory.
             sizes = [
                 x.itemsize * math.prod(n for n, s in zip(x.shape, x.stride(), strict=True) if s)
-                for x in found.values()
+                for x in tensors.values()
             ]
             self.count += Count(sum(sizes), 1)
         return out
 
 
 def count_eager(inputs: Inputs, loss_of: Callable[..., Tensor]) -> dict[str, Count]:
-    """The popular lines' operators on tensors without data; value and gradient is both passes."""
-    with Operators() as forward:
+    """Count the operators of eager PyTorch on meta tensors; value and gradient is both passes."""
+    with OperatorCounter() as forward:
         loss = inputs.step(loss_of, backward=False)()
-    with Operators() as backward:
+    with OperatorCounter() as backward:
         torch.autograd.grad(loss, inputs.students)
     counts = forward.count, backward.count, forward.count + backward.count
     return dict(zip(PASSES, counts, strict=True))
 
 
-def rows_of(case: str, dtype: str, layout: str, share: int = SHARE) -> list[Row]:
-    """The three passes of a case; at_fused's bytes are counted on 1/share of it."""
-    inputs = Inputs.make(case, dtype, layout, share=share)
-    options, popular = {}, popular_losses
+def rows_of(case: str, dtype: str, layout: str, divisor: int = DIVISOR) -> list[Row]:
+    """Return a row for each pass of a case; at_fused is counted on 1/divisor of the batch."""
+    inputs = Inputs.make(case, dtype, layout, divisor=divisor)
+    options, eager_loss = {}, eager_losses
     if layout == TOKENS:
-        options, popular = TOKEN_OPTIONS, popular_token_losses
-    counted = count_passes(inputs, share, **options)
-    eager = count_eager(Inputs.make(case, dtype, layout, "meta"), popular)
-    if layout == TOKENS:  # that of the class need not be read
+        options, eager_loss = TOKEN_OPTIONS, eager_token_losses
+    counted = count_passes(inputs, divisor, **options)
+    eager = count_eager(Inputs.make(case, dtype, layout, "meta"), eager_loss)
+    if layout == TOKENS:  # no pass has to read the class token
         inputs = Inputs(*([x[:, 1:].mT for x in side] for side in inputs))
-    setting = {"case": case[0] if case in CANONICAL else case, "dtype": dtype, "layout": layout}
+    setting = {"case": case[0] if case in TIMED_CASES else case, "dtype": dtype, "layout": layout}
     return [
-        {**setting, "direction": name, "floor": share * inputs.floors()[name]}
+        {**setting, "direction": name, "floor": divisor * inputs.minimum_bytes()[name]}
         | {"counted": counted[name], "eager": eager[name]}
         for name in PASSES
     ]
 
 
 def load(path: Path = FILE) -> list[Row]:
-    """The rows that were saved."""
+    """Read the saved rows."""
     try:
-        found = json.loads(path.read_text())["parts"]["rows"]
-        text(found)
+        rows = json.loads(path.read_text())["parts"]["rows"]
+        text(rows)
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ResultError(f"{path}: not the counts of roofline.py: {error!r}") from error
-    return found
+        raise ResultError(f"{path}: not counts of benchmarks.roofline: {error!r}") from error
+    return rows
 
 
 def sentence(rows: Sequence[Row]) -> str:
-    """Say in short what was counted."""
+    """Return a summary of the counts."""
 
     def span(program: str) -> str:
-        to_floor = [row[program][0] / row["floor"] for row in rows]
+        ratios = [row[program][0] / row["floor"] for row in rows]
         launches = [row[program][1] for row in rows]
-        several = f"{min(launches)} to {max(launches)} launches"
-        return f"{min(to_floor):.2f} to {max(to_floor):.2f} in {several}"
+        return (
+            f"{min(ratios):.2f}x to {max(ratios):.2f}x in {min(launches)} to {max(launches)} "
+            "launches"
+        )
 
     return (
-        "Bytes moved, over those that a pass (forward, backward, or value and gradient, of any "
-        f"case) has to read and write: at_fused {span('counted')}, eager {span('eager')}."
+        "Bytes moved, relative to the bytes that a pass must read and write (forward, backward, or "
+        f"value and gradient): at_fused {span('counted')}, eager PyTorch {span('eager')}."
     )
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Bytes and launches as Markdown."""
+    """Return bytes and launches in Markdown."""
     lines = []
     for r in rows:
         setting = (r[key] for key in ("case", "dtype", "layout", "direction"))
@@ -172,35 +173,34 @@ def table(rows: Sequence[Row]) -> str:
         cells = [f"{count / 1e6:.2f}" for count in (r["floor"], ours)]
         cells += [f"{ours / r['floor']:.4f}x", str(launches)]
         lines.append(("cpu", *setting, *cells, f"{eager / 1e6:.2f}", str(eager_launches)))
-    heads = "case | dtype | layout | pass | floor, MB | distinct, MB | to floor | launches"
-    return "\n".join(markdown(f"{heads} | eager, MB | launches", 4, lines))
+    heads = "case | dtype | layout | pass | minimum, MB | at_fused, MB | over minimum | launches"
+    return "\n".join(markdown(f"{heads} | eager, MB | eager launches", 4, lines))
 
 
 def text(rows: Sequence[Row]) -> str:
-    """Everything, as roofline.md has it."""
+    """Return the content of roofline.md."""
     return f"""\
 # Roofline: bytes and launches, counted without a GPU
 
-`python -m benchmarks.roofline`. MB of 10^6 bytes; cases as in cases.py. The CUDA kernels in the
-emulator, as on an H100: {SHARE} times what a share of 1/{SHARE} of each batch takes on as many of
-the multiprocessors.
+`python -m benchmarks.roofline` counts, and writes this page. MB are 10^6 bytes. `cases.py` has the
+cases. The CUDA kernels run in the CUDA emulator, as on an H100: 1/{DIVISOR} of each batch on
+1/{DIVISOR} of the multiprocessors, times {DIVISOR}.
 
 {table(rows)}
 
-- *floor*: forward reads S and T and writes the two maps that are kept; backward reads S and k and
-  writes dS; value and gradient reads S and T and writes dS.
-- *distinct*: each byte once per launch, read or written. Beyond the floor are up to 4 % of maps: of
-  samples that several blocks share the last block reads back what the others have just written.
-  A second launch of value and gradient reads students again that are too large to stay on chip, and
+- *minimum*: forward reads S and T and writes both maps. Backward reads S and k and writes dS. Value
+  and gradient reads S and T and writes dS. S and T are the features, k the coefficients dL/dQ.
+- *at_fused*: bytes read or written, each byte once per launch. The excess is up to 4 % of maps. If
+  several blocks share a sample, the last block reads the maps that the others wrote. In value and
+  gradient, students that are too large to stay on chip are read again by a second launch, with
   their coefficients.
-- *launches* are kernels; before a loss the counters are zeroed, which is not counted.
-- *eager*: operators of the popular lines, each one launch that reads its inputs and writes its
-  outputs.
+- *launches* are kernels. Not counted: the counters that are zeroed before a loss.
+- *eager*: each operator of eager PyTorch is a launch that reads its inputs and writes its outputs.
 """
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    argument_parser("roofline", __doc__).parse_args(arguments)
     rows = [row for setting in SETTINGS for row in rows_of(*setting)]
     write(FILE, {"device": "H100", "parts": {"rows": rows}})
     FILE.with_suffix(".md").write_text(text(rows))

@@ -1,8 +1,11 @@
-"""Whole training steps, a student's and a teacher's, with and without attention transfer.
+"""Training steps of whole networks, with and without attention transfer (AT).
 
-Programs: the step "without" (the teacher runs, as for any distillation, and nothing comes of it),
-with the popular lines ("eager"), with ``at_loss`` ("drop-in") and with ``AttentionTransfer``
-("tap"); "prepared" is the last with the teacher before the student, "alone" has no teacher.
+alone      the student without a teacher
+without    the teacher also runs, but its features are unused
+eager      AT in eager PyTorch
+drop-in    AT with ``at_loss``
+tap        AT with ``AttentionTransfer``
+prepared   the same, and the teacher runs before the student
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ from torch import Tensor, nn
 import at_fused
 from at_fused import AttentionTransfer
 from at_fused.train.networks import WRN
-from benchmarks.cases import popular_losses
+from benchmarks.cases import eager_losses
 
 BETA = 1e3
 
 
 class Networks(NamedTuple):
-    """A student, its teacher, a batch, and the layers that are compared."""
+    """A student, its teacher, a batch, and the layers to compare."""
 
     student: nn.Module
     teacher: nn.Module
@@ -34,8 +37,9 @@ class Networks(NamedTuple):
     layers: list[str]
 
     def step(self, transfer: Callable[[], Tensor | float] = lambda: 0.0) -> None:
-        """Forward and backward; the optimizer is the same for all."""
-        output = self.student(self.x)  # the rest of what it returns is not kept
+        """Run forward and backward; the optimizer would add the same to all programs."""
+        output = self.student(self.x)
+        # Rebinding the name frees the features that a WRN returns.
         output = output[0] if isinstance(output, tuple) else output
         total = F.cross_entropy(output, self.y) + transfer()
         self.student.zero_grad(set_to_none=True)
@@ -43,14 +47,14 @@ class Networks(NamedTuple):
 
 
 def wrn(batch: int = 128) -> Networks:
-    """WRN-16-2 -> WRN-16-1 on CIFAR's sizes."""
+    """Make WRN-16-2 -> WRN-16-1 and images of CIFAR's size."""
     layers = [f"groups.{i}" for i in range(3)]
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     return Networks(WRN(16, 1), WRN(16, 2).eval(), x, y, layers)
 
 
 def resnet(batch: int = 16) -> Networks:
-    """ResNet-34 -> ResNet-18 on ImageNet's sizes."""
+    """Make ResNet-34 -> ResNet-18 and images of ImageNet's size."""
     from torchvision.models import resnet18, resnet34
 
     layers = [f"layer{i}" for i in range(1, 5)]
@@ -62,8 +66,8 @@ NETWORKS = {"wrn": wrn, "resnet": resnet}
 
 
 @contextmanager
-def kept_features(model: nn.Module, layers: list[str]) -> Iterator[list[Tensor]]:
-    """The outputs of layers, as programs with hooks keep them."""
+def collect_features(model: nn.Module, layers: list[str]) -> Iterator[list[Tensor]]:
+    """Collect the outputs of layers through forward hooks, as training programs do."""
     features: list[Tensor] = []
     handles = [
         model.get_submodule(name).register_forward_hook(lambda m, a, out: features.append(out))
@@ -75,19 +79,19 @@ def kept_features(model: nn.Module, layers: list[str]) -> Iterator[list[Tensor]]
 
 
 def programs(networks: Networks) -> dict[str, Callable[[], object]]:
-    """Return the steps to compare, all of the same weights."""
+    """Return the steps to compare, all with the same initial weights."""
     student, teacher, x, _, layers = networks
 
-    def without() -> float:
+    def run_teacher() -> float:
         with torch.no_grad():
             teacher(x)
         return 0.0
 
-    def of_features(loss: Callable[[list[Tensor], list[Tensor]], Tensor]) -> None:
-        with kept_features(student, layers) as features, kept_features(teacher, layers) as targets:
-            networks.step(lambda: without() + BETA * loss(features, targets))
+    def step_with(loss_of: Callable[[list[Tensor], list[Tensor]], Tensor]) -> None:
+        with collect_features(student, layers) as s, collect_features(teacher, layers) as t:
+            networks.step(lambda: run_teacher() + BETA * loss_of(s, t))
 
-    # Hooks stay, on copies: the first pass of a layer that is named also reads its layout.
+    # The hooks stay on copies: the first pass of named layers also reads their layouts.
     hooked = networks._replace(student=deepcopy(student), teacher=deepcopy(teacher))
     at = AttentionTransfer(hooked.student, hooked.teacher, layers, beta=BETA)
     hooked.step(lambda: at(x))
@@ -98,9 +102,9 @@ def programs(networks: Networks) -> dict[str, Callable[[], object]]:
 
     return {
         "alone": networks.step,
-        "without": lambda: networks.step(without),
-        "eager": lambda: of_features(popular_losses),
-        "drop-in": lambda: of_features(at_fused.at_loss),
+        "without": lambda: networks.step(run_teacher),
+        "eager": lambda: step_with(eager_losses),
+        "drop-in": lambda: step_with(at_fused.at_loss),
         "tap": lambda: hooked.step(lambda: at(x)),
         "prepared": prepared,
     }

@@ -1,31 +1,30 @@
-"""The rows of a result as Markdown: a function for each part of measure.PARTS.
-
-Its docstring is the note that the report has above the table.
-"""
+"""The report's tables in Markdown: PARTS has one for each part of measure.PARTS."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
+from statistics import geometric_mean
+from typing import NamedTuple
 
 from benchmarks.measure import Row
 
-RIVALS = ("eager", "compile")
+BASELINES = ("eager", "compile")
+NETWORKS = {"wrn": "WRN-16-2 to WRN-16-1", "resnet": "ResNet-34 to ResNet-18"}
 STEPS = {
-    "alone": "the student, no teacher",
-    "without": "and the teacher's pass, no AT",
-    "eager": "the popular lines",
+    "alone": "student alone",
+    "without": "teacher's forward pass, no AT",
+    "eager": "AT in eager PyTorch",
     "drop-in": "`at_loss`",
     "tap": "`AttentionTransfer`",
-    "prepared": "with `at.prepare(x)`",
+    "prepared": "`AttentionTransfer` with `at.prepare(x)`",
 }
 
-# The back end that a line is of, then its cells.
+# The back end of a line, then its cells.
 Line = tuple[str, ...]
 
 
 def markdown(heads: str, text: int, lines: Iterable[Line]) -> list[str]:
-    """A table with ``text`` columns of text, then numbers; on a GPU with the back ends' names."""
+    """Return a table: ``text`` columns of text, on a GPU the back end, then numbers."""
     lines, columns = list(lines), heads.split(" | ")
     if any(backend != "cpu" for backend, *_ in lines):
         columns.insert(text, "back end")
@@ -36,16 +35,16 @@ def markdown(heads: str, text: int, lines: Iterable[Line]) -> list[str]:
     return [first, ruler, *others]
 
 
-def same(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
-    """The rows by what they have in common."""
-    found: dict[tuple[str, ...], list[Row]] = {}
+def group_by(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
+    """Return rows grouped by the values of keys."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return found
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
 
 
 def star(row: Row, *programs: str) -> str:
-    """Mark a time that is not of a CUDA graph, as the others are."""
+    """Return a star if a program was not timed in a CUDA graph, unlike the others."""
     return "*" * any(name in row.get("uncaptured", {}) for name in programs)
 
 
@@ -57,14 +56,14 @@ def times(row: Row, *programs: str) -> list[str]:
     return [milliseconds(row["ms"][name]) + star(row, name) for name in programs]
 
 
-def to(row: Row, rivals: Sequence[str] = RIVALS) -> list[str]:
-    """Return how many times as long the rivals take."""
-    ratios = [(rival, row["ms"][rival] / row["ms"]["at_fused"]) for rival in rivals]
-    return [f"{ratio:.1f}x{star(row, rival, 'at_fused')}" for rival, ratio in ratios]
+def speedups(row: Row, baselines: Sequence[str] = BASELINES) -> list[str]:
+    """Return the times of the baselines over the time of at_fused."""
+    ratios = [(name, row["ms"][name] / row["ms"]["at_fused"]) for name in baselines]
+    return [f"{ratio:.1f}x{star(row, name, 'at_fused')}" for name, ratio in ratios]
 
 
-def of_copy(row: Row) -> list[str]:
-    """Return the rate of the bytes that have to move over that of a copy, on a GPU."""
+def copy_rate(row: Row) -> list[str]:
+    """Return the bandwidth of at_fused over that of a copy, on a GPU."""
     if "copy" not in row["ms"]:
         return []
     ours, copy = (row["bytes"][name] / row["ms"][name] for name in ("at_fused", "copy"))
@@ -79,101 +78,122 @@ def shape(row: Row) -> str:
     return "x".join(map(str, row["shape"]))
 
 
-def means(rows: Sequence[Row]) -> list[str]:
-    """The geometric means of the rivals' ratios in each pass, and the least."""
+def mean_speedups(rows: Sequence[Row]) -> list[Line]:
+    """Return a line per pass: settings, and geometric mean (least to most) over each baseline."""
     lines = []
-    for (name, backend), found in same(rows, "pass", "backend").items():
+    for (name, backend), group in group_by(rows, "pass", "backend").items():
         cells = []
-        for rival in RIVALS:
-            ratios = [row["ms"][rival] / row["ms"]["at_fused"] for row in found]
-            cells += [math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios)]
-        lines.append((backend, name, str(len(found)), *(f"{ratio:.1f}x" for ratio in cells)))
-    heads = "geometric means | settings | to eager | least | to compile | least"
-    return markdown(heads, 1, lines)
+        for baseline in BASELINES:
+            ratios = [row["ms"][baseline] / row["ms"]["at_fused"] for row in group]
+            span = f"{min(ratios):.1f}x to {max(ratios):.1f}x"
+            cells.append(f"{geometric_mean(ratios):.1f}x ({span})")
+        lines.append((backend, name, str(len(group)), *cells))
+    return lines
+
+
+def more_memory(row: Row, step: str, baseline: str) -> str:
+    return f"{row['bytes'][step] / row['bytes'][baseline] - 1:+.1%}"
+
+
+def figures(case_rows: Sequence[Row], step_rows: Sequence[Row]) -> list[str]:
+    """Return the headline figures of one back end: speedups, and memory of training steps."""
+    lines: list[Line] = []
+    for _, name, _, *cells in mean_speedups(case_rows):
+        lines.append(("cpu", f"speedup, {name}", *cells, ""))
+    for row in step_rows:
+        eager, without = (more_memory(row, "tap", baseline) for baseline in ("eager", "without"))
+        lines.append(("cpu", f"peak memory, {NETWORKS[row['networks']]}", eager, "", without))
+    return markdown(" | over eager | over torch.compile | over no AT", 1, lines)
 
 
 def cases(rows: Sequence[Row]) -> list[str]:
-    """In the picture the floor is what has to move (forward reads both features, backward reads the
-    student's and writes its gradient; the maps between them), at the rate of one read; dotted, that
-    of value and gradient, which reads the student's once. *Value and gradient* is
-    `at_value_and_grad`, against the others' forward and backward.
-    """
     gpu = any("copy" in row["ms"] for row in rows)
-    directions = [name for (name,) in same(rows, "pass")]
+    passes = [name for (name,) in group_by(rows, "pass")]
     lines = []
-    for (*setting, backend), found in same(rows, "case", "dtype", "layout", "backend").items():
-        cells = [backend, *setting, *times(found[0], "floor")]
-        by_pass = {row["pass"]: row for row in found}
-        for name in directions:
+    for (*setting, backend), group in group_by(rows, "case", "dtype", "layout", "backend").items():
+        cells = [backend, *setting, *times(group[0], "floor")]
+        by_pass = {row["pass"]: row for row in group}
+        for name in passes:
             row = by_pass.get(name)
-            if not row:  # pytest was told to leave it out
+            if not row:  # deselected in pytest
                 cells += [""] * (3 + gpu)
                 continue
-            cells += [*times(row, "at_fused"), *to(row), *of_copy(row)]
+            cells += [*times(row, "at_fused"), *speedups(row), *copy_rate(row)]
         lines.append(tuple(cells))
-    each = "".join(f" | {name} | to eager | to compile{' | of copy' * gpu}" for name in directions)
+    each = "".join(f" | {name} | over eager | over compile{' | of copy' * gpu}" for name in passes)
     table = markdown(f"case | dtype | layout | one read{each}", 3, lines)
-    return [*table, "", *means(rows)]
+    heads = "geometric mean (least to most) | settings | over eager | over compile"
+    return [*table, "", *markdown(heads, 1, mean_speedups(rows))]
 
 
 def sizes(rows: Sequence[Row]) -> list[str]:
-    """Forward and backward of one pair, fp32 NCHW."""
-    shown = ("floor", "at_fused", *RIVALS)
-    return markdown(
-        "features | MB | one read | at_fused | eager | compile | to eager | to compile",
-        1,
-        [(r["backend"], shape(r), megabytes(r["bytes"]), *times(r, *shown), *to(r)) for r in rows],
-    )
+    heads = "features | MB | one read | at_fused | eager | compile | over eager | over compile"
+    lines = []
+    for row in rows:
+        cells = times(row, "floor", "at_fused", *BASELINES) + speedups(row)
+        lines.append((row["backend"], shape(row), megabytes(row["bytes"]), *cells))
+    return markdown(heads, 1, lines)
 
 
 def memory(rows: Sequence[Row]) -> list[str]:
-    """The most that forward and backward of case b allocate, fp32 NCHW, and over the gradient's own
-    bytes.
-    """
     lines = []
     for row in rows:
-        held = [row["bytes"][program] for program in ("at_fused", *RIVALS)]
-        cells = [f"{megabytes(size)} ({size / row['gradient']:.2f}x)" for size in held]
+        peaks = [row["bytes"][program] for program in ("at_fused", *BASELINES)]
+        cells = [f"{megabytes(peak)} ({peak / row['gradient']:.2f}x)" for peak in peaks]
         lines.append((row["backend"], str(row["batch"]), megabytes(row["gradient"]), *cells))
-    return markdown("batch | the gradient, MB | at_fused | eager | compile", 0, lines)
+    return markdown("batch | gradient, MB | at_fused, MB | eager, MB | compile, MB", 0, lines)
 
 
 def calls(rows: Sequence[Row]) -> list[str]:
-    """Tiny features: what a call costs."""
     lines = []
     for r in rows:
         us = [f"{1e3 * r['ms'][key]:.1f}" for key in ("at_fused", "eager")]
         pairs = f"{r['pairs']} of {shape(r)}"
-        lines.append((r["backend"], pairs, r["pass"], *us, *to(r, ["eager"])))
-    return markdown("pairs | pass | at_fused, us | eager, us | to eager", 2, lines)
+        lines.append((r["backend"], pairs, r["pass"], *us, *speedups(r, ["eager"])))
+    return markdown("pairs | pass | at_fused, us | eager, us | over eager", 2, lines)
 
 
 def steps(rows: Sequence[Row]) -> list[str]:
-    """Forward and backward of whole networks, without the optimizer, fp32 NCHW: WRN-16-2 to
-    WRN-16-1, batch 128, 32x32; ResNet-34 to ResNet-18, batch 16, 224x224. *Peak* is the most that a
-    step allocates.
-    """
     lines = []
     for row in rows:
-        size = row["bytes"]
         for step, title in STEPS.items():
-            more = [f"{size[step] / size[base] - 1:+.1%}" for base in ("alone", "without")]
-            cells = (f"{row['ms'][step]:.0f}", megabytes(size[step]), *more)
-            lines.append((row["backend"], row["networks"], title, *cells))
-    heads = "networks | step | ms | peak MB | to no teacher | to no AT"
-    return markdown(heads, 2, lines)
+            more = [more_memory(row, step, baseline) for baseline in ("alone", "without")]
+            cells = (f"{row['ms'][step]:.0f}", megabytes(row["bytes"][step]), *more)
+            lines.append((row["backend"], NETWORKS[row["networks"]], title, *cells))
+    return markdown("networks | step | ms | peak, MB | over student alone | over no AT", 2, lines)
 
 
-# Name -> title, and table with its note.
-PARTS: dict[str, tuple[str, Callable[[Sequence[Row]], list[str]]]] = {
-    "cases": ("at_loss: the canonical cases", cases),
-    "sizes": ("Time against size", sizes),
-    "memory": ("Memory against batch", memory),
-    "calls": ("Tiny calls", calls),
-    "steps": ("Training steps", steps),
+class Part(NamedTuple):
+    """A section of the report: its title, the note above its table, and the table."""
+
+    title: str
+    note: str
+    table: Callable[[Sequence[Row]], list[str]]
+
+
+PARTS = {
+    "cases": Part(
+        "Speed of at_loss on three cases",
+        "*Value and gradient* is one call of `at_value_and_grad`; the others run forward and "
+        "backward. In the chart, times are relative to one read of the input. The lines are lower "
+        "bounds: the bytes that a pass must move, at the rate of one read. Forward reads both "
+        "features. Backward reads the student's feature and writes its gradient. Value and "
+        "gradient (dotted) reads the student's feature only once.",
+        cases,
+    ),
+    "sizes": Part("Time by feature size", "Forward and backward of one pair, fp32 NCHW.", sizes),
+    "memory": Part(
+        "Peak memory by batch size",
+        "Most bytes that forward and backward of case b allocate, fp32 NCHW. In parentheses: "
+        "relative to the gradient itself.",
+        memory,
+    ),
+    "calls": Part("Tiny calls", "Overhead of a call, on tiny features.", calls),
+    "steps": Part(
+        "Training steps",
+        "Forward and backward of whole networks without the optimizer, fp32 NCHW. WRN: batch 128, "
+        "32x32. ResNet: batch 16, 224x224. *Peak* is the most memory that a step allocates. The "
+        "last columns compare it with the student alone, and with the teacher but no AT.",
+        steps,
+    ),
 }
-
-
-def note(part: str) -> str:
-    """Return what the report says of a part."""
-    return " ".join(PARTS[part][1].__doc__.split())

@@ -1,6 +1,6 @@
-"""The parts of the report, a test for each setting: -k cases, -k "sizes and cpu".
+"""Benchmarks of the report in pytest, a test per setting: -k cases, -k "sizes and cpu".
 
-The closing tables are made of interleaved rounds; pytest-benchmark then times at_fused alone.
+The tables at the end come from rounds of all programs; pytest-benchmark then times at_fused alone.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="session")
-def found(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], list[Any]]]:
-    """(device, part) -> the rows that the tests have found, shown at the end as in the report."""
-    every: dict[tuple[str, str], list[Any]] = defaultdict(list)
-    yield every
+def rows_by_part(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], list[Any]]]:
+    """Collect rows by device and part, and print their tables at the end."""
+    collected: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    yield collected
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        for (device, part), rows in every.items():
-            title, table = tables.PARTS[part]
-            print(f"\n{title}: {results.describe(results.begin(device))}\n")
-            print(*table(rows), sep="\n")
+        for (device, part), rows in collected.items():
+            description = results.describe(results.new_result(device))
+            print(f"\n{tables.PARTS[part].title}: {description}\n")
+            print(*tables.PARTS[part].table(rows), sep="\n")
 
 
 @pytest.mark.parametrize(("device", "part", "setting"), SETTINGS)
 def test_time(
-    benchmark: BenchmarkFixture, found: Any, device: str, part: str, setting: tuple[Any]
+    benchmark: BenchmarkFixture, rows_by_part: Any, device: str, part: str, setting: tuple[Any]
 ) -> None:
     comparison = PARTS[part][0](device, *setting)
     rows = comparison.rows()
-    found[device, part] += rows
+    rows_by_part[device, part] += rows
     benchmark.group = part
     benchmark.extra_info["rows"] = rows
     run = comparison.ours["tap" if part == "steps" else "at_fused"]

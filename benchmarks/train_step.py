@@ -1,22 +1,23 @@
-"""A training step of the authors' recipe and of at-fused-train's, side by side, with their data.
+"""Time a training step of at-fused-train and of the authors' recipe, with their data loading.
 
     python -m benchmarks.train_step
 
 WRN-16-2 -> WRN-16-1, batch 128, images of CIFAR's size. The recipe is eager PyTorch in fp32 and
-NCHW, with the popular four lines, and reads its images as its program does: one by one, through
-torchvision's transforms in worker processes. Each program is a process of its own, as they differ
-in what they leave in memory; they run in turns, a few steps each, in random order.
+NCHW. It loads images as the authors' program does: one by one, through torchvision's transforms, in
+worker processes. Each program has its own process, so memory that one leaves does not affect
+another. They run one at a time, a few steps each, in random order.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import chain, count, repeat
 from pathlib import Path
@@ -33,20 +34,20 @@ from at_fused.train.data import Data
 from at_fused.train.data.samples import InMemory
 from at_fused.train.experiment import Experiment
 from at_fused.train.networks import WRN
-from benchmarks import ROOT
-from benchmarks.cases import popular_losses
-from benchmarks.measure import Clock, Comparison
+from benchmarks import ROOT, argument_parser
+from benchmarks.cases import eager_losses
+from benchmarks.measure import Comparison, Timer
 from benchmarks.tables import markdown
 
 BATCH, STEPS, WORKERS = 128, 12, 4
 IMAGES, CACHED_IMAGES = 12_800, 1_280
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 BETA = 1e3
-# What it is -> at-fused-train's options for it; the recipe has none.
-RECIPE, AT_HAND = "the authors' recipe", "the same, its images at hand"
+RECIPE, IN_MEMORY = "the authors' recipe", "the authors' recipe, images in memory"
+# Name -> options of at-fused-train; the recipe has none.
 PROGRAMS: dict[str, dict[str, Any]] = {
     RECIPE: {},
-    AT_HAND: {},
+    IN_MEMORY: {},
     "`--speed exact`": {"speed": "exact"},
     "`--speed fp32`": {"speed": "fp32"},
     "`--speed auto`": {"speed": "auto"},
@@ -55,27 +56,27 @@ PROGRAMS: dict[str, dict[str, Any]] = {
 
 
 def pixels(images: int) -> Tensor:
-    """Random images (N, 32, 32, 3) uint8."""
+    """Return random images (N, 32, 32, 3) uint8."""
     g = torch.Generator().manual_seed(0)
     return torch.randint(256, (images, 32, 32, 3), generator=g).to(torch.uint8)
 
 
-def read() -> Iterator[Any]:
-    """Batches of random images for ever, read as the authors' program reads CIFAR-10."""
+def authors_batches() -> Iterator[Any]:
+    """Yield batches of random images endlessly, loaded as the authors' program loads CIFAR-10."""
     from torchvision import datasets
     from torchvision import transforms as t
 
-    data = datasets.CIFAR10.__new__(datasets.CIFAR10)  # which needs no files so
+    data = datasets.CIFAR10.__new__(datasets.CIFAR10)  # __init__ needs files
     data.data, data.targets = pixels(IMAGES).numpy(), torch.randint(10, (IMAGES,)).tolist()
     pad, crop = t.Pad(4, padding_mode="reflect"), t.RandomCrop(32)
-    changes = [pad, t.RandomHorizontalFlip(), crop, t.ToTensor(), t.Normalize(MEAN, STD)]
-    data.transform, data.target_transform = t.Compose(changes), None
+    steps = [pad, t.RandomHorizontalFlip(), crop, t.ToTensor(), t.Normalize(MEAN, STD)]
+    data.transform, data.target_transform = t.Compose(steps), None
     batches = DataLoader(data, BATCH, shuffle=True, num_workers=WORKERS, drop_last=True)
     return chain.from_iterable(repeat(batches))
 
 
-def recipe(batches: Iterator[Any]) -> Callable[[], None]:
-    """A step as the authors' program takes it, with the popular lines."""
+def authors_step(batches: Iterator[Any]) -> Callable[[], None]:
+    """Return a training step of the authors' program."""
     student, teacher = WRN(16, 1), WRN(16, 2).eval().requires_grad_(False)
     optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
 
@@ -83,8 +84,8 @@ def recipe(batches: Iterator[Any]) -> Callable[[], None]:
         x, y = next(batches)
         logits, features = student(x)
         with torch.no_grad():
-            _, wanted = teacher(x)
-        loss = cross_entropy(logits, y) + BETA * popular_losses(features, wanted)
+            _, targets = teacher(x)
+        loss = cross_entropy(logits, y) + BETA * eager_losses(features, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -92,12 +93,12 @@ def recipe(batches: Iterator[Any]) -> Callable[[], None]:
     return step
 
 
-def ours(options: dict[str, Any], folder: str) -> Callable[[], None]:
-    """A step of at-fused-train."""
+def at_fused_step(options: dict[str, Any], folder: str) -> Callable[[], None]:
+    """Return a training step of at-fused-train."""
     config = resolve({"preset": "cifar-wrn-16-1-from-16-2", "compare": ("at",)}, options)
     images = CACHED_IMAGES if config.cache else IMAGES
-    labels, last = torch.randint(10, (images,)), config.speed != "exact"
-    samples = InMemory(pixels(images), labels, MEAN, STD, 4, True, channels_last=last)
+    labels, channels_last = torch.randint(10, (images,)), config.speed != "exact"
+    samples = InMemory(pixels(images), labels, MEAN, STD, 4, True, channels_last=channels_last)
     names = tuple(map(str, range(10)))
     data = Data(names, 32, samples, samples, MEAN, STD)
     experiment = Experiment(config, Path(folder), data=data)
@@ -115,14 +116,14 @@ def ours(options: dict[str, Any], folder: str) -> Callable[[], None]:
     return step
 
 
-def work(name: str) -> None:
-    """Run as many steps as each line asks for, and write their time."""
+def run_worker(name: str) -> None:
+    """Run as many steps as each line of the standard input asks for, and print their time."""
     with tempfile.TemporaryDirectory() as folder:
         if options := PROGRAMS[name]:
-            step = ours(options, folder)
+            step = at_fused_step(options, folder)
         else:
             batch = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
-            step = recipe(read() if name == RECIPE else repeat(batch))
+            step = authors_step(authors_batches() if name == RECIPE else repeat(batch))
         for line in sys.stdin:
             begin = time.perf_counter()
             for _ in range(int(line)):
@@ -130,26 +131,25 @@ def work(name: str) -> None:
             print(time.perf_counter() - begin, flush=True)
 
 
-def start(name: str) -> subprocess.Popen[str]:
-    """Start a process that works."""
+def start_worker(name: str) -> subprocess.Popen[str]:
     environment = dict(os.environ)
     if PROGRAMS[name].get("speed", "exact") != "exact":
-        environment["GLIBC_TUNABLES"] = f"{TUNABLE}=1"  # as the program itself does
-    command = [sys.executable, "-m", "benchmarks.train_step", name]
+        environment["GLIBC_TUNABLES"] = f"{TUNABLE}=1"  # as at-fused-train does
+    command = [sys.executable, "-m", "benchmarks.train_step", "--worker", name]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 
-class Turns(Clock):
-    """Milliseconds of a step of a process, which stands still out of its turn with all it started.
+class ProcessTimer(Timer):
+    """Timer of a step in another process, which is stopped with its children between runs.
 
-    Else the recipe's workers would read its images in the others' time.
+    Otherwise the recipe's workers would load images while another program is timed.
     """
 
-    least = most = 12
+    min_rounds = max_rounds = 12
 
-    def take(self, run: Any) -> float:
-        """Some steps, after one for what the others have left in the caches."""
+    def measure(self, run: Any) -> float:
+        """Return the mean time of several steps, after one that refills the caches."""
         os.killpg(run.pid, signal.SIGCONT)
         for steps in (1, STEPS):
             run.stdin.write(f"{steps}\n")
@@ -160,23 +160,27 @@ class Turns(Clock):
 
 
 def compare() -> None:
-    """Print images per second of all programs, and their ratios to the recipe."""
-    processes: dict[str, Any] = {name: start(name) for name in PROGRAMS}
+    """Print the speed of all programs, and the speedups over the recipe."""
+    processes: dict[str, Any] = {name: start_worker(name) for name in PROGRAMS}
     try:
-        (row,) = Comparison({}, processes, {}, Turns(), {"cpu": nullcontext}).rows()
+        (row,) = Comparison({}, processes, {}, ProcessTimer(), {"cpu": nullcontext}).rows()
     finally:
         for process in processes.values():
             os.killpg(process.pid, signal.SIGKILL)
     lines = []
     for name, ms in row["ms"].items():
-        ratios = [f"{row['ms'][other] / ms:.2f}x" for other in (RECIPE, AT_HAND)]
+        ratios = [f"{row['ms'][other] / ms:.2f}x" for other in (RECIPE, IN_MEMORY)]
         lines.append(("cpu", name, f"{ms:.0f}", f"{1e3 * BATCH / ms:.0f}", *ratios))
-    heads = "program | ms a step | images/s | to the recipe | to the same, its images at hand"
+    heads = "program | ms/step | images/s | over the recipe | over the recipe, images in memory"
     print(*markdown(heads, 1, lines), sep="\n")
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argument_parser("train_step", __doc__)
+    parser.add_argument("--worker", choices=PROGRAMS, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    run_worker(options.worker) if options.worker else compare()
+
+
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        work(sys.argv[1])
-    else:
-        compare()
+    main()

@@ -1,4 +1,4 @@
-"""The benchmark report: committed pages match committed results; measuring works on the CPU."""
+"""Benchmark report: committed pages and charts match the committed results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pretend_cuda
@@ -21,28 +22,38 @@ import at_fused
 from at_fused.backends import backend_by_device
 
 sys.path.append(str(Path(__file__).parents[2]))
-from benchmarks import ROOT, charts, measure, report, results, roofline, steps, tables
+from benchmarks import (
+    ROOT,
+    charts,
+    measure,
+    quick,
+    report,
+    results,
+    roofline,
+    steps,
+    tables,
+    train_step,
+)
 from benchmarks.cases import (
     CASES,
     DEVICES,
-    KINDS,
+    SETTINGS,
     TOKEN_OPTIONS,
     TOKENS,
     Inputs,
-    popular_losses,
-    popular_token_losses,
+    eager_losses,
+    eager_token_losses,
 )
-from benchmarks.measure import Clock, Comparison
+from benchmarks.measure import Comparison, Timer
 from benchmarks.results import FOLDER, Result
 
 RESULTS = results.load_all(FOLDER)
 COUNTS = roofline.load()
-IN_README = [name for _, _, name, _ in report.MARKED.findall(report.README.read_text())]
+PAGES = report.pages(ROOT)
 
 
 def cpu_result() -> Result:
-    """Return the result in README.md, which has all parts."""
-    return copy.deepcopy(next(RESULTS[name] for name in IN_README if name in RESULTS))
+    return copy.deepcopy(next(r for r in RESULTS.values() if r["kind"] == "cpu"))
 
 
 def gpu_result() -> Result:
@@ -58,18 +69,26 @@ def gpu_result() -> Result:
     return result
 
 
+def block(name: str, kind: str = "") -> str:
+    return f"<!-- {kind}from benchmarks/results/{name}.json -->\nold\n<!-- end -->\n"
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the results of one device and a README, which the program uses in the test."""
-    shutil.copy(roofline.FILE, tmp_path)
-    path = results.path_of(cpu_result(), tmp_path)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a checkout with the results of one device and two pages, for the programs to use."""
+    folder = tmp_path / "benchmarks/results"
+    folder.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(roofline.FILE, folder)
+    path = results.path_of(cpu_result(), folder)
     results.write(path, cpu_result())
-    name = path.stem
-    readme = f"before\n<!-- from benchmarks/results/{name}.json -->\nold\n<!-- end -->\nafter\n"
-    (tmp_path / "README.md").write_text(readme)
+    (tmp_path / "README.md").write_text(f"before\n{block(path.stem, 'figures ')}after\n")
+    page = block(path.stem) + block(path.stem, "steps ") + block(roofline.FILE.stem)
+    (tmp_path / "docs/page.md").write_text(page)
+    (tmp_path / "docs/other.md").write_text("no blocks\n")
     for module in (report, results):
-        monkeypatch.setattr(module, "FOLDER", tmp_path)
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+        monkeypatch.setattr(module, "FOLDER", folder)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -78,17 +97,26 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_reports_match_the_results() -> None:
     assert (FOLDER / "report.md").read_text() == report.text(RESULTS, COUNTS)
-    assert roofline.FILE.with_suffix(".md").read_text() == roofline.text(COUNTS)
-    text = report.README.read_text()
-    assert report.in_readme(text, RESULTS, COUNTS) == text
-    assert len(IN_README) == 3 == text.count("from benchmarks/results/")
-    (picture,) = {f"benchmarks/results/{name}-cases.png" for name in IN_README if name in RESULTS}
-    assert f"({picture})" in text
+    assert (FOLDER / "roofline.md").read_text() == roofline.text(COUNTS)
 
 
-def test_pictures_match_the_results() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_blocks_match_the_results(page: Path) -> None:
+    text = page.read_text()
+    assert report.fill(page, FOLDER, RESULTS, COUNTS) == text
+    assert len(report.BLOCK.findall(text)) == text.count("from benchmarks/results/")
+
+
+def test_readme_shows_figures_and_chart_of_a_device() -> None:
+    text = (ROOT / "README.md").read_text()
+    names = {name for _, _, name, _ in report.BLOCK.findall(text)} & RESULTS.keys()
+    assert names
+    assert all(f"(benchmarks/results/{name}-cases.png)" in text for name in names)
+
+
+def test_charts_match_the_results() -> None:
     for name, result in RESULTS.items():
-        for part in report.DRAWN:
+        for part in report.CHARTS:
             with Image.open(FOLDER / f"{name}-{part}.png") as picture:
                 assert picture.text["Description"] == charts.digest(result), (name, part)
 
@@ -96,18 +124,24 @@ def test_pictures_match_the_results() -> None:
 # ---- several devices -----------------------------------------------------------------------------
 
 
-def test_devices_are_merged(folder: Path) -> None:
+def test_devices_are_merged(root: Path) -> None:
+    folder = root / "benchmarks/results"
     report.main(["--merge"])
-    readme = (folder / "README.md").read_text()
-    assert readme.startswith("before\n<!-- from")
+    readme, page = (root / "README.md").read_text(), (root / "docs/page.md").read_text()
+    assert readme.startswith("before\n<!-- figures from")
     assert readme.endswith("<!-- end -->\nafter\n")
-    assert "\nold\n" not in readme
-    assert readme.count("\n| a |") == 4
+    assert "\nold\n" not in readme + page
+    assert page.count("\n| a |") == 4
+    assert (
+        f"](../benchmarks/results/{results.path_of(cpu_result(), folder).stem}-cases.png)\n" in page
+    )
+    assert (folder / "roofline.md").read_text() == roofline.text(COUNTS)
 
     results.write(results.path_of(gpu_result(), folder), gpu_result())
     for _ in range(2):  # the second run replaces the files of the first
         report.main(["--merge"])
-        assert (folder / "README.md").read_text() == readme
+        assert (root / "README.md").read_text() == readme
+        assert (root / "docs/page.md").read_text() == page
         text = (folder / "report.md").read_text()
         assert "## pretend-gpu-9\n" in text
         assert "| a | fp32 | NCHW | triton |" in text
@@ -117,16 +151,30 @@ def test_devices_are_merged(folder: Path) -> None:
             assert picture.size > (600, 300)
 
 
-def test_speedups_divide_by_our_time() -> None:
+def test_speedups_are_baselines_over_at_fused() -> None:
     row = {"backend": "cpu", "case": "a", "dtype": "fp32", "layout": "NCHW", "pass": "forward"}
     ms = [{"floor": 1, "at_fused": 2, "compile": 3, "eager": 8}]
     ms += [{"floor": 1, "at_fused": 1, "compile": 3, "eager": 9}]
     text = tables.cases([row | {"ms": ms[0]}, row | {"case": "b", "ms": ms[1]}])
     assert "| a | fp32 | NCHW | 1.00 | 2.00 | 4.0x | 1.5x |" in text
-    assert "| forward | 2 | 6.0x | 4.0x | 2.1x | 1.5x |" in text
+    assert "| forward | 2 | 6.0x (4.0x to 9.0x) | 2.1x (1.5x to 3.0x) |" in text
 
 
-# ---- damaged files -------------------------------------------------------------------------------
+@pytest.mark.parametrize("result", [cpu_result(), gpu_result()], ids=["cpu", "gpu"])
+def test_headline_figures_are_those_of_the_tables(result: Result) -> None:
+    line, _, *table = report.figures(result)
+    version, threads = result["versions"]["torch"].partition("+")[0], result["threads"]
+    assert line.startswith(result["device"])
+    assert (f", {threads} threads, " in line) == (result["kind"] == "cpu")
+    assert f", torch {version}, {result['date']}. " in line
+    assert " over 12 settings of case, dtype and layout. " in line
+    assert len(table) == 2 + 5
+    ours = [row["ms"] for row in result["parts"]["cases"] if row["pass"] == "forward"]
+    ratios = [ms["compile"] / ms["at_fused"] for ms in ours]
+    assert f" ({min(ratios):.1f}x to {max(ratios):.1f}x) |  |" in table[2]
+    peaks = result["parts"]["steps"][0]["bytes"]
+    more = [f"{peaks['tap'] / peaks[other] - 1:+.1%}" for other in ("eager", "without")]
+    assert table[5] == f"| peak memory, WRN-16-2 to WRN-16-1 | {more[0]} |  | {more[1]} |"
 
 
 def damaged(change: Callable[[Result], Any]) -> str:
@@ -146,13 +194,27 @@ def damaged(change: Callable[[Result], Any]) -> str:
         ("roofline.json", '{"parts": {"rows": [{}]}}'),
     ],
 )
-def test_damaged_files_raise_one_line_errors(folder: Path, file: str, text: str) -> None:
-    (folder / file).write_text(text)
+def test_damaged_files_raise_one_line_errors(root: Path, file: str, text: str) -> None:
+    (root / "benchmarks/results" / file).write_text(text)
     with pytest.raises(SystemExit, match=rf"benchmarks\.report: .*{file}: not ") as error:
         report.main(["--merge"])
     assert "\n" not in str(error.value)
-    assert "old" in (folder / "README.md").read_text()
-    assert not (folder / "report.md").exists()
+    assert "old" in (root / "README.md").read_text()
+    assert not (root / "benchmarks/results/report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        (block("absent"), "page.md needs benchmarks/results/absent.json, which does not exist"),
+        (block("roofline", "speed "), "page.md: 'speed' is not a kind of block; use figures, "),
+    ],
+)
+def test_wrong_markers_raise_one_line_errors(root: Path, marker: str, message: str) -> None:
+    (root / "docs/page.md").write_text(marker)
+    with pytest.raises(SystemExit, match=message):
+        report.main(["--merge"])
+    assert "old" in (root / "README.md").read_text()
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -160,9 +222,9 @@ def test_damaged_files_raise_one_line_errors(folder: Path, file: str, text: str)
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rounds of small inputs without torch.compile: the times do not matter here."""
-    monkeypatch.setattr(Clock, "least", 1)
-    monkeypatch.setattr(Clock, "most", 1)
+    """Measure few rounds of small inputs without torch.compile: the times do not matter here."""
+    monkeypatch.setattr(Timer, "min_rounds", 1)
+    monkeypatch.setattr(Timer, "max_rounds", 1)
     for case in CASES:
         monkeypatch.setitem(CASES, case, (8, [(4, 6, 8), (2, 2, 4)]))
     for part, settings in {"sizes": [(1, 1), (4, 2)], "steps": [("wrn",)]}.items():
@@ -172,76 +234,87 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
+@pytest.mark.parametrize("program", [quick, report, roofline, train_step])
+def test_help_is_printed(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        program.main(["--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m {program.__name__} [-h]")
+
+
 @pytest.mark.parametrize("layout", ["NCHW", "channels_last", "tokens"])
 def test_eager_losses_match_at_fused(layout: str) -> None:
     inputs = Inputs.make((8, [(4, 6, 14), (2, 2, 14)]), layout=layout)
-    both = popular_losses, at_fused.at_loss
+    losses = eager_losses, at_fused.at_loss
     if layout == TOKENS:
-        both = popular_token_losses, partial(at_fused.at_loss, **TOKEN_OPTIONS)
-    values = [inputs.step(loss, backward=False)() for loss in both]
-    gradients = [inputs.step(loss)() for loss in both]
+        losses = eager_token_losses, partial(at_fused.at_loss, **TOKEN_OPTIONS)
+    values = [inputs.step(loss, backward=False)() for loss in losses]
+    gradients = [inputs.step(loss)() for loss in losses]
     torch.testing.assert_close(*values, rtol=1e-5, atol=0)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("tiny")
-def test_program_measures_all_parts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_program_measures_all_parts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = root / "benchmarks/results"
     results.path_of(cpu_result(), folder).unlink()
-    (folder / "README.md").write_text("no tables\n")
+    for page in report.pages(root):
+        page.write_text("no blocks\n")
     report.main([])
-    by_device = results.load_all(folder)
-    assert sorted(result["kind"] for result in by_device.values()) == sorted(DEVICES)
-    assert all(result["parts"].keys() == measure.PARTS.keys() for result in by_device.values())
-    text, output = (folder / "report.md").read_text(), capsys.readouterr().out
-    for title, _ in tables.PARTS.values():
-        assert f"### {title}\n" in text
-        assert f"\n{title}\n\n| " in output
+    devices = results.load_all(folder)
+    assert sorted(result["kind"] for result in devices.values()) == sorted(DEVICES)
+    assert all(result["parts"].keys() == measure.PARTS.keys() for result in devices.values())
+    text, printed = (folder / "report.md").read_text(), capsys.readouterr().out
+    for part in tables.PARTS.values():
+        assert f"### {part.title}\n" in text
+        assert f"\n{part.title}\n\n| " in printed
 
 
 def test_each_back_end_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "backends", lambda device: ["cpu", "eager"])
-    calls = []
+    used = []
     programs = [
-        {name: lambda: calls.append(backend_by_device()["cpu"])} for name in ("eager", "at_fused")
+        {name: lambda: used.append(backend_by_device()["cpu"])} for name in ("eager", "at_fused")
     ]
-    rows = Comparison({"shape": [1]}, *programs, Clock(), measure.on("cpu"), 0).rows()
+    contexts = measure.backend_contexts("cpu")
+    rows = Comparison({"shape": [1]}, *programs, Timer(), contexts, 0).rows()
     assert [row["backend"] for row in rows] == ["cpu", "eager"]
     assert all(row["shape"] == [1] and row["ms"].keys() == {"eager", "at_fused"} for row in rows)
     assert rows[0]["ms"]["eager"] == rows[1]["ms"]["eager"]
     # Both programs run on the first back end, at_fused alone on the second.
-    assert sorted(calls) == sorted(["cpu", "cpu", "eager"] * (len(calls) // 3))
+    assert sorted(used) == sorted(["cpu", "cpu", "eager"] * (len(used) // 3))
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> measure.Graphs:
-    """The GPU's meter on fake graphs, which take one unit of time per operator."""
+def graphs(monkeypatch: pytest.MonkeyPatch) -> measure.GraphTimer:
+    """Return a GPU's timer on a stand-in for CUDA, in which an operator takes one unit of time."""
     pretend_cuda.install(monkeypatch)
-    monkeypatch.setattr(measure, "OTHER_BYTES", 64)
-    meter = measure.Graphs("cpu")
-    monkeypatch.setattr(measure, "clock", lambda device: meter)
-    return meter
+    monkeypatch.setattr(measure, "FLUSH_BYTES", 64)
+    timer = measure.GraphTimer("cpu")
+    monkeypatch.setattr(measure, "timer_for", lambda device: timer)
+    return timer
 
 
-def test_graph_replay_does_not_call_the_program(graphs: measure.Graphs) -> None:
+def test_graph_replay_does_not_call_the_program(graphs: measure.GraphTimer) -> None:
     x, calls = torch.zeros(4), []
-    run, error = graphs.prepare(lambda: calls.append(x.add_(1).mul_(1)))
-    assert (len(calls), error) == (2 * measure.REPEATS, "")  # a warm-up and the capture
-    assert graphs.take(run) == graphs.take(run) == 2  # without the reads that flush the cache
+    run, reason = graphs.prepare(lambda: calls.append(x.add_(1).mul_(1)))
+    assert (len(calls), reason) == (2 * measure.REPEATS, "")  # a warm-up and the capture
+    assert graphs.measure(run) == graphs.measure(run) == 2  # without the reads that flush the cache
     assert len(calls) == 2 * measure.REPEATS
     assert x[0] == 4 * measure.REPEATS
 
 
 def test_capture_errors_are_reported(
-    graphs: measure.Graphs,
-    folder: Path,
+    graphs: measure.GraphTimer,
+    root: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     x = torch.ones(4)
     programs = {"eager": lambda: x.sum().item()}, {"at_fused": lambda: x.abs().neg()}
-    settings = {"pairs": 1, "shape": [1], "pass": "forward"}
-    calls = Comparison(settings, *programs, graphs, measure.on("cpu"), 0)
+    setting = {"pairs": 1, "shape": [1], "pass": "forward"}
+    calls = Comparison(setting, *programs, graphs, measure.backend_contexts("cpu"), 0)
     monkeypatch.setitem(measure.PARTS, "calls", (lambda device: calls, [()]))
     path = results.measure("cpu", {"calls": [()]}, None)
     (row,) = results.load(path)["parts"]["calls"]
@@ -250,34 +323,34 @@ def test_capture_errors_are_reported(
     assert graphs.prepare(programs[1]["at_fused"])[1] == ""
     shown = row | {"ms": {"eager": 4.0, "at_fused": 2.0}}
     assert tables.times(shown, "eager", "at_fused") == ["4.00*", "2.00"]
-    assert tables.to(shown, ["eager"]) == ["2.0x*"]
-    reason = "\\* eager: operation not permitted when stream is capturing\n"
-    assert capsys.readouterr().out.endswith(reason)
+    assert tables.speedups(shown, ["eager"]) == ["2.0x*"]
+    message = "\\* eager: operation not permitted when stream is capturing\n"
+    assert capsys.readouterr().out.endswith(message)
 
 
-def test_gpu_is_compared_with_a_copy_of_equal_bytes(graphs: measure.Graphs) -> None:
-    comparison = measure.at_loss("cpu", *KINDS[0], "forward")
-    copy, moved = comparison.others["copy"], comparison.what["bytes"]
+def test_gpu_is_compared_with_a_copy_of_equal_bytes(graphs: measure.GraphTimer) -> None:
+    comparison = measure.compare_case("cpu", *SETTINGS[0], "forward")
+    copy, moved = comparison.others["copy"], comparison.setting["bytes"]
     assert 2 * copy.args[0].nbytes == moved["copy"] == moved["at_fused"]
-    assert graphs.take(graphs.prepare(copy)[0]) == 1
-    assert tables.of_copy({"bytes": moved, "ms": {"copy": 1.0, "at_fused": 2.0}}) == ["50%"]
+    assert graphs.measure(graphs.prepare(copy)[0]) == 1
+    assert tables.copy_rate({"bytes": moved, "ms": {"copy": 1.0, "at_fused": 2.0}}) == ["50%"]
 
 
-def test_joined_read_of_a_list_is_one_launch(graphs: measure.Graphs) -> None:
+def test_joined_read_of_a_list_is_one_launch(graphs: measure.GraphTimer) -> None:
     inputs = Inputs.make((2, [(4, 6, 8), (2, 2, 4)]), layout="channels_last")
-    assert graphs.take(graphs.prepare(inputs.read_all(joined=True))[0]) == 1
-    assert graphs.take(graphs.prepare(inputs.read_all())[0]) == 4
+    assert graphs.measure(graphs.prepare(inputs.reader(joined=True))[0]) == 1
+    assert graphs.measure(graphs.prepare(inputs.reader())[0]) == 4
 
 
 def test_memory_is_gradient_and_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    (row,) = measure.memory("cpu", 8).rows()
+    (row,) = measure.compare_memory("cpu", 8).rows()
     assert row["gradient"] < row["bytes"]["at_fused"] < 1.1 * row["gradient"]
     assert row["bytes"]["eager"] > 2 * row["gradient"]
 
 
 def test_installed_package_is_measured(tmp_path: Path) -> None:
-    """Skip the checkout, which comes first on the path but may have no compiled libraries."""
+    # The checkout comes first on sys.path, and may lack the compiled libraries.
     files = {
         "checkout/benchmarks/__init__.py": (ROOT / "benchmarks/__init__.py").read_text(),
         "checkout/benchmarks/which.py": "import at_fused\n",
@@ -288,5 +361,5 @@ def test_installed_package_is_measured(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     installed = {"PYTHONPATH": str(tmp_path / "installed")}
-    output = output_of(tmp_path / "checkout", "-m", "benchmarks.which", **installed)
-    assert output == "installed\n"
+    printed = output_of(tmp_path / "checkout", "-m", "benchmarks.which", **installed)
+    assert printed == "installed\n"

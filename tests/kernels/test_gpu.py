@@ -386,5 +386,5 @@ def test_memory_of_a_step_with_attention_transfer(gpu: str) -> None:
         step()
         return peak(step)
 
-    take = second if GPU else test_transfer_training.Allocations().take
+    take = second if GPU else test_transfer_training.PeakMemory().measure
     test_transfer_training.check_memory(DEVICE, take)

@@ -15,11 +15,11 @@ from at_fused import AttentionTransfer
 from at_fused.train.networks import WRN
 
 sys.path.append(str(Path(__file__).parents[2]))
-from benchmarks.measure import Allocations
+from benchmarks.measure import PeakMemory
 
 
 def test_memory_of_a_step_is_that_of_a_step_without() -> None:
-    check_memory("cpu", Allocations().take)
+    check_memory("cpu", PeakMemory().measure)
 
 
 def check_memory(device: str, peak_bytes: Callable[[Callable[[], object]], int]) -> None:
