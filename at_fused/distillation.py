@@ -1,4 +1,4 @@
-"""Losses that attention transfer is combined with and compared to: Hinton's, and F-ActT."""
+"""Losses to combine or compare with attention transfer: Hinton's distillation and F-ActT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from at_fused.backends.outputs import accumulate_dtype
 def check_kd_options(
     T: float, alpha: float, label_smoothing: float, ignore_index: int
 ) -> tuple[float, float, float, int]:
-    """Return the options as Python's numbers, or raise for one that is not allowed."""
+    """Return the options as Python numbers; raise an error if one is not allowed."""
     T, alpha = check_number("T", T), check_number("alpha", alpha)
     label_smoothing = check_number("label_smoothing", label_smoothing)
     ignore_index = as_python("ignore_index", ignore_index)
@@ -41,12 +41,12 @@ def check_kd_options(
     if not is_int(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {type_name(ignore_index)}")
     if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must be an int64, as labels are, got {ignore_index}")
+        raise ValueError(f"ignore_index must fit in int64, the labels' dtype, got {ignore_index}")
     return T, alpha, label_smoothing, ignore_index
 
 
 def check_one_pair(names: tuple[str, str], first: object, second: object, rank: int) -> None:
-    """Refuse anything but two tensors of one shape, on one device."""
+    """Raise an error unless both are tensors of the same shape on the same device."""
     for name, x in zip(names, (first, second), strict=True):
         check_tensor(name, x)
     as_equal_pairs(names, first, second, rank)
@@ -54,14 +54,14 @@ def check_one_pair(names: tuple[str, str], first: object, second: object, rank: 
 
 def _divergence(student: Tensor, teacher: Tensor, T: float, alpha: float) -> Tensor:
     """Return the mean over all rows of alpha T^2 KL(softmax(t / T) || softmax(s / T))."""
-    T = min(max(T, 1e-15), 1e15)  # T^2 is to be a number of fp32
+    T = min(max(T, 1e-15), 1e15)  # T^2 must be in the range of fp32
     log_p, log_q = (F.log_softmax(x / T, 1) for x in (student, teacher))
     q, d = log_q.exp(), log_p - log_q
     with torch.no_grad():
-        # What the teacher excludes counts 0; a NaN of the logits is in the excess as well.
+        # A class that the teacher excludes counts 0. A NaN in the logits stays NaN in the excess.
         d.nan_to_num_(nan=0.0, posinf=0.0, neginf=-math.inf)
-        # Both sum to 1: p - q only takes away what the logarithms' rounding adds to q d, to first
-        # order. F.kl_div, without it, is up to a hundred times as far off.
+        # p - q sums to 0 exactly. In floating point it cancels the rounding errors of q d to first
+        # order; the error of F.kl_div, without this term, is up to a hundred times larger.
         excess = log_p.exp() - q
     rows = student.numel() // student.shape[1]
     return (q * d - excess).sum() * (-alpha * T * T / rows)
@@ -70,7 +70,7 @@ def _divergence(student: Tensor, teacher: Tensor, T: float, alpha: float) -> Ten
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, **options: Any
 ) -> Tensor:
-    """Return torch's cross-entropy; its error names the labels."""
+    """Return torch's cross-entropy; an invalid label raises an error that names the argument."""
     target = savable(labels.to(logits.dtype) if labels.is_floating_point() else labels)
     try:
         return F.cross_entropy(logits, target, ignore_index=ignore_index, **options)
@@ -89,41 +89,41 @@ def kd_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Return Hinton's loss: cross-entropy with the teacher's softened classes and the labels.
+    """Compute Hinton's distillation loss from soft targets of the teacher and hard labels.
 
-    With ``p = softmax(s / T)`` and ``q = softmax(t / T)``, rows of student and teacher logits:
+    With ``p = softmax(s / T)`` and ``q = softmax(t / T)`` of student logits s and teacher logits t:
 
         alpha * T^2 * (1/B) sum_b KL(q[b] || p[b])  +  (1 - alpha) * CE(s, labels)
 
-    CE is ``torch.nn.functional.cross_entropy``: without T, the mean over the rows whose label is
-    not ``ignore_index``, NaN where there is none. A term whose factor (alpha or 1 - alpha) is 0 is
-    left out, whatever its value, and so is the second without labels. Logits of images,
+    CE is ``torch.nn.functional.cross_entropy`` at T = 1. It is the mean over the rows with a label
+    other than ``ignore_index``, and NaN if there are no such rows. A term with a factor (alpha or
+    1 - alpha) of 0 is not computed, nor is the second term without labels. Logits of images,
     (B, K, H, W), are B * H * W rows: both terms are means over samples and positions.
 
-    In plain PyTorch, fp16 and bf16 in fp32. The divergence of a batch is right to 1e-5 for T up to
-    20, and finite for logits up to 1e4 and any T; its error grows with T (docs/numerics.md). For
-    equal logits it is exactly 0. Gradients flow to both sides' logits, to any order. A class that
-    the teacher excludes (a logit of -inf) adds nothing where the student excludes it as well.
+    The loss runs in plain PyTorch, with fp16 and bf16 computed in fp32. For T up to 20, the
+    divergence of a batch is exact to 1e-5; its error grows with T (docs/numerics.md). It is finite
+    for logits up to 1e4 at any T, and exactly 0 for equal logits. Gradients of any order flow to
+    both logits. If both sides exclude a class (a logit of -inf), it adds nothing.
 
     Args:
         student_logits: (B, K), or (B, K, *spatial) for segmentation; floating point.
-        teacher_logits: the same shape; the dtype may differ. Detach it, or make it under
-            ``no_grad`` or ``inference_mode``, to train the student alone.
+        teacher_logits: the same shape; the dtype may differ. To train the student only, detach it
+            or compute it under ``no_grad`` or ``inference_mode``.
         labels: (B,) or (B, *spatial) int64, classes from 0 to K - 1 or ``ignore_index``; or class
             probabilities (mixup, CutMix), floating point, of the shape of the logits; or None.
         T: temperature, a finite number > 0.
         alpha: weight of the first term, from 0 to 1.
-        label_smoothing: of the second term, from 0 to less than 1.
-        ignore_index: the label of rows that the second term leaves out; not for probabilities.
+        label_smoothing: label smoothing of the second term, >= 0 and < 1.
+        ignore_index: the second term skips rows with this label. Not allowed for probabilities.
 
     Returns:
-        A scalar: float64 if either side is, else float32 (also under autocast).
+        A scalar: float64 if either side is float64, else float32 (also under autocast).
 
     Raises:
-        TypeError: an argument is not of the kind above.
-        ValueError: shapes or devices that do not match, an empty tensor, an option out of range, an
-            ``ignore_index`` of probabilities, an option of labels without labels.
-        RuntimeError: a label that is no class, on the CPU; on a GPU torch's device-side assertion.
+        TypeError: an argument has the wrong type.
+        ValueError: shapes or devices do not match; a tensor is empty; an option is out of range, or
+            is for labels that are missing (or for class numbers and got probabilities).
+        RuntimeError: a label is not a class (CPU; on a GPU, torch raises a device-side assertion).
 
     Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2;
     the weights as in the authors' program of Zagoruyko & Komodakis, ICLR 2017.
@@ -136,9 +136,10 @@ def kd_loss(
     if labels is not None:
         check_labels(labels, student_logits, probabilities=True)
     elif label_smoothing:
-        raise ValueError(f"label_smoothing is for labels, got {label_smoothing} without")
+        raise ValueError(f"label_smoothing is for labels, got {label_smoothing} and labels=None")
     if ignore_index != -100 and (labels is None or labels.is_floating_point()):
-        raise ValueError(f"ignore_index is for class numbers as labels, got {ignore_index}")
+        got = "labels=None" if labels is None else "class probabilities"
+        raise ValueError(f"ignore_index is for int64 labels, got {ignore_index} and {got}")
     dtype = accumulate_dtype(student_logits, teacher_logits)
     student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
     soft = _divergence(student, teacher, T, alpha) if alpha > 0 else student[:0].sum()
@@ -149,7 +150,7 @@ def kd_loss(
 
 
 class _LossModule(nn.Module):
-    """A loss whose options, the attributes of these names, are the keyword arguments of a call."""
+    """Loss with options in attributes, which are passed to a function as keyword arguments."""
 
     _names: ClassVar[tuple[str, ...]]
 
@@ -157,19 +158,19 @@ class _LossModule(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
-        """Return the options, as in the call."""
+        """Return the options as keyword arguments."""
         return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
 
 class KDLoss(_LossModule):
-    """Keep the options of ``kd_loss``: ``KDLoss(T=4)(student_logits, teacher_logits, labels)``.
+    """Module form of ``kd_loss``: ``KDLoss(T=4)(student_logits, teacher_logits, labels)``.
 
     Args:
-        T, alpha, label_smoothing, ignore_index: as in :func:`at_fused.kd_loss`; checked here, and
-            kept as attributes.
+        T, alpha, label_smoothing, ignore_index: as in :func:`at_fused.kd_loss`. The constructor
+            checks them and keeps them as attributes.
 
     Raises:
-        TypeError, ValueError: an option that is not as there.
+        TypeError, ValueError: an option is not as in :func:`at_fused.kd_loss`.
 
     The formula is that of :func:`at_fused.kd_loss`.
 
@@ -194,7 +195,7 @@ class KDLoss(_LossModule):
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None
     ) -> Tensor:
-        """Return the loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
             student_logits, teacher_logits, labels: as in :func:`at_fused.kd_loss`.
@@ -219,33 +220,33 @@ def features_loss(
     form: str = "mean",
     reduction: str = "sum",
 ) -> Tensor:
-    """Return F-ActT, full-activation transfer: the squared L2 distance between the features.
+    """Compute F-ActT, full-activation transfer: the squared L2 distance between features.
 
-    For a pair of M elements per sample:
+    For a pair with M elements per sample:
 
         form="mean"   1/(B M) * sum_b ||S[b] - T[b]||_2^2     the mean over all elements
         form="sum"    1/B     * sum_b ||S[b] - T[b]||_2^2
 
-    ``torch.nn.functional.mse_loss`` of each pair, fp16 and bf16 in fp32. Where the sum of a pair's
-    squares is beyond fp32 the loss is inf; its gradient is not. Gradients flow to both sides, to
-    any order.
+    It runs ``torch.nn.functional.mse_loss`` for each pair, with fp16 and bf16 in fp32. If the sum
+    of the squares overflows fp32, the loss is inf, but its gradient is still right. Gradients of
+    any order flow to both sides.
 
     Args:
         student: (B, ...), floating point, or a list or tuple of such features.
-        teacher: as many features, of the same shapes; dtypes may differ.
-            :class:`at_fused.FeaturesLoss` is for numbers of channels that do.
-        weights: one finite factor per pair; None is 1 for all.
+        teacher: as many features as ``student``, of the same shapes; dtypes may differ. For
+            different numbers of channels use :class:`at_fused.FeaturesLoss`.
+        weights: one finite factor per pair. None means 1 for all.
         form: "mean" or "sum", as above.
         reduction: "sum" over the pairs, or "none" for one value per pair.
 
     Returns:
-        A scalar, or with ``reduction="none"`` a vector with one value per pair: float64 if any
-        feature is, else float32.
+        A scalar, or with ``reduction="none"`` a vector with one value per pair. float64 if any
+        feature is float64, else float32.
 
     Raises:
-        TypeError: an argument is not of the kind above.
-        ValueError: shapes, batch sizes, devices or lengths that do not match, an empty tensor or
-            list, an option that is not one of those above.
+        TypeError: an argument has the wrong type.
+        ValueError: shapes, batch sizes, devices or lengths do not match; a tensor or list is empty;
+            an option is not allowed.
 
     Source: Zagoruyko & Komodakis, ICLR 2017, section 4.1, after Romero et al., "FitNets", 2015.
     """
@@ -256,12 +257,12 @@ def features_loss(
     for s, t, factor in zip(students, teachers, factors, strict=True):
         count = s.numel() if form == "mean" else s.shape[0]
         losses.append((squared_error(s, t, "sum") * (factor / count)).to(dtype))
-    each = torch.stack(losses)
-    return each.sum() if reduction == "sum" else each
+    pair_losses = torch.stack(losses)
+    return pair_losses.sum() if reduction == "sum" else pair_losses
 
 
 def squared_error(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
-    """Return ``F.mse_loss`` in at least fp32: of "mean" torch has no jvp of the vjp."""
+    """Return ``F.mse_loss`` in fp32 or fp64. Not for "mean": torch lacks the jvp of its vjp."""
     dtype = accumulate_dtype(student, teacher)
     s, t = (savable(x.to(dtype)) for x in (student, teacher))
     return F.mse_loss(s, t, reduction=reduction)
@@ -273,20 +274,21 @@ def _check_form(form: str, reduction: str) -> None:
 
 
 class FeaturesLoss(_LossModule):
-    """Compare features after a 1x1 convolution that gives the student the teacher's channels.
+    """F-ActT with 1x1 convolutions that map the student's channels to the teacher's.
 
     ``FeaturesLoss([16, 32], [32, 64])(student_features, teacher_features)``. The loss of a pair is
-    ``1/(B M) * sum_b ||W S[b] - T[b]||_2^2``, W its convolution, or without 1/M with
-    ``form="sum"``. W has no bias and is trained with the student: hand this module's parameters to
-    its optimizer. Where C is the same there is none.
+    ``1/(B M) * sum_b ||W S[b] - T[b]||_2^2`` with its convolution W; ``form="sum"`` omits 1/M. W
+    has no bias and is trained with the student: pass this module's parameters to the optimizer.
+    Pairs with equal numbers of channels have no convolution.
 
     Args:
-        student_channels, teacher_channels: C of each side, an int, or a list of them for lists of
+        student_channels, teacher_channels: C of each side: an int, or a list of ints for lists of
             features.
         weights, form, reduction: as in :func:`at_fused.features_loss`.
 
     Raises:
-        TypeError, ValueError: channels that are no ints >= 1 or differ in number; a wrong option.
+        TypeError, ValueError: channels are not ints >= 1, or the lists differ in length; an option
+            is not allowed.
 
     Source: Romero et al., "FitNets", 2015; Zagoruyko & Komodakis, ICLR 2017, section 4.1.
     """
@@ -314,42 +316,41 @@ class FeaturesLoss(_LossModule):
     def forward(
         self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]
     ) -> Tensor:
-        """Return :func:`at_fused.features_loss` after the convolutions.
+        """Compute :func:`at_fused.features_loss` after the convolutions.
 
         Args:
-            student: (B, C, H, W) with the C of ``student_channels``, or as many of them; of the
-                convolutions' dtype, float32, or as autocast has it.
-            teacher: (B, C, H, W) with the C of ``teacher_channels``, or as many of them.
+            student: (B, C, H, W) with C from ``student_channels``, or a list of such features. The
+                dtype must be that of the convolutions (float32), unless autocast converts it.
+            teacher: (B, C, H, W) with C from ``teacher_channels``, or a list of such features.
 
         Returns:
             As :func:`at_fused.features_loss`: a scalar or (pairs,), float32 or float64.
 
         Raises:
             TypeError, ValueError: as :func:`at_fused.features_loss`.
-            RuntimeError: another C than the convolution's.
+            RuntimeError: C differs from the convolution's.
         """
         students = named_tensors("student", student)
         if len(students) != len(self.projections):
-            given = f"as channels were given, got {len(students)}"
-            raise ValueError(f"student must have {len(self.projections)} features, {given}")
+            expected = f"{len(self.projections)} features, one for each of student_channels"
+            raise ValueError(f"student must have {expected}, got {len(students)}")
         projected = []
         for (name, x), projection in zip(students.items(), self.projections, strict=True):
-            if check_tensor(name, x).dim() != 4:  # a convolution takes (C, H, W) as well
+            if check_tensor(name, x).dim() != 4:  # a convolution would also accept (C, H, W)
                 raise ValueError(f"{name} must be (B, C, H, W), got shape {tuple(x.shape)}")
             projected.append(projection(x))
-        found = projected[0] if isinstance(student, Tensor) else projected
-        return features_loss(found, teacher, **self._options())
+        features = projected[0] if isinstance(student, Tensor) else projected
+        return features_loss(features, teacher, **self._options())
 
 
 def _channels(student: Any, teacher: Any) -> list[tuple[int, int]]:
-    """Return the numbers of channels of each pair, checked."""
-    names = "student_channels", "teacher_channels"
-    given = [as_python(*each) for each in zip(names, (student, teacher), strict=True)]
-    sides = [tuple(side) if isinstance(side, (list, tuple)) else (side,) for side in given]
-    right = all(is_int(c) and c >= 1 for c in sides[0] + sides[1])
-    if not right or not 0 < len(sides[0]) == len(sides[1]):
+    """Return the checked numbers of channels of each pair."""
+    values = as_python("student_channels", student), as_python("teacher_channels", teacher)
+    sides = [tuple(value) if isinstance(value, (list, tuple)) else (value,) for value in values]
+    are_valid = all(is_int(c) and c >= 1 for c in sides[0] + sides[1])
+    if not are_valid or not 0 < len(sides[0]) == len(sides[1]):
         raise ValueError(
-            "student_channels and teacher_channels must be ints >= 1, or lists of as many, got "
-            f"{given[0]!r} and {given[1]!r}"
+            "student_channels and teacher_channels must be ints >= 1, or lists of equal length, "
+            f"got {values[0]!r} and {values[1]!r}"
         )
     return list(zip(*sides, strict=True))

@@ -184,7 +184,7 @@ class AttentionTransfer:
         """The factor of the loss; see the class."""
         if self._auto is None:
             return self._beta
-        return self._auto.beta if self._auto.logarithms else "auto"
+        return self._auto.beta if self._auto.log_ratios else "auto"
 
     @beta.setter
     def beta(self, beta: float | Literal["auto"]) -> None:
@@ -286,10 +286,10 @@ class AttentionTransfer:
         """Return the task loss if this call measures beta, else None."""
         if not self._takes_task_loss and task_loss is not None:
             raise ValueError(f"task_loss is for beta='auto', got beta={self._beta:g}")
-        if self._auto is None or self._auto.chosen:
+        if self._auto is None or self._auto.is_fixed:
             return None
         if not torch.is_grad_enabled():
-            if not self._auto.logarithms:
+            if not self._auto.log_ratios:
                 raise ValueError(
                     "beta: 'auto' is not measured yet, and measuring it takes gradients; run a "
                     "training step first, or set beta to a number"
@@ -317,7 +317,7 @@ class AttentionTransfer:
                 "each process measures its own beta; use AttentionTransfer(ddp, ...) or a number"
             )
         self._auto.add(gradient_ratio(task_loss, transfer_loss, model).ratio, model)
-        if self._auto.chosen and self._verbose:
+        if self._auto.is_fixed and self._verbose:
             print(f"beta {self._auto.beta:.3g}, from the gradients of the first {AUTO_STEPS} calls")
         return self._auto.beta
 

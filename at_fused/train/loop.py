@@ -270,7 +270,7 @@ class Trainer:
             group["lr"] = plan.lr(step)
         if self.job.config.reset_momentum and plan.drops(step) > plan.drops(max(0, step - 1)):
             self.optimizer.state.clear()
-        if plan.auto and not plan.auto.chosen:
+        if plan.auto and not plan.auto.is_fixed:
             begin = time.perf_counter()
             try:
                 plan.auto.add(self.gradient_ratio(batch, share, 1.0).ratio)
@@ -313,7 +313,7 @@ class Trainer:
         for epoch in range(self.step // plan.per_epoch, config.epochs):
             begin = time.perf_counter()
             for batch, share in self.batches(epoch):
-                measures = plan.auto is not None and not plan.auto.chosen
+                measures = plan.auto is not None and not plan.auto.is_fixed
                 if self.step >= PROBE_STEP and not (measures or probed or self.curve.peak_bytes):
                     probed = True
                     # Of some old gradients the profiler would know the sizes, of others not.
@@ -435,7 +435,7 @@ class Trainer:
             "step": self.step,
             **{name: part.state_dict() for name, part in self._parts.items()},
             "best": self.best,
-            "auto_beta": self.plan.auto and self.plan.auto.logarithms,
+            "auto_beta": self.plan.auto and self.plan.auto.log_ratios,
             "random": parallel.gather(random),
             "points": self.curve.points,
             "peak_bytes": self.curve.peak_bytes,

@@ -180,7 +180,7 @@ def test_auto_beta_skips_steps_with_a_zero_gradient(networks: Any) -> None:
     for _ in range(7):
         at(x, task_loss=0 * cross_entropy(student(x), y))
     for skipped in (10, 11):
-        message = rf"'auto' needs steps .* got {skipped} others, .* ratio of inf"
+        message = rf"'auto' needs steps .* got {skipped} other steps, .* ratio of inf"
         with pytest.raises(ValueError, match=message):
             at(x, task_loss=0 * cross_entropy(student(x), y))
 
@@ -274,7 +274,7 @@ W = torch.ones(2, requires_grad=True)
         ((W.sum(), W.sum(), None), TypeError, "iterable of tensors or a module, got NoneType"),
         ((W.sum(), W.sum(), [W + 0j]), TypeError, "parameters must be real, got torch.complex64"),
         ((W.sum(), mse_loss(torch.ones(2, requires_grad=True), W.detach()), [W]), ValueError,
-         "both losses depend on, got none: give the student's"),
+         "both losses depend on, got none; pass the student's"),
     ],
 )  # fmt: skip
 def test_invalid_arguments(arguments: Any, error: type[Exception], message: str) -> None:

@@ -299,7 +299,7 @@ def test_squares_convert_to_norms_at_a_given_distance(source: str) -> None:
     for target in family:
         beta = compat.convert_beta(1e3, source, target, shapes, distance=distance)
         assert_same_gradients(family[target](s, t, beta), expected, (s, t), 1e-9)
-        with pytest.raises(ValueError, match=r"no beta turns.*one sums norms.*distance="):
+        with pytest.raises(ValueError, match=r"no beta converts.*one sums norms.*distance="):
             compat.convert_beta(1e3, source, target, shapes)
 
 
@@ -328,10 +328,10 @@ ERRORS: dict[str, tuple[Any, ...]] = {
     "one batch size.*got 2 for pair 0 and 1 for pair 1": (
         *(compat.torchdistill_at_loss, [X, X[:1]], [Y, Y[:1]], "paper"),
     ),
-    "must be a tensor, of one pair, got list": (compat.aberhu_at_loss, [X], [Y]),
+    "must be a tensor .one pair per call., got list": (compat.aberhu_at_loss, [X], [Y]),
     "beta must be one number, or one per pair, got 2 for 1": (compat.paper_at_loss, X, Y, [1, 1]),
     "batch must be 'sum' or 'mean', got 'no'": (partial(compat.paper_at_loss, batch="no"), X, Y, 1),
-    "between 'authors' and 'aberhu'.*exact, got 0.5": (
+    "between 'authors' and 'aberhu'.*, got 0.5": (
         *(compat.convert_beta, 1.0, "authors", "aberhu", SHAPES, 0.5),
     ),
     "at most 2, got 2.1": (compat.convert_beta, 1.0, "authors", "paper", SHAPES, 2.1),

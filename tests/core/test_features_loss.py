@@ -109,10 +109,10 @@ def test_errors() -> None:
 @pytest.mark.parametrize(
     ("channels", "message"),
     [
-        ((4, [6, 7]), r"ints >= 1, or lists of as many, got 4 and \[6, 7\]"),
-        (([], []), r"ints >= 1, or lists of as many, got \[\] and \[\]"),
-        ((0, 6), "ints >= 1, or lists of as many, got 0 and 6"),
-        ((4, [6.0]), r"ints >= 1, or lists of as many, got 4 and \[6.0\]"),
+        ((4, [6, 7]), r"ints >= 1, or lists of equal length, got 4 and \[6, 7\]"),
+        (([], []), r"ints >= 1, or lists of equal length, got \[\] and \[\]"),
+        ((0, 6), "ints >= 1, or lists of equal length, got 0 and 6"),
+        ((4, [6.0]), r"ints >= 1, or lists of equal length, got 4 and \[6.0\]"),
     ],
     ids=str,
 )

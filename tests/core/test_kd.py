@@ -330,7 +330,7 @@ ERRORS: dict[str, dict[str, Any]] = {
         **IMAGES,
         "labels": torch.full((4, 3), 6),
     },
-    "ignore_index must be an int64": {"ignore_index": 2**63},
+    "ignore_index must fit in int64": {"ignore_index": 2**63},
 }
 
 

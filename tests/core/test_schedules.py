@@ -36,7 +36,7 @@ def test_values_between_the_ends() -> None:
 ERRORS = {
     "beta must be a number, got bool": (True, 10),
     "beta must be finite, got nan": (math.nan, 10),
-    "beta must be in a float's range, got one of 1329 bits": (10**400, 10),
+    "beta must be in a float's range, got an int of 1329 bits": (10**400, 10),
     "steps must be > 0, got -5": (1.0, -5),
     "end must be a number, got str": (1.0, 10, "0"),
 }
