@@ -7,7 +7,6 @@ import json
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,10 +131,9 @@ def measure(
                 write(path, result)
         finally:  # an interrupted run also prints its table
             reasons = {item for row in rows for item in row.get("uncaptured", {}).items()}
-            part = tables.PARTS[name]
-            print("", part.title, "", *part.table(rows), sep="\n")
-            print(*(f"\\* {program}: {reason}" for program, reason in sorted(reasons)), sep="\n")
-            sys.stdout.flush()
+            stars = [f"\\* {program}: {reason}" for program, reason in sorted(reasons)]
+            title, _, table = tables.PARTS[name]
+            print("", title, "", *table(rows), *stars, sep="\n", flush=True)
     return path
 
 

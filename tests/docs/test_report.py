@@ -111,7 +111,7 @@ def test_readme_shows_figures_and_chart_of_a_device() -> None:
     text = (ROOT / "README.md").read_text()
     names = {name for _, _, name, _ in report.BLOCK.findall(text)} & RESULTS.keys()
     assert names
-    assert all(f"(benchmarks/results/{name}-cases.png)" in text for name in names)
+    assert all(f"benchmarks/results/{name}-cases.png" in text for name in names)
 
 
 def test_charts_match_the_results() -> None:
