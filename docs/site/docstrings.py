@@ -23,7 +23,9 @@ def markdown(text: str, owner: Object) -> str:
     def link(role: re.Match[str]) -> str:
         name = role[1]
         path = name if name.startswith("at_fused.") else owner.resolve(name)
-        return f"[`{name}`][{path}]" if owner.modules_collection[path].is_public else f"`{name}`"
+        target = owner.modules_collection[path]
+        target = target.final_target if target.is_alias else target
+        return f"[`{name}`][{target.path}]" if target.is_public else f"`{name}`"
 
     text = BLOCK.sub(fence, ROLE.sub(link, text) + "\n")
     text = re.sub(r"^Source: ", "**Source:** ", NAMES.sub(separate, text), flags=re.M)
@@ -60,9 +62,9 @@ class Docstrings(Extension):
 
     def rewrite(self, owner: Object) -> None:
         """Rewrite an object and its members."""
-        # The docstring of a class has its attributes; extra_repr is for torch's printing.
+        # Not shown: the docstring of a class has its attributes, and torch prints extra_repr.
         if owner.is_attribute or owner.name == "extra_repr":
-            owner.public = False
+            owner.docstring = None
             return
         if owner.docstring:
             owner.docstring.value = markdown(owner.docstring.value, owner)

@@ -103,9 +103,12 @@ def test_docstrings_are_rendered(site: Path, pages: dict[Path, Page]) -> None:
     page = pages[site / "api/losses/index.html"]
     html = (site / "api/losses/index.html").read_text(encoding="utf-8")
     assert {"at_fused.at_loss", "at_fused.ATLoss"} <= page.anchors
-    # A cross-reference, and a formula that kept its columns.
+    assert not any("extra_repr" in anchor for each in pages.values() for anchor in each.anchors)
+    # Cross-references within a module and to another one, and a formula that kept its columns.
     assert re.search(r'<a [^>]*href="#at_fused.at_loss"[^>]*><code>at_loss</code></a>', html)
     assert re.search(r"1/B {5,}\* sum_b", html)
+    networks = (site / "api/networks/index.html").read_text(encoding="utf-8")
+    assert re.search(r'href="#at_fused.match_layers"[^>]*><code>match_layers</code></a>', networks)
     for path, each in pages.items():
         assert not re.search(r":(func|class|meth|mod):|\]\[at_fused", each.text), path
 
