@@ -1,6 +1,6 @@
-"""The tap's backward: G + scale * p * dL/dQ * |A|^(p-1) * sign(A), new and in place.
+"""The tap's backward operators, out of place and in place, against the formula in float64.
 
-Against the formula in float64, on every back end.
+The gradient is G + scale * p * dL/dQ * |A|^(p-1) * sign(A).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from at_fused import _ops
 OPERATORS = torch.ops.at_fused
 # (p, collapse)
 Options = tuple[float, str]
-FEW: list[Options] = [(2.0, "mean"), (3.5, "sum"), (2.0, "max")]
+SOME_OPTIONS: list[Options] = [(2.0, "mean"), (3.5, "sum"), (2.0, "max")]
 SOME_STRIDES = ["planar", "interleaved", "transposed", "unaligned"]
 
 
@@ -39,7 +39,7 @@ def test_options_of_taps(
 
 @crossed(layout=LAYOUTS, dtype=[torch.float32, torch.bfloat16])
 def test_shapes_of_taps(backend: str, layout: str, dtype: torch.dtype) -> None:
-    for shape, options in itertools.product(SHAPES, FEW):
+    for shape, options in itertools.product(SHAPES, SOME_OPTIONS):
         tensors = tap_inputs(*shape, collapse=options[1], dtype=dtype, layout=layout)
         assert_tap_matches(*tensors, *options)
 
@@ -52,37 +52,38 @@ def test_shapes_of_taps(backend: str, layout: str, dtype: torch.dtype) -> None:
 def test_strides_of_taps(
     backend: str, strides: str, gradient_strides: str, dtype: torch.dtype
 ) -> None:
-    for options, size in itertools.product(FEW, ((4, 6), (7, 7))):
+    for options, size in itertools.product(SOME_OPTIONS, ((4, 6), (7, 7))):
         gradient, x, *rest = tap_inputs(2, 16, *size, collapse=options[1], dtype=dtype)
         g = STRIDES[gradient_strides](gradient)
         base = g if g._base is None else g._base
-        outside = torch.ones_like(base, dtype=torch.bool)
-        outside.as_strided(g.shape, g.stride(), g.storage_offset()).fill_(False)
-        around = base[outside]
+        is_outside = torch.ones_like(base, dtype=torch.bool)
+        is_outside.as_strided(g.shape, g.stride(), g.storage_offset()).fill_(False)
+        before = base[is_outside]
         assert_tap_matches(g, STRIDES[strides](x), *rest, *options)
-        assert torch.equal(base[outside], around)
+        assert torch.equal(base[is_outside], before)
 
 
-def test_a_strided_map_and_strided_channels(backend: str) -> None:
-    """And a stride of 0 that is never taken."""
+def test_strided_maps_and_channels(backend: str) -> None:
     gradient, x, k, channels = tap_inputs(3, 8, 5, 4, collapse="max")
     k, channels = k.t().contiguous().t(), channels.repeat(1, 2)[:, :20]
     assert_tap_matches(gradient, x, k, channels, 2.0, "max")
     assert_tap_matches(gradient, x, k, None, 2.0, "mean")
+    # A stride of 0 in a dimension of size 1 is not an expanded gradient.
     gradient, x, k, _ = tap_inputs(2, 1, 1, 3, collapse="mean")
     assert_tap_matches(gradient.as_strided(x.shape, (3, 0, 0, 1)), x, k, None, 2.0, "mean")
 
 
-def test_an_expanded_gradient_becomes_a_new_one(backend: str) -> None:
-    for options in FEW:
+def test_expanded_gradients_out_of_place(backend: str) -> None:
+    for options in SOME_OPTIONS:
         _, x, *rest, channels = tap_inputs(2, 8, 4, 4, collapse=options[1])
         for gradient in (torch.randn(8, 4, 4).expand(2, 8, 4, 4), torch.ones(()).expand(x.shape)):
-            found = _ops.attention_tap_backward(gradient, x, *rest, *options, channels)
-            assert_gradient_matches(found, reference_tap(gradient, x, *rest, channels, *options), x)
+            actual = _ops.attention_tap_backward(gradient, x, *rest, *options, channels)
+            expected = reference_tap(gradient, x, *rest, channels, *options)
+            assert_gradient_matches(actual, expected, x)
 
 
 @crossed(strides=SOME_STRIDES, dtype=DTYPES)
-def test_what_a_maximum_leaves_alone_keeps_its_bits(
+def test_channels_without_the_maximum_keep_their_bits(
     backend: str, strides: str, dtype: torch.dtype
 ) -> None:
     gradient, x, k, channels = tap_inputs(2, 16, 4, 6, collapse="max", dtype=dtype)
@@ -90,24 +91,24 @@ def test_what_a_maximum_leaves_alone_keeps_its_bits(
     gradient[:, 1::3] = -0.0
     k[0] = math.nan
     channels[:, ::2] = torch.tensor([-1, -16, 16, 2**31 - 1]).repeat(6)[:12].int()
-    won = torch.arange(16).view(16, 1) == channels.unsqueeze(1)
+    is_maximum = torch.arange(16).view(16, 1) == channels.unsqueeze(1)
     g, y = STRIDES[strides](gradient), STRIDES[strides](x)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    found = _ops.attention_tap_backward(g, y, k, 2.0, "max", channels)
+    actual = _ops.attention_tap_backward(g, y, k, 2.0, "max", channels)
     _ops.attention_tap_backward_(g, y, k, 2.0, "max", channels)
-    before = gradient.flatten(2)[~won]
-    for result in (found.flatten(2), g.flatten(2)):
-        if backend == "eager":  # which adds zeros
-            torch.testing.assert_close(result[~won], before, rtol=0, atol=0, equal_nan=True)
+    before = gradient.flatten(2)[~is_maximum]
+    for result in (actual.flatten(2), g.flatten(2)):
+        if backend == "eager":  # it adds zeros, which turns -0.0 into 0.0
+            torch.testing.assert_close(result[~is_maximum], before, rtol=0, atol=0, equal_nan=True)
         else:
-            assert torch.equal(result[~won].view(bits), before.view(bits))
-        assert torch.isnan(result[0][won[0]]).all()
+            assert torch.equal(result[~is_maximum].view(bits), before.view(bits))
+        assert torch.isnan(result[0][is_maximum[0]]).all()
 
 
 # ---- in place ------------------------------------------------------------------------------------
 
 
-def test_in_place_changes_the_version_and_has_no_derivative(backend: str) -> None:
+def test_in_place_operator_changes_the_version_and_has_no_derivative(backend: str) -> None:
     gradient, x, k, _ = tap_inputs(2, 3, 4, 4, collapse="mean")
     version = gradient._version
     OPERATORS.attention_tap_backward_(gradient, x, k, 2.0, "mean")
@@ -117,8 +118,8 @@ def test_in_place_changes_the_version_and_has_no_derivative(backend: str) -> Non
 
 
 @crossed(shift=[0, 1, 40], collapse=["mean", "max"])
-def test_what_lies_where_the_gradient_is_written(backend: str, collapse: str, shift: int) -> None:
-    """As if it lay elsewhere."""
+def test_inputs_that_overlap_the_gradient(backend: str, collapse: str, shift: int) -> None:
+    """Require the result of inputs in memory of their own."""
     memory = torch.randn(140)
     x, gradient = memory[:96].view(2, 3, 4, 4), memory[shift : shift + 96].view(2, 3, 4, 4)
     k = memory[shift + 60 : shift + 92].view(2, 16)
@@ -126,8 +127,7 @@ def test_what_lies_where_the_gradient_is_written(backend: str, collapse: str, sh
     if collapse == "max":
         channels = memory.view(torch.int32)[shift + 20 : shift + 52].view(2, 16)
         channels.copy_(torch.randint(3, (2, 16)))
-    apart = [None if y is None else y.clone() for y in (gradient, x, k, channels)]
-    *three, last = apart
-    right = _ops.attention_tap_backward(*three, 2.0, collapse, last)
+    *copies, channels_copy = (None if y is None else y.clone() for y in (gradient, x, k, channels))
+    expected = _ops.attention_tap_backward(*copies, 2.0, collapse, channels_copy)
     _ops.attention_tap_backward_(gradient, x, k, 2.0, collapse, channels)
-    torch.testing.assert_close(gradient, right, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""at_fused.visualize: the maps it takes from a model; what lies where in its picture, how drawn."""
+"""``at_fused.visualize``: maps of a model's layers, and figures of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Pair(nn.Module):
 
 
 class Net(nn.Module):
-    """Outputs known in closed form: of images x, "a" gives x - 1, "b" its 2x2 means."""
+    """A network with outputs in closed form: layer a returns x - 1, layer b its 2x2 means."""
 
     def __init__(self, fails: bool = False) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Net(nn.Module):
         self.b(y)
         self.norm(self.relu(y))
         if self.fails:
-            raise ArithmeticError("on the way")
+            raise ArithmeticError("in the forward pass")
         return self.relu(self.pair(y)[0])
 
 
@@ -52,33 +52,33 @@ X, Q = torch.rand(2, 3, 4, 4), torch.rand(2, 2, 2)
 MAPS = {"m": {"a": Q}}
 
 
-def unit(q: Tensor) -> Tensor:
+def normalize(q: Tensor) -> Tensor:
     return q / q.flatten(1).norm(dim=1)[:, None, None]
 
 
 # ---- the maps ------------------------------------------------------------------------------------
 
 
-def test_maps_are_those_of_the_named_outputs() -> None:
+def test_maps_of_named_layers() -> None:
     x = torch.randn(4, 3, 6, 8)
     maps = visualize.attention_maps(Net(), x, ["b", "a"])
     assert list(maps) == ["b", "a"]
-    # Before the ReLU that then writes into the same tensor.
-    torch.testing.assert_close(maps["a"], unit((x - 1).square().mean(1)))
+    # The in-place ReLU changes the output of "a" after its map is computed.
+    torch.testing.assert_close(maps["a"], normalize((x - 1).square().mean(1)))
     torch.testing.assert_close(
-        maps["b"], unit((nn.functional.avg_pool2d(x, 2) - 1).square().mean(1))
+        maps["b"], normalize((nn.functional.avg_pool2d(x, 2) - 1).square().mean(1))
     )
-    only = visualize.attention_maps(Net(), x, "a", normalize=False, p=3, collapse="sum")
-    torch.testing.assert_close(only["a"], (x - 1).abs().pow(3).sum(1))
+    maps = visualize.attention_maps(Net(), x, "a", normalize=False, p=3, collapse="sum")
+    torch.testing.assert_close(maps["a"], (x - 1).abs().pow(3).sum(1))
 
 
-def test_options_reach_attention_map() -> None:
-    """Of tokens behind a class token; of a model that is compiled, as it was before."""
+def test_options_are_passed_to_attention_map() -> None:
+    """Use tokens after a class token, and a model before and after torch.compile."""
     tokens, model = torch.randn(2, 1 + 6, 5), nn.Sequential(nn.Identity())
     options: dict[str, Any] = {"channel_dim": -1, "skip_tokens": 1, "map_size": (2, 3)}
-    for each in (model, torch.compile(model)):
-        got = visualize.attention_maps(each, tokens, "0", **options)["0"]
-        torch.testing.assert_close(got, attention_map(tokens, normalize=True, **options))
+    for m in (model, torch.compile(model)):
+        q = visualize.attention_maps(m, tokens, "0", **options)["0"]
+        torch.testing.assert_close(q, attention_map(tokens, normalize=True, **options))
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,13 @@ def test_options_reach_attention_map() -> None:
     [
         (False, ["a", "b"], None),
         (True, ["a", "b"], ArithmeticError),
-        (False, ["a", "pair"], TypeError),  # its hook fails
+        (False, ["a", "pair"], TypeError),  # "pair" returns a tuple, so its hook raises
         (False, ["a", "no such"], ValueError),
     ],
 )
-def test_the_model_is_left_as_it_was(fails: bool, layers: list[str], error: Any) -> None:
+def test_model_is_unchanged_even_after_errors(fails: bool, layers: list[str], error: Any) -> None:
     net = Net(fails)
-    net.b.eval()  # a mixture, as where a part is frozen
+    net.b.eval()  # mixed modes, as in a model with frozen parts
     modes = [m.training for m in net.modules()]
     before = {k: v.clone() for k, v in net.state_dict().items()}
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
@@ -117,24 +117,26 @@ def test_the_model_is_left_as_it_was(fails: bool, layers: list[str], error: Any)
         (Net(), "unused", {}, r"layer 'unused' must run once in a forward pass, but ran 0 times"),
         (Net(), "a", {"p": 0.5}, r"layer 'a': p must be a finite number >= 1, got 0.5"),
         (Net(), "a", {"q": 1}, r"layer 'a': .*unexpected keyword argument 'q'"),
-        (unit, "a", {}, r"model must be an nn.Module, got function"),
+        (normalize, "a", {}, r"model must be an nn.Module, got function"),
     ],
 )
-def test_refusals_of_maps(model: Any, layers: Any, options: dict[str, Any], message: str) -> None:
+def test_errors_of_attention_maps(
+    model: Any, layers: Any, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         visualize.attention_maps(model, torch.randn(1, 3, 4, 4), layers, **options)
 
 
-# ---- models side by side -------------------------------------------------------------------------
+# ---- compare -------------------------------------------------------------------------------------
 
 
-def test_compare_draws_each_model_in_its_column(tmp_path: Path) -> None:
-    class Twice(Net):
+def test_compare_draws_one_column_per_model(tmp_path: Path) -> None:
+    class DoubledInput(Net):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(2 * x)
 
     x = torch.rand(2, 3, 4, 6)
-    models = {"one": Net(), "two": Twice()}
+    models = {"one": Net(), "two": DoubledInput()}
     fig = visualize.compare(models, x, ["a", "b"], path=tmp_path / "maps.png", p=4, panel=1)
     axes = np.array(fig.axes[:12]).reshape(4, 3)
     for n in range(2):
@@ -145,73 +147,73 @@ def test_compare_draws_each_model_in_its_column(tmp_path: Path) -> None:
     assert (tmp_path / "maps.png").exists()
     by_model = visualize.compare(models, x, {"one": "a", "two": ["b"]})
     assert [ax.images[1].get_array().shape for ax in by_model.axes[1:3]] == [(4, 6), (2, 3)]
-    for bad in ({"one": "a"}, {"one": "a", "three": "a"}):
+    for layers in ({"one": "a"}, {"one": "a", "three": "a"}):
         with pytest.raises(ValueError, match=r"layers must have the titles of models, \['one'"):
-            visualize.compare(models, x, bad)
+            visualize.compare(models, x, layers)
     with pytest.raises(TypeError, match="models must be a mapping of titles to modules"):
         visualize.compare(Net(), x, "a")  # type: ignore[arg-type]
 
 
-def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "at_fused\[train\]"'):
         visualize.figure(X, MAPS)
     assert visualize.attention_maps(Net(), X, "a")
 
 
-# ---- the picture ---------------------------------------------------------------------------------
+# ---- figure --------------------------------------------------------------------------------------
 
 
 def panels(fig: Figure, shape: tuple[int, int]) -> np.ndarray:
-    """The figure's axes, with the empty ones between images."""
+    """Return the figure's axes as a grid, including the empty ones between images."""
     return np.array(fig.axes[: shape[0] * shape[1]]).reshape(shape)
 
 
-def shown(ax: Any) -> list[np.ndarray]:
+def image_arrays(ax: Any) -> list[np.ndarray]:
     return [np.asarray(image.get_array()) for image in ax.images]
 
 
 @pytest.mark.parametrize(("across", "lines", "width"), [(1, 3, 3), (2, 2, 7)])
-def test_the_right_map_is_under_the_right_image(across: int, lines: int, width: int) -> None:
+def test_each_map_is_drawn_over_its_image(across: int, lines: int, width: int) -> None:
     images = torch.rand(3, 3, 6, 8)
     columns = {"one": torch.rand(2, 3, 3, 4), "two": torch.rand(2, 3, 6, 8)}
-    maps = {title: dict(zip("ab", each, strict=True)) for title, each in columns.items()}
+    maps = {title: dict(zip("ab", column, strict=True)) for title, column in columns.items()}
     fig = visualize.figure(images, maps, across=across, names=["x", "y", "z"])
     axes = panels(fig, (2 * lines, width))
     for n in range(3):
-        line, place = divmod(n, across)
+        line, column = divmod(n, across)
         for stage in range(2):
-            picture, *cells = axes[2 * line + stage][4 * place :][:3]
-            (alone,) = shown(picture)
-            np.testing.assert_allclose(alone, images[n].movedim(0, -1), atol=1e-6)
-            for cell, maps in zip(cells, columns.values(), strict=True):
-                below, top = shown(cell)
-                np.testing.assert_allclose(below, 0.25 + 0.5 * alone, atol=1e-6)
+            image_axes, *map_axes = axes[2 * line + stage][4 * column :][:3]
+            (image,) = image_arrays(image_axes)
+            np.testing.assert_allclose(image, images[n].movedim(0, -1), atol=1e-6)
+            for ax, maps in zip(map_axes, columns.values(), strict=True):
+                background, overlay = image_arrays(ax)
+                np.testing.assert_allclose(background, 0.25 + 0.5 * image, atol=1e-6)
                 q = maps[stage, n]
-                np.testing.assert_allclose(top, q / q.square().mean().sqrt(), rtol=1e-5)
-                assert cell.images[1].get_extent() == picture.images[0].get_extent()
-        heads = [ax.get_title() for ax in axes[2 * line][4 * place :][:3]]
-        assert heads == ["xyz"[n], "one", "two"]
+                np.testing.assert_allclose(overlay, q / q.square().mean().sqrt(), rtol=1e-5)
+                assert ax.images[1].get_extent() == image_axes.images[0].get_extent()
+        titles = [ax.get_title() for ax in axes[2 * line][4 * column :][:3]]
+        assert titles == ["xyz"[n], "one", "two"]
     empty = sum(not ax.images and ax not in axes[:, 3::4] for ax in axes.flat)
     assert empty == (6 if across == 2 else 0)
 
 
-def test_one_scale_a_row_from_0_to_its_maximum() -> None:
+def test_each_row_has_one_scale_from_zero_to_its_maximum() -> None:
     maps = {str(n): {stage: torch.rand(4, n, n) for stage in "ab"} for n in (2, 5)}
     fig = visualize.figure(torch.rand(4, 1, 4, 4), maps, across=2)
     for row, bar in zip(panels(fig, (4, 7)), fig.axes[28:], strict=True):
         drawn = [ax.images[1] for ax in row if len(ax.images) == 2]
-        top = max(float(np.max(image.get_array())) for image in drawn)
+        maximum = max(float(np.max(image.get_array())) for image in drawn)
         assert len(drawn) == 4
-        assert {image.get_clim() for image in drawn} == {(0.0, top)}
-        assert bar.get_ylim() == (0.0, top)
+        assert {image.get_clim() for image in drawn} == {(0.0, maximum)}
+        assert bar.get_ylim() == (0.0, maximum)
 
 
-def test_the_scale_of_a_map_is_flat_is_1() -> None:
+def test_maps_are_scaled_so_that_a_flat_map_is_1() -> None:
     q = torch.rand(1, 3, 3)
     maps = {"raw": q * 1e6, "unit": q / q.norm(), "flat": torch.full((1, 7, 7), 3.0), "zero": q * 0}
-    fig = visualize.figure(X[:1, :1], {title: {"a": each} for title, each in maps.items()})
-    raw, normalised, flat, zero = (shown(ax)[1] for ax in fig.axes[1:5])
+    fig = visualize.figure(X[:1, :1], {title: {"a": q} for title, q in maps.items()})
+    raw, normalised, flat, zero = (image_arrays(ax)[1] for ax in fig.axes[1:5])
     np.testing.assert_allclose(raw, normalised, rtol=1e-5)
     np.testing.assert_allclose(flat, 1.0)
     np.testing.assert_allclose(zero, 0.0)
@@ -219,8 +221,8 @@ def test_the_scale_of_a_map_is_flat_is_1() -> None:
     assert only_zero.axes[1].images[1].get_clim() == (0, 1)
 
 
-def rendered(fig: Figure, ax: Any) -> Tensor:
-    """Red in [0, 1] of the pixels within an axes, (h, w)."""
+def render(fig: Figure, ax: Any) -> Tensor:
+    """Render the figure, and return the red channel of an axes in [0, 1], (h, w)."""
     canvas = FigureCanvasAgg(fig)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())
@@ -231,32 +233,34 @@ def rendered(fig: Figure, ax: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
-@pytest.mark.parametrize("hot", [(0, 0), (1, 2)])
-def test_a_cell_covers_its_part_of_the_image(interpolation: str, hot: tuple[int, int]) -> None:
+@pytest.mark.parametrize("position", [(0, 0), (1, 2)])
+def test_map_cells_cover_their_part_of_the_image(
+    interpolation: str, position: tuple[int, int]
+) -> None:
     q = torch.zeros(1, 3, 4)
-    q[0][hot] = 1
+    q[0][position] = 1
     options: dict[str, Any] = {"interpolation": interpolation, "alpha": 1, "cmap": "gray"}
     fig = visualize.figure(torch.rand(1, 1, 24, 32), {"m": {"a": q}}, panel=3, **options)
-    got = rendered(fig, fig.axes[1])
-    h, w = got.shape
+    actual = render(fig, fig.axes[1])
+    h, w = actual.shape
     assert h > 150
     mode = {"mode": "bilinear", "align_corners": False} if interpolation == "bilinear" else {}
     expected = interpolate(q[None], size=(h, w), **mode)[0, 0].double()
-    # A pixel off at an edge is allowed, half a cell (a tenth of the panel) is not.
-    assert (got - expected).abs().mean() < 0.012
+    # Allow an error of a pixel at an edge, but not of half a cell (a tenth of the panel).
+    assert (actual - expected).abs().mean() < 0.012
 
 
-def test_images_are_shown_as_they_were_before_normalisation() -> None:
+def test_mean_and_std_undo_the_normalisation_of_images() -> None:
     original = torch.rand(2, 3, 4, 4)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-    given = (original - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    normalized = (original - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
     def first(images: Tensor, **options: Any) -> np.ndarray:
-        return shown(visualize.figure(images, MAPS, **options).axes[0])[0]
+        return image_arrays(visualize.figure(images, MAPS, **options).axes[0])[0]
 
     expected = original[0].movedim(0, -1).numpy()
     np.testing.assert_allclose(first(original), expected, atol=1e-6)
-    np.testing.assert_allclose(first(given, mean=mean, std=std), expected, atol=1e-6)
+    np.testing.assert_allclose(first(normalized, mean=mean, std=std), expected, atol=1e-6)
     np.testing.assert_allclose(first(original / 2 - 1, mean=1, std=1), expected / 2, atol=1e-6)
     low, high = original.min(), original.max()
     stretched = ((original[0] - low) / (high - low)).movedim(0, -1).numpy()
@@ -265,7 +269,7 @@ def test_images_are_shown_as_they_were_before_normalisation() -> None:
     np.testing.assert_allclose(first(grey), [[0, 0.2], [1, 0.4]])
 
 
-def test_rows_are_numbered_where_names_or_sizes_differ() -> None:
+def test_row_labels() -> None:
     a, b = torch.rand(1, 4, 4), torch.rand(1, 2, 2)
     columns = {"s": {"u": a, "v": a, "w": b}, "t": {"u": a, "w": b, "x": b}}
     x = torch.rand(1, 1, 4, 4)
@@ -299,14 +303,12 @@ def test_rows_are_numbered_where_names_or_sizes_differ() -> None:
         (X, MAPS, {"panel": 0}, r"panel must be > 0, in inches, got 0"),
     ],
 )
-def test_refusals_of_the_picture(
-    images: Any, columns: Any, options: dict[str, Any], message: str
-) -> None:
+def test_errors_of_figure(images: Any, columns: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         visualize.figure(images, columns, **options)
 
 
-def test_png_and_svg_are_written(tmp_path: Path) -> None:
+def test_save_writes_png_and_svg(tmp_path: Path) -> None:
     fig = visualize.figure(X, MAPS, panel=1)
     with pytest.raises(ValueError, match="Format 'txt' is not supported"):
         visualize.save(fig, tmp_path / "maps.txt")
@@ -316,5 +318,5 @@ def test_png_and_svg_are_written(tmp_path: Path) -> None:
     visualize.save(fig, str(tmp_path / "maps.SVG"))
     root = ElementTree.parse(tmp_path / "maps.SVG").getroot()
     assert root.tag.endswith("}svg")
-    # Per row: the image twice, the map, the colour bar.
+    # The image twice, the map, and the colour bar.
     assert sum(e.tag.endswith("}image") for e in root.iter()) >= 2 * 3

@@ -87,11 +87,15 @@ OPERATORS += (
     "maps_of_features_without_gradients_have_none",
     "features_changed_in_place_before_backward_raise",
 )
-# Whose gradient it is depends on the engine's threads, which a GPU has of its own.
-TAP = "map_and_gradients", "any_order", "rounded_once", "writes_in_place_where_it_may"
-TAP += "the_other_branch_of_an_addition", "two_taps_of_one_gradient", "checkpointing"
-TAP += "captured_and_given_gradients", "retained_and_with_tensors_saved_elsewhere"
-TAP += ("module_hooks_see_their_own_gradients",)
+# Reference counts of gradients depend on autograd's threads, and a GPU has its own.
+TAP = "map_and_gradients", "tap_gradcheck_and_gradgradcheck", "gradient_is_rounded_once"
+TAP += (
+    "gradients_without_other_owners_are_updated_in_place",
+    "addition_passes_one_gradient_to_both_terms",
+)
+TAP += "two_taps_share_one_gradient", "gradients_that_the_caller_captures_or_passes"
+TAP += "retained_graph_and_saved_tensor_hooks", "module_backward_hooks_see_unchanged_gradients"
+TAP += ("checkpointing",)
 for module in (test_contract, test_map_operators, test_loss_options, test_tap_operators):
     globals().update(imported(module))
 globals().update(imported(test_operators, *OPERATORS))
