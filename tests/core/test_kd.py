@@ -261,7 +261,7 @@ def torchdistill(s: Tensor, t: Tensor, y: Tensor, T: float, alpha: float) -> Ten
     return result
 
 
-# Losses of other programs, and the equal calls in README.md.
+# Losses of other programs, and the equal calls in docs/formulas.md.
 PROGRAMS: list[tuple[Callable[..., Tensor], str]] = [
     (authors, "kd_loss(s, t, y, T, alpha)"),
     (
@@ -277,7 +277,7 @@ PROGRAMS: list[tuple[Callable[..., Tensor], str]] = [
 
 @pytest.mark.parametrize(("program", "call"), PROGRAMS, ids=[call for _, call in PROGRAMS])
 def test_documented_calls_match_other_programs(program: Callable[..., Tensor], call: str) -> None:
-    assert f"`{call}`" in (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"`{call}`" in (Path(__file__).parents[2] / "docs/formulas.md").read_text()
     s, t, y = logits(8, 10).requires_grad_(), logits(8, 10), torch.randint(10, (8,))
     values = {"s": s, "t": t, "y": y, "T": 3.0, "alpha": 0.4, "gamma": 0.3}
     values |= {"kd_weight": 0.7, "ce_weight": 0.2, "K": 10}
