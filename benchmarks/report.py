@@ -86,8 +86,8 @@ def figures(result: Result) -> list[str]:
     torch = result["versions"]["torch"].partition("+")[0]
     line = (
         f"{results.machine_of(result)}, {kernels}, torch {torch}, {result['date']}. Speedup: "
-        f"geometric mean (least to most) over {settings} settings of case, dtype and layout. Peak "
-        "memory: a training step with `AttentionTransfer`."
+        f"geometric mean (minimum to maximum) over {settings} settings of case, dtype and layout. "
+        "Memory: a training step with `AttentionTransfer` and `at.prepare(x)`."
     )
     return [line, "", *tables.figures(cases, steps)]
 
