@@ -1,4 +1,4 @@
-"""scikit-learn's digits, 1797 small pictures, enlarged to what networks for photographs take."""
+"""scikit-learn's digits: 1797 small images, enlarged for networks that take photographs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 
 def digits(size: int = 64) -> tuple[TensorDataset, TensorDataset]:
-    """Pictures (3, size, size) of digits and what they show: 1297 to train with, 500 to test."""
+    """Return images (3, size, size) and labels of digits: 1297 for training, 500 for testing."""
     raw = load_digits()
     order = torch.randperm(len(raw.target), generator=torch.Generator().manual_seed(0))
     images = (
@@ -23,7 +23,7 @@ def digits(size: int = 64) -> tuple[TensorDataset, TensorDataset]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Dataset[tuple[Tensor, Tensor]]) -> float:
-    """The share of pictures that the model names."""
+    """Return the share of images that the model classifies correctly."""
     model.eval()
-    right = [model(x).argmax(1) == y for x, y in DataLoader(data, batch_size=100)]
-    return torch.cat(right).float().mean().item()
+    correct = [model(x).argmax(1) == y for x, y in DataLoader(data, batch_size=100)]
+    return torch.cat(correct).float().mean().item()

@@ -2,11 +2,11 @@
 
     python examples/gradient_at.py
 
-A teacher is trained on all of the training images, then students of half its width on 200 of them:
-one by the labels alone, one that also has to look where the teacher looks, by the distance between
-the two networks' input gradients (Zagoruyko & Komodakis, ICLR 2017, section 3.2). Smooth
-activations: a ReLU's second derivative is 0, and the student's input gradient would only be moved
-through the weights. No BatchNorm: it would mix the samples' gradients.
+A teacher is trained on all training images, and students of half its width on 200 of them. One
+student learns from the labels only. The other one's loss also has the distance between its input
+gradients and the teacher's (Zagoruyko & Komodakis, ICLR 2017, section 3.2). Activations are smooth:
+a ReLU's second derivative is 0, so the distance could only change the student's gradients through
+the weights. There is no BatchNorm, which would mix the gradients of different samples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from at_fused import schedules
 
 
 def network(width: int) -> nn.Module:
-    """A small convolutional network for 8x8 images."""
+    """Return a small convolutional network for 8x8 images."""
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1),
         nn.Softplus(beta=4),
@@ -39,7 +39,7 @@ def train(
     teacher: nn.Module | None = None,
     beta: float = 0.0,
 ) -> None:
-    """Trains ``model``, with ``beta / 2`` times the distance to the teacher's input gradients."""
+    """Train ``model``, with ``beta / 2`` times the distance to the teacher's input gradients."""
     images, labels = data
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     weight = schedules.linear_decay(beta, epochs)
@@ -49,23 +49,23 @@ def train(
             logits = model(x)
             loss = F.cross_entropy(logits, y)
             if teacher is not None:
-                seen = at_fused.input_gradient(logits, x, y, create_graph=True)
-                wanted = at_fused.input_gradient(teacher, x, y)
-                loss = loss + weight(epoch) / 2 * at_fused.gradient_at_loss(seen, wanted)
+                gradient = at_fused.input_gradient(logits, x, y, create_graph=True)
+                target = at_fused.input_gradient(teacher, x, y)
+                loss = loss + weight(epoch) / 2 * at_fused.gradient_at_loss(gradient, target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
 
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """The share of images that the model names."""
+    """Return the share of images that the model classifies correctly."""
     images, labels = data
     with torch.no_grad():
         return float((model(images).argmax(1) == labels).float().mean())
 
 
 def main(epochs: int = 40, seeds: int = 3) -> tuple[float, float]:
-    """Trains and prints; the students' mean accuracies without transfer and with it."""
+    """Train, print and return the students' mean accuracies without transfer and with it."""
     digits = load_digits()
     torch.manual_seed(0)
     order = torch.randperm(len(digits.target))
@@ -77,18 +77,18 @@ def main(epochs: int = 40, seeds: int = 3) -> tuple[float, float]:
     print(f"teacher           accuracy {accuracy(teacher, test):.3f}")
 
     few = images[:200], labels[:200]
-    found = {0.0: 0.0, 2.0: 0.0}
-    for beta in found:
+    accuracies = {0.0: 0.0, 2.0: 0.0}
+    for beta in accuracies:
         for seed in range(seeds):
             torch.manual_seed(seed)
             student = network(8)
             train(student, few, epochs, teacher if beta else None, beta)
-            found[beta] += accuracy(student, test) / seeds
-    print(f"student           accuracy {found[0.0]:.3f}")
-    print(f"with transfer     accuracy {found[2.0]:.3f}")
-    return found[0.0], found[2.0]
+            accuracies[beta] += accuracy(student, test) / seeds
+    print(f"student           accuracy {accuracies[0.0]:.3f}")
+    print(f"with transfer     accuracy {accuracies[2.0]:.3f}")
+    return accuracies[0.0], accuracies[2.0]
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.set_num_threads(1)  # small networks are slower with more threads
     main()

@@ -1,8 +1,8 @@
-"""A data set and a network of one's own, which at-fused-train finds by their import path.
+"""A custom data set and a custom network for at-fused-train, named by their import paths.
 
     at-fused-train --data examples.own:data --student examples.own:network --teacher wrn-16-2
 
-Here the images are scikit-learn's digits, moved at random by up to two pixels.
+The images are scikit-learn's digits, shifted at random by up to two pixels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
-    """Images (1, 16, 16), normalised; the program reads ``classes`` and ``targets``."""
+    """Normalised images (1, 16, 16); at-fused-train reads ``classes`` and ``targets``."""
 
     classes = tuple("0123456789")
 
@@ -35,12 +35,12 @@ class Digits(Dataset[tuple[Tensor, int]]):
 
 
 def data(root: str) -> tuple[Digits, Digits]:
-    """Images to train with, and to report on; ``root`` is the text of --root."""
+    """Return the training set and the test set; ``root`` is the value of --root."""
     return Digits(slice(500, None), shift=2), Digits(slice(500), shift=0)
 
 
 def network(num_classes: int) -> nn.Module:
-    """Three convolutions, whose maps are as large as those of a WRN's groups."""
+    """Return three convolutions; their maps have the sizes of a WRN's groups."""
 
     def block(channels: int, width: int, stride: int) -> nn.Sequential:
         convolution = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)

@@ -2,9 +2,9 @@
 
     python examples/timm_vit.py
 
-Blocks of a transformer all have one map size, so which belong together has to be said: here the
-second and the fourth of the student's four, with the third and the sixth of the teacher's six. The
-images are scikit-learn's digits; the teacher is trained on them first.
+All blocks of a transformer have the same map size, so the pairs are named: blocks 2 and 4 of the
+student's four with blocks 3 and 6 of the teacher's six. The images are scikit-learn's digits; the
+teacher is trained on them first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LAYERS = [("blocks.1", "blocks.2"), ("blocks.3", "blocks.5")]
 
 
 def vit(depth: int, embed_dim: int) -> nn.Module:
-    """A ViT for 64x64 images, of which it makes 8x8 tokens."""
+    """Return a ViT for 64x64 images, with 8x8 tokens."""
     return timm.create_model(
         "vit_tiny_patch16_224",
         img_size=64,
@@ -39,7 +39,7 @@ def vit(depth: int, embed_dim: int) -> nn.Module:
 
 
 def fit(model: nn.Module, batches: DataLoader, epochs: int, steps: int | None, at=None) -> None:
-    """Trains, with both kinds of transfer or alone, and prints the losses."""
+    """Train, with both losses if ``at`` is given, and print the losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3)
     for epoch in range(epochs):
         model.train()
@@ -47,7 +47,7 @@ def fit(model: nn.Module, batches: DataLoader, epochs: int, steps: int | None, a
             if at is None:
                 task, transfer = cross_entropy(model(x), y), torch.zeros(())
             else:
-                at.prepare(x)  # the teacher's pass, before the student's takes its memory
+                at.prepare(x)  # before the student's graph exists, which lowers peak memory
                 logits = model(x)
                 transfer = at(x)
                 task = kd_loss(logits, at.teacher_output, y, T=4.0, alpha=0.5)
@@ -58,14 +58,14 @@ def fit(model: nn.Module, batches: DataLoader, epochs: int, steps: int | None, a
 
 
 def main(argv: Sequence[str] | None = None) -> float:
-    """Trains and prints; the student's test accuracy."""
+    """Train, print and return the student's test accuracy."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="of an epoch no more than these")
+    parser.add_argument("--steps", type=int, help="maximum number of steps per epoch")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--beta", type=float, default=10.0)
-    parser.add_argument("--no-at", action="store_true", help="the student alone")
+    parser.add_argument("--no-at", action="store_true", help="train the student without a teacher")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     data, test = digits()
@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> float:
         at = AttentionTransfer(student, teacher, LAYERS, beta=args.beta)
         print(at)
     fit(student, batches, args.epochs, args.steps, at)
-    print(f"student's test accuracy {(found := accuracy(student, test)):.3f}")
-    return found
+    print(f"student's test accuracy {(result := accuracy(student, test)):.3f}")
+    return result
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""AttentionTransfer in FSDP2: student and teacher are sharded over two processes.
+"""AttentionTransfer in FSDP2, with student and teacher sharded over two processes.
 
     python examples/stacks/fsdp2.py
 
-Each process has half of the weights and of each batch.
+Each process has half of the weights and half of each batch.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
-from toy import BETA, LAYERS, batches, in_two_processes, networks, share
+from toy import BETA, LAYERS, batches, local_part, networks, run_in_two_processes
 
 from at_fused import AttentionTransfer
 
 
 def train(seed: int) -> tuple[list[float], dict[str, Tensor]]:
-    """Trains on this process's part of each batch; its losses, and the student's whole weights."""
+    """Train on this process's part of each batch, and return its losses and all weights."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     student, teacher = networks(seed)
     for model in (student, teacher):
@@ -31,7 +31,7 @@ def train(seed: int) -> tuple[list[float], dict[str, Tensor]]:
     optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9)
     losses = []
     for x, y in batches():
-        x, y = share(x), share(y)
+        x, y = local_part(x), local_part(y)
         loss = cross_entropy(student(x), y) + at(x)
         optimizer.zero_grad()
         loss.backward()
@@ -42,4 +42,4 @@ def train(seed: int) -> tuple[list[float], dict[str, Tensor]]:
 
 
 if __name__ == "__main__":
-    in_two_processes(train)
+    run_in_two_processes(train)

@@ -1,8 +1,8 @@
-"""AttentionTransfer in Lightning: two processes (DDP), a checkpoint, and the rest from there.
+"""AttentionTransfer in Lightning: DDP with two processes, resumed from a checkpoint.
 
     python examples/stacks/lightning_ddp.py [FOLDER]
 
-Lightning starts the second process. FOLDER gets the checkpoints.
+Lightning starts the second process. Checkpoints are written to FOLDER.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Distillation(lightning.LightningModule):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.student, teacher = networks(seed)
-        # In a list the teacher is no submodule: its weights do not go into the checkpoints, nor its
-        # parameters into DDP.
+        # In a list the teacher is not a submodule, so its weights are not in the checkpoints and
+        # its parameters not in DDP.
         self.teacher = [teacher]
         self.at = AttentionTransfer(self.student, teacher, LAYERS, beta=BETA)
 
@@ -42,8 +42,8 @@ class Distillation(lightning.LightningModule):
 
 
 def train(folder: str, epochs: int, resume: str | None = None, seed: int = 0) -> str:
-    """Trains, from a checkpoint or from the start; the checkpoint after so many epochs."""
-    images, labels = (torch.cat(each) for each in zip(*batches(2), strict=True))
+    """Train from a checkpoint or from scratch, and return the path of the last checkpoint."""
+    images, labels = (torch.cat(parts) for parts in zip(*batches(2), strict=True))
     loader = DataLoader(TensorDataset(images, labels), batch_size=8)  # for each process
     trainer = lightning.Trainer(
         accelerator="cpu",

@@ -2,7 +2,7 @@
 
     python examples/stacks/transformers_trainer.py
 
-Two batches to a step; with ``bf16=True`` both networks run in autocast.
+Each step accumulates two batches. With ``bf16=True`` both networks run in autocast.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from toy import batches, show
+from toy import batches, format_losses
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from at_fused import AttentionTransfer
@@ -21,15 +21,15 @@ LAYERS = [("vit.layers.0", "vit.layers.0"), ("vit.layers.1", "vit.layers.2")]
 
 
 class ATTrainer(Trainer):
-    """A Trainer that adds attention transfer to its network's own loss."""
+    """A Trainer that adds attention transfer to the network's own loss."""
 
     def __init__(self, *args: Any, teacher: nn.Module, beta: float, **options: Any) -> None:
         super().__init__(*args, **options)
-        # Puts the teacher on the device, and into autocast where the arguments say bf16 or fp16.
+        # Moves the teacher to the device, and runs it in autocast with bf16=True or fp16=True.
         teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self.at = AttentionTransfer(self.model, teacher, LAYERS, beta=beta)
-        # compute_loss is a mean over the batch. Else Trainer, which divides by the number of labels
-        # of all accumulated batches, would not divide it by their number.
+        # compute_loss returns a mean over the batch, which Trainer must divide by the number of
+        # accumulated batches. With True it would not.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -39,17 +39,17 @@ class ATTrainer(Trainer):
 
 
 def vit(width: int, depth: int) -> nn.Module:
-    """A ViT for 8x8 images, of which it makes 4x4 tokens."""
+    """Return a ViT for 8x8 images, with 4x4 tokens."""
     sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
     sizes |= {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": depth}
     return ViTForImageClassification(ViTConfig(num_attention_heads=2, **sizes))
 
 
 def train(seed: int, folder: str, **arguments: Any) -> tuple[list[float], nn.Module]:
-    """Trains an epoch; the logged losses, and the student."""
+    """Train one epoch, and return the logged losses and the student."""
     torch.manual_seed(seed)
     student, teacher = vit(16, 2), vit(32, 3)
-    images, labels = (torch.cat(each) for each in zip(*batches(), strict=True))
+    images, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
     data = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
     options = {"output_dir": folder, "num_train_epochs": 1, "per_device_train_batch_size": 8}
     options |= {"gradient_accumulation_steps": 2, "learning_rate": 1e-2, "use_cpu": True}
@@ -63,4 +63,4 @@ def train(seed: int, folder: str, **arguments: Any) -> tuple[list[float], nn.Mod
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        print(show(train(0, folder)[0]))
+        print(format_losses(train(0, folder)[0]))
