@@ -79,7 +79,7 @@ def shape(row: Row) -> str:
 
 
 def mean_speedups(rows: Sequence[Row]) -> list[Line]:
-    """Return a line per pass: settings, and geometric mean (minimum to maximum) over each baseline."""
+    """Return a line per pass: settings, geometric mean (minimum to maximum) over each baseline."""
     lines = []
     for (name, backend), group in group_by(rows, "pass", "backend").items():
         cells = []

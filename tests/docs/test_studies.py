@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -109,6 +110,14 @@ def test_study_tasks_resolve_to_configurations(name: str) -> None:
 
 def test_tables_in_pages_match_the_records() -> None:
     assert results.updated_pages() == {page: page.read_text() for page in results.PAGES}
+
+
+def test_differences_in_the_readme_are_in_the_tables() -> None:
+    root = Path(__file__).parents[2]
+    tables = (root / "docs/results.md").read_text()
+    differences = re.findall(r"(\d+\.\d+) \+- (\d+\.\d+)", (root / "README.md").read_text())
+    assert differences
+    assert all(re.search(rf"\| +\+{mean} \+- {half} \|", tables) for mean, half in differences)
 
 
 def test_record_without_a_table_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
