@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 import at_fused
-from at_fused.train.speed import peak
+from at_fused.train.speed import peak_memory
 from benchmarks import steps as training
 from benchmarks.cases import PASSES, SETTINGS, TIMED_CASES, Inputs, backends, baselines
 
@@ -144,8 +144,8 @@ class PeakMemory(Timer):
         # The profiler knows the sizes of allocations that it has seen. Gradients that the first
         # run leaves count as freed in the second one.
         device = torch.device(self._device)
-        peak(device, run)
-        return peak(device, run)
+        peak_memory(device, run)
+        return peak_memory(device, run)
 
 
 @cache

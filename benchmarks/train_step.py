@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from at_fused.train.cli import TUNABLE
+from at_fused.train.cli import HUGE_PAGES_TUNABLE
 from at_fused.train.config import resolve
 from at_fused.train.data import Data
 from at_fused.train.data.samples import InMemory
@@ -134,7 +134,7 @@ def run_worker(name: str) -> None:
 def start_worker(name: str) -> subprocess.Popen[str]:
     environment = dict(os.environ)
     if PROGRAMS[name].get("speed", "exact") != "exact":
-        environment["GLIBC_TUNABLES"] = f"{TUNABLE}=1"  # as at-fused-train does
+        environment["GLIBC_TUNABLES"] = f"{HUGE_PAGES_TUNABLE}=1"  # as at-fused-train does
     command = [sys.executable, "-m", "benchmarks.train_step", "--worker", name]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)

@@ -161,9 +161,9 @@ class Study(Points):
         self.recorded: dict[str, list[tuple[int, float]]] = {}
         super().__init__(config, points, range(config.seeds), done, **options)
 
-    def _saved(self, job: Job) -> tuple[Path, dict[str, Any]] | None:
+    def _load_saved(self, job: Job) -> tuple[Path, dict[str, Any]] | None:
         # A resumed student would lack the ratios of its first steps.
-        return super()._saved(job) if job.is_teacher else None
+        return super()._load_saved(job) if job.is_teacher else None
 
     def trainer(self, job: Job, compiles: bool = True) -> Trainer:
         """Return a trainer that records the ratio."""
@@ -192,11 +192,11 @@ class Writer(Callbacks):
         self.file, self.study = file, None
         self.students: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
-    def begin(self, study: Any) -> None:
+    def on_run_start(self, study: Any) -> None:
         """Store the study, which has the recorded ratios."""
         self.study = study
 
-    def point(self, job: Job, point: Point) -> None:
+    def on_evaluation(self, job: Job, point: Point) -> None:
         """Write a student's last evaluation."""
         if job.is_teacher or point["step"] < job.plan.steps:
             return

@@ -28,7 +28,7 @@ from at_fused.balance import AUTO_RATIO
 from at_fused.train.config import TITLES, Config, from_toml, resolve
 from at_fused.train.experiment import Result
 from at_fused.train.loop import Curve
-from at_fused.train.report import draw_curves, paired_difference, table, table_of
+from at_fused.train.report import draw_curves, paired_difference, results_table, table
 
 Array = NDArray[np.float64]
 
@@ -100,7 +100,7 @@ def read_run(options: Path, metrics: Path) -> tuple[Result, Config]:
             raise SystemExit(f"{metrics}: {name} is not finished; continue it with --resume")
     result = Result(None, {method: [curves[n] for n in names[method]] for method in names})
     if "teacher" in curves:
-        result.teacher = (curves["teacher"].chosen["accuracy"],)
+        result.teacher = (curves["teacher"].selected["accuracy"],)
     return result, config
 
 
@@ -207,7 +207,7 @@ def tables() -> dict[str, str]:
     """Return every table by its name."""
     result = study_tables(load_tasks())
     for file in sorted(FOLDER.glob("*.jsonl")):
-        result[file.stem] = table_of(*read_record(file.stem))
+        result[file.stem] = results_table(*read_record(file.stem))
     for file in sorted(FOLDER.glob("*-search.json")):
         result[file.stem] = table_of_points(json.loads(file.read_text()))
     return result

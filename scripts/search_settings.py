@@ -18,17 +18,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from at_fused.train.cli import build_parser, configure, file_of
+from at_fused.train.cli import build_parser, config_file, configure
 from at_fused.train.config import (
     METHODS,
     TITLES,
     Config,
     ConfigError,
+    error_prefix,
+    format_value,
     method_rule,
-    naming,
     read_file,
     resolve,
-    word_of,
 )
 from at_fused.train.experiment import Experiment
 from at_fused.train.loop import Callbacks, Job, Point
@@ -46,26 +46,26 @@ def parse_grid(grid: str) -> list[Settings]:
     method, *options = grid.split(":")
     named = dict(option.split("=", 1) for option in options if "=" in option)
     if method not in METHODS or len(named) < len(options) or not all(named.values()):
-        raise ConfigError(f"--grid: got {grid!r}, allowed is {GRID_SYNTAX}")
+        raise ConfigError(f"--grid: got {grid!r}, expected {GRID_SYNTAX}")
     values = []
     for name, words in named.items():
-        with naming(f"--grid: {method}:{name}"):
+        with error_prefix(f"--grid: {method}:{name}"):
             rule = method_rule(method, name)
-            values.append([rule.read(x) for x in words.split(",")])
+            values.append([rule.parse(x) for x in words.split(",")])
     return [(method, dict(zip(named, point, strict=True))) for point in product(*values)]
 
 
 def name_of(settings: Settings) -> str:
     """Return the name of a point, such as at-lr0.1-beta100."""
     method, options = settings
-    return "-".join([method, *(f"{name}{word_of(value)}" for name, value in options.items())])
+    return "-".join([method, *(f"{name}{format_value(value)}" for name, value in options.items())])
 
 
 def table_of_points(points: list[dict[str, Any]]) -> str:
     """Return a table of each point's settings, mean accuracy and accuracies by seed."""
     rows = []
     for point in points:
-        cells = {n: word_of(x) for n, x in point.items() if n not in ("method", "accuracy")}
+        cells = {n: format_value(x) for n, x in point.items() if n not in ("method", "accuracy")}
         cells |= {"mean": f"{statistics.mean(point['accuracy']):.2f}"}
         cells |= {"by seed": ", ".join(f"{x:.2f}" for x in point["accuracy"])}
         rows.append({"": TITLES[point["method"]], **cells})
@@ -76,8 +76,8 @@ def table_of_points(points: list[dict[str, Any]]) -> str:
 def config_of(settings: Settings, config: Config) -> tuple[str, Config]:
     """Return a point's method and configuration; ConfigError if a run would not accept them."""
     method, options = settings
-    with naming(name_of(settings)):
-        resolved = resolve(config.given, {"compare": (method,), "method": {method: options}})
+    with error_prefix(name_of(settings)):
+        resolved = resolve(config.overrides, {"compare": (method,), "method": {method: options}})
     return method, resolved.for_method(method)
 
 
@@ -108,13 +108,13 @@ class Points(Experiment):
         for seed in self.seeds:
             for name, (method, config) in self.points.items():
                 if f"{name}-seed{seed}" not in self.done:
-                    yield self._job(f"{name}-seed{seed}", method, seed, config)
+                    yield self._make_job(f"{name}-seed{seed}", method, seed, config)
 
 
 class Printer(Callbacks):
     """Prints the last evaluation of each network."""
 
-    def point(self, job: Job, point: Point) -> None:
+    def on_evaluation(self, job: Job, point: Point) -> None:
         """Print a network's last evaluation."""
         if point["step"] == job.plan.steps:
             print(f"{job.name}: {point['accuracy']:.2f} %, {point['ms']:.0f} ms/step", flush=True)
@@ -131,7 +131,7 @@ def main() -> None:
         points = {name_of(point): point for grid in flags.pop("grid") for point in parse_grid(grid)}
         flags |= {"compare": (*dict.fromkeys(method for method, _ in points.values()),)}
         flags["evaluate"] = "val"
-        file = file_of(flags)
+        file = config_file(flags)
         config, out = configure(flags, file and read_file(file))
         if config.validation:  # it would choose an epoch, but a search reports the last one
             raise ConfigError("--validation: not an option of a search")

@@ -1,4 +1,4 @@
-"""Makes `python -m at_fused.train` the same as `at-fused-train`."""
+"""Entry point of `python -m at_fused.train`, the same program as `at-fused-train`."""
 
 from at_fused.train.cli import main
 

@@ -1,4 +1,4 @@
-"""Files of a run: its folder, networks and checkpoints, which are whole or absent, and metrics."""
+"""Files of a run: its folder, its networks and checkpoints (written atomically), and metrics."""
 
 from __future__ import annotations
 
@@ -16,140 +16,140 @@ from typing import Any
 import torch
 
 _FORMAT = 2
-SHA256 = 32  # bytes, at the end of a file
+SHA256 = 32  # length of the digest at the end of a file, in bytes
 
 
 class CheckpointError(RuntimeError):
-    """A file that cannot be gone on from, or that could not be written."""
+    """A network or checkpoint cannot be read, does not belong to the run or cannot be written."""
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file by way of another that takes its name once it is on the disk."""
-    other = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file atomically: to a temporary file, which is renamed once it is on the disk."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(other, "wb") as f:
+        with open(temporary, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(other, path)
+        os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the name itself
+            os.fsync(folder)  # for the rename
         finally:
             os.close(folder)
     except OSError as error:
-        other.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise CheckpointError(
-            f"cannot write {path}: {error.strerror}; what was saved before is untouched"
+            f"cannot write {path}: {error.strerror}; files saved earlier are intact"
         ) from error
 
 
-def save(path: Path, what: str, state: Mapping[str, Any]) -> None:
-    """Write a state, tensors in plain containers, that ``load`` reads back."""
-    found = io.BytesIO()
-    torch.save({"format": _FORMAT, "what": what, **state}, found)
-    write(path, _sealed(found.getvalue()))
+def save(path: Path, kind: str, state: Mapping[str, Any]) -> None:
+    """Write a state, tensors in plain containers; ``load`` reads it."""
+    buffer = io.BytesIO()
+    torch.save({"format": _FORMAT, "what": kind, **state}, buffer)
+    atomic_write(path, _with_digest(buffer.getvalue()))
 
 
-def _sealed(archive: bytes) -> bytes:
-    # The digest is the zip archive's comment, which torch.load passes over.
+def _with_digest(archive: bytes) -> bytes:
+    # The digest is the comment of the zip archive, which torch.load ignores.
     digest = hashlib.sha256(archive).digest()
     return archive[:-2] + SHA256.to_bytes(2, "little") + digest
 
 
-def load(path: Path, what: str) -> dict[str, Any]:
-    """Return the state of a file that ``save`` wrote for the same ``what``.
+def load(path: Path, kind: str) -> dict[str, Any]:
+    """Return the state that ``save`` wrote to a file of this kind.
 
-    Its sha256 is compared: torch looks at no checksum, and the CRC-32s of a zip archive leave out
-    its directory, one bit of which makes torch.load return other weights.
+    Verifies the file's SHA-256. torch verifies no checksum, and the zip archive's CRC-32s do not
+    cover its directory: one flipped bit there makes torch.load return wrong weights.
     """
     content = path.read_bytes()
     try:
-        if _sealed(content[: -2 - SHA256] + bytes(2)) != content:
-            raise ValueError("its sha256 is not right")
+        if _with_digest(content[: -2 - SHA256] + bytes(2)) != content:
+            raise ValueError("SHA-256 mismatch")
         state: dict[str, Any] = torch.load(io.BytesIO(content), "cpu", weights_only=True)
         if state["format"] != _FORMAT:
             raise ValueError("another format")
-    except Exception as error:  # whose text may be torch's advice to trust the file
+    except Exception as error:  # torch's message may advise to trust the file
         raise CheckpointError(
-            f"{path}: truncated, damaged, or no file of this version of at-fused-train; delete it, "
-            "and a run goes on without it (--resume)"
+            f"{path}: truncated, damaged, or not from this version of at-fused-train; delete it "
+            "to continue without it (--resume)"
         ) from error
-    if state["what"] != what:
-        raise CheckpointError(f"{path}: is {state['what']}, wanted is {what}")
+    if state["what"] != kind:
+        raise CheckpointError(f"{path}: is a {state['what']}, expected a {kind}")
     return state
 
 
-def saved_steps(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, the last step's at the end."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, by step."""
     return sorted(folder.glob("step-*.pt"))
 
 
-def save_step(folder: Path, step: int, what: str, state: Mapping[str, Any], keep: int) -> None:
-    """Write the checkpoint of a step; of those in the folder the last ``keep`` stay."""
+def save_checkpoint(folder: Path, step: int, kind: str, state: dict[str, Any], keep: int) -> None:
+    """Write the checkpoint of a step; keep only the last ``keep`` checkpoints of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save(folder / f"step-{step:08d}.pt", what, state)
-    for path in saved_steps(folder)[:-keep]:
+    save(folder / f"step-{step:08d}.pt", kind, state)
+    for path in list_checkpoints(folder)[:-keep]:
         path.unlink(missing_ok=True)
 
 
-def newest(folder: Path, what: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return the last checkpoint of a folder, if there is one, and its state."""
-    steps = saved_steps(folder)
-    return (steps[-1], load(steps[-1], what)) if steps else None
+def load_latest(folder: Path, kind: str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the path and state of a folder's last checkpoint, or None."""
+    steps = list_checkpoints(folder)
+    return (steps[-1], load(steps[-1], kind)) if steps else None
 
 
-def tidy(folder: Path) -> None:
-    """Leave only the last checkpoint, from which more epochs may go on."""
-    for path in {*folder.iterdir()} - {*saved_steps(folder)[-1:]}:  # and what a kill left over
+def keep_latest(folder: Path) -> None:
+    """Delete all files but the last checkpoint, which --resume needs to add epochs."""
+    for path in {*folder.iterdir()} - {*list_checkpoints(folder)[-1:]}:  # also temporary files
         path.unlink()
 
 
 @contextmanager
-def claimed(folder: Path | None, fresh: bool) -> Iterator[Path]:
-    """Make a run's folder, or a new runs/DATE-TIME, and hold it against other programs."""
+def lock_folder(folder: Path | None, fresh: bool) -> Iterator[Path]:
+    """Create a run's folder (runs/DATE-TIME if None) and lock it against other processes."""
     folder = folder or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{error}; choose another folder (--out)") from error
-    with open(folder / ".lock", "a") as held:
+    with open(folder / ".lock", "a") as lock:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"{folder}: another at-fused-train is at work there; wait for its end, or choose "
-                "another folder (--out)"
+                f"{folder}: another at-fused-train is using this folder; wait for it to finish or "
+                "choose another folder (--out)"
             ) from None
         if fresh and [path for path in folder.iterdir() if path.name != ".lock"]:
             raise CheckpointError(
-                f"{folder}: already holds files; choose a new or an empty folder (--out), or "
-                "--resume to go on there"
+                f"{folder}: not empty; choose a new or empty folder (--out), or continue its run "
+                "with --resume"
             )
         yield folder
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard's files of a run: a record of each evaluation, as it goes.
+    """metrics.jsonl and TensorBoard files of a run, with a record for each evaluation.
 
     Args:
         out: the run's folder.
-        before: the records that an interrupted run had come to. Those of what was lost since its
-            last checkpoint go, so that no step is there twice.
+        previous: records of an interrupted run. Must not contain steps after its last checkpoint,
+            which are run again.
     """
 
-    def __init__(self, out: Path, before: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, out: Path, previous: Iterable[Mapping[str, Any]]) -> None:
         self.out, self.file = out, out / "metrics.jsonl"
-        write(self.file, "".join(map(_line, before)).encode())
-        self._writer: Any = None  # TensorBoard's, of the network of a name
-        self._run = ""
+        atomic_write(self.file, "".join(map(_to_json_line, previous)).encode())
+        self._writer: Any = None
+        self._run = ""  # the network of the writer
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Add a record: its "run", "method", "seed" and "step", and the quantities."""
+        """Append a record with the keys "run", "method", "seed" and "step", and quantities."""
         run, step = record["run"], int(record["step"])
         try:
             with open(self.file, "a", encoding="utf-8") as f:
-                f.write(_line(record))
+                f.write(_to_json_line(record))
             if self._run != run:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -159,13 +159,13 @@ class Metrics:
             for quantity in record.keys() - {"run", "method", "seed", "step"}:
                 self._writer.add_scalar(quantity, record[quantity], step)
         except OSError as error:
-            raise CheckpointError(f"cannot write in {self.out}: {error}") from error
+            raise CheckpointError(f"cannot write to {self.out}: {error}") from error
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the TensorBoard writer."""
         if self._writer is not None:
             self._writer.close()
 
 
-def _line(record: Mapping[str, Any]) -> str:
+def _to_json_line(record: Mapping[str, Any]) -> str:
     return json.dumps(record) + "\n"

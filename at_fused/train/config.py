@@ -1,6 +1,6 @@
-"""Options of a run: what each takes, presets, files of them, and what layers of them come to.
+"""Options of a run: allowed values, presets, TOML files and how layers of options merge.
 
-Imports nothing heavy: the command line is made of these options, and answers --help at once.
+Imports no heavy package, so that the command line answers --help at once.
 """
 
 from __future__ import annotations
@@ -21,44 +21,45 @@ from typing import Any
 
 
 class ConfigError(argparse.ArgumentTypeError, ValueError):
-    """An option, file or data set that a user can put right; its text says how, in a line."""
+    """An option, file or data set that the user can fix; the message fits on one line."""
 
 
 @contextmanager
-def naming(name: object) -> Iterator[None]:
-    """Let the ConfigErrors of a block begin with a name."""
+def error_prefix(name: object) -> Iterator[None]:
+    """Prefix the ConfigErrors of the block with a name."""
     try:
         yield
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
 
 
-def is_import(value: object) -> bool:
-    """Tell MODULE:FUNCTION from the name of something built in."""
+def is_import_path(value: object) -> bool:
+    """Return True for MODULE:FUNCTION, False for the name of a built-in."""
     return isinstance(value, str) and re.fullmatch(r"[\w.]+:\w+", value) is not None
 
 
-def imported(option: str, name: str) -> Callable[..., Any]:
-    """Return the function that "MODULE:FUNCTION" names, from the working folder if nowhere else."""
+def import_function(option: str, name: str) -> Callable[..., Any]:
+    """Return the function "MODULE:FUNCTION"; the working folder is searched last."""
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found: Callable[..., Any] = attrgetter(function)(import_module(module))
+        result: Callable[..., Any] = attrgetter(function)(import_module(module))
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{option}: {name!r} cannot be imported: {in_a_line(error)}") from error
-    return found
+        reason = error_summary(error)
+        raise ConfigError(f"{option}: cannot import {name!r}: {reason}") from error
+    return result
 
 
-def in_a_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its text."""
+def error_summary(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return words for an error: the known name that a wrong one may have meant."""
-    found = get_close_matches(name, list(names), n=1)
-    return f"; did you mean {found[0]}?" if found else ""
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Return "; did you mean X?" with the closest known name, or an empty string."""
+    matches = get_close_matches(name, list(names), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 # ---- rules of options ----------------------------------------------------------------------------
@@ -66,101 +67,102 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """The values that an option takes."""
+    """Allowed values of an option; ``keywords`` are strings allowed in place of a number."""
 
     type: type
-    allowed: str  # in words
+    expected: str  # a phrase for error messages
     accepts: Callable[[Any], bool] = lambda value: True
     metavar: str = ""
     names: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()  # in place of a number
-    many: bool = False  # a list, on the command line with commas
+    keywords: tuple[str, ...] = ()
+    is_list: bool = False
     default: Any = None
     help: str = ""
 
     def check(self, value: Any) -> Any:
-        """Return the value; ConfigError says what is allowed."""
-        if self.many:
+        """Return the value; raise ConfigError if it is not allowed."""
+        if self.is_list:
             if not isinstance(value, list | tuple):
-                raise ConfigError(f"got {value!r}, allowed is a list of {self.allowed}")
-            return tuple(map(replace(self, many=False).check, value))
-        if isinstance(value, str) and value in self.words:
+                raise ConfigError(f"got {value!r}, expected a list, each item {self.expected}")
+            return tuple(map(replace(self, is_list=False).check, value))
+        if isinstance(value, str) and value in self.keywords:
             return value
         types = (int, float) if self.type is float else (self.type,)
         if type(value) not in types or not self.accepts(value):
-            near = nearest(str(value), self.names)
-            raise ConfigError(f"got {value!r}, allowed is {self.allowed}{near}")
+            hint = suggest(str(value), self.names)
+            raise ConfigError(f"got {value!r}, expected {self.expected}{hint}")
         return self.type(value)
 
-    def read(self, word: str) -> Any:
-        """Return the value of a word of the command line: argparse's ``type``."""
-        if self.many:
-            return self.check([self._typed(each) for each in word.split(",") if word.strip()])
-        return self.check(self._typed(word))
+    def parse(self, text: str) -> Any:
+        """Return the value of a command-line argument; serves as argparse's ``type``."""
+        if self.is_list:
+            return self.check([self._convert(item) for item in text.split(",") if text.strip()])
+        return self.check(self._convert(text))
 
-    def _typed(self, word: str) -> Any:
+    def _convert(self, text: str) -> Any:
         try:
-            return self.type(word.strip())
+            return self.type(text.strip())
         except ValueError:
-            return word
+            return text
 
 
-def word_of(value: Any) -> str:
-    """Return a value as a word of the command line, with the digits that it was given with."""
+def format_value(value: Any) -> str:
+    """Return a value as a command-line argument, with the digits that the user gave."""
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-def whole(low: int, high: int) -> Rule:
-    """A whole number."""
-    return Rule(int, f"a whole number from {low} to {high}", lambda x: low <= x <= high, "N")
+def integer(low: int, high: int) -> Rule:
+    """Return the rule of an integer."""
+    return Rule(int, f"an integer from {low} to {high}", lambda x: low <= x <= high, "N")
 
 
-def real(low: float, high: float) -> Rule:
-    """A number."""
+def number(low: float, high: float) -> Rule:
+    """Return the rule of a number."""
     return Rule(float, f"a number from {low:g} to {high:g}", lambda x: low <= x <= high, "X")
 
 
-def real_or(word: str, low: float, high: float) -> Rule:
-    """A number, or a word."""
-    rule = real(low, high)
-    return replace(rule, allowed=f"{rule.allowed}, or {word}", words=(word,), metavar=f"X|{word}")
+def number_or(keyword: str, low: float, high: float) -> Rule:
+    """Return the rule of a number or a keyword."""
+    rule, metavar = number(low, high), f"X|{keyword}"
+    expected = f"{rule.expected}, or {keyword}"
+    return replace(rule, expected=expected, keywords=(keyword,), metavar=metavar)
 
 
 def choice(*names: str, imports: bool = False) -> Rule:
-    """One of a few words; with ``imports`` also MODULE:FUNCTION."""
+    """Return the rule of one of several names; ``imports`` also allows MODULE:FUNCTION."""
     return Rule(
         str,
-        ", ".join(names) + ", or MODULE:FUNCTION" * imports,
-        lambda value: value in names or (imports and is_import(value)),
+        f"one of {', '.join(names)}" + ", or MODULE:FUNCTION" * imports,
+        lambda value: value in names or (imports and is_import_path(value)),
         "|".join(names) + "|MODULE:FUNCTION" * imports,
         names,
     )
 
 
-def text(metavar: str) -> Rule:
-    """Any text."""
+def string(metavar: str) -> Rule:
+    """Return the rule of any text."""
     return Rule(str, "text", metavar=metavar)
 
 
-SWITCH = Rule(bool, "true or false")
+BOOLEAN = Rule(bool, "true or false")
 DEVICE = Rule(
     str, "cpu, cuda or cuda:N", lambda x: bool(re.fullmatch(r"cpu|cuda(:\d+)?", x)), "DEV"
 )
 
 
-def several(of: Rule) -> Rule:
-    """A list."""
-    return replace(of, many=True, metavar="A,B")
+def list_of(item: Rule) -> Rule:
+    """Return the rule of a list."""
+    return replace(item, is_list=True, metavar="A,B")
 
 
 def option(default: Any, rule: Rule, help: str) -> Any:
-    """A field of Config; a default None is an option that is not given."""
+    """Return a field of Config; a default of None means that the option is unset."""
     return field(default=default, metadata={"rule": replace(rule, help=help, default=default)})
 
 
 # ---- methods -------------------------------------------------------------------------------------
 
-# By name, and as tables and pictures call them.
+# Titles in tables and figures.
 TITLES = {
     "none": "student alone",
     "at": "AT",
@@ -172,31 +174,31 @@ TITLES = {
     "channel-at": "channel AT",
 }
 METHODS = tuple(TITLES)
-ATTENTION = ("at", "at+kd", "channel-at")  # those with the AT loss
-TRANSFER = (*ATTENTION, "f-actt", "gradient-at", "flip-symmetry")  # those with a beta
-WITH_KD = ("kd", "at+kd")  # those with KD's loss
-NEEDS_LAYERS = (*ATTENTION, "f-actt")
+WITH_AT = ("at", "at+kd", "channel-at")
+WITH_BETA = (*WITH_AT, "f-actt", "gradient-at", "flip-symmetry")
+WITH_KD = ("kd", "at+kd")
+NEEDS_LAYERS = (*WITH_AT, "f-actt")
 NEEDS_TEACHER = (*NEEDS_LAYERS, "kd", "gradient-at")
-# Height and width of each data set's images, where nothing else is said.
-SIZES = {"digits": 16, "fashion-mnist": 32, "cifar10": 32, "cifar100": 32, "folder": 224}
-# The folder of Debian's package dataset-fashion-mnist, which is used where it is installed, no
-# root is given, and the default has no such files.
+# Height and width of the images of each data set.
+DEFAULT_SIZES = {"digits": 16, "fashion-mnist": 32, "cifar10": 32, "cifar100": 32, "folder": 224}
+# Debian's package dataset-fashion-mnist. Used if it is installed, the user gave no root, and the
+# default root has no Fashion-MNIST.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-# A method may have each of these to itself: a rate that suits one handicaps another.
+# One learning rate for all methods would handicap some of them.
 METHOD_OPTIONS: tuple[str, ...] = (
     *("beta", "beta_schedule", "p", "collapse", "form", "T", "alpha"),
     *("lr", "weight_decay"),
 )
-OF_TEACHER = ("teacher_epochs", "teacher_lr", "teacher_weight_decay")
-# Options that only some runs read: where another option has one of these values.
-READ_WITH: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
-    (("beta", "betas", "beta_schedule"), "compare", TRANSFER),
-    (("p", "collapse", "form"), "compare", ATTENTION),
+TEACHER_OPTIONS = ("teacher_epochs", "teacher_lr", "teacher_weight_decay")
+# An option of the first column has an effect only if the second option has one of the values.
+READ_ONLY_IF: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
+    (("beta", "betas", "beta_schedule"), "compare", WITH_BETA),
+    (("p", "collapse", "form"), "compare", WITH_AT),
     (("T", "alpha"), "compare", WITH_KD),
     (("cache",), "compare", ("at", "kd", "at+kd", "channel-at")),
     (("layers",), "compare", NEEDS_LAYERS),
-    (("teacher", "teacher_from", *OF_TEACHER), "compare", NEEDS_TEACHER),
-    (OF_TEACHER, "teacher_from", ("",)),
+    (("teacher", "teacher_from", *TEACHER_OPTIONS), "compare", NEEDS_TEACHER),
+    (TEACHER_OPTIONS, "teacher_from", ("",)),
     (("root",), "data", ("fashion-mnist", "cifar10", "cifar100", "folder", "own")),
     (("download",), "data", ("fashion-mnist", "cifar10", "cifar100")),
     (("workers",), "data", ("folder", "own")),
@@ -205,8 +207,8 @@ READ_WITH: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("momentum", "nesterov"), "optimizer", ("sgd",)),
     (("compile",), "speed", ("auto", "fp32", "bf16", "fp16")),
 )
-# Used where none is given: the paper's, for the form "code"; the others are nobody's.
-BETAS = {**dict.fromkeys(ATTENTION, 1e3), "f-actt": 1.0, "gradient-at": 1.0, "flip-symmetry": 1.0}
+# For AT the paper's beta, for the form "code". No paper gives a beta for the others.
+BETAS = {**dict.fromkeys(WITH_AT, 1e3), "f-actt": 1.0, "gradient-at": 1.0, "flip-symmetry": 1.0}
 
 
 # ---- presets -------------------------------------------------------------------------------------
@@ -214,21 +216,21 @@ BETAS = {**dict.fromkeys(ATTENTION, 1e3), "f-actt": 1.0, "gradient-at": 1.0, "fl
 
 @dataclass(frozen=True)
 class Preset:
-    """Options over the defaults, and what was published for them."""
+    """Defaults for one experiment, and its published results."""
 
-    about: str
+    description: str
     options: Mapping[str, Any] = field(default_factory=dict)
     # Test error in percent, top-1 and (ImageNet) top-5, by method and for "teacher".
-    published: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    published_errors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
-# Rate and beta of each method by validation images (docs/results.md): with one rate for all, part
-# of a method's gain would be another's handicap.
+# Learning rate and beta were tuned for each method on validation images (docs/results.md). One
+# rate for all methods would bias the comparison.
 _DIGITS: dict[str, Any] = {"data": "digits", "labels": 20, "student": "wrn-10-1-b8", "seeds": 20}
 _DIGITS |= {"epochs": 300, "batch_size": 64, "nesterov": True, "weight_decay": 2e-2}
 _DIGITS |= {"teacher_epochs": 25, "teacher_weight_decay": 5e-4}
 _DIGITS |= {"speed": "exact", "threads": 1, "evaluate_every": 30}
-# A picture can be shifted in nine ways.
+# An image has nine possible shifts.
 _DIGITS |= {"cache": 20}
 _DIGITS["method"] = {
     "none": {"lr": 0.5},
@@ -239,8 +241,8 @@ _QUICK = {"seeds": 2, "epochs": 140, "teacher_epochs": 6, "teacher": "wrn-10-2"}
 
 # Options of the paper and of the authors' program.
 _PAPER: dict[str, Any] = {"init": "paper", "lr_schedule": "step", "reset_momentum": True}
-# Section 4.1 and the program, which drops the rate at the beginning of epochs 60, 120 and 160,
-# counted from 1. That beta decays with KD is said in the paper, not how.
+# Section 4.1 and the authors' program, which drops the rate at the start of epochs 60, 120 and
+# 160, counted from 1. The paper says that beta decays with KD, but not how.
 _CIFAR: dict[str, Any] = {
     **_PAPER,
     "data": "cifar10",
@@ -251,8 +253,8 @@ _CIFAR: dict[str, Any] = {
 }
 
 
-# The same recipe in 1,876 steps, or 480 for 1,000 images, in place of 78,200. Rates and betas are
-# the paper's, but for what was 0.1 points better on validation images (docs/results.md).
+# The same recipe in 1,876 steps (480 for 1,000 images) instead of 78,200. Rates and betas are the
+# paper's unless another was better by 0.1 points on validation images (docs/results.md).
 _FASHION: dict[str, Any] = {
     **_PAPER,
     "data": "fashion-mnist",
@@ -262,7 +264,7 @@ _FASHION: dict[str, Any] = {
     "cache": 4,
     "teacher_epochs": 6,
     "method": {"none": {"lr": 0.4}, "at": {"lr": 0.2, "beta": 100.0}},
-    # Compiling a network takes longer than it saves in so few steps.
+    # Compiling takes longer than it saves in so few steps.
     "compile": False,
 }
 _FASHION_FEW: dict[str, Any] = {"labels": 1000, "epochs": 60, "cache": 20, "evaluate_every": 20}
@@ -278,8 +280,8 @@ def _cifar(student: str, teacher: str, *errors: float) -> Preset:
     )
 
 
-# Presets without a published beta measure it: docs/results.md has the study.
-_AUTO: dict[str, Any] = {"method": {method: {"beta": "auto"} for method in ATTENTION}}
+# Without a published beta, presets measure it: docs/results.md has the study.
+_AUTO: dict[str, Any] = {"method": {method: {"beta": "auto"} for method in WITH_AT}}
 _FOLDER: dict[str, Any] = {"data": "folder", "epochs": 100, "workers": 8}
 _FOLDER |= {"student": "resnet-18", "teacher": "resnet-34"}
 _IMAGENET: dict[str, Any] = {
@@ -296,11 +298,11 @@ _IMAGENET: dict[str, Any] = {
 }
 
 PRESETS: dict[str, Preset] = {
-    "digits": Preset("scikit-learn's digits, students of 20 labelled ones, 20 seeds", _DIGITS),
-    "digits-quick": Preset("the same in well under a minute", {**_DIGITS, **_QUICK}),
+    "digits": Preset("scikit-learn's digits, 20 labelled images per student, 20 seeds", _DIGITS),
+    "digits-quick": Preset("the same in less than a minute", {**_DIGITS, **_QUICK}),
     "fashion-mnist": Preset("Fashion-MNIST, WRN-16-1 from WRN-16-2, 5 seeds", _FASHION),
     "fashion-mnist-few": Preset(
-        "the same, students of 1,000 labelled images, 10 seeds", {**_FASHION, **_FASHION_FEW}
+        "the same, 1,000 labelled images per student, 10 seeds", {**_FASHION, **_FASHION_FEW}
     ),
     "cifar-wrn-16-1-from-16-2": _cifar("wrn-16-1", "wrn-16-2", 8.77, 7.93, 8.51, 7.41, 7.51, 6.31),
     "cifar-wrn-16-1-from-40-1": _cifar("wrn-16-1", "wrn-40-1", 8.77, 8.25, 8.62, 8.39, 8.01, 6.58),
@@ -310,16 +312,16 @@ PRESETS: dict[str, Preset] = {
         _IMAGENET,
         {"none": (30.4, 10.8), "at": (29.3, 10.0)},
     ),
-    "folder": Preset("a folder of pictures, ResNet-18 from ResNet-34", {**_FOLDER, **_AUTO}),
+    "folder": Preset("a folder of images, ResNet-18 from ResNet-34", {**_FOLDER, **_AUTO}),
     "own": Preset(
-        "a data set of one's own, MODULE:FUNCTION; WRN-16-1 from 16-2", {"data": "own", **_AUTO}
+        "your own data set, MODULE:FUNCTION; WRN-16-1 from WRN-16-2", {"data": "own", **_AUTO}
     ),
 }
 
 
-def preset_of(data: str) -> str:
-    """Return the preset that suits a data set, where none is named."""
-    if is_import(data):
+def default_preset(data: str) -> str:
+    """Return the preset for a data set, used if the user names none."""
+    if is_import_path(data):
         return "own"
     return data if data in PRESETS else "cifar-wrn-16-1-from-16-2"
 
@@ -329,123 +331,121 @@ def preset_of(data: str) -> str:
 
 @dataclass(frozen=True)
 class Config:
-    """All options of a run. The defaults suit any images; nothing in them was tuned."""
+    """Options of a run. The defaults suit any images; none of them was tuned."""
 
     preset: str = option(
-        "", replace(choice(*PRESETS), metavar="NAME"), "where the other options' defaults come from"
+        "", replace(choice(*PRESETS), metavar="NAME"), "set of defaults for the other options"
     )
 
-    data: str = option("digits", choice(*SIZES, imports=True), "the images, or one's own")
-    root: str = option(
-        "data", text("DIR"), "folder of the files, or with train/ and val/ of images"
+    data: str = option(
+        "digits", choice(*DEFAULT_SIZES, imports=True), "data set, or a function that makes one"
     )
-    download: bool = option(False, SWITCH, "fetch Fashion-MNIST or CIFAR if it is not there")
-    image_size: int | None = option(None, whole(4, 1024), "height and width (as the data have)")
-    mean: tuple[float, ...] = option((), several(real(0, 1)), "of each channel in [0, 1]")
-    std: tuple[float, ...] = option((), several(real(1e-6, 1)), "of each channel, as --mean")
-    skip_unreadable: int = option(0, whole(0, 10**9), "unreadable pictures that may be left out")
-    fraction: float = option(1.0, real(1e-6, 1.0), "part of the training images that is used")
-    validation: float = option(0.0, real(0, 0.9), "part of these that chooses epoch and beta")
-    labels: int = option(0, whole(0, 10**9), "labelled images that a student sees, 0 for all")
-    augment: bool = option(True, SWITCH, "shifted and, but for digits, flipped images")
-    evaluate: str = option(
-        "test", choice("test", "val"), "images to report on: tune on val, set apart"
-    )
+    root: str = option("data", string("DIR"), "folder of the files, or of train/ and val/")
+    download: bool = option(False, BOOLEAN, "download Fashion-MNIST or CIFAR if it is missing")
+    image_size: int | None = option(None, integer(4, 1024), "image height and width (the data's)")
+    mean: tuple[float, ...] = option((), list_of(number(0, 1)), "mean per channel, in [0, 1]")
+    std: tuple[float, ...] = option((), list_of(number(1e-6, 1)), "std per channel, in [0, 1]")
+    skip_unreadable: int = option(0, integer(0, 10**9), "unreadable images to skip at most")
+    fraction: float = option(1.0, number(1e-6, 1.0), "fraction of the training images to use")
+    validation: float = option(0.0, number(0, 0.9), "fraction held out to choose epoch and beta")
+    labels: int = option(0, integer(0, 10**9), "labelled images per student, 0 for all")
+    augment: bool = option(True, BOOLEAN, "shift images at random, and flip all but digits")
+    evaluate: str = option("test", choice("test", "val"), "images to report on; tune on val")
 
-    teacher: str = option("wrn-16-2", text("NETWORK"), "the teacher's network")
-    student: str = option("wrn-16-1", text("NETWORK"), "the student's network")
-    teacher_from: str = option("", text("FILE"), "weights of a trained teacher; or torchvision")
-    student_from: str = option("", text("FILE"), "first weights of students; or torchvision")
-    init: str = option("torch", choice("torch", "paper"), "first weights: torch's, the authors'")
-    layers: str = option("", text("NAMES"), "A,B or STUDENT:TEACHER,... (found where not given)")
+    teacher: str = option("wrn-16-2", string("NETWORK"), "teacher network")
+    student: str = option("wrn-16-1", string("NETWORK"), "student network")
+    teacher_from: str = option("", string("FILE"), "weights of a trained teacher, or torchvision")
+    student_from: str = option("", string("FILE"), "initial weights of students, or torchvision")
+    init: str = option("torch", choice("torch", "paper"), "initial weights, as torch or the paper")
+    layers: str = option("", string("NAMES"), "A,B or STUDENT:TEACHER,... (matched if not given)")
 
     compare: tuple[str, ...] = option(
         ("none", "at", "kd", "at+kd"),
-        several(choice(*METHODS)),
-        f"of {', '.join(METHODS)}; the first is the baseline",
+        list_of(choice(*METHODS)),
+        f"any of {', '.join(METHODS)}; the first is the baseline",
     )
-    seeds: int = option(3, whole(1, 1000), "students per method, each with its own start and order")
+    seeds: int = option(3, integer(1, 1000), "students per method, seeded 0, 1, ...")
     beta: float | str | None = option(
         None,
-        real_or("auto", 0, 1e9),
-        "weight of the transfer loss (1000 for AT), or auto, by the first gradients",
+        number_or("auto", 0, 1e9),
+        "weight of the transfer loss (1000 for AT), or auto: set by the first gradients",
     )
-    betas: tuple[float, ...] = option((), several(real(0, 1e9)), "to choose from, by --validation")
+    betas: tuple[float, ...] = option((), list_of(number(0, 1e9)), "candidates for --validation")
     beta_schedule: str = option(
-        "constant", choice("constant", "linear", "cosine"), "the latter two fall to 0"
+        "constant", choice("constant", "linear", "cosine"), "linear and cosine decay to 0"
     )
-    p: float = option(2.0, real(1, 100), "power in the attention map")
-    collapse: str = option("mean", choice("mean", "sum", "max"), "over the channels, in the map")
-    form: str = option("code", choice("code", "paper"), "the AT loss: authors' code, or eq. (2)")
-    T: float = option(4.0, real(1e-3, 1e4), "temperature of KD")
-    alpha: float = option(0.9, real(0, 1), "weight of KD's soft labels; the labels have the rest")
-    label_smoothing: float = option(0.0, real(0, 0.99), "of the labels in the cross-entropy")
+    p: float = option(2.0, number(1, 100), "exponent in the attention map")
+    collapse: str = option("mean", choice("mean", "sum", "max"), "reduction over channels")
+    form: str = option("code", choice("code", "paper"), "AT loss of the authors' code or eq. (2)")
+    T: float = option(4.0, number(1e-3, 1e4), "temperature of KD")
+    alpha: float = option(0.9, number(0, 1), "weight of KD's soft labels; hard ones have 1 - alpha")
+    label_smoothing: float = option(0.0, number(0, 0.99), "label smoothing of the cross-entropy")
 
-    epochs: int = option(200, whole(1, 10**6), "passes of a student over its images")
-    batch_size: int = option(128, whole(2, 10**6), "images a step, on all devices together")
+    epochs: int = option(200, integer(1, 10**6), "epochs of each student")
+    batch_size: int = option(128, integer(2, 10**6), "images per step, over all devices")
     optimizer: str = option("sgd", choice("sgd", "adamw"), "torch's SGD or AdamW")
-    lr: float = option(0.1, real(0, 1e3), "learning rate at the start")
-    warmup: float = option(0.0, real(0, 1e6), "epochs in which the rate rises from 0")
-    lr_schedule: str = option("cosine", choice("step", "cosine"), "drops, or half a cosine to 0")
+    lr: float = option(0.1, number(0, 1e3), "initial learning rate")
+    warmup: float = option(0.0, number(0, 1e6), "epochs of linear warm-up from 0")
+    lr_schedule: str = option("cosine", choice("step", "cosine"), "step drops or cosine decay to 0")
     lr_drops: tuple[float, ...] = option(
-        (0.3, 0.6, 0.8), several(real(0, 1)), "where the rate drops, as parts of the run"
+        (0.3, 0.6, 0.8), list_of(number(0, 1)), "when the rate drops, in fractions of the run"
     )
-    lr_factor: float = option(0.2, real(0, 1), "factor of each drop")
-    reset_momentum: bool = option(False, SWITCH, "momentum from 0 at each drop, as the authors")
-    momentum: float = option(0.9, real(0, 1), "SGD's momentum")
-    nesterov: bool = option(False, SWITCH, "Nesterov's momentum")
-    weight_decay: float = option(5e-4, real(0, 10), "weight decay")
-    teacher_epochs: int | None = option(None, whole(1, 10**6), "the teacher's epochs (a student's)")
-    teacher_lr: float | None = option(None, real(0, 1e3), "the teacher's lr (a student's)")
-    teacher_weight_decay: float | None = option(None, real(0, 10), "the teacher's (a student's)")
+    lr_factor: float = option(0.2, number(0, 1), "factor of each drop")
+    reset_momentum: bool = option(False, BOOLEAN, "reset momentum at each drop, as the authors do")
+    momentum: float = option(0.9, number(0, 1), "SGD momentum")
+    nesterov: bool = option(False, BOOLEAN, "Nesterov momentum")
+    weight_decay: float = option(5e-4, number(0, 10), "weight decay")
+    teacher_epochs: int | None = option(None, integer(1, 10**6), "teacher's epochs (as students)")
+    teacher_lr: float | None = option(None, number(0, 1e3), "teacher's lr (as students)")
+    teacher_weight_decay: float | None = option(None, number(0, 10), "teacher's (as students)")
 
     speed: str = option(
         "auto",
         choice("auto", "exact", "fp32", "bf16", "fp16"),
-        "how a step runs: auto takes bf16 where the device has it, exact is plain PyTorch",
+        "how steps run: auto uses bf16 if it is fast, exact is plain PyTorch in fp32",
     )
-    compile: bool = option(True, SWITCH, "torch.compile, where speed is not exact")
-    cache: int = option(0, whole(0, 10**6), "augmentations to keep the teacher's maps of, on disk")
-    device: str = option("cpu", DEVICE, DEVICE.allowed)
-    threads: int = option(0, whole(0, 1024), "CPU threads, 0 for one a core")
-    workers: int = option(2, whole(0, 256), "processes that read a folder's images, or one's own")
-    nproc: int = option(1, whole(1, 64), "processes to share each batch (or use torchrun)")
-    sync_norm: bool = option(True, SWITCH, "BatchNorm over the batch that processes share")
+    compile: bool = option(True, BOOLEAN, "use torch.compile, unless speed is exact")
+    cache: int = option(0, integer(0, 10**6), "augmentations per image with cached teacher outputs")
+    device: str = option("cpu", DEVICE, DEVICE.expected)
+    threads: int = option(0, integer(0, 1024), "CPU threads, 0 for one per core")
+    workers: int = option(2, integer(0, 256), "processes that read images of a folder or your own")
+    nproc: int = option(1, integer(1, 64), "processes that share each batch (or use torchrun)")
+    sync_norm: bool = option(True, BOOLEAN, "synchronise BatchNorm across processes")
 
-    evaluate_every: int = option(1, whole(1, 10**6), "epochs between evaluations")
-    checkpoint_every: int = option(1000, whole(1, 10**9), "steps between checkpoints")
-    keep: int = option(2, whole(1, 1000), "checkpoints that are kept of a training run")
+    evaluate_every: int = option(1, integer(1, 10**6), "epochs between evaluations")
+    checkpoint_every: int = option(1000, integer(1, 10**9), "steps between checkpoints")
+    keep: int = option(2, integer(1, 1000), "checkpoints kept per network")
 
     method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, metadata={})
-    # The options over those of the preset, as one layer.
-    given: Mapping[str, Any] = field(default_factory=dict, compare=False, metadata={})
+    # All layers above the preset, merged; written to config.toml.
+    overrides: Mapping[str, Any] = field(default_factory=dict, compare=False, metadata={})
 
     @property
     def needs_teacher(self) -> bool:
-        """True where a method of the run has a teacher."""
+        """True if a method of the run uses a teacher."""
         return any(method in NEEDS_TEACHER for method in self.compare)
 
     @property
     def trains_teacher(self) -> bool:
-        """True where the run trains it."""
+        """True if the run trains its teacher."""
         return self.needs_teacher and not self.teacher_from
 
     def for_teacher(self) -> Config:
-        """Return the configuration of the teacher's own training, of a resolved one."""
-        own = {name.removeprefix("teacher_"): getattr(self, name) for name in OF_TEACHER}
+        """Return the configuration that trains the teacher; ``self`` must be resolved."""
+        own = {name.removeprefix("teacher_"): getattr(self, name) for name in TEACHER_OPTIONS}
         return replace(self, **own, cache=0, labels=0, method={})
 
     def for_method(self, method: str) -> Config:
-        """Return the configuration of one method's students."""
+        """Return the configuration of a method's students."""
         own = self.method.get(method, {})
-        # A general number for beta is of the general form.
-        another = own.get("form", self.form) != self.form and self.beta != "auto"
-        unknown = {"beta": None} if another else {}
-        return replace(self, **{**unknown, **own})
+        # A general beta applies to the general form only.
+        has_other_form = own.get("form", self.form) != self.form and self.beta != "auto"
+        unset = {"beta": None} if has_other_form else {}
+        return replace(self, **{**unset, **own})
 
-    def beta_of(self, method: str) -> float | str:
-        """Return the first weight of a method's transfer loss, of ``for_method(method)``."""
-        if self.beta is None or method not in TRANSFER:
+    def initial_beta(self, method: str) -> float | str:
+        """Return a method's beta at step 0, or "auto"; ``self`` must be ``for_method(method)``."""
+        if self.beta is None or method not in WITH_BETA:
             return BETAS.get(method, 0.0)
         return self.beta
 
@@ -453,16 +453,16 @@ class Config:
 OPTIONS: dict[str, Rule] = {f.name: f.metadata["rule"] for f in fields(Config) if f.metadata}
 
 
-def readers(name: str) -> tuple[str, ...]:
+def methods_reading(name: str) -> tuple[str, ...]:
     """Return the methods that read an option."""
-    found = [values for names, by, values in READ_WITH if name in names and by == "compare"]
-    return found[0] if found else METHODS
+    methods = [values for names, by, values in READ_ONLY_IF if name in names and by == "compare"]
+    return methods[0] if methods else METHODS
 
 
 def method_rule(method: str, name: str) -> Rule:
-    """Return the rule of an option of one method; ConfigError for one that it has not."""
+    """Return the rule of a method's own option; raise ConfigError if it has no such option."""
     choice(*METHOD_OPTIONS).check(name)
-    choice(*readers(name)).check(method)
+    choice(*methods_reading(name)).check(method)
     return OPTIONS[name]
 
 
@@ -470,7 +470,7 @@ def method_rule(method: str, name: str) -> Rule:
 
 
 def from_toml(content: str) -> dict[str, Any]:
-    """Return the options of a file, checked; ConfigError names the first that is wrong."""
+    """Return the options of a TOML file; raise ConfigError for the first wrong one."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -481,33 +481,33 @@ def from_toml(content: str) -> dict[str, Any]:
         raise ConfigError(f"not TOML: {error}") from None
     methods = table.pop("method", {})
     if not isinstance(methods, dict) or not all(isinstance(v, dict) for v in methods.values()):
-        raise ConfigError("method must have a table for each method, as [method.at]")
-    found: dict[str, Any] = {}
+        raise ConfigError("method must have a table for each method, such as [method.at]")
+    options: dict[str, Any] = {}
     for name, value in table.items():
         if name not in OPTIONS:
-            raise ConfigError(f"no option is called {name!r}{nearest(name, [*OPTIONS, 'method'])}")
-        with naming(name):
-            found[name] = OPTIONS[name].check(value)
-    for method, given in methods.items():
-        for name, value in given.items():
-            with naming(f"{method}.{name}"):
-                given[name] = method_rule(method, name).check(value)
-    return {**found, "method": methods}
+            raise ConfigError(f"no option {name!r}{suggest(name, [*OPTIONS, 'method'])}")
+        with error_prefix(name):
+            options[name] = OPTIONS[name].check(value)
+    for method, own in methods.items():
+        for name, value in own.items():
+            with error_prefix(f"{method}.{name}"):
+                own[name] = method_rule(method, name).check(value)
+    return {**options, "method": methods}
 
 
 def to_toml(config: Config) -> str:
-    """Return the file of a configuration: what was given; the rest as a comment."""
+    """Return a configuration as TOML, with the options that were not given as comments."""
 
     def line(name: str, value: Any) -> str:
-        # JSON's strings, numbers, lists and booleans are TOML's.
+        # JSON strings, numbers, lists and booleans are valid TOML.
         return f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}"
 
-    own = [(method, given) for method, given in config.given.get("method", {}).items() if given]
-    rest = {n: getattr(config, n) for n in OPTIONS if n not in config.given}
+    own = [(name, table) for name, table in config.overrides.get("method", {}).items() if table]
+    rest = {n: getattr(config, n) for n in OPTIONS if n not in config.overrides}
     lines = [
-        *(line(name, value) for name, value in config.given.items() if name in OPTIONS),
+        *(line(name, value) for name, value in config.overrides.items() if name in OPTIONS),
         "",
-        "# The other options, as the run has them. To change one, take its # away.",
+        "# The run's other options. To change one, remove its #.",
         *(f"# {line(name, value)}" for name, value in rest.items() if value is not None),
     ]
     for method, options in own:
@@ -516,7 +516,7 @@ def to_toml(config: Config) -> str:
 
 
 def read_file(path: Path) -> str:
-    """Return the text of a file; ConfigError names it."""
+    """Return the text of a file; raise ConfigError with its path if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -527,124 +527,122 @@ def read_file(path: Path) -> str:
 
 
 def resolve(*layers: Mapping[str, Any]) -> Config:
-    """Return the layers' options, the last on top, over those of the preset that they name.
+    """Return the options of all layers, the last one on top, over their preset.
 
-    A layer beats all under it: its ``lr`` takes the place of the lr that a method had to itself.
-    Without a preset the data set has one that suits it.
+    A layer overrides everything below it: its ``lr`` also replaces the lr of single methods.
+    Without a preset, the data set determines it.
     """
     merged: dict[str, Any] = {}
-    for each in layers:
-        merged = _over(merged, each)
-    name = merged.get("preset") or preset_of(merged.get("data", Config.data))
-    options = _over(PRESETS[name].options, merged)
-    config = Config(**{**options, "preset": name, "given": merged})
+    for layer in layers:
+        merged = _merge(merged, layer)
+    name = merged.get("preset") or default_preset(merged.get("data", Config.data))
+    options = _merge(PRESETS[name].options, merged)
+    config = Config(**{**options, "preset": name, "overrides": merged})
     if config.optimizer == "adamw" and "lr" not in merged:
-        raise ConfigError("lr: must be given for adamw, as presets have SGD's; torch's is 0.001")
-    if not config.augment and "cache" not in merged:  # a preset's
+        raise ConfigError("lr: required with adamw (presets are for SGD); torch's default is 0.001")
+    if not config.augment and "cache" not in merged:
         config = replace(config, cache=min(config.cache, 1))
     _check_combination(config)
-    size = config.image_size or SIZES.get(config.data)
-    unset = [name for name in OF_TEACHER if getattr(config, name) is None]
+    size = config.image_size or DEFAULT_SIZES.get(config.data)
+    unset = [name for name in TEACHER_OPTIONS if getattr(config, name) is None]
     own = {name: getattr(config, name.removeprefix("teacher_")) for name in unset}
-    root, packaged = config.root, config.data == "fashion-mnist" and "root" not in options
-    if packaged and not Path(root, "FashionMNIST").is_dir() and FASHION_MNIST.is_dir():
+    root, is_default_root = config.root, config.data == "fashion-mnist" and "root" not in options
+    if is_default_root and not Path(root, "FashionMNIST").is_dir() and FASHION_MNIST.is_dir():
         root = str(FASHION_MNIST)
     return replace(config, image_size=size, root=root, **own)
 
 
-def _over(under: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a layer over another. A number for beta goes with its form, "auto" is of each."""
-    beaten = {*layer}
+def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the base with a layer on top. A new form drops the betas below it, except "auto"."""
+    overridden = {*layer}
     if layer.get("betas"):
-        beaten.add("beta")
+        overridden.add("beta")
     if layer.get("beta") is not None:
-        beaten.add("betas")
+        overridden.add("betas")
 
-    def kept(before: Mapping[str, Any], reformed: bool) -> dict[str, Any]:
-        left = {n: value for n, value in before.items() if n not in beaten}
-        if reformed and left.get("beta") != "auto":
+    def remaining(options: Mapping[str, Any], has_new_form: bool) -> dict[str, Any]:
+        left = {name: value for name, value in options.items() if name not in overridden}
+        if has_new_form and left.get("beta") != "auto":
             left.pop("beta", None)
         return left
 
-    methods, reformed = {}, "form" in layer
-    for method in dict.fromkeys([*under.get("method", {}), *layer.get("method", {})]):
-        before, own = (each.get("method", {}).get(method, {}) for each in (under, layer))
-        if found := kept(before, reformed or "form" in own) | own:
-            methods[method] = found
-    return {**kept(under, reformed), **layer, "method": methods}
+    methods, has_new_form = {}, "form" in layer
+    for method in dict.fromkeys([*base.get("method", {}), *layer.get("method", {})]):
+        before, own = (each.get("method", {}).get(method, {}) for each in (base, layer))
+        if options := remaining(before, has_new_form or "form" in own) | own:
+            methods[method] = options
+    return {**remaining(base, has_new_form), **layer, "method": methods}
 
 
 def _check_combination(config: Config) -> None:
-    """Raise ConfigError for options that do not go together."""
+    """Raise ConfigError if options contradict each other."""
 
-    def check(name: str, right: bool, allowed: str) -> None:
-        if not right:
-            raise ConfigError(f"{name}: got {getattr(config, name)!r}, allowed is {allowed}")
+    def check(name: str, is_valid: bool, expected: str) -> None:
+        if not is_valid:
+            raise ConfigError(f"{name}: got {getattr(config, name)!r}, expected {expected}")
 
-    c, data, own, cifar = config, config.data, is_import(config.data), config.data[:5] == "cifar"
+    c, data, is_cifar = config, config.data, config.data[:5] == "cifar"
     check("data", data != "own", "MODULE:FUNCTION with --preset own")
     for name in ("image_size", "mean", "std", "augment"):
         check(
             name,
-            not own or getattr(c, name) in (None, (), True),
-            f"none for {data!r}, whose images are made by its function",
+            not is_import_path(data) or getattr(c, name) in (None, (), True),
+            f"no value with data {data!r}: its function makes the images",
         )
-    check("image_size", not cifar or c.image_size in (None, 32), f"32 for {data}")
+    check("image_size", not is_cifar or c.image_size in (None, 32), f"32 for {data}")
     padded = data != "fashion-mnist" or (c.image_size or 28) >= 28
-    check("image_size", padded, f"28 or more for {data}, whose images get margins")
-    check("nesterov", not c.nesterov or c.momentum > 0, "false where momentum is 0")
-    check("betas", not c.betas or c.beta is None, "none where beta is given")
-    check(
-        "betas", not c.betas or c.validation > 0, "none without images to choose by: --validation"
-    )
-    check("compare", 0 < len({*c.compare}) == len(c.compare), "one method or more, each once")
-    check("betas", len({*c.betas}) == len(c.betas), "numbers, each once")
-    check("cache", c.cache < 2 or c.augment, "1 with --no-augment")
+    check("image_size", padded, f"28 or more for {data}, which pads its images")
+    check("nesterov", not c.nesterov or c.momentum > 0, "false when momentum is 0")
+    check("betas", not c.betas or c.beta is None, "no value when beta is given")
+    check("betas", not c.betas or c.validation > 0, "no value without --validation")
+    check("compare", 0 < len({*c.compare}) == len(c.compare), "one or more methods, each once")
+    check("betas", len({*c.betas}) == len(c.betas), "distinct numbers")
+    check("cache", c.cache < 2 or c.augment, "0 or 1 with --no-augment")
     for method in c.compare:
         each = c.for_method(method)
-        known = each.form == "code" or each.beta is not None or bool(c.betas)
-        allowed = f"auto, or a number for {method} in the form 'paper'; one for 'code' is not"
-        check("beta", known or method not in ATTENTION, allowed)
-        if each.beta == "auto" and method in TRANSFER and method not in ATTENTION:
+        has_beta = each.form == "code" or each.beta is not None or bool(c.betas)
+        expected = f"auto, or a number for {method} with form 'paper'; the default is for 'code'"
+        check("beta", has_beta or method not in WITH_AT, expected)
+        if each.beta == "auto" and method in WITH_BETA and method not in WITH_AT:
             raise ConfigError(
-                f"beta: got 'auto', allowed is a number for {method}; --set at.beta=auto sets it "
+                f"beta: got 'auto', expected a number for {method}; --set at.beta=auto sets it "
                 "for one method"
             )
 
 
-def unused(config: Config, name: str, processes: int = 1) -> str:
-    """Return the reason why an option changes nothing in a run; empty where it does."""
-    reading = [method for method in config.compare if method in readers(name)]
+def reason_unused(config: Config, name: str, processes: int = 1) -> str:
+    """Return the reason why an option has no effect in a run, or an empty string."""
+    reading = [method for method in config.compare if method in methods_reading(name)]
     key = "beta" if name == "betas" else name
-    # The teacher has a student's lr where it has none of its own.
+    # A teacher without an lr of its own takes the students'.
     lr = getattr(config, f"teacher_{name}", None)
     teaches = config.trains_teacher and lr == getattr(config, name)
     if reading and not teaches and all(key in config.method.get(m, {}) for m in reading):
-        return f"{', '.join(reading)} have their own by --set"
-    used, why = {
+        return f"--set overrides it for {', '.join(reading)}"
+    is_used, reason = {
         "T": (any(config.for_method(method).alpha for method in reading), "alpha is 0"),
         "init": (config.trains_teacher or not config.student_from, "all weights come from files"),
         **dict.fromkeys(
-            ("lr_factor", "reset_momentum"), (bool(config.lr_drops), "the rate does not drop")
+            ("lr_factor", "reset_momentum"), (bool(config.lr_drops), "lr_drops is empty")
         ),
-        "sync_norm": (max(config.nproc, processes) > 1, "one process has the whole batch"),
+        "sync_norm": (max(config.nproc, processes) > 1, "there is only one process"),
     }.get(name, (True, ""))
-    for names, other, values in READ_WITH:
-        found = getattr(config, other)
-        kinds = {*found} if other == "compare" else {"own" if is_import(found) else found}
+    for names, other, values in READ_ONLY_IF:
+        value, verb = getattr(config, other), "includes" if other == "compare" else "is"
+        kinds = {*value} if other == "compare" else {"own" if is_import_path(value) else value}
         if name in names and not kinds & {*values}:
-            return f"it is read where {other} has {' or '.join(values) or 'nothing'}"
-    return "" if used else why
+            return f"it requires that {other} {verb} {' or '.join(values) or 'not given'}"
+    return "" if is_used else reason
 
 
-def drawn(config: Config) -> list[str]:
-    """Return the methods whose attention maps are shown: the first, and the first of AT."""
+def methods_to_draw(config: Config) -> list[str]:
+    """Return the methods in the figure of attention maps: the baseline and the first with AT."""
     first, *others = config.compare
-    return [first, *(method for method in others if method in ATTENTION)][:2]
+    return [first, *(method for method in others if method in WITH_AT)][:2]
 
 
-def published(config: Config) -> Mapping[str, tuple[float, ...]]:
-    """Return the errors that were published for a run's data set and networks; empty for others."""
-    found = PRESETS[config.preset]
-    same = all(getattr(config, n) == found.options.get(n) for n in ("data", "student", "teacher"))
-    return found.published if same else {}
+def published_errors(config: Config) -> Mapping[str, tuple[float, ...]]:
+    """Return the published errors of a run's data set and networks, or an empty dictionary."""
+    preset = PRESETS[config.preset]
+    same = all(getattr(config, n) == preset.options.get(n) for n in ("data", "student", "teacher"))
+    return preset.published_errors if same else {}

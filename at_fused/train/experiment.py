@@ -1,9 +1,10 @@
-"""The whole experiment: a teacher, then students of every method, seed by seed, into a folder."""
+"""A run: a teacher, then students of all methods, seed by seed, with files in one folder."""
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,64 +25,66 @@ from at_fused.train.checkpoints import CheckpointError
 from at_fused.train.config import (
     NEEDS_LAYERS,
     NEEDS_TEACHER,
-    OF_TEACHER,
     OPTIONS,
-    TRANSFER,
+    TEACHER_OPTIONS,
+    WITH_BETA,
     Config,
     ConfigError,
-    in_a_line,
-    readers,
+    error_summary,
+    format_value,
+    methods_reading,
     to_toml,
-    word_of,
 )
-from at_fused.train.data import PICTURES, Data, read_data
-from at_fused.train.data.samples import few_labels
+from at_fused.train.data import SCAN_FILE, Data, prepare_data
+from at_fused.train.data.samples import balanced_subset
 from at_fused.train.loop import Callbacks, Curve, Job, Plan, Trainer, accuracy
 from at_fused.train.methods import OBJECTIVES, Batch, Networks
 from at_fused.train.networks import build, count_parameters
 from at_fused.train.saved import find_weights, read_weights, save_network
-from at_fused.train.speed import StepMode, folded, prepare, step_mode
+from at_fused.train.speed import StepMode, fold_batchnorm, setup_device, step_mode
 
-# Students' seeds count up from 0; the teacher's, and those that choose beta, keep clear of them.
+# Students have seeds 0, 1, ...; the teacher and the students of a beta search stay clear of them.
 TEACHER_SEED = 10_000
 SEARCH_SEED = 20_000
 SEARCH_SEEDS = 3
-# Options of a machine, which may differ between those of a run.
-OF_A_MACHINE = {"root", "device", "threads", "workers"}
-# Options that may change in a run that goes on: they do not make other networks.
-MAY_CHANGE = {*OF_A_MACHINE, *OF_TEACHER, "preset", "compare", "seeds", "nproc"}
-MAY_CHANGE |= {"download", "skip_unreadable", "checkpoint_every", "keep"}
-# Compared by the rates and betas that they give to the steps that are done.
-SCHEDULE = {"epochs", "lr", "lr_schedule", "lr_drops", "lr_factor", "warmup", "beta"}
-SCHEDULE |= {"beta_schedule"}
+# Options that may differ between the machines of a run.
+MACHINE_OPTIONS = {"root", "device", "threads", "workers"}
+# Options that may change on --resume, as they do not change the networks.
+CHANGEABLE_OPTIONS = {*MACHINE_OPTIONS, *TEACHER_OPTIONS, "preset", "compare", "seeds", "nproc"}
+CHANGEABLE_OPTIONS |= {"download", "skip_unreadable", "checkpoint_every", "keep"}
+# On --resume, compared by the learning rates and betas of the completed steps.
+SCHEDULE_OPTIONS = {"epochs", "lr", "lr_schedule", "lr_drops", "lr_factor", "warmup", "beta"}
+SCHEDULE_OPTIONS |= {"beta_schedule"}
 
 
 @dataclass
 class Result:
-    """The teacher's accuracy (top-1, top-5), if there is one, and each method's curves by seed."""
+    """Accuracy of the teacher (top-1, top-5), curves of students by method and seed, and facts."""
 
     teacher: tuple[float, ...] | None = None
     students: dict[str, list[Curve]] = field(default_factory=dict)
-    # The students that choose beta, by method and beta.
-    searched: dict[str, dict[float, list[Curve]]] = field(default_factory=dict)
+    # Students that choose beta, by method and beta.
+    beta_search: dict[str, dict[float, list[Curve]]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def chosen(self, method: str) -> float | None:
-        """Return the beta that is best on the validation share; None without a search."""
-        found = self.searched.get(method, {})
-        means = {b: statistics.mean(c.chosen["validation"] for c in cs) for b, cs in found.items()}
+    def chosen_beta(self, method: str) -> float | None:
+        """Return the beta with the best mean validation accuracy; None without a search."""
+        betas = self.beta_search.get(method, {})
+        means = {
+            b: statistics.mean(c.selected["validation"] for c in cs) for b, cs in betas.items()
+        }
         return max(means, key=lambda beta: means[beta]) if means else None
 
 
 class Experiment:
-    """A run in its folder; ``run`` trains what is not trained yet.
+    """A run; ``run`` trains all networks that are not trained yet.
 
     Args:
-        config: what to train.
-        out: the folder, for the files; None: a new one, runs/DATE-TIME.
-        fresh: the folder must be new or empty.
-        callbacks: told what happens; their signals are looked at after each step.
-        data: in place of what the configuration names.
+        config: the resolved configuration.
+        out: the output folder; None creates runs/DATE-TIME.
+        fresh: whether the folder must be new or empty.
+        callbacks: called on events; their signals are checked after each step.
+        data: replaces the data set of the configuration.
     """
 
     def __init__(
@@ -95,26 +98,26 @@ class Experiment:
     ) -> None:
         self.config, self.fresh, self._out = config, fresh, out
         self.callbacks = callbacks or Callbacks()
-        self.device = prepare(config)
-        shared = [name for name in (*OPTIONS, "method") if name not in OF_A_MACHINE]
-        parallel.same_in_all({name: getattr(config, name) for name in shared})
-        self.data = data = data or read_data(config, self.device, out)
-        parallel.same_in_all({"data": data.digest})
+        self.device = setup_device(config)
+        shared = [name for name in (*OPTIONS, "method") if name not in MACHINE_OPTIONS]
+        parallel.check_same_on_all_ranks({name: getattr(config, name) for name in shared})
+        self.data = data = data or prepare_data(config, self.device, out)
+        parallel.check_same_on_all_ranks({"data": data.digest})
         if config.labels and not data.classes <= config.labels <= len(data.train):
             raise ConfigError(
-                f"labels: got {config.labels}, allowed is {data.classes}, one for each class, to "
+                f"labels: got {config.labels}, expected {data.classes} (one per class) to "
                 f"{len(data.train)}, or 0 for all"
             )
         self.example: Tensor = next(data.evaluate.batches([torch.arange(2)], None))[0]
-        self.loaded: list[str] = []  # lines on the files that weights came from
-        self._first_weights: dict[str, dict[str, Tensor]] = {}  # theirs, by side
-        self.teacher = self._first_network("teacher", TEACHER_SEED)
-        student = self._first_network("student", 0)
-        # Digests of weights; the teacher's once it is there.
-        self._teacher_weights = TeacherHash(self.teacher)() if config.teacher_from else ""
-        self._student_weights = TeacherHash(student)() if config.student_from else ""
+        self.loaded: list[str] = []  # a line for each file of weights
+        self._initial_weights: dict[str, dict[str, Tensor]] = {}  # by "student" and "teacher"
+        self.teacher = self._initial_network("teacher", TEACHER_SEED)
+        student = self._initial_network("student", 0)
+        # Hashes of weights; the teacher's is set once it is trained.
+        self._teacher_hash = TeacherHash(self.teacher)() if config.teacher_from else ""
+        self._student_hash = TeacherHash(student)() if config.student_from else ""
         self.pairs = self._pairs(student)
-        # Content of the files of networks that were trained before, without the weights.
+        # Files of trained networks by job name, without the weights.
         self._finished: dict[str, dict[str, Any]] = {}
         self._metrics: checkpoints.Metrics | None = None
         self.result = Result(None, {m: [] for m in config.compare})
@@ -123,21 +126,21 @@ class Experiment:
 
     @property
     def out(self) -> Path:
-        """The run's folder, once it has one."""
+        """The output folder; it exists once ``run`` has started."""
         assert self._out is not None
         return self._out
 
     def _network(self, side: str, seed: int) -> nn.Module:
-        """Return a new network, with the weights of its side's file, if there is one."""
+        """Return a new network, with weights from its file if one was given."""
         name, data = getattr(self.config, side), self.data
         torch.manual_seed(seed)
         model = build(name, data.classes, data.channels, side, self.config.init).to(self.device)
-        if side in self._first_weights:
-            model.load_state_dict(self._first_weights[side], strict=False)
+        if side in self._initial_weights:
+            model.load_state_dict(self._initial_weights[side], strict=False)
         return model
 
-    def _first_network(self, side: str, seed: int) -> nn.Module:
-        """Return a side's first network, and keep the weights of its file for those to come."""
+    def _initial_network(self, side: str, seed: int) -> nn.Module:
+        """Return the first network of a side, and keep the weights of its file for later ones."""
         name, option = getattr(self.config, side), f"{side}_from"
         model = self._network(side, seed)
         try:
@@ -146,15 +149,15 @@ class Experiment:
         except Exception as error:
             size = "x".join(map(str, self.example.shape[1:]))
             raise ConfigError(
-                f"{side}: {name} does not take images of {size}: {in_a_line(error)}"
+                f"{side}: {name} does not accept {size} images: {error_summary(error)}"
             ) from error
         if source := getattr(self.config, option):
-            rest: Any = {"network": name, "new_head": side == "student", "data": self.data}
-            self._first_weights[side], line = parallel.from_first(
-                lambda: find_weights(model, read_weights(source, option, name), option, **rest)
+            options: Any = {"network": name, "new_head": side == "student", "data": self.data}
+            self._initial_weights[side], line = parallel.run_on_rank_0(
+                lambda: find_weights(model, read_weights(source, option, name), option, **options)
             )
             self.loaded.append(line)
-            model.load_state_dict(self._first_weights[side], strict=False)
+            model.load_state_dict(self._initial_weights[side], strict=False)
         return model
 
     def _pairs(self, student: nn.Module) -> list[Pair]:
@@ -173,7 +176,7 @@ class Experiment:
             raise ConfigError(f"layers: {str(error).removeprefix('layers: ')}") from error
 
     def _check_methods(self, student: nn.Module) -> None:
-        """Compute each method's loss once, before hours are spent on the methods before it."""
+        """Compute each method's loss once, so that errors appear before hours of training."""
         x, config = self.example, self.config
         y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for method in config.compare:
@@ -183,13 +186,15 @@ class Experiment:
                 objective(Batch(x, y, torch.arange(len(x)), 0), 1.0)
                 objective.close()
             except (TypeError, ValueError, RuntimeError) as error:
+                # Without advice on keyword arguments, which the program does not have.
+                message = re.sub(r"(, or set resize=| \(for tokens, at_loss).*", "", str(error))
                 raise ConfigError(
-                    f"compare: {method} does not go with {config.student} and {config.teacher}: "
-                    f"{error}"
+                    f"compare: {method} does not work with {config.student} and {config.teacher}: "
+                    f"{message}"
                 ) from error
 
     def _facts(self, student: nn.Module) -> dict[str, Any]:
-        """Return what run.json has, and the heading of a run says."""
+        """Return the facts about the run, for run.json and the summary."""
         config, data = self.config, self.data
         sizes = {"train": data.train, "validation": data.validation, "report on": data.evaluate}
         images = {name: len(part) for name, part in sizes.items() if part is not None}
@@ -203,11 +208,11 @@ class Experiment:
             "student": {config.student: f"{count_parameters(student):,} parameters"},
             "loaded": self.loaded,
             "layers": [list(pair) for pair in self.pairs],
-            "training": f"{config.seeds} seed(s), batches of {config.batch_size}, "
-            f"{config.optimizer}, rate by {config.lr_schedule}",
+            "training": f"{config.seeds} seed(s), batch size {config.batch_size}, "
+            f"{config.optimizer}, {config.lr_schedule} learning rate schedule",
             "steps": sum(job.plan.steps for job in self.jobs()),
             "steps_run_in": {method: str(self._mode(method)) for method in trained},
-            "processes": parallel.size(),
+            "processes": parallel.world_size(),
             "torch": torch.__version__,
             "at_fused": at_fused.__version__,
             "backends_in_use": [b.name for b in at_fused.backends().values() if b.in_use],
@@ -215,157 +220,155 @@ class Experiment:
         }
 
     def _mode(self, method: str) -> StepMode:
-        return step_mode(self.config, self.device, method, parallel.size())
+        return step_mode(self.config, self.device, method, parallel.world_size())
 
     # ---- jobs ----
 
     def jobs(self) -> Iterator[Job]:
-        """Yield all trainings: the teacher's, those that choose beta, then the students'."""
+        """Yield all jobs: the teacher, the students that choose beta, then the others."""
         config = self.config
         if config.trains_teacher:
-            yield self._job("teacher", "none", TEACHER_SEED, config.for_teacher())
-        for method in filter(self._searches, config.compare):
+            yield self._make_job("teacher", "none", TEACHER_SEED, config.for_teacher())
+        for method in filter(self._searches_beta, config.compare):
             for beta in config.betas:
                 own = replace(config.for_method(method), beta=beta)
                 for i in range(SEARCH_SEEDS):
-                    name = f"{method}-beta{word_of(beta)}-seed{i}"
-                    yield self._job(name, method, SEARCH_SEED + i, own)
-        # Seed by seed, not method by method: a machine that slows down slows all rows alike.
+                    name = f"{method}-beta{format_value(beta)}-seed{i}"
+                    yield self._make_job(name, method, SEARCH_SEED + i, own)
+        # Seed by seed, so that a slowdown of the machine affects all methods equally.
         for seed in range(config.seeds):
             for method in config.compare:
                 own = config.for_method(method)
-                if self._searches(method):  # None until then
-                    own = replace(own, beta=self.result.chosen(method))
-                yield self._job(f"{method}-seed{seed}", method, seed, own)
+                if self._searches_beta(method):  # None before the search has finished
+                    own = replace(own, beta=self.result.chosen_beta(method))
+                yield self._make_job(f"{method}-seed{seed}", method, seed, own)
 
-    def _searches(self, method: str) -> bool:
-        """Tell the methods whose beta the validation share chooses."""
-        alone = self.config.for_method(method).beta is None
-        return bool(self.config.betas) and method in TRANSFER and alone
+    def _searches_beta(self, method: str) -> bool:
+        """Return True if validation images choose a method's beta."""
+        is_unset = self.config.for_method(method).beta is None
+        return bool(self.config.betas) and method in WITH_BETA and is_unset
 
-    def _job(self, name: str, method: str, seed: int, config: Config) -> Job:
+    def _make_job(self, name: str, method: str, seed: int, config: Config) -> Job:
         train = self.data.train
         if config.labels:
-            train = train.subset(few_labels(train.labels, config.labels, seed))
-        plan = Plan(config, len(train), seed, config.beta_of(method))
+            train = train.subset(balanced_subset(train.labels, config.labels, seed))
+        plan = Plan(config, len(train), seed, config.initial_beta(method))
         folder = self._out / "checkpoints" / name if self._out else Path()
         settings = {"run": name, **self._settings(method, seed, config)}
         return Job(name, method, seed, config, plan, self.data, train, folder, settings)
 
     def _settings(self, method: str, seed: int, config: Config) -> dict[str, Any]:
-        """List all that makes a network, but for its seed, a teacher and beta still to come."""
-        # Weights are known by their content, and their source may move.
-        unread = MAY_CHANGE | {"teacher_from", "student_from"}
-        unread |= {name for name in OPTIONS if method not in readers(name)}
-        if seed >= SEARCH_SEED or not self._searches(method):
-            unread |= {"betas"}
-            config = replace(config, beta=config.beta_of(method))
-        if not config.validation:  # which chooses among the evaluations
-            unread |= {"evaluate_every"}
+        """Return what determines a network, except its seed and a future teacher or beta."""
+        # Weights are identified by their hash, as files may move.
+        ignored = CHANGEABLE_OPTIONS | {"teacher_from", "student_from"}
+        ignored |= {name for name in OPTIONS if method not in methods_reading(name)}
+        if seed >= SEARCH_SEED or not self._searches_beta(method):
+            ignored |= {"betas"}
+            config = replace(config, beta=config.initial_beta(method))
+        if not config.validation:  # otherwise validation selects one of the evaluations
+            ignored |= {"evaluate_every"}
         if seed == TEACHER_SEED:
-            unread = (unread | {"student"}) - {"teacher"}
-        found = {name: getattr(config, name) for name in OPTIONS if name not in unread}
-        shares = 1 if config.sync_norm else parallel.size()
-        found["sync_norm"] = shares == 1 or f"no, {shares} shares of a batch"
-        found["images"] = self.data.digest
+            ignored = (ignored | {"student"}) - {"teacher"}
+        settings = {name: getattr(config, name) for name in OPTIONS if name not in ignored}
+        shards = 1 if config.sync_norm else parallel.world_size()
+        settings["sync_norm"] = shards == 1 or f"no, {shards} shares of a batch"
+        settings["images"] = self.data.digest
         if seed != TEACHER_SEED:
-            found["first_weights"] = self._student_weights
-        if method in NEEDS_TEACHER and self._teacher_weights:
-            found["teacher_weights"] = self._teacher_weights
-        return {name: value for name, value in found.items() if value is not None}
+            settings["first_weights"] = self._student_hash
+        if method in NEEDS_TEACHER and self._teacher_hash:
+            settings["teacher_weights"] = self._teacher_hash
+        return {name: value for name, value in settings.items() if value is not None}
 
-    # ---- what is there ----
+    # ---- saved files ----
 
-    def _file(self, job: Job) -> Path:
+    def _network_path(self, job: Job) -> Path:
         if job.is_teacher:
             return self.out / "teacher.pt"
         return self.out / ("search" if job.seed >= SEARCH_SEED else "") / f"student_{job.name}.pt"
 
-    def _saved(self, job: Job) -> tuple[Path, dict[str, Any]] | None:
-        """Return the file of a job's network, or else its last checkpoint, and the content."""
-        path, state = self._file(job), self._finished.get(job.name)
+    def _load_saved(self, job: Job) -> tuple[Path, dict[str, Any]] | None:
+        """Return path and content of a job's network, or of its last checkpoint."""
+        path, state = self._network_path(job), self._finished.get(job.name)
         if not state and path.is_file():
             state = checkpoints.load(path, "network")
             if "settings" not in state:
                 raise CheckpointError(
-                    f"{path}: is a teacher that was given; go on with --teacher-from, or begin "
-                    "another run with --out"
+                    f"{path}: is a teacher from --teacher-from; continue with --teacher-from, or "
+                    "start a new run with --out"
                 )
         if state:
             self._check_settings(path, state, job)
             if state["settings"]["epochs"] == job.config.epochs:
                 return path, state
-        found = checkpoints.newest(job.checkpoints, job.what)
-        if found:
-            self._check_settings(*found, job)
-        return found
+        checkpoint = checkpoints.load_latest(job.checkpoints, job.checkpoint_kind)
+        if checkpoint:
+            self._check_settings(*checkpoint, job)
+        return checkpoint
 
     def _check_settings(self, path: Path, state: dict[str, Any], job: Job) -> None:
-        """Raise CheckpointError where a file was made with other settings."""
-        made, wanted = state.get("settings", {}), job.settings
-        to_come = {"teacher_weights", "beta"} - wanted.keys()
-        names = sorted((made.keys() | wanted.keys()) - to_come)
-        # A validation share chooses among all evaluations, and would have another choice.
-        whole = job.is_teacher or self.data.validation is not None
-        scheduled = SCHEDULE - ({"epochs"} if whole else set())
-        changed = [n for n in names if made.get(n) != wanted.get(n)]
+        """Raise CheckpointError if a file was made with other settings."""
+        old, new = state.get("settings", {}), job.settings
+        pending = {"teacher_weights", "beta"} - new.keys()
+        names = sorted((old.keys() | new.keys()) - pending)
+        # Validation selects one of all evaluations; more epochs could change its selection.
+        needs_same_epochs = job.is_teacher or self.data.validation is not None
+        scheduled = SCHEDULE_OPTIONS - ({"epochs"} if needs_same_epochs else set())
+        changed = [n for n in names if old.get(n) != new.get(n)]
         differ = [n for n in changed if n not in scheduled]
         if not differ:
-            before = replace(job.config, **{n: made[n] for n in names if n in scheduled})
-            plan = Plan(before, len(job.train), job.seed, before.beta_of(job.method))
+            before = replace(job.config, **{n: old[n] for n in names if n in scheduled})
+            plan = Plan(before, len(job.train), job.seed, before.initial_beta(job.method))
             steps = int(state["step"] if "step" in state else state["points"][-1]["step"])
-            if steps > job.plan.steps or job.plan.differs(plan, steps):
+            if steps > job.plan.steps or job.plan.schedule_differs(plan, steps):
                 differ = changed
         if differ:
-            # Digests by their first digits.
-            both = [
-                (n, *(str(each.get(n, "none"))[:12] for each in (made, wanted))) for n in differ
-            ]
-            pairs = ", ".join(f"{name} {old} (now {new})" for name, old, new in both[:4])
+            # Hashes are shortened.
+            values = [(n, *(str(each.get(n, "none"))[:12] for each in (old, new))) for n in differ]
+            pairs = ", ".join(f"{name} {a} (now {b})" for name, a, b in values[:4])
             raise CheckpointError(
-                f"{path}: was made with {pairs}; networks of both would be mixed: go on with "
-                "what it was made with, or begin another run with --out"
+                f"{path}: was trained with {pairs}; a run must not mix both: continue with the old "
+                "settings, or start a new run with --out"
             )
 
     # ---- the run ----
 
     def run(self) -> Result:
-        """Train everything that is not trained yet, and return what comes of it.
+        """Train all networks that are not trained yet, and return the results.
 
         Raises:
-            CheckpointError, OSError: a file cannot be read or written, or is another run's.
+            CheckpointError, OSError: a file cannot be read or written, or is from another run.
             NotFiniteError: a loss or a network's outputs are inf or nan.
-            Stopped: a signal came; the state is saved.
+            Stopped: a signal arrived; the state is saved.
         """
-        with ExitStack() as held:
-            self._out = parallel.from_first(
-                lambda: held.enter_context(checkpoints.claimed(self._out, self.fresh))
+        with ExitStack() as stack:
+            self._out = parallel.run_on_rank_0(
+                lambda: stack.enter_context(checkpoints.lock_folder(self._out, self.fresh))
             )
-            parallel.from_first(self._take_stock)
+            parallel.run_on_rank_0(self._load_previous)
             if self._metrics:
-                held.callback(self._metrics.close)
-            self.callbacks.begin(self)
+                stack.callback(self._metrics.close)
+            self.callbacks.on_run_start(self)
             if self.config.teacher_from and self.config.needs_teacher:
                 self._evaluate_given_teacher()
             for job in self.jobs():
-                self.callbacks.job(job)
+                self.callbacks.on_job_start(job)
                 self._train(job)
             self.result.facts["betas_chosen"] = {
-                method: self.result.chosen(method) for method in self.result.searched
+                method: self.result.chosen_beta(method) for method in self.result.beta_search
             }
-            parallel.from_first(self._write_facts)
-            self.callbacks.end(self)
+            parallel.run_on_rank_0(self._write_facts)
+            self.callbacks.on_run_end(self)
         return self.result
 
     def _write_facts(self) -> None:
         facts = json.dumps(self.result.facts, indent=2) + "\n"
-        checkpoints.write(self.out / "run.json", facts.encode())
+        checkpoints.atomic_write(self.out / "run.json", facts.encode())
 
-    def _take_stock(self) -> None:
-        """Read what the run had come to, all before anything is written, and begin its files."""
-        before: list[dict[str, Any]] = []
+    def _load_previous(self) -> None:
+        """Read all files of the run before writing any, then start its new files."""
+        records: list[dict[str, Any]] = []
         for job in self.jobs():
-            if not (saved := self._saved(job)):
+            if not (saved := self._load_saved(job)):
                 continue
             _, state = saved
             if "step" not in state:
@@ -373,124 +376,126 @@ class Experiment:
                 self._finished[job.name] = state
                 if job.is_teacher:
                     self.teacher.load_state_dict(weights)
-                    self._teacher_weights = TeacherHash(self.teacher.eval())()
-            before += [job.label | point for point in state["points"]]
-        self._metrics = checkpoints.Metrics(self.out, before)
-        checkpoints.write(self.out / "config.toml", to_toml(self.config).encode())
+                    self._teacher_hash = TeacherHash(self.teacher.eval())()
+            records += [job.tags | point for point in state["points"]]
+        self._metrics = checkpoints.Metrics(self.out, records)
+        checkpoints.atomic_write(self.out / "config.toml", to_toml(self.config).encode())
         self._write_facts()
-        if self.data.pictures:
-            found = json.dumps(asdict(self.data.pictures), indent=1)
-            checkpoints.write(self.out / PICTURES, found.encode())
+        if self.data.scan:
+            scan = json.dumps(asdict(self.data.scan), indent=1)
+            checkpoints.atomic_write(self.out / SCAN_FILE, scan.encode())
 
     def _evaluate_given_teacher(self) -> None:
         teacher = self.teacher.eval().requires_grad_(False)
         self.result.teacher = accuracy(teacher, self.data.evaluate, self.device)
         if self.result.teacher is None:
             raise ConfigError(
-                f"teacher_from: got {self.config.teacher_from!r}, whose outputs on the images to "
-                "report on are not finite; allowed are the weights of a network that works"
+                f"teacher_from: the outputs of {self.config.teacher_from!r} on the images to "
+                "report on are not finite"
             )
         path = self.out / "teacher.pt"
-        parallel.from_first(
+        parallel.run_on_rank_0(
             lambda: save_network(path, "teacher", teacher, self.data, self.config, run="teacher")
         )
 
     def _train(self, job: Job) -> None:
-        saved = parallel.from_first(lambda: self._saved(job))
+        saved = parallel.run_on_rank_0(lambda: self._load_saved(job))
         if saved and "step" not in saved[1]:
-            self.callbacks.skipped(job.plan.steps)
+            self.callbacks.on_steps_skipped(job.plan.steps)
             curve, model = Curve(saved[1]["points"], saved[1]["peak_bytes"]), self.teacher
         else:
             trainer = self.trainer(job)
             if saved:
                 trainer.restore(*saved)
-                self.callbacks.skipped(trainer.step)
+                self.callbacks.on_steps_skipped(trainer.step)
             try:
                 curve, model = trainer.run(), trainer.student
             finally:
                 trainer.objective.close()
-            parallel.from_first(lambda: self._save_trained(job, curve, model))
+            parallel.run_on_rank_0(lambda: self._save_trained(job, curve, model))
         if job.is_teacher:
-            # Statistics that processes keep apart are the first's, as in its file; GPUs differ.
-            state = parallel.from_first(lambda: {k: v.cpu() for k, v in model.state_dict().items()})
+            # Unsynchronised statistics become those of rank 0, as in its file, on all devices.
+            state = parallel.run_on_rank_0(
+                lambda: {k: v.cpu() for k, v in model.state_dict().items()}
+            )
             self.teacher.load_state_dict(state)
             self.teacher.eval().requires_grad_(False)
-            self._teacher_weights = TeacherHash(self.teacher)()
-            found = [curve.chosen[name] for name in ("accuracy", "top5") if name in curve.chosen]
-            self.result.teacher = tuple(found)
+            self._teacher_hash = TeacherHash(self.teacher)()
+            top = [curve.selected[name] for name in ("accuracy", "top5") if name in curve.selected]
+            self.result.teacher = tuple(top)
         elif job.seed >= SEARCH_SEED:
-            searched = self.result.searched.setdefault(job.method, {})
-            searched.setdefault(job.settings["beta"], []).append(curve)
+            by_beta = self.result.beta_search.setdefault(job.method, {})
+            by_beta.setdefault(job.settings["beta"], []).append(curve)
         else:
             self.result.students[job.method].append(curve)
 
     def _save_trained(self, job: Job, curve: Curve, model: nn.Module) -> None:
-        path, side = self._file(job), "teacher" if job.is_teacher else "student"
+        path, side = self._network_path(job), "teacher" if job.is_teacher else "student"
         path.parent.mkdir(exist_ok=True)
         facts = {"points": curve.points, "peak_bytes": curve.peak_bytes, "run": job.name}
         facts |= {"method": job.method, "seed": job.seed, "settings": job.settings}
         save_network(path, side, model, self.data, self.config, **facts)
-        checkpoints.tidy(job.checkpoints)
+        checkpoints.keep_latest(job.checkpoints)
 
-    # ---- a trainer ----
+    # ---- trainer ----
 
     def trainer(self, job: Job, compiles: bool = True) -> Trainer:
-        """Make the trainer of a job's network, at its start."""
+        """Return the trainer of a job, before its first step."""
         side = "teacher" if job.is_teacher else "student"
         mode = self._mode("teacher" if job.is_teacher else job.method)
         mode = replace(mode, compile=mode.compile and compiles)
-        student = mode.layout(self._network(side, job.seed))
-        if parallel.size() > 1 and self.config.sync_norm:
-            student = parallel.share_statistics(student, self.device)
+        student = mode.to_layout(self._network(side, job.seed))
+        if parallel.world_size() > 1 and self.config.sync_norm:
+            student = parallel.convert_sync_batchnorm(student, self.device)
         teacher = self.teacher
         if mode.fast and job.method in NEEDS_TEACHER:
-            teacher, _ = folded(teacher, [pair.teacher for pair in self.pairs])
-            teacher = mode.layout(teacher)
-        batch = min(job.config.batch_size // parallel.size(), len(job.train))
+            teacher, _ = fold_batchnorm(teacher, [pair.teacher for pair in self.pairs])
+            teacher = mode.to_layout(teacher)
+        batch = min(job.config.batch_size // parallel.world_size(), len(job.train))
         if mode.compile:
-            torch.compiler.reset()  # graphs of networks that are gone
+            torch.compiler.reset()  # free the graphs of earlier networks
         networks = Networks(
             student,
             teacher,
             self.pairs,
-            mode.compiled(parallel.distribute(student, self.device), self.device, batch),
+            mode.compiled(parallel.wrap_ddp(student, self.device), self.device, batch),
             mode.compiled(teacher, self.device, batch),
             self.example,
         )
         objective = OBJECTIVES[job.method](job.config, networks, self._cache(job))
         if objective.extra:
-            objective.run_extra = parallel.distribute(objective.extra, self.device)
-        if parallel.size() > 1:
-            # Weights are alike in all processes; what dropout draws is not.
-            torch.manual_seed(job.seed * parallel.size() + parallel.process().rank)
+            objective.run_extra = parallel.wrap_ddp(objective.extra, self.device)
+        if parallel.world_size() > 1:
+            # Weights are the same on all ranks, but dropout masks must differ.
+            torch.manual_seed(job.seed * parallel.world_size() + parallel.process_info().rank)
         trainer = Trainer(job, student, objective, mode, self.device, self.callbacks, self._metrics)
-        if mode.compile and (error := self._compile_error(trainer)):
+        if mode.compile and (error := self._try_compile(trainer)):
             objective.close()
-            self.callbacks.log(f"{job.name}: torch.compile failed, going on without: {error}")
+            self.callbacks.log(f"{job.name}: torch.compile failed, continuing without it: {error}")
             return self.trainer(job, compiles=False)
         return trainer
 
     def _cache(self, job: Job) -> TeacherCache | None:
         if not self.config.cache or job.method not in NEEDS_TEACHER:
             return None
-        # Students of few labels have their own; a cache numbers the images that a student sees.
-        which = f"seed{job.seed}" if self.config.labels else "all"
-        # Machines may not share one.
-        machine = parallel.process().machine
-        folder = f"cache/machine{machine}" if machine else "cache"
-        return TeacherCache(self.out / folder / which, len(job.train))
+        # Few labels: each seed has other images, and the cache index counts the student's images.
+        name = f"seed{job.seed}" if self.config.labels else "all"
+        # Machines may share a file system, but must not share a cache.
+        node = parallel.process_info().node
+        folder = f"cache/machine{node}" if node else "cache"
+        return TeacherCache(self.out / folder / name, len(job.train))
 
-    def _compile_error(self, trainer: Trainer) -> str | None:
-        """Compile by one step that leaves no trace; return why that failed."""
+    def _try_compile(self, trainer: Trainer) -> str | None:
+        """Compile by running a step without side effects; return the error, if any."""
         state = {k: v.clone() for k, v in trainer.student.state_dict().items()}
         random = torch.get_rng_state()
         try:
-            batch, share = next(iter(trainer.batches(0)))
+            batch, weight = next(iter(trainer.batches(0)))
             with trainer.mode.autocast(self.device):
                 terms = trainer.objective(batch, 1.0)
-            (terms.loss * share).backward()
+            (terms.loss * weight).backward()
         except Exception as error:
-            return in_a_line(error)[:200]
+            return error_summary(error)[:200]
         finally:
             trainer.student.load_state_dict(state)
             trainer.optimizer.zero_grad()

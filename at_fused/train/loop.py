@@ -1,4 +1,4 @@
-"""Training: one loop for the teacher and for every student, by a plan of its steps."""
+"""Training loop of the teacher and all students, and the plan of its steps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from at_fused import schedules
 from at_fused._models import evaluating
 from at_fused.balance import AutoBeta, GradientRatio, compare, shared_gradients
 from at_fused.train import checkpoints, parallel
-from at_fused.train.config import TRANSFER, Config, ConfigError, in_a_line
+from at_fused.train.config import WITH_BETA, Config, ConfigError, error_summary
 from at_fused.train.data import Data, Samples
 from at_fused.train.methods import Batch, Objective, logits_of
-from at_fused.train.speed import StepMode, peak
+from at_fused.train.speed import StepMode, peak_memory
 
-EVALUATE_BATCH = 500
-TOP5_FROM = 100  # classes
-GPU_LOOK = 20  # steps between looks at what a GPU has found, each of which waits for it
-PROBE_STEP = 3
+EVAL_BATCH_SIZE = 500
+TOP5_MIN_CLASSES = 100
+GPU_POLL_STEPS = 20  # steps between checks that synchronise with a GPU
+MEMORY_STEP = 3  # the first step that measures memory
 SCHEDULES: dict[str, Callable[[float, float], schedules.Schedule]] = {
     "constant": lambda beta, steps: schedules.constant(beta),
     "linear": schedules.linear_decay,
@@ -37,20 +37,20 @@ Point = dict[str, float]
 
 
 class NotFiniteError(RuntimeError):
-    """A loss was inf or nan."""
+    """A loss or a network's output is inf or nan."""
 
 
-class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """A signal has ended the run; its state is saved."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A signal stopped the run; its state is saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-        # As shells have it for Ctrl-C; a sender of SIGTERM got what was asked for.
+        # 130 is the shells' convention for Ctrl-C. SIGTERM got what its sender asked for: 0.
         self.status = 130 if number == signal.SIGINT else 0
 
 
 class Signals:
-    """While open, the first signal is noted in ``number``; the second acts as it always does."""
+    """Context manager that records the first signal in ``number``; the second acts as usual."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -58,10 +58,10 @@ class Signals:
 
     def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+            self._before[number] = signal.signal(number, self._record)
         return self
 
-    def _note(self, number: int, _: object) -> None:
+    def _record(self, number: int, _: object) -> None:
         self.number = number
         self.__exit__()
 
@@ -72,15 +72,15 @@ class Signals:
 
 @dataclass
 class Curve:
-    """The evaluations of a network in training, and the most memory that a step took."""
+    """Evaluations of a network during training, and the peak memory of a step."""
 
     points: list[Point] = field(default_factory=list)
     peak_bytes: int = 0
 
     @property
-    def chosen(self) -> Point:
-        """The point whose weights are kept: the best on the validation share, or the last."""
-        # The first of equal ones, as in Trainer._evaluate.
+    def selected(self) -> Point:
+        """The point of the saved weights: the best on validation images, or the last."""
+        # The first of equal points, as in Trainer._evaluate.
         if "validation" in self.points[-1]:
             return max(self.points, key=lambda point: point["validation"])
         return self.points[-1]
@@ -88,7 +88,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Job:
-    """One network to train, and by which steps."""
+    """A network to train: its configuration, data and files."""
 
     name: str
     method: str
@@ -96,9 +96,9 @@ class Job:
     config: Config
     plan: Plan
     data: Data
-    train: Samples  # those of data, or some of them
+    train: Samples  # data.train or a subset of it
     checkpoints: Path
-    # Everything that makes the network, for its files to be told from others'.
+    # What determines the network; stored in its files and compared on --resume.
     settings: Mapping[str, Any]
 
     @property
@@ -107,90 +107,90 @@ class Job:
         return self.name == "teacher"
 
     @property
-    def label(self) -> dict[str, Any]:
-        """The network's part of a record of metrics."""
+    def tags(self) -> dict[str, Any]:
+        """The keys of a metrics record that identify the network."""
         return {"run": self.name, "method": self.method, "seed": self.seed}
 
     @property
-    def what(self) -> str:
-        """The content of a checkpoint, as its file names it."""
+    def checkpoint_kind(self) -> str:
+        """The kind of the network's checkpoints, stored in their files."""
         return f"checkpoint of {self.name}"
 
 
 class Callbacks:
-    """Callbacks of a run, and the signals that it heeds; these show nothing."""
+    """Callbacks of a run, and its signals. The base class shows nothing but log messages."""
 
     def __init__(self) -> None:
         self.signals = Signals()
 
     def log(self, text: str) -> None:
-        """Something went wrong, or was decided."""
+        """Print a warning or a decision."""
         print(text)
 
-    def begin(self, experiment: Any) -> None:
-        """The run begins, in ``experiment.out``."""
+    def on_run_start(self, experiment: Any) -> None:
+        """Handle the start of a run; its files are in ``experiment.out``."""
 
-    def end(self, experiment: Any) -> None:
-        """All is trained, and ``experiment.out`` still held."""
+    def on_run_end(self, experiment: Any) -> None:
+        """Handle the end of a run, when all networks are trained and the folder is still locked."""
 
-    def job(self, job: Job) -> None:
-        """A network's training begins."""
+    def on_job_start(self, job: Job) -> None:
+        """Handle the start of a network's training."""
 
-    def step(self) -> None:
-        """A step is done."""
+    def on_step(self) -> None:
+        """Handle the end of a step."""
 
-    def skipped(self, steps: int) -> None:
-        """So many steps were done before."""
+    def on_steps_skipped(self, steps: int) -> None:
+        """Handle steps that an earlier run has completed."""
 
-    def point(self, job: Job, point: Point) -> None:
-        """A network was evaluated."""
+    def on_evaluation(self, job: Job, point: Point) -> None:
+        """Handle the evaluation of a network."""
 
 
 class Plan:
-    """The steps of a training run over ``samples`` images: batches, augmentation, rate and beta.
+    """Plan of a training run over ``samples`` images: batches, augmentation, rate and beta.
 
-    Nothing in it depends on what was before, so a run may go on from any step. An epoch is a
-    permutation of the images, cut into batches; a last one of fewer than two images a process is
-    left out, BatchNorm having nothing to average.
+    A pure function of the step, so that a run can resume at any step. An epoch is a permutation
+    of the images, split into batches. A last batch with fewer than two images per rank is dropped,
+    as BatchNorm needs two.
     """
 
     def __init__(self, config: Config, samples: int, seed: int, beta: float | str) -> None:
         self.config, self.samples, self.seed = config, samples, seed
         self.auto = AutoBeta() if isinstance(beta, str) else None
-        self._first_beta = 1.0 if isinstance(beta, str) else beta
-        whole, rest = divmod(samples, config.batch_size)
-        self.per_epoch = whole + (rest >= 2 * parallel.size())
-        if self.per_epoch == 0:
+        self._initial_beta = 1.0 if isinstance(beta, str) else beta
+        full, rest = divmod(samples, config.batch_size)
+        self.steps_per_epoch = full + (rest >= 2 * parallel.world_size())
+        if self.steps_per_epoch == 0:
             raise ConfigError(
-                f"batch_size: {samples} images make no batch of two for each of "
-                f"{parallel.size()} processes"
+                f"batch_size: {samples} images are too few for two on each of "
+                f"{parallel.world_size()} ranks"
             )
-        self.steps = self.per_epoch * config.epochs
-        self._share_of_beta = SCHEDULES[config.beta_schedule](1.0, self.steps)
+        self.steps = self.steps_per_epoch * config.epochs
+        self._beta_schedule = SCHEDULES[config.beta_schedule](1.0, self.steps)
 
     def beta(self, step: int) -> float:
         """Return the weight of the transfer loss of a step, counted from 0."""
-        first = self.auto.beta if self.auto else self._first_beta
-        return first * self._share_of_beta(step)
+        initial = self.auto.beta if self.auto else self._initial_beta
+        return initial * self._beta_schedule(step)
 
     def batches(self, epoch: int) -> list[Tensor]:
-        """Return the images' numbers of each of an epoch's batches."""
-        g = torch.Generator().manual_seed(self._seed_of(epoch))
+        """Return the image indices of each batch of an epoch."""
+        g = torch.Generator().manual_seed(self._epoch_seed(epoch))
         order = torch.randperm(self.samples, generator=g)
-        return list(order.split(self.config.batch_size))[: self.per_epoch]
+        return list(order.split(self.config.batch_size))[: self.steps_per_epoch]
 
-    def augmentation(self, epoch: int) -> int | None:
+    def augmentation_seed(self, epoch: int) -> int | None:
         """Return the seed of an epoch's augmentation."""
         if not self.config.augment:
             return None
-        # With a cache the same for all students, and again after so many epochs.
-        return epoch % self.config.cache if self.config.cache else self._seed_of(epoch)
+        # With a cache: the same for all students, and repeated every ``cache`` epochs.
+        return epoch % self.config.cache if self.config.cache else self._epoch_seed(epoch)
 
-    def _seed_of(self, epoch: int) -> int:
+    def _epoch_seed(self, epoch: int) -> int:
         return self.seed * 1_000_003 + epoch
 
-    def drops(self, step: int) -> int:
-        """Return how often the rate has dropped until a step, counted from 0."""
+    def drop_count(self, step: int) -> int:
+        """Return how often the learning rate has dropped before a step, counted from 0."""
         if self.config.lr_schedule != "step":
             return 0
         done = step / self.steps
@@ -199,24 +199,24 @@ class Plan:
     def lr(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         config = self.config
-        rise = config.warmup * self.per_epoch
-        warm = min(1.0, (step + 1) / rise) if rise else 1.0
+        warmup_steps = config.warmup * self.steps_per_epoch
+        warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         if config.lr_schedule == "cosine":
             return warm * config.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
-        return warm * config.lr * config.lr_factor ** self.drops(step)
+        return warm * config.lr * config.lr_factor ** self.drop_count(step)
 
-    def differs(self, other: Plan, steps: int) -> bool:
-        """Tell whether another plan has other rates or betas in its first steps."""
+    def schedule_differs(self, other: Plan, steps: int) -> bool:
+        """Return True if the first steps of another plan have other learning rates or betas."""
 
-        def course(plan: Plan) -> list[tuple[float, float]]:
-            shares = map(plan._share_of_beta, range(steps))
-            return [(plan.lr(step), plan._first_beta * x) for step, x in enumerate(shares)]
+        def schedule(plan: Plan) -> list[tuple[float, float]]:
+            factors = map(plan._beta_schedule, range(steps))
+            return [(plan.lr(step), plan._initial_beta * x) for step, x in enumerate(factors)]
 
-        return (self.auto is None) != (other.auto is None) or course(self) != course(other)
+        return (self.auto is None) != (other.auto is None) or schedule(self) != schedule(other)
 
 
 class Trainer:
-    """A student of an objective on its way: ``run`` takes it from where it is to the end."""
+    """Trainer of one network; ``run`` continues from the current step to the end."""
 
     def __init__(
         self,
@@ -241,98 +241,100 @@ class Trainer:
             else torch.optim.SGD(parameters, config.lr, **momentum, **common)
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=mode.dtype is torch.float16)
-        # The parts of a checkpoint that keep their own state.
-        self._parts: dict[str, Any] = {
+        # Parts of a checkpoint that have a state_dict.
+        self._stateful: dict[str, Any] = {
             **networks,
             "optimizer": self.optimizer,
             "scaler": self.scaler,
         }
         self.step = 0
         self.curve = Curve()
-        # Weights of the best point on the validation share.
+        # Weights of the best evaluation on validation images.
         self.best: dict[str, Tensor] | None = None
-        # Since the last evaluation: the terms' sums, the steps, and the time of each.
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._steps = 0
+        # Since the last evaluation: sums of the loss terms, steps, and times of the steps.
+        self._loss_sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._steps_since_eval = 0
         self._ms: list[float] = []
-        # Seconds that the step took to measure beta.
-        self._measuring = 0.0
-        self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
+        # Seconds that the current step spends on measuring beta.
+        self._beta_time = 0.0
+        self._first_nonfinite_step = torch.zeros((), dtype=torch.int64, device=device)
 
-    # ---- one step ----
+    # ---- step ----
 
-    def train_step(self, batch: Batch, share: float) -> None:
-        """Take a step; ``share`` is this process's part of the batch, times the processes."""
+    def train_step(self, batch: Batch, weight: float) -> None:
+        """Take a step; ``weight`` is this rank's share of the batch times the number of ranks."""
         if self.mode.compile and self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         plan, step = self.plan, self.step
         for group in self.optimizer.param_groups:
             group["lr"] = plan.lr(step)
-        if self.job.config.reset_momentum and plan.drops(step) > plan.drops(max(0, step - 1)):
+        previous = max(0, step - 1)
+        if self.job.config.reset_momentum and plan.drop_count(step) > plan.drop_count(previous):
             self.optimizer.state.clear()
         if plan.auto and not plan.auto.is_fixed:
             begin = time.perf_counter()
             try:
-                plan.auto.add(self.gradient_ratio(batch, share, 1.0).ratio)
-                self._measuring += time.perf_counter() - begin
+                plan.auto.add(self.gradient_ratio(batch, weight, 1.0).ratio)
+                self._beta_time += time.perf_counter() - begin
             except ValueError as error:
                 raise NotFiniteError(f"{self.job.name}: {error}") from error
         with self.mode.autocast(self.device):
             terms = self.objective(batch, plan.beta(step))
         self.optimizer.zero_grad()
-        self.scaler.scale(terms.loss * share if share != 1 else terms.loss).backward()
+        self.scaler.scale(terms.loss * weight if weight != 1 else terms.loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
-        found = torch.stack([x.detach() for x in terms]).double() * share
-        self._sums += found
-        self._steps += 1
-        # No look at the number itself here, for which a GPU would have to be waited.
-        first = ~found.isfinite().all() & (self._first_bad == 0)
-        self._first_bad = torch.where(first, self.step, self._first_bad)
+        values = torch.stack([x.detach() for x in terms]).double() * weight
+        self._loss_sums += values
+        self._steps_since_eval += 1
+        # Stays on the device: reading it here would synchronise with the GPU.
+        is_first = ~values.isfinite().all() & (self._first_nonfinite_step == 0)
+        self._first_nonfinite_step = torch.where(is_first, self.step, self._first_nonfinite_step)
 
     def batches(self, epoch: int) -> Iterator[tuple[Batch, float]]:
-        """Yield the rest of an epoch, each batch with this process's ``share`` of it."""
-        seed = self.plan.augmentation(epoch)
-        rest = self.plan.batches(epoch)[self.step - epoch * self.plan.per_epoch :]
-        batches = self.job.train.batches([parallel.share(rows) for rows in rest], seed)
+        """Yield the remaining batches of an epoch, each with its ``weight`` in ``train_step``."""
+        seed = self.plan.augmentation_seed(epoch)
+        rest = self.plan.batches(epoch)[self.step - epoch * self.plan.steps_per_epoch :]
+        batches = self.job.train.batches([parallel.shard(rows) for rows in rest], seed)
         for rows, (x, y, index) in zip(rest, batches, strict=True):
-            yield Batch(x, y, index, seed or 0), len(index) * parallel.size() / len(rows)
+            yield Batch(x, y, index, seed or 0), len(index) * parallel.world_size() / len(rows)
 
-    # ---- the run ----
+    # ---- run ----
 
     def run(self) -> Curve:
         """Train to the end.
 
         Raises:
-            Stopped: a signal came; the state is saved.
-            NotFiniteError: a loss was inf or nan; nothing is saved of what came after.
+            Stopped: a signal arrived; the state is saved.
+            NotFiniteError: a loss was inf or nan; nothing after it is saved.
         """
-        config, plan, probed = self.job.config, self.plan, False
+        config, plan, is_measured = self.job.config, self.plan, False
         self.student.train()
-        for epoch in range(self.step // plan.per_epoch, config.epochs):
+        for epoch in range(self.step // plan.steps_per_epoch, config.epochs):
             begin = time.perf_counter()
-            for batch, share in self.batches(epoch):
-                measures = plan.auto is not None and not plan.auto.is_fixed
-                if self.step >= PROBE_STEP and not (measures or probed or self.curve.peak_bytes):
-                    probed = True
-                    # Of some old gradients the profiler would know the sizes, of others not.
+            for batch, weight in self.batches(epoch):
+                needs_beta = plan.auto is not None and not plan.auto.is_fixed
+                skips_memory = needs_beta or is_measured or self.curve.peak_bytes
+                if self.step >= MEMORY_STEP and not skips_memory:
+                    is_measured = True
+                    # The profiler would know the size of some old gradients only.
                     self.optimizer.zero_grad()
-                    # And no time is taken: this is slower.
-                    step = partial(self.train_step, batch, share)
-                    self.curve.peak_bytes = peak(self.device, step)
+                    # Not timed, as the profiler slows the step down.
+                    step = partial(self.train_step, batch, weight)
+                    self.curve.peak_bytes = peak_memory(self.device, step)
                 else:
-                    self._measuring = 0.0
-                    self.train_step(batch, share)
-                    self._ms.append((time.perf_counter() - begin - self._measuring) * 1e3)
-                self.callbacks.step()
-                last = self.step == plan.steps
-                ended = self.step % plan.per_epoch == 0
-                due = last or (ended and (epoch + 1) % config.evaluate_every == 0)
-                signalled = self._poll(due)
-                if due:
-                    self._evaluate(epoch + 1, batch, share)
-                if signalled or last or self.step % config.checkpoint_every == 0:
+                    self._beta_time = 0.0
+                    self.train_step(batch, weight)
+                    self._ms.append((time.perf_counter() - begin - self._beta_time) * 1e3)
+                self.callbacks.on_step()
+                is_last = self.step == plan.steps
+                ends_epoch = self.step % plan.steps_per_epoch == 0
+                evaluates = is_last or (ends_epoch and (epoch + 1) % config.evaluate_every == 0)
+                signalled = self._poll(evaluates)
+                if evaluates:
+                    self._evaluate(epoch + 1, batch, weight)
+                if signalled or is_last or self.step % config.checkpoint_every == 0:
                     self.save()
                 if signalled:
                     raise Stopped(signalled)
@@ -341,49 +343,51 @@ class Trainer:
             self.student.load_state_dict(self.best)
         return self.curve
 
-    def _not_finite(self, what: str) -> NotFiniteError:
-        job, states = self.job, checkpoints.saved_steps(self.job.checkpoints)
-        saved = f"the last good state is {states[-1]}" if states else "no state was saved before"
+    def _not_finite_error(self, subject: str) -> NotFiniteError:
+        job, states = self.job, checkpoints.list_checkpoints(self.job.checkpoints)
+        saved = f"the last checkpoint is {states[-1]}" if states else "no checkpoint was saved"
         remedy = "a lower lr" if job.method in ("none", "kd") else "a lower lr or beta"
-        return NotFiniteError(f"{job.name}: {what} not finite; {saved}; {remedy} may help")
+        return NotFiniteError(f"{job.name}: {subject} not finite; {saved}; try {remedy}")
 
-    def _poll(self, due: bool) -> int:
-        """End the run where a loss was not finite; return the signal that has come, or 0."""
-        often = self.device.type == "cpu" or self.step % GPU_LOOK == 0
-        if not (often or due or self.step % self.job.config.checkpoint_every == 0):
+    def _poll(self, evaluates: bool) -> int:
+        """Raise if a loss was not finite; return the signal that has arrived on a rank, or 0."""
+        is_due = self.device.type == "cpu" or self.step % GPU_POLL_STEPS == 0
+        if not (is_due or evaluates or self.step % self.job.config.checkpoint_every == 0):
             return 0
-        bad, signalled = parallel.greatest(int(self._first_bad), self.callbacks.signals.number)
+        bad, signalled = parallel.all_reduce_max(
+            int(self._first_nonfinite_step), self.callbacks.signals.number
+        )
         if bad:
-            raise self._not_finite(f"the loss of step {bad} is")
+            raise self._not_finite_error(f"the loss of step {bad} is")
         return signalled
 
     def _accuracy(self, samples: Samples) -> tuple[float, float]:
         with self.mode.autocast(self.device):
-            found = accuracy(self.student, samples, self.device)
-        if found is None:
-            raise self._not_finite(f"after step {self.step} the network's outputs are")
-        return found
+            result = accuracy(self.student, samples, self.device)
+        if result is None:
+            raise self._not_finite_error(f"after step {self.step} the network's outputs are")
+        return result
 
-    def gradient_ratio(self, batch: Batch, share: float, beta: float) -> GradientRatio:
-        """Compare the gradients of a batch's losses with the weights of now; leaves no trace."""
+    def gradient_ratio(self, batch: Batch, weight: float, beta: float) -> GradientRatio:
+        """Compare the gradients of a batch's losses at the current weights; has no side effects."""
         student = self.student
         buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(gpus), self.mode.autocast(self.device):
-            terms = self.objective.undistributed()(batch, beta)
-        # Weighted before they go back through statistics that processes share.
-        task, transfer = share * (terms.loss - terms.transfer), share * terms.transfer
-        found = shared_gradients(task, transfer, student)
+            terms = self.objective.unwrapped()(batch, beta)
+        # Weighted before the backward pass through synchronised statistics.
+        task, transfer = weight * (terms.loss - terms.transfer), weight * terms.transfer
+        gradients = shared_gradients(task, transfer, student)
         with torch.no_grad():
             for name, buffer in student.named_buffers():
                 buffer.copy_(buffers[name])
-            return compare(*([parallel.mean(each) for each in side] for side in found))
+            return compare(*([parallel.all_reduce_mean(g) for g in side] for side in gradients))
 
-    def _evaluate(self, epoch: int, batch: Batch, share: float) -> None:
-        data, transfers = self.job.data, self.job.method in TRANSFER
-        beta = self.plan.beta(self.step - 1) if transfers else 0.0
-        ratio = self.gradient_ratio(batch, share, beta) if transfers else None
-        sums = parallel.total([*self._sums.tolist(), float(self._steps)])
+    def _evaluate(self, epoch: int, batch: Batch, weight: float) -> None:
+        data, has_beta = self.job.data, self.job.method in WITH_BETA
+        beta = self.plan.beta(self.step - 1) if has_beta else 0.0
+        ratio = self.gradient_ratio(batch, weight, beta) if has_beta else None
+        sums = parallel.all_reduce_sum([*self._loss_sums.tolist(), float(self._steps_since_eval)])
         loss, task, soft, transfer = (x / sums[-1] for x in sums[:4])
         top1, top5 = self._accuracy(data.evaluate)
         point = {
@@ -402,9 +406,9 @@ class Trainer:
             point["auto_beta"] = self.plan.auto.beta
         if ratio:
             measured = {"gradient_ratio": ratio.ratio, "gradient_cosine": ratio.cosine}
-            # JSON has no inf.
+            # JSON has no inf and no nan.
             point |= {name: value for name, value in measured.items() if math.isfinite(value)}
-        if data.classes >= TOP5_FROM:
+        if data.classes >= TOP5_MIN_CLASSES:
             point["top5"] = top5
         if data.validation is not None:
             point["validation"], _ = self._accuracy(data.validation)
@@ -412,15 +416,15 @@ class Trainer:
             if point["validation"] > max(before, default=-1.0):
                 self.best = {k: v.clone() for k, v in self.student.state_dict().items()}
         self.curve.points.append(point)
-        self._sums.zero_()
-        self._steps, self._ms = 0, []
+        self._loss_sums.zero_()
+        self._steps_since_eval, self._ms = 0, []
 
-        def tell() -> None:
+        def report() -> None:
             if self.metrics:
-                self.metrics.add(self.job.label | point)
-            self.callbacks.point(self.job, point)
+                self.metrics.add(self.job.tags | point)
+            self.callbacks.on_evaluation(self.job, point)
 
-        parallel.from_first(tell)
+        parallel.run_on_rank_0(report)
 
     # ---- state ----
 
@@ -433,56 +437,53 @@ class Trainer:
         state: dict[str, Any] = {
             "settings": job.settings,
             "step": self.step,
-            **{name: part.state_dict() for name, part in self._parts.items()},
+            **{name: part.state_dict() for name, part in self._stateful.items()},
             "best": self.best,
             "auto_beta": self.plan.auto and self.plan.auto.log_ratios,
-            "random": parallel.gather(random),
+            "random": parallel.all_gather(random),
             "points": self.curve.points,
             "peak_bytes": self.curve.peak_bytes,
-            "sums": self._sums,
-            "since": self._steps,
+            "sums": self._loss_sums,
+            "since": self._steps_since_eval,
             "ms": self._ms,
         }
-        write, keep = checkpoints.save_step, job.config.keep
-        parallel.from_first(lambda: write(job.checkpoints, self.step, job.what, state, keep))
+        kind, keep, save = job.checkpoint_kind, job.config.keep, checkpoints.save_checkpoint
+        parallel.run_on_rank_0(lambda: save(job.checkpoints, self.step, kind, state, keep))
 
     def restore(self, path: Path, state: dict[str, Any]) -> None:
-        """Go back to the state of a checkpoint."""
+        """Restore the state of a checkpoint."""
         try:
-            for name, part in self._parts.items():
+            for name, part in self._stateful.items():
                 part.load_state_dict(state[name])
             self.step = int(state["step"])
             self.curve = Curve(list(state["points"]), int(state["peak_bytes"]))
             self.best = state["best"]
             if self.plan.auto:
                 self.plan.auto = AutoBeta(state["auto_beta"], self.plan.auto.ratio)
-            self._sums.copy_(state["sums"])
-            self._steps, self._ms = int(state["since"]), list(state["ms"])
+            self._loss_sums.copy_(state["sums"])
+            self._steps_since_eval, self._ms = int(state["since"]), list(state["ms"])
             states = state["random"]
-            random = states[parallel.process().rank % len(states)]
+            random = states[parallel.process_info().rank % len(states)]
             torch.set_rng_state(random[0])
             if self.device.type == "cuda" and len(random) > 1:
                 torch.cuda.set_rng_state(random[1], self.device)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise checkpoints.CheckpointError(
-                f"{path}: does not fit this run ({in_a_line(error)})"
+                f"{path}: does not fit this run ({error_summary(error)})"
             ) from error
 
 
 def accuracy(
     model: nn.Module, samples: Samples, device: torch.device
 ) -> tuple[float, float] | None:
-    """Return the percent of samples that are classified right, and that are among the first five.
-
-    None where a logit is not finite.
-    """
-    rows = torch.arange(len(samples)).split(EVALUATE_BATCH)
+    """Return top-1 and top-5 accuracy in percent over all ranks; None if a logit is not finite."""
+    rows = torch.arange(len(samples)).split(EVAL_BATCH_SIZE)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     with evaluating(model):
-        for x, y, _ in samples.batches([parallel.share(r) for r in rows], None):
+        for x, y, _ in samples.batches([parallel.shard(r) for r in rows], None):
             logits = logits_of(model(x))
             hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
             bad = (~logits.isfinite()).sum()
             sums += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(y)).to(y), bad])
-    top1, top5, count, wrong = parallel.total(sums.tolist())
+    top1, top5, count, wrong = parallel.all_reduce_sum(sums.tolist())
     return None if wrong else (100 * top1 / count, 100 * top5 / count)

@@ -1,4 +1,4 @@
-"""Networks by name, and wide residual networks."""
+"""Wide residual networks, and networks by name."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from at_fused.train.config import ConfigError, imported, in_a_line, naming, nearest
+from at_fused.train.config import ConfigError, error_prefix, error_summary, import_function, suggest
 
 _WRN = re.compile(r"wrn-(\d+)-([1-9]\d*)(?:-b([1-9]\d*))?")
 _RESNET = re.compile(r"resnet-(18|34|50)(-cifar|(?<!50)-paper)?")
-SHAPES = (
-    "wrn-DEPTH-WIDTH, resnet-18, -34 or -50 with -cifar for small images, resnet-18-paper or "
-    "-34-paper, a torchvision model, MODULE:FUNCTION"
+NETWORK_NAMES = (
+    "wrn-DEPTH-WIDTH, resnet-18, -34 or -50 (-cifar for small images), resnet-18-paper or "
+    "-34-paper, a torchvision model or MODULE:FUNCTION"
 )
 
 
 class Block(nn.Module):
-    """Pre-activation residual block: two times BN, ReLU, 3x3 conv, around a shortcut."""
+    """Pre-activation residual block: BN, ReLU and 3x3 conv, twice, with a shortcut."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ class Block(nn.Module):
         self.shortcut = None if same else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, Cin, H, W) -> (B, Cout, H/stride, W/stride)."""
+        """Map (B, Cin, H, W) to (B, Cout, H/stride, W/stride)."""
         y = torch.relu(self.bn1(x))
-        # A projection takes the activated input, an identity the raw one: only then does a
-        # chain of identities carry the signal untouched, the point of pre-activation.
+        # A projection takes the activated input. An identity takes the raw input, so that chains
+        # of identities pass the signal unchanged.
         skip = x if self.shortcut is None else self.shortcut(y)
         y = torch.relu(self.bn2(self.conv1(y)))
         residual: Tensor = self.conv2(y)
@@ -45,7 +45,7 @@ class WRN(nn.Module):
     """WRN-depth-width of Zagoruyko & Komodakis, "Wide Residual Networks" (BMVC 2016).
 
     Three groups of (depth - 4) / 6 blocks with base*width, 2*base*width and 4*base*width
-    channels; the second and the third halve the map. base=16 is the published network.
+    channels; the second and third group halve height and width. The published base is 16.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class WRN(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Logits (B, classes) and the three groups' outputs.
+        """Return the logits (B, classes) and the outputs of the three groups.
 
         The features are taken before the next block's BN and ReLU, so they are signed.
         """
@@ -86,40 +86,40 @@ class WRN(nn.Module):
 def build(
     name: str, classes: int, channels: int, option: str = "network", init: str = "torch"
 ) -> nn.Module:
-    """Return a new network, (B, channels, H, W) -> logits (B, classes), with random weights.
+    """Return a network with random weights that maps (B, channels, H, W) to logits (B, classes).
 
     Args:
-        name: one of SHAPES. "wrn-16-2-b8" has half the published base width of 16, "-cifar" is a
-            3x3 stem without pooling, "-paper" shortcuts without BatchNorm; MODULE:FUNCTION is
-            called with ``num_classes``.
-        option: the word for the name in errors.
-        init: "torch", the weights that the network is made with; "paper", the authors'.
+        name: one of NETWORK_NAMES. "wrn-16-2-b8" has half the published base width of 16. "-cifar"
+            is a 3x3 stem without pooling, "-paper" means shortcuts without BatchNorm.
+            MODULE:FUNCTION is called with ``num_classes``.
+        option: the option to name in errors.
+        init: "torch" keeps the initial weights of the module, "paper" draws them as the authors do.
     """
-    found = _WRN.fullmatch(name)
+    wrn = _WRN.fullmatch(name)
     if ":" in name:
-        model = _own(name, classes, option)
-    elif found:
-        depth, width, base = (int(x or 16) for x in found.groups())
-        with naming(f"{option}: got {name!r}"):
+        model = _build_imported(name, classes, option)
+    elif wrn:
+        depth, width, base = (int(x or 16) for x in wrn.groups())
+        with error_prefix(f"{option}: got {name!r}"):
             model = WRN(depth, width, classes, channels, base)
     else:
-        model = _of_torchvision(name, classes, channels, option)
+        model = _build_torchvision(name, classes, channels, option)
     if init == "paper":
-        _draw_as_authors(model)
+        _init_as_authors(model)
     return model
 
 
-def _of_torchvision(name: str, classes: int, channels: int, option: str) -> nn.Module:
+def _build_torchvision(name: str, classes: int, channels: int, option: str) -> nn.Module:
     models = torchvision_models(name, option)
     resnet = _RESNET.fullmatch(name)
-    called, variant = (f"resnet{resnet[1]}", resnet[2]) if resnet else (name, None)
+    model_name, variant = (f"resnet{resnet[1]}", resnet[2]) if resnet else (name, None)
     known = models.list_models(module=models)
-    if called not in known:
-        near = nearest(name, [*known, "resnet-18", "resnet-34", "resnet-50"])
-        raise ConfigError(f"{option}: got {name!r}, allowed is {SHAPES}{near}")
+    if model_name not in known:
+        hint = suggest(name, [*known, "resnet-18", "resnet-34", "resnet-50"])
+        raise ConfigError(f"{option}: got {name!r}, expected {NETWORK_NAMES}{hint}")
     if channels != 3 and variant != "-cifar":
-        raise ConfigError(f"{option}: {name} takes images of 3 channels, these have {channels}")
-    model: Any = models.get_model(called, weights=None, num_classes=classes)
+        raise ConfigError(f"{option}: {name} takes images with 3 channels, not {channels}")
+    model: Any = models.get_model(model_name, weights=None, num_classes=classes)
     if variant == "-paper":
         for stage in (model.layer2, model.layer3, model.layer4):
             stage[0].downsample = stage[0].downsample[0]
@@ -131,41 +131,41 @@ def _of_torchvision(name: str, classes: int, channels: int, option: str) -> nn.M
 
 
 def torchvision_models(name: str, option: str) -> Any:
-    """Return torchvision.models; ConfigError says that a network needs it."""
+    """Return torchvision.models; raise ConfigError if torchvision cannot be imported."""
     try:
         from torchvision import models
     except (ImportError, RuntimeError, OSError) as error:
         raise ConfigError(
-            f"{option}: {name!r} needs torchvision, which cannot be imported ({error}): "
+            f"{option}: {name!r} requires torchvision, but importing it failed ({error}): "
             'pip install "at_fused[train]"'
         ) from error
     return models
 
 
-def _own(name: str, classes: int, option: str) -> nn.Module:
-    function, call = imported(option, name), f"{option}: {name}(num_classes={classes})"
+def _build_imported(name: str, classes: int, option: str) -> nn.Module:
+    function, call = import_function(option, name), f"{option}: {name}(num_classes={classes})"
     try:
         model = function(num_classes=classes)
     except Exception as error:
-        raise ConfigError(f"{call} raises {in_a_line(error)}") from error
+        raise ConfigError(f"{call} raises {error_summary(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{call} must return a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
-def last_layer(model: nn.Module) -> str:
-    """Return the name of the layer that the classes come from; empty where there is none."""
+def classifier_name(model: nn.Module) -> str:
+    """Return the name of the last convolution or linear layer, or an empty string."""
     kinds = (nn.Linear, nn.Conv2d)
     return ([name for name, m in model.named_modules() if isinstance(m, kinds)] or [""])[-1]
 
 
-def _draw_as_authors(model: nn.Module) -> None:
-    """Draw the first weights as the authors' utils.py does.
+def _init_as_authors(model: nn.Module) -> None:
+    """Initialise weights as the authors' utils.py does.
 
-    Those of BatchNorm are uniform in [0, 1], those of convolutions and of the last layer normal
-    with variance 2 / fan_in, biases 0.
+    BatchNorm weights are uniform in [0, 1]. Convolutions and the last layer are normal with
+    variance 2 / fan_in. Biases are 0.
     """
-    last: Any = model.get_submodule(last_layer(model))
+    last: Any = model.get_submodule(classifier_name(model))
     module: Any
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine:
@@ -178,5 +178,5 @@ def _draw_as_authors(model: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable scalars."""
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""Several processes that share each batch: who one is, what they agree on, and starting them."""
+"""Distributed training: rank, collectives, synchronised BatchNorm and launching of processes."""
 
 from __future__ import annotations
 
@@ -22,173 +22,175 @@ from torch.nn.parallel import DistributedDataParallel
 
 from at_fused.train.config import ConfigError
 
-# A rank that is gone is noticed at once; this is for one that hangs.
+# For ranks that hang. A rank that dies is noticed at once.
 _TIMEOUT = timedelta(minutes=30)
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
-class FirstFailedError(ConfigError):
-    """The error of the first process, which says it for all."""
+class RankZeroError(ConfigError):
+    """An error of rank 0, which reports it for all ranks."""
 
 
-class Process(NamedTuple):
-    """A process among those of a run, and among those of its machine, as torchrun numbers them."""
+class ProcessInfo(NamedTuple):
+    """Ranks and sizes of a process, as torchrun numbers them; ``node`` is its GROUP_RANK."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    local_size: int = 1
-    machine: int = 0
+    local_world_size: int = 1
+    node: int = 0
 
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")  # torchrun's
+# torchrun's, in the order of ProcessInfo.
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
-def process() -> Process:
-    """Return this process, by torchrun's environment; alone where there is none."""
-    return Process(*(int(os.environ.get(n, d)) for n, d in zip(NAMES, Process(), strict=True)))
+def process_info() -> ProcessInfo:
+    """Return this process, from torchrun's environment; without it, a world of one."""
+    fields = zip(VARIABLES, ProcessInfo(), strict=True)
+    return ProcessInfo(*(int(os.environ.get(name, default)) for name, default in fields))
 
 
-def join() -> None:
-    """Join the process group, where there are several processes."""
-    if process().size > 1 and not dist.is_initialized():
+def init_process_group() -> None:
+    """Join the process group, unless this is the only process."""
+    if process_info().world_size > 1 and not dist.is_initialized():
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
         backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
         dist.init_process_group(backend, init_method="env://", timeout=_TIMEOUT)
-        atexit.register(leave)
+        atexit.register(destroy_process_group)
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Leave the process group."""
-    gc.collect()  # of wrapped networks, which hold it
+    gc.collect()  # DistributedDataParallel modules keep references to the group
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def size() -> int:
+def world_size() -> int:
     """Return the number of processes that share a batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def first() -> bool:
-    """Tell the process that writes the files."""
-    return process().rank == 0
+def is_rank_0() -> bool:
+    """Return True on rank 0, which writes all files."""
+    return process_info().rank == 0
 
 
-# ---- what they agree on --------------------------------------------------------------------------
+# ---- collectives ---------------------------------------------------------------------------------
 
 
-def share(rows: Tensor) -> Tensor:
-    """Return this process's part of a batch: of all parts together each row is in one."""
-    return rows if size() == 1 else rows.tensor_split(size())[dist.get_rank()]
+def shard(rows: Tensor) -> Tensor:
+    """Return this rank's rows of a batch; the shards of all ranks partition it."""
+    return rows if world_size() == 1 else rows.tensor_split(world_size())[dist.get_rank()]
 
 
-def total(values: Sequence[float]) -> list[float]:
-    """Return the sums over all processes."""
-    return [sum(each) for each in zip(*gather(list(values)), strict=True)]
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
+    """Return the sum of each value over all ranks."""
+    return [sum(each) for each in zip(*all_gather(list(values)), strict=True)]
 
 
-def mean(x: Tensor) -> Tensor:
-    """Return the mean of a tensor over all processes."""
-    if size() > 1:
-        dist.all_reduce(x := x / size())
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Return the mean of a tensor over all ranks."""
+    if world_size() > 1:
+        dist.all_reduce(x := x / world_size())
     return x
 
 
-def greatest(*values: int) -> list[int]:
-    """Return the largest of each over all processes."""
-    found = torch.tensor(values)
-    if size() > 1:
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return list(map(int, found))
+def all_reduce_max(*values: int) -> list[int]:
+    """Return the maximum of each value over all ranks."""
+    result = torch.tensor(values)
+    if world_size() > 1:
+        dist.all_reduce(result, dist.ReduceOp.MAX)
+    return list(map(int, result))
 
 
-def gather(value: Any) -> list[Any]:
-    """Return each process's value, in the order of ranks."""
-    if size() == 1:
+def all_gather(value: Any) -> list[Any]:
+    """Return the values of all ranks, in the order of ranks."""
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def in_all(function: Callable[[], Found]) -> Found:
-    """Run a function in all processes; where it fails in one, all raise a ConfigError."""
-    found, text = None, ""
+def run_on_all_ranks(function: Callable[[], T]) -> T:
+    """Run a function on all ranks; if it fails on one, raise a ConfigError on all."""
+    result, text = None, ""
     error: ConfigError | SystemExit | None = None
     try:
-        found = function()
-    except ConfigError as wrong:
-        error, text = wrong, str(wrong)
-    except SystemExit as stop:  # argparse has said why
-        error, text = stop, "wrong options" * bool(stop.code)
-    texts = gather(text)
+        result = function()
+    except ConfigError as caught:
+        error, text = caught, str(caught)
+    except SystemExit as caught:  # argparse has printed the reason
+        error, text = caught, "invalid options" * bool(caught.code)
+    texts = all_gather(text)
     if error:
         raise error
     for rank, text in enumerate(texts):
         if text:
-            raise ConfigError(f"process {rank}: {text}")
-    return found  # type: ignore[return-value]
+            raise ConfigError(f"rank {rank}: {text}")
+    return result  # type: ignore[return-value]
 
 
-def from_first(function: Callable[[], Found]) -> Found:
-    """Run a function in the first process alone; all return its result.
+def run_on_rank_0(function: Callable[[], T]) -> T:
+    """Run a function on rank 0 and return its result on all ranks.
 
-    For what is read from or written to the run's folder, which is that of the first machine.
-    Where it fails, the first raises its error, and the others FirstFailedError.
+    Needed to read or write the run's folder, which is on the first machine. If the function
+    fails, rank 0 raises its error and the others raise RankZeroError.
     """
-    found, error = None, None
-    if first():
+    result, error = None, None
+    if is_rank_0():
         try:
-            found = function()
+            result = function()
         except Exception as caught:
             error = caught
-    if size() > 1:
-        answer: list[Any] = [found, error and str(error)]
-        dist.broadcast_object_list(answer)
-        found = answer[0]
-        if answer[1] is not None and not first():
-            raise FirstFailedError(answer[1])
+    if world_size() > 1:
+        message: list[Any] = [result, error and str(error)]
+        dist.broadcast_object_list(message)
+        result = message[0]
+        if message[1] is not None and not is_rank_0():
+            raise RankZeroError(message[1])
     if error:
         raise error
-    return found  # type: ignore[return-value]
+    return result  # type: ignore[return-value]
 
 
-def same_in_all(values: Mapping[str, object]) -> None:
-    """Raise ConfigError where processes, of several machines, differ in a value."""
-    found = gather(dict(values))
-    for name, value in found[0].items():
-        for rank, other in enumerate(found):
+def check_same_on_all_ranks(values: Mapping[str, object]) -> None:
+    """Raise ConfigError if ranks, for example on different machines, differ in a value."""
+    by_rank = all_gather(dict(values))
+    for name, value in by_rank[0].items():
+        for rank, other in enumerate(by_rank):
             if other[name] != value:
                 raise ConfigError(
-                    f"{name}: process {rank} has {other[name]!r}, process 0 has {value!r}; all "
-                    "processes of a run need the same"
+                    f"{name}: rank {rank} has {other[name]!r}, rank 0 has {value!r}; all ranks "
+                    "must have the same value"
                 )
 
 
-# ---- gradients and statistics --------------------------------------------------------------------
+# ---- gradients and BatchNorm ---------------------------------------------------------------------
 
 
-def distribute(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap a network whose batches several processes share: its gradients are averaged."""
-    if size() == 1 or not any(p.requires_grad for p in model.parameters()):
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model in DistributedDataParallel, unless it runs in one process or is frozen."""
+    if world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
-    where: dict[str, Any] = {"device_ids": [device]} if device.type == "cuda" else {}
-    # Statistics are shared; or each process's own, and then rank 0's are as good as the rest's.
+    options: dict[str, Any] = {"device_ids": [device]} if device.type == "cuda" else {}
+    # BatchNorm statistics are either synchronised already or meant to differ between ranks.
     new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
-    where["forward_sync_buffers" if new else "broadcast_buffers"] = False
-    return DistributedDataParallel(model, **where)
+    options["forward_sync_buffers" if new else "broadcast_buffers"] = False
+    return DistributedDataParallel(model, **options)
 
 
-class SharedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose statistics in training mode are those of all processes' images.
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d with statistics over the images of all ranks in training mode.
 
-    torch.nn.SyncBatchNorm does this on GPUs; it refuses CPU tensors.
+    Like torch.nn.SyncBatchNorm, which does not support CPU tensors.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same; B may differ between the processes."""
+        """Normalise (B, C, H, W); B may differ between ranks."""
         if not self.training or not dist.is_initialized():
             return super().forward(x)
         y = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -196,7 +198,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
         dist.all_reduce(count)
         mean = all_reduce(y.sum(dim=(0, 2, 3))) / count
         centred = y - mean[:, None, None]
-        # From centred values: the mean of squares less the squared mean would cancel.
+        # Of centred values: E[x^2] - E[x]^2 would cancel.
         variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
         running: Any = (self.num_batches_tracked, self.running_mean, self.running_var)
         running[0].add_(1)
@@ -207,27 +209,27 @@ class SharedBatchNorm(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def share_statistics(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model with every BatchNorm over all processes, its tensors the same."""
+def convert_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model with synchronised BatchNorm layers that keep their tensors."""
     if device.type == "cuda":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return converted
     for module in model.modules():
         if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
-            module.__class__ = SharedBatchNorm  # with all that it has
+            module.__class__ = SyncBatchNorm2d  # keeps parameters, buffers and hooks
     return model
 
 
 # ---- --nproc -------------------------------------------------------------------------------------
 
 
-def end(status: int) -> NoReturn:
-    """End this process.
+def exit_process(status: int) -> NoReturn:
+    """Exit this process.
 
-    One of several goes at once: a thread of torch that still asks for Python's lock while the
-    interpreter is taken down would abort it, with all its work done.
+    In a process group, skip the interpreter's shutdown: a thread of torch that acquires the GIL
+    meanwhile would abort a finished process.
     """
-    if process().size == 1:
+    if process_info().world_size == 1:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -235,42 +237,42 @@ def end(status: int) -> NoReturn:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
+    """Return an unused port of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     return port
 
 
-def announce(rank: int, count: int, port: int) -> None:
-    """Tell this process who it is, by torchrun's environment."""
-    os.environ.update(zip(NAMES, map(str, (rank, count, rank, count, 0)), strict=True))
+def set_environment(rank: int, count: int, port: int) -> None:
+    """Set torchrun's environment variables for a process of this machine."""
+    os.environ.update(zip(VARIABLES, map(str, (rank, count, rank, count, 0)), strict=True))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def _member(rank: int, count: int, port: int, run: Callable[..., int], *arguments: Any) -> None:
-    # Out of the terminal's process group: Ctrl-C reaches the parent, which passes it on once.
+def _worker(rank: int, count: int, port: int, run: Callable[..., int], *arguments: Any) -> None:
+    # Leaves the terminal's process group: Ctrl-C reaches the parent only, which forwards it once.
     os.setpgrp()
-    announce(rank, count, port)
-    end(run(*arguments))
+    set_environment(rank, count, port)
+    exit_process(run(*arguments))
 
 
 def launch(count: int, run: Callable[..., int], *arguments: Any) -> int:
     """Run ``run(*arguments)`` in ``count`` processes of this machine; return the exit status.
 
-    The first that fails ends the others; its error is printed. Signals are passed on.
+    If a process fails, terminate the others and print its error. Forward SIGINT and SIGTERM.
     """
     from torch.multiprocessing import ProcessExitedException
     from torch.multiprocessing.spawn import start_processes
 
-    # One line of error is enough: not also that the others are ended.
+    # Only the first error matters, not that the other processes were terminated.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    given = (count, free_port(), run, *arguments)
-    context = start_processes(_member, given, count, join=False, start_method="spawn")
+    worker_arguments = (count, free_port(), run, *arguments)
+    context = start_processes(_worker, worker_arguments, count, join=False, start_method="spawn")
 
     def forward(number: int, _: object) -> None:
-        for member in context.processes:
-            if member.is_alive() and member.pid:
-                os.kill(member.pid, number)
+        for worker in context.processes:
+            if worker.is_alive() and worker.pid:
+                os.kill(worker.pid, number)
 
     before = {n: signal.signal(n, forward) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -279,7 +281,7 @@ def launch(count: int, run: Callable[..., int], *arguments: Any) -> int:
     except ProcessExitedException as error:
         if error.signal_name is None:
             return error.exit_code
-        print(f"at-fused-train: {error}; the others were ended", file=sys.stderr)
+        print(f"at-fused-train: {error}; the other processes were terminated", file=sys.stderr)
         return 1
     finally:
         for number, handler in before.items():

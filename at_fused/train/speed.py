@@ -1,4 +1,4 @@
-"""Step modes: device, precision, layout, compilation, folded BatchNorm; and a step's memory."""
+"""Device, precision, memory layout, compilation and folded BatchNorm of steps; peak memory."""
 
 from __future__ import annotations
 
@@ -20,57 +20,58 @@ from torch.profiler import ProfilerActivity, profile
 from at_fused.train import parallel
 from at_fused.train.config import Config, ConfigError
 
-# Double backward goes through neither compiled graphs nor, with use, 8 bits of mantissa.
+# Double backward does not work through torch.compile, and needs more than bf16's 8 bits.
 SECOND_ORDER = ("gradient-at", "flip-symmetry")
 
 
-def prepare(config: Config) -> torch.device:
-    """Return the device of a configuration, with PyTorch's threads and cuDNN set for it."""
-    me, name = parallel.process(), config.device
-    if name == "cuda" and me.size > 1:
-        name = f"cuda:{me.local_rank}"
+def setup_device(config: Config) -> torch.device:
+    """Return the device of a configuration, and set threads and cuDNN for it."""
+    info, name = parallel.process_info(), config.device
+    if name == "cuda" and info.world_size > 1:
+        name = f"cuda:{info.local_rank}"
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+            available = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
             raise ConfigError(
-                f"device: got {name!r}, but PyTorch sees {count} CUDA devices; allowed is {there}"
+                f"device: got {name!r}, but PyTorch has {count} CUDA devices; expected one of "
+                f"{available}"
             )
         torch.cuda.set_device(device)
         exact = config.speed == "exact"
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
     if config.threads:
         torch.set_num_threads(config.threads)
-    elif me.local_size > 1 and device.type == "cpu":
-        torch.set_num_threads(max(1, torch.get_num_threads() // me.local_size))
+    elif info.local_world_size > 1 and device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // info.local_world_size))
     return device
 
 
 @dataclass(frozen=True)
 class StepMode:
-    """The mode that steps run in: ``speed`` on one device."""
+    """Settings of steps: ``speed`` on one device."""
 
     dtype: torch.dtype | None = None  # of autocast
-    fast: bool = False  # channels_last, the teacher's BatchNorm folded, torch's fused optimizers
+    fast: bool = False  # channels_last, folded BatchNorm in the teacher, torch's fused optimizers
     compile: bool = False
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """Return the context that a forward pass runs in."""
+        """Return the context for a forward pass."""
         return torch.autocast(device.type, self.dtype, enabled=self.dtype is not None)
 
-    def layout(self, model: nn.Module) -> nn.Module:
+    def to_layout(self, model: nn.Module) -> nn.Module:
         """Return the model in the memory layout of this mode."""
         if not self.fast:
             return model
-        untyped: Any = model  # not every torch declares this overload
+        untyped: Any = model  # some versions of torch do not declare this overload
         moved: nn.Module = untyped.to(memory_format=torch.channels_last)
         return moved
 
     def compiled(self, model: nn.Module, device: torch.device, batch: int) -> Callable[..., Any]:
-        """Return the model, or torch.compile of it, on a GPU as CUDA graphs.
+        """Return the model, compiled (on a GPU with CUDA graphs) if the mode compiles.
 
-        Compiled for batches of one size: an epoch's last, of another, goes to the model itself.
+        It is compiled for one batch size. An epoch's smaller last batch runs the model itself.
         """
         if not self.compile:
             return model
@@ -88,8 +89,8 @@ class StepMode:
         return ", ".join(parts + ["folded BatchNorm", "fused SGD"] * self.fast)
 
 
-def bf16_is_fast(device: torch.device) -> bool:
-    """Tell devices that have instructions for bfloat16 matrix products."""
+def has_fast_bf16(device: torch.device) -> bool:
+    """Return True if the device has instructions for bfloat16 matrix products."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -97,33 +98,32 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def step_mode(config: Config, device: torch.device, method: str, processes: int) -> StepMode:
-    """Return the mode that the steps of a method run in."""
+    """Return the mode for the steps of a method."""
     if config.speed == "exact":
         return StepMode()
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes.get(config.speed)
-    if config.speed == "auto" and bf16_is_fast(device):
+    if config.speed == "auto" and has_fast_bf16(device):
         dtype = torch.bfloat16
-    second = method in SECOND_ORDER
-    # Collectives within a graph, as shared statistics have them, break it into pieces.
-    compiles = config.compile and not second and not (processes > 1 and config.sync_norm)
-    return StepMode(None if second else dtype, True, compiles)
+    is_second_order = method in SECOND_ORDER
+    # The collectives of synchronised BatchNorm would break the graph into pieces.
+    compiles = config.compile and not (is_second_order or (processes > 1 and config.sync_norm))
+    return StepMode(None if is_second_order else dtype, True, compiles)
 
 
-def folded(model: nn.Module, keep: list[str]) -> tuple[nn.Module, int]:
-    """Return a copy in eval mode, BatchNorms folded into the convolutions before, and their count.
+def fold_batchnorm(model: nn.Module, keep: list[str]) -> tuple[nn.Module, int]:
+    """Return a copy in eval mode with BatchNorm folded into preceding convolutions, and the count.
 
-    Not those of the layers in ``keep``, whose output is looked at, nor any of a network that
-    torch.fx cannot read: that comes back as a plain copy.
+    Layers in ``keep`` keep their output. A network that torch.fx cannot trace is only copied.
     """
     model = copy.deepcopy(model).eval()
     try:
         graph = fx.symbolic_trace(model).graph
-    except Exception:  # whatever a foreign forward does to a tracer
+    except Exception:  # a user's forward may raise anything while it is traced
         return model, 0
     modules = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]
-    runs = [node.target for node in calls]
+    targets = [node.target for node in calls]
     count = 0
     for node in calls:
         norm = modules[str(node.target)]
@@ -135,7 +135,7 @@ def folded(model: nn.Module, keep: list[str]) -> tuple[nn.Module, int]:
             continue
         names = [str(before.target), str(node.target)]
         within = [[f"{name}.".startswith(f"{layer}.") for layer in keep] for name in names]
-        if any(runs.count(name) > 1 or name in keep for name in names) or within[0] != within[1]:
+        if any(targets.count(n) > 1 or n in keep for n in names) or within[0] != within[1]:
             continue
         for name, module in zip(names, (fuse_conv_bn_eval(conv, norm), nn.Identity()), strict=True):
             parent, _, child = name.rpartition(".")
@@ -145,34 +145,36 @@ def folded(model: nn.Module, keep: list[str]) -> tuple[nn.Module, int]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the profiler's C++ says of itself off the terminal; Python's errors come later."""
+def _silence_stderr() -> Iterator[None]:
+    """Discard what the profiler's C++ code prints to stderr."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(devnull)
 
 
-def peak(device: torch.device, work: Callable[[], object]) -> int:
-    """Return the most bytes that ``work()`` allocates on a device, beyond what was there before."""
-    collects = gc.isenabled()
-    gc.disable()  # which frees what was there before, and that would be taken off
+def peak_memory(device: torch.device, function: Callable[[], object]) -> int:
+    """Return the peak number of bytes that ``function()`` allocates on a device."""
+    was_enabled = gc.isenabled()
+    gc.disable()  # it would free older tensors and so lower the count
     try:
         if device.type == "cuda":
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-            work()
+            function()
             return torch.cuda.max_memory_allocated(device) - before
-        with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-            work()
+        activities = [ProfilerActivity.CPU]
+        with _silence_stderr(), profile(activities=activities, profile_memory=True) as profiler:
+            function()
     finally:
-        if collects:
+        if was_enabled:
             gc.enable()
-    records = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = profiler.profiler.kineto_results.events()
+    records = [event for event in events if event.name() == "[memory]"]
     sizes = [record.nbytes() for record in sorted(records, key=lambda e: e.start_ns())]
     return max(accumulate(sizes), default=0)

@@ -16,9 +16,9 @@ from typing import Any
 from at_fused import visualize
 from at_fused.train import config as options
 from at_fused.train.checkpoints import CheckpointError
-from at_fused.train.cli import EXTRA, require
-from at_fused.train.config import is_import, naming
-from at_fused.train.data import PICTURES, Data, Pictures, open_data
+from at_fused.train.cli import EXTRA_MODULES, require
+from at_fused.train.config import error_prefix, is_import_path
+from at_fused.train.data import SCAN_FILE, Data, ImageScan, open_data
 from at_fused.train.saved import load_network
 
 
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help=files)
     out = "file to write, .png or .svg (default: attention.png next to the first checkpoint)"
     add("--out", type=Path, metavar="PATH", help=out)
-    count = options.whole(1, 100).read
+    count = options.integer(1, 100).parse
     add("--images", type=count, default=4, metavar="N", help="number of test images (default: 4)")
     rows = "modules to draw, one row each (default: the layers that the run compares)"
     add("--layers", nargs="+", metavar="NAME", help=rows)
@@ -48,13 +48,13 @@ def config_of(folder: Path) -> options.Config:
     """Return the configuration of a run."""
     file = folder / "config.toml"
     text = options.read_file(file)
-    with naming(file):
+    with error_prefix(file):
         return options.resolve(options.from_toml(text))
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """Return the checkpoints of a run to draw: students, then the teacher."""
-    methods = options.drawn(config_of(folder))
+    methods = options.methods_to_draw(config_of(folder))
     return [*(folder / f"student_{method}-seed0.pt" for method in methods), folder / "teacher.pt"]
 
 
@@ -76,14 +76,14 @@ def _open_images(folder: Path, facts: list[dict[str, Any]]) -> Data:
     sizes = {fact["image_size"] for fact in facts}
     if len(sizes) > 1:
         raise CheckpointError(f"all networks must take images of one size, got {sorted(sizes)}")
-    config, file = config_of(folder), folder / PICTURES
-    pictures = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    is_own, root = is_import(config.data), facts[0].get("images", {}).get("root")
+    config, file = config_of(folder), folder / SCAN_FILE
+    scan = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    is_own, root = is_import_path(config.data), facts[0].get("images", {}).get("root")
     # The checkpoint has the absolute root. If images were moved, use the root of the run.
     if root and (is_own or Path(root).exists()):
         config = replace(config, root=root)
     config = replace(config, image_size=None if is_own else sizes.pop(), workers=0, validation=0.0)
-    return open_data(config, pictures=Pictures(**pictures) if pictures else None)
+    return open_data(config, scan=ImageScan(**scan) if scan else None)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folders = [path if path.is_dir() else path.parent for path in args.checkpoints]
     out: Path = args.out or folders[0] / "attention.png"
-    require(parser.prog, *EXTRA)
+    require(parser.prog, *EXTRA_MODULES)
     from at_fused.train.report import draw_maps
 
     try:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from outside import output_of
-from test_train_parallel import together
+from test_train_parallel import run_distributed
 from torch import Tensor, nn
-from train_runs import die_before, ended, in_child
+from train_runs import fork, kill_before_call, wait_for
 
 from at_fused import TeacherCache, teacher_cache
 from at_fused.teacher_cache import StaleCacheError, TeacherHash, teacher_hash
@@ -310,8 +310,8 @@ def test_concurrent_processes_fill_one_cache(cache: TeacherCache) -> None:
             batch = draw.choices(range(SAMPLES), k=3)
             check(cache.fetch(Teacher(), X[batch], batch, identity=NAME), Teacher()(X[batch]))
 
-    children = [in_child(lambda rank=rank: child(rank)) for rank in range(3)]
-    assert [ended(process) for process in children] == [0, 0, 0]
+    children = [fork(lambda rank=rank: child(rank)) for rank in range(3)]
+    assert [wait_for(process) for process in children] == [0, 0, 0]
     assert cache.stored(NAME) == SAMPLES
 
 
@@ -336,10 +336,10 @@ def test_killed_at_any_step(cache: TeacherCache, at: int) -> None:
     """Kill the process before a checksum: of the 8 records stored, then of the 8 read back."""
 
     def child() -> None:
-        die_before(at, (teacher_cache, "_checksum"))
+        kill_before_call(at, (teacher_cache, "_checksum"))
         cache.fetch(Teacher(), X[:8], range(8), identity=NAME)
 
-    assert ended(in_child(child)) == (-signal.SIGKILL if at < 16 else 0)
+    assert wait_for(fork(child)) == (-signal.SIGKILL if at < 16 else 0)
     assert cache.stored(NAME) == (8 if at >= 8 else 0)
     check(cache.fetch(Teacher(), X, range(SAMPLES), identity=NAME), Teacher()(X))
 
@@ -424,7 +424,7 @@ def test_hash_of_a_sharded_teacher_raises() -> None:
         with pytest.raises(TypeError, match=r"'weight' must be .* own storage, got DTensor"):
             teacher_hash(teacher)
 
-    assert together(2, run) == [0, 0]
+    assert run_distributed(2, run) == [0, 0]
 
 
 def test_hash_of_a_teacher_made_in_inference_mode() -> None:

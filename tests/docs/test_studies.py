@@ -19,7 +19,7 @@ import results
 import search_settings
 
 from at_fused.train.config import resolve
-from at_fused.train.report import table_of
+from at_fused.train.report import results_table
 
 
 def test_search_compares_settings_on_validation_images(
@@ -49,19 +49,19 @@ def test_search_compares_settings_on_validation_images(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--grid=foo:lr=1"], "--grid: got 'foo:lr=1', allowed is METHOD:OPTION=X,Y"),
-        (["--grid=at:lr"], "--grid: got 'at:lr', allowed is METHOD:OPTION=X,Y"),
-        (["--grid=at:lr=x"], "--grid: at:lr: got 'x', allowed is a number"),
-        (["--grid=at:lr=1:lr=2"], "--grid: got 'at:lr=1:lr=2', allowed is METHOD:OPTION=X,Y"),
-        (["--grid=at:lr=1=2"], "--grid: at:lr: got '1=2', allowed is a number"),
-        (["--grid=none:beta=1"], "got 'none', allowed is at"),
+        (["--grid=foo:lr=1"], "--grid: got 'foo:lr=1', expected METHOD:OPTION=X,Y"),
+        (["--grid=at:lr"], "--grid: got 'at:lr', expected METHOD:OPTION=X,Y"),
+        (["--grid=at:lr=x"], "--grid: at:lr: got 'x', expected a number"),
+        (["--grid=at:lr=1:lr=2"], "--grid: got 'at:lr=1:lr=2', expected METHOD:OPTION=X,Y"),
+        (["--grid=at:lr=1=2"], "--grid: at:lr: got '1=2', expected a number"),
+        (["--grid=none:beta=1"], "got 'none', expected one of at"),
         (["--grid=none:lr=1", "--evaluate=test"], "--evaluate: not an option of a search"),
         (["--grid=at:beta=1", "--betas=1,10"], "--betas: not an option of a search"),
         (["--grid=at:beta=1", "--validation=0.1"], "--validation: not an option of a search"),
         (["--grid=at:p=1", "--config=validated.toml"], "--validation: not an option of a search"),
-        (["--grid=at:form=paper"], "at-formpaper: beta: got None, allowed is auto, or a number"),
-        (["--grid=f-actt:beta=auto"], "beta: got 'auto', allowed is a number for f-actt"),
-        (["--grid=channel-at:beta=1"], "compare: channel-at does not go with wrn-10-1-b8"),
+        (["--grid=at:form=paper"], "at-formpaper: beta: got None, expected auto, or a number"),
+        (["--grid=f-actt:beta=auto"], "beta: got 'auto', expected a number for f-actt"),
+        (["--grid=channel-at:beta=1"], "compare: channel-at does not work with wrn-10-1-b8"),
     ],
 )
 def test_search_reports_invalid_options(
@@ -141,7 +141,7 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_differences_are_paired_by_seed(tmp_path: Path, records: Path) -> None:
     config = small(compare=["none", "at"], seeds=3)
-    expected = table_of(run(config, tmp_path / "run"), config)
+    expected = results_table(run(config, tmp_path / "run"), config)
     file = tmp_path / "run/metrics.jsonl"
     # Students in another order, as after --resume if one was deleted.
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
@@ -152,7 +152,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path, records: Path) -> None:
     def accuracies(text: str) -> list[list[str]]:
         return [line.split("|")[2:5] for line in text.splitlines()]
 
-    assert accuracies(table_of(*results.read_record("digits"))) == accuracies(expected)
+    assert accuracies(results_table(*results.read_record("digits"))) == accuracies(expected)
 
 
 @pytest.mark.parametrize("case", ["unknown", "unfinished", "missing student", "no config.toml"])

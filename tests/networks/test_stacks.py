@@ -14,7 +14,7 @@ import pytest
 import torch
 from outside import output_of
 from reference import reference_loss
-from test_train_parallel import together
+from test_train_parallel import run_distributed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DistributedSampler
@@ -158,7 +158,7 @@ def test_two_processes_train_as_one(name: str, parts: int, tmp_path: Path) -> No
         weights = student.state_dict() if isinstance(student, nn.Module) else student
         torch.save((losses, weights), tmp_path / f"{rank}.pt")
 
-    assert together(2, member) == [0, 0]
+    assert run_distributed(2, member) == [0, 0]
     networks = toy.networks(3)
     right = torch.tensor(by_hand(networks, steps_of()))
     (losses, weights), (others, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

@@ -1,4 +1,4 @@
-"""Pythons outside the checkout, which would stand in for the package."""
+"""Python processes in other folders: in the checkout they would import its source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = TESTS.parent
 
 
 def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs one in a folder; where it crashes it says in what."""
+    """Run Python in a folder; a crash prints its stack."""
     return subprocess.run(
         [sys.executable, "-X", "faulthandler", *arguments],
         capture_output=True,
@@ -25,8 +25,8 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def output_of(folder: Path, *arguments: str, **environment: str) -> str:
-    """What one prints that must not fail."""
+    """Run Python in a folder; return its stdout, and fail if it exits with an error."""
     done = run(folder, *arguments, **environment)
-    ended = f"ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    assert done.returncode == 0, ended
+    message = f"exited with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, message
     return done.stdout

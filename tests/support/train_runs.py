@@ -1,4 +1,4 @@
-"""Small runs of at-fused-train for its tests."""
+"""Small runs of at-fused-train, and helpers that stop or kill them."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ SMALL: dict[str, Any] = {
 
 
 def small(**changes: Any) -> Config:
-    """A configuration whose run takes a second or two."""
+    """Return a configuration that runs in a second or two."""
     return resolve(SMALL | changes)
 
 
 class Listener(Callbacks):
-    """Notes what a run says, and which networks it comes to."""
+    """Callbacks that record log messages and started jobs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: list[str] = []
+        self.logged: list[str] = []
         self.jobs: list[str] = []
 
     def log(self, text: str) -> None:
-        self.said.append(text)
+        self.logged.append(text)
 
-    def job(self, job: Job) -> None:
+    def on_job_start(self, job: Job) -> None:
         self.jobs.append(job.name)
 
 
@@ -61,25 +61,25 @@ def run(config: Config, out: Path, callbacks: Callbacks | None = None) -> Result
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl of a run."""
+    """Return the records in a run's metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(out: Path) -> dict[str, dict[str, Tensor]]:
-    """All networks that a run has saved, by file."""
+    """Return the state_dicts of all networks that a run has saved, by file."""
     return {p.name: torch.load(p, weights_only=True)["model"] for p in sorted(out.glob("*.pt"))}
 
 
-def same(a: Path, b: Path) -> bool:
-    """Whether two runs have saved the same networks, bit for bit."""
-    one, two = weights(a), weights(b)
-    return one.keys() == two.keys() and all(
-        torch.equal(x, two[file][name]) for file, model in one.items() for name, x in model.items()
+def same_weights(a: Path, b: Path) -> bool:
+    """Return True if two runs have saved identical networks."""
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(
+        torch.equal(x, second[file][k]) for file, state in first.items() for k, x in state.items()
     )
 
 
-def stop_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have SIGTERM arrive while a student's step is computed."""
+def stop_at_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate a SIGTERM during a student's step."""
     train_step = Trainer.train_step
 
     def signalled(self: Trainer, *arguments: Any) -> None:
@@ -90,8 +90,8 @@ def stop_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "train_step", signalled)
 
 
-def training(out: Path, *words: str) -> subprocess.Popen[str]:
-    """Start the program; return once its first student has come to another point of its curve."""
+def start_training(out: Path, *words: str) -> subprocess.Popen[str]:
+    """Start the program; return once its first student has added an evaluation to the metrics."""
     file = out / "metrics.jsonl"
     before = len(metrics(out)) if file.is_file() else 1
     command = [sys.executable, "-m", "at_fused.train", *words]
@@ -104,11 +104,11 @@ def training(out: Path, *words: str) -> subprocess.Popen[str]:
     return process
 
 
-def in_child(function: Any) -> int:
-    """Fork a process that runs a function and ends; return its number.
+def fork(function: Any) -> int:
+    """Run a function in a forked process; return its process id.
 
-    Forked, because importing torch takes longer than the runs do; of threads, which a fork does not
-    survive, these runs have one.
+    A fork is faster than a new process, which imports torch. Only the calling thread survives a
+    fork; these runs use one thread.
     """
     child = os.fork()
     if child == 0:
@@ -122,22 +122,22 @@ def in_child(function: Any) -> int:
     return child
 
 
-def ended(child: int) -> int:
-    """Wait for it; return its exit status, or minus the number of the signal that ended it."""
+def wait_for(child: int) -> int:
+    """Wait for a process; return its exit status, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def die_before(at: int, *places: tuple[Any, str]) -> None:
-    """Has this process killed before the call of this number of any of these functions."""
+def kill_before_call(number: int, *functions: tuple[Any, str]) -> None:
+    """Kill this process before the ``number``-th call (from 0) of any of these functions."""
     calls = itertools.count()
 
-    def dying(original: Any) -> Any:
+    def killing(original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if next(calls) == at:
+            if next(calls) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
 
         return call
 
-    for owner, name in places:
-        setattr(owner, name, dying(getattr(owner, name)))
+    for owner, name in functions:
+        setattr(owner, name, killing(getattr(owner, name)))

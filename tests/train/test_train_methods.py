@@ -1,4 +1,4 @@
-"""Losses of at-fused-train: each method's, against its formula in plain PyTorch."""
+"""Losses of at-fused-train against their formulas, and the plan of steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BETA = 7.0
 
 
 class Fixture:
-    """Two networks, a batch, and what both make of it."""
+    """Two networks and a batch."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -43,38 +43,39 @@ class Fixture:
 
 
 @pytest.fixture
-def given() -> Fixture:
+def fixture() -> Fixture:
     return Fixture()
 
 
-def copy_of(model: nn.Module) -> Callable[..., Any]:
-    """The same parameters in another pass that leaves no statistics."""
+def without_side_effects(model: nn.Module) -> Callable[..., Any]:
+    """Return a callable with the same parameters that does not update BatchNorm statistics."""
     return lambda x: torch.func.functional_call(
         model, {k: b.clone() for k, b in model.named_buffers()}, (x,)
     )
 
 
-def formula(method: str, c: Config, g: Fixture, student: nn.Module) -> Tensor:
-    """The losses of the package, each of which has a test of its own, put together."""
-    x, y = g.batch.x.detach().requires_grad_(), g.batch.y
-    (logits, features), (wanted, others) = student(x), g.teacher(x.detach())
+def expected_loss(method: str, c: Config, fixture: Fixture, student: nn.Module) -> Tensor:
+    """Return the loss, from the package's loss functions, which have tests of their own."""
+    x, y = fixture.batch.x.detach().requires_grad_(), fixture.batch.y
+    teacher = fixture.teacher
+    (logits, features), (teacher_logits, teacher_features) = student(x), teacher(x.detach())
     base = F.cross_entropy(logits, y)
     if method in ("kd", "at+kd"):
-        base = at_fused.kd_loss(logits, wanted, y, T=c.T, alpha=c.alpha)
+        base = at_fused.kd_loss(logits, teacher_logits, y, T=c.T, alpha=c.alpha)
     if method in ("none", "kd"):
         return base
     if method == "gradient-at":
-        seen = at_fused.input_gradient(logits, x, y, create_graph=True)
-        given = at_fused.input_gradient(lambda x: g.teacher(x)[0], x, y)
-        return base + BETA / 2 * at_fused.gradient_at_loss(seen, given)
+        gradient = at_fused.input_gradient(logits, x, y, create_graph=True)
+        target = at_fused.input_gradient(lambda x: teacher(x)[0], x, y)
+        return base + BETA / 2 * at_fused.gradient_at_loss(gradient, target)
     if method == "flip-symmetry":
-        model = copy_of(student)
+        model = without_side_effects(student)
         return base + BETA / 2 * at_fused.flip_symmetry_loss(lambda x: model(x)[0], x, y)
     if method == "f-actt":
-        return base + BETA * at_fused.features_loss(features, others)
+        return base + BETA * at_fused.features_loss(features, teacher_features)
     options: Any = {"p": c.p, "collapse": c.collapse, "form": c.form}
     attend = "channel" if method == "channel-at" else "spatial"
-    return base + BETA * at_fused.at_loss(features, others, attend=attend, **options)
+    return base + BETA * at_fused.at_loss(features, teacher_features, attend=attend, **options)
 
 
 @pytest.mark.parametrize(
@@ -86,59 +87,60 @@ def formula(method: str, c: Config, g: Fixture, student: nn.Module) -> Tensor:
         ("at+kd", {"form": "paper", "beta": 1.0, "T": 8.0}),
     ],
 )
-def test_the_loss_and_its_gradients_are_the_formulas(
-    given: Fixture, method: str, options: dict[str, Any]
+def test_losses_and_gradients_match_the_formulas(
+    fixture: Fixture, method: str, options: dict[str, Any]
 ) -> None:
-    one, two = given.student, copy.deepcopy(given.student)
+    student, other = fixture.student, copy.deepcopy(fixture.student)
     config = small(method={method: options}).for_method(method)
-    made = OBJECTIVES[method](config, given.networks(one), None)
-    terms = made(given.batch, BETA)
+    objective = OBJECTIVES[method](config, fixture.networks(student), None)
+    terms = objective(fixture.batch, BETA)
     terms.loss.backward()
-    wanted = formula(method, config, given, two)
-    wanted.backward()
-    torch.testing.assert_close(terms.loss, wanted, rtol=1e-5, atol=1e-6)
-    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+    expected = expected_loss(method, config, fixture, other)
+    expected.backward()
+    torch.testing.assert_close(terms.loss, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(student.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
-    # BatchNorm has seen the batch once (twice, where the flipped one runs as well).
-    assert all(p.grad is None for p in given.teacher.parameters())
-    torch.testing.assert_close(
-        terms.task, F.cross_entropy(copy_of(two)(given.batch.x)[0], given.batch.y)
-    )
-    made.close()
-    assert not any(m._forward_hooks for n in (one, given.teacher) for m in n.modules())
+    assert all(p.grad is None for p in fixture.teacher.parameters())
+    logits = without_side_effects(other)(fixture.batch.x)[0]
+    torch.testing.assert_close(terms.task, F.cross_entropy(logits, fixture.batch.y))
+    objective.close()
+    assert not any(m._forward_hooks for n in (student, fixture.teacher) for m in n.modules())
 
 
 @pytest.mark.parametrize("method", ["at", "kd", "at+kd"])
-def test_a_cache_gives_what_the_teacher_would(given: Fixture, tmp_path: Path, method: str) -> None:
-    cache, runs, losses, batches = TeacherCache(tmp_path, samples=20), [], [], 0
-    given.teacher.register_forward_hook(lambda *a: runs.append(a))
+def test_cached_losses_equal_those_of_the_teacher(
+    fixture: Fixture, tmp_path: Path, method: str
+) -> None:
+    cache, passes, losses, count = TeacherCache(tmp_path, samples=20), [], [], 0
+    fixture.teacher.register_forward_hook(lambda *args: passes.append(args))
     for each in (None, cache, cache):
-        student = copy.deepcopy(given.student)
-        made = OBJECTIVES[method](small().for_method(method), given.networks(student), each)
-        before = len(runs)  # without those that show how features lie
-        losses.append(made(given.batch, BETA).loss.item())
-        batches += len(runs) - before
-        made.close()
+        student = copy.deepcopy(fixture.student)
+        networks = fixture.networks(student)
+        objective = OBJECTIVES[method](small().for_method(method), networks, each)
+        before = len(passes)  # not those that find the layouts
+        losses.append(objective(fixture.batch, BETA).loss.item())
+        count += len(passes) - before
+        objective.close()
     assert losses == [losses[0]] * 3
-    assert batches == 2
+    assert count == 2
 
 
-# ---- the plan of a run
+# ---- plan
 
 
-def test_an_epoch_is_a_permutation_of_its_own() -> None:
+def test_each_epoch_is_another_permutation() -> None:
     def order(epoch: int, seed: int = 3) -> list[int]:
         return torch.cat(Plan(small(batch_size=8), 21, seed, 1.0).batches(epoch)).tolist()
 
     assert sorted(order(0)) == sorted(order(1)) == list(range(21))
     assert order(1) == order(1) not in (order(0), order(1, seed=4))
     plan = Plan(small(batch_size=8), 21, seed=3, beta=1.0)
-    assert (plan.per_epoch, plan.steps) == (3, 18)
-    # One image is no batch.
-    assert Plan(small(batch_size=10), 21, 3, 1.0).per_epoch == 2
+    assert (plan.steps_per_epoch, plan.steps) == (3, 18)
+    # A last batch of one image is dropped.
+    assert Plan(small(batch_size=10), 21, 3, 1.0).steps_per_epoch == 2
 
 
-def test_a_rate_rises_in_the_warm_up_and_falls_as_torchs_cosine() -> None:
+def test_lr_warms_up_and_follows_torchs_cosine_schedule() -> None:
     plan = Plan(small(epochs=10, lr=0.3, batch_size=10), 40, 0, 1.0)
     warm = Plan(small(epochs=10, lr=0.3, batch_size=10, warmup=2.0), 40, 0, 1.0)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.3)
@@ -157,16 +159,16 @@ def test_beta_follows_its_schedule() -> None:
         assert (plan.beta(last / 2), plan.beta(last)) == pytest.approx(betas)
 
 
-def test_augmentation_repeats_only_for_a_cache() -> None:
+def test_augmentation_repeats_only_with_a_cache() -> None:
     def seeds(**options: Any) -> list[int | None]:
-        return [Plan(small(**options), 64, 2, 1.0).augmentation(epoch) for epoch in range(6)]
+        return [Plan(small(**options), 64, 2, 1.0).augmentation_seed(epoch) for epoch in range(6)]
 
     assert len(set(seeds())) == 6
     assert seeds(cache=2) == [0, 1, 0, 1, 0, 1]
     assert seeds(augment=False) == [None] * 6
 
 
-# ---- exact is the plain program
+# ---- speed exact
 
 STEP = {"lr_schedule": "step", "lr_drops": (0.6,)}
 
@@ -184,10 +186,10 @@ STEP = {"lr_schedule": "step", "lr_drops": (0.6,)}
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
-def test_exact_is_bit_for_bit_the_plain_program(
+def test_exact_speed_matches_a_plain_loop_bit_for_bit(
     method: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A loop that anybody would write, with torch's optimizer, ends in the same bits."""
+    """The plain loop uses AttentionTransfer, kd_loss and torch's optimizers directly."""
     config = small(compare=[method], epochs=3, batch_size=8, **changes)
     experiment = Experiment(config, tmp_path)
     experiment.run()
@@ -199,13 +201,14 @@ def test_exact_is_bit_for_bit_the_plain_program(
         teacher.load_state_dict(experiment.teacher.state_dict())
         at = AttentionTransfer(student, teacher, PAIRS, beta=job.plan.beta(0))
     sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else sgd
-    make = partial(kind, [*student.parameters()], 1.0, weight_decay=job.config.weight_decay)
-    optimizer, step, plan = make(), 0, job.plan
+    optimizer_type = torch.optim.AdamW if config.optimizer == "adamw" else sgd
+    decay, parameters = job.config.weight_decay, [*student.parameters()]
+    make_optimizer = partial(optimizer_type, parameters, 1.0, weight_decay=decay)
+    optimizer, step, plan = make_optimizer(), 0, job.plan
     for epoch in range(3):
-        for x, y, _ in job.train.batches(plan.batches(epoch), plan.augmentation(epoch)):
-            if config.reset_momentum and step == 6:  # of 9: 0.6 of them are done
-                optimizer = make()
+        for x, y, _ in job.train.batches(plan.batches(epoch), plan.augmentation_seed(epoch)):
+            if config.reset_momentum and step == 6:  # lr_drops is 0.6 of 9 steps
+                optimizer = make_optimizer()
             optimizer.param_groups[0]["lr"] = plan.lr(step)
             logits, _ = student(x)
             loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
@@ -218,6 +221,6 @@ def test_exact_is_bit_for_bit_the_plain_program(
             loss.backward()
             optimizer.step()
             step += 1
-    found = torch.load(tmp_path / f"student_{method}-seed0.pt", weights_only=True)["model"]
-    different = [n for n, x in student.state_dict().items() if not torch.equal(found[n], x)]
+    saved = torch.load(tmp_path / f"student_{method}-seed0.pt", weights_only=True)["model"]
+    different = [n for n, x in student.state_dict().items() if not torch.equal(saved[n], x)]
     assert (step, different) == (9, [])

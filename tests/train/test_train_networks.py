@@ -1,4 +1,4 @@
-"""The networks of at-fused-train, and the forms of them that run a step faster."""
+"""Networks of at-fused-train, folded BatchNorm, and step modes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import needs_torchvision
+from image_data import needs_torchvision
 from torch import Tensor, nn
 
 from at_fused.train import speed
 from at_fused.train.config import ConfigError, resolve
 from at_fused.train.networks import WRN, build, count_parameters
-from at_fused.train.speed import StepMode, folded, step_mode
+from at_fused.train.speed import StepMode, fold_batchnorm, step_mode
 from at_fused.visualize import attention_maps
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def test_wrn_shapes() -> None:
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(logits.sum(), features))
 
 
-# ---- the others
+# ---- other networks
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_wrn_shapes() -> None:
     ],
 )
 @needs_torchvision
-def test_torchvisions_networks_by_name(name: str, size: int, millions: float) -> None:
+def test_torchvision_networks_are_built_by_name(name: str, size: int, millions: float) -> None:
     model = build(name, 1000, 3)
     assert count_parameters(model) / 1e6 == pytest.approx(millions, abs=0.006)
     x = torch.randn(2, 3, size, size)
     assert model.eval()(x).shape == (2, 1000)
-    if name.endswith("-cifar"):  # which keeps small images
+    if name.endswith("-cifar"):  # no downsampling in the stem
         maps = attention_maps(model, x, [f"layer{i}" for i in range(1, 5)])
         assert [len(q[0]) for q in maps.values()] == [32, 16, 8, 4]
 
@@ -66,17 +66,17 @@ def test_torchvisions_networks_by_name(name: str, size: int, millions: float) ->
 @pytest.mark.parametrize(
     ("name", "channels", "message"),
     [
-        ("resnet-19", 3, r"student: got 'resnet-19', allowed is wrn-DEPTH"),
+        ("resnet-19", 3, r"student: got 'resnet-19', expected wrn-DEPTH"),
         ("mobilenet_v7", 3, "did you mean mobilenet_v2"),
-        ("resnet-18", 1, "takes images of 3 channels, these have 1"),
-        ("resnet-50-paper", 3, "allowed is .*MODULE:FUNCTION; did you mean resnet-50"),
-        ("no_module:f", 3, "student: 'no_module:f' cannot be imported: ModuleNotFoundError: No"),
-        ("own_stops:net", 3, "'own_stops:net' cannot be imported: SystemExit: 3"),
+        ("resnet-18", 1, "takes images with 3 channels, not 1"),
+        ("resnet-50-paper", 3, "expected .*MODULE:FUNCTION; did you mean resnet-50"),
+        ("no_module:f", 3, "student: cannot import 'no_module:f': ModuleNotFoundError: No"),
+        ("own_stops:net", 3, "cannot import 'own_stops:net': SystemExit: 3"),
         ("own_networks:raises", 3, r"raises\(num_classes=7\) raises KeyError: 'x'"),
         ("own_networks:dict", 3, r"must return a torch.nn.Module, got dict"),
     ],
 )
-def test_a_wrong_name_is_one_clear_error(
+def test_unknown_names_and_failing_functions_are_one_line(
     name: str, channels: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own_networks(tmp_path, monkeypatch)
@@ -85,42 +85,41 @@ def test_a_wrong_name_is_one_clear_error(
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ConfigError, match=r"needs torchvision.*at_fused\[train\]"):
+    with pytest.raises(ConfigError, match=r"requires torchvision.*at_fused\[train\]"):
         build("resnet-18", 10, 3)
 
 
 @needs_torchvision
-def test_the_authors_shortcuts_have_no_norm() -> None:
+def test_paper_resnet_has_no_batchnorm_in_shortcuts() -> None:
     plain, paper = build("resnet-18", 10, 3).state_dict(), build("resnet-18-paper", 10, 3)
-    gone = {k for k in plain if "downsample.1" in k}
-    own = {
-        k.replace("downsample.0", "downsample"): x.shape for k, x in plain.items() if k not in gone
-    }
-    assert len(gone) == 15
-    assert {k: x.shape for k, x in paper.state_dict().items()} == own
+    removed = {k for k in plain if "downsample.1" in k}
+    kept = {k: x.shape for k, x in plain.items() if k not in removed}
+    expected = {k.replace("downsample.0", "downsample"): shape for k, shape in kept.items()}
+    assert len(removed) == 15
+    assert {k: x.shape for k, x in paper.state_dict().items()} == expected
     assert paper(torch.randn(2, 3, 64, 64)).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
     "name", ["wrn-16-2", pytest.param("resnet-18-paper", marks=needs_torchvision)]
 )
-def test_the_authors_first_weights(name: str) -> None:
-    """As utils.py of their program has them; torch's where nothing else is asked for."""
+def test_init_paper_draws_the_authors_initial_weights(name: str) -> None:
+    """Compare with utils.py of their program, and the default with torch."""
     torch.manual_seed(0)
     paper, plain = build(name, 100, 3, init="paper"), build(name, 100, 3)
     norms = [[m for m in n.modules() if isinstance(m, nn.BatchNorm2d)] for n in (paper, plain)]
     assert all((m.weight == 1).all() for m in norms[1])
     assert all(not m.bias.any() and (m.momentum, m.eps) == (0.1, 1e-5) for m in norms[0])
     weights = torch.cat([m.weight for m in norms[0]])
-    # Uniform in [0, 1]: its mean, its variance, its ends.
-    slack = 4 / math.sqrt(len(weights))
-    assert weights.mean().item() == pytest.approx(1 / 2, abs=slack / math.sqrt(12))
-    assert weights.var().item() == pytest.approx(1 / 12, abs=slack * 0.075)
+    # Uniform in [0, 1]: mean, variance, minimum.
+    tolerance = 4 / math.sqrt(len(weights))
+    assert weights.mean().item() == pytest.approx(1 / 2, abs=tolerance / math.sqrt(12))
+    assert weights.var().item() == pytest.approx(1 / 12, abs=tolerance * 0.075)
     assert 0 <= weights.min() < 0.02
     layers = [m for m in paper.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    for m in layers:  # He's: normal, of variance 2 / fan_in
+    for m in layers:  # He initialisation: normal with variance 2 / fan_in
         w = m.weight.detach() / math.sqrt(2 / m.weight[0].numel())
         n = w.numel()
         assert w.std().item() == pytest.approx(1, rel=4 / math.sqrt(2 * n))
@@ -131,7 +130,7 @@ def test_the_authors_first_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "type_name"),
     [
         pytest.param("torchvision.models:resnet18", "ResNet", marks=needs_torchvision),
         ("timm.models:resnet10t", "ResNet"),
@@ -139,19 +138,19 @@ def test_the_authors_first_weights(name: str) -> None:
         ("own_networks:Tiny", "Tiny"),
     ],
 )
-def test_a_network_by_its_import_path(
-    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_network_is_imported_by_its_path(
+    name: str, type_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name.startswith("timm"):
         pytest.importorskip("timm")
     own_networks(tmp_path, monkeypatch)
     model = build(name, 7, 3)
-    assert type(model).__name__ == kind
+    assert type(model).__name__ == type_name
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
 
 def own_networks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's modules in the working folder, which nothing but the program puts on the path."""
+    """Write a user's modules to the working folder, which only the program adds to sys.path."""
     folder.joinpath("own_networks.py").write_text(
         "from torch import nn\nfrom builtins import dict\n"
         "class Tiny(nn.Sequential):\n"
@@ -168,11 +167,11 @@ def own_networks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
-# ---- BatchNorm within the convolutions
+# ---- folded BatchNorm
 
 
-def warmed(model: nn.Module, x: Tensor) -> nn.Module:
-    """With statistics and affine parameters that are not the initial ones."""
+def with_random_norms(model: nn.Module, x: Tensor) -> nn.Module:
+    """Return the model with BatchNorm parameters and statistics that are not the initial ones."""
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -187,38 +186,38 @@ def warmed(model: nn.Module, x: Tensor) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "layers", "before", "after"),
     [
-        # The second norm of each block follows a convolution; the first, and the last, a sum.
+        # Only the second norm of each block follows a convolution.
         ("wrn-16-2", ["groups.0", "groups.1", "groups.2"], 13, 7),
         pytest.param("resnet-18", ["layer1", "layer4"], 20, 0, marks=needs_torchvision),
     ],
 )
-def test_folding_changes_rounding_alone(
+def test_folding_changes_only_rounding(
     name: str, layers: list[str], before: int, after: int
 ) -> None:
     x = torch.randn(4, 3, 64, 64)
-    model = warmed(build(name, 10, 3), x)
-    lean, count = folded(model, layers)
-    norms = [sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) for net in (model, lean)]
+    model = with_random_norms(build(name, 10, 3), x)
+    folded, count = fold_batchnorm(model, layers)
+    norms = [sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) for net in (model, folded)]
     assert (norms, count) == ([before, after], before - after)
     with torch.no_grad():
-        torch.testing.assert_close(lean(x), model(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-3, atol=1e-3)
 
 
-def test_a_layer_that_is_looked_at_keeps_its_output() -> None:
+def test_folding_keeps_the_output_of_kept_layers() -> None:
     x = torch.randn(4, 3, 8, 8)
     inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3))
-    model = warmed(nn.Sequential(inner, nn.BatchNorm2d(5), nn.ReLU()), x)
-    for keep, count in ([], 2), (["0.0"], 1), (["0"], 1), (["0.1"], 1), (["1"], 1):
-        lean, found = folded(model, keep)
-        assert found == count, keep
-        torch.testing.assert_close(lean(x), model(x), rtol=1e-4, atol=1e-5)
+    model = with_random_norms(nn.Sequential(inner, nn.BatchNorm2d(5), nn.ReLU()), x)
+    for keep, expected in ([], 2), (["0.0"], 1), (["0"], 1), (["0.1"], 1), (["1"], 1):
+        folded, count = fold_batchnorm(model, keep)
+        assert count == expected, keep
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
         for name in keep:
-            a, b = (attention_maps(m, x, name, normalize=False)[name] for m in (model, lean))
+            a, b = (attention_maps(m, x, name, normalize=False)[name] for m in (model, folded))
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 
 
 class Shared(nn.Module):
-    """One convolution that runs twice, one whose output goes two ways, and a branch, if any."""
+    """Network with a convolution called twice, one with two users, and optionally a branch."""
 
     def __init__(self, branch: bool) -> None:
         super().__init__()
@@ -226,38 +225,38 @@ class Shared(nn.Module):
         self.n, self.m, self.branch = nn.BatchNorm2d(3), nn.BatchNorm2d(3), branch
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.branch:  # which torch.fx cannot read
+        if self.branch:  # torch.fx cannot trace it
             return self.n(self.a(x)) if x.sum() > 0 else x
         y = self.b(self.n(self.a(self.a(x))))
         return y + self.m(y)
 
 
 @pytest.mark.parametrize("branch", [False, True])
-def test_what_cannot_be_folded_is_left(branch: bool) -> None:
+def test_shared_convolutions_and_untraceable_networks_are_not_folded(branch: bool) -> None:
     model, x = Shared(branch).eval(), torch.randn(2, 3, 6, 6)
-    lean, count = folded(model, [])
+    folded, count = fold_batchnorm(model, [])
     assert count == 0
-    assert torch.equal(lean(x), model(x))
+    assert torch.equal(folded(x), model(x))
 
 
-# ---- which way a step runs
+# ---- step modes
 
 
-def test_speed_says_how_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of(method: str = "at", processes: int = 1, **options: Any) -> StepMode:
+def test_speed_determines_the_step_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mode(method: str = "at", processes: int = 1, **options: Any) -> StepMode:
         return step_mode(resolve(options), CPU, method, processes)
 
-    monkeypatch.setattr(speed, "bf16_is_fast", lambda device: True)
-    assert of(speed="auto") == StepMode(torch.bfloat16, True, True)
-    words = "bfloat16, channels_last, compile, folded BatchNorm, fused SGD"
-    assert str(of(speed="auto")) == words
-    monkeypatch.setattr(speed, "bf16_is_fast", lambda device: False)
+    monkeypatch.setattr(speed, "has_fast_bf16", lambda device: True)
+    assert mode(speed="auto") == StepMode(torch.bfloat16, True, True)
+    text = "bfloat16, channels_last, compile, folded BatchNorm, fused SGD"
+    assert str(mode(speed="auto")) == text
+    monkeypatch.setattr(speed, "has_fast_bf16", lambda device: False)
     dtypes = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    assert {name: of(speed=name).dtype for name in dtypes} == dtypes
-    assert of(speed="exact") == StepMode()
-    # Double backward: neither a graph nor 8 bits.
-    second = of("gradient-at", speed="bf16")
-    assert (second.dtype, second.compile, second.fast) == (None, False, True)
-    assert not of(speed="fp32", compile=False).compile
-    assert not of(processes=2, speed="fp32").compile
-    assert of(processes=2, speed="fp32", sync_norm=False).compile
+    assert {name: mode(speed=name).dtype for name in dtypes} == dtypes
+    assert mode(speed="exact") == StepMode()
+    # Double backward needs eager mode and fp32.
+    second_order = mode("gradient-at", speed="bf16")
+    assert (second_order.dtype, second_order.compile, second_order.fast) == (None, False, True)
+    assert not mode(speed="fp32", compile=False).compile
+    assert not mode(processes=2, speed="fp32").compile
+    assert mode(processes=2, speed="fp32", sync_norm=False).compile

@@ -1,4 +1,4 @@
-"""python -m at_fused.visualize: a run of at-fused-train as a picture."""
+"""python -m at_fused.visualize: figures of runs of at-fused-train."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import Noise, needs_torchvision, open_data, save_network, write_pictures
+from image_data import Noise, needs_torchvision, open_data, save_network, write_images
 
 from at_fused import visualize
 from at_fused.train import checkpoints
 from at_fused.train.config import resolve, to_toml
-from at_fused.train.data import inspect
+from at_fused.train.data import scan_images
 from at_fused.train.networks import build
 from at_fused.train.saved import load_network
 from at_fused.visualize.__main__ import checkpoints_of, main, titles
@@ -26,7 +26,7 @@ from at_fused.visualize.__main__ import checkpoints_of, main, titles
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as at-fused-train leaves it, of networks that never trained."""
+    """Create the folder of a run, with untrained networks."""
     folder = tmp_path_factory.mktemp("visualize") / "run"
     folder.mkdir()
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_is_drawn_by_the_command(
+def test_command_draws_attention_maps(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "maps.svg"
@@ -55,67 +55,67 @@ def test_a_run_is_drawn_by_the_command(
     monkeypatch.delitem(sys.modules, "at_fused.visualize.__main__")
     runpy.run_module("at_fused.visualize", run_name="__main__")  # as python -m does
     assert capsys.readouterr() == (f"{out}\n", "")
-    # Text is drawn as paths, each said in a comment.
+    # SVG draws text as paths, with a comment for each.
     assert all(f"<!-- {text} -->" in out.read_text() for text in ("AT + KD", "stem", "12x12"))
 
 
-def test_columns_are_the_networks_and_rows_the_digits(
+def test_figure_has_a_column_per_network_and_a_row_per_stage(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved, save = [], visualize.save
-    monkeypatch.setattr(visualize, "save", lambda *given: (saved.append(given), save(*given)))
+    calls, save = [], visualize.save
+    monkeypatch.setattr(visualize, "save", lambda *args: (calls.append(args), save(*args)))
     main([str(run), "--images", "3"])
     assert (run / "attention.png").stat().st_size > 10_000
-    ((fig, _),) = saved
+    ((fig, _),) = calls
     axes = np.array(fig.axes[: 6 * 9]).reshape(6, 9)
     data = open_data("digits", image_size=12)
     ((images, labels, _),) = data.evaluate.batches([torch.arange(3)], None)
-    first = [str(int(label)) for label in labels]
+    digits = [str(int(label)) for label in labels]
     heads = ["student\nalone", "AT", "teacher"]
-    assert [ax.get_title() for ax in axes[0]] == [first[0], *heads, "", first[1], *heads]
-    assert [ax.get_title() for ax in axes[3]] == [first[2], *heads, *[""] * 5]
+    assert [ax.get_title() for ax in axes[0]] == [digits[0], *heads, "", digits[1], *heads]
+    assert [ax.get_title() for ax in axes[3]] == [digits[2], *heads, *[""] * 5]
     assert [ax.get_ylabel() for ax in axes[:, 0]] == [
         f"groups.{i}\n{size}x{size}" for i, size in enumerate((12, 6, 3))
     ] * 2
-    # The features that the networks return are those that were drawn, each network's its own.
-    for place, path in enumerate(checkpoints_of(run), start=1):
+    # Each column shows the features of its own network.
+    for column, path in enumerate(checkpoints_of(run), start=1):
         model, _ = load_network(path)
         with torch.no_grad():
             _, features = model(images)
         for stage, feature in enumerate(features):
             q = feature[2].square().mean(0)
-            drawn = axes[3 + stage][place].images[1].get_array()
-            np.testing.assert_allclose(drawn, q / q.square().mean().sqrt(), rtol=1e-4)
+            actual = axes[3 + stage][column].images[1].get_array()
+            np.testing.assert_allclose(actual, q / q.square().mean().sqrt(), rtol=1e-4)
 
 
 @needs_torchvision
 @pytest.mark.parametrize("own", [False, True])
-def test_images_are_the_runs(
+def test_images_are_those_of_the_run(
     own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without those that it left out, and as it normalised them; or one's own, from 0 to 1."""
-    shown: list[Any] = []
-    draw = visualize.figure
+    """A folder's without skipped images and denormalised; custom images scaled to [0, 1]."""
+    calls: list[Any] = []
+    figure = visualize.figure
     monkeypatch.setattr(
-        visualize, "figure", lambda *x, **y: (shown.append((x[0], y)), draw(*x, **y))[1]
+        visualize, "figure", lambda *x, **y: (calls.append((x[0], y)), figure(*x, **y))[1]
     )
     mean, std = (0.4, 0.5, 0.6), (0.3, 0.3, 0.2)
     options: dict[str, Any] = {"data": "folder", "root": "pets", "mean": mean, "std": std}
     monkeypatch.chdir(tmp_path)
     if own:
         options = {"data": "pets:data"}
-        noise = Noise(12, ["ant", "bee", "cat"], made=lambda x: x[:1])
+        noise = Noise(12, ["ant", "bee", "cat"], transform=lambda x: x[:1])
         pets = SimpleNamespace(data=lambda root: [noise] * 2)
         monkeypatch.setitem(sys.modules, "pets", pets)
         data = open_data("pets:data", "")
     else:
         for part in ("train", "val"):
-            write_pictures(tmp_path / "pets", part, ("ant", "bee"), 3)
-        (tmp_path / "pets/val/ant/0.png").write_bytes(b"no picture")
-        pictures = inspect("pets")
-        (tmp_path / "pictures.json").write_text(json.dumps(asdict(pictures)))
+            write_images(tmp_path / "pets", part, ("ant", "bee"), 3)
+        (tmp_path / "pets/val/ant/0.png").write_bytes(b"not an image")
+        scan = scan_images("pets")
+        (tmp_path / "pictures.json").write_text(json.dumps(asdict(scan)))
         options["image_size"] = 8
-        data = open_data("folder", "pets", image_size=8, mean=mean, std=std, pictures=pictures)
+        data = open_data("folder", "pets", image_size=8, mean=mean, std=std, scan=scan)
     path, name = tmp_path / "student_at-seed0.pt", "wrn-10-1-b4"
 
     def save() -> None:
@@ -127,48 +127,48 @@ def test_images_are_the_runs(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     main([str(path), "--images=3", "--layers=stem"])
-    ((images, drawn),) = shown
+    ((images, keywords),) = calls
     ((expected, _, _),) = data.evaluate.batches([torch.arange(3)], None)
     assert torch.equal(images, expected)
-    assert drawn["names"] == (["ant", "bee", "cat"] if own else ["ant", "ant", "bee"])
-    assert (drawn["mean"], drawn["std"]) == ((None, None) if own else (mean, std))
+    assert keywords["names"] == (["ant", "bee", "cat"] if own else ["ant", "ant", "bee"])
+    assert (keywords["mean"], keywords["std"]) == ((None, None) if own else (mean, std))
     if own:
-        noise.made = lambda x: x
+        noise.transform = lambda x: x
         data, message = open_data("pets:data", ""), "images must be a tensor (B, 1, H, W) or "
         save()
     else:
-        message = "cannot read the picture "
-        for picture in (tmp_path / "pets/val/ant").iterdir():
-            picture.write_bytes(b"damaged since")
+        message = "cannot read image "
+        for image in (tmp_path / "pets/val/ant").iterdir():
+            image.write_bytes(b"damaged")
     with pytest.raises(SystemExit):
         main([str(path), "--layers=stem"])
     assert f"error: {message}" in capsys.readouterr().err
 
 
-def test_titles_tell_files_apart() -> None:
-    def of(*names: str) -> list[str]:
+def test_titles_distinguish_files() -> None:
+    def titles_of(*names: str) -> list[str]:
         return titles([Path("run") / f"{name}.pt" for name in names])
 
-    assert of("student_at+kd-seed0", "teacher", "mine") == ["AT + KD", "teacher", "mine"]
-    assert of("teacher", "../b/teacher") == ["run/teacher.pt", "run/../b/teacher.pt"]
+    assert titles_of("student_at+kd-seed0", "teacher", "mine") == ["AT + KD", "teacher", "mine"]
+    assert titles_of("teacher", "../b/teacher") == ["run/teacher.pt", "run/../b/teacher.pt"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["RUN/none.pt"], "No such file or directory: 'RUN/none.pt'"),
-        (["RUN/text.pt"], "RUN/text.pt: truncated, damaged, or no file of this version"),
-        (["RUN/wrong.pt"], "RUN/wrong.pt: no network of at-fused-train (Error(s)"),
+        (["RUN/text.pt"], "RUN/text.pt: truncated, damaged, or not from this version"),
+        (["RUN/wrong.pt"], "RUN/wrong.pt: not a network of at-fused-train (Error(s)"),
         (["RUN/teacher.pt", "RUN/larger.pt"], "must take images of one size, got [12, 16]"),
         (["RUN", "--layers", "group.0"], "layers: WRN has no module 'group.0'"),
         (["RUN", "--layers", "head"], "layer 'head': x must be (B, C, H, W)"),
-        (["RUN", "--images", "0"], "argument --images: got 0, allowed is a whole number from 1"),
+        (["RUN", "--images", "0"], "argument --images: got 0, expected an integer from 1"),
         (["RUN", "--out", "RUN/maps.txt"], "Format 'txt' is not supported (supported formats: "),
         (["RUN", "--out", "RUN/no/maps.png"], "No such file or directory: 'RUN/no/maps.png'"),
         ([], "the following arguments are required: CHECKPOINT"),
     ],
 )
-def test_a_bad_argument_is_one_clear_error(
+def test_errors_are_one_line(
     arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "text.pt").write_text("no weights")

@@ -1,4 +1,4 @@
-"""The data sets of at-fused-train: digits, Fashion-MNIST, CIFAR, folders, and one's own.
+"""Data sets of at-fused-train: digits, Fashion-MNIST, CIFAR, folders and custom data sets.
 
 data = open_data(config, "cuda")
 for x, y, index in data.train.batches(torch.randperm(len(data.train)).split(128), seed=epoch):
@@ -16,77 +16,77 @@ from pathlib import Path
 import torch
 
 from at_fused.train import parallel
-from at_fused.train.config import Config, is_import
-from at_fused.train.data.datasets import open_cifar, open_digits, open_fashion_mnist, open_own
-from at_fused.train.data.folder import PARTS, check_unreadable, inspect, open_folder
-from at_fused.train.data.samples import Data, Pictures, Samples, set_apart, stratified
+from at_fused.train.config import Config, is_import_path
+from at_fused.train.data.datasets import open_cifar, open_custom, open_digits, open_fashion_mnist
+from at_fused.train.data.folder import SPLITS, check_unreadable, open_folder, scan_images
+from at_fused.train.data.samples import Data, ImageScan, Samples, hold_out, stratified_subset
 
-__all__ = ["PICTURES", "Data", "Pictures", "Samples", "inspect", "open_data", "read_data"]
+__all__ = ["SCAN_FILE", "Data", "ImageScan", "Samples", "open_data", "prepare_data", "scan_images"]
 
-# Share of the training images that --evaluate val reports on, in place of the test images.
-TUNING_SHARE = 1 / 6
-PICTURES = "pictures.json"  # of a run's folder
+# Fraction of the training images that --evaluate val reports on instead of the test images.
+TUNING_FRACTION = 1 / 6
+SCAN_FILE = "pictures.json"  # in a run's folder
 
 
-def read_data(
-    config: Config, device: torch.device, out: Path | None = None, parts: Sequence[str] = PARTS
+def prepare_data(
+    config: Config, device: torch.device, out: Path | None = None, splits: Sequence[str] = SPLITS
 ) -> Data:
-    """Fetch, look at and open the data of a run, whose processes may be on several machines.
+    """Download, check and open the data of a run, which may span several machines.
 
-    A folder's pictures in ``parts`` are all read once, before hours are spent; in a run that goes
-    on in ``out``, if they have changed.
+    Reads all images of a folder's ``splits`` once, so that errors appear before training. On
+    --resume in ``out``, reads them only if files have changed.
     """
-    fetches = config.download and parallel.process().local_rank == 0
-    if config.download and not fetches:
-        parallel.gather(None)  # waits for the files that the first process of this machine fetches
-    pictures = None
+    downloads = config.download and parallel.process_info().local_rank == 0
+    if config.download and not downloads:
+        parallel.all_gather(None)  # wait for local rank 0 to download the files
+    scan = None
     if config.data == "folder":
-        pictures = parallel.from_first(lambda: _look_at_pictures(config, out, parts))
-    data = open_data(replace(config, download=fetches), device, pictures)
-    if fetches:
-        parallel.gather(None)
+        scan = parallel.run_on_rank_0(lambda: _scan_folder(config, out, splits))
+    data = open_data(replace(config, download=downloads), device, scan)
+    if downloads:
+        parallel.all_gather(None)
     return data
 
 
-def _look_at_pictures(config: Config, out: Path | None, parts: Sequence[str]) -> Pictures:
+def _scan_folder(config: Config, out: Path | None, splits: Sequence[str]) -> ImageScan:
     known = None
-    if out and (file := out / PICTURES).is_file():
-        with suppress(ValueError):  # of a damaged file: then they are read again
+    if out and (file := out / SCAN_FILE).is_file():
+        with suppress(ValueError):  # a damaged file: read the images again
             known = json.loads(file.read_text(encoding="utf-8"))
-    pictures = inspect(config.root, config.workers, parts=parts, known=known)
-    check_unreadable(pictures, config.root, config.skip_unreadable)
-    return pictures
+    scan = scan_images(config.root, config.workers, splits=splits, known=known)
+    check_unreadable(scan, config.root, config.skip_unreadable)
+    return scan
 
 
 def open_data(
-    config: Config, device: torch.device | str = "cpu", pictures: Pictures | None = None
+    config: Config, device: torch.device | str = "cpu", scan: ImageScan | None = None
 ) -> Data:
-    """Open a data set, ready to train with; digits and CIFAR are in memory, on the device.
+    """Open a data set for training. Digits, Fashion-MNIST and CIFAR stay in device memory.
 
     Args:
-        config: its options of the data; ``workers`` are at most one for each CPU.
-        device: of the batches.
-        pictures: results of :func:`inspect`, to leave the unreadable ones of a folder out; None:
-            they are an error when they are read.
+        config: options of the data; at most one of its ``workers`` runs per CPU.
+        device: the device of the batches.
+        scan: result of :func:`scan_images`, to skip unreadable images of a folder. Without it,
+            reading such an image is an error.
     """
-    if is_import(config.data):
-        data = open_own(config, device)
+    if is_import_path(config.data):
+        data = open_custom(config, device)
     elif config.data == "digits":
         data = open_digits(config, device)
     elif config.data == "folder":
-        data = open_folder(config, device, pictures)
+        data = open_folder(config, device, scan)
     elif config.data == "fashion-mnist":
         data = open_fashion_mnist(config, device)
     else:
         data = open_cifar(config, device)
     if config.evaluate == "val" and config.data != "digits":
-        kept, held = set_apart(data.train.labels, TUNING_SHARE)
-        reported = data.train.subset(held, augment=False)
-        data = replace(data, train=data.train.subset(kept), evaluate=reported)
+        kept, held_out = hold_out(data.train.labels, TUNING_FRACTION)
+        evaluate = data.train.subset(held_out, augment=False)
+        data = replace(data, train=data.train.subset(kept), evaluate=evaluate)
     labels = data.train.labels
-    rows = stratified(labels, config.fraction)
+    rows = stratified_subset(labels, config.fraction)
     if config.validation:
-        kept, held = set_apart(labels[rows], config.validation)
-        data = replace(data, validation=data.train.subset(rows[held], augment=False))
+        kept, held_out = hold_out(labels[rows], config.validation)
+        data = replace(data, validation=data.train.subset(rows[held_out], augment=False))
         rows = rows[kept]
     return replace(data, train=data.train.subset(rows, config.augment))
