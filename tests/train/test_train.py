@@ -307,7 +307,7 @@ def test_auto_beta_that_cannot_be_measured_is_reported(
     config = small(compare=["at"], beta="auto", epochs=12)
     ratio = GradientRatio(0.0, 1.0, math.inf, 0.0)
     monkeypatch.setattr(Trainer, "gradient_ratio", lambda *_: ratio)
-    message = "at-seed0: beta: 'auto' needs steps in which neither gradient is 0"
+    message = "at-seed0: beta: 'auto' needs steps in which no gradient is 0"
     with pytest.raises(NotFiniteError, match=message):
         run(config, tmp_path / "run")
 
