@@ -1,8 +1,8 @@
-"""The extension build; everything else about the package is in pyproject.toml.
+"""Build of the compiled libraries. All other metadata of the package is in pyproject.toml.
 
-AT_FUSED_CUDA=0|1|auto   build the CUDA library: never, or fail; auto (default) where nvcc works.
-                         CUDA_HOME, else CUDA_PATH, names its toolkit; without both nvcc on PATH.
-AT_FUSED_CPP=0|1         0 compiles nothing and needs no compiler: at_fused runs on plain PyTorch.
+AT_FUSED_CUDA=0|1|auto   0 skips the CUDA library, 1 requires it, auto (default) builds it if nvcc
+                         works. CUDA_HOME or CUDA_PATH selects the toolkit, otherwise nvcc on PATH.
+AT_FUSED_CPP=0|1         0 compiles nothing and needs no compiler: at_fused runs in plain PyTorch.
 """
 
 import os
@@ -23,23 +23,23 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "at_fused/_version.py").read_text(), re.M)[1]
 
-# The stable ABI of this torch release is all that the libraries use: one build serves every later
-# one, whichever release it was compiled with.
+# The libraries use only the stable ABI of this torch release, so that one build works with all
+# later releases, even if a newer one compiled it.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
 LINK = ["-Wl,-s", "-Wl,--as-needed"] if platform.system() == "Linux" else []
-# Python's own -g would take a third of the time, for what the linker leaves out; and errors name
-# a file as the repository does, not as the machine that built it.
+# -g0: the linker strips debug symbols, and Python's default -g takes a third of the build time.
+# -ffile-prefix-map: error messages have the repository's file names, not the build machine's.
 COMPILE = ["-fvisibility=hidden", "-g0", f"-ffile-prefix-map={ROOT}/="]
 CPU = ["-O3", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
-# The targets of the CUDA library; the last two also as PTX, for devices between and after them. A
-# CUDA too old for one leaves it out. TORCH_CUDA_ARCH_LIST says otherwise.
+# Targets of the CUDA library; the last two also as PTX, for devices between and after them. Targets
+# that the toolkit does not support are skipped. TORCH_CUDA_ARCH_LIST overrides this list.
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
 
 
-def switch(name: str, default: str, *others: str) -> str:
-    """Return the value of one of the switches above."""
+def read_switch(name: str, default: str, *others: str) -> str:
+    """Return the value of one of the environment variables above."""
     value = os.environ.get(name) or default
     if value not in (default, *others):
         raise SystemExit(f"{name} must be {' or '.join((default, *others))}, got {value!r}")
@@ -47,60 +47,60 @@ def switch(name: str, default: str, *others: str) -> str:
 
 
 class NoCudaError(Exception):
-    """The CUDA library cannot be built: the reason, in one line."""
+    """Reason why the CUDA library cannot be built, in one line."""
 
 
-def ask(nvcc: str | Path, *arguments: str | Path) -> str:
-    """Return what nvcc prints; where it fails, the error has its own line."""
+def run_nvcc(nvcc: str | Path, *arguments: str | Path) -> str:
+    """Return the output of nvcc; if it fails, raise an error with its first error line."""
     try:
         done = subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=False)
     except OSError as error:
         raise NoCudaError(f"{nvcc} does not run: {error.strerror}") from None
     lines = (done.stdout + done.stderr).strip().splitlines()
     if done.returncode:
-        telling = r"\b(error|fatal|No such file|not found)\b"
-        wrong = [line.strip() for line in lines if re.search(telling, line)]
-        raise NoCudaError(f"{nvcc} fails: {[*wrong, *lines[-1:], f'status {done.returncode}'][0]}")
+        pattern = r"\b(error|fatal|No such file|not found)\b"
+        errors = [line.strip() for line in lines if re.search(pattern, line)]
+        raise NoCudaError(f"{nvcc} fails: {[*errors, *lines[-1:], f'status {done.returncode}'][0]}")
     return "\n".join(lines)
 
 
 def find_cuda() -> Path:
-    """Find the folder of a toolkit that compiles for this torch, which takes no GPU."""
+    """Return the folder of a CUDA toolkit that can compile for this torch; needs no GPU."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if nvcc is None:
         raise NoCudaError(f"no nvcc in {home}/bin (CUDA_HOME)" if home else "no nvcc on PATH")
     if torch.version.cuda is None:
         raise NoCudaError(f"torch {torch.__version__} has no CUDA")
-    # On PATH it may be a wrapper, far from its toolkit.
-    top = re.search(r"^#\$ (?:TOP|_HERE_)=(.+)$", ask(nvcc, "--dryrun", "probe.cu"), re.M)
+    # nvcc on PATH may be a wrapper outside the toolkit's folder.
+    top = re.search(r"^#\$ (?:TOP|_HERE_)=(.+)$", run_nvcc(nvcc, "--dryrun", "probe.cu"), re.M)
     if top is None:
         raise NoCudaError(f"{nvcc} --dryrun names no toolkit")
-    found = re.search(r"release (\d+)\.|$", ask(nvcc, "--version"))[1] or "unknown"
-    if found != torch.version.cuda.split(".")[0]:
-        # The driver that this torch needs may not run what that nvcc makes.
-        raise NoCudaError(f"nvcc is of CUDA {found}, torch of CUDA {torch.version.cuda}")
+    release = re.search(r"release (\d+)\.|$", run_nvcc(nvcc, "--version"))[1] or "unknown"
+    if release != torch.version.cuda.split(".")[0]:
+        # The driver for this torch may not support the output of that nvcc.
+        raise NoCudaError(f"nvcc is from CUDA {release}, torch from CUDA {torch.version.cuda}")
     folder = Path(top[1]).resolve()
     toolkit = folder.parent if folder.name == "bin" else folder
     with tempfile.TemporaryDirectory() as work:
         probe = Path(work, "probe.cu")
         probe.write_text("#include <cuda_fp16.h>\n__global__ void probe() {}\n")
-        # The host compiler is the one that torch's build takes.
+        # The same host compiler as in torch's build.
         host = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []
         options = [*host, *architecture_flags(toolkit)[:1], "-c", probe, "-o", f"{probe}.o"]
-        ask(toolkit / "bin/nvcc", *options)
+        run_nvcc(toolkit / "bin/nvcc", *options)
     return toolkit
 
 
-def cuda_choice() -> tuple[Path | None, str]:
-    """Choose the toolkit to build with, or None, and what the build's own record says of it."""
-    wanted = switch("AT_FUSED_CUDA", "auto", "0", "1")
-    if wanted == "0":
+def choose_cuda() -> tuple[Path | None, str]:
+    """Return the CUDA toolkit to build with, or None, and a line for the build's record."""
+    choice = read_switch("AT_FUSED_CUDA", "auto", "0", "1")
+    if choice == "0":
         return None, "not built: AT_FUSED_CUDA=0"
     try:
         toolkit = find_cuda()
     except NoCudaError as error:
-        if wanted == "1":
+        if choice == "1":
             message = f"AT_FUSED_CUDA=1, but the CUDA library cannot be built: {error}"
             raise SystemExit(message) from None
         return None, f"not built: {error}"
@@ -110,27 +110,27 @@ def cuda_choice() -> tuple[Path | None, str]:
 def architecture_flags(toolkit: Path) -> list[str]:
     """Return the -gencode options for nvcc."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return []  # torch's build makes them of it
-    listed = ask(toolkit / "bin/nvcc", "--list-gpu-code").split()
-    known = [sm for sm in CUDA_ARCHITECTURES if f"sm_{sm}" in listed]
-    if not known:
-        raise NoCudaError(f"{toolkit}/bin/nvcc compiles for none of sm_{CUDA_ARCHITECTURES}")
-    flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in known]
-    return [*flags, *(f"-gencode=arch=compute_{sm},code=compute_{sm}" for sm in known[-2:])]
+        return []  # torch's build adds the options
+    targets = run_nvcc(toolkit / "bin/nvcc", "--list-gpu-code").split()
+    supported = [sm for sm in CUDA_ARCHITECTURES if f"sm_{sm}" in targets]
+    if not supported:
+        raise NoCudaError(f"{toolkit}/bin/nvcc supports none of sm_{CUDA_ARCHITECTURES}")
+    flags = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in supported]
+    return [*flags, *(f"-gencode=arch=compute_{sm},code=compute_{sm}" for sm in supported[-2:])]
 
 
-def sources(device: str) -> list[str]:
-    """List what a device's library is compiled from."""
+def list_sources(device: str) -> list[str]:
+    """List the source files of a device's library."""
     files = (ROOT / "csrc" / device).iterdir()
     return sorted(str(p.relative_to(ROOT)) for p in files if p.suffix in (".cpp", ".cu"))
 
 
 def cuda_extension(toolkit: Path) -> CppExtension:
-    """Make the CUDA library. The CUDA runtime is linked in: whichever torch ships."""
+    """Return the CUDA library. It links the CUDA runtime statically, to work with any torch's."""
     os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = str(toolkit)
     cuda = CUDAExtension(
         "at_fused._cuda",
-        sources("cuda"),
+        list_sources("cuda"),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None)],
         extra_compile_args={
             "cxx": ["-O2", *COMPILE],
@@ -144,8 +144,8 @@ def cuda_extension(toolkit: Path) -> CppExtension:
 
 
 def extensions(toolkit: Path | None, cuda: str) -> list:
-    """List the libraries, and what is known of their build."""
-    # It may hold a compiler's words, and goes through a shell and ninja into C++.
+    """List the libraries; the last one holds the record of the build."""
+    # May contain compiler output. The shell, ninja and C++ must not interpret any of it.
     cuda = re.sub(r'[^ -~]|["$\\]', "'", cuda)
     defines = {"VERSION": VERSION, "TORCH": torch.__version__, "CUDA": cuda}
     build_info = CppExtension(
@@ -155,42 +155,42 @@ def extensions(toolkit: Path | None, cuda: str) -> list:
         define_macros=[(f"AT_FUSED_{name}", f'"{value}"') for name, value in defines.items()],
         extra_link_args=LINK,
     )
-    # It reports on a package that cannot find its torch, so it must not need one itself.
+    # It must load without torch, to report on a package that cannot find its torch.
     build_info.libraries.clear()
     build_info.library_dirs.clear()
     cpu = CppExtension(
         "at_fused._cpu",
-        sources("cpu"),
+        list_sources("cpu"),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=[*CPU, *COMPILE],
         extra_link_args=LINK,
-        py_limited_api=True,  # the library has no Python in it: one file for all Pythons
+        py_limited_api=True,  # the library does not use Python: one file for all versions
     )
     return [cpu, *([cuda_extension(toolkit)] if toolkit else []), build_info]
 
 
 class Build(BuildExtension):
-    about_cuda = ""
+    cuda_record = ""
 
     def run(self) -> None:
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(shlex.split(compiler)[0]) is None:
             raise SystemExit(
-                f"at_fused cannot be built: no C++ compiler, {compiler} is not on PATH. Install "
-                "one (CXX names another than c++), or set AT_FUSED_CPP=0 to install at_fused "
-                "without compiled code: it then runs on plain PyTorch, slower."
+                f"at_fused cannot be built: no C++ compiler ({compiler} is not on PATH). Install "
+                "one (CXX selects another than c++), or set AT_FUSED_CPP=0 to install at_fused "
+                "without compiled code; it then runs in plain PyTorch, which is slower."
             )
-        print(f"at_fused: the CUDA library is {self.about_cuda}", flush=True)
-        # A library that earlier switches left in the build folder would go into this wheel.
+        print(f"at_fused: the CUDA library is {self.cuda_record}", flush=True)
+        # Libraries from earlier builds with other settings must not get into this wheel.
         for library in Path(self.build_lib, "at_fused").glob("*.so"):
             library.unlink()
         super().run()
 
 
-if switch("AT_FUSED_CPP", "1", "0") == "0":
+if read_switch("AT_FUSED_CPP", "1", "0") == "0":
     if os.environ.get("AT_FUSED_CUDA") == "1":
         raise SystemExit("AT_FUSED_CUDA=1, but nothing is compiled: AT_FUSED_CPP=0")
     setup()
 else:
-    toolkit, Build.about_cuda = cuda_choice()
-    setup(ext_modules=extensions(toolkit, Build.about_cuda), cmdclass={"build_ext": Build})
+    toolkit, Build.cuda_record = choose_cuda()
+    setup(ext_modules=extensions(toolkit, Build.cuda_record), cmdclass={"build_ext": Build})

@@ -56,7 +56,7 @@ class FeatureLayout(NamedTuple):
         return tokens.transpose(1, 2).unflatten(2, tuple(self.map_size))
 
     def view(self, x: Tensor, channel_attention: bool) -> Tensor:
-        """Return the feature as a view whose channels and positions match the map."""
+        """Return a view of the feature with the channels and positions of its map."""
         x = self.to_channels_first(x)
         return channels_as_positions(x) if channel_attention else x
 

@@ -1,4 +1,4 @@
-"""The losses behind the public functions: checks of the arguments, and calls of the operators.
+"""Losses for the public functions: checks of the arguments, and calls of the operators.
 
 Most options need one operator, ``at_loss``. ``collapse="max"``, maps of different sizes and signed
 powers need two, ``attention_map`` and ``map_loss``; torch resizes and masks the maps in between.

@@ -45,7 +45,7 @@ def is_int(value: object) -> bool:
 
 
 def check_number(name: str, value: object) -> float:
-    """Return the value as a Python number; raise an error if it is none or overflows a float."""
+    """Return the value as a Python number; raise an error if it is no number or overflows."""
     number = as_python(name, value)
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name} must be a number, got {type_name(value)}")

@@ -32,7 +32,7 @@ class Backend(NamedTuple):
     Attributes:
         name: "cpu", "cuda", "triton" or "eager".
         available: True if it can be used on this machine.
-        devices: the device types that use it now; if there are none, those that could use it.
+        devices: the device types that use it now, or if not in use, those that could use it.
         in_use: True if a device type uses it now.
         reason: a description, or why it cannot be used.
     """

@@ -280,7 +280,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 TOOLKITS: dict[str, tuple[Callable[[Path], None], str]] = {
     "valid": (toolkit, ""),
     "absent": (lambda home: None, "no nvcc in {}/bin (CUDA_HOME)"),
-    "old": (lambda home: toolkit(home, release=12), "nvcc is of CUDA 12, torch of CUDA 13.0"),
+    "old": (lambda home: toolkit(home, release=12), "nvcc is from CUDA 12, torch from CUDA 13.0"),
     "without a host compiler": (
         lambda home: toolkit(home, compiles=f"echo first; echo '{UNSUPPORTED}' >&2; exit 1"),
         f"{{}}/bin/nvcc fails: {UNSUPPORTED}",

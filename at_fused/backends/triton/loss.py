@@ -39,7 +39,7 @@ from at_fused.backends.triton.tiles import (
     times_loss_gradient,
 )
 
-_MAX_UNSPLIT_BYTES = 512 * 1024  # of a sample for which the same launch writes the gradient
+_MAX_UNSPLIT_BYTES = 512 * 1024  # larger samples get their gradient from a second launch
 
 
 class Pair(NamedTuple):
