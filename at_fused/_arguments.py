@@ -288,7 +288,7 @@ def check_sizes(students: list[Tensor], teachers: list[Tensor], resize: str | No
         if positions != t.shape[2:]:
             same = False
             if resize is None or s.dim() != t.dim():
-                advice = ", or set resize='maps' (at_loss also has resize='features')"
+                advice = ", or in Python pass resize='maps' (at_loss also takes 'features')"
                 if s.dim() != t.dim():
                     advice = " and rank (for tokens, at_loss has channel_dim=-1 and map_size)"
                 sizes = f"{format_size(s)} and {format_size(t)}"

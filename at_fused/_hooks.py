@@ -243,7 +243,7 @@ class TappedNetwork:
     def _explain_missing_map(self, name: str, module: nn.Module) -> str:
         message = f"AttentionTransfer: the {self.side}'s layer {name!r} returned no map: "
         if dict(unwrap(self.model).named_modules()).get(name) is not module:
-            return message + "it was replaced after AttentionTransfer was made; make that last"
+            return message + "it was replaced after AttentionTransfer was made; replace it before"
         if not any(hook in self.hooks for hook in module._forward_hooks.values()):
             return message + "its hook was removed, for example by at.remove()"
         return message + (

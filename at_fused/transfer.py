@@ -66,8 +66,8 @@ class AttentionTransfer:
 
         beta * sum_j w_j L_j        L_j of at_loss, between the maps of the j-th pair of layers
 
-    The loss is a mean over the batch. In DistributedDataParallel it is the mean over a process's
-    part, and gradients are averaged: ``beta`` means the same on one device and on eight.
+    The loss is a mean over the batch; with DistributedDataParallel over the process's part, and
+    gradients are averaged. So ``beta`` means the same on one device and on eight.
 
     The student's maps hold its graph up to the tapped layers. ``at(x)`` passes the graph on to the
     loss, and a backward pass through the network frees it as usual. Without either, it lives until
@@ -89,18 +89,18 @@ class AttentionTransfer:
             "auto" makes the gradient of this loss for the student's weights three times that of
             the task loss. It is measured in the first ten calls with gradients, which take
             ``task_loss``, and then fixed. If that loss needs ``teacher_output``, call ``prepare``
-            first. Calls with a gradient of 0, inf or nan do not count. Pass both losses as they
+            first. Calls with a gradient of 0, inf or nan do not count. Measure both losses as they
             are added: before GradScaler, and not divided by accumulated batches. If the weights
             hardly move in ten calls, as in warm-up, beta comes out smaller, by a factor of up to
-            six in docs/results.md (for its ViT, up to two times larger). In several processes, pass
-            the student in its DistributedDataParallel.
+            six in docs/results.md (for its ViT, up to two times larger). With several processes,
+            ``student`` must be the DistributedDataParallel.
         channel_dim: 1 or -1; None is inferred from the run. This and the next two options may be a
             pair (student's, teacher's).
         skip_tokens: the number of leading tokens to leave out of features (B, N, C); None means
             those that the network put before the patches in the run.
         map_size: (H, W) of tokens; None is inferred from the run, or else is the partner's (H, W).
-        cache: a :class:`at_fused.TeacherCache` to take the teacher's maps from. Not for a teacher
-            with a replaced ``forward``, as accelerate makes it: its precision is unknown.
+        cache: a :class:`at_fused.TeacherCache` for the teacher's maps. Not allowed if the teacher's
+            ``forward`` was replaced, as accelerate does: its precision is then unknown.
         verbose: whether to print the pairs found, the layers left out, and a measured beta.
         options: p, collapse, form, weights, resize (None or "maps"), attend ("spatial" or
             "channel"), absolute, eps, eps_mode of :func:`at_fused.at_loss`.
@@ -111,9 +111,9 @@ class AttentionTransfer:
             resume training after the tenth call, save it with the checkpoint and set it again.
             Calls may still pass ``task_loss`` then.
         teacher_output: the teacher's logits of the last ``at(x)`` or ``prepare``, for ``kd_loss``.
-            They are the output if it is a tensor, else its field ``logits`` or ``out``, else the
-            first item of a tuple, or the only tensor of a mapping or a dataclass. None if there is
-            no such tensor. The rest of the output is not kept. A cache keeps only logits (B, K).
+            The output if it is a tensor, else its field ``logits`` or ``out``, else the first item
+            of a tuple or the only tensor of a mapping or dataclass, else None. Nothing else of the
+            output is kept. A cache keeps only logits (B, K).
 
     Raises:
         TypeError, ValueError: an argument is invalid, a network has no module of a given name, or
@@ -155,7 +155,7 @@ class AttentionTransfer:
         checked = check_module_options(
             "AttentionTransfer", options, PairOptions.__annotations__, choices
         )
-        self._options_to_show = checked
+        self._repr_options = checked
         self._verbose = verbose
         self._arguments = arguments = LossArguments(**checked)
         check_spatial_options(arguments.attend, map_size=map_size)
@@ -168,7 +168,7 @@ class AttentionTransfer:
         self._weights = pair_weights(arguments.weights, len(self.pairs)) or [1.0] * len(self.pairs)
         self.cache = cache
         self.teacher_output: Tensor | None = None
-        # The teacher's maps depend on nothing else except the input.
+        # Everything that the teacher's maps depend on, except the input.
         names = [pair.teacher for pair in self.pairs]
         self._hash = TeacherHash(networks[1])
         map_options = float(arguments.p), arguments.collapse, arguments.absolute, arguments.attend
@@ -225,10 +225,10 @@ class AttentionTransfer:
         """Return the loss between the student's last forward pass and the teacher's pass on ``x``.
 
         Args:
-            x: the teacher's input: the samples of the student's pass, in the same order. A mapping
-                (also transformers' BatchEncoding) gives keyword arguments, ``teacher(**x)``, and a
-                tuple positional ones, ``teacher(*x)``. With a cache, x must hold one tensor and
-                nothing else.
+            x: the teacher's input, with the samples of the student's pass in the same order. A
+                mapping (also transformers' BatchEncoding) gives keyword arguments,
+                ``teacher(**x)``, a tuple positional ones, ``teacher(*x)``. With a cache it must
+                hold exactly one tensor.
             index: with a cache, the samples' numbers in the data set, (B,) int64 or ints.
             seed: with a cache, the seed of the transform that made ``x``.
             mask, sample_weights: as in :func:`at_fused.at_loss`.
@@ -242,12 +242,12 @@ class AttentionTransfer:
             RuntimeError: the student has not run since the last call; a tensor of ``x`` was in an
                 earlier pass and not in the last (compiled passes are not checked); a layer that is
                 trained, or follows one that is, ran without gradients.
-            TypeError: with a cache, ``x`` is not a single tensor; a factor has the wrong type.
+            TypeError: ``x`` with a cache, ``mask`` or ``sample_weights`` has the wrong type.
             ValueError: the layout of a named layer's features is unknown; the maps of a pair differ
-                in batch or size; an argument differs from the one in ``prepare``; an option of
-                tokens without tokens, or of a cache without a cache; a factor has the wrong shape;
-                a mask with channel attention; ``task_loss`` is missing for "auto", is passed with a
-                number, or has no gradient.
+                in batch or size; an argument differs from the one in ``prepare``; an option is for
+                tokens, or for a cache, without any; ``mask`` or ``sample_weights`` has the wrong
+                shape; ``mask`` with channel attention; ``task_loss`` is missing for "auto", is
+                passed with a number, or has no gradient.
         """
         measured_loss = self._check_task_loss(task_loss)
         prepared, self._prepared = self._prepared, None
@@ -268,8 +268,8 @@ class AttentionTransfer:
                 raise ValueError("mask is for attend='spatial', got attend='channel'")
         as_grids = any(m.dim() == 3 for m in tensors_in(mask))
         for i, maps in enumerate(zip(students, teachers, strict=True)):
-            students[i] = self._reshape_map(i, 0, maps, x, as_grids)
-            teachers[i] = self._reshape_map(i, 1, maps, x, as_grids)
+            students[i] = self._to_grid(i, 0, maps, x, as_grids)
+            teachers[i] = self._to_grid(i, 1, maps, x, as_grids)
         if mask is not None and (skip := self._student.skip_tokens()):
             check_masks(mask, [q.unsqueeze(1) for q in students], skip)
         beta = self._auto.beta if self._auto and measured_loss is None else self._beta
@@ -358,9 +358,7 @@ class AttentionTransfer:
         identity = self._hash(*self._identity, precision(rows), name)
         return self.cache.fetch(compute, rows, index, identity=identity, seed=seed)
 
-    def _reshape_map(
-        self, i: int, side: int, maps: tuple[Tensor, Tensor], x: Any, as_grid: bool
-    ) -> Tensor:
+    def _to_grid(self, i: int, side: int, maps: Sequence[Tensor], x: Any, as_grid: bool) -> Tensor:
         """Return a map of a pair; tokens get the grid of their partner or of the images in x."""
         q, partner, network = maps[side], maps[1 - side], self._sides[side]
         map_size, inferred, count = network.overrides.map_size, network.token_size(i), q.shape[1]
@@ -374,7 +372,7 @@ class AttentionTransfer:
             return q  # text or a signal
         if size is None:
             raise ValueError(
-                f"map_size must be (H, W) of {count} tokens, since the partner's map is "
+                f"map_size must be (H, W) of {count} tokens, since the other network's map is "
                 f"{format_size(tuple(partner.shape[1:]))}, got {map_size}"
             )
         return q.unflatten(1, tuple(size))
@@ -412,7 +410,7 @@ class AttentionTransfer:
         self._teacher.remove()
 
     def __repr__(self) -> str:
-        options = {"beta": self.beta, **self._options_to_show}
+        options = {"beta": self.beta, **self._repr_options}
         pairs = ", ".join(s if s == t else f"{s} <- {t}" for s, t in self.pairs)
         return f"AttentionTransfer({pairs}; {', '.join(f'{k}={v!r}' for k, v in options.items())})"
 
