@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transfer_networks import BETA, loss_once
+from transfer_networks import BETA, transfer_loss
 
 from at_fused import AttentionTransfer, TeacherCache, at_loss, match_layers
 
@@ -148,7 +148,7 @@ def features_of(model: Net, x: Tensor) -> list[Tensor]:
     return features[1:]
 
 
-def by_hand(student: Net, teacher: Net, x: Tensor, map_of: Callable[[Tensor], Tensor]) -> Tensor:
+def eager_loss(student: Net, teacher: Net, x: Tensor, map_of: Callable[[Tensor], Tensor]) -> Tensor:
     s, t = (
         [torch.nn.functional.normalize(map_of(feature)) for feature in features_of(model, x)]
         for model in (student, teacher)
@@ -172,7 +172,7 @@ COMPILED = ("a class token",)
 def test_values_and_gradients(layout: str, how: str, capsys: pytest.CaptureFixture[str]) -> None:
     make, x, map_of, described = LAYOUTS[layout]
     student, teacher = make(8).eval(), make(12).eval()
-    expected = by_hand(student, teacher, x, map_of)
+    expected = eager_loss(student, teacher, x, map_of)
     right = torch.autograd.grad(expected, list(student.parameters()), allow_unused=True)
     names = ["blocks.0", "blocks.1"]
     model: Any = student
@@ -204,7 +204,7 @@ def test_tokens_of_a_map() -> None:
     for teacher, feature, resize in ((maps, of_maps, None), (small, t, "maps")):
         options = {"weights": [0.0, 1.0], "resize": resize, "example": x}
         expected = BETA * at_loss(s, feature, resize=resize)
-        torch.testing.assert_close(loss_once(student, teacher, x, **options), expected)
+        torch.testing.assert_close(transfer_loss(student, teacher, x, **options), expected)
 
 
 def test_a_class_token_that_comes_later() -> None:
@@ -212,7 +212,7 @@ def test_a_class_token_that_comes_later() -> None:
     prepend = Step(lambda x: torch.cat((x.mean(1, keepdim=True), x), 1))
     networks = [Net(Patch(c), [Mix(c), prepend, Mix(c)], tokens(0)) for c in (8, 12)]
     for i, skip in ((0, 0), (2, 1)):
-        found = loss_once(*networks, IMAGE, [f"blocks.{i}"])
+        found = transfer_loss(*networks, IMAGE, [f"blocks.{i}"])
         features = [features_of(model, IMAGE)[i] for model in networks]
         expected = BETA * at_loss(*features, channel_dim=-1, skip_tokens=skip)
         torch.testing.assert_close(found, expected)
@@ -270,12 +270,12 @@ def test_as_many_channels_as_rows_and_columns() -> None:
     nets = [LAYOUTS["maps"][0](16).eval() for _ in "ab"]
     x = torch.randn(2, 3, 64, 64)
     expected = BETA * at_loss(*(features_of(net, x)[0] for net in nets))
-    torch.testing.assert_close(loss_once(*nets, x, example=x, weights=[1.0, 0.0]), expected)
+    torch.testing.assert_close(transfer_loss(*nets, x, example=x, weights=[1.0, 0.0]), expected)
     nets = [LAYOUTS["maps, channels last"][0](16) for _ in "ab"]
-    with pytest.raises(ValueError, match=r"axis in \(2, 16, 16, 16\) is unknown.*channel_dim"):
-        loss_once(*nets, x, ["blocks.0"])
+    with pytest.raises(ValueError, match=r"of shape \(2, 16, 16, 16\), is not known: give channel"):
+        transfer_loss(*nets, x, ["blocks.0"])
     expected = BETA * at_loss(*(features_of(net, x)[0] for net in nets), channel_dim=-1)
-    found = loss_once(*nets, x, ["blocks.0"], channel_dim=-1)
+    found = transfer_loss(*nets, x, ["blocks.0"], channel_dim=-1)
     torch.testing.assert_close(found, expected)
 
 
@@ -351,9 +351,9 @@ def test_examples_of_several_inputs(batch: Any) -> None:
     """49 = 1 + 48 tokens are as many as the labels, which are no grid."""
     student, teacher = Masked(8), Masked(12)
     layers = ["net.blocks.0", "net.blocks.1"]
-    expected = by_hand(student.net, teacher.net, IMAGE, of_last(1))
+    expected = eager_loss(student.net, teacher.net, IMAGE, of_last(1))
     for given in ({"layers": layers}, {"example": batch}):
-        torch.testing.assert_close(loss_once(student, teacher, batch, **given), expected)
+        torch.testing.assert_close(transfer_loss(student, teacher, batch, **given), expected)
     assert match_layers(student, teacher, batch) == [(name, name) for name in layers]
 
 
@@ -367,7 +367,7 @@ def test_a_norm_over_tokens_is_no_grid(kind: str) -> None:
     )
     assert ("blocks.0", "blocks.0") in match_layers(student, teacher, IMAGE, verbose=False)
     for example in (None, IMAGE):
-        found = loss_once(student, teacher, IMAGE, ["blocks.0"], example=example)
+        found = transfer_loss(student, teacher, IMAGE, ["blocks.0"], example=example)
         torch.testing.assert_close(found, loss_of_first_blocks(student, teacher))
 
 
@@ -415,8 +415,8 @@ def test_refused(make: Any, x: Tensor, layer: str | None, options: Any, message:
         with pytest.raises(ValueError, match=message):
             match_layers(student, teacher, x, **options)
     if layer:
-        with pytest.raises(ValueError, match=f"the student's layer '{layer}'.*{message}"):
-            loss_once(student, teacher, x, [layer], **options)
+        with pytest.raises(ValueError, match=f"the student's '{layer}'.*{message}"):
+            transfer_loss(student, teacher, x, [layer], **options)
 
 
 def test_other_proportions_than_the_examples() -> None:
@@ -424,7 +424,7 @@ def test_other_proportions_than_the_examples() -> None:
     for x in (torch.randn(2, 3, 16, 64), torch.randn(2, 3, 48, 48)):
         size = (x.shape[2] // 4, x.shape[3] // 4)
         feature = student(x).view(2, -1, 8)[:, 1:].mT.unflatten(2, size)
-        found = loss_once(student, teacher, x, [("blocks.1", "0")], example=SQUARE)
+        found = transfer_loss(student, teacher, x, [("blocks.1", "0")], example=SQUARE)
         torch.testing.assert_close(found, BETA * at_loss(feature, teacher(x)))
 
 
@@ -439,7 +439,7 @@ def test_named_layers_are_read_in_one_more_run() -> None:
     passes: list[int] = []
     student.register_forward_pre_hook(lambda *_: passes.append(1))
     both = [AttentionTransfer(student, t, BLOCKS, beta=BETA) for t in (teacher, second)]
-    expected = [by_hand(student, t, IMAGE, of_last(1)) for t in (teacher, second)]
+    expected = [eager_loss(student, t, IMAGE, of_last(1)) for t in (teacher, second)]
     passes.clear()
     for _ in range(3):
         student(IMAGE)
@@ -453,7 +453,7 @@ WAYS = ["inference", "compiled blocks", "mutual", "checkpoint", "checkpointed bl
 @pytest.mark.parametrize("way", WAYS)
 def test_first_passes(way: str) -> None:
     student, teacher, x = vit(8), vit(12), IMAGE
-    expected = by_hand(student, teacher, x, of_last(1))
+    expected = eager_loss(student, teacher, x, of_last(1))
     right = torch.autograd.grad(expected, list(student.parameters()), retain_graph=True)
     if way == "compiled blocks":
         torch._dynamo.reset()
@@ -515,7 +515,7 @@ def test_a_full_cache_reads_tokens_as_an_empty_one(tmp_path: Path) -> None:
 def test_a_mask_of_pixels_for_tokens_of_both() -> None:
     student, teacher, mask = vit(8), vit(12), torch.rand(2, 24, 32) > 0.5
     maps = [m(IMAGE).view(2, 49, -1)[:, 1:].mT.unflatten(2, (6, 8)) for m in (student, teacher)]
-    found = loss_once(student, teacher, IMAGE, ["blocks.1"], mask=mask)
+    found = transfer_loss(student, teacher, IMAGE, ["blocks.1"], mask=mask)
     torch.testing.assert_close(found, BETA * at_loss(*maps, mask=mask))
 
 
@@ -539,9 +539,9 @@ def test_changes_in_place_after_a_layer_in_a_first_pass() -> None:
 
     plain, changing = vit(8), Changes(Patch(8), [Mix(8)], tokens(1))
     with pytest.raises(RuntimeError, match="inplace"):
-        loss_once(changing, plain, IMAGE, ["blocks.0"])
+        transfer_loss(changing, plain, IMAGE, ["blocks.0"])
     expected = loss_of_first_blocks(plain, changing)
-    torch.testing.assert_close(loss_once(plain, changing, IMAGE, ["blocks.0"]), expected)
+    torch.testing.assert_close(transfer_loss(plain, changing, IMAGE, ["blocks.0"]), expected)
 
 
 class ChannelsLast(nn.Module):

@@ -1,4 +1,4 @@
-"""AttentionTransfer: the loss of two networks that nobody edited."""
+"""AttentionTransfer: its loss, the layers and arguments it accepts, and its teacher passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import pytest
 import torch
 from reference import expected_loss
 from torch import Tensor, nn
-from transfer_networks import BETA, GROUPS, by_hand, gradients, loss_once, networks, task_loss
+from transfer_networks import (
+    BETA,
+    GROUPS,
+    gradients,
+    networks,
+    task_loss,
+    total_loss,
+    transfer_loss,
+)
 
 import at_fused
 from at_fused import AttentionTransfer
@@ -38,47 +46,47 @@ def test_loss_and_gradients(options: dict[str, Any]) -> None:
     student, teacher, x, y = networks()
     if "attend" in options:
         teacher = WRN(16, 1, base=4).double()
-    expected = by_hand(student, teacher, x, y, **options)
-    right = gradients(student, expected)
+    expected = total_loss(student, teacher, x, y, **options)
+    expected_gradients = gradients(student, expected)
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA, **options)
     loss = task_loss(student(x), y) + at(x)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradients(student, loss), right)
+    torch.testing.assert_close(gradients(student, loss), expected_gradients)
 
 
-def test_other_sizes_are_interpolated_where_asked() -> None:
+def test_map_sizes_differ_only_with_resize() -> None:
     student, teacher, x, _ = networks()
     pairs = [("groups.0", "groups.1"), ("groups.1", "groups.0")]
     for attend, message in (("spatial", "map size.*resize='maps'"), ("channel", "number of ch")):
         with pytest.raises(ValueError, match=f"pair 0 must have the same {message}"):
-            loss_once(student, teacher, x, pairs, attend=attend)
+            transfer_loss(student, teacher, x, pairs, attend=attend)
     (_, s), (_, t) = student(x), teacher.eval()(x)
     expected = BETA * sum(expected_loss(s[i], t[1 - i], resize="maps").mean() for i in (0, 1))
-    torch.testing.assert_close(loss_once(student, teacher, x, pairs, resize="maps"), expected)
+    torch.testing.assert_close(transfer_loss(student, teacher, x, pairs, resize="maps"), expected)
 
 
-def test_the_teacher_runs_once_in_eval_mode_without_gradients() -> None:
+def test_teacher_runs_once_in_eval_mode_without_gradients() -> None:
     student, teacher, x, y = networks()
-    runs: list[nn.Module] = []
+    passes: list[nn.Module] = []
 
-    def on_teacher(module: nn.Module, args: Any, output: Any) -> None:
-        runs.append(module)
+    def check_teacher(module: nn.Module, args: Any, output: Any) -> None:
+        passes.append(module)
         assert not torch.is_grad_enabled()
         assert not any(m.training for m in teacher.modules())
 
-    student.register_forward_hook(lambda module, *_: runs.append(module))
-    teacher.register_forward_hook(on_teacher)
+    student.register_forward_hook(lambda module, *_: passes.append(module))
+    teacher.register_forward_hook(check_teacher)
     teacher.groups[1].eval()
     modes = [m.training for m in teacher.modules()]
-    before = copy.deepcopy(teacher.state_dict())
+    state = copy.deepcopy(teacher.state_dict())
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
-    student(x), at(x)  # the first batch runs once more, to see how features lie
-    runs.clear()
+    student(x), at(x)  # the first batch takes a second pass, which detects the features' layouts
+    passes.clear()
     for _ in range(2):
         (task_loss(student(x), y) + at(x)).backward()
-    assert runs == [student, teacher] * 2
+    assert passes == [student, teacher] * 2
     assert all(p.grad is None for p in teacher.parameters())
-    torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(teacher.state_dict(), state, rtol=0, atol=0)
     student(x)
     with pytest.raises(RuntimeError, match="size"):
         at(torch.randn(4, 5, 8, 8).double())
@@ -87,7 +95,7 @@ def test_the_teacher_runs_once_in_eval_mode_without_gradients() -> None:
         torch.testing.assert_close(at.teacher_output, teacher.eval()(x)[0])
 
 
-def test_calls_that_do_not_belong_together() -> None:
+def test_call_without_a_matching_student_pass_raises() -> None:
     student, teacher, x, _ = networks()
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
     with pytest.raises(RuntimeError, match=r"layer 'groups.0' returned no map.*before each at"):
@@ -101,37 +109,37 @@ def test_calls_that_do_not_belong_together() -> None:
         at(x[:2])
 
 
-# ---- what layers give ----------------------------------------------------------------------------
+# ---- outputs of layers ---------------------------------------------------------------------------
 
 
 class Wrapping(nn.Module):
-    """A network whose layer gives more than a tensor, or does not run."""
+    """A network with a layer that returns more than a tensor, or is skipped."""
 
     def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.layer, self.skip = nn.Conv2d(3, 4, 3), False
-        # Before other hooks, as if the layer itself did it.
+        # Runs before other hooks, as if the layer itself wrapped its output.
         self.layer.register_forward_hook(lambda module, args, output: wrap(output))
 
     def forward(self, x: Tensor) -> Any:
         if self.skip:
             return x
-        self.given = self.layer(x)
-        return self.given[0]
+        self.layer_output = self.layer(x)
+        return self.layer_output[0]
 
 
 Both = namedtuple("Both", "feature extra")
 
 
 @pytest.mark.parametrize("wrap", [lambda x: (x, 1), lambda x: [x], lambda x: Both(x, None)])
-def test_layers_that_give_more_than_a_tensor(wrap: Callable[[Tensor], Any]) -> None:
+def test_first_item_of_a_sequence_is_the_feature(wrap: Callable[[Tensor], Any]) -> None:
     student, teacher, x = Wrapping(wrap), Wrapping(wrap), torch.randn(2, 3, 8, 8)
     at = AttentionTransfer(student, teacher, ["layer"], beta=2.0)
-    found, loss = student(x), at(x)
-    assert type(student.given) is type(wrap(x))
-    torch.testing.assert_close(loss, 2 * at_fused.at_loss(found, teacher(x).detach()))
+    feature, loss = student(x), at(x)
+    assert type(student.layer_output) is type(wrap(x))
+    torch.testing.assert_close(loss, 2 * at_fused.at_loss(feature, teacher(x).detach()))
     student(x)
-    student.skip = True  # a pass without the layer does not use the map of another
+    student.skip = True  # a pass that skips the layer must not use the map of an earlier pass
     student(x)
     with pytest.raises(RuntimeError, match="layer 'layer' returned no map"):
         at(x)
@@ -144,32 +152,31 @@ def test_layers_that_give_more_than_a_tensor(wrap: Callable[[Tensor], Any]) -> N
         (lambda x: x.flatten(1), ValueError, "the output of layer 'layer' must be"),
     ],
 )
-def test_a_layer_that_gives_something_else(wrap: Any, error: Any, message: str) -> None:
+def test_unsupported_layer_output_raises(wrap: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        loss_once(Wrapping(wrap), Wrapping(wrap), torch.randn(2, 3, 4, 4), ["layer"])
+        transfer_loss(Wrapping(wrap), Wrapping(wrap), torch.randn(2, 3, 4, 4), ["layer"])
 
 
-def test_tokens_and_maps() -> None:
-    """One token is put before 36 patches, which the other network gives as a map."""
-
-    def tokens(x: Tensor) -> tuple[Tensor]:
+def test_tokens_are_compared_with_maps() -> None:
+    def to_tokens(x: Tensor) -> tuple[Tensor]:
         return (torch.cat([torch.ones(len(x), 1, 4), x.flatten(2).mT], 1),)
 
-    student, teacher, x = Wrapping(tokens), Wrapping(lambda x: (x,)), torch.randn(2, 3, 8, 8)
-    options: dict[str, Any] = {"skip_tokens": (1, 0), "map_size": ((6, 6), None)}
-    expected = BETA * at_fused.at_loss(student(x), teacher(x), channel_dim=(-1, 1), **options)
-    for given in ({}, options, {"example": x}, {"skip_tokens": (1, None)}):
-        torch.testing.assert_close(loss_once(student, teacher, x, ["layer"], **given), expected)
+    student, teacher, x = Wrapping(to_tokens), Wrapping(lambda x: (x,)), torch.randn(2, 3, 8, 8)
+    layout: dict[str, Any] = {"skip_tokens": (1, 0), "map_size": ((6, 6), None)}
+    expected = BETA * at_fused.at_loss(student(x), teacher(x), channel_dim=(-1, 1), **layout)
+    for options in ({}, layout, {"example": x}, {"skip_tokens": (1, None)}):
+        loss = transfer_loss(student, teacher, x, ["layer"], **options)
+        torch.testing.assert_close(loss, expected)
     for size, message in (((4, 9), "same map size.*4x9 and 6x6"), ((5, 7), "36 tokens.*6x6")):
         with pytest.raises(ValueError, match=message):
-            loss_once(student, teacher, x, ["layer"], map_size=(size, None))
+            transfer_loss(student, teacher, x, ["layer"], map_size=(size, None))
 
 
-def test_options_of_tokens_where_there_are_none() -> None:
+def test_token_options_without_tokens_raise() -> None:
     student, teacher, x, _ = networks()
     for option in ({"skip_tokens": 1}, {"map_size": (4, 4)}):
         with pytest.raises(ValueError, match=f"{min(option)} is for token features"):
-            loss_once(student, teacher, x, GROUPS, **option)
+            transfer_loss(student, teacher, x, GROUPS, **option)
 
 
 # ---- wrong arguments -----------------------------------------------------------------------------
@@ -208,18 +215,18 @@ def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message
         arguments["teacher"] = student
     with pytest.raises(error, match=message):
         AttentionTransfer(**arguments)
-    # Nothing is left behind by what was refused.
+    # A rejected call leaves no hooks.
     assert not any(m._forward_hooks for m in (*student.modules(), *teacher.modules()))
 
 
-def test_beta_may_be_set_anew() -> None:
+def test_beta_can_be_changed() -> None:
     student, teacher, x, _ = networks()
     at = AttentionTransfer(student, teacher, GROUPS, beta=1.0)
     student(x)
-    one = at(x)
+    loss = at(x)
     at.beta = 3.0
     student(x)
-    torch.testing.assert_close(at(x), 3 * one)
+    torch.testing.assert_close(at(x), 3 * loss)
     assert "groups.0" in repr(at)
     assert "beta=3.0" in repr(at)
     with pytest.raises(ValueError, match="beta must be finite"):
@@ -228,7 +235,7 @@ def test_beta_may_be_set_anew() -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_replicas_of_data_parallel_are_refused(side: int) -> None:
+def test_data_parallel_replicas_raise(side: int) -> None:
     nets, x = list(networks()[:2]), torch.randn(2, 3, 8, 8).double()
     at = AttentionTransfer(*nets, GROUPS, beta=BETA)
     with pytest.raises(RuntimeError, match=r"not work in nn\.DataParallel with several devices"):
@@ -236,10 +243,10 @@ def test_replicas_of_data_parallel_are_refused(side: int) -> None:
     at.remove()
 
 
-def test_the_teacher_runs_once_for_each_sample(tmp_path: Path) -> None:
+def test_teacher_runs_once_per_cached_sample(tmp_path: Path) -> None:
     student, teacher, x, _ = networks()
-    rows: list[int] = []
-    teacher.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
+    batch_sizes: list[int] = []
+    teacher.register_forward_pre_hook(lambda m, args: batch_sizes.append(len(args[0])))
 
     def call(at: AttentionTransfer, index: Any = None, x: Tensor = x, **options: Any) -> Tensor:
         student(x)
@@ -251,34 +258,34 @@ def test_the_teacher_runs_once_for_each_sample(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="index and seed need a cache, got"):
             call(at, **wrong)
     at.remove()
-    cache, every = at_fused.TeacherCache(tmp_path, samples=10), [7, 2, 9, 0]
+    cache, indices = at_fused.TeacherCache(tmp_path, samples=10), [7, 2, 9, 0]
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA, cache=cache)
-    rows.clear()
-    for index in ([7, 2], every, torch.tensor(every)):
+    batch_sizes.clear()
+    for index in ([7, 2], indices, torch.tensor(indices)):
         loss = call(at, index, x[: len(index)])
-    assert rows[-2:] == [2, 2]  # after those that show how features lie
-    rows.clear()
+    assert batch_sizes[-2:] == [2, 2]  # earlier passes detect the features' layouts
+    batch_sizes.clear()
     torch.testing.assert_close((loss, at.teacher_output), (expected, logits))
     loss.backward()
-    # Another seed, another option of the maps, another precision, another teacher: computed anew.
-    call(at, every, seed=1)
-    call(AttentionTransfer(student, teacher, GROUPS, beta=BETA, cache=cache, p=1.0), every)
+    # A new seed, option of the maps, precision or teacher is not in the cache.
+    call(at, indices, seed=1)
+    call(AttentionTransfer(student, teacher, GROUPS, beta=BETA, cache=cache, p=1.0), indices)
     with torch.autocast("cpu", torch.bfloat16):
-        call(at, every)
+        call(at, indices)
     with torch.no_grad():
         teacher.stem.weight.mul_(1.5)
-    call(at, every)
-    assert [n for n in rows if n > 1] == [4, 4, 4, 4]
+    call(at, indices)
+    assert [n for n in batch_sizes if n > 1] == [4, 4, 4, 4]
     with pytest.raises(RuntimeError, match="sample 7 is not the input"):
-        call(at, every, x + 1)
+        call(at, indices, x + 1)
     with pytest.raises(ValueError, match="index must be given"):
         call(at)
 
 
-def test_prepared() -> None:
+def test_prepare_runs_the_teacher_early() -> None:
     student, teacher, x, _ = networks()
-    count: list[int] = []
-    teacher.register_forward_pre_hook(lambda *_: count.append(1))
+    passes: list[int] = []
+    teacher.register_forward_pre_hook(lambda *_: passes.append(1))
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
     student(x)
     expected, logits = at(x), at.teacher_output
@@ -292,7 +299,7 @@ def test_prepared() -> None:
         if message:
             with pytest.raises(ValueError, match=message):
                 at(other, seed=seed)
-            student(x)  # what was prepared is gone
+            student(x)  # the error discarded the prepared maps
         assert torch.equal(at(x), expected)
         assert torch.equal(at.teacher_output, logits)
-    assert len(count) == 7  # one more in the first batch, to see how features lie
+    assert len(passes) == 7  # the first batch took a second pass, which detects layouts

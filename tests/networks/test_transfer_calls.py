@@ -1,4 +1,4 @@
-"""Calls of AttentionTransfer: batches, outputs, modes, factors and the order of passes."""
+"""Calls of AttentionTransfer: batches, outputs, grad modes, masks, weights and order of passes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transfer_networks import BETA, GROUPS, by_hand, call, gradients, loss_once, networks
+from transfer_networks import BETA, GROUPS, call, gradients, networks, total_loss, transfer_loss
 
 import at_fused
 from at_fused import AttentionTransfer, TeacherCache
 from at_fused._models import logits_of
 
-# ---- what a teacher returns ----------------------------------------------------------------------
+# ---- outputs of the teacher ----------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ Named = namedtuple("Named", "loss logits")
 
 
 class Net(nn.Module):
-    """A small network whose output is wrapped, and whose inputs may be several."""
+    """A small network with optional further inputs and a wrapped output."""
 
     def __init__(self, width: int = 4, wrap: Callable[[Tensor, Tensor], Any] | None = None) -> None:
         super().__init__()
@@ -52,21 +52,20 @@ def images(n: int = 4) -> Tensor:
     return torch.randn(n, 3, 8, 8)
 
 
-def taken(net: nn.Module, names: list[str], batch: Any) -> list[Tensor]:
-    """The features of layers in a pass."""
-    found: dict[str, Tensor] = {}
+def layer_features(net: nn.Module, names: list[str], batch: Any) -> list[Tensor]:
+    features: dict[str, Tensor] = {}
     for name in names:
         layer = net.get_submodule(name)
-        layer.register_forward_hook(lambda m, args, y, name=name: found.update({name: y}))
+        layer.register_forward_hook(lambda m, args, y, name=name: features.update({name: y}))
     call(net, batch)
-    return [found[name] for name in names]
+    return [features[name] for name in names]
 
 
-def by_eager(student: nn.Module, teacher: nn.Module, batch: Any) -> Tensor:
-    """Eager lines: the loss of the features of both."""
+def conv_loss(student: nn.Module, teacher: nn.Module, batch: Any) -> Tensor:
+    """Return at_loss of the features of both networks' layer ``conv``."""
     with torch.no_grad():
-        (target,) = taken(teacher, ["conv"], batch)
-    return at_fused.at_loss(taken(student, ["conv"], batch)[0], target)
+        (target,) = layer_features(teacher, ["conv"], batch)
+    return at_fused.at_loss(layer_features(student, ["conv"], batch)[0], target)
 
 
 LOGITS, OTHER = torch.randn(2, 5), torch.randn(2, 4, 3, 3)
@@ -86,30 +85,30 @@ LOGITS, OTHER = torch.randn(2, 5), torch.randn(2, 4, 3, 3)
     ],
     ids=range(8),
 )
-def test_the_logits_in_an_output(output: Any) -> None:
+def test_logits_are_found_in_common_outputs(output: Any) -> None:
     assert logits_of(output) is LOGITS
 
 
-def test_of_a_teachers_output_the_logits_are_kept_alone(tmp_path: Path) -> None:
-    alive: list[weakref.ref[Tensor]] = []
+def test_only_the_logits_of_a_teacher_output_are_kept(tmp_path: Path) -> None:
+    references: list[weakref.ref[Tensor]] = []
 
-    def wrapped(logits: Tensor, x: Tensor) -> Any:
-        alive.append(weakref.ref(x))
-        return ([x], logits) if hidden else {"x": x, "logits": logits}
+    def wrap(logits: Tensor, x: Tensor) -> Any:
+        references.append(weakref.ref(x))
+        return ([x], logits) if has_no_logits else {"x": x, "logits": logits}
 
-    student, teacher, x = Net(), Net(6, wrapped), images()
+    student, teacher, x = Net(), Net(6, wrap), images()
     for cache in (None, TeacherCache(tmp_path, samples=4)):
-        for hidden in (0, 1):
+        for has_no_logits in (0, 1):
             at = AttentionTransfer(student, teacher, ["conv"], beta=1.0, cache=cache)
-            student(x), at(x, range(4) if cache else None, hidden if cache else 0)
+            student(x), at(x, range(4) if cache else None, has_no_logits if cache else 0)
             at.remove()
-            assert alive[-1]() is None
-            assert (at.teacher_output is None) == hidden
+            assert references[-1]() is None
+            assert (at.teacher_output is None) == has_no_logits
     with pytest.raises(TypeError, match="teacher_logits must be a tensor, got NoneType"):
         at_fused.kd_loss(student(x), at.teacher_output)
 
 
-# ---- what both networks take ---------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 X, MASK = torch.randn(4, 3, 8, 8), (torch.rand(4, 1, 8, 8) > 0.3).float()
 BATCHES: list[Any] = [
@@ -121,37 +120,37 @@ BATCHES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("is_prepared", [False, True])
 @pytest.mark.parametrize("batch", BATCHES, ids=range(len(BATCHES)))
-def test_batches_of_several_inputs(batch: Any, prepared: bool) -> None:
+def test_batches_of_several_inputs(batch: Any, is_prepared: bool) -> None:
     student, teacher = Net(), Net(6)
-    given = batch
+    inputs = batch
     if isinstance(batch, tuple):
-        given = dict(zip(("x", "mask", "scale"), batch, strict=False))
-    expected = by_eager(student, teacher, given)
+        inputs = dict(zip(("x", "mask", "scale"), batch, strict=False))
+    expected = conv_loss(student, teacher, inputs)
     at = AttentionTransfer(student, teacher, ["conv"], beta=1.0)
-    if prepared:
+    if is_prepared:
         at.prepare(batch)
     call(student, batch)
-    loss = at(type(batch)(batch))  # the same tensors in another container are the same batch
+    loss = at(type(batch)(batch))  # the same tensors in a new container are the same batch
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(at.teacher_output, teacher(**given).detach())
+    torch.testing.assert_close(at.teacher_output, teacher(**inputs).detach())
     at.prepare(batch)
     call(student, batch)
-    with pytest.raises(ValueError, match=r"x must be the same as in at\.prepare"):
-        at({**given, "scale": 7.0})
+    with pytest.raises(ValueError, match=r"x must be what at\.prepare was called with"):
+        at({**inputs, "scale": 7.0})
 
 
-def test_a_cache_takes_a_single_tensor(tmp_path: Path) -> None:
+def test_cache_requires_a_single_tensor(tmp_path: Path) -> None:
     student, teacher = Net(), Net(6)
-    count: list[int] = []
-    teacher.register_forward_pre_hook(lambda *_: count.append(1))
+    passes: list[int] = []
+    teacher.register_forward_pre_hook(lambda *_: passes.append(1))
     cache = TeacherCache(tmp_path, samples=4)
     at = AttentionTransfer(student, teacher, ["conv"], beta=1.0, cache=cache)
     for batch in ({"x": X}, (X,), {"x": X}, X):
         call(student, batch)
-        torch.testing.assert_close(at(batch, range(4)), by_eager(student, teacher, X))
-    assert sum(count) == 2 + 4  # once by its name, once without; by eager lines each time
+        torch.testing.assert_close(at(batch, range(4)), conv_loss(student, teacher, X))
+    assert sum(passes) == 2 + 4  # at: once with a keyword, once without; conv_loss: every time
     for wrong, got in (
         ((X, MASK), "Tensor, Tensor"),
         ({"x": X, "scale": 2.0}, "Tensor, float"),
@@ -165,29 +164,29 @@ def test_a_cache_takes_a_single_tensor(tmp_path: Path) -> None:
 # ---- grad modes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["prepared", "prepared, cached", "teacher"])
-def test_a_teacher_under_inference_mode(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["prepared", "prepared, cached", "teacher"])
+def test_teacher_may_run_in_inference_mode(case: str, tmp_path: Path) -> None:
     student, teacher, x, y = networks()
-    expected = by_hand(student, teacher, x, y)
-    right = gradients(student, expected)
-    cached = "cached" in way
-    cache, index = (TeacherCache(tmp_path, samples=4), range(4)) if cached else (None, None)
+    expected = total_loss(student, teacher, x, y)
+    expected_gradients = gradients(student, expected)
+    has_cache = "cached" in case
+    cache, index = (TeacherCache(tmp_path, samples=4), range(4)) if has_cache else (None, None)
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA, cache=cache)
-    if way == "teacher":
+    if case == "teacher":
         teacher.forward = torch.inference_mode()(teacher.forward)
-    for _ in range(2):  # computed, and stored
+    for _ in range(2):  # the second step reads the cache
         with torch.inference_mode():
-            if way != "teacher":
+            if case != "teacher":
                 at.prepare(x, index)
         output = student(x)
         loss = cross_entropy(output[0], y) + at(x, index)
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(gradients(student, loss), right)
+        torch.testing.assert_close(gradients(student, loss), expected_gradients)
         at_fused.kd_loss(output[0], at.teacher_output, y).backward()
 
 
 class Trunk(nn.Module):
-    """A trunk that may run without gradients, and a head."""
+    """A head on a trunk that may run without gradients."""
 
     def __init__(self, mode: str = "grad") -> None:
         super().__init__()
@@ -205,7 +204,7 @@ class Trunk(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["grad", "no_grad"])
-def test_a_frozen_trunk_gives_a_constant(mode: str) -> None:
+def test_frozen_trunk_gives_a_constant_loss(mode: str) -> None:
     student, teacher, x = Trunk(mode), Trunk(), images()
     student.trunk.requires_grad_(False)
     at = AttentionTransfer(student, teacher, ["trunk.1"], beta=2.0)
@@ -215,14 +214,14 @@ def test_a_frozen_trunk_gives_a_constant(mode: str) -> None:
     torch.testing.assert_close(loss, expected)
     (output.sum() + loss).backward()
     at.remove()
-    # Of a layer that is trained the gradient is there, whatever the other's graph.
+    # A trained layer still gets its gradient if the other layer has no graph.
     at = AttentionTransfer(student, teacher, ["trunk.1", "last"], beta=2.0)
     student(x), at(x).backward()
 
 
 @pytest.mark.parametrize("layers", [["trunk.1", "last"], ["trunk"]], ids=str)
 @pytest.mark.parametrize("mode", ["whole pass", "no_grad", "checkpoint"])
-def test_a_trained_layer_whose_graph_is_lost(mode: str, layers: list[str]) -> None:
+def test_trained_layer_without_a_graph_raises(mode: str, layers: list[str]) -> None:
     for training in (False, True):
         student, teacher, x = Trunk(mode).train(training), Trunk(), images()
         at = AttentionTransfer(student, teacher, layers, beta=1.0)
@@ -231,13 +230,13 @@ def test_a_trained_layer_whose_graph_is_lost(mode: str, layers: list[str]) -> No
         with pytest.raises(RuntimeError, match=f"layer '{layers[0]}' has no graph.*use_reentrant"):
             at(x)
         with torch.no_grad():
-            student(x), at(x)  # an evaluation
+            student(x), at(x)  # evaluation needs no graph
 
 
 # ---- the order of passes -------------------------------------------------------------------------
 
 
-def test_the_x_of_an_earlier_pass() -> None:
+def test_input_of_an_earlier_pass_raises() -> None:
     student, teacher, x, other = Net(), Net(6), images(), images()
     at = AttentionTransfer(student, teacher, ["conv"], beta=1.0)
     mask = torch.ones(4, 1, 8, 8)
@@ -247,43 +246,43 @@ def test_the_x_of_an_earlier_pass() -> None:
             at(first)
     student(other)
     expected = at(other)
-    # No evidence: copies, the same x twice, views, the passes of an earlier step, compiled ones.
+    # No error for copies, the same x twice, views, passes of an earlier step and compiled passes.
     torch._dynamo.reset()
-    fast = torch.compile(student, backend="eager", fullgraph=True)
+    compiled = torch.compile(student, backend="eager", fullgraph=True)
     for first, last in ((x, other.clone()), (other, other), (x, other[:])):
         student(first), student(last)
         torch.testing.assert_close(at(other), expected)
     student(x), at(x), student(other), at(other), student(other.clone())
     torch.testing.assert_close(at(other), expected)
-    student(other), student(x), fast(x=other)
+    student(other), student(x), compiled(x=other)
     torch.testing.assert_close(at(other), expected)
 
 
-def test_a_pass_that_no_call_follows_keeps_nothing_beyond_the_next() -> None:
+def test_pass_without_a_call_is_freed_by_the_next_pass() -> None:
     student, x = Trunk(), images()
     AttentionTransfer(student, Trunk(), ["last"], beta=1.0)
-    kept: list[StorageWeakRef] = []
+    storages: list[StorageWeakRef] = []
     hook = student.trunk.register_forward_hook
-    hook(lambda m, args, y: kept.append(StorageWeakRef(y.untyped_storage())))
+    hook(lambda m, args, y: storages.append(StorageWeakRef(y.untyped_storage())))
     student(x).sum().backward()
-    assert kept.pop().expired()  # by the backward, as without AttentionTransfer
-    given = weakref.ref(x)
+    assert storages.pop().expired()  # freed by the backward, as without AttentionTransfer
+    x_reference = weakref.ref(x)
     student(x)
-    assert not kept[0].expired()
-    student.register_forward_pre_hook(lambda *_: kept.append(kept.pop().expired()))
+    assert not storages[0].expired()
+    student.register_forward_pre_hook(lambda *_: storages.append(storages.pop().expired()))
     del x
     with torch.no_grad():
         student(images())
-    assert kept[0] is True  # before another pass takes memory
-    assert kept[1].expired()  # without gradients nothing is kept
-    assert given() is None
+    assert storages[0] is True  # freed before the next pass allocates
+    assert storages[1].expired()  # nothing is kept without gradients
+    assert x_reference() is None
 
 
-# ---- factors -------------------------------------------------------------------------------------
+# ---- masks and sample weights --------------------------------------------------------------------
 
 
 class Tokens(nn.Module):
-    """Patches as tokens, with one more in front."""
+    """A network of patch tokens with one token before them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -314,24 +313,25 @@ WEIGHTS = torch.tensor([1.0, 0.0, 2.0, 0.5])
 def test_masks_and_weights_of_samples(
     layers: list[Any], mask: Any, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    tokens = layers == ["block"]
-    student, teacher = (Tokens(4), Tokens(6)) if tokens else (Trunk(), Trunk())
-    more = {"channel_dim": -1, "skip_tokens": 1} if tokens else {}
-    pairs = [(each, each) if isinstance(each, str) else each for each in layers]
-    own, targets = (
-        taken(net, [pair[side] for pair in pairs], X) for side, net in enumerate((student, teacher))
+    has_tokens = layers == ["block"]
+    student, teacher = (Tokens(4), Tokens(6)) if has_tokens else (Trunk(), Trunk())
+    layout = {"channel_dim": -1, "skip_tokens": 1} if has_tokens else {}
+    pairs = [(layer, layer) if isinstance(layer, str) else layer for layer in layers]
+    features, targets = (
+        layer_features(net, [pair[side] for pair in pairs], X)
+        for side, net in enumerate((student, teacher))
     )
     targets = [x.detach() for x in targets]
     factors = {"mask": mask, "sample_weights": WEIGHTS}
-    expected = 3 * at_fused.at_loss(own, targets, **factors, **options, **more)
-    right = gradients(student, expected)
+    expected = 3 * at_fused.at_loss(features, targets, **factors, **options, **layout)
+    expected_gradients = gradients(student, expected)
     for cache in (None, TeacherCache(tmp_path, samples=4)):
         at = AttentionTransfer(student, teacher, layers, beta=3.0, cache=cache, **options)
         for _ in range(2):
             student(X)
             loss = at(X, range(4) if cache else None, **factors)
             torch.testing.assert_close(loss, expected)
-            torch.testing.assert_close(gradients(student, loss), right)
+            torch.testing.assert_close(gradients(student, loss), expected_gradients)
         at.remove()
 
 
@@ -346,14 +346,14 @@ def test_masks_and_weights_of_samples(
     ],
     ids=range(5),
 )
-def test_wrong_factors(layer: str, factor: Any, options: Any, message: str) -> None:
+def test_wrong_masks_and_weights_raise(layer: str, factor: Any, options: Any, message: str) -> None:
     student, teacher = (Trunk(), Trunk()) if layer == "last" else (Tokens(4), Tokens(6))
     with pytest.raises(ValueError, match=message):
-        loss_once(student, teacher, X, [layer], **options, **factor)
+        transfer_loss(student, teacher, X, [layer], **options, **factor)
 
 
-def test_a_cache_refuses_a_teacher_whose_precision_is_hidden(tmp_path: Path) -> None:
-    """accelerate puts autocast into the ``forward`` of a network that it prepares."""
+def test_cache_rejects_a_replaced_forward(tmp_path: Path) -> None:
+    """Reject a hidden precision: accelerate puts autocast into ``forward`` of prepared networks."""
     teacher, cache = Net(6), TeacherCache(tmp_path, samples=4)
     teacher.forward = torch.autocast("cpu", torch.bfloat16)(teacher.forward)
     with pytest.raises(ValueError, match="cache: the teacher's forward was replaced"):

@@ -1,4 +1,4 @@
-"""AttentionTransfer between networks that torch.compile compiles."""
+"""AttentionTransfer with students that torch.compile compiles."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transfer_networks import BETA, GROUPS, by_hand, gradients, task_loss
+from transfer_networks import BETA, GROUPS, gradients, task_loss, total_loss
 
 from at_fused import AttentionTransfer
 
-EAGER: dict[str, Any] = {"backend": "aot_eager", "fullgraph": True}
+COMPILE: dict[str, Any] = {"backend": "aot_eager", "fullgraph": True}
 
 
 class Net(nn.Module):
-    """The least network with three groups, which gives its features away as WRN does."""
+    """A minimal network with three groups that returns its features, as WRN does."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -38,21 +38,22 @@ def networks() -> tuple[Net, Net, Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled() -> Iterator[None]:
+def _reset_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-def check(at: Any, fast: Any, student: Any, teacher: Any, x: Tensor, **options: Any) -> None:
-    """Compare a step with the eager lines, on networks without hooks."""
+def check(at: Any, compiled: Any, student: Any, teacher: Any, x: Tensor, **options: Any) -> None:
+    """Compare a step with an eager one of copies without hooks."""
     y = torch.arange(len(x)) % 4
-    one, other, _ = networks()
-    one.load_state_dict(student.state_dict()), other.load_state_dict(teacher.state_dict())
-    expected = by_hand(one, other, x, y, **options)
-    loss = task_loss(fast(x), y) + at(x)
+    eager_student, eager_teacher, _ = networks()
+    eager_student.load_state_dict(student.state_dict())
+    eager_teacher.load_state_dict(teacher.state_dict())
+    expected = total_loss(eager_student, eager_teacher, x, y, **options)
+    loss = task_loss(compiled(x), y) + at(x)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradients(student, loss), gradients(one, expected))
+    torch.testing.assert_close(gradients(student, loss), gradients(eager_student, expected))
 
 
 @pytest.mark.parametrize(
@@ -62,63 +63,63 @@ def check(at: Any, fast: Any, student: Any, teacher: Any, x: Tensor, **options: 
 def test_dynamic_shapes(backend: str, p: float) -> None:
     student, teacher, x = networks()
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA, p=p)
-    fast = torch.compile(student, dynamic=True, backend=backend, fullgraph=True)
-    check(at, fast, student, teacher, x, p=p)
-    check(at, fast, student, teacher, torch.cat([x, x + 1]), p=p)  # dynamic from now on
+    compiled = torch.compile(student, dynamic=True, backend=backend, fullgraph=True)
+    check(at, compiled, student, teacher, x, p=p)
+    check(at, compiled, student, teacher, torch.cat([x, x + 1]), p=p)  # now dynamic
     with torch._dynamo.config.patch(error_on_recompile=True):
-        check(at, fast, student, teacher, torch.cat([x, x, x]), p=p)
+        check(at, compiled, student, teacher, torch.cat([x, x, x]), p=p)
     at.remove()
-    # Another exponent is other code, as is another order of the layers.
+    # A new exponent or order of the layers compiles again.
     at = AttentionTransfer(student, teacher, GROUPS[::-1], beta=BETA, p=3.0)
-    check(at, fast, student, teacher, x, p=3.0)
+    check(at, compiled, student, teacher, x, p=3.0)
 
 
-def run(model: Callable[[Tensor], Any], x: Tensor) -> None:
+def train_step(model: Callable[[Tensor], Any], x: Tensor) -> None:
     task_loss(model(x), torch.arange(len(x))).backward()
 
 
-def test_code_compiled_without_hooks() -> None:
-    """torch.compile does not look for hooks, unless it is told to."""
+def test_code_compiled_before_the_hooks_raises_until_reset() -> None:
+    """By default, torch.compile does not guard on hooks."""
     student, teacher, x = networks()
-    fast = torch.compile(student, **EAGER)
-    run(fast, x)
-    at = AttentionTransfer(fast, teacher, GROUPS, beta=BETA)
-    run(fast, x)
+    compiled = torch.compile(student, **COMPILE)
+    train_step(compiled, x)
+    at = AttentionTransfer(compiled, teacher, GROUPS, beta=BETA)
+    train_step(compiled, x)
     with pytest.raises(RuntimeError, match=r"call torch\._dynamo\.reset\(\)"):
         at(x)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-        average = copy.deepcopy(fast)
+        average = copy.deepcopy(compiled)
         assert not any(m._forward_hooks for m in average.modules())
         for _ in range(2):
-            run(average, x)
-            check(at, fast, student, teacher, x)
+            train_step(average, x)
+            check(at, compiled, student, teacher, x)
         at.remove()
-        run(fast, x)
-        assert not at._student.last_pass.maps
+        train_step(compiled, x)
+        assert not at._student.last.maps
         at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
-        check(at, fast, student, teacher, x)
+        check(at, compiled, student, teacher, x)
 
 
-@pytest.mark.parametrize("how", ["method", "layers", "function"])
-def test_ways_to_compile(how: str) -> None:
+@pytest.mark.parametrize("target", ["method", "layers", "function"])
+def test_compiled_method_layers_or_function(target: str) -> None:
     student, teacher, x = networks()
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
-    fast: Any = student
-    if how == "function":
-        fast = torch.compile(lambda x: student(x), **EAGER)
-    for module in {"method": [student], "layers": student.groups, "function": []}[how]:
-        module.compile(**EAGER)
+    compiled: Any = student
+    if target == "function":
+        compiled = torch.compile(lambda x: student(x), **COMPILE)
+    for module in {"method": [student], "layers": student.groups, "function": []}[target]:
+        module.compile(**COMPILE)
     for _ in range(2):
-        check(at, fast, student, teacher, x)
+        check(at, compiled, student, teacher, x)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        check(at, fast, student, teacher, x)
+        check(at, compiled, student, teacher, x)
 
 
-def test_code_of_one_student_serves_the_next() -> None:
-    for again in (False, True):
+def test_new_student_reuses_compiled_code() -> None:
+    for is_second in (False, True):
         student, teacher, x = networks()
         at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
-        with torch._dynamo.config.patch(error_on_recompile=again):
-            check(at, torch.compile(student, **EAGER), student, teacher, x)
+        with torch._dynamo.config.patch(error_on_recompile=is_second):
+            check(at, torch.compile(student, **COMPILE), student, teacher, x)
         at.remove()

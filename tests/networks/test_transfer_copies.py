@@ -1,4 +1,4 @@
-"""Copies, pickles, exports and traces of networks with AttentionTransfer, and its messages."""
+"""Copies, pickles, exports and traces of networks with AttentionTransfer, and its errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from at_fused._models import Hook
 
 
 def plain_net(width: int) -> nn.Sequential:
-    """A network of torch's own classes, which any process can load."""
+    """Return a network of torch's own classes, which any process can unpickle."""
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 4, 3), nn.Flatten())
 
 
@@ -32,43 +32,43 @@ def hooked() -> tuple[Any, Any, Any, Tensor]:
 def is_clean(model: nn.Module) -> bool:
     hooks = [h for m in model.modules() for n, h in vars(m).items() if n.startswith("_forward_")]
     return not any(
-        isinstance(hook, Hook) or hook is True for each in hooks for hook in each.values()
+        isinstance(hook, Hook) or hook is True for by_id in hooks for hook in by_id.values()
     )
 
 
-def saved(value: Any) -> Any:
+def save_and_load(value: Any) -> Any:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=False)
 
 
-COPIES = pytest.mark.parametrize("copied", [copy.deepcopy, saved])
-# torch.jit and FX's quantization are on their way out, and still in use.
+COPIES = pytest.mark.parametrize("copy_of", [copy.deepcopy, save_and_load])
+# torch.jit and FX quantization are deprecated, but still in use.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*deprecated:FutureWarning", "ignore:.*deprecated:DeprecationWarning"
 )
 
 
-# ---- a copy of a network alone -------------------------------------------------------------------
+# ---- copies of networks --------------------------------------------------------------------------
 
 
 @COPIES
-def test_copies_of_networks_have_no_hooks(copied: Callable[[Any], Any]) -> None:
+def test_copies_of_networks_have_no_hooks(copy_of: Callable[[Any], Any]) -> None:
     at, student, teacher, x = hooked()
-    assert b"at_fused" not in pickle.dumps(student)  # which does without the package
+    assert b"at_fused" not in pickle.dumps(student)  # so it loads without the package
     for model in (student, teacher):
-        other = copied(model)
+        other = copy_of(model)
         assert is_clean(other)
         assert [type(m) for m in other.modules()] == [type(m) for m in plain_net(1).modules()]
         assert torch.equal(other(x), model(x))
-    model = copied(nn.Sequential(student, nn.Linear(64, 2)))  # within a larger network
+    model = copy_of(nn.Sequential(student, nn.Linear(64, 2)))  # within a larger network
     assert is_clean(model)
     student(x)
-    value = at(x)
+    loss = at(x)
     student(x)
     other(x + 1), model(x + 1)
-    assert torch.equal(at(x), value)
+    assert torch.equal(at(x), loss)
 
 
 def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -76,12 +76,12 @@ def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 @COPIES
-def test_hooks_of_others_stay_in_their_order(copied: Callable[[Any], Any]) -> None:
+def test_copies_keep_the_order_of_other_hooks(copy_of: Callable[[Any], Any]) -> None:
     student, teacher, x = plain_net(4), plain_net(6), torch.randn(2, 3, 8, 8)
     student[0].register_forward_hook(double)
     at = AttentionTransfer(student, teacher, ["0"], beta=BETA)
     student[0].register_forward_hook(double)
-    alone, both = copied(student), copied((at, student))
+    alone, both = copy_of(student), copy_of((at, student))
     assert list(alone[0]._forward_hooks.values()) == [double, double]
     for model in (student, both[1]):
         order = [isinstance(hook, Hook) for hook in model[0]._forward_hooks.values()]
@@ -92,11 +92,11 @@ def test_hooks_of_others_stay_in_their_order(copied: Callable[[Any], Any]) -> No
     assert torch.equal(both[0](x), at(x))
 
 
-# ---- a copy of AttentionTransfer, alone and with its networks ------------------------------------
+# ---- copies of AttentionTransfer, alone and with its networks ------------------------------------
 
 
 class Trainer(nn.Module):
-    """A network that holds its own AttentionTransfer."""
+    """A network with its own AttentionTransfer as an attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,41 +107,41 @@ class Trainer(nn.Module):
         return self.net(x)
 
 
-# What is copied of a trainer, and the copies of its AttentionTransfer and of the student.
+# By case: the part of a trainer to copy, and the AttentionTransfer and student in the copy.
 PARTS: dict[str, tuple[Callable[[Trainer], Any], Callable[[Any], tuple[Any, Any]]]] = {
     "alone": (lambda t: t.at, lambda at: (at, at._student.model)),
-    "first": (lambda t: (t.at, t.net, t.teacher), lambda found: found[:2]),
-    "last": (lambda t: (t.net, t.teacher, t.at), lambda found: (found[2], found[0])),
-    "held": (lambda t: t, lambda found: (found.at, found.net)),
-    "held by itself": (lambda t: t, lambda found: (found.at, found)),
+    "first": (lambda t: (t.at, t.net, t.teacher), lambda parts: parts[:2]),
+    "last": (lambda t: (t.net, t.teacher, t.at), lambda parts: (parts[2], parts[0])),
+    "attribute": (lambda t: t, lambda t: (t.at, t.net)),
+    "attribute of the student": (lambda t: t, lambda t: (t.at, t)),
 }
 
 
 @COPIES
-@pytest.mark.parametrize("which", PARTS)
-def test_copies_with_their_networks(which: str, copied: Callable[[Any], Any]) -> None:
+@pytest.mark.parametrize("case", PARTS)
+def test_copies_include_their_networks(case: str, copy_of: Callable[[Any], Any]) -> None:
     trainer, x = Trainer(), torch.randn(2, 3, 8, 8)
     student, names = trainer.net, ["0", "1"]
-    if which == "held by itself":
+    if case == "attribute of the student":
         student, names = trainer, [("net.0", "0"), ("net.1", "1")]
     at = trainer.at = AttentionTransfer(student, trainer.teacher, names, beta=BETA)
     student(x)
     loss = at(x)
     loss.backward()
-    right = [p.grad for p in trainer.net.parameters() if p.grad is not None]
-    student(x)  # the maps of a graph are at hand: they are not what is copied
+    expected = [p.grad for p in trainer.net.parameters() if p.grad is not None]
+    student(x)  # its maps have a graph, and must not be copy_of
     trainer.zero_grad()
-    part, found = PARTS[which]
-    other, model = found(copied(part(trainer)))
+    part, unpack = PARTS[case]
+    other, model = unpack(copy_of(part(trainer)))
     model(x)
     other(x).backward()
-    torch.testing.assert_close([p.grad for p in model.parameters() if p.grad is not None], right)
+    torch.testing.assert_close([p.grad for p in model.parameters() if p.grad is not None], expected)
     assert all(p.grad is None for p in trainer.parameters())
     assert torch.equal(at(x), loss)
-    # A copy of the copy is one as well, and the copy's hooks are removed by the copy.
-    again, second = found(copy.deepcopy(part(trainer)))
-    second(x)
-    assert torch.equal(again(x), loss)
+    # A second copy works too, and remove() of the first removes only its own hooks.
+    second_at, second_model = unpack(copy.deepcopy(part(trainer)))
+    second_model(x)
+    assert torch.equal(second_at(x), loss)
     other.remove()
     assert is_clean(model)
     student(x)
@@ -150,24 +150,24 @@ def test_copies_with_their_networks(which: str, copied: Callable[[Any], Any]) ->
 
 def test_remove_hooks() -> None:
     at, student, teacher, x = hooked()
-    kept = student[0].register_forward_hook(double)
+    handle = student[0].register_forward_hook(double)
     other = AttentionTransfer(student, plain_net(3), ["1"], beta=BETA)
     y = student(x)
     at_fused.remove_hooks(nn.Sequential(student, teacher))
     assert is_clean(student)
     assert is_clean(teacher)
-    assert list(student[0]._forward_hooks) == [kept.id]
+    assert list(student[0]._forward_hooks) == [handle.id]
     assert torch.equal(student(x), y)
-    for each in (at, other):
-        each._student.last_pass.maps.clear(), each._student.last_pass.features.clear()
+    for transfer in (at, other):
+        transfer._student.last.maps.clear(), transfer._student.last.features.clear()
         with pytest.raises(RuntimeError, match=r"student's layer '.' .*its hook was removed"):
-            each(x)
-        each.remove()
+            transfer(x)
+        transfer.remove()
     with pytest.raises(TypeError, match=r"module must be an nn\.Module, got AttentionTransfer"):
         at_fused.remove_hooks(at)
 
 
-def test_of_two_on_a_network_each_removes_its_own() -> None:
+def test_remove_keeps_hooks_of_another_attention_transfer() -> None:
     student, x = plain_net(4), torch.randn(2, 3, 8, 8)
     at, other = (AttentionTransfer(student, plain_net(3), ["1"], beta=BETA) for _ in "ab")
     at.remove()
@@ -181,7 +181,7 @@ def test_of_two_on_a_network_each_removes_its_own() -> None:
 
 # ---- exports and traces --------------------------------------------------------------------------
 
-TAKEN: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+CAPTURES: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "export": lambda model, x: torch.export.export(model, (x,)).module(),
     "strict": lambda model, x: torch.export.export(model, (x,), strict=True).module(),
     "trace": lambda model, x: torch.jit.trace(model, x),
@@ -189,29 +189,29 @@ TAKEN: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", TAKEN)
-def test_what_takes_a_network_down_has_no_taps(how: str) -> None:
+@pytest.mark.parametrize("method", CAPTURES)
+def test_exports_and_traces_have_no_taps(method: str) -> None:
     at, student, teacher, x = hooked()
     for model in (student, teacher, copy.deepcopy(student)):
-        taken = TAKEN[how](model.eval(), x)
-        assert "at_fused" not in str(taken.inlined_graph if how == "trace" else taken.graph)
-        torch.testing.assert_close(taken(x), model(x))
+        program = CAPTURES[method](model.eval(), x)
+        assert "at_fused" not in str(program.inlined_graph if method == "trace" else program.graph)
+        torch.testing.assert_close(program(x), model(x))
     student.train()(x)
-    at(x).backward()  # the maps are those of the pass, not of the export
+    at(x).backward()  # uses the maps of this pass, not those of the export
 
 
-def test_script_says_what_to_do() -> None:
+def test_script_error_suggests_a_copy() -> None:
     _, student, _, x = hooked()
     with pytest.raises(AttributeError, match=r"at\.remove\(\) before, or script copy\.deepcopy"):
         torch.jit.script(student)
     assert torch.equal(torch.jit.script(copy.deepcopy(student))(x), student(x))
 
 
-# ---- messages ------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_torchscript_is_refused_by_name(side: int) -> None:
+def test_torchscript_layers_raise(side: int) -> None:
     nets: list[Any] = [plain_net(4), plain_net(6)]
     nets[side][0] = torch.jit.script(nets[side][0])
     name = ("student", "teacher")[side]
@@ -221,7 +221,7 @@ def test_torchscript_is_refused_by_name(side: int) -> None:
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_layer_that_was_replaced(side: int) -> None:
+def test_replaced_layers_raise(side: int) -> None:
     at, *nets, x = hooked()
     nets[side][0] = copy.deepcopy(nets[side][0])
     nets[0](x)
@@ -230,7 +230,7 @@ def test_a_layer_that_was_replaced(side: int) -> None:
         at(x)
 
 
-def test_a_layer_that_a_graph_does_not_call() -> None:
+def test_layer_missing_in_an_fx_graph_raises() -> None:
     student, teacher, x, y = networks()
     graph = fx.symbolic_trace(student)
     for nets in ((graph, teacher), (teacher, graph)):

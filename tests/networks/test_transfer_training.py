@@ -1,4 +1,4 @@
-"""The memory of real steps with AttentionTransfer."""
+"""Peak memory of training steps with AttentionTransfer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.measure import PeakMemory
 
 
-def test_memory_of_a_step_is_that_of_a_step_without() -> None:
+def test_step_needs_no_memory_beyond_that_of_the_networks() -> None:
     check_memory("cpu", PeakMemory().measure)
 
 
@@ -27,11 +27,11 @@ def check_memory(device: str, peak_bytes: Callable[[Callable[[], object]], int])
     n = 16 if device == "cuda" else 4
     x, y = torch.randn(n, 3, 32, 32, device=device), torch.randint(10, (n,), device=device)
 
-    def alone() -> None:
+    def student_alone() -> None:
         student.zero_grad()
         F.cross_entropy(student(x)[0], y).backward()
 
-    def beside_the_teacher() -> None:
+    def student_and_teacher() -> None:
         student.zero_grad()
         logits = student(x)[0]
         with torch.no_grad():
@@ -46,9 +46,9 @@ def check_memory(device: str, peak_bytes: Callable[[Callable[[], object]], int])
         losses = [eager_at_loss(s, t) for s, t in zip(features, targets, strict=True)]
         (F.cross_entropy(logits, y) + BETA * sum(losses)).backward()
 
-    without = peak_bytes(alone)
-    without_but_teacher = peak_bytes(beside_the_teacher)
-    popular = peak_bytes(eager)
+    student_peak = peak_bytes(student_alone)
+    networks_peak = peak_bytes(student_and_teacher)
+    eager_peak = peak_bytes(eager)
     at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
 
     def step(prepare: bool) -> None:
@@ -57,6 +57,6 @@ def check_memory(device: str, peak_bytes: Callable[[Callable[[], object]], int])
             at.prepare(x)
         (F.cross_entropy(student(x)[0], y) + at(x)).backward()
 
-    assert peak_bytes(lambda: step(True)) <= 1.01 * without
-    assert peak_bytes(lambda: step(False)) <= 1.01 * without_but_teacher
-    assert popular > 1.2 * without  # or this test could not fail
+    assert peak_bytes(lambda: step(True)) <= 1.01 * student_peak
+    assert peak_bytes(lambda: step(False)) <= 1.01 * networks_peak
+    assert eager_peak > 1.2 * student_peak  # otherwise this test could not fail

@@ -1,4 +1,4 @@
-"""Two small networks that give their features away, and AttentionTransfer's loss by hand."""
+"""Two small networks that return their features, and the loss computed from these features."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor | None]:
     return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
 
 
-def by_hand(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    """The loss in the authors' style: both networks give their features away."""
+def total_loss(
+    student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, **options: Any
+) -> Tensor:
+    """Return task loss plus attention transfer, computed from the returned features."""
     output = student(x)
     teacher.eval()
     with torch.no_grad():
@@ -39,21 +41,21 @@ def by_hand(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, **opti
     teacher.train()
     weights = options.pop("weights", [1.0] * 3)
     losses = [expected_loss(s, t, **options) for s, t in zip(output[1], targets, strict=True)]
-    at = sum(w * each.mean() for w, each in zip(weights, losses, strict=True))
+    at = sum(w * loss.mean() for w, loss in zip(weights, losses, strict=True))
     return task_loss(output, y) + BETA * at
 
 
 def call(network: nn.Module, batch: Any) -> Any:
-    """The output for a batch: a mapping of keyword arguments, a tuple of arguments, or one."""
+    """Call a network with a dict of keyword arguments, a tuple of arguments, or one argument."""
     if isinstance(batch, dict):
         return network(**batch)
     return network(*batch) if isinstance(batch, tuple) else network(batch)
 
 
-def loss_once(
+def transfer_loss(
     student: nn.Module, teacher: nn.Module, batch: Any, layers: Any = None, **options: Any
 ) -> Tensor:
-    """AttentionTransfer's loss after a pass of the student, whose hooks are then taken away."""
+    """Return AttentionTransfer's loss for one batch, and remove its hooks."""
     factors = {name: options.pop(name) for name in ("mask", "sample_weights") if name in options}
     at = AttentionTransfer(student, teacher, layers, **{"beta": BETA, **options})
     try:
