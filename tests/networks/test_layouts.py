@@ -1,4 +1,4 @@
-"""The layers that AttentionTransfer chooses, and how it reads their features, or refuses to."""
+"""AttentionTransfer's choice of layers, and the feature layouts that it detects or rejects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from at_fused import AttentionTransfer, TeacherCache, at_loss, match_layers
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small are slower on more. In float64 no rounding is near a tolerance."""
+    """Small networks are slower on several threads; in float64, rounding is below tolerances."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
@@ -27,20 +27,20 @@ def one_thread() -> Iterator[None]:
 
 
 class Convolve(nn.Module):
-    """A residual block of channels first."""
+    """A convolutional block on channels-first features."""
 
     def __init__(self, c: int, c_out: int, stride: int = 1, rank: int = 2) -> None:
         super().__init__()
-        make, norm = getattr(nn, f"Conv{rank}d"), getattr(nn, f"BatchNorm{rank}d")
-        self.conv = nn.Sequential(make(c, c_out, 3, stride, 1), norm(c_out), nn.ReLU())
-        self.out = nn.Sequential(make(c_out, c_out, 3, 1, 1), norm(c_out))
+        conv, norm = getattr(nn, f"Conv{rank}d"), getattr(nn, f"BatchNorm{rank}d")
+        self.conv = nn.Sequential(conv(c, c_out, 3, stride, 1), norm(c_out), nn.ReLU())
+        self.out = nn.Sequential(conv(c_out, c_out, 3, 1, 1), norm(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.out(self.conv(x)))
 
 
 class Mix(nn.Module):
-    """A block of channels last: no convolution, any number of dimensions."""
+    """A block without convolutions, on channels-last features of any rank."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
@@ -55,45 +55,45 @@ class Mix(nn.Module):
 
 
 class Net(nn.Module):
-    """Blocks of one size, in a layout: what was embedded goes through them."""
+    """An embedding in some layout, and blocks of one size."""
 
     def __init__(
-        self, embed: nn.Module, blocks: list[nn.Module], lay: Callable[..., Tensor]
+        self, embed: nn.Module, blocks: list[nn.Module], to_layout: Callable[..., Tensor]
     ) -> None:
         super().__init__()
-        self.embed, self.blocks, self.lay = embed, nn.ModuleList(blocks), lay
+        self.embed, self.blocks, self.to_layout = embed, nn.ModuleList(blocks), to_layout
         width = getattr(embed, "out_channels", None) or getattr(embed, "embedding_dim", 0)
         self.token = nn.Parameter(torch.randn(1, 1, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.lay(self.embed(x), self.token)
+        x = self.to_layout(self.embed(x), self.token)
         for block in self.blocks:
             x = block(x)
         return x.flatten(1)
 
 
 def tokens(before: int, after: int = 0) -> Callable[..., Tensor]:
-    def lay(x: Tensor, token: Tensor) -> Tensor:
+    def to_tokens(x: Tensor, token: Tensor) -> Tensor:
         patches = x.flatten(2).mT
         extra = token.expand(len(x), -1, -1)
         return torch.cat([extra] * before + [patches] + [extra] * after, 1)
 
-    return lay
+    return to_tokens
 
 
-def as_it_is(x: Tensor, token: Tensor) -> Tensor:
+def channels_first(x: Tensor, token: Tensor) -> Tensor:
     return x
 
 
-def last(x: Tensor, token: Tensor) -> Tensor:
+def channels_last(x: Tensor, token: Tensor) -> Tensor:
     return x.movedim(1, -1)
 
 
-def of_first(x: Tensor) -> Tensor:
+def nchw_map(x: Tensor) -> Tensor:
     return x.pow(2).mean(1).flatten(1)
 
 
-def of_last(skip: int) -> Callable[[Tensor], Tensor]:
+def nhwc_map(skip: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x.pow(2).mean(-1).flatten(1)[:, skip:]
 
 
@@ -110,39 +110,38 @@ LABELS = torch.ones(2, 49)
 Patch, Clip = (lambda c: nn.Conv2d(3, c, 4, 4)), (lambda c: nn.Conv3d(3, c, (2, 4, 4), (2, 4, 4)))
 
 
-def mixing(embed: Any, lay: Any) -> Callable[[int], Net]:
-    return lambda c: Net(embed(c), [Mix(c), Mix(c)], lay)
+def mixing(embed: Any, to_layout: Any) -> Callable[[int], Net]:
+    return lambda c: Net(embed(c), [Mix(c), Mix(c)], to_layout)
 
 
 def convolving(embed: Any, rank: int) -> Callable[[int], Net]:
-    return lambda c: Net(embed(c), [Convolve(c, c, 1, rank), Convolve(c, c, 1, rank)], as_it_is)
+    return lambda c: Net(embed(c), [Convolve(c, c, 1, rank) for _ in "ab"], channels_first)
 
 
 def vit(c: int, *between: nn.Module) -> Net:
     return Net(Patch(c), [Mix(c), *between, Mix(c)], tokens(1))
 
 
-# A network of a width, its input, the map of its features by hand, and how they are described.
+# A network by width, its input, the expected map of its features, and their description.
 LAYOUTS: dict[str, tuple[Callable[[int], Net], Tensor, Callable[[Tensor], Tensor], str]] = {
-    "maps": (convolving(Patch, 2), IMAGE, of_first, "(B, {c}, H, W)"),
-    "maps, channels last": (mixing(Patch, last), IMAGE, of_last(0), "(B, H, W, {c})"),
-    "patches": (mixing(Patch, tokens(0)), IMAGE, of_last(0), "(B, N, {c})"),
-    "a class token": (mixing(Patch, tokens(1)), IMAGE, of_last(1), "(B, 1+48, {c})"),
-    "and distillation": (mixing(Patch, tokens(2)), IMAGE, of_last(2), "(B, 2+48, {c})"),
-    "and registers": (mixing(Patch, tokens(5)), IMAGE, of_last(5), "(B, 5+48, {c})"),
-    "a signal": (convolving(lambda c: nn.Conv1d(2, c, 4, 4), 1), SIGNAL, of_first, "(B, {c}, L)"),
+    "maps": (convolving(Patch, 2), IMAGE, nchw_map, "(B, {c}, H, W)"),
+    "maps, channels last": (mixing(Patch, channels_last), IMAGE, nhwc_map(0), "(B, H, W, {c})"),
+    "patches": (mixing(Patch, tokens(0)), IMAGE, nhwc_map(0), "(B, N, {c})"),
+    "class token": (mixing(Patch, tokens(1)), IMAGE, nhwc_map(1), "(B, 1+48, {c})"),
+    "distillation token": (mixing(Patch, tokens(2)), IMAGE, nhwc_map(2), "(B, 2+48, {c})"),
+    "registers": (mixing(Patch, tokens(5)), IMAGE, nhwc_map(5), "(B, 5+48, {c})"),
+    "signal": (convolving(lambda c: nn.Conv1d(2, c, 4, 4), 1), SIGNAL, nchw_map, "(B, {c}, L)"),
     "words": (
-        mixing(lambda c: nn.Embedding(30, c), lambda x, token: x), WORDS, of_last(0), "(B, N, {c})",
+        mixing(lambda c: nn.Embedding(30, c), lambda x, _: x), WORDS, nhwc_map(0), "(B, N, {c})",
     ),
-    "video": (convolving(Clip, 3), CLIP, of_first, "(B, {c}, T, H, W)"),
-    "video, channels last": (mixing(Clip, last), CLIP, of_last(0), "(B, T, H, W, {c})"),
-    "video tokens": (mixing(Clip, tokens(1)), CLIP, of_last(1), "(B, 1+32, {c})"),
+    "video": (convolving(Clip, 3), CLIP, nchw_map, "(B, {c}, T, H, W)"),
+    "video, channels last": (mixing(Clip, channels_last), CLIP, nhwc_map(0), "(B, T, H, W, {c})"),
+    "video tokens": (mixing(Clip, tokens(1)), CLIP, nhwc_map(1), "(B, 1+32, {c})"),
 }  # fmt: skip
 
 
-def features_of(model: Net, x: Tensor) -> list[Tensor]:
-    """Return what each block gives."""
-    features = [model.lay(model.embed(x), model.token)]
+def block_features(model: Net, x: Tensor) -> list[Tensor]:
+    features = [model.to_layout(model.embed(x), model.token)]
     for block in model.blocks:
         features.append(block(features[-1]))
     return features[1:]
@@ -150,76 +149,76 @@ def features_of(model: Net, x: Tensor) -> list[Tensor]:
 
 def eager_loss(student: Net, teacher: Net, x: Tensor, map_of: Callable[[Tensor], Tensor]) -> Tensor:
     s, t = (
-        [torch.nn.functional.normalize(map_of(feature)) for feature in features_of(model, x)]
+        [torch.nn.functional.normalize(map_of(feature)) for feature in block_features(model, x)]
         for model in (student, teacher)
     )
     return BETA * sum((a - b.detach()).pow(2).mean() for a, b in zip(s, t, strict=True))
 
 
-COMPILED = ("a class token",)
+COMPILED = ("class token",)
 
 
 @pytest.mark.parametrize(
-    ("layout", "how"),
+    ("layout", "case"),
     [
-        *((layout, how) for layout in LAYOUTS for how in ("example", "names", "names and example")),
+        *((x, case) for x in LAYOUTS for case in ("example", "names", "names and example")),
         *(
             pytest.param(x, "compiled", marks=[pytest.mark.exhaustive] * (x not in COMPILED))
             for x in LAYOUTS
         ),
     ],
 )
-def test_values_and_gradients(layout: str, how: str, capsys: pytest.CaptureFixture[str]) -> None:
-    make, x, map_of, described = LAYOUTS[layout]
+def test_values_and_gradients(layout: str, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    make, x, map_of, description = LAYOUTS[layout]
     student, teacher = make(8).eval(), make(12).eval()
     expected = eager_loss(student, teacher, x, map_of)
-    right = torch.autograd.grad(expected, list(student.parameters()), allow_unused=True)
+    expected_grad = torch.autograd.grad(expected, list(student.parameters()), allow_unused=True)
     names = ["blocks.0", "blocks.1"]
     model: Any = student
-    if how == "compiled":
+    if case == "compiled":
         torch._dynamo.reset()
         model = torch.compile(student, backend="aot_eager", fullgraph=True)
-    given = {"layers": None if how == "example" else names, "example": x if "ex" in how else None}
-    at = AttentionTransfer(model, teacher, beta=BETA, **given)
+    layers, example = None if case == "example" else names, x if "ex" in case else None
+    at = AttentionTransfer(model, teacher, layers, beta=BETA, example=example)
     assert at.pairs == [(name, name) for name in names]
-    if how == "example":
+    if case == "example":
         printed = capsys.readouterr().out.splitlines()[1:3]
         for width in (8, 12):
-            assert all(described.format(c=width) in line for line in printed)
-    for _ in range(3):  # the first pass of named layers is another than those after it
+            assert all(description.format(c=width) in line for line in printed)
+    for _ in range(3):  # with named layers, the first pass detects the layouts
         model(x)
         loss = at(x)
         torch.testing.assert_close(loss, expected)
-        found = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True)
-        torch.testing.assert_close(found, right)
+        grad = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True)
+        torch.testing.assert_close(grad, expected_grad)
 
 
-def test_tokens_of_a_map() -> None:
-    """Grids that are no squares, one against a network of maps, the other against a ViT."""
-    make, x, *_ = LAYOUTS["and registers"]
+def test_tokens_form_maps_that_are_not_square() -> None:
+    make, x, *_ = LAYOUTS["registers"]
     coarse = mixing(lambda c: nn.Conv2d(3, c, 8, 8), tokens(1))
     student, maps, small = make(8).eval(), LAYOUTS["maps"][0](12).eval(), coarse(12).eval()
-    s, of_maps, of_small = (features_of(model, x)[1] for model in (student, maps, small))
-    s, t = s[:, 5:].mT.unflatten(2, (6, 8)), of_small[:, 1:].mT.unflatten(2, (3, 4))
-    for teacher, feature, resize in ((maps, of_maps, None), (small, t, "maps")):
+    s, map_feature, small_feature = (
+        block_features(model, x)[1] for model in (student, maps, small)
+    )
+    s, t = s[:, 5:].mT.unflatten(2, (6, 8)), small_feature[:, 1:].mT.unflatten(2, (3, 4))
+    for teacher, feature, resize in ((maps, map_feature, None), (small, t, "maps")):
         options = {"weights": [0.0, 1.0], "resize": resize, "example": x}
         expected = BETA * at_loss(s, feature, resize=resize)
         torch.testing.assert_close(transfer_loss(student, teacher, x, **options), expected)
 
 
-def test_a_class_token_that_comes_later() -> None:
-    """All patches count where a network has put its class token only before later layers."""
-    prepend = Step(lambda x: torch.cat((x.mean(1, keepdim=True), x), 1))
+def test_class_token_may_be_added_between_layers() -> None:
+    prepend = Function(lambda x: torch.cat((x.mean(1, keepdim=True), x), 1))
     networks = [Net(Patch(c), [Mix(c), prepend, Mix(c)], tokens(0)) for c in (8, 12)]
     for i, skip in ((0, 0), (2, 1)):
-        found = transfer_loss(*networks, IMAGE, [f"blocks.{i}"])
-        features = [features_of(model, IMAGE)[i] for model in networks]
+        loss = transfer_loss(*networks, IMAGE, [f"blocks.{i}"])
+        features = [block_features(model, IMAGE)[i] for model in networks]
         expected = BETA * at_loss(*features, channel_dim=-1, skip_tokens=skip)
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(loss, expected)
 
 
 def shuffled(x: Tensor, token: Tensor) -> Tensor:
-    """Lay patches in an order of their own."""
+    """Return patches in window order, not row by row."""
     x = x.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 3, 5, 1)
     return x.flatten(1, 4)
 
@@ -227,12 +226,12 @@ def shuffled(x: Tensor, token: Tensor) -> Tensor:
 def sequence_first() -> nn.Module:
     layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    return Step(lambda embed, run, x: run(embed(x).transpose(0, 1)), nn.Linear(6, 8), encoder)
+    return Function(lambda embed, run, x: run(embed(x).transpose(0, 1)), nn.Linear(6, 8), encoder)
 
 
 def two_branches() -> nn.Module:
     branches = [nn.Sequential(Convolve(3, 4, 2), Convolve(4, 8, 2)) for _ in "ab"]
-    return Step(lambda a, b, x: a(x) + b(x), *branches)
+    return Function(lambda a, b, x: a(x) + b(x), *branches)
 
 
 def hourglass() -> nn.Module:
@@ -244,46 +243,45 @@ def pooled() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1))
 
 
-class Step(nn.Module):
-    """A function as a block, or a whole network around some modules."""
+class Function(nn.Module):
+    """A block, or a network with submodules, defined by a function of these and its input."""
 
-    def __init__(self, step: Callable[..., Tensor], *modules: nn.Module) -> None:
+    def __init__(self, function: Callable[..., Tensor], *modules: nn.Module) -> None:
         super().__init__()
-        self.step = step
+        self.function = function
         for i, module in enumerate(modules):
             self.add_module(f"part{i}", module)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.step(*self.children(), x)
+        return self.function(*self.children(), x)
 
 
 def moving(move: Callable[[Tensor], Tensor]) -> Callable[[], Net]:
-    return lambda: Net(Patch(8), [Mix(8), Step(move), Mix(8)], tokens(0))
+    return lambda: Net(Patch(8), [Mix(8), Function(move), Mix(8)], tokens(0))
 
 
 def by_columns(x: Tensor, token: Tensor) -> Tensor:
     return x.transpose(2, 3).flatten(2).mT
 
 
-def test_as_many_channels_as_rows_and_columns() -> None:
-    """A feature (B, n, n, n) has its channels first unless an operator had them last."""
+def test_equal_sizes_are_channels_first_without_other_evidence() -> None:
     nets = [LAYOUTS["maps"][0](16).eval() for _ in "ab"]
     x = torch.randn(2, 3, 64, 64)
-    expected = BETA * at_loss(*(features_of(net, x)[0] for net in nets))
+    expected = BETA * at_loss(*(block_features(net, x)[0] for net in nets))
     torch.testing.assert_close(transfer_loss(*nets, x, example=x, weights=[1.0, 0.0]), expected)
     nets = [LAYOUTS["maps, channels last"][0](16) for _ in "ab"]
     with pytest.raises(ValueError, match=r"of shape \(2, 16, 16, 16\), is not known: give channel"):
         transfer_loss(*nets, x, ["blocks.0"])
-    expected = BETA * at_loss(*(features_of(net, x)[0] for net in nets), channel_dim=-1)
-    found = transfer_loss(*nets, x, ["blocks.0"], channel_dim=-1)
-    torch.testing.assert_close(found, expected)
+    expected = BETA * at_loss(*(block_features(net, x)[0] for net in nets), channel_dim=-1)
+    loss = transfer_loss(*nets, x, ["blocks.0"], channel_dim=-1)
+    torch.testing.assert_close(loss, expected)
 
 
-# ---- the choice ----------------------------------------------------------------------------------
+# ---- choice of layers ----------------------------------------------------------------------------
 
 
 def trunk() -> nn.Module:
-    """Stages at halves of the size; the stem and the last layer are made as its blocks are."""
+    """Return a network of stages that halve the size; stem and last layer look like its blocks."""
     stages = [nn.Sequential(Convolve(c, 2 * c, 2), Convolve(2 * c, 2 * c)) for c in (4, 8, 16)]
     ends = Convolve(3, 4, 2), Convolve(32, 40)
     parts = {"stem": ends[0], "stages": nn.Sequential(*stages), "final_conv": ends[1]}
@@ -291,16 +289,16 @@ def trunk() -> nn.Module:
 
 
 def plain_layers() -> nn.Module:
-    """Has a size at the end where nothing was learned."""
+    """Return a network without parameters at its last size."""
     pairs = [[nn.Conv2d(c, 4, 3, 1, 1), nn.ReLU(True), nn.MaxPool2d(2)] for c in (3, 4)]
     return nn.Sequential(*pairs[0], *pairs[1], nn.AdaptiveAvgPool2d(1))
 
 
-# docs/networks.md has what is chosen in networks that people have.
+# docs/networks.md lists the layers chosen in networks of public libraries.
 CHOSEN: list[tuple[Callable[[], nn.Module], list[str]]] = [
     (plain_layers, ["1", "4"]),
     (trunk, ["stages.0", "stages.1", "stages.2"]),
-    # A norm after the last block is none of it; a block that ends in one has no other end.
+    # A trailing norm is not part of a block: the module before it is chosen.
     (lambda: Net(Patch(8), [nn.Sequential(Mix(8), nn.LayerNorm(8))], tokens(1)), ["blocks.0.0"]),
 ]
 
@@ -319,8 +317,8 @@ def test_blocks_of_one_size_are_paired_at_proportional_depth() -> None:
     assert match_layers(vit(8), trunk(), IMAGE, verbose=False) == [("blocks.1", "stages.0")]
 
 
-def test_the_choice_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    match_layers(LAYOUTS["and registers"][0](8), trunk(), torch.randn(2, 3, 32, 32))
+def test_choice_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    match_layers(LAYOUTS["registers"][0](8), trunk(), torch.randn(2, 3, 32, 32))
     assert capsys.readouterr().out.splitlines() == [
         "map  student   features      teacher   features",
         "8x8  blocks.1  (B, 5+64, 8)  stages.0  (B, 8, H, W)",
@@ -332,11 +330,11 @@ def test_the_choice_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert not capsys.readouterr().out
 
 
-# ---- evidence that could be misread --------------------------------------------------------------
+# ---- misleading layouts --------------------------------------------------------------------------
 
 
 class Masked(nn.Module):
-    """Takes several inputs, in any form."""
+    """A network of two inputs."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
@@ -348,12 +346,12 @@ class Masked(nn.Module):
 
 @pytest.mark.parametrize("batch", [(IMAGE, LABELS), {"labels": LABELS, "pixels": IMAGE}])
 def test_examples_of_several_inputs(batch: Any) -> None:
-    """49 = 1 + 48 tokens are as many as the labels, which are no grid."""
+    """Do not read the 49 labels as a grid of the 1 + 48 tokens."""
     student, teacher = Masked(8), Masked(12)
     layers = ["net.blocks.0", "net.blocks.1"]
-    expected = eager_loss(student.net, teacher.net, IMAGE, of_last(1))
-    for given in ({"layers": layers}, {"example": batch}):
-        torch.testing.assert_close(transfer_loss(student, teacher, batch, **given), expected)
+    expected = eager_loss(student.net, teacher.net, IMAGE, nhwc_map(1))
+    for options in ({"layers": layers}, {"example": batch}):
+        torch.testing.assert_close(transfer_loss(student, teacher, batch, **options), expected)
     assert match_layers(student, teacher, batch) == [(name, name) for name in layers]
 
 
@@ -361,45 +359,47 @@ INNER: dict[str, Any] = {"norm": nn.BatchNorm1d, "convolution": lambda c: nn.Con
 
 
 @pytest.mark.parametrize("kind", INNER)
-def test_a_norm_over_tokens_is_no_grid(kind: str) -> None:
+def test_modules_over_tokens_do_not_define_a_grid(kind: str) -> None:
     student, teacher = (
-        vit(c, Step(lambda module, x: module(x.mT).mT, INNER[kind](c))).eval() for c in (8, 12)
+        vit(c, Function(lambda module, x: module(x.mT).mT, INNER[kind](c))).eval() for c in (8, 12)
     )
     assert ("blocks.0", "blocks.0") in match_layers(student, teacher, IMAGE, verbose=False)
     for example in (None, IMAGE):
-        found = transfer_loss(student, teacher, IMAGE, ["blocks.0"], example=example)
-        torch.testing.assert_close(found, loss_of_first_blocks(student, teacher))
+        loss = transfer_loss(student, teacher, IMAGE, ["blocks.0"], example=example)
+        torch.testing.assert_close(loss, first_block_loss(student, teacher))
 
 
-def loss_of_first_blocks(*networks: Net) -> Tensor:
-    features = [features_of(net, IMAGE)[0] for net in networks]
+def first_block_loss(*networks: Net) -> Tensor:
+    features = [block_features(net, IMAGE)[0] for net in networks]
     return BETA * at_loss(*features, channel_dim=-1, skip_tokens=1)
 
 
-def squares(make: Callable[[int], nn.Module], *given: Any) -> tuple[Any, ...]:
-    return lambda: make(64), SQUARE, "blocks.0", *given
+def on_square(make: Callable[[int], nn.Module], *options_and_message: Any) -> tuple[Any, ...]:
+    return lambda: make(64), SQUARE, "blocks.0", *options_and_message
 
 
 def ends_in_norm() -> Net:
-    """A ViT whose blocks end in a LayerNorm, after which all positions are alike."""
+    """Return a ViT with a LayerNorm after each block, which makes all positions of a map equal."""
     layers = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in "ab"]
     return Net(Patch(8), layers, tokens(1))
 
 
-NAMED_ALONE = ("part1", "1", "blocks.2")  # match_layers chooses others, or none
+NOT_CHOSEN = ("part1", "1", "blocks.2")  # by match_layers
 
 
 @pytest.mark.parametrize(
     ("make", "x", "layer", "options", "message"),
     [
-        squares(lambda c: Net(Patch(c), [Mix(c)], tokens(0, 4)), {}, "last 4 of its 68 tokens are"),
-        squares(lambda c: vit(c), {"skip_tokens": 65}, "leaves none of its 65"),
-        squares(LAYOUTS["maps"][0], {"channel_dim": -1}, "would be 64x8 for an image of 32x32"),
-        squares(LAYOUTS["maps, channels last"][0], {"channel_dim": 1}, "would be 8x64 for"),
-        squares(lambda c: Net(Patch(c), [Mix(c)], shuffled), {}, "not in the image's order"),
-        (lambda: Net(Patch(8), [Mix(8)], by_columns), IMAGE, "blocks.0", {}, "not in the image"),
-        (moving(lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1)), IMAGE, "blocks.2", {}, "not in"),
-        (sequence_first, data(3, 12, 6), "part1", {}, r"batch is not the first .* \(12, 3"),
+        on_square(
+            lambda c: Net(Patch(c), [Mix(c)], tokens(0, 4)), {}, "last 4 of its 68 tokens are"
+        ),
+        on_square(lambda c: vit(c), {"skip_tokens": 65}, "leaves none of its 65"),
+        on_square(LAYOUTS["maps"][0], {"channel_dim": -1}, "would be 64x8 for an image of 32x32"),
+        on_square(LAYOUTS["maps, channels last"][0], {"channel_dim": 1}, "would be 8x64 for"),
+        on_square(lambda c: Net(Patch(c), [Mix(c)], shuffled), {}, "do not lie as the image"),
+        (lambda: Net(Patch(8), [Mix(8)], by_columns), IMAGE, "blocks.0", {}, "do not lie as the"),
+        (moving(lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1)), IMAGE, "blocks.2", {}, "not lie"),
+        (sequence_first, data(3, 12, 6), "part1", {}, r"batch does not come first in \(12, 3"),
         (pooled, IMAGE, "1", {"example": IMAGE}, "has a single position"),
         (two_branches, IMAGE, None, {}, "'part0' and 'part1' have stages of the same"),
         (lambda: nn.Sequential(nn.Linear(3, 4)), data(2, 3), None, {}, "no layer .* returns a"),
@@ -409,9 +409,11 @@ NAMED_ALONE = ("part1", "1", "blocks.2")  # match_layers chooses others, or none
     ],
     ids=range(14),
 )
-def test_refused(make: Any, x: Tensor, layer: str | None, options: Any, message: str) -> None:
+def test_unsupported_layouts_raise(
+    make: Any, x: Tensor, layer: str | None, options: Any, message: str
+) -> None:
     student, teacher = make(), make()
-    if layer not in NAMED_ALONE:
+    if layer not in NOT_CHOSEN:
         with pytest.raises(ValueError, match=message):
             match_layers(student, teacher, x, **options)
     if layer:
@@ -419,27 +421,27 @@ def test_refused(make: Any, x: Tensor, layer: str | None, options: Any, message:
             transfer_loss(student, teacher, x, [layer], **options)
 
 
-def test_other_proportions_than_the_examples() -> None:
+def test_inputs_may_have_another_aspect_ratio_than_the_example() -> None:
     student, teacher = vit(8), nn.Sequential(nn.Conv2d(3, 4, 4, 4))
     for x in (torch.randn(2, 3, 16, 64), torch.randn(2, 3, 48, 48)):
         size = (x.shape[2] // 4, x.shape[3] // 4)
         feature = student(x).view(2, -1, 8)[:, 1:].mT.unflatten(2, size)
-        found = transfer_loss(student, teacher, x, [("blocks.1", "0")], example=SQUARE)
-        torch.testing.assert_close(found, BETA * at_loss(feature, teacher(x)))
+        loss = transfer_loss(student, teacher, x, [("blocks.1", "0")], example=SQUARE)
+        torch.testing.assert_close(loss, BETA * at_loss(feature, teacher(x)))
 
 
-# ---- passes without an example -------------------------------------------------------------------
+# ---- named layers without an example -------------------------------------------------------------
 
 
 BLOCKS = ["blocks.0", "blocks.1"]
 
 
-def test_named_layers_are_read_in_one_more_run() -> None:
+def test_named_layers_take_one_extra_pass() -> None:
     student, teacher, second = vit(8), vit(12), vit(16)
     passes: list[int] = []
     student.register_forward_pre_hook(lambda *_: passes.append(1))
     both = [AttentionTransfer(student, t, BLOCKS, beta=BETA) for t in (teacher, second)]
-    expected = [eager_loss(student, t, IMAGE, of_last(1)) for t in (teacher, second)]
+    expected = [eager_loss(student, t, IMAGE, nhwc_map(1)) for t in (teacher, second)]
     passes.clear()
     for _ in range(3):
         student(IMAGE)
@@ -447,49 +449,50 @@ def test_named_layers_are_read_in_one_more_run() -> None:
     assert sum(passes) == 3 + len(both)
 
 
-WAYS = ["inference", "compiled blocks", "mutual", "checkpoint", "checkpointed blocks"]
+CASES = ["inference", "compiled blocks", "mutual", "checkpoint", "checkpointed blocks"]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_first_passes(way: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_first_pass_may_be_unusual(case: str) -> None:
     student, teacher, x = vit(8), vit(12), IMAGE
-    expected = eager_loss(student, teacher, x, of_last(1))
-    right = torch.autograd.grad(expected, list(student.parameters()), retain_graph=True)
-    if way == "compiled blocks":
+    expected = eager_loss(student, teacher, x, nhwc_map(1))
+    expected_grad = torch.autograd.grad(expected, list(student.parameters()), retain_graph=True)
+    if case == "compiled blocks":
         torch._dynamo.reset()
         for block in student.blocks:
             block.compile(backend="eager", fullgraph=True)
     at = AttentionTransfer(student, teacher, BLOCKS, beta=BETA)
-    if way == "inference":
+    if case == "inference":
         with torch.inference_mode():
             at.prepare(x)
-    elif way == "mutual":
+    elif case == "mutual":
         other = AttentionTransfer(teacher, student, BLOCKS, beta=BETA)
         teacher(x)
-    elif way == "checkpointed blocks":
+    elif case == "checkpointed blocks":
         for block in student.blocks:
-            plain = block.forward
-            block.forward = lambda x, plain=plain: checkpoint(plain, x, use_reentrant=False)
+            forward = block.forward
+            block.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=False)
     for _ in range(2):
-        if way == "checkpoint":
+        if case == "checkpoint":
             checkpoint(student, x, use_reentrant=False)
         else:
             student(x)
         loss = at(x)
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(torch.autograd.grad(loss, list(student.parameters())), right)
-        assert not at._student.last_pass.maps  # of what a checkpoint runs again
-    if way == "mutual":
+        grad = torch.autograd.grad(loss, list(student.parameters()))
+        torch.testing.assert_close(grad, expected_grad)
+        assert not at._student.last.maps  # the recomputation of a checkpoint must not add maps
+    if case == "mutual":
         torch.testing.assert_close(other(x), expected)
 
 
-def test_an_example_leaves_no_trace() -> None:
-    class Draws(Net):
+def test_example_changes_neither_buffers_nor_random_state() -> None:
+    class Counting(Net):
         def forward(self, x: Tensor) -> Tensor:
             self.count += 1
             return super().forward(x + 0 * torch.randn_like(x))
 
-    networks = [Draws(Patch(8), [Mix(8)], by_columns) for _ in "ab"]
+    networks = [Counting(Patch(8), [Mix(8)], by_columns) for _ in "ab"]
     for model in networks:
         model.register_buffer("count", torch.zeros(()))
     state = torch.get_rng_state()
@@ -499,8 +502,8 @@ def test_an_example_leaves_no_trace() -> None:
     assert [int(model.count) for model in networks] == [0, 0]
 
 
-def test_a_full_cache_reads_tokens_as_an_empty_one(tmp_path: Path) -> None:
-    """The teacher's 2x8 tokens would pass for 4x4."""
+def test_full_cache_keeps_the_token_layout(tmp_path: Path) -> None:
+    """Do not guess 4x4 for the teacher's 2x8 tokens."""
     x, teacher = torch.randn(4, 3, 8, 32), Net(Patch(12), [Mix(12)], tokens(0))
     student, losses = nn.Sequential(nn.Conv2d(3, 4, 2, 2)), []
     options: dict[str, Any] = {"layers": [("0", "blocks.0")], "beta": BETA, "resize": "maps"}
@@ -512,40 +515,40 @@ def test_a_full_cache_reads_tokens_as_an_empty_one(tmp_path: Path) -> None:
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_a_mask_of_pixels_for_tokens_of_both() -> None:
+def test_pixel_mask_applies_to_tokens() -> None:
     student, teacher, mask = vit(8), vit(12), torch.rand(2, 24, 32) > 0.5
     maps = [m(IMAGE).view(2, 49, -1)[:, 1:].mT.unflatten(2, (6, 8)) for m in (student, teacher)]
-    found = transfer_loss(student, teacher, IMAGE, ["blocks.1"], mask=mask)
-    torch.testing.assert_close(found, BETA * at_loss(*maps, mask=mask))
+    loss = transfer_loss(student, teacher, IMAGE, ["blocks.1"], mask=mask)
+    torch.testing.assert_close(loss, BETA * at_loss(*maps, mask=mask))
 
 
-def test_an_interrupted_run_leaves_nothing_on() -> None:
+def test_interrupted_pass_removes_hooks_and_modes() -> None:
     def stop(x: Tensor) -> Tensor:
         raise KeyboardInterrupt
 
-    model = Net(Patch(8), [Mix(8), Step(stop)], tokens(1))
+    model = Net(Patch(8), [Mix(8), Function(stop)], tokens(1))
     with pytest.raises(KeyboardInterrupt):
         match_layers(model, vit(8), IMAGE)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not torch.overrides._get_current_function_mode_stack()
 
 
-def test_changes_in_place_after_a_layer_in_a_first_pass() -> None:
-    class Changes(Net):
+def test_feature_changed_in_place_after_its_layer() -> None:
+    class InPlace(Net):
         def forward(self, x: Tensor) -> Tensor:
-            x = self.blocks[0](self.lay(self.embed(x), self.token))
+            x = self.blocks[0](self.to_layout(self.embed(x), self.token))
             x[:, 1:5] = 0
             return x.flatten(1)
 
-    plain, changing = vit(8), Changes(Patch(8), [Mix(8)], tokens(1))
+    plain, in_place = vit(8), InPlace(Patch(8), [Mix(8)], tokens(1))
     with pytest.raises(RuntimeError, match="inplace"):
-        transfer_loss(changing, plain, IMAGE, ["blocks.0"])
-    expected = loss_of_first_blocks(plain, changing)
-    torch.testing.assert_close(transfer_loss(plain, changing, IMAGE, ["blocks.0"]), expected)
+        transfer_loss(in_place, plain, IMAGE, ["blocks.0"])
+    expected = first_block_loss(plain, in_place)
+    torch.testing.assert_close(transfer_loss(plain, in_place, IMAGE, ["blocks.0"]), expected)
 
 
 class ChannelsLast(nn.Module):
-    """Convolutions alone, of which forward() puts the channels last."""
+    """A convolution with an output that ``forward`` permutes to channels last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -555,7 +558,7 @@ class ChannelsLast(nn.Module):
         return self.conv(x).permute(0, 2, 3, 1)
 
 
-def test_convolutions_whose_forward_puts_channels_last() -> None:
+def test_permuted_convolution_output_is_channels_last() -> None:
     student, teacher = (nn.Sequential(ChannelsLast(), Mix(8)) for _ in "st")
     at, x = AttentionTransfer(student, teacher, ["0"], beta=1.0, verbose=False), IMAGE
     s, t = student[0](x), teacher[0](x)
@@ -563,8 +566,7 @@ def test_convolutions_whose_forward_puts_channels_last() -> None:
     torch.testing.assert_close(at(x), at_loss(s, t, channel_dim=-1))
 
 
-def test_a_named_layer_with_a_single_position_is_refused() -> None:
-    """Its map is always 1, with nothing to learn."""
+def test_named_layer_with_a_single_position_raises() -> None:
     student, teacher = (
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1)).requires_grad_() for _ in "st"
     )
