@@ -270,7 +270,7 @@ def test_equal_sizes_are_channels_first_without_other_evidence() -> None:
     expected = BETA * at_loss(*(block_features(net, x)[0] for net in nets))
     torch.testing.assert_close(transfer_loss(*nets, x, example=x, weights=[1.0, 0.0]), expected)
     nets = [LAYOUTS["maps, channels last"][0](16) for _ in "ab"]
-    with pytest.raises(ValueError, match=r"of shape \(2, 16, 16, 16\), is not known: give channel"):
+    with pytest.raises(ValueError, match=r"axis in \(2, 16, 16, 16\) is unknown.*channel_dim"):
         transfer_loss(*nets, x, ["blocks.0"])
     expected = BETA * at_loss(*(block_features(net, x)[0] for net in nets), channel_dim=-1)
     loss = transfer_loss(*nets, x, ["blocks.0"], channel_dim=-1)
@@ -390,16 +390,14 @@ NOT_CHOSEN = ("part1", "1", "blocks.2")  # by match_layers
 @pytest.mark.parametrize(
     ("make", "x", "layer", "options", "message"),
     [
-        on_square(
-            lambda c: Net(Patch(c), [Mix(c)], tokens(0, 4)), {}, "last 4 of its 68 tokens are"
-        ),
+        on_square(lambda c: Net(Patch(c), [Mix(c)], tokens(0, 4)), {}, "last 4 of its 68 tokens"),
         on_square(lambda c: vit(c), {"skip_tokens": 65}, "leaves none of its 65"),
         on_square(LAYOUTS["maps"][0], {"channel_dim": -1}, "would be 64x8 for an image of 32x32"),
         on_square(LAYOUTS["maps, channels last"][0], {"channel_dim": 1}, "would be 8x64 for"),
-        on_square(lambda c: Net(Patch(c), [Mix(c)], shuffled), {}, "do not lie as the image"),
-        (lambda: Net(Patch(8), [Mix(8)], by_columns), IMAGE, "blocks.0", {}, "do not lie as the"),
-        (moving(lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1)), IMAGE, "blocks.2", {}, "not lie"),
-        (sequence_first, data(3, 12, 6), "part1", {}, r"batch does not come first in \(12, 3"),
+        on_square(lambda c: Net(Patch(c), [Mix(c)], shuffled), {}, "not in the image's order"),
+        (lambda: Net(Patch(8), [Mix(8)], by_columns), IMAGE, "blocks.0", {}, "not in the image"),
+        (moving(lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1)), IMAGE, "blocks.2", {}, "not in"),
+        (sequence_first, data(3, 12, 6), "part1", {}, r"batch is not the first .* \(12, 3"),
         (pooled, IMAGE, "1", {"example": IMAGE}, "has a single position"),
         (two_branches, IMAGE, None, {}, "'part0' and 'part1' have stages of the same"),
         (lambda: nn.Sequential(nn.Linear(3, 4)), data(2, 3), None, {}, "no layer .* returns a"),
@@ -417,7 +415,7 @@ def test_unsupported_layouts_raise(
         with pytest.raises(ValueError, match=message):
             match_layers(student, teacher, x, **options)
     if layer:
-        with pytest.raises(ValueError, match=f"the student's '{layer}'.*{message}"):
+        with pytest.raises(ValueError, match=f"the student's layer '{layer}'.*{message}"):
             transfer_loss(student, teacher, x, [layer], **options)
 
 
@@ -481,7 +479,7 @@ def test_first_pass_may_be_unusual(case: str) -> None:
         torch.testing.assert_close(loss, expected)
         grad = torch.autograd.grad(loss, list(student.parameters()))
         torch.testing.assert_close(grad, expected_grad)
-        assert not at._student.last.maps  # the recomputation of a checkpoint must not add maps
+        assert not at._student.last_pass.maps  # the recomputation of a checkpoint must not add maps
     if case == "mutual":
         torch.testing.assert_close(other(x), expected)
 

@@ -137,7 +137,7 @@ def test_batches_of_several_inputs(batch: Any, is_prepared: bool) -> None:
     torch.testing.assert_close(at.teacher_output, teacher(**inputs).detach())
     at.prepare(batch)
     call(student, batch)
-    with pytest.raises(ValueError, match=r"x must be what at\.prepare was called with"):
+    with pytest.raises(ValueError, match=r"x must be the same as in at\.prepare"):
         at({**inputs, "scale": 7.0})
 
 
@@ -342,7 +342,12 @@ def test_masks_and_weights_of_samples(
         ("last", {"mask": [MASK_8] * 3}, {}, "one tensor or one per pair, got 3 for 1 pairs"),
         ("last", {"mask": MASK_8}, {"attend": "channel"}, "mask is for attend='spatial'"),
         ("last", {"sample_weights": WEIGHTS[:3]}, {}, r"sample_weights must be \(4,\)"),
-        ("block", {"mask": torch.ones(4, 17)}, {}, r"16 tokens that skip_tokens=1.*mask\[:, 1:\]"),
+        (
+            "block",
+            {"mask": torch.ones(4, 17)},
+            {},
+            r"16 tokens left by skip_tokens=1.*\[:, 1:\]",
+        ),
     ],
     ids=range(5),
 )

@@ -96,7 +96,7 @@ def test_code_compiled_before_the_hooks_raises_until_reset() -> None:
             check(at, compiled, student, teacher, x)
         at.remove()
         train_step(compiled, x)
-        assert not at._student.last.maps
+        assert not at._student.last_pass.maps
         at = AttentionTransfer(student, teacher, GROUPS, beta=BETA)
         check(at, compiled, student, teacher, x)
 

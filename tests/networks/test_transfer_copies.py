@@ -159,7 +159,7 @@ def test_remove_hooks() -> None:
     assert list(student[0]._forward_hooks) == [handle.id]
     assert torch.equal(student(x), y)
     for transfer in (at, other):
-        transfer._student.last.maps.clear(), transfer._student.last.features.clear()
+        transfer._student.last_pass.maps.clear(), transfer._student.last_pass.features.clear()
         with pytest.raises(RuntimeError, match=r"student's layer '.' .*its hook was removed"):
             transfer(x)
         transfer.remove()
