@@ -3,7 +3,7 @@
     python scripts/check_wheel.py dist/at_fused-*.whl --out wheelhouse
 
 For each wheel: auditwheel repairs it into --out (torch's libraries stay outside), twine checks its
-metadata, pip installs it in a fresh virtual environment whose PATH has no compiler, and
+metadata, pip installs it in a fresh virtual environment without a compiler on PATH, and
 scripts/smoke.py runs there. The environment takes torch from the one that runs this program.
 Needs Linux and pip install ".[release]".
 """
