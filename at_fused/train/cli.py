@@ -48,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a teacher and students with and without attention transfer, and "
-        "compare them. The default\ndata set is scikit-learn's digits, in about five minutes. "
-        "Writes a table, curves,\nweights and report.md to a folder.\n\npresets:\n"
+        "compare them. By default,\ntrain on scikit-learn's digits in about five minutes. Writes "
+        "report.md, figures, metrics and\nweights to a folder.\n\npresets:\n"
         + "\n".join(f"  {name:28}{each.description}" for name, each in PRESETS.items()),
     )
     run = parser.add_argument_group("the run")
@@ -67,8 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, rule in OPTIONS.items():
         unset = rule.default in (None, "", ()) and name != "preset"
         default = getattr(defaults, name)
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        text = rule.help if unset else f"{rule.help} ({shown})"
+        default_text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        text = rule.help if unset else f"{rule.help} ({default_text})"
         flags = [_flag(name), *["--method"] * (name == "compare")]
         if isinstance(rule.default, bool):
             group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)

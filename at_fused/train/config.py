@@ -112,24 +112,24 @@ def format_value(value: Any) -> str:
 
 
 def integer(low: int, high: int) -> Rule:
-    """Return the rule of an integer."""
+    """Return a rule for integers in a range."""
     return Rule(int, f"an integer from {low} to {high}", lambda x: low <= x <= high, "N")
 
 
 def number(low: float, high: float) -> Rule:
-    """Return the rule of a number."""
+    """Return a rule for numbers in a range."""
     return Rule(float, f"a number from {low:g} to {high:g}", lambda x: low <= x <= high, "X")
 
 
 def number_or(keyword: str, low: float, high: float) -> Rule:
-    """Return the rule of a number or a keyword."""
+    """Return a rule for numbers in a range, and a keyword."""
     rule, metavar = number(low, high), f"X|{keyword}"
     expected = f"{rule.expected}, or {keyword}"
     return replace(rule, expected=expected, keywords=(keyword,), metavar=metavar)
 
 
 def choice(*names: str, imports: bool = False) -> Rule:
-    """Return the rule of one of several names; ``imports`` also allows MODULE:FUNCTION."""
+    """Return a rule for one of several names; ``imports`` also allows MODULE:FUNCTION."""
     return Rule(
         str,
         f"one of {', '.join(names)}" + ", or MODULE:FUNCTION" * imports,
@@ -140,7 +140,7 @@ def choice(*names: str, imports: bool = False) -> Rule:
 
 
 def string(metavar: str) -> Rule:
-    """Return the rule of any text."""
+    """Return a rule for any text."""
     return Rule(str, "text", metavar=metavar)
 
 
@@ -151,7 +151,7 @@ DEVICE = Rule(
 
 
 def list_of(item: Rule) -> Rule:
-    """Return the rule of a list."""
+    """Return a rule for lists of items."""
     return replace(item, is_list=True, metavar="A,B")
 
 
@@ -184,13 +184,13 @@ DEFAULT_SIZES = {"digits": 16, "fashion-mnist": 32, "cifar10": 32, "cifar100": 3
 # Debian's package dataset-fashion-mnist. Used if it is installed, the user gave no root, and the
 # default root has no Fashion-MNIST.
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-# One learning rate for all methods would handicap some of them.
+# Options of --set. For example, one learning rate for all methods would handicap some of them.
 METHOD_OPTIONS: tuple[str, ...] = (
     *("beta", "beta_schedule", "p", "collapse", "form", "T", "alpha"),
     *("lr", "weight_decay"),
 )
 TEACHER_OPTIONS = ("teacher_epochs", "teacher_lr", "teacher_weight_decay")
-# An option of the first column has an effect only if the second option has one of the values.
+# Options, another option, values: the options have an effect only with one of these values.
 READ_ONLY_IF: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("beta", "betas", "beta_schedule"), "compare", WITH_BETA),
     (("p", "collapse", "form"), "compare", WITH_AT),
@@ -207,7 +207,7 @@ READ_ONLY_IF: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("momentum", "nesterov"), "optimizer", ("sgd",)),
     (("compile",), "speed", ("auto", "fp32", "bf16", "fp16")),
 )
-# For AT the paper's beta, for the form "code". No paper gives a beta for the others.
+# Default betas: the paper's for AT in the form "code". For the others, none was published.
 BETAS = {**dict.fromkeys(WITH_AT, 1e3), "f-actt": 1.0, "gradient-at": 1.0, "flip-symmetry": 1.0}
 
 
@@ -334,30 +334,30 @@ class Config:
     """Options of a run. The defaults suit any images; none of them was tuned."""
 
     preset: str = option(
-        "", replace(choice(*PRESETS), metavar="NAME"), "set of defaults for the other options"
+        "", replace(choice(*PRESETS), metavar="NAME"), "defaults for the other options"
     )
 
     data: str = option(
-        "digits", choice(*DEFAULT_SIZES, imports=True), "data set, or a function that makes one"
+        "digits", choice(*DEFAULT_SIZES, imports=True), "data set, or a function that opens yours"
     )
-    root: str = option("data", string("DIR"), "folder of the files, or of train/ and val/")
+    root: str = option("data", string("DIR"), "folder with the files, or train/ and val/")
     download: bool = option(False, BOOLEAN, "download Fashion-MNIST or CIFAR if it is missing")
-    image_size: int | None = option(None, integer(4, 1024), "image height and width (the data's)")
-    mean: tuple[float, ...] = option((), list_of(number(0, 1)), "mean per channel, in [0, 1]")
-    std: tuple[float, ...] = option((), list_of(number(1e-6, 1)), "std per channel, in [0, 1]")
-    skip_unreadable: int = option(0, integer(0, 10**9), "unreadable images to skip at most")
+    image_size: int | None = option(None, integer(4, 1024), "height and width (as in the data)")
+    mean: tuple[float, ...] = option((), list_of(number(0, 1)), "mean of each channel, in [0, 1]")
+    std: tuple[float, ...] = option((), list_of(number(1e-6, 1)), "std of each channel, in [0, 1]")
+    skip_unreadable: int = option(0, integer(0, 10**9), "skip up to N unreadable images")
     fraction: float = option(1.0, number(1e-6, 1.0), "fraction of the training images to use")
     validation: float = option(0.0, number(0, 0.9), "fraction held out to choose epoch and beta")
     labels: int = option(0, integer(0, 10**9), "labelled images per student, 0 for all")
     augment: bool = option(True, BOOLEAN, "shift images at random, and flip all but digits")
-    evaluate: str = option("test", choice("test", "val"), "images to report on; tune on val")
+    evaluate: str = option("test", choice("test", "val"), "images to report on: val for tuning")
 
     teacher: str = option("wrn-16-2", string("NETWORK"), "teacher network")
     student: str = option("wrn-16-1", string("NETWORK"), "student network")
     teacher_from: str = option("", string("FILE"), "weights of a trained teacher, or torchvision")
     student_from: str = option("", string("FILE"), "initial weights of students, or torchvision")
-    init: str = option("torch", choice("torch", "paper"), "initial weights, as torch or the paper")
-    layers: str = option("", string("NAMES"), "A,B or STUDENT:TEACHER,... (matched if not given)")
+    init: str = option("torch", choice("torch", "paper"), "initial weights: torch's or the paper's")
+    layers: str = option("", string("NAMES"), "A,B or STUDENT:TEACHER,... (matched automatically)")
 
     compare: tuple[str, ...] = option(
         ("none", "at", "kd", "at+kd"),
@@ -370,15 +370,15 @@ class Config:
         number_or("auto", 0, 1e9),
         "weight of the transfer loss (1000 for AT), or auto: set by the first gradients",
     )
-    betas: tuple[float, ...] = option((), list_of(number(0, 1e9)), "candidates for --validation")
+    betas: tuple[float, ...] = option((), list_of(number(0, 1e9)), "values that --validation tries")
     beta_schedule: str = option(
         "constant", choice("constant", "linear", "cosine"), "linear and cosine decay to 0"
     )
-    p: float = option(2.0, number(1, 100), "exponent in the attention map")
+    p: float = option(2.0, number(1, 100), "exponent of the attention map")
     collapse: str = option("mean", choice("mean", "sum", "max"), "reduction over channels")
-    form: str = option("code", choice("code", "paper"), "AT loss of the authors' code or eq. (2)")
+    form: str = option("code", choice("code", "paper"), "AT loss: authors' code or paper's eq. (2)")
     T: float = option(4.0, number(1e-3, 1e4), "temperature of KD")
-    alpha: float = option(0.9, number(0, 1), "weight of KD's soft labels; hard ones have 1 - alpha")
+    alpha: float = option(0.9, number(0, 1), "weight of KD's soft labels; the labels get 1 - alpha")
     label_smoothing: float = option(0.0, number(0, 0.99), "label smoothing of the cross-entropy")
 
     epochs: int = option(200, integer(1, 10**6), "epochs of each student")
@@ -386,11 +386,11 @@ class Config:
     optimizer: str = option("sgd", choice("sgd", "adamw"), "torch's SGD or AdamW")
     lr: float = option(0.1, number(0, 1e3), "initial learning rate")
     warmup: float = option(0.0, number(0, 1e6), "epochs of linear warm-up from 0")
-    lr_schedule: str = option("cosine", choice("step", "cosine"), "step drops or cosine decay to 0")
+    lr_schedule: str = option("cosine", choice("step", "cosine"), "drops, or cosine decay to 0")
     lr_drops: tuple[float, ...] = option(
-        (0.3, 0.6, 0.8), list_of(number(0, 1)), "when the rate drops, in fractions of the run"
+        (0.3, 0.6, 0.8), list_of(number(0, 1)), "when the rate drops, as fractions of the run"
     )
-    lr_factor: float = option(0.2, number(0, 1), "factor of each drop")
+    lr_factor: float = option(0.2, number(0, 1), "factor of the learning rate at each drop")
     reset_momentum: bool = option(False, BOOLEAN, "reset momentum at each drop, as the authors do")
     momentum: float = option(0.9, number(0, 1), "SGD momentum")
     nesterov: bool = option(False, BOOLEAN, "Nesterov momentum")
@@ -405,10 +405,10 @@ class Config:
         "how steps run: auto uses bf16 if it is fast, exact is plain PyTorch in fp32",
     )
     compile: bool = option(True, BOOLEAN, "use torch.compile, unless speed is exact")
-    cache: int = option(0, integer(0, 10**6), "augmentations per image with cached teacher outputs")
+    cache: int = option(0, integer(0, 10**6), "cache the teacher's outputs for N augmentations")
     device: str = option("cpu", DEVICE, DEVICE.expected)
     threads: int = option(0, integer(0, 1024), "CPU threads, 0 for one per core")
-    workers: int = option(2, integer(0, 256), "processes that read images of a folder or your own")
+    workers: int = option(2, integer(0, 256), "processes that read images from disk")
     nproc: int = option(1, integer(1, 64), "processes that share each batch (or use torchrun)")
     sync_norm: bool = option(True, BOOLEAN, "synchronise BatchNorm across processes")
 

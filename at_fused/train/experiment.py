@@ -415,9 +415,8 @@ class Experiment:
             parallel.run_on_rank_0(lambda: self._save_trained(job, curve, model))
         if job.is_teacher:
             # Unsynchronised statistics become those of rank 0, as in its file, on all devices.
-            state = parallel.run_on_rank_0(
-                lambda: {k: v.cpu() for k, v in model.state_dict().items()}
-            )
+            tensors = model.state_dict().items()
+            state = parallel.run_on_rank_0(lambda: {name: x.cpu() for name, x in tensors})
             self.teacher.load_state_dict(state)
             self.teacher.eval().requires_grad_(False)
             self._teacher_hash = TeacherHash(self.teacher)()

@@ -132,8 +132,8 @@ def _format_fact(fact: Any) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
     """Return a table for terminals and Markdown, without columns that are empty in all rows."""
-    shown = ["", *(column for column in columns if any(row.get(column) for row in rows))]
-    cells = [shown, *([row.get(column, "") for column in shown] for row in rows)]
+    visible = ["", *(column for column in columns if any(row.get(column) for row in rows))]
+    cells = [visible, *([row.get(column, "") for column in visible] for row in rows)]
     first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
     lines = [
         f"| {' | '.join([title.ljust(first), *map(str.rjust, rest, widths)])} |"

@@ -262,8 +262,8 @@ def test_auto_beta_is_set_by_the_first_gradients(
 ) -> None:
     config = small(compare=["at", "at+kd"], beta="auto", epochs=16, checkpoint_every=4)
     assert config.for_method("at").initial_beta("at") == "auto"
-    result = run(config, tmp_path / "whole")
-    records = [line for line in metrics(tmp_path / "whole") if line["method"] == "at"]
+    result = run(config, tmp_path / "reference")
+    records = [line for line in metrics(tmp_path / "reference") if line["method"] == "at"]
     (beta,) = {line["beta"] for line in records if line["step"] >= 10}
     # Memory is measured once beta is fixed, in step 11.
     assert all(curve.peak_bytes > 0 for curve in result.students["at"])
@@ -273,7 +273,7 @@ def test_auto_beta_is_set_by_the_first_gradients(
     # The report has the final beta of each method with a beta.
     assert f"automatic beta of AT: {beta:.3g} to {beta:.3g}" in results_text(result, config)
     assert records[-1]["auto_beta"] == beta
-    assert 'beta = "auto"' in (tmp_path / "whole/config.toml").read_text()
+    assert 'beta = "auto"' in (tmp_path / "reference/config.toml").read_text()
     short = run(replace(config, epochs=4), tmp_path / "short")
     assert "(not final: 4 of 10 steps)" in results_text(short, config)
     # An interruption before or after the tenth step changes nothing.
@@ -284,10 +284,10 @@ def test_auto_beta_is_set_by_the_first_gradients(
             with pytest.raises(Stopped):
                 run(config, out)
         run(config, out)
-        assert same_weights(tmp_path / "whole", out)
+        assert same_weights(tmp_path / "reference", out)
     # A number instead of auto is another setting.
     with pytest.raises(CheckpointError, match="was trained with beta auto"):
-        run(replace(config, beta=beta), tmp_path / "whole")
+        run(replace(config, beta=beta), tmp_path / "reference")
 
 
 def test_report_has_auto_beta_without_its_schedule(tmp_path: Path) -> None:

@@ -591,12 +591,12 @@ def test_folder_digest_depends_on_content_only(tmp_path: Path) -> None:
 
 
 def test_folders_with_missing_classes_are_refused(tmp_path: Path) -> None:
-    for made, error, message in (
+    for name, error, message in (
         ("x/a", FileNotFoundError, f"No such file or directory: '{tmp_path}/train'"),
         ("train/a", FileNotFoundError, r"train/<class>/<image> and val/<class>/.*/val'"),
         ("val/b", ConfigError, "same classes; only one of them has a, b"),
     ):
-        write_images(tmp_path, *made.split("/"), 1)
+        write_images(tmp_path, *name.split("/"), 1)
         with pytest.raises(error, match=message):
             open_data("folder", tmp_path)
 

@@ -104,12 +104,12 @@ def test_resumed_distributed_run_equals_an_uninterrupted_one(tmp_path: Path) -> 
             with pytest.raises(loop.Stopped):
                 run(config, tmp_path / "two")
 
-    assert run_distributed(2, lambda rank: run(config, tmp_path / "whole")) == [0, 0]
+    assert run_distributed(2, lambda rank: run(config, tmp_path / "reference")) == [0, 0]
     assert run_distributed(2, interrupted) == [0, 0]
     saved = tmp_path / "two/checkpoints/at-seed0/step-00000004.pt"
     assert len(torch.load(saved, weights_only=True)["random"]) == 2
     assert run_distributed(2, lambda rank: run(config, tmp_path / "two")) == [0, 0]
-    assert same_weights(tmp_path / "whole", tmp_path / "two")
+    assert same_weights(tmp_path / "reference", tmp_path / "two")
 
 
 # ---- command line --------------------------------------------------------------------------------

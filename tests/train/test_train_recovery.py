@@ -65,8 +65,8 @@ def test_killed_run_resumes_to_the_same_weights(every: int, tmp_path: Path) -> N
     teacher = str(tmp_path / "teacher/teacher.pt")
     config = small(compare=["at"], epochs=5, evaluate_every=2, checkpoint_every=2,
                    beta_schedule="cosine", teacher_from=teacher)  # fmt: skip
-    whole = tmp_path / "whole"
-    run(config, whole)
+    reference = tmp_path / "reference"
+    run(config, reference)
 
     def child(at: int, out: Path) -> None:
         kill_before_call(at, (Trainer, "train_step"), (os, "fsync"), (os, "replace"))
@@ -79,10 +79,10 @@ def test_killed_run_resumes_to_the_same_weights(every: int, tmp_path: Path) -> N
             break
         assert status == -signal.SIGKILL
         (curve,) = run(config, out).students["at"]
-        assert same_weights(whole, out)
+        assert same_weights(reference, out)
         assert [point["epoch"] for point in curve.points] == [2, 4, 5]
         # No record is missing or duplicated.
-        assert metrics_without_times(whole) == metrics_without_times(out)
+        assert metrics_without_times(reference) == metrics_without_times(out)
     assert at > 20
 
 
@@ -94,13 +94,13 @@ def test_stopped_run_keeps_random_state_and_pending_evaluation(
 
     monkeypatch.setattr("at_fused.train.experiment.build", with_dropout)
     config = small(compare=["none"], epochs=8, checkpoint_every=3)
-    run(config, tmp_path / "whole")
+    run(config, tmp_path / "reference")
     run_until(5, config, tmp_path / "stopped")
     torch.manual_seed(1234)
     run(config, tmp_path / "stopped")
-    assert same_weights(tmp_path / "whole", tmp_path / "stopped")
-    whole = metrics_without_times(tmp_path / "whole")
-    assert whole == metrics_without_times(tmp_path / "stopped")
+    assert same_weights(tmp_path / "reference", tmp_path / "stopped")
+    reference = metrics_without_times(tmp_path / "reference")
+    assert reference == metrics_without_times(tmp_path / "stopped")
 
 
 # ---- signals -------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_damaged_file_is_an_error_and_resume_works_without_it(
     """Include a finished network, as its accuracy was reported."""
     out, config = interrupted(tmp_path / "run"), small(compare=["none"], checkpoint_every=3)
     last = out / "checkpoints/none-seed0/step-00000005.pt"
-    run(config, tmp_path / "whole")
+    run(config, tmp_path / "reference")
     for file in (last, out / "student_none-seed0.pt"):
         file.write_bytes(file.read_bytes()[:-1])
         check_exit(1, "--resume", out)
@@ -173,7 +173,7 @@ def test_damaged_file_is_an_error_and_resume_works_without_it(
         assert message in capsys.readouterr().err
         file.unlink()
         run(config, out)
-        assert same_weights(out, tmp_path / "whole")
+        assert same_weights(out, tmp_path / "reference")
 
 
 def test_resume_refuses_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,12 +211,12 @@ def test_finished_run_can_be_extended(tmp_path: Path) -> None:
     run(small(**steady, compare=["none"], epochs=2), out)
     run(small(**more | {"epochs": 2}), out)
     result = run(small(**more), out, (listener := Listener()))
-    run(small(**more), tmp_path / "whole")
-    assert same_weights(out, tmp_path / "whole")
+    run(small(**more), tmp_path / "reference")
+    assert same_weights(out, tmp_path / "reference")
     assert listener.jobs[0] == "teacher"
     assert [[p["epoch"] for p in c.points] for c in result.students["kd"]] == [[1, 2, 3, 4]] * 2
-    extended, whole = map(metrics_without_times, (out, tmp_path / "whole"))
-    assert sorted(map(str, extended)) == sorted(map(str, whole))
+    extended, reference = map(metrics_without_times, (out, tmp_path / "reference"))
+    assert sorted(map(str, extended)) == sorted(map(str, reference))
     # Without their checkpoints, students are trained from the start.
     shutil.rmtree(out / "checkpoints")
     run(small(**more | {"epochs": 5}), out)
@@ -322,8 +322,8 @@ def test_nonfinite_loss_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
         run(config, tmp_path / "run")
     monkeypatch.undo()
     run(config, tmp_path / "run")
-    run(config, tmp_path / "whole")
-    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    run(config, tmp_path / "reference")
+    assert same_weights(tmp_path / "run", tmp_path / "reference")
 
 
 def test_diverging_network_is_named(
