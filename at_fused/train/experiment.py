@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -186,11 +185,9 @@ class Experiment:
                 objective(Batch(x, y, torch.arange(len(x)), 0), 1.0)
                 objective.close()
             except (TypeError, ValueError, RuntimeError) as error:
-                # Without advice on keyword arguments, which the program does not have.
-                message = re.sub(r"(, or set resize=| \(for tokens, at_loss).*", "", str(error))
                 raise ConfigError(
                     f"compare: {method} does not work with {config.student} and {config.teacher}: "
-                    f"{message}"
+                    f"{error}"
                 ) from error
 
     def _facts(self, student: nn.Module) -> dict[str, Any]:
