@@ -60,7 +60,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 @pytest.fixture(autouse=True)
-def repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def seed_and_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seed random numbers, and restore the number of threads after the test."""
     torch.manual_seed(0)
     # pytest turns warnings into errors; test_errors.py covers this one-time warning.
@@ -90,22 +90,22 @@ def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 # ---- tests that need a GPU: the summary counts those that were not run ---------------------------
 
 RUNS_GPU_TESTS = torch.cuda.is_available() or os.environ.get("AT_FUSED_GPU_DRY_RUN") == "1"
-SKIPPED_GPU_TESTS = pytest.StashKey[int]()
+SKIPPED = pytest.StashKey[int]()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if output := getattr(session.config, "workeroutput", None):
-        output["skipped_gpu_tests"] = session.config.stash.get(SKIPPED_GPU_TESTS, 0)
+        output["skipped"] = session.config.stash.get(SKIPPED, 0)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     if output := getattr(node, "workeroutput", None):  # absent if the worker crashed
-        node.config.stash[SKIPPED_GPU_TESTS] = output["skipped_gpu_tests"]
+        node.config.stash[SKIPPED] = output["skipped"]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if skipped := config.stash.get(SKIPPED_GPU_TESTS, 0):
+    if skipped := config.stash.get(SKIPPED, 0):
         line = f"{skipped} tests need a CUDA device (torch.cuda.is_available() is False): not run"
         terminalreporter.write_line(line)
 
@@ -147,7 +147,7 @@ def pytest_collection_modifyitems(
     items.sort(key=lambda item: item.path.stem not in ("test_triton_compile", "test_sanitizers"))
     if not RUNS_GPU_TESTS:
         gpu = {item for item in items if item.get_closest_marker("gpu")}
-        config.stash[SKIPPED_GPU_TESTS] = len(gpu)
+        config.stash[SKIPPED] = len(gpu)
         items[:] = [item for item in items if item not in gpu]
     yield
     part, parts = config.option.shard

@@ -33,7 +33,7 @@ def networks() -> tuple[Student, Student, Tensor, Tensor]:
     return Student(), Student(), torch.randn(7, 3, 9, 9), torch.arange(7) % 6
 
 
-def flat(loss: Tensor, parameters: Any) -> Tensor:
+def flat_grad(loss: Tensor, parameters: Any) -> Tensor:
     grads = torch.autograd.grad(loss, [*parameters], retain_graph=True)
     return torch.cat([g.flatten() for g in grads]).double()
 
@@ -49,7 +49,7 @@ def test_norms_ratio_and_cosine_match_gradients_of_shared_parameters(
     actual = gradient_ratio(task, transfer, student)
     # Only the task loss depends on the head.
     shared = [*student.first.parameters(), *student.second.parameters()]
-    a, b = flat(task, shared), flat(transfer, shared)
+    a, b = flat_grad(task, shared), flat_grad(transfer, shared)
     expected = (a.norm(), b.norm(), b.norm() / a.norm(), a @ b / a.norm() / b.norm())
     assert [*actual] == pytest.approx([float(value) for value in expected], rel=1e-5)
     assert gradient_ratio(task, 2 * transfer, student.parameters()).ratio == pytest.approx(
@@ -68,8 +68,8 @@ def test_gradients_with_respect_to_features(networks: Any) -> None:
     task = cross_entropy(student.head(student.second(feature.relu()).mean((2, 3))), y)
     transfer = at_fused.at_loss([feature], [torch.randn(7, 2, 7, 7)])
     actual = gradient_ratio(task, transfer, [feature])
-    assert actual.task == pytest.approx(float(flat(task, [feature]).norm()), rel=1e-5)
-    assert actual.transfer == pytest.approx(float(flat(transfer, [feature]).norm()), rel=1e-5)
+    assert actual.task == pytest.approx(float(flat_grad(task, [feature]).norm()), rel=1e-5)
+    assert actual.transfer == pytest.approx(float(flat_grad(transfer, [feature]).norm()), rel=1e-5)
 
 
 @pytest.mark.filterwarnings("error")
@@ -94,7 +94,7 @@ def test_ratio_of_a_compiled_student(networks: Any) -> None:
     assert [*actual] == pytest.approx([*expected], rel=1e-4)
 
 
-# ---- beta="auto"
+# ---- beta="auto" ---------------------------------------------------------------------------------
 
 
 def reference_training(networks: Any, steps: int) -> tuple[list[float], list[float]]:

@@ -16,7 +16,7 @@ X = torch.randn(2, 3, 4, 4)
 Y = torch.randn(2, 5, 4, 4)
 TOKENS, T_TOKENS = X[:, 0], Y[:, 0]
 ONES = torch.ones(2, 4, 4)
-LAST = {"channel_dim": -1}
+C_LAST = {"channel_dim": -1}
 
 # Invalid calls of at_loss by their messages. bad_values.LOSS has those with one bad option.
 TYPE_ERRORS: dict[str, tuple[Any, ...]] = {
@@ -47,24 +47,24 @@ VALUE_ERRORS: dict[str, tuple[Any, ...]] = {
     "collapse='max' needs absolute=True": (X, Y, {"absolute": False, "p": 3, "collapse": "max"}),
     "skip_tokens is for token features.*channel_dim=-1": (X, Y, {"skip_tokens": 1}),
     "map_size is for token features.*channel_dim=-1": (X, Y, {"map_size": (4, 4)}),
-    "at least one token of student.*has 4, got 4": (TOKENS, T_TOKENS, LAST | {"skip_tokens": 4}),
+    "at least one token of student.*has 4, got 4": (TOKENS, T_TOKENS, C_LAST | {"skip_tokens": 4}),
     r"map_size must have.*has tokens after skip_tokens, 4, got \(3, 2\)": (
-        *(TOKENS, T_TOKENS, LAST | {"map_size": (3, 2)}),
+        *(TOKENS, T_TOKENS, C_LAST | {"map_size": (3, 2)}),
     ),
     "map_size is for spatial attention, got attend='channel'": (
-        *(TOKENS, T_TOKENS, LAST | {"map_size": (2, 2), "attend": "channel"}),
+        *(TOKENS, T_TOKENS, C_LAST | {"map_size": (2, 2), "attend": "channel"}),
     ),
     "one per pair, got 2 for 1": (X, X, {"mask": [ONES, ONES]}),
     "features' device, cpu, got meta": (X, X, {"mask": ONES.to("meta")}),
     "mask is for attend='spatial'": (X, X, {"mask": ONES, "attend": "channel"}),
     r"mask must cover the 3 tokens left by skip_tokens=1, got 4 tokens; pass mask\[:, 1:\]": (
-        *(TOKENS, T_TOKENS, LAST | {"skip_tokens": 1, "mask": torch.ones(2, 4)}),
+        *(TOKENS, T_TOKENS, C_LAST | {"skip_tokens": 1, "mask": torch.ones(2, 4)}),
     ),
     r"sample_weights must be \(2,\), one number per sample of pair 0, got shape \(3,\)": (
         *(X, Y, {"sample_weights": torch.ones(3)}),
     ),
     r"map_size must be one to three.*got \[3, 3.0\]": (
-        *(TOKENS, T_TOKENS, LAST | {"map_size": [3, 3.0]}),
+        *(TOKENS, T_TOKENS, C_LAST | {"map_size": [3, 3.0]}),
     ),
     r"skip_tokens .*=-1 \(got \(1, -1\)\); the student has none, got skip_tokens=\(1, 0\)": (
         *(X, T_TOKENS, {"channel_dim": (1, -1), "skip_tokens": (1, 0)}),
@@ -97,7 +97,7 @@ def get_error(student: Any, teacher: Any, **options: Any) -> tuple[type[Exceptio
 
 
 @pytest.mark.parametrize("message", [*TYPE_ERRORS, *VALUE_ERRORS])
-def test_at_loss(message: str) -> None:
+def test_errors_of_at_loss(message: str) -> None:
     student, teacher, *options = (TYPE_ERRORS | VALUE_ERRORS)[message]
     error, actual = get_error(student, teacher, **(options[0] if options else {}))
     assert issubclass(error, TypeError if message in TYPE_ERRORS else ValueError)
@@ -162,7 +162,7 @@ MAP_ERRORS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize("function", [at_fused.at, at_fused.attention_map, at_fused.attention_tap])
 @pytest.mark.parametrize(("x", "options", "error", "message"), MAP_ERRORS)
-def test_functions_of_maps(
+def test_errors_of_map_functions(
     function: Any, x: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     if function is at_fused.at and not options.keys() <= {"collapse", "channel_dim", "p", "eps"}:
@@ -171,7 +171,7 @@ def test_functions_of_maps(
         function(x, **options)
 
 
-def test_constructor_of_at_loss_module() -> None:
+def test_errors_of_the_module_constructor() -> None:
     for name, valid in (("form", ""), ("p", 2.0), ("eps", 2.0), ("weights", [1.0, 2.0])):
         for bad in bad_values.LOSS[name]:
             if "number per pair" not in bad.message:  # the constructor does not know the number
@@ -179,7 +179,7 @@ def test_constructor_of_at_loss_module() -> None:
                     at_fused.ATLoss(**{name: bad.replace(valid)})
 
 
-def test_use_backend() -> None:
+def test_errors_of_use_backend() -> None:
     for name, got in (("gpu", "'gpu'"), (None, "None"), (["eager"], r"\['eager'\]")):
         with pytest.raises(ValueError, match=rf"name must be 'auto', .* or 'eager', got {got}"):
             at_fused.use_backend(name)
@@ -247,6 +247,6 @@ MAP = torch.rand(2, 4, 4)
         (MAP, MAP.to("meta"), {}, "must be on one device"),
     ],
 )
-def test_map_loss(student: Any, teacher: Any, options: dict[str, Any], message: str) -> None:
+def test_map_loss_errors(student: Any, teacher: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         at_fused.map_loss(student, teacher, **options)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from matrix import crossed
-from reference import THROUGH_MAPS
+from reference import UNFUSED
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -106,8 +106,8 @@ def test_second_derivative_of_a_traced_gradient(name: str) -> None:
 
 TOKENS = {"channel_dim": -1, "skip_tokens": 1}
 MASK, WEIGHTS = torch.rand(2, 12), torch.tensor([0.5, 3.0])
-# Options of the fused operator. With the others at_value_and_grad cannot be part of a graph.
-FUSED: dict[str, dict[str, Any]] = {
+# Without a fused path at_value_and_grad cannot be part of a graph.
+FUSED_CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "tokens": TOKENS,
     "tokens, masks": TOKENS | {"mask": MASK, "reduction": "none"},
@@ -116,14 +116,14 @@ FUSED: dict[str, dict[str, Any]] = {
     "none": {"reduction": "none", "eps_mode": "add", "eps": 0.1},
     "sample": {"reduction": "sample", "form": "paper"},
 }
-OTHERS: dict[str, dict[str, Any]] = THROUGH_MAPS | {
+UNFUSED_CASES: dict[str, dict[str, Any]] = UNFUSED | {
     "channel": {"attend": "channel"},
     "both, maps": {"attend": "both", "resize": "maps"},
     "tokens, max": TOKENS | {"collapse": "max"},
     "tokens, both": TOKENS | {"attend": "both"},
     "weights, max": {"sample_weights": WEIGHTS, "collapse": "max"},
 }
-VALUES = FUSED | OTHERS
+CASES = FUSED_CASES | UNFUSED_CASES
 
 
 def make_features(options: dict[str, Any]) -> list[Tensor]:
@@ -154,9 +154,9 @@ def assert_matches(result: Any, features: list[Tensor], options: dict[str, Any])
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", CASES)
 def test_value_and_grad_with_a_tensor_scale_and_in_inference_mode(name: str) -> None:
-    options, features = VALUES[name], make_features(VALUES[name])
+    options, features = CASES[name], make_features(CASES[name])
     assert_matches(value_and_grad(options)(*features), features, options)
     assert_matches(value_and_grad(options, torch.tensor(3.0))(*features), features, options)
     with torch.inference_mode():
@@ -169,9 +169,9 @@ def traced_scale(x: Tensor) -> Tensor:
     return x.abs().sum() * 0 + 3
 
 
-@crossed(name=FUSED, scale=[3.0, traced_scale])
+@crossed(name=FUSED_CASES, scale=[3.0, traced_scale])
 def test_value_and_grad_in_one_graph(name: str, scale: Any) -> None:
-    options, features = FUSED[name], make_features(FUSED[name])
+    options, features = FUSED_CASES[name], make_features(FUSED_CASES[name])
     function = value_and_grad(options, scale)
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -189,7 +189,7 @@ def test_value_and_grad_in_one_graph(name: str, scale: Any) -> None:
 @pytest.mark.parametrize("name", ["max", "both, maps"])
 def test_value_and_grad_with_other_options_breaks_graphs(name: str) -> None:
     """torch.compile breaks the graph, and torch.export raises."""
-    options, features = OTHERS[name], make_features(OTHERS[name])
+    options, features = UNFUSED_CASES[name], make_features(UNFUSED_CASES[name])
     torch._dynamo.reset()
     compiled = torch.compile(value_and_grad(options), backend="aot_eager")
     assert_matches(compiled(*features), features, options)

@@ -163,10 +163,8 @@ def test_double_backward_through_a_network(form: str) -> None:
 
 def test_flip_symmetry_loss() -> None:
     model, (x, labels) = net(), batch()
-    j, flipped = (
-        reference_gradient(model, x, labels),
-        reference_gradient(model, x.flip(3), labels).flip(3),
-    )
+    j = reference_gradient(model, x, labels)
+    flipped = reference_gradient(model, x.flip(3), labels).flip(3)
     for form in ("paper", "squared", "code"):
         loss = at_fused.flip_symmetry_loss(model, x, labels, form=form)
         torch.testing.assert_close(loss, reference(j, flipped, form), rtol=1e-4, atol=1e-8)

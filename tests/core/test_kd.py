@@ -289,7 +289,7 @@ def test_documented_calls_match_other_programs(program: Callable[..., Tensor], c
     torch.testing.assert_close(torch.autograd.grad(actual, s), torch.autograd.grad(expected, s))
 
 
-# ---- inside PyTorch ------------------------------------------------------------------------------
+# ---- inference mode and the module ---------------------------------------------------------------
 
 
 def test_labels_made_in_inference_mode() -> None:

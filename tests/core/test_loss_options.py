@@ -9,7 +9,7 @@ import pytest
 import torch
 from layouts import DTYPES, LAYOUTS
 from matrix import crossed
-from reference import THROUGH_MAPS, assert_matches_reference, expected_loss, feature, reference_loss
+from reference import UNFUSED, assert_matches_reference, expected_loss, feature, reference_loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -18,7 +18,7 @@ import at_fused
 
 # ---- options of maps and resizing ----------------------------------------------------------------
 
-OPTIONS: dict[str, dict[str, Any]] = THROUGH_MAPS | {
+OPTIONS: dict[str, dict[str, Any]] = UNFUSED | {
     "max, p=1": {"collapse": "max", "p": 1.0},
     "signed, p=1": {"absolute": False, "p": 1.0, "collapse": "sum"},
     "signed, p=5": {"absolute": False, "p": 5.0, "form": "paper"},
@@ -38,7 +38,7 @@ def test_options_of_maps(backend: str, name: str, dtype: torch.dtype, layout: st
     assert_matches_reference([s], [t], **options)
 
 
-RESIZES = [
+RESIZE_SHAPES = [
     ((3, 4, 8, 8), (3, 6, 4, 4)),
     ((2, 5, 13, 9), (2, 3, 7, 5)),  # overlapping windows
     ((2, 5, 8, 3), (2, 3, 4, 6)),  # each side is larger in one dimension
@@ -49,7 +49,7 @@ RESIZES = [
 ]
 
 
-@crossed(shapes=RESIZES, resize=["maps", "features"], dtype=DTYPES)
+@crossed(shapes=RESIZE_SHAPES, resize=["maps", "features"], dtype=DTYPES)
 def test_resizing(
     fast_backend: str, resize: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
 ) -> None:
@@ -101,7 +101,7 @@ def test_special_values_of_signed_powers(backend: str) -> None:
 
 
 @pytest.mark.parametrize("resize", ["maps", "features"])
-def test_tokens_against_a_convolution(backend: str, resize: str) -> None:
+def test_tokens_with_channels_first_features(backend: str, resize: str) -> None:
     tokens, maps = [feature(2, 1 + 12, 8)], [feature(2, 5, 6, 8)]
     in_teacher = {"channel_dim": (1, -1), "skip_tokens": 1, "map_size": (3, 4)}
     assert_matches_reference(maps, tokens, resize=resize, **in_teacher)
@@ -245,9 +245,9 @@ def test_forward_and_backward_are_one_operator_each(backend: str, layout: str, n
 # ---- teachers under inference_mode ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["one operator", *THROUGH_MAPS])
+@pytest.mark.parametrize("name", ["one operator", *UNFUSED])
 def test_teachers_under_inference_mode(backend: str, name: str) -> None:
-    options = THROUGH_MAPS.get(name, {})
+    options = UNFUSED.get(name, {})
     s = feature(2, 5, 4, 4).requires_grad_()
     with torch.inference_mode():
         t = feature(2, 5, *((3, 5) if "resize" in options else (4, 4)))
@@ -293,14 +293,14 @@ def test_maps_under_inference_mode(backend: str) -> None:
 # ---- derivatives, torch.compile, memory ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", THROUGH_MAPS)
+@pytest.mark.parametrize("options", UNFUSED)
 def test_first_and_second_derivatives(fast_backend: str, options: str) -> None:
     s = feature(2, 3, 3, 4).requires_grad_()
-    size = (2, 5) if "resize" in THROUGH_MAPS[options] else (3, 4)
+    size = (2, 5) if "resize" in UNFUSED[options] else (3, 4)
     t = feature(2, 2, *size).requires_grad_()
 
     def loss(s: Tensor, t: Tensor) -> Tensor:
-        return at_fused.at_loss([s, s], [t, t], **THROUGH_MAPS[options])
+        return at_fused.at_loss([s, s], [t, t], **UNFUSED[options])
 
     assert torch.autograd.gradcheck(loss, (s, t), fast_mode=True)
     assert torch.autograd.gradgradcheck(loss, (s, t), fast_mode=True)
@@ -309,10 +309,10 @@ def test_first_and_second_derivatives(fast_backend: str, options: str) -> None:
 @pytest.mark.parametrize("options", ["max", "added", "signed features", "sample"])
 def test_compile_fullgraph_with_options(options: str) -> None:
     s = torch.randn(2, 3, 6, 6, requires_grad=True)
-    t = torch.randn(2, 5, *((4, 3) if "resize" in THROUGH_MAPS[options] else (6, 6)))
+    t = torch.randn(2, 5, *((4, 3) if "resize" in UNFUSED[options] else (6, 6)))
 
     def step(s: Tensor, t: Tensor) -> Tensor:
-        return at_fused.at_loss(s * 2, t, **THROUGH_MAPS[options]).sum()
+        return at_fused.at_loss(s * 2, t, **UNFUSED[options]).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     losses = compiled(s, t), step(s, t)

@@ -73,7 +73,7 @@ sys.path.insert(0, {str(SUPPORT)!r})
 import torch, at_fused
 from threaded import works
 
-def pages(field):
+def memory_bytes(field):
     gc.collect()
     return int(open("/proc/self/statm").read().split()[field]) * resource.getpagesize()
 
@@ -92,7 +92,7 @@ size = 2**27
 small = torch.randn(1, 1, 64, 64)
 student = small.expand(1, size // 4 // 64**2, 64, 64).requires_grad_()  # its gradient has this size
 
-def tapped():
+def tap_loss():
     y, q = at_fused.attention_tap(student)
     at_fused.map_loss(q, at_fused.attention_map(small)).backward()
 
@@ -100,18 +100,18 @@ calls = [
     lambda: at_fused.at_loss(student, small).backward(),
     lambda: at_fused.at_loss(student, small, collapse="max").backward(),
     lambda: at_fused.at_value_and_grad(student, small),
-    tapped,
+    tap_loss,
 ]
 for call in calls:
     call()
     student.grad = None
-resource.setrlimit(resource.RLIMIT_AS, (pages(0) + size // 2, -1))
+resource.setrlimit(resource.RLIMIT_AS, (memory_bytes(0) + size // 2, -1))
 for attempt in range(6):
     for call in calls:
         raises(call, RuntimeError, MemoryError)
     if attempt == 1:
-        before = pages(1)  # the first errors allocate memory that later ones reuse
-assert pages(1) - before < 2**20, pages(1) - before
+        before = memory_bytes(1)  # the first errors allocate memory that later ones reuse
+assert memory_bytes(1) - before < 2**20, memory_bytes(1) - before
 resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 calls[0]()
 assert student.grad.abs().sum() > 0
@@ -128,10 +128,10 @@ calls = [
 rounds = int(sys.argv[1])
 for call in calls * (rounds // 4):
     call()
-before = pages(1)
+before = memory_bytes(1)
 for call in calls * rounds:
     call()
-assert pages(1) - before < 2**20, pages(1) - before
+assert memory_bytes(1) - before < 2**20, memory_bytes(1) - before
 print("no leak")
 """
 

@@ -185,7 +185,7 @@ def test_fingerprints_match_stored_caches(monkeypatch: pytest.MonkeyPatch) -> No
 # ---- damage --------------------------------------------------------------------------------------
 
 
-def replace_record(number: int, value: str) -> Callable[[Path], None]:
+def set_record(number: int, value: str) -> Callable[[Path], None]:
     """Return a function that sets a record of the file to an SQL expression."""
 
     def change(file: Path) -> None:
@@ -200,15 +200,9 @@ def replace_record(number: int, value: str) -> Callable[[Path], None]:
 # Damage to the file, and the error. A record's checksum covers its number, so "moved" fails.
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another file": (lambda f: f.write_text("mine" * 99), "not a valid database: file is"),
-    "cut": (
-        replace_record(4, "substr(record, 1, 99) || x'00'"),
-        "record 4 does not match its checksum",
-    ),
-    "number": (replace_record(4, "7"), "record 4 does not match its checksum"),
-    "moved": (
-        replace_record(4, "(SELECT record FROM TABLE WHERE number = 5)"),
-        "record 4 does not match",
-    ),
+    "cut": (set_record(4, "substr(record, 1, 99) || x'00'"), "record 4 does not match its check"),
+    "number": (set_record(4, "7"), "record 4 does not match its checksum"),
+    "moved": (set_record(4, "(SELECT record FROM TABLE WHERE number = 5)"), "record 4 does not m"),
 }
 
 
@@ -414,7 +408,7 @@ def test_a_changed_teacher_is_hashed_again(case: str) -> None:
 
 
 def test_hash_of_a_sharded_teacher_raises() -> None:
-    """Each rank has only a shard of the weights, and ranks may lack different samples."""
+    """Require an error: a rank holds only a shard, and ranks may need to compute other samples."""
 
     def run(rank: int) -> None:
         from torch.distributed.device_mesh import init_device_mesh

@@ -9,7 +9,7 @@ from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = ("planar", "interleaved")
-LAST = torch.channels_last
+CHANNELS_LAST = torch.channels_last
 # (B, C, *spatial)
 SHAPES = [
     (3, 5, 29),
@@ -36,7 +36,7 @@ def features(*shape: int, layout: str = "planar", dtype: torch.dtype = torch.flo
     return x if layout == "planar" else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def padded(x: Tensor, *pads: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+def embed(x: Tensor, *pads: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
     """Copy ``x`` into a view of a larger tensor, with ``pads`` before and after C, H and W."""
     sizes = [n + a + b for n, a, b in zip(x.shape[1:], pads[::2], pads[1::2], strict=True)]
     view = x.new_full((len(x), *sizes), 7.0).contiguous(memory_format=layout)
@@ -48,13 +48,13 @@ def padded(x: Tensor, *pads: int, layout: torch.memory_format = torch.contiguous
 # Each copies (B, C, H, W) into another memory layout.
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
     "planar": lambda x: x.contiguous(),
-    "interleaved": lambda x: x.contiguous(memory_format=LAST),
+    "interleaved": lambda x: x.contiguous(memory_format=CHANNELS_LAST),
     "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "channel slice": lambda x: padded(x, 2, 1, 0, 0, 0, 0),
-    "channels apart": lambda x: padded(x, 0, 0, 0, 1, 0, 0),
-    "crop": lambda x: padded(x, 0, 0, 1, 2, 2, 0),
-    "interleaved slice": lambda x: padded(x, 1, 3, 0, 0, 0, 0, layout=LAST),
-    "aligned slice": lambda x: padded(x, 8, 8, 0, 0, 0, 0, layout=LAST),
+    "channel slice": lambda x: embed(x, 2, 1, 0, 0, 0, 0),
+    "channels apart": lambda x: embed(x, 0, 0, 0, 1, 0, 0),
+    "crop": lambda x: embed(x, 0, 0, 1, 2, 2, 0),
+    "interleaved slice": lambda x: embed(x, 1, 3, 0, 0, 0, 0, layout=CHANNELS_LAST),
+    "aligned slice": lambda x: embed(x, 8, 8, 0, 0, 0, 0, layout=CHANNELS_LAST),
     "unaligned": lambda x: x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x),
     "batch innermost": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
 }
@@ -63,7 +63,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 def strided_views() -> list[Tensor]:
     """Return features laid out as in STRIDES, or with steps, slices and expanded dimensions."""
     x = torch.randn(4, 12, 9, 10)
-    last = x.contiguous(memory_format=LAST)
+    last = x.contiguous(memory_format=CHANNELS_LAST)
     return [
         *(copy_to(x) for copy_to in STRIDES.values()),
         x[::2],

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 
-def crossed(**named: Iterable[Any]) -> Callable[..., Any]:
+def crossed(**values_of_axes: Iterable[Any]) -> Callable[..., Any]:
     """Parametrize a test over all combinations of the axes' values.
 
-    The default run has as many combinations as the longest axis, and covers every value. The i-th
+    The default run has as many combinations as the longest axis, covering every value. The i-th
     takes the i-th value of each axis. A shorter axis repeats, shifted by one value each time, so
-    that two short axes do not default pair the same values. The others are marked exhaustive.
+    that two short axes do not always pair the same values. The others are marked exhaustive.
     """
-    axes = {name: list(values) for name, values in named.items()}
+    axes = {name: list(values) for name, values in values_of_axes.items()}
     lengths = [len(values) for values in axes.values()]
     default = {tuple((i + i // n) % n for n in lengths) for i in range(max(lengths))}
     return pytest.mark.parametrize(

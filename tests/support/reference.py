@@ -16,8 +16,8 @@ import at_fused
 
 feature = partial(features, dtype=torch.float64)
 
-# Options that need maps first, instead of one operator for the whole loss.
-THROUGH_MAPS: dict[str, dict[str, Any]] = {
+# Options without a fused path: at_loss computes maps first.
+UNFUSED: dict[str, dict[str, Any]] = {
     "max": {"collapse": "max"},
     "maps": {"resize": "maps", "form": "paper"},
     "features": {"resize": "features", "p": 3.0},
@@ -240,7 +240,7 @@ class Precision(NamedTuple):
 
     exact: bool  # all features are fp64
     roundings: int
-    blur: float  # rounding error relative to the least distance of two maps
+    relative: float  # rounding error relative to the least distance of two maps
     absolute: float  # absolute error allowed in a loss
 
     @classmethod
@@ -254,22 +254,22 @@ class Precision(NamedTuple):
         """Build it from all features in their dtypes, and students and teachers in fp64."""
         all_options, exact = Options(**options), all(x.dtype == torch.float64 for x in leaves)
         rounding = EXACT_ROUNDING if exact else ROUNDING
-        blur = rounding / max(least_distance(students, teachers, **options), rounding)
+        relative = rounding / max(least_distance(students, teachers, **options), rounding)
         absolute = 3 * (rounding if all_options.form == "paper" else rounding**2)
         # at_fused pools features and computes signed powers in PyTorch: an additional rounding.
         fused = all_options.resize != "features" and all_options.absolute
-        return cls(exact, 1 if fused else 2, blur, absolute)
+        return cls(exact, 1 if fused else 2, relative, absolute)
 
     def assert_value(self, loss: Tensor, expected: Tensor) -> None:
         assert loss.shape == expected.shape
-        tolerance = max(self.roundings * VALUE_TOLERANCE[self.exact], 2 * self.blur)
+        tolerance = max(self.roundings * VALUE_TOLERANCE[self.exact], 2 * self.relative)
         torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=self.absolute)
 
     def assert_gradient(self, g: Tensor, expected: Tensor, scale: float) -> None:
         assert torch.isfinite(g).all()
-        if self.blur > 0.1:
+        if self.relative > 0.1:
             return  # the maps differ only by rounding, so the gradient's direction is undefined
-        tolerance = max(GRADIENT_TOLERANCE[g.dtype], 0 if self.exact else 1e-5, 4 * self.blur)
+        tolerance = max(GRADIENT_TOLERANCE[g.dtype], 0 if self.exact else 1e-5, 4 * self.relative)
         # Half of fp16's least positive number, 2^-24.
         smallest = 2**-25 if g.dtype == torch.float16 else 0.0
         bound = tolerance * self.roundings * expected.abs().max() + 1e-12 * scale + smallest
@@ -329,7 +329,7 @@ def assert_matches_reference(
         value, actual = at_fused.at_value_and_grad(leaves[:n], leaves[n:], scale=scale, **options)
         assert isinstance(actual, list)
         # The order of the sums may differ.
-        rtol = max(1e-12 if precision.exact else 1e-6, 2 * precision.blur)
+        rtol = max(1e-12 if precision.exact else 1e-6, 2 * precision.relative)
         torch.testing.assert_close(value, loss.detach(), rtol=rtol, atol=precision.absolute)
         gradients = torch.autograd.grad(expected.sum() * scale, doubles[:n])
         compare_gradients(range(n), actual, gradients, True)
