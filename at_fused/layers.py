@@ -234,11 +234,11 @@ class NetworkStages:
         shallow = [c for c in blocks if c.layout and c.has_parameters() and depths[c] < deepest]
         blocks = [call for call in blocks if call.layout and depths[call] >= deepest]
         if trunk:
-            blocks = self._without(blocks, _outside(trunk, candidates), "outside the stages")
+            blocks = self._without(blocks, _off_trunk(trunk, candidates), "outside the stages")
         if shallow or self.left_out or not all(map(_is_named_stem_or_head, blocks)):
             blocks = self._without(blocks, _is_named_stem_or_head, "named like a stem or a head")
         tokens = [call for call in blocks if call.layout and call.layout.map_size]
-        if tokens and not run.is_in_image_order(tokens[0]):  # the first shows the order of all
+        if tokens and not run.is_in_image_order(tokens[0]):  # all stages share one order
             blocks = [call for call in blocks if call not in tokens]
             self._leave_out(tokens, NOT_IN_ORDER)
         trained_sizes = {call.size for call in blocks if call.has_parameters()}
@@ -367,7 +367,7 @@ def _find_trunk(blocks: list[ModuleCall]) -> list[ModuleCall]:
     return trunk if is_half or max(call.depth() for call in trunk) > 1 else []
 
 
-def _outside(trunk: list[ModuleCall], blocks: list[ModuleCall]) -> Callable[[ModuleCall], bool]:
+def _off_trunk(trunk: list[ModuleCall], blocks: list[ModuleCall]) -> Callable[[ModuleCall], bool]:
     """Return a predicate for stems, heads and decoders, which go back to larger maps."""
     least = min((call.weight_layers() for call in trunk if call.has_parameters()), default=0)
     after = blocks[blocks.index(trunk[-1]) :]
