@@ -25,8 +25,8 @@ except (ImportError, OSError, RuntimeError) as error:
 
 import timm
 import yaml
+from image_data import write_cifar
 from outside import output_of
-from pictures import write_cifar
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, get_mid_level_loss
 from torchvision import models
 
