@@ -38,8 +38,8 @@ def test_notebook_runs(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         cell.pop("outputs", None) if cell.cell_type == "markdown" else cell.update(outputs=[])
-    # Not the checkout: its at_fused may have no compiled libraries.
-    where = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=600, resources=where).execute()
+    # In the checkout, at_fused may have no compiled libraries.
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
     assert sum(PNG in output.get("data", {}) for output in outputs(notebook)) == 2
     assert all(output.get("name") != "stderr" for output in outputs(notebook))

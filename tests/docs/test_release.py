@@ -1,4 +1,4 @@
-"""The files that a release is made of: workflows, forms, citation, metadata."""
+"""Release files: versions, the repository's address, workflows and scripts/release.sh."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_version_is_the_same_everywhere() -> None:
     assert re.search(r"^## (\S+)", text("CHANGELOG.md"), re.M)[1] == at_fused.__version__
 
 
-def test_address_of_the_repository_is_in_one_file() -> None:
+def test_repository_address_is_only_in_pyproject() -> None:
     (address,) = re.findall(r'^Repository = "(.+)"', text("pyproject.toml"), re.M)
     files = subprocess.run(
         ["git", "grep", "-lF", address], cwd=ROOT, capture_output=True, text=True, check=False
@@ -33,12 +33,12 @@ def test_address_of_the_repository_is_in_one_file() -> None:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_workflows_run_files_that_exist(path: Path) -> None:
-    named = re.findall(
+def test_workflows_run_existing_files(path: Path) -> None:
+    names = re.findall(
         r"(?:bash|python) (?:\{project\}/)?([\w./-]+\.\w+|\.ci/run)", path.read_text()
     )
-    assert path.name == "docs.yml" or named
-    assert all((ROOT / name).exists() for name in named)
+    assert path.name == "docs.yml" or names
+    assert all((ROOT / name).exists() for name in names)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
@@ -47,7 +47,7 @@ def test_workflow_jobs_have_a_timeout(path: Path) -> None:
     assert len(re.findall(r"^  \w+:$", jobs, re.M)) == jobs.count("timeout-minutes:")
 
 
-def release(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_release(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(folder / "scripts/release.sh"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -64,8 +64,8 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_release_is_ready(checkout: Path) -> None:
-    done = release("check", "v0.2.0", folder=checkout)
+def test_check_passes_for_a_ready_release(checkout: Path) -> None:
+    done = run_release("check", "v0.2.0", folder=checkout)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -77,19 +77,21 @@ def test_release_is_ready(checkout: Path) -> None:
         ("pyproject.toml", 'Repository = "https://example.org/name"', "fill in the"),
     ],
 )
-def test_release_that_is_not_ready(checkout: Path, name: str, content: str, message: str) -> None:
+def test_check_says_what_is_not_ready(
+    checkout: Path, name: str, content: str, message: str
+) -> None:
     (checkout / name).write_text(content)
-    done = release("check", "v0.2.0", folder=checkout)
+    done = run_release("check", "v0.2.0", folder=checkout)
     assert done.returncode == 1
     assert message in done.stderr
 
 
-def test_local_version(checkout: Path) -> None:
-    assert not release("local-version", "cu13", folder=checkout).returncode
+def test_local_version_is_appended(checkout: Path) -> None:
+    assert not run_release("local-version", "cu13", folder=checkout).returncode
     assert (checkout / "at_fused/_version.py").read_text() == '__version__ = "0.2.0+cu13"\n'
 
 
-def test_release_names_its_steps() -> None:
-    done = release("publish", folder=ROOT)
+def test_unknown_step_prints_usage() -> None:
+    done = run_release("publish", folder=ROOT)
     assert done.returncode == 1
     assert "usage: release.sh check TAG | sdist | wheel" in done.stderr

@@ -85,11 +85,11 @@ def test_no_page_loads_from_another_host(site: Path, pages: dict[Path, Page]) ->
             is_local = not url.netloc and url.scheme in ("", "data")
             assert is_local, f"{path.relative_to(site)}: {resource}"
     for path in site.rglob("*.css"):
-        found = re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)]+", path.read_text())
-        assert not found, f"{path.relative_to(site)}: {found}"
+        external = re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)]+", path.read_text())
+        assert not external, f"{path.relative_to(site)}: {external}"
 
 
-def test_links_to_sources_lead_to_existing_files(pages: dict[Path, Page]) -> None:
+def test_links_to_sources_resolve(pages: dict[Path, Page]) -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (address,) = re.findall(r'^Repository = "(.+)"', project, re.M)
     links = {link for page in pages.values() for link in page.links if link.startswith(address)}

@@ -264,7 +264,7 @@ def by_columns(x: Tensor, token: Tensor) -> Tensor:
     return x.transpose(2, 3).flatten(2).mT
 
 
-def test_equal_sizes_are_channels_first_without_other_evidence() -> None:
+def test_cubic_features_need_convolutions_or_channel_dim() -> None:
     nets = [LAYOUTS["maps"][0](16).eval() for _ in "ab"]
     x = torch.randn(2, 3, 64, 64)
     expected = BETA * at_loss(*(block_features(net, x)[0] for net in nets))
