@@ -105,7 +105,7 @@ class LayerTap(Hook):
     ) -> None:
         self.name, self.layout, self.last_pass = layer.name, layer.layout, last
         self.collapse, self.absolute = options.collapse, options.absolute
-        self.channel_attention = options.attend == "channel"
+        self.channelwise = options.attend == "channel"
         is_channels_last = overrides.channel_dim == -1
         self.channels_first_rank = None if is_channels_last else channels_first_rank(layer.module)
         # torch.compile with dynamic=True makes a variable of a float, a constant of a string.
@@ -144,9 +144,9 @@ class LayerTap(Hook):
         """Return the feature that replaces x, and its map."""
         layout = FeatureLayout(*self.layout[:2]) if self.layout else CHANNELS_FIRST
         feature = layout.to_channels_first(x, f"layer {self.name!r}")
-        size = feature.shape[1:2] if self.channel_attention else feature.shape[2:]
+        size = feature.shape[1:2] if self.channelwise else feature.shape[2:]
         y, q = _maps.attention_tap(
-            x, float(self.p), self.collapse, self.absolute, layout, self.channel_attention
+            x, float(self.p), self.collapse, self.absolute, layout, self.channelwise
         )
         return y, q.view(x.shape[0], *size)
 

@@ -55,10 +55,10 @@ class FeatureLayout(NamedTuple):
             )
         return tokens.transpose(1, 2).unflatten(2, tuple(self.map_size))
 
-    def view(self, x: Tensor, channel_attention: bool) -> Tensor:
+    def view(self, x: Tensor, channelwise: bool) -> Tensor:
         """Return a view of the feature with the channels and positions of its map."""
         x = self.to_channels_first(x)
-        return channels_as_positions(x) if channel_attention else x
+        return channels_as_positions(x) if channelwise else x
 
     def restore(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Return the gradient of x from that of ``to_channels_first(x)``; 0 at skipped tokens."""

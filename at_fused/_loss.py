@@ -239,9 +239,8 @@ def _spatial_loss(inputs: LossInputs) -> Tensor:
     if same_size and inputs.is_fused():
         return reduce_samples(inputs, _ops.at_loss(*inputs.operator_arguments())[0])
     p, collapse = inputs.options[:2]
-    features, skip_tokens = inputs.features(), inputs.skip_tokens
     return _loss_of_maps(
-        inputs, attention_maps(features, p, collapse, inputs.absolute, skip_tokens)
+        inputs, attention_maps(inputs.features(), p, collapse, inputs.absolute, inputs.skip_tokens)
     )
 
 

@@ -34,17 +34,12 @@ def attention_maps(
 
 
 def attention_tap(
-    x: Tensor,
-    p: float,
-    collapse: str,
-    absolute: bool,
-    layout: FeatureLayout,
-    channel_attention: bool,
+    x: Tensor, p: float, collapse: str, absolute: bool, layout: FeatureLayout, channelwise: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the feature for the next layer, and its raw map (B, N)."""
     if keeps_sign(p, absolute):
-        return x, _signed_map(layout.view(x, channel_attention), p, collapse)
-    return _ops.attention_tap(x, p, collapse, layout, channel_attention)
+        return x, _signed_map(layout.view(x, channelwise), p, collapse)
+    return _ops.attention_tap(x, p, collapse, layout, channelwise)
 
 
 def normalized(raw: Tensor, eps: float, eps_mode: str) -> Tensor:

@@ -27,41 +27,39 @@ def at_value_and_grad(
             return result
     inputs = checked_inputs(student, teacher, LossArguments(*arguments))
     features = inputs.students + inputs.teachers
-    factor, loss_gradient = gradient_scale(scale, features[0].device, accumulate_dtype(*features))
+    factor, loss_grad = gradient_scale(scale, features[0].device, accumulate_dtype(*features))
     students = [student] if isinstance(student, Tensor) else list(student)
     is_fused = inputs.attend == "spatial" and inputs.is_fused()
     if is_fused and check_sizes(inputs.students, inputs.teachers, inputs.resize):
-        loss, gradients = _fused_value_and_grad(inputs, factor, loss_gradient)
+        loss, gradients = _fused_value_and_grad(inputs, factor, loss_grad)
         pairs = zip(gradients, students, strict=True)
         gradients = [inputs.layout.restore(g, x) for g, x in pairs]
     else:
-        loss, gradients = _autograd_value_and_grad(
-            students, teacher, arguments, factor, loss_gradient
-        )
+        loss, gradients = _unfused_value_and_grad(students, teacher, arguments, factor, loss_grad)
     return loss, [match_strides(x, g) for g, x in zip(gradients, students, strict=True)]
 
 
 @torch.no_grad()
 def _fused_value_and_grad(
-    inputs: LossInputs, scale: float, loss_gradient: Tensor | None
+    inputs: LossInputs, scale: float, loss_grad: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss and its gradient times ``scale * loss_gradient``, with one operator."""
+    """Return the loss and its gradient times ``scale * loss_grad``, with one operator."""
     if inputs.sample_weights is not None:
         dtype = accumulate_dtype(*inputs.students, *inputs.teachers)
         weights = inputs.sample_weights.to(dtype).expand(len(inputs.students), -1)
         by_sample = inputs.options.reduction == "sample"
         weights = weights if by_sample else weights / weights.shape[1]
-        loss_gradient = weights if loss_gradient is None else weights * loss_gradient
-    loss, gradients = _ops.at_value_and_grad(*inputs.operator_arguments(), scale, loss_gradient)
+        loss_grad = weights if loss_grad is None else weights * loss_grad
+    loss, gradients = _ops.at_value_and_grad(*inputs.operator_arguments(), scale, loss_grad)
     return reduce_samples(inputs, loss), gradients
 
 
-def _autograd_value_and_grad(
+def _unfused_value_and_grad(
     students: list[Tensor],
     teacher: Any,
     arguments: tuple[Any, ...],
     scale: float,
-    loss_gradient: Tensor | None,
+    loss_grad: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and its gradient through autograd, for options without a fused kernel.
 
@@ -76,9 +74,7 @@ def _autograd_value_and_grad(
     teachers = [teacher] if isinstance(teacher, Tensor) else teacher
 
     def factor(loss: Tensor) -> Tensor:
-        if loss_gradient is None:
-            return torch.full_like(loss, scale)
-        return loss_gradient.expand_as(loss)
+        return torch.full_like(loss, scale) if loss_grad is None else loss_grad.expand_as(loss)
 
     if is_transformed():  # requires_grad_ does not work there
         result = torch.func.vjp(lambda features: at_loss(features, teachers, arguments), students)

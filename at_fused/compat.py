@@ -5,10 +5,8 @@ The programs differ in epsilons, powers, means and sums. Each docstring gives th
 positions, and D_b = qs[b] - qt[b] the difference of the normalised maps of sample b.
 
 All losses use the kernels and the precision of :func:`at_fused.at_loss`: float16 does not overflow
-where it does in the originals. Gradients flow to both sides. Some inputs that the originals accept
-silently raise a TypeError or ValueError here: lists of different lengths (the originals drop the
-rest), a batch of 1 against a larger one (they broadcast it), and maps of the same number of
-positions but different shapes, such as 4x16 and 8x8.
+where the originals do. Gradients flow to both sides. Lists of different lengths, a batch of 1 with
+a larger one, and maps of 4x16 and 8x8 raise an error; the originals accept them silently.
 """
 
 from __future__ import annotations
@@ -334,9 +332,8 @@ def convert_beta(
     sum over the parts of a batch on several GPUs are not covered.
 
     If e differs, the gradient of the square is the gradient of the norm times 2 ||D_b||. The
-    gradients then agree for samples at the given ``distance``. Closer samples get a smaller
-    gradient from the square than from the norm, others a larger one. Measure the mean distance of a
-    pair with ``at_loss(s, t, form="paper")``.
+    gradients then agree for samples at the given ``distance``. The square pulls closer samples
+    less, others more. ``at_loss(s, t, form="paper")`` is the mean distance of a pair.
 
     Args:
         beta: beta of the source, a finite number.
@@ -350,10 +347,9 @@ def convert_beta(
 
     Raises:
         TypeError: a beta or a distance is not a number.
-        ValueError: a name is unknown; shapes are invalid; the result overflows a float;
-            ``distance`` is missing, or is given and e does not differ; or the pairs need different
-            betas (see :func:`pair_betas`), as maps of different sizes do between "authors" and
-            "paper-squared".
+        ValueError: a name is unknown, shapes are invalid, the result overflows, or ``distance`` is
+            missing or not needed. Also if pairs need different betas, as maps of different sizes
+            do between "authors" and "paper-squared": see :func:`pair_betas`.
     """
     betas = pair_betas(beta, source, target, shapes, distance)
     if not all(math.isclose(b, betas[0], rel_tol=1e-12) for b in betas):

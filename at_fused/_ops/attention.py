@@ -67,7 +67,6 @@ class _AttentionMap(torch.autograd.Function):
         p, collapse, skip_tokens = ctx.options
         saved, indices = ctx.saved_tensors, list(compress(range(len(ctx.needed)), ctx.needed))
         has_gradient = [map_gradients[i] is not None for i in indices]
-        channels = saved[len(indices) :]
         used = list(compress(indices, has_gradient))
         results = map_gradients_backward(
             list(compress(saved, has_gradient)),
@@ -75,7 +74,7 @@ class _AttentionMap(torch.autograd.Function):
             p,
             collapse,
             [skip_tokens[i] for i in used] if skip_tokens else [],
-            list(compress(channels, has_gradient)),
+            list(compress(saved[len(indices) :], has_gradient)),
         )
         gradients = dict(zip(used, results, strict=True))
         return None, None, None, *(gradients.get(i) for i in range(len(ctx.needed)))
@@ -96,7 +95,7 @@ def map_gradients_backward(
     return attention_map_backward(features, coefficients, *rest)
 
 
-def _attention_map_autograd(
+def _map_autograd(
     features: list[Tensor], p: float, collapse: str, skip_tokens: Sequence[int] = ()
 ) -> list[Tensor]:
     if is_transformed():
@@ -106,7 +105,7 @@ def _attention_map_autograd(
     return call_below_autograd(operators.attention_map.default, features, p, collapse, skip_tokens)
 
 
-def _attention_map_backward_autograd(
+def _map_backward_autograd(
     features: list[Tensor],
     coefficients: list[Tensor],
     loss_gradient: Tensor | None,
@@ -121,7 +120,5 @@ def _attention_map_backward_autograd(
     return call_below_autograd(operators.attention_map_backward.default, *arguments)
 
 
-attention_map = register_autograd("attention_map", _attention_map_autograd)
-attention_map_backward = register_autograd(
-    "attention_map_backward", _attention_map_backward_autograd
-)
+attention_map = register_autograd("attention_map", _map_autograd)
+attention_map_backward = register_autograd("attention_map_backward", _map_backward_autograd)

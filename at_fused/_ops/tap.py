@@ -78,15 +78,15 @@ class _TapOptions(NamedTuple):
     p: float
     collapse: str
     layout: FeatureLayout
-    channel_attention: bool
+    channelwise: bool
 
     def view(self, x: Tensor) -> Tensor:
         """View x, or its gradient, as (B, C, *spatial) without the skipped tokens."""
-        return self.layout.view(x, self.channel_attention)
+        return self.layout.view(x, self.channelwise)
 
     def restore(self, gradient: Tensor, x: Tensor) -> Tensor:
         """Return the gradient of x from the gradient of ``view(x)``."""
-        if self.channel_attention:
+        if self.channelwise:
             gradient = gradient.transpose(1, 2).reshape(self.layout.to_channels_first(x).shape)
         return self.layout.restore(gradient, x)
 
@@ -129,21 +129,21 @@ class _Tap(torch.autograd.Function):
                 )
                 return gradient, None
         skips = options.layout.has_tokens(x) and options.layout.skip_tokens > 0
-        if skips and not options.channel_attention:
+        if skips and not options.channelwise:
             options, (map_gradient, *channels) = options.with_all_tokens(map_gradient, *channels)
         rest = options.view(x), map_gradient, *options[:2], *channels
         if gradient is None:
             return options.restore(_gradient_of_map(*rest), x), None
-        if skips and options.channel_attention:  # the map has no tokens to pad
+        if skips and options.channelwise:  # the map has no tokens to pad
             return gradient + options.restore(_gradient_of_map(*rest), x), None
         return options.restore(attention_tap_backward(options.view(gradient), *rest), x), None
 
 
 def attention_tap(
-    x: Tensor, p: float, collapse: str, layout: FeatureLayout, channel_attention: bool
+    x: Tensor, p: float, collapse: str, layout: FeatureLayout, channelwise: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the feature for the next layer, and its raw map (B, N)."""
-    options = _TapOptions(p, collapse, layout, channel_attention)
+    options = _TapOptions(p, collapse, layout, channelwise)
     if torch.compiler.is_compiling():
         return _Tap.apply(x, options)
     if is_transformed():
