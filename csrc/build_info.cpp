@@ -1,5 +1,5 @@
-// How this copy of the package was built, for `python -m at_fused.info`. Knows nothing of torch's
-// libraries, so that it loads also where they do not fit.
+// Build information for `python -m at_fused.info`. Does not link torch, so that it can be imported
+// even if the installed torch does not match.
 #include <pybind11/pybind11.h>
 
 #if defined(__clang__)

@@ -1,4 +1,4 @@
-// Gradients: the loss's from above, and new ones of features.
+// The upstream gradient of a loss, and gradient tensors for features.
 #pragma once
 
 #include <algorithm>
@@ -11,14 +11,13 @@
 
 namespace at_fused {
 
-// The gradient of the loss that came from above: nothing (1), a scalar, one value per pair, or one
-// per pair and sample.
+// The upstream gradient of a loss: none (1), a scalar, (pairs,) or (pairs, B).
 struct LossGradient {
   const void* data = nullptr;
   bool fp64 = false;
   int64_t pair_stride = 0, sample_stride = 0;
 
-  // `pairs` numbers each feature's pair; empty: 0, 1, 2 ...
+  // pairs[i] is the index of feature i's pair. Empty means 0, 1, 2 ...
   LossGradient(const std::optional<Tensor>& gradient, const Tensors& features,
                const Ints& pairs = {}) {
     if (!gradient) return;
@@ -43,72 +42,72 @@ struct LossGradient {
     }
   }
 
-  // The address of a pair's first value; null for none.
-  const void* of(int64_t pair) const {
+  // The address of the pair's first value; null without a gradient.
+  const void* address(int64_t pair) const {
     return data ? static_cast<const char*>(data) + pair * pair_stride * accumulate_size(fp64)
                 : nullptr;
   }
   double value(int64_t pair, int64_t b) const {
-    return factor_of(of(pair), fp64, b * sample_stride);
+    return factor_of(address(pair), fp64, b * sample_stride);
   }
 };
 
-// Finds what a gradient is written to, in its feature's layout: `out` itself, or, where it has
-// strides of another or of none (H and W transposed, say), a plain tensor, which takes a plain
-// feature too.
-inline Tensor written_for(const Tensor& out, Tensor& tensor, Feature& feature, Feature& written) {
-  if (describe(out, written) && written.layout == feature.layout) return out;
+// Returns the tensor that a kernel writes a gradient to, in the layout of its feature. This is
+// `out` if the layouts match. Otherwise (H and W transposed, say) it is a contiguous tensor, and
+// the feature is replaced by a contiguous copy.
+inline Tensor gradient_buffer(const Tensor& out, Tensor& tensor, Feature& feature,
+                              Feature& buffer) {
+  if (describe(out, buffer) && buffer.layout == feature.layout) return out;
   tensor = torch::stable::contiguous(tensor);
-  Tensor plain = torch::stable::new_empty(tensor, tensor.sizes());
+  Tensor contiguous = torch::stable::new_empty(tensor, tensor.sizes());
   describe(tensor, feature);
-  describe(plain, written);
-  return plain;
+  describe(contiguous, buffer);
+  return contiguous;
 }
 
-// New gradients for a list of features, with the strides that a caller was promised, and the
-// tensors that are written for them in a layout that is the feature's own: the same, or plainer
-// ones.
+// Allocates gradients for a list of features, with the strides of torch.empty_like. Kernels write
+// to `out`, which has the layouts of `features`; finish() copies to the results where they differ.
 class Gradients {
  public:
   std::vector<Feature> features, out;
 
-  // Features without a native layout are replaced by copies. The gradient of skipped tokens is 0.
-  // The tensors are the first of `listed` ones that skip_tokens may have a number for.
-  Gradients(Tensors& tensors, const Ints& skip_tokens, size_t listed) {
+  // Features without a native layout are replaced by copies. Skipped tokens get gradient 0.
+  // skip_tokens is empty or has skip_count numbers, the first of them for `tensors`.
+  Gradients(Tensors& tensors, const Ints& skip_tokens, size_t skip_count) {
     for (size_t i = 0; i < tensors.size(); ++i) {
-      const int64_t first = skipped(skip_tokens, listed, i, tensors[i]);
-      const Tensor given = tensors[i];
-      Feature feature = native_feature(tensors[i], device_of(tensors[0])), written;
-      results_.push_back(new_like(given));
-      written_.push_back(written_for(results_[i], tensors[i], feature, written));
-      if (first > 0) {
-        Tensor zeros = torch::stable::narrow(written_[i], 2, 0, first);
+      const int64_t skip = skipped_tokens(skip_tokens, skip_count, i, tensors[i]);
+      const Tensor original = tensors[i];
+      Feature feature = native_feature(tensors[i], device_of(tensors[0])), buffer;
+      results_.push_back(new_like(original));
+      buffers_.push_back(gradient_buffer(results_[i], tensors[i], feature, buffer));
+      if (skip > 0) {
+        Tensor zeros = torch::stable::narrow(buffers_[i], 2, 0, skip);
         torch::stable::zero_(zeros);
       }
-      features.push_back(without_first(feature, first));
-      out.push_back(without_first(written, first));
+      features.push_back(without_first(feature, skip));
+      out.push_back(without_first(buffer, skip));
     }
   }
 
   Tensors finish() {
-    for (size_t i = 0; i < written_.size(); ++i) {
-      if (written_[i].get() != results_[i].get()) torch::stable::copy_(results_[i], written_[i]);
+    for (size_t i = 0; i < buffers_.size(); ++i) {
+      if (buffers_[i].get() != results_[i].get()) torch::stable::copy_(results_[i], buffers_[i]);
     }
     return std::move(results_);
   }
 
  private:
-  Tensors written_, results_;
+  Tensors buffers_, results_;
 };
 
-// ---- maps that come with features -------------------------------------------------------------
+// ---- maps of features -------------------------------------------------------------------------
 
-// A map (B, N) of a feature, contiguous.
+// Checks a map (B, N) of a feature, and makes it contiguous.
 inline Maps contiguous_map(Tensor& map, const Feature& feature, Device device, ScalarType dtype,
-                           const char* wrong) {
+                           const char* message) {
   STD_TORCH_CHECK(map.scalar_type() == dtype && map.dim() == 2 && map.size(0) == feature.B &&
                       map.size(1) == feature.N && device_of(map) == device,
-                  wrong);
+                  message);
   if (!map.is_contiguous()) map = torch::stable::contiguous(map);
   return Maps(map);
 }
@@ -119,40 +118,40 @@ inline Maps coefficient_map(Tensor& map, const Feature& feature, Device device) 
                         "and float32 otherwise");
 }
 
-// The channels that won each position's maximum.
+// The argmax channel of each position.
 inline Maps channel_map(Tensor& map, const Feature& feature, Device device) {
   return contiguous_map(map, feature, device, ScalarType::Int,
                         "at_fused: a map of channels must be (B, N) of int32");
 }
 
-// ---- gradients that are written in place ------------------------------------------------------
+// ---- gradients written in place ---------------------------------------------------------------
 
 inline void check_no_overlap(const Tensor& gradient) {
-  std::vector<std::pair<int64_t, int64_t>> extents;  // strides and sizes
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // (stride, size)
   for (int64_t d = 0; d < gradient.dim(); ++d) {
-    if (gradient.size(d) > 1) extents.emplace_back(gradient.stride(d), gradient.size(d));
+    if (gradient.size(d) > 1) dimensions.emplace_back(gradient.stride(d), gradient.size(d));
   }
-  std::sort(extents.begin(), extents.end());
-  int64_t reach = 1;
-  for (const auto& [stride, size] : extents) {
-    STD_TORCH_CHECK(stride >= reach,
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t extent = 1;
+  for (const auto& [stride, size] : dimensions) {
+    STD_TORCH_CHECK(stride >= extent,
                     "at_fused: a gradient that is written in place must not be expanded, nor "
                     "overlap itself");
-    reach += (size - 1) * stride;
+    extent += (size - 1) * stride;
   }
 }
 
-inline uintptr_t memory_of(const Tensor& tensor) {
+inline uintptr_t storage_of(const Tensor& tensor) {
   int64_t offset = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
-  // A number: the pointer of an empty tensor is null.
+  // An integer, because arithmetic on the null pointer of an empty tensor is undefined.
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) -
          uintptr_t(offset) * uintptr_t(tensor.element_size());
 }
 
-// What may lie where the gradient is written is read from a copy.
-inline void read_before(const Tensor& gradient, Tensor& read) {
-  if (memory_of(read) == memory_of(gradient)) read = torch::stable::clone(read);
+// Replaces an input by a copy if it shares its storage with a gradient that is written in place.
+inline void copy_if_aliased(const Tensor& gradient, Tensor& input) {
+  if (storage_of(input) == storage_of(gradient)) input = torch::stable::clone(input);
 }
 
 }  // namespace at_fused

@@ -1,5 +1,5 @@
-// The operators for losses, on every device: their arguments are checked and brought to plain
-// structs here; cpu/operators.cpp and cuda/losses.cpp compute.
+// The loss operators, for all devices. They check their arguments and convert them to plain
+// structs; cpu/operators.cpp and cuda/losses.cpp compute.
 #pragma once
 
 #include <cmath>
@@ -18,24 +18,24 @@ using Weights = std::vector<double>;
 
 // ---- options ----------------------------------------------------------------------------------
 
-// One of the names of an enum's values.
+// Returns the enum value with the given name. `names` are in the order of the enum.
 template <class Option>
-Option option_of(const char* option, const std::string& given,
+Option option_of(const char* option, const std::string& value,
                  std::initializer_list<const char*> names) {
-  std::string list;
+  std::string allowed;
   for (size_t i = 0; i < names.size(); ++i) {
     const char* name = names.begin()[i];
-    if (given == name) return Option(i);
-    list += (i == 0 ? "'" : i + 1 < names.size() ? ", '" : " or '") + std::string(name) + "'";
+    if (value == name) return Option(i);
+    allowed += (i == 0 ? "'" : i + 1 < names.size() ? ", '" : " or '") + std::string(name) + "'";
   }
-  STD_TORCH_CHECK(false, "at_fused: ", option, " must be ", list, ", got '", given, "'");
+  STD_TORCH_CHECK(false, "at_fused: ", option, " must be ", allowed, ", got '", value, "'");
 }
 
 inline Collapse collapse_of(const std::string& collapse) {
   return option_of<Collapse>("collapse", collapse, {"mean", "sum", "max"});
 }
 
-// What stands before the channel sum: 1/C for "mean", 1 for the others.
+// The factor of the channel sum: 1/C for "mean", else 1.
 inline double collapse_scale(Collapse collapse, const Feature& feature) {
   return collapse == Collapse::mean ? 1.0 / double(feature.C) : 1.0;
 }
@@ -54,12 +54,12 @@ struct LossArguments {
   EpsMode eps_mode;
   double eps, p = 1;
   Device device;
-  bool fp64 = false;  // the loss's dtype
+  bool fp64 = false;  // dtype of the loss
 
-  LossArguments(const Tensors& student, const Tensors& teacher, Weights given,
+  LossArguments(const Tensors& student, const Tensors& teacher, Weights pair_weights,
                 const std::string& form, const std::string& reduction, const std::string& eps_mode,
                 double eps)
-      : weights(std::move(given)),
+      : weights(std::move(pair_weights)),
         form(option_of<Form>("form", form, {"code", "paper"})),
         reduction(option_of<Reduction>("reduction", reduction, {"sum", "none", "sample"})),
         eps_mode(option_of<EpsMode>("eps_mode", eps_mode, {"max", "add"})),
@@ -74,37 +74,37 @@ struct LossArguments {
     device = device_of(student[0]);
   }
 
-  // Features without a native layout, and masks that are not contiguous, are replaced by copies.
-  void take_features(Tensors& student, Tensors& teacher, Tensors& masks, const Ints& skip_tokens,
-                     double exponent, const std::string& collapse) {
+  // Replaces features without a native layout, and masks that are not contiguous, by copies.
+  void set_features(Tensors& student, Tensors& teacher, Tensors& masks, const Ints& skip_tokens,
+                    double exponent, const std::string& collapse) {
     check_exponent(p = exponent);
-    const Collapse collapsed = collapse_of(collapse);
-    STD_TORCH_CHECK(collapsed != Collapse::max, "at_fused: collapse must be 'mean' or 'sum' here");
+    const Collapse mode = collapse_of(collapse);
+    STD_TORCH_CHECK(mode != Collapse::max, "at_fused: collapse must be 'mean' or 'sum' here");
     const size_t n = student.size();
     STD_TORCH_CHECK(masks.empty() || masks.size() == n, "at_fused: a mask per pair, got ",
                     masks.size(), " for ", n);
-    const auto feature_of = [&](Tensor& tensor, size_t at) {
-      const int64_t first = skipped(skip_tokens, 2 * n, at, tensor);
-      return without_first(native_feature(tensor, device), first);
+    const auto feature_of = [&](Tensor& tensor, size_t index) {
+      const int64_t skip = skipped_tokens(skip_tokens, 2 * n, index, tensor);
+      return without_first(native_feature(tensor, device), skip);
     };
     for (size_t i = 0; i < n; ++i) {
       Pair pair{feature_of(student[i], i), feature_of(teacher[i], n + i)};
       STD_TORCH_CHECK(pair.student.B == pair.teacher.B && pair.student.N == pair.teacher.N,
                       "at_fused: student and teacher of a pair must have the same B and positions");
-      pair.student_scale = collapse_scale(collapsed, pair.student);
-      pair.teacher_scale = collapse_scale(collapsed, pair.teacher);
+      pair.student_scale = collapse_scale(mode, pair.student);
+      pair.teacher_scale = collapse_scale(mode, pair.teacher);
       if (!masks.empty()) {
         pair.mask = contiguous_map(masks[i], pair.student, device, accumulate_dtype(pair.fp64()),
                                    "at_fused: a mask must be (B, N) on the features' device, "
                                    "float64 where a feature of the pair is and float32 otherwise")
-                        .first;
+                        .data;
       }
       add(pair);
     }
   }
 
-  // Maps that are not contiguous are replaced by copies.
-  void take_maps(Tensors& student, Tensors& teacher) {
+  // Replaces maps that are not contiguous by copies.
+  void set_maps(Tensors& student, Tensors& teacher) {
     for (size_t i = 0; i < student.size(); ++i) {
       const auto feature_of = [&](Tensor& map) {
         const ScalarType dtype = map.scalar_type();
@@ -117,12 +117,12 @@ struct LossArguments {
         const int64_t B = map.size(0), N = map.size(1);
         return Feature{map.const_data_ptr(), dtype_of(map), Layout::planar, B, 1, N, N, N};
       };
-      const Feature of_student = feature_of(student[i]);
-      add({of_student, feature_of(teacher[i])});
+      const Feature student_map = feature_of(student[i]);
+      add({student_map, feature_of(teacher[i])});
     }
   }
 
-  // What a sample of a pair counts in the loss, before a division by N.
+  // The weight of a sample in the loss, before the division by N.
   double sample_weight(size_t pair) const {
     const double weight = weights.empty() ? 1.0 : weights[pair];
     return reduction == Reduction::sample ? weight : weight / double(pairs[pair].student.B);
@@ -130,9 +130,10 @@ struct LossArguments {
 
   Tensor new_loss() const {
     const int64_t B = pairs[0].student.B;
-    const int64_t sizes[] = {int64_t(pairs.size()), B}, strides[] = {B, 1}, one[] = {1};
+    const int64_t sizes[] = {int64_t(pairs.size()), B}, strides[] = {B, 1}, unit_stride[] = {1};
     const int64_t rank = reduction == Reduction::sum ? 0 : reduction == Reduction::none ? 1 : 2;
-    return new_tensor(rank, sizes, rank == 2 ? strides : one, accumulate_dtype(fp64), device);
+    return new_tensor(rank, sizes, rank == 2 ? strides : unit_stride, accumulate_dtype(fp64),
+                      device);
   }
 
  private:
@@ -146,13 +147,13 @@ struct LossArguments {
 
 // ---- operators --------------------------------------------------------------------------------
 
-// A device's own part. The maps become, where a gradient is asked for, coefficient maps; else they
-// are raw and masked.
+// Implemented per device. If a side needs a gradient, its maps become coefficient maps; otherwise
+// they stay raw and masked.
 Tensor compute_loss(const LossArguments& loss, bool student_grad, bool teacher_grad,
                     Tensors& student_maps, Tensors& teacher_maps);
 Tensor compute_value_and_grad(const LossArguments& loss, const Gradients& gradients,
                               const LossGradient& loss_gradient, double scale);
-// A side whose coefficients nobody asked for has no maps.
+// The maps of a side are null unless its coefficients are requested.
 Tensor compute_map_loss(const LossArguments& loss, const std::vector<Maps>& student_maps,
                         const std::vector<Maps>& teacher_maps);
 
@@ -162,11 +163,11 @@ inline std::tuple<Tensor, Tensors> at_loss(Tensors student, Tensors teacher, Ten
                                            std::string reduction, std::string eps_mode, double eps,
                                            bool student_grad, bool teacher_grad) {
   LossArguments loss(student, teacher, weights, form, reduction, eps_mode, eps);
-  loss.take_features(student, teacher, masks, skip_tokens, p, collapse);
+  loss.set_features(student, teacher, masks, skip_tokens, p, collapse);
   Tensors maps, teacher_maps;
   Tensor result = compute_loss(loss, student_grad, teacher_grad, maps, teacher_maps);
-  // With a gradient to come both sides' maps are kept: k where it is asked for, else the raw map,
-  // which a second derivative needs (and which is cheaper to keep than the features).
+  // A backward pass needs the coefficients of one side. A second derivative also needs the raw map
+  // of the other, which takes less memory than its features.
   if (!student_grad && !teacher_grad) return {result, {}};
   maps.insert(maps.end(), teacher_maps.begin(), teacher_maps.end());
   return {result, maps};
@@ -177,11 +178,11 @@ inline std::tuple<Tensor, Tensors> at_value_and_grad(
     std::string collapse, std::string form, std::string reduction, std::string eps_mode, double eps,
     double scale, std::optional<Tensor> loss_gradient) {
   LossArguments loss(student, teacher, weights, form, reduction, eps_mode, eps);
-  // First: they settle in which layout a student is read.
+  // Before set_features: this may replace a student by a contiguous copy.
   Gradients gradients(student, skip_tokens, 2 * student.size());
-  loss.take_features(student, teacher, masks, skip_tokens, p, collapse);
-  const LossGradient above(loss_gradient, student);
-  Tensor result = compute_value_and_grad(loss, gradients, above, scale);
+  loss.set_features(student, teacher, masks, skip_tokens, p, collapse);
+  const LossGradient upstream(loss_gradient, student);
+  Tensor result = compute_value_and_grad(loss, gradients, upstream, scale);
   return {std::move(result), gradients.finish()};
 }
 
@@ -190,18 +191,18 @@ inline std::tuple<Tensor, Tensors> map_loss(Tensors student, Tensors teacher, We
                                             std::string eps_mode, double eps, bool student_grad,
                                             bool teacher_grad) {
   LossArguments loss(student, teacher, weights, form, reduction, eps_mode, eps);
-  loss.take_maps(student, teacher);
+  loss.set_maps(student, teacher);
   Tensors results;
-  const auto new_maps = [&](bool wanted, Feature Pair::* side) {
+  const auto new_maps = [&](bool is_needed, Feature Pair::* side) {
     std::vector<Maps> maps(loss.pairs.size());
-    for (size_t i = 0; wanted && i < maps.size(); ++i) {
+    for (size_t i = 0; is_needed && i < maps.size(); ++i) {
       maps[i] = Maps(results.emplace_back(new_map(loss.pairs[i].*side, loss.device)));
     }
     return maps;
   };
-  const std::vector<Maps> of_students = new_maps(student_grad, &Pair::student);
-  const std::vector<Maps> of_teachers = new_maps(teacher_grad, &Pair::teacher);
-  return {compute_map_loss(loss, of_students, of_teachers), results};
+  const std::vector<Maps> student_maps = new_maps(student_grad, &Pair::student);
+  const std::vector<Maps> teacher_maps = new_maps(teacher_grad, &Pair::teacher);
+  return {compute_map_loss(loss, student_maps, teacher_maps), results};
 }
 
 }  // namespace at_fused

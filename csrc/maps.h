@@ -1,5 +1,5 @@
-// The operators for maps, their gradients and the tap, on every device: as those for losses
-// (losses.h).
+// The operators for maps, their gradients and the tap, for all devices. They check their arguments
+// and convert them to plain structs; cpu/operators.cpp and cuda/operators.cpp compute.
 #pragma once
 
 #include <optional>
@@ -15,7 +15,7 @@ namespace at_fused {
 
 struct MapArguments {
   std::vector<Feature> features;
-  std::vector<Maps> maps, channels;  // with "max" the channels that won, else null
+  std::vector<Maps> maps, channels;  // channels: argmax channels for "max", else null
   double p;
   Collapse collapse;
   Device device;
@@ -25,18 +25,18 @@ void compute_maps(const MapArguments& arguments);
 
 inline Tensors attention_map(Tensors tensors, double p, std::string collapse, Ints skip_tokens) {
   check_exponent(p);
-  const Collapse collapsed = collapse_of(collapse);
+  const Collapse mode = collapse_of(collapse);
   if (tensors.empty()) return {};
-  MapArguments arguments{{}, {}, {}, p, collapsed, device_of(tensors[0])};
+  MapArguments arguments{{}, {}, {}, p, mode, device_of(tensors[0])};
   Tensors results, channels;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t first = skipped(skip_tokens, tensors.size(), i, tensors[i]);
-    const Feature feature = without_first(native_feature(tensors[i], arguments.device), first);
+    const int64_t skip = skipped_tokens(skip_tokens, tensors.size(), i, tensors[i]);
+    const Feature feature = without_first(native_feature(tensors[i], arguments.device), skip);
     arguments.features.push_back(feature);
     arguments.maps.emplace_back(results.emplace_back(new_map(feature, arguments.device)));
-    Maps& won = arguments.channels.emplace_back();
-    if (collapsed != Collapse::max) continue;
-    won = Maps(channels.emplace_back(new_map(feature, arguments.device, true)));
+    Maps& argmax = arguments.channels.emplace_back();
+    if (mode != Collapse::max) continue;
+    argmax = Maps(channels.emplace_back(new_map(feature, arguments.device, true)));
   }
   results.insert(results.end(), channels.begin(), channels.end());
   compute_maps(arguments);
@@ -48,8 +48,8 @@ inline Tensors attention_map(Tensors tensors, double p, std::string collapse, In
 struct SweepArguments {
   const Gradients& gradients;
   const LossGradient& loss_gradient;
-  const Ints& pairs;              // the number of each feature's pair
-  std::vector<Maps> k, channels;  // coefficients; with "max" the channels of them, else null
+  const Ints& pairs;              // the index of each feature's pair
+  std::vector<Maps> k, channels;  // coefficients; argmax channels for "max", else null
   double p;
   Device device;
 };
@@ -66,14 +66,14 @@ inline Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
   STD_TORCH_CHECK(pairs.size() == n, "at_fused: a pair number per feature");
   check_exponent(p);
   if (n == 0) return {};
-  const LossGradient above(loss_gradient, tensors, pairs);
+  const LossGradient upstream(loss_gradient, tensors, pairs);
   Gradients gradients(tensors, skip_tokens, n);
-  SweepArguments arguments{gradients, above, pairs, {}, {}, p, device_of(tensors[0])};
+  SweepArguments arguments{gradients, upstream, pairs, {}, {}, p, device_of(tensors[0])};
   for (size_t i = 0; i < n; ++i) {
     const Feature& feature = gradients.features[i];
     arguments.k.push_back(coefficient_map(coefficients[i], feature, arguments.device));
-    Maps& won = arguments.channels.emplace_back();
-    if (!channels.empty()) won = channel_map(channels[i], feature, arguments.device);
+    Maps& argmax = arguments.channels.emplace_back();
+    if (!channels.empty()) argmax = channel_map(channels[i], feature, arguments.device);
   }
   compute_gradients(arguments);
   return gradients.finish();
@@ -81,10 +81,11 @@ inline Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
 
 // ---- the tap ----------------------------------------------------------------------------------
 
-// out = gradient + scale * k[n] * |x|^(p-1) * sign(x), in one layout. `out` may be `gradient`.
+// out = gradient + scale * k[n] * |x|^(p-1) * sign(x). All three tensors have one layout. `out` may
+// be `gradient`.
 struct Tap {
   Feature feature, gradient, out;
-  Maps k, channels;  // the map's gradient, and with "max" the channels that have it
+  Maps k, channels;  // gradient of the map; argmax channels for "max", else null
   double p, scale;
   Device device;
 };
@@ -93,34 +94,36 @@ void compute_tap(const Tap& tap);
 
 inline Tensor tap_backward(bool in_place, Tensor gradient, Tensor feature, Tensor map_gradient,
                            double p, const std::string& collapse, std::optional<Tensor> channels) {
-  const Collapse collapsed = collapse_of(collapse);
+  const Collapse mode = collapse_of(collapse);
   check_exponent(p);
   STD_TORCH_CHECK(feature.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
-  bool same = gradient.dim() == feature.dim();
-  for (int64_t d = 0; same && d < feature.dim(); ++d) same = gradient.size(d) == feature.size(d);
-  STD_TORCH_CHECK(same && gradient.scalar_type() == feature.scalar_type() &&
+  bool same_shape = gradient.dim() == feature.dim();
+  for (int64_t d = 0; same_shape && d < feature.dim(); ++d) {
+    same_shape = gradient.size(d) == feature.size(d);
+  }
+  STD_TORCH_CHECK(same_shape && gradient.scalar_type() == feature.scalar_type() &&
                       device_of(gradient) == device_of(feature),
                   "at_fused: a gradient must have the shape, dtype and device of its feature");
-  STD_TORCH_CHECK((collapsed == Collapse::max) == channels.has_value(),
+  STD_TORCH_CHECK((mode == Collapse::max) == channels.has_value(),
                   "at_fused: a map of channels belongs to collapse 'max', and to no other");
-  const Tensor given = feature;
+  const Tensor original = feature;
   Tap tap{};
   tap.device = device_of(feature);
   tap.feature = native_feature(feature, tap.device);
-  Tensor out = in_place ? gradient : new_like(given);
-  const Tensor written = written_for(out, feature, tap.feature, tap.out);
+  Tensor out = in_place ? gradient : new_like(original);
+  const Tensor buffer = gradient_buffer(out, feature, tap.feature, tap.out);
   if (!describe(gradient, tap.gradient) || tap.gradient.layout != tap.feature.layout) {
-    Tensor copy = torch::stable::empty_like(written);
+    Tensor copy = torch::stable::empty_like(buffer);
     torch::stable::copy_(copy, gradient);
     gradient = copy;
     describe(gradient, tap.gradient);
   }
   tap.p = p;
-  tap.scale = p * collapse_scale(collapsed, tap.feature);
+  tap.scale = p * collapse_scale(mode, tap.feature);
   tap.k = coefficient_map(map_gradient, tap.feature, tap.device);
   if (channels) tap.channels = channel_map(*channels, tap.feature, tap.device);
   compute_tap(tap);
-  if (written.get() != out.get()) torch::stable::copy_(out, written);
+  if (buffer.get() != out.get()) torch::stable::copy_(out, buffer);
   return out;
 }
 
@@ -132,9 +135,9 @@ inline Tensor attention_tap_backward(Tensor gradient, Tensor feature, Tensor map
 inline void attention_tap_backward_(Tensor gradient, Tensor feature, Tensor map_gradient, double p,
                                     std::string collapse, std::optional<Tensor> channels) {
   check_no_overlap(gradient);
-  read_before(gradient, feature);
-  read_before(gradient, map_gradient);
-  if (channels) read_before(gradient, *channels);
+  copy_if_aliased(gradient, feature);
+  copy_if_aliased(gradient, map_gradient);
+  if (channels) copy_if_aliased(gradient, *channels);
   tap_backward(true, gradient, feature, map_gradient, p, collapse, channels);
 }
 

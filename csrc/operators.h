@@ -1,5 +1,4 @@
-// The operators torch.ops.at_fused.*, on every device, as torch calls them. Their schemas are in
-// _ops.
+// Registers torch.ops.at_fused.* for all devices. The schemas are in at_fused/_ops/.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -13,8 +12,8 @@
 
 namespace at_fused {
 
-// A string argument comes as an opaque handle, which is ours: torch's own conversion, before 2.14,
-// leaks a copy of it in every call.
+// torch passes a string as a handle that the callee owns. Before torch 2.14 its own conversion
+// leaks a copy of the string in every call.
 inline std::string unboxed(StringHandle handle) {
   size_t length = 0;
   const char* data = nullptr;

@@ -1,4 +1,4 @@
-// Tensors as the kernels see them: (B, C, N) in one of the two native layouts; new tensors.
+// Converts tensors to features (B, C, N) in one of the two native layouts; allocates tensors.
 #pragma once
 
 #include <dlfcn.h>
@@ -29,7 +29,7 @@ inline Device device_of(const Tensor& tensor) {
   return device;
 }
 
-// ---- tensors as features ----------------------------------------------------------------------
+// ---- features of tensors ----------------------------------------------------------------------
 
 inline Dtype dtype_of(const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
@@ -42,11 +42,12 @@ inline Dtype dtype_of(const Tensor& tensor) {
                                        : Dtype::bfloat16;
 }
 
-// The strides of (B, C, *spatial) as those of (B, C, N); false where no native layout has them.
+// Flattens (B, C, *spatial) to (B, C, N) without a copy. Returns false if the spatial dimensions do
+// not flatten, or if the strides match neither layout.
 inline bool describe(const Tensor& tensor, Feature& feature) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
-  int64_t N = 1, position = 0;  // the stride from one position to the next
+  int64_t N = 1, position = 0;  // stride of the flattened positions
   for (int64_t d = tensor.dim() - 1; d >= 2; --d) {
     if (sizes[d] == 1) continue;
     if (N == 1) position = strides[d];
@@ -67,11 +68,12 @@ inline bool describe(const Tensor& tensor, Feature& feature) {
   return planar || interleaved || N == 1;
 }
 
-// The tensor as a feature; it is replaced by a contiguous copy where it has no native layout.
+// Returns the tensor as a feature. Replaces the tensor by a contiguous copy if it has no native
+// layout.
 inline Feature native_feature(Tensor& tensor, Device device) {
   STD_TORCH_CHECK(tensor.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
   STD_TORCH_CHECK(tensor.numel() > 0, "at_fused: features must not be empty");
-  // An expanded tensor may have more elements than any memory: sums of bytes stay below 64 bits.
+  // Expanded tensors can be larger than memory: this bound keeps sums of bytes below 2^63.
   STD_TORCH_CHECK(tensor.numel() <= int64_t(1) << 44, "at_fused: at most 2^44 elements, got ",
                   tensor.numel());
   STD_TORCH_CHECK(device_of(tensor) == device, "at_fused: all features must be on the same device");
@@ -89,13 +91,14 @@ inline int64_t total_bytes(const std::vector<Feature>& features) {
   return total;
 }
 
-// How many tokens in front of a feature (B, C, N), number `at` of a list, have no part in its map.
-inline int64_t skipped(const Ints& skip_tokens, size_t features, size_t at, const Tensor& feature) {
+// Returns how many leading tokens of feature `index` its map leaves out.
+inline int64_t skipped_tokens(const Ints& skip_tokens, size_t features, size_t index,
+                              const Tensor& feature) {
   if (skip_tokens.empty()) return 0;
   STD_TORCH_CHECK(skip_tokens.size() == features,
                   "at_fused: skip_tokens must have one number per feature, got ",
                   skip_tokens.size(), " for ", features);
-  const int64_t count = skip_tokens[at];
+  const int64_t count = skip_tokens[index];
   STD_TORCH_CHECK(
       count == 0 || (feature.dim() == 3 && count > 0 && count < feature.size(2)),
       "at_fused: skip_tokens must be >= 0 and leave a token of a feature (B, C, N), got ", count);
@@ -104,16 +107,17 @@ inline int64_t skipped(const Ints& skip_tokens, size_t features, size_t at, cons
 
 // ---- new tensors ------------------------------------------------------------------------------
 
-// Why torch's last function failed. It says so from 2.13 on, which the libraries do not need.
-inline std::string last_reason() {
+// Returns the message of torch's last error. The function is looked up at run time, because only
+// torch 2.13 and later have it.
+inline std::string last_error_message() {
   using Function = const char*();
-  const auto what = reinterpret_cast<Function*>(
+  const auto message = reinterpret_cast<Function*>(
       dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
-  return what ? what() : "torch could not make one, for lack of memory most likely";
+  return message ? message() : "torch could not make one, for lack of memory most likely";
 }
 
-// torch::stable::new_empty and empty_like look their operators up by name in every call, which for
-// a list of small features takes longer than the arithmetic.
+// torch::stable::new_empty and empty_like look up their operators by name in every call. For a list
+// of small features that takes longer than the arithmetic.
 inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* strides,
                          ScalarType dtype, Device device) {
   using torch::stable::detail::from, torch::stable::detail::to;
@@ -122,16 +126,17 @@ inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* stri
                                device.index, &handle)) {
     int64_t count = 1;
     for (int64_t d = 0; d < rank; ++d) count *= sizes[d];
-    STD_TORCH_CHECK(false, "at_fused: no result of ", count, " elements: ", last_reason());
+    STD_TORCH_CHECK(false, "at_fused: no result of ", count, " elements: ", last_error_message());
   }
   return Tensor(handle);
 }
 
-// torch.empty_like: the strides of a dense tensor, those that empty_like finds for any other.
+// torch.empty_like, with a fast path for dense tensors.
 inline Tensor new_like(const Tensor& tensor) {
   Feature feature;
-  if (tensor.dim() < 3 || !describe(tensor, feature) || feature.line != line_length(feature) ||
-      feature.batch != feature.C * feature.N) {
+  if (tensor.dim() < 3 || !describe(tensor, feature) ||
+      feature.line_stride != line_length(feature) ||
+      feature.batch_stride != feature.C * feature.N) {
     return torch::stable::empty_like(tensor);
   }
   return new_tensor(tensor.dim(), tensor.sizes().data(), tensor.strides().data(),
@@ -142,25 +147,25 @@ inline ScalarType accumulate_dtype(bool fp64) {
   return fp64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// A map (B, N) of a feature: of values, or of channels.
-inline Tensor new_map(const Feature& feature, Device device, bool of_channels = false) {
+// Allocates a map (B, N) of values, or of argmax channels.
+inline Tensor new_map(const Feature& feature, Device device, bool holds_channels = false) {
   const int64_t sizes[] = {feature.B, feature.N}, strides[] = {feature.N, 1};
   return new_tensor(2, sizes, strides,
-                    of_channels ? ScalarType::Int : accumulate_dtype(accumulates_fp64(feature)),
+                    holds_channels ? ScalarType::Int : accumulate_dtype(accumulates_fp64(feature)),
                     device);
 }
 
-// The map of each sample in such a tensor.
+// Pointers to the maps of each sample in a (B, N) tensor; null if there is no tensor.
 struct Maps {
-  char* first = nullptr;
-  int64_t bytes = 0;
+  char* data = nullptr;
+  int64_t sample_bytes = 0;
 
   Maps() = default;
   explicit Maps(const Tensor& maps)
-      : first(static_cast<char*>(maps.mutable_data_ptr())),
-        bytes(maps.size(1) * int64_t(maps.element_size())) {}
-  void* of(int64_t b) const { return first ? first + b * bytes : nullptr; }
-  int32_t* channels(int64_t b) const { return static_cast<int32_t*>(of(b)); }
+      : data(static_cast<char*>(maps.mutable_data_ptr())),
+        sample_bytes(maps.size(1) * int64_t(maps.element_size())) {}
+  void* sample(int64_t b) const { return data ? data + b * sample_bytes : nullptr; }
+  int32_t* channels(int64_t b) const { return static_cast<int32_t*>(sample(b)); }
 };
 
 }  // namespace at_fused

@@ -1,4 +1,4 @@
-// Elements as memory has them: 16-bit ones, widened and narrowed, and stores past the caches.
+// Conversions between 16-bit elements and fp32 vectors, and non-temporal stores.
 #pragma once
 
 #include "numbers.h"
@@ -13,7 +13,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// f(element, accumulator), of the types that belong to a dtype.
+// Calls f(element, accumulator) with values of the types for a dtype.
 template <class F>
 AT_FUSED_INLINE void with_dtype(Dtype dtype, F f) {
   dtype == Dtype::float32   ? f(float{}, float{})
@@ -22,7 +22,7 @@ AT_FUSED_INLINE void with_dtype(Dtype dtype, F f) {
                             : f(BFloat16{}, float{});
 }
 
-// __builtin_convertvector would do, in twice as many instructions.
+// __builtin_convertvector compiles to twice as many instructions.
 AT_FUSED_INLINE Word widen_bits(HalfWord bits) {
 #if AT_FUSED_VECTOR_BYTES == 64
   return (Word)_mm512_cvtepu16_epi32((__m256i)bits);
@@ -49,19 +49,19 @@ AT_FUSED_INLINE Vec<float> widen(HalfWord bits, Half) {
 #endif
 }
 
-// As load_both(), in whatever order is quickest: bf16 in even and odd elements.
+// Like load_pair(), but in any order: bf16 splits fastest into even and odd elements.
 template <class T>
-AT_FUSED_INLINE auto load_alternate(const T* from) {
-  return load_both(from);
+AT_FUSED_INLINE auto load_pair_unordered(const T* from) {
+  return load_pair(from);
 }
-AT_FUSED_INLINE Both<Vec<float>> load_alternate(const BFloat16* from) {
+AT_FUSED_INLINE VectorPair<Vec<float>> load_pair_unordered(const BFloat16* from) {
   const Word bits = read<Word>(from);
   return {bit_cast<Vec<float>>(bits << 16), bit_cast<Vec<float>>(bits & 0xffff0000u)};
 }
 
 #if AT_FUSED_VECTOR_BYTES == 64
-// One permutation brings each element into the upper half of its lane; widen() takes two steps.
-AT_FUSED_INLINE Both<Vec<float>> load_both(const BFloat16* from) {
+// One permutation moves each element to the upper half of its lane. widen() needs two instructions.
+AT_FUSED_INLINE VectorPair<Vec<float>> load_pair(const BFloat16* from) {
   const __m512i bits = _mm512_loadu_si512(from);
   VectorOf<uint16_t, 32>::type low, high;
   for (int i = 0; i < 32; ++i) low[i] = uint16_t(i / 2), high[i] = uint16_t(16 + i / 2);
@@ -82,16 +82,16 @@ AT_FUSED_INLINE HalfWord narrow_bits(Word bits) {
 #endif
 }
 
-// The upper halves are the nearest bf16, even for ties, of all but NaNs: the rounding could carry
-// their payload away.
+// Rounds to nearest even: the upper halves are the bf16 values. Not for NaNs, which the carry could
+// turn into other values.
 AT_FUSED_INLINE Word rounded_bits(Vec<float> value) {
   const Word bits = bit_cast<Word>(value);
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
 AT_FUSED_INLINE HalfWord narrow(Vec<float> value, BFloat16) {
-  const Word nan = bit_cast<Word>(value) | 0x400000u;
-  return narrow_bits((value != value ? nan : rounded_bits(value)) >> 16);
+  const Word quiet_nan = bit_cast<Word>(value) | 0x400000u;
+  return narrow_bits((value != value ? quiet_nan : rounded_bits(value)) >> 16);
 }
 
 AT_FUSED_INLINE HalfWord narrow(Vec<float> value, Half) {
@@ -106,7 +106,7 @@ AT_FUSED_INLINE HalfWord narrow(Vec<float> value, Half) {
 #endif
 }
 
-// With `stream` past the caches: then `to` must be aligned to the bytes written.
+// `stream` selects a non-temporal store. `to` must then be aligned to the size of the vector.
 template <bool stream, class V>
 AT_FUSED_INLINE void write(void* to, V v) {
 #if AT_FUSED_VECTOR_BYTES > 16
@@ -118,9 +118,9 @@ AT_FUSED_INLINE void write(void* to, V v) {
 }
 
 template <bool stream, class T, class V>
-AT_FUSED_INLINE void store_both(T* to, Both<V> v) {
+AT_FUSED_INLINE void store_pair(T* to, VectorPair<V> v) {
 #if AT_FUSED_VECTOR_BYTES == 64
-  // One permutation brings both vectors' upper halves together, where there is no NaN.
+  // Without NaNs, one permutation gathers the upper halves of both vectors.
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (__builtin_expect(_mm512_cmp_ps_mask((__m512)v.low, (__m512)v.high, _CMP_UNORD_Q) == 0, 1)) {
       VectorOf<uint16_t, 32>::type upper;
@@ -135,7 +135,7 @@ AT_FUSED_INLINE void store_both(T* to, Both<V> v) {
   write<stream>(to + lanes<T>, narrow(v.high, T{}));
 }
 
-// Streaming stores are weakly ordered: other threads may read only after this.
+// Non-temporal stores are weakly ordered. Other threads may read them only after a fence.
 AT_FUSED_INLINE void streaming_fence() {
 #if defined(__x86_64__)
   _mm_sfence();

@@ -1,6 +1,6 @@
-// The kernels of one instruction set, as the operators call them: plain structs and function
-// pointers. Nothing from the standard library crosses this line, because an inline function
-// compiled for AVX-512 could otherwise be merged by the linker into code for older processors.
+// The interface between the operators and the kernels of an instruction set: plain structs and
+// function pointers. No inline function of the standard library may be instantiated in the kernels:
+// the linker keeps one copy of it, and if that was compiled for AVX-512, older processors crash.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,8 @@
 
 namespace at_fused {
 
-// The two raw attention maps of one sample and what becomes of them: fp64 for fp64 features and
-// fp32 otherwise. A result is the coefficient map k, and may lie where the raw map does; null: not
-// wanted.
+// The two raw attention maps of a sample, in fp64 for fp64 features and else in fp32. A result is
+// the coefficient map k. It may overwrite the raw map; null if it is not needed.
 struct SampleLoss {
   const void* student;
   const void* teacher;
@@ -22,32 +21,32 @@ struct SampleLoss {
   Form form;
   EpsMode eps_mode;
   double eps;
-  double weight;                        // of the sample, before a division by N
-  double student_scale, teacher_scale;  // d Q / d |A|^p times p: p / C for mean, p for sum
+  double weight;                        // of the sample in the loss, before the division by N
+  double student_scale, teacher_scale;  // p * dQ / d|A|^p: p / C for mean, p for sum
 };
 
-// out[b, c, n] = gradient * k[n] * |A|^(p-1) * sign(A) for the lines [begin, end) of sample b:
-// channels in planar, positions in interleaved. It is added to `add`, which may be `out`, unless
-// that is null; with `channels` only those have a gradient. All have one layout and dtype.
+// out[b, c, n] = gradient * k[n] * |A|^(p-1) * sign(A) for lines [begin, end) of sample b, plus
+// `addend` unless that is null. `addend` may be `out`. If `channels` is not null, only these argmax
+// channels have a gradient. All tensors have the same layout and dtype.
 struct Sweep {
   const Feature &feature, &out;
-  const Feature* add;
+  const Feature* addend;
   int64_t b, begin, end;
   double p, gradient;
   const void* k;
   const int32_t* channels;
-  bool stream;  // past the caches
+  bool stream;  // use non-temporal stores
 };
 
 struct Kernels {
   const char* name;
 
-  // map[n] = scale * sum_c |A[b, c, n]|^p  for n in [begin, end), one sample. With `channels` the
-  // maximum over the channels, without `scale`, and channels[n], which has it.
+  // map[n] = scale * sum_c |A[b, c, n]|^p for positions [begin, end) of sample b. If `channels` is
+  // not null: map[n] = max_c |A[b, c, n]|^p, without `scale`, and channels[n] is the argmax.
   void (*attention_map)(const Feature& feature, int64_t b, int64_t begin, int64_t end, double p,
                         double scale, void* map, int32_t* channels);
 
-  // Normalises both maps of a sample, returns its share of the loss and leaves k = dL/dQ * scale.
+  // Returns the sample's share of the loss, and writes k = dL/dQ * scale to the results.
   double (*sample_loss)(const SampleLoss& sample);
 
   void (*sweep)(const Sweep& sweep);

@@ -2,5 +2,5 @@
 #define AT_FUSED_VECTOR_BYTES 32
 #include "kernels_table.h"
 
-const at_fused::Kernels at_fused::kernels_avx2 = table("avx2");
+const at_fused::Kernels at_fused::kernels_avx2 = kernel_table("avx2");
 #endif

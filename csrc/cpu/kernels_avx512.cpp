@@ -2,5 +2,5 @@
 #define AT_FUSED_VECTOR_BYTES 64
 #include "kernels_table.h"
 
-const at_fused::Kernels at_fused::kernels_avx512 = table("avx512");
+const at_fused::Kernels at_fused::kernels_avx512 = kernel_table("avx512");
 #endif

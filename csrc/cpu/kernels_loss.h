@@ -1,4 +1,4 @@
-// The loss of one sample from its two maps, and their coefficient maps.
+// The loss and the coefficient maps of one sample, computed from its two maps.
 #pragma once
 
 #include "numbers.h"
@@ -6,60 +6,62 @@
 namespace at_fused {
 namespace {
 
-// Everything from here to the coefficients is done in fp64: maps are small, and their squares
-// overflow fp32 from features of 1e10 on.
+// All arithmetic on maps is in fp64. Maps are small, and their squares overflow fp32 if features
+// exceed 1e10.
 using Wide = Vec<double>;
-constexpr int wide = lanes<double>;
+constexpr int wide_lanes = lanes<double>;
 
 template <class T>
 AT_FUSED_INLINE Wide load_fp64(const T* from) {
-  return __builtin_convertvector(read<typename VectorOf<T, wide>::type>(from), Wide);
+  return __builtin_convertvector(read<typename VectorOf<T, wide_lanes>::type>(from), Wide);
 }
 
 template <class T>
 AT_FUSED_INLINE void store_fp64(T* to, Wide v, int count) {
-  const auto stored = __builtin_convertvector(v, typename VectorOf<T, wide>::type);
-  if (count == wide) {
+  const auto stored = __builtin_convertvector(v, typename VectorOf<T, wide_lanes>::type);
+  if (count == wide_lanes) {
     std::memcpy(to, &stored, sizeof(stored));
   } else {
-    copy_few<T, wide / 2>(reinterpret_cast<const T*>(&stored), count, to);
+    copy_partial<T, wide_lanes / 2>(reinterpret_cast<const T*>(&stored), count, to);
   }
 }
 
-// f(u, s, t, i, count) for every vector of the two maps, i its first position; the last, partial
-// one comes from padded copies. u counts 0, 1, 2, 3 and again: f may keep as many sums, since an
-// addition waits for the last one.
-constexpr int chains = 4;
+// Calls f(u, s, t, i, count) for each pair of vectors that starts at position i. The partial last
+// one is padded with zeros. u cycles through 0 ... accumulators - 1: with one sum per u, an
+// addition need not wait for the result of the previous one.
+constexpr int accumulators = 4;
 
 template <class S, class T, class F>
 AT_FUSED_INLINE void for_each_position(const S* student, const T* teacher, int64_t n, F f) {
   int64_t i = 0;
-  for (; i + chains * wide <= n; i += chains * wide) {
-    for (int u = 0; u < chains; ++u) {
-      const int64_t at = i + u * wide;
-      f(u, load_fp64(student + at), load_fp64(teacher + at), at, wide);
+  for (; i + accumulators * wide_lanes <= n; i += accumulators * wide_lanes) {
+    for (int u = 0; u < accumulators; ++u) {
+      const int64_t at = i + u * wide_lanes;
+      f(u, load_fp64(student + at), load_fp64(teacher + at), at, wide_lanes);
     }
   }
-  for (; i + wide <= n; i += wide) f(0, load_fp64(student + i), load_fp64(teacher + i), i, wide);
+  for (; i + wide_lanes <= n; i += wide_lanes) {
+    f(0, load_fp64(student + i), load_fp64(teacher + i), i, wide_lanes);
+  }
   if (const int rest = int(n - i)) {
-    S s[wide] = {};
-    T t[wide] = {};
-    copy_few<S, wide / 2>(student + i, rest, s);
-    copy_few<T, wide / 2>(teacher + i, rest, t);
+    S s[wide_lanes] = {};
+    T t[wide_lanes] = {};
+    copy_partial<S, wide_lanes / 2>(student + i, rest, s);
+    copy_partial<T, wide_lanes / 2>(teacher + i, rest, t);
     f(0, load_fp64(s), load_fp64(t), i, rest);
   }
 }
 
-AT_FUSED_INLINE double total(const Wide (&sums)[chains]) {
-  Wide all[wide] = {(sums[0] + sums[1]) + (sums[2] + sums[3])};
-  return sum_each<double>(all)[0];
+AT_FUSED_INLINE double total(const Wide (&sums)[accumulators]) {
+  Wide vectors[wide_lanes] = {(sums[0] + sums[1]) + (sums[2] + sums[3])};
+  return sum_each<double>(vectors)[0];
 }
 
 template <class S, class T>
 double sample_loss(const SampleLoss& sample, const S* student, const T* teacher, S* student_result,
                    T* teacher_result) {
   const int64_t N = sample.N;
-  Wide student_squares[chains] = {}, teacher_squares[chains] = {};
+  Wide student_squares[accumulators] = {}, teacher_squares[accumulators] = {};
   for_each_position(student, teacher, N, [&](int u, Wide s, Wide t, auto...) AT_FUSED_LAMBDA {
     student_squares[u] += s * s;
     teacher_squares[u] += t * t;
@@ -67,33 +69,33 @@ double sample_loss(const SampleLoss& sample, const S* student, const T* teacher,
   const Divisor ds(std::sqrt(total(student_squares)), sample.eps_mode, sample.eps);
   const Divisor dt(std::sqrt(total(teacher_squares)), sample.eps_mode, sample.eps);
 
-  // A division gives a single position exactly 1, so that its loss is exactly 0; it costs too much
-  // elsewhere.
+  // For a single position, division yields exactly 1, so the loss is exactly 0. Otherwise
+  // multiplication by the inverse is faster.
   const bool single = N == 1;
-  const auto normalize = [single](Wide raw, const Divisor& by) AT_FUSED_LAMBDA {
-    return rounded(single ? raw / by.divisor : raw * by.inverse);
+  const auto normalize = [single](Wide raw, const Divisor& divisor) AT_FUSED_LAMBDA {
+    return without_fma(single ? raw / divisor.value : raw * divisor.inverse);
   };
 
-  // The differences are summed as such: 2 - 2 qs.qt would cancel where the maps are alike.
-  Wide squares[chains] = {}, along_student[chains] = {}, along_teacher[chains] = {};
+  // Sums squared differences, because 2 - 2 qs.qt cancels for similar maps.
+  Wide squares[accumulators] = {}, student_dot[accumulators] = {}, teacher_dot[accumulators] = {};
   for_each_position(student, teacher, N, [&](int u, Wide s, Wide t, auto...) AT_FUSED_LAMBDA {
     const Wide qs = normalize(s, ds), qt = normalize(t, dt), difference = qs - qt;
     squares[u] += difference * difference;
-    along_student[u] += difference * qs;
-    along_teacher[u] += difference * qt;
+    student_dot[u] += difference * qs;
+    teacher_dot[u] += difference * qt;
   });
   const double squared_distance = total(squares);
   const double distance = std::sqrt(squared_distance);
   const bool code = sample.form == Form::code;
-  const double mean = code ? sample.weight / double(N) : sample.weight;
-  const double loss = mean * (code ? squared_distance : distance);
+  const double weight = code ? sample.weight / double(N) : sample.weight;
+  const double loss = weight * (code ? squared_distance : distance);
 
   if (student_result || teacher_result) {
-    // dL/dq = slope * difference; at difference = 0 the norm of the paper's form takes 0.
-    const double slope = code ? 2 * mean : distance == 0 ? 0.0 : mean / distance;
-    // Where a map is divided by a constant there is nothing to project out.
-    const double ps = ds.to_unit == 0 ? 0.0 : total(along_student) * ds.to_unit;
-    const double pt = dt.to_unit == 0 ? 0.0 : total(along_teacher) * dt.to_unit;
+    // dL/dq = slope * difference. The paper's form takes the subgradient 0 of the norm at 0.
+    const double slope = code ? 2 * weight : distance == 0 ? 0.0 : weight / distance;
+    // With a constant divisor, the gradient has no component along q to remove.
+    const double ps = ds.to_unit == 0 ? 0.0 : total(student_dot) * ds.to_unit;
+    const double pt = dt.to_unit == 0 ? 0.0 : total(teacher_dot) * dt.to_unit;
     const double gs = slope * ds.inverse * sample.student_scale;
     const double gt = slope * dt.inverse * sample.teacher_scale;
     const auto store = [&](int, Wide s, Wide t, int64_t i, int count) AT_FUSED_LAMBDA {

@@ -1,4 +1,4 @@
-// Maxima over channels: the attention map of `collapse="max"`.
+// Attention maps of `collapse="max"`: maxima over channels.
 #pragma once
 
 #include "elements.h"
@@ -6,64 +6,67 @@
 namespace at_fused {
 namespace {
 
-// The largest |x| so far, as its bits, which have the order of the values, and the channel that has
-// it. A NaN beats everything; the first of equals stays.
+// The running maximum of |x| and its channel. Compares the bits of |x| as integers: they have the
+// order of the values, with NaN above infinity. The first of equal values is kept.
 template <class A>
-struct Best {
+struct Maximum {
   using Index = MaskOf<Vec<A>>;
   Index bits, channel;
 
-  static AT_FUSED_INLINE Best none() { return {~Index{}, Index{}}; }
+  static AT_FUSED_INLINE Maximum lowest() { return {~Index{}, Index{}}; }
 
-  AT_FUSED_INLINE void offer(Vec<A> x, Index from) {
-    // All NaNs are one: none beats another.
+  AT_FUSED_INLINE void update(Vec<A> x, Index x_channel) {
+    // All NaNs get the same bits, so that the first one is kept.
     x = x != x ? Vec<A>{} + A(__builtin_nan("")) : absolute(x);
-    const Index offered = bit_cast<Index>(x), wins = offered > bits;
-    bits = wins ? offered : bits;
-    channel = wins ? from : channel;
+    const Index x_bits = bit_cast<Index>(x), larger = x_bits > bits;
+    bits = larger ? x_bits : bits;
+    channel = larger ? x_channel : channel;
   }
 };
 
-// As of vectors (numbers.h), so that fold_each() takes both.
+// Overload for reduce_each().
 template <int segment, int begin, class A, int... i>
-AT_FUSED_INLINE Best<A> halves(Best<A> a, Best<A> b, std::integer_sequence<int, i...> all) {
-  return {halves<segment, begin>(a.bits, b.bits, all),
-          halves<segment, begin>(a.channel, b.channel, all)};
+AT_FUSED_INLINE Maximum<A> join_halves(Maximum<A> a, Maximum<A> b,
+                                       std::integer_sequence<int, i...> lanes) {
+  return {join_halves<segment, begin>(a.bits, b.bits, lanes),
+          join_halves<segment, begin>(a.channel, b.channel, lanes)};
 }
 
-// The map of n positions, and the channels that won.
+// Computes the map and the argmax channels of n positions.
 template <class T, class A, class P>
 void max_map(const Feature& feature, const T* x, int64_t n, P p, A* map, int32_t* channels) {
-  using Index = typename Best<A>::Index;
+  using Index = typename Maximum<A>::Index;
   constexpr int width = lanes<A>;
-  const int64_t C = feature.C, line = feature.line;
+  const int64_t C = feature.C, line_stride = feature.line_stride;
   Index lane;
   for (int i = 0; i < width; ++i) lane[i] = i;
   for (int64_t i = 0; i < n; i += width) {
     const int count = n - i < width ? int(n - i) : width;
-    auto best = Best<A>::none();
+    auto maximum = Maximum<A>::lowest();
     if (feature.layout == Layout::planar) {
       for (int64_t c = 0; c < C; ++c) {
-        best.offer(load_up_to(x + c * line + i, count), Index{} + int(c));
+        maximum.update(load_up_to(x + c * line_stride + i, count), Index{} + int(c));
       }
     } else {
-      Best<A> each[width] = {};
+      Maximum<A> maxima[width] = {};
       for (int j = 0; j < count; ++j) {
-        each[j] = Best<A>::none();
-        // A partial vector has 0 after the last channel, which comes later than a channel's own 0.
+        maxima[j] = Maximum<A>::lowest();
+        // Zeros after the last channel never win: a 0 of a real channel comes first.
         for (int64_t c = 0; c < C; c += width) {
           const int rest = C - c < width ? int(C - c) : width;
-          each[j].offer(load_up_to(x + (i + j) * line + c, rest), lane + int(c));
+          maxima[j].update(load_up_to(x + (i + j) * line_stride + c, rest), lane + int(c));
         }
       }
-      best = fold_each<width>(each, [](Best<A> a, Best<A> b) AT_FUSED_LAMBDA -> Best<A> {
-        const auto second = (b.bits > a.bits) | ((b.bits == a.bits) & (b.channel < a.channel));
-        return {second ? b.bits : a.bits, second ? b.channel : a.channel};
-      });
+      maximum =
+          reduce_each<width>(maxima, [](Maximum<A> a, Maximum<A> b) AT_FUSED_LAMBDA -> Maximum<A> {
+            const auto b_wins = (b.bits > a.bits) | ((b.bits == a.bits) & (b.channel < a.channel));
+            return {b_wins ? b.bits : a.bits, b_wins ? b.channel : a.channel};
+          });
     }
-    const auto won = __builtin_convertvector(best.channel, typename VectorOf<int32_t, width>::type);
-    store_up_to(map + i, p.power(bit_cast<Vec<A>>(best.bits)), count);
-    std::memcpy(channels + i, &won, count * sizeof(int32_t));
+    const auto argmax =
+        __builtin_convertvector(maximum.channel, typename VectorOf<int32_t, width>::type);
+    store_up_to(map + i, p.power(bit_cast<Vec<A>>(maximum.bits)), count);
+    std::memcpy(channels + i, &argmax, count * sizeof(int32_t));
   }
 }
 

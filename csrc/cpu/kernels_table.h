@@ -1,8 +1,8 @@
-// All kernels of one instruction-set level: kernels_*.cpp set AT_FUSED_VECTOR_BYTES and include
-// this file, and with it all other kernels_*.h.
+// The kernels of one instruction set. kernels_*.cpp define AT_FUSED_VECTOR_BYTES, then include this
+// file.
 //
-// A position's value never depends on where a tile begins or ends, so that results are the same
-// bits for any number of threads: a partial vector does the arithmetic of a full one.
+// Results have the same bits for any number of threads, because the value of a position does not
+// depend on the bounds of its task: a partial vector does the arithmetic of a full one.
 #pragma once
 
 #include "kernels_loss.h"
@@ -19,16 +19,16 @@ void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end
     using T = decltype(element);
     using A = decltype(accumulator);
     const bool planar = feature.layout == Layout::planar;
-    const int64_t C = feature.C, line = feature.line, n = end - begin;
-    const T* x = static_cast<const T*>(sample_of(feature, b)) + begin * (planar ? 1 : line);
+    const int64_t C = feature.C, line_stride = feature.line_stride, n = end - begin;
+    const T* x = static_cast<const T*>(sample_of(feature, b)) + begin * (planar ? 1 : line_stride);
     A* out = static_cast<A*>(map) + begin;
     with_exponent(p, [&](auto exponent) {
       if (channels) {
         max_map(feature, x, n, exponent, out, channels + begin);
       } else if (planar) {
-        attention_map_planar<T, A>(x, C, line, n, exponent, A(scale), out);
+        attention_map_planar<T, A>(x, C, line_stride, n, exponent, A(scale), out);
       } else {
-        attention_map_interleaved<T, A>(x, C, line, n, exponent, A(scale), out);
+        attention_map_interleaved<T, A>(x, C, line_stride, n, exponent, A(scale), out);
       }
     });
   });
@@ -41,7 +41,7 @@ void sweep(const Sweep& sweep) {
     with_exponent(sweep.p, [&](auto exponent) {
       if (sweep.channels) {
         sweep_maxima<T, A>(sweep, exponent);
-      } else if (sweep.add) {
+      } else if (sweep.addend) {
         sweep_lines<true, T, A>(sweep, exponent);
       } else {
         sweep_lines<false, T, A>(sweep, exponent);
@@ -51,7 +51,9 @@ void sweep(const Sweep& sweep) {
   if (sweep.stream) streaming_fence();
 }
 
-constexpr Kernels table(const char* name) { return {name, attention_map, sample_loss, sweep}; }
+constexpr Kernels kernel_table(const char* name) {
+  return {name, attention_map, sample_loss, sweep};
+}
 
 }  // namespace
 }  // namespace at_fused

@@ -1,7 +1,6 @@
-// Vectors of one instruction-set level, in the compiler's own vector types, so that one source
-// serves x86 and everything else; their loads and stores, and powers. Intrinsics appear only where
-// the compiler has no good code of its own. AT_FUSED_VECTOR_BYTES is set by the including
-// kernels_*.cpp: 32 and 64 are x86's alone.
+// SIMD vectors of one instruction set, their loads and stores, and powers. They are GCC vector
+// extensions, so that one source serves x86 and aarch64; intrinsics are used only where compilers
+// generate poor code. kernels_*.cpp define AT_FUSED_VECTOR_BYTES; 32 and 64 are for x86 only.
 #pragma once
 
 #include <cmath>
@@ -19,7 +18,7 @@
 #include <torch/headeronly/util/Half.h>
 #endif
 
-// All code from here on is compiled for the level, and no header's (see kernels.h).
+// Code from here on is compiled for the instruction set; headers above are not (see kernels.h).
 #if defined(__clang__) && AT_FUSED_VECTOR_BYTES == 64
 #pragma clang attribute push(                                                    \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
@@ -45,15 +44,15 @@ struct VectorOf {
   typedef E type __attribute__((vector_size(n * sizeof(E))));
 };
 
-// As many as fit once they are widened: 16-bit elements are computed in fp32.
+// Elements per vector after widening: 16-bit elements are computed in fp32.
 template <class T>
 constexpr int lanes = AT_FUSED_VECTOR_BYTES / (sizeof(T) < 4 ? 4 : sizeof(T));
 
 template <class A>
 using Vec = typename VectorOf<A, lanes<A>>::type;
 
-using Word = VectorOf<uint32_t, lanes<float>>::type;      // the bits of a Vec<float>
-using HalfWord = VectorOf<uint16_t, lanes<float>>::type;  // as many 16-bit elements
+using Word = VectorOf<uint32_t, lanes<float>>::type;      // bits of a Vec<float>
+using HalfWord = VectorOf<uint16_t, lanes<float>>::type;  // the same number of 16-bit elements
 
 template <class To, class From>
 AT_FUSED_INLINE To bit_cast(const From& from) {
@@ -72,10 +71,10 @@ AT_FUSED_INLINE V read(const void* from) {
   return v;
 }
 
-// The value as rounded here: the compiler must not fuse the multiplication that it comes from with
-// what follows, or the difference of two alike values would not be 0.
+// Prevents the compiler from fusing the multiplication that computes v into a following addition:
+// the difference of two equal products would not be 0.
 template <class V>
-AT_FUSED_INLINE V rounded(V v) {
+AT_FUSED_INLINE V without_fma(V v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));
 #elif defined(__aarch64__)
@@ -93,7 +92,7 @@ AT_FUSED_INLINE V absolute(V x) {
   return bit_cast<V>(bit_cast<MaskOf<V>>(x) & ~sign);
 }
 
-// The lanes i... of `a` and, after its own, `b`. gcc before 12 has another builtin for it.
+// Selects lanes i... of the concatenation of a and b. GCC before 12 lacks __builtin_shufflevector.
 template <int... i, class V>
 AT_FUSED_INLINE V shuffle(V a, V b) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -103,26 +102,28 @@ AT_FUSED_INLINE V shuffle(V a, V b) {
 #endif
 }
 
-// Lane i: of segment i / segment of both, the half that begins at `begin`, a's and then b's.
+// Takes from each segment of a and b the half that starts at lane `begin`. A segment of the result
+// is a's half followed by b's half.
 template <int segment, int begin, class V, int... i>
-AT_FUSED_INLINE V halves(V a, V b, std::integer_sequence<int, i...>) {
+AT_FUSED_INLINE V join_halves(V a, V b, std::integer_sequence<int, i...>) {
   constexpr int half = segment / 2, width = sizeof...(i);
   return shuffle<(i / segment * segment + i % half + begin + (i % segment < half ? 0 : width))...>(
       a, b);
 }
 
-// The sum of the lanes of each of `lanes<A>` vectors, or what `combine` makes of them, as one
-// vector: a third of the instructions of one after the other. Every vector folds its halves again
-// and again, so the order depends on its width alone.
+// Reduces each of the vectors v[0 ... count) to one lane of the result, with a third of the
+// instructions of separate horizontal reductions. Each step combines the halves of every vector, so
+// the order of a reduction depends only on the vector width.
 template <int count, class V, size_t width, class F>
-AT_FUSED_INLINE V fold_each(V (&v)[width], F combine) {
+AT_FUSED_INLINE V reduce_each(V (&v)[width], F combine) {
   if constexpr (count > 1) {
-    constexpr std::make_integer_sequence<int, width> all;
+    constexpr std::make_integer_sequence<int, width> indices;
     for (int i = 0; i < count / 2; ++i) {
       const V a = v[i], b = v[i + count / 2];
-      v[i] = combine(halves<count, 0>(a, b, all), halves<count, count / 2>(a, b, all));
+      v[i] = combine(join_halves<count, 0>(a, b, indices),
+                     join_halves<count, count / 2>(a, b, indices));
     }
-    return fold_each<count / 2>(v, combine);
+    return reduce_each<count / 2>(v, combine);
   } else {
     return v[0];
   }
@@ -130,7 +131,7 @@ AT_FUSED_INLINE V fold_each(V (&v)[width], F combine) {
 
 template <class A, int count = lanes<A>>
 AT_FUSED_INLINE Vec<A> sum_each(Vec<A> (&v)[lanes<A>]) {
-  return fold_each<count>(v, [](Vec<A> a, Vec<A> b) AT_FUSED_LAMBDA { return a + b; });
+  return reduce_each<count>(v, [](Vec<A> a, Vec<A> b) AT_FUSED_LAMBDA { return a + b; });
 }
 
 // ---- memory ----------------------------------------------------------------------------------
@@ -144,18 +145,17 @@ AT_FUSED_INLINE auto load(const T* from) {
   }
 }
 
-// Two vectors of consecutive elements.
 template <class V>
-struct Both {
+struct VectorPair {
   V low, high;
 };
 
 template <class T>
-AT_FUSED_INLINE auto load_both(const T* from) {
-  return Both<decltype(load(from))>{load(from), load(from + lanes<T>)};
+AT_FUSED_INLINE auto load_pair(const T* from) {
+  return VectorPair<decltype(load(from))>{load(from), load(from + lanes<T>)};
 }
 
-// As a store writes them; elements.h widens and narrows those of 16 bits.
+// Identity for 32 and 64 bits; elements.h has the 16-bit overloads.
 AT_FUSED_INLINE Vec<float> narrow(Vec<float> v, float) { return v; }
 AT_FUSED_INLINE Vec<double> narrow(Vec<double> v, double) { return v; }
 
@@ -165,43 +165,43 @@ AT_FUSED_INLINE void store(T* to, V v) {
   std::memcpy(to, &elements, sizeof(elements));
 }
 
-// `count` elements, fewer than twice the first piece, in pieces whose sizes the compiler knows.
+// Copies count < 2 * piece elements in pieces of compile-time sizes.
 template <class T, int piece = lanes<T> / 2>
-AT_FUSED_INLINE void copy_few(const T* from, int count, T* to) {
+AT_FUSED_INLINE void copy_partial(const T* from, int count, T* to) {
   if (count & piece) {
     std::memcpy(to, from, piece * sizeof(T));
     from += piece, to += piece;
   }
-  if constexpr (piece > 1) copy_few<T, piece / 2>(from, count, to);
+  if constexpr (piece > 1) copy_partial<T, piece / 2>(from, count, to);
 }
 
-// A mask of the first elements of four bytes (and of two, with AVX-512).
+// A mask of the first `count` lanes: 32-bit ones, or also 16-bit ones with AVX-512.
 #if AT_FUSED_VECTOR_BYTES == 64
-AT_FUSED_INLINE __mmask16 first(int count) { return __mmask16((1u << count) - 1u); }
+AT_FUSED_INLINE __mmask16 mask_of_first(int count) { return __mmask16((1u << count) - 1u); }
 #elif AT_FUSED_VECTOR_BYTES == 32
-AT_FUSED_INLINE __m256i first(int count) {
+AT_FUSED_INLINE __m256i mask_of_first(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 #endif
 
-// The first `count` elements, zeros after them. Reads nothing beyond.
+// Loads `count` elements and zeros for the rest. Does not read past them.
 template <class T>
 AT_FUSED_INLINE auto load_partial(const T* from, int count) {
   [[maybe_unused]] constexpr int words = sizeof(T) / 4;
 #if AT_FUSED_VECTOR_BYTES == 64
   if constexpr (words > 0) {
-    return (Vec<T>)_mm512_maskz_loadu_epi32(first(count * words), from);
+    return (Vec<T>)_mm512_maskz_loadu_epi32(mask_of_first(count * words), from);
   } else {
-    return widen((HalfWord)_mm256_maskz_loadu_epi16(first(count), from), T{});
+    return widen((HalfWord)_mm256_maskz_loadu_epi16(mask_of_first(count), from), T{});
   }
 #else
 #if AT_FUSED_VECTOR_BYTES == 32
   if constexpr (words > 0) {
-    return (Vec<T>)_mm256_maskload_epi32((const int*)from, first(count * words));
+    return (Vec<T>)_mm256_maskload_epi32((const int*)from, mask_of_first(count * words));
   }
 #endif
   T padded[lanes<T>] = {};
-  copy_few(from, count, padded);
+  copy_partial(from, count, padded);
   return load(padded);
 #endif
 }
@@ -212,21 +212,21 @@ AT_FUSED_INLINE void store_partial(T* to, V v, int count) {
   const auto elements = narrow(v, T{});
 #if AT_FUSED_VECTOR_BYTES == 64
   if constexpr (words > 0) {
-    _mm512_mask_storeu_epi32(to, first(count * words), (__m512i)elements);
+    _mm512_mask_storeu_epi32(to, mask_of_first(count * words), (__m512i)elements);
   } else {
-    _mm256_mask_storeu_epi16(to, first(count), (__m256i)elements);
+    _mm256_mask_storeu_epi16(to, mask_of_first(count), (__m256i)elements);
   }
 #else
 #if AT_FUSED_VECTOR_BYTES == 32
   if constexpr (words > 0) {
-    return _mm256_maskstore_epi32((int*)to, first(count * words), (__m256i)elements);
+    return _mm256_maskstore_epi32((int*)to, mask_of_first(count * words), (__m256i)elements);
   }
 #endif
-  copy_few(reinterpret_cast<const T*>(&elements), count, to);
+  copy_partial(reinterpret_cast<const T*>(&elements), count, to);
 #endif
 }
 
-// A vector's elements, or the first of them.
+// A full or a partial vector.
 template <class T>
 AT_FUSED_INLINE auto load_up_to(const T* from, int count) {
   return count == lanes<T> ? load(from) : load_partial(from, count);
@@ -238,8 +238,7 @@ AT_FUSED_INLINE void store_up_to(T* to, V v, int count) {
 
 constexpr uintptr_t kCacheLine = 64;  // bytes
 
-// Asks for what is read 8 KB after `data`, into the second-level cache: the hardware does not run
-// ahead from one page into the next.
+// Prefetches 8 KB ahead of `data` into the L2 cache: hardware prefetchers stop at a page boundary.
 template <int elements, class T>
 AT_FUSED_INLINE void prefetch_ahead(const T* data) {
   const char* next = reinterpret_cast<const char*>(data) + 8192;
@@ -247,18 +246,18 @@ AT_FUSED_INLINE void prefetch_ahead(const T* data) {
   for (; next < end; next += kCacheLine) __builtin_prefetch(next, 0, 2);
 }
 
-// ---- powers: |x|^p, and its derivative over p, |x|^(p-1) * sign(x) -----------------------------
+// ---- power(x) = |x|^p, slope(x) = (d/dx |x|^p) / p = |x|^(p-1) * sign(x) -----------------------
 
-// 2^(p * log2(x)) for x >= 0 (NaN stays), to a few units of the last place: log2(x) is a whole
-// number of 8 bits and a small rest, and `high` is p in 12, so that its product with the whole is
-// exact.
+// x^p = 2^(p * log2(x)) for x >= 0, within a few ulp; NaN is kept. log2(x) is an integer exponent
+// of at most 8 bits plus the log2 of the mantissa. `high` is p truncated to 12 bits, so high *
+// exponent is exact in fp32.
 AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, double p) {
   using Whole = MaskOf<Vec<float>>;
   const float high = bit_cast<float>(bit_cast<uint32_t>(float(p)) & 0xfffff000u);
   const float low = float(p - high);
   const auto subnormal = x < 0x1p-126f;
   const Word bits = bit_cast<Word>(subnormal ? x * 0x1p24f : x);
-  // Mantissa in [sqrt(1/2), sqrt(2)): the offset moves the split of the exponent there.
+  // Subtracting the bits of sqrt(1/2) makes the mantissa lie in [sqrt(1/2), sqrt(2)).
   const Whole whole = (Whole)(bits - 0x3f3504f3u) >> 23;
   const Vec<float> mantissa = bit_cast<Vec<float>>(bits - ((Word)whole << 23));
   const Vec<float> exponent =
@@ -274,7 +273,7 @@ AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, double p) {
   y = y > 192.0f ? splat(192.0f) : y;
   y = y < -192.0f ? splat(-192.0f) : y;
   const Vec<float> rounded = (y + 0x1.8p23f) - 0x1.8p23f;
-  // The large product cancels before the small part is added: no digit of it is lost.
+  // The integer part cancels exactly before `tail` is added, so no bits of tail are lost.
   Vec<float> f = (high * exponent - rounded) + tail;
   f = absolute(y) >= 192.0f ? Vec<float>{} : f;
   const Vec<float> e =
@@ -283,7 +282,7 @@ AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, double p) {
                     f * (0.0555041087f +
                          f * (0.00961812911f + f * (0.00133335581f + f * (0.000154035304f +
                                                                           f * 1.52527338e-05f))))));
-  // 2^rounded in two factors, so that the result may be subnormal or infinite.
+  // 2^rounded as two factors, so that results may be subnormal or infinite.
   const Whole n = __builtin_convertvector(rounded, Whole), half = n >> 1;
   const Vec<float> power =
       e * bit_cast<Vec<float>>((half + 127) << 23) * bit_cast<Vec<float>>((n - half + 127) << 23);
@@ -300,10 +299,10 @@ AT_FUSED_INLINE V signed_like(V magnitude, V x) {
   const auto sign = bit_cast<MaskOf<V>>(-V{});
   const V value =
       bit_cast<V>((bit_cast<MaskOf<V>>(magnitude) & ~sign) | (bit_cast<MaskOf<V>>(x) & sign));
-  return (x == 0) | (x != x) ? x : value;  // sign(0) = 0, and a NaN is not hidden
+  return (x == 0) | (x != x) ? x : value;  // sign(0) = 0; NaN is kept
 }
 
-// An exponent p: `known` where it has a value of its own code, else 0.
+// An exponent p. `known` is p if it has a specialisation, else 0.
 template <int known>
 struct Exponent {
   double p;

@@ -1,5 +1,4 @@
-// The operators on the CPU: the instruction-set level, tasks over the samples, and what the tasks
-// make of them.
+// The CPU operators: choice of the instruction set, tasks for threads, losses, maps and gradients.
 
 #include "../operators.h"
 
@@ -21,9 +20,9 @@
 namespace at_fused {
 namespace {
 
-// ---- levels -----------------------------------------------------------------------------------
+// ---- instruction sets -------------------------------------------------------------------------
 
-// Those that this processor has, lowest first.
+// Returns the kernels that this processor can run, widest vectors last.
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable = {&kernels_baseline};
 #if defined(__x86_64__)
@@ -38,45 +37,45 @@ std::vector<const Kernels*> usable_kernels() {
   return usable;
 }
 
-// AT_FUSED_CPU_ISA asks for a lower level than the highest, for tests and comparisons.
+// Returns the kernels of AT_FUSED_CPU_ISA, for tests and comparisons; by default the widest.
 const Kernels& kernels() {
-  static const Kernels* chosen = [] {
+  static const Kernels* selected = [] {
     const std::vector<const Kernels*> usable = usable_kernels();
-    const char* wanted = std::getenv("AT_FUSED_CPU_ISA");
-    for (const Kernels* level : usable) {
-      if (wanted && std::string(wanted) == level->name) return level;
+    const char* requested = std::getenv("AT_FUSED_CPU_ISA");
+    for (const Kernels* candidate : usable) {
+      if (requested && std::string(requested) == candidate->name) return candidate;
     }
     return usable.back();
   }();
-  return *chosen;
+  return *selected;
 }
 
 std::string cpu_isa() { return kernels().name; }
 
-std::vector<std::string> cpu_isa_levels() {
+std::vector<std::string> cpu_instruction_sets() {
   std::vector<std::string> names;
-  for (const Kernels* level : usable_kernels()) names.push_back(level->name);
+  for (const Kernels* candidate : usable_kernels()) names.push_back(candidate->name);
   return names;
 }
 
-// ---- tasks: how work is shared out over torch's threads ---------------------------------------
+// ---- tasks for torch's threads ----------------------------------------------------------------
 
-// A piece of one tensor or pair: samples [b0, b1), or lines or positions [begin, end) of one.
+// A part of a feature or pair: samples [b0, b1), or lines or positions [begin, end) of one sample.
 struct Task {
-  size_t number;  // in the list
+  size_t index;  // of the feature or pair in its list
   int64_t b0, b1;
   int64_t begin, end;
 };
 
-constexpr int64_t kSerialBytes = 1 << 16;  // below this a second thread costs more than it brings
-constexpr int64_t kPositionStep = 256;     // a cut through a row keeps runs of at least this length
+constexpr int64_t kSerialBytes = 1 << 16;  // smaller lists run faster on one thread
+constexpr int64_t kPositionStep = 256;     // minimum positions of a part of a row
 
-// Cuts B samples of `lines` lines, of a list of `total` bytes, along samples while they are small
-// and in multiples of `step` lines where one alone is large. Several tasks per thread, so that
-// unequal ones even out, but none so large that a thread waits long for the last, nor so small that
-// handing it out costs more than it brings.
-void cut(std::vector<Task>& tasks, int64_t total, size_t number, int64_t B, int64_t lines,
-         int64_t sample_bytes, int64_t step) {
+// Splits B samples of `lines` lines into tasks. A task has several small samples, or a multiple of
+// `step` lines of a large one. `total` is the bytes of the whole list. Four tasks per thread
+// balance the load; bounds on their size limit the wait for the last task and the cost of
+// scheduling.
+void split(std::vector<Task>& tasks, int64_t total, size_t index, int64_t B, int64_t lines,
+           int64_t sample_bytes, int64_t step) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t bytes = std::clamp<int64_t>(total / (4 * threads), kSerialBytes / 2, 8 << 20);
   const int64_t parts = (sample_bytes + bytes / 2) / bytes;
@@ -87,19 +86,19 @@ void cut(std::vector<Task>& tasks, int64_t total, size_t number, int64_t B, int6
   }
   for (int64_t b = 0; b < B; b += samples) {
     for (int64_t begin = 0; begin < lines; begin += count) {
-      tasks.push_back({number, b, std::min(b + samples, B), begin, std::min(begin + count, lines)});
+      tasks.push_back({index, b, std::min(b + samples, B), begin, std::min(begin + count, lines)});
     }
   }
 }
 
-void cut_lines(std::vector<Task>& tasks, int64_t total, size_t number, const Feature& feature) {
-  cut(tasks, total, number, feature.B, lines(feature), sample_bytes(feature), 1);
+void split_lines(std::vector<Task>& tasks, int64_t total, size_t index, const Feature& feature) {
+  split(tasks, total, index, feature.B, lines(feature), sample_bytes(feature), 1);
 }
 
-// Runs f(task) for every task; idle threads take the next one. Who runs a task never changes what
-// it computes.
+// Runs f(task) for every task. Idle threads take the next task, so results must not depend on the
+// thread.
 template <class F>
-void run(const std::vector<Task>& tasks, int64_t total_bytes, const F& f) {
+void run_tasks(const std::vector<Task>& tasks, int64_t total_bytes, const F& f) {
   std::atomic<size_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     for (size_t i = next++; i < tasks.size(); i = next++) f(tasks[i]);
@@ -116,29 +115,29 @@ void run(const std::vector<Task>& tasks, int64_t total_bytes, const F& f) {
 // Runs f(task, b) for every sample of every task.
 template <class F>
 void run_samples(const std::vector<Task>& tasks, int64_t total_bytes, const F& f) {
-  run(tasks, total_bytes, [&](const Task& task) {
+  run_tasks(tasks, total_bytes, [&](const Task& task) {
     for (int64_t b = task.b0; b < task.b1; ++b) f(task, b);
   });
 }
 
-// Fresh memory of this size is bound by page faults, one in 4 KiB; asked for 2 MiB pages before it
-// is first written it is not.
+// Page faults on every 4 KiB dominate the first write to new memory. With 2 MiB pages they do not.
 void advise_huge_pages([[maybe_unused]] const Feature& feature) {
 #if defined(__linux__)
-  constexpr uintptr_t huge = 2 << 20;
+  constexpr uintptr_t page = 2 << 20;
   const uintptr_t first = reinterpret_cast<uintptr_t>(feature.data);
-  const uintptr_t begin = (first + huge - 1) / huge * huge;
-  const uintptr_t end = (first + total_bytes(feature)) / huge * huge;
+  const uintptr_t begin = (first + page - 1) / page * page;
+  const uintptr_t end = (first + total_bytes(feature)) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
-// Returns true for gradients too large for the cache that cores share. One that fits beside its
-// features and a third tensor (the teacher's, or the gradient from above) is left there for the
-// next operator; each line of a larger one would be read before it is written.
+// Returns true for gradients too large for the last-level cache. A gradient that fits with its
+// features and a third tensor (the teacher's features or the upstream gradient) stays cached for
+// the next operator. For larger ones, non-temporal stores avoid reading each cache line before
+// writing.
 bool writes_past_caches(int64_t bytes) {
   static const int64_t cache_kib = [] {
-    int64_t kib = 32 << 10;  // where Linux does not say; sysconf would add up those of a socket
+    int64_t kib = 32 << 10;  // default outside Linux; sysconf would add all caches of a socket
     std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kib;
     return kib;
   }();
@@ -147,18 +146,18 @@ bool writes_past_caches(int64_t bytes) {
 
 // ---- losses -----------------------------------------------------------------------------------
 
-using Losses = std::vector<std::vector<double>>;  // of each pair's samples
+using Losses = std::vector<std::vector<double>>;  // per pair and sample
 
-// Reduces them as asked for: added in order, so that neither threads nor tasks can change a bit.
-Tensor reduced(const LossArguments& loss, const Losses& losses) {
+// Applies the reduction. The order of additions is fixed, so threads do not change the bits.
+Tensor reduce(const LossArguments& loss, const Losses& losses) {
   std::vector<double> values;
   double total = 0;
-  for (const std::vector<double>& of_samples : losses) {
-    const double of_pair = std::accumulate(of_samples.begin(), of_samples.end(), 0.0);
-    total += of_pair;
-    if (loss.reduction == Reduction::none) values.push_back(of_pair);
+  for (const std::vector<double>& sample_losses : losses) {
+    const double pair_loss = std::accumulate(sample_losses.begin(), sample_losses.end(), 0.0);
+    total += pair_loss;
+    if (loss.reduction == Reduction::none) values.push_back(pair_loss);
     if (loss.reduction != Reduction::sample) continue;
-    values.insert(values.end(), of_samples.begin(), of_samples.end());
+    values.insert(values.end(), sample_losses.begin(), sample_losses.end());
   }
   if (loss.reduction == Reduction::sum) values.push_back(total);
   Tensor result = loss.new_loss();
@@ -168,17 +167,17 @@ Tensor reduced(const LossArguments& loss, const Losses& losses) {
   return result;
 }
 
-// A sample's loss from its maps, and its coefficient maps where a result is wanted.
-double sample_loss(const LossArguments& loss, size_t number, const void* student,
+// Returns a sample's loss. Writes coefficient maps to the results that are not null.
+double sample_loss(const LossArguments& loss, size_t index, const void* student,
                    const void* teacher, void* student_result, void* teacher_result) {
-  const Pair& pair = loss.pairs[number];
+  const Pair& pair = loss.pairs[index];
   return kernels().sample_loss(
       {student, teacher, student_result, teacher_result, accumulates_fp64(pair.student),
        accumulates_fp64(pair.teacher), pair.student.N, loss.form, loss.eps_mode, loss.eps,
-       loss.sample_weight(number), loss.p * pair.student_scale, loss.p * pair.teacher_scale});
+       loss.sample_weight(index), loss.p * pair.student_scale, loss.p * pair.teacher_scale});
 }
 
-// Multiplies a feature's map, or its coefficients, by the sample's mask.
+// Multiplies the map or the coefficient map of sample b by its mask, if there is one.
 void apply_mask(const Pair& pair, const Feature& feature, int64_t b, void* map) {
   if (!pair.mask) return;
   const auto multiply = [&](auto* values) {
@@ -190,13 +189,13 @@ void apply_mask(const Pair& pair, const Feature& feature, int64_t b, void* map) 
                             : multiply(static_cast<float*>(map));
 }
 
-using SweepTask = std::function<void(const Task&, int64_t)>;
+using SweepFunction = std::function<void(const Task&, int64_t)>;
 
-// The losses of pairs of features, and their maps: coefficient maps where a gradient is asked for.
-// `sweep(task, b)` writes the gradient of the student's lines, as soon as its coefficients are
-// there.
+// Computes the losses of pairs of features, and their maps: coefficient maps for sides that need a
+// gradient, else raw maps. `sweep(task, b)` writes the gradient of the student's lines as soon as
+// the coefficients are known.
 Tensor run_pairs(const LossArguments& loss, bool student_grad, bool teacher_grad, Tensors& students,
-                 Tensors& teachers, const SweepTask& sweep = nullptr) {
+                 Tensors& teachers, const SweepFunction& sweep = nullptr) {
   std::vector<Maps> student_maps, teacher_maps;
   Losses losses;
   int64_t total = 0;
@@ -206,51 +205,53 @@ Tensor run_pairs(const LossArguments& loss, bool student_grad, bool teacher_grad
     losses.emplace_back(pair.student.B);
     total += pair.student.B * pair.bytes_of_sample();
   }
-  // Samples that are larger than a task are cut into pieces for all threads: their losses wait for
-  // all maps, and their gradients for all losses.
+  // A sample larger than a task is split over several. Its loss is computed once all maps are done,
+  // and its gradient once all losses are done.
   std::vector<Task> tasks, large, large_lines;
   for (size_t i = 0; i < loss.pairs.size(); ++i) {
     const Feature& student = loss.pairs[i].student;
-    cut(tasks, total, i, student.B, student.N, loss.pairs[i].bytes_of_sample(), kPositionStep);
+    split(tasks, total, i, student.B, student.N, loss.pairs[i].bytes_of_sample(), kPositionStep);
     if (tasks.back().begin == 0) continue;
     for (int64_t b = 0; b < student.B; ++b) large.push_back({i, b, b + 1, 0, student.N});
-    cut_lines(large_lines, total, i, student);
+    split_lines(large_lines, total, i, student);
   }
-  const auto find_loss = [&](const Task& task, int64_t b) {
-    const Pair& pair = loss.pairs[task.number];
-    void* student = student_maps[task.number].of(b);
-    void* teacher = teacher_maps[task.number].of(b);
+  const auto finish_sample = [&](const Task& task, int64_t b) {
+    const Pair& pair = loss.pairs[task.index];
+    void* student = student_maps[task.index].sample(b);
+    void* teacher = teacher_maps[task.index].sample(b);
     apply_mask(pair, pair.student, b, student);
     apply_mask(pair, pair.teacher, b, teacher);
-    losses[task.number][b] =
-        sample_loss(loss, task.number, student, teacher, student_grad ? student : nullptr,
+    losses[task.index][b] =
+        sample_loss(loss, task.index, student, teacher, student_grad ? student : nullptr,
                     teacher_grad ? teacher : nullptr);
     if (student_grad) apply_mask(pair, pair.student, b, student);
     if (teacher_grad) apply_mask(pair, pair.teacher, b, teacher);
   };
-  run(tasks, total, [&](const Task& task) {
-    const Pair& pair = loss.pairs[task.number];
-    // With a sweep sample by sample: the student's is read again while it is in the second-level
-    // cache. Else two long runs through memory, the student's last, as a backward pass reads it.
+  run_tasks(tasks, total, [&](const Task& task) {
+    const Pair& pair = loss.pairs[task.index];
+    // With a sweep, one sample at a time, so that the sweep finds the student's in the L2 cache.
+    // Otherwise all teacher samples, then all student samples: long sequential reads, and the
+    // backward pass finds the student's in a cache.
     const int64_t step = sweep ? 1 : task.b1 - task.b0;
     for (int64_t first = task.b0; first < task.b1; first += step) {
       const int64_t end = first + step;
       for (const bool teacher : {true, false}) {
         const Feature& x = teacher ? pair.teacher : pair.student;
         const double scale = teacher ? pair.teacher_scale : pair.student_scale;
-        const Maps& maps = (teacher ? teacher_maps : student_maps)[task.number];
+        const Maps& maps = (teacher ? teacher_maps : student_maps)[task.index];
         for (int64_t b = first; b < end; ++b) {
-          kernels().attention_map(x, b, task.begin, task.end, loss.p, scale, maps.of(b), nullptr);
+          kernels().attention_map(x, b, task.begin, task.end, loss.p, scale, maps.sample(b),
+                                  nullptr);
         }
       }
       if (task.end - task.begin < pair.student.N) continue;
-      for (int64_t b = first; b < end; ++b) find_loss(task, b);
-      if (sweep) sweep({task.number, first, end, 0, lines(pair.student)}, first);
+      for (int64_t b = first; b < end; ++b) finish_sample(task, b);
+      if (sweep) sweep({task.index, first, end, 0, lines(pair.student)}, first);
     }
   });
-  run_samples(large, total, find_loss);
+  run_samples(large, total, finish_sample);
   if (sweep) run_samples(large_lines, total, sweep);
-  return reduced(loss, losses);
+  return reduce(loss, losses);
 }
 
 }  // namespace
@@ -270,10 +271,10 @@ Tensor compute_value_and_grad(const LossArguments& loss, const Gradients& gradie
   const bool stream = writes_past_caches(total);
   Tensors student_maps, teacher_maps;
   return run_pairs(loss, true, false, student_maps, teacher_maps, [&](const Task& task, int64_t b) {
-    const size_t i = task.number;
+    const size_t i = task.index;
     kernels().sweep({gradients.features[i], gradients.out[i], nullptr, b, task.begin, task.end,
                      loss.p, scale * loss_gradient.value(int64_t(i), b),
-                     Maps(student_maps[i]).of(b), nullptr, stream});
+                     Maps(student_maps[i]).sample(b), nullptr, stream});
   });
 }
 
@@ -286,15 +287,15 @@ Tensor compute_map_loss(const LossArguments& loss, const std::vector<Maps>& stud
   for (size_t i = 0; i < loss.pairs.size(); ++i) {
     const Pair& pair = loss.pairs[i];
     losses.emplace_back(pair.student.B);
-    cut(tasks, total, i, pair.student.B, 1, pair.bytes_of_sample(), 1);
+    split(tasks, total, i, pair.student.B, 1, pair.bytes_of_sample(), 1);
   }
   run_samples(tasks, total, [&](const Task& task, int64_t b) {
-    const size_t i = task.number;
+    const size_t i = task.index;
     losses[i][b] = sample_loss(loss, i, sample_of(loss.pairs[i].student, b),
-                               sample_of(loss.pairs[i].teacher, b), student_maps[i].of(b),
-                               teacher_maps[i].of(b));
+                               sample_of(loss.pairs[i].teacher, b), student_maps[i].sample(b),
+                               teacher_maps[i].sample(b));
   });
-  return reduced(loss, losses);
+  return reduce(loss, losses);
 }
 
 // ---- maps, and gradients from their coefficients ----------------------------------------------
@@ -305,13 +306,13 @@ void compute_maps(const MapArguments& arguments) {
   std::vector<Task> tasks;
   for (size_t i = 0; i < features.size(); ++i) {
     const Feature& x = features[i];
-    cut(tasks, total, i, x.B, x.N, sample_bytes(x), kPositionStep);
+    split(tasks, total, i, x.B, x.N, sample_bytes(x), kPositionStep);
   }
   run_samples(tasks, total, [&](const Task& task, int64_t b) {
-    const size_t i = task.number;
+    const size_t i = task.index;
     kernels().attention_map(features[i], b, task.begin, task.end, arguments.p,
                             collapse_scale(arguments.collapse, features[i]),
-                            arguments.maps[i].of(b), arguments.channels[i].channels(b));
+                            arguments.maps[i].sample(b), arguments.channels[i].channels(b));
   });
 }
 
@@ -322,29 +323,29 @@ void compute_gradients(const SweepArguments& arguments) {
   std::vector<Task> tasks;
   for (size_t i = 0; i < features.size(); ++i) {
     advise_huge_pages(out[i]);
-    cut_lines(tasks, total, i, features[i]);
+    split_lines(tasks, total, i, features[i]);
   }
   const bool stream = writes_past_caches(total);
   run_samples(tasks, total, [&](const Task& task, int64_t b) {
-    const size_t i = task.number;
+    const size_t i = task.index;
     kernels().sweep({features[i], out[i], nullptr, b, task.begin, task.end, arguments.p,
-                     arguments.loss_gradient.value(arguments.pairs[i], b), arguments.k[i].of(b),
+                     arguments.loss_gradient.value(arguments.pairs[i], b), arguments.k[i].sample(b),
                      arguments.channels[i].channels(b), stream});
   });
 }
 
 void compute_tap(const Tap& tap) {
   const Feature& feature = tap.feature;
-  const bool in_place = tap.gradient.data == tap.out.data, maximum = tap.channels.first;
+  const bool in_place = tap.gradient.data == tap.out.data, is_max = tap.channels.data;
   const int64_t total = total_bytes(feature);
   if (!in_place) advise_huge_pages(tap.out);
   std::vector<Task> tasks;
-  cut_lines(tasks, total, 0, feature);
-  // In place a line is in the cache when it is written.
-  const bool stream = !in_place && !maximum && writes_past_caches(total);
+  split_lines(tasks, total, 0, feature);
+  // In place, non-temporal stores save nothing: the line was read, so it is in a cache.
+  const bool stream = !in_place && !is_max && writes_past_caches(total);
   run_samples(tasks, total, [&](const Task& task, int64_t b) {
     kernels().sweep({feature, tap.out, &tap.gradient, b, task.begin, task.end, tap.p, tap.scale,
-                     tap.k.of(b), tap.channels.channels(b), stream});
+                     tap.k.sample(b), tap.channels.channels(b), stream});
   });
 }
 
@@ -359,5 +360,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(at_fused, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&at_fused::cpu_isa));
-  m.impl("cpu_isa_levels", TORCH_BOX(&at_fused::cpu_isa_levels));
+  m.impl("cpu_isa_levels", TORCH_BOX(&at_fused::cpu_instruction_sets));
 }

@@ -1,4 +1,4 @@
-// What the operators need of the device that their tensors are on.
+// Device guard, stream and limits for the CUDA operators.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 #include "../operators.h"
 #include "plan.h"
 
-#if defined(AT_FUSED_EMULATED)  // the kernels run on the CPU: tests/kernels/emulator
+#if defined(AT_FUSED_EMULATED)  // the CUDA emulator of the tests: tests/kernels/emulator
 #define AT_FUSED_NAMESPACE at_fused_emulated
 #define AT_FUSED_DEVICE_KEY CPU
 #else
@@ -22,32 +22,31 @@ inline void check_cuda(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "at_fused: ", cudaGetErrorString(error));
 }
 
-// Makes a device current for a scope, with its current stream.
-class OnDevice {
+// Makes a device current within a scope.
+class DeviceScope {
  public:
   void* stream = nullptr;
   Limits limits;
 
-  explicit OnDevice(Device device)
+  explicit DeviceScope(Device device)
 #if !defined(AT_FUSED_EMULATED)
       : guard_(device.index) {
-    // The CUDA runtime in this library has a current device of its own.
+    // The CUDA runtime linked into this library has its own current device.
     check_cuda(cudaSetDevice(device.index));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
 #else
   {
 #endif
-    const auto attribute = [&](cudaDeviceAttr which) {
+    const auto get = [&](cudaDeviceAttr attribute) {
       int value = 0;
-      check_cuda(cudaDeviceGetAttribute(&value, which, device.index));
+      check_cuda(cudaDeviceGetAttribute(&value, attribute, device.index));
       return value;
     };
-    STD_TORCH_CHECK(attribute(cudaDevAttrComputeCapabilityMajor) >= 8,
+    STD_TORCH_CHECK(get(cudaDevAttrComputeCapabilityMajor) >= 8,
                     "at_fused: the CUDA kernels need a device of compute capability 8.0 or later; "
                     "at_fused.use_backend(\"triton\") or \"eager\" runs on others");
-    limits = {attribute(cudaDevAttrMultiProcessorCount),
-              attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-              attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+    limits = {get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+              get(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
   }
 
   Launch launch(int64_t blocks, int64_t shared_bytes, bool fp64) const {

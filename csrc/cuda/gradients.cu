@@ -1,11 +1,10 @@
-// Gradients of features from the coefficients of their maps, and the same added to another
-// gradient.
+// Gradients of features from coefficient maps, optionally added to an upstream gradient (taps).
 #include "sweep.cuh"
 
 namespace at_fused {
 
-// Calls f(feature, b, span, k, g) for the samples of this block's task: what its gradient is made
-// of.
+// Calls f(feature, b, span, k, g) for each sample b of this block's task. k is the sample's
+// coefficient map, and g the factor of its gradient.
 template <class F>
 __device__ __forceinline__ void sweep_task(const SweepParams& params, F f) {
   const SweepFeature& feature =
@@ -13,46 +12,46 @@ __device__ __forceinline__ void sweep_task(const SweepParams& params, F f) {
   const View& x = feature.view;
   const int local = blockIdx.x - feature.first_task;
   const int piece = local % (feature.row_pieces * feature.column_pieces);
-  const int row = piece / feature.column_pieces * feature.rows;
-  const int column = piece % feature.column_pieces * feature.columns;
-  const Span span{row, min(row + feature.rows, rows_of(x)), column,
-                  min(column + feature.columns, columns_of(x))};
-  const int b0 = local / (feature.row_pieces * feature.column_pieces) * feature.samples;
-  const int b1 = min(b0 + feature.samples, feature.B);
+  const int row = piece / feature.column_pieces * feature.rows_per_piece;
+  const int column = piece % feature.column_pieces * feature.columns_per_piece;
+  const Span span{row, min(row + feature.rows_per_piece, rows_of(x)), column,
+                  min(column + feature.columns_per_piece, columns_of(x))};
+  const int b0 = local / (feature.row_pieces * feature.column_pieces) * feature.samples_per_task;
+  const int b1 = min(b0 + feature.samples_per_task, feature.B);
   const int64_t size = accumulate_size(x.dtype == Dtype::float64);
   for (int b = b0; b < b1; ++b) {
     const double g = params.scale * factor_of(feature.loss_gradient, params.loss_gradient_fp64,
-                                              opaque(b) * params.sample_step);
+                                              opaque(b) * params.sample_stride);
     f(feature, b, span, static_cast<const char*>(feature.k) + int64_t(b) * x.N * size, g);
   }
 }
 
-// Gradients of a list of features from their coefficient maps.
+// Gradients of a list of features.
 template <class E, bool fp64>
-__global__ void __launch_bounds__(kThreads, kBlocks<fp64>)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<fp64>)
     attention_map_backward_kernel(const __grid_constant__ SweepParams params) {
   sweep_task(params, [&](const SweepFeature& feature, int b, Span span, const char* k, double g) {
-    sweep_piece<E, fp64, false, false>(feature.view, feature.out, feature.add, b, span, params.p, g,
-                                       k, nullptr);
+    sweep_piece<E, fp64, false, false>(feature.view, feature.out, feature.addend, b, span, params.p,
+                                       g, k, nullptr);
   });
 }
 
-// The same, added to what came from the layers behind the features.
+// Gradients added to the upstream gradients of the features.
 template <class E, bool fp64>
 __global__ void __launch_bounds__(kThreads, kGradientBlocks)
     attention_tap_backward_kernel(const __grid_constant__ SweepParams params) {
   sweep_task(params, [&](const SweepFeature& feature, int b, Span span, const char* k, double g) {
-    sweep_piece<E, fp64, false, true>(feature.view, feature.out, feature.add, b, span, params.p, g,
-                                      k, nullptr);
+    sweep_piece<E, fp64, false, true>(feature.view, feature.out, feature.addend, b, span, params.p,
+                                      g, k, nullptr);
   });
 }
 
-// ---- maxima -----------------------------------------------------------------------------------
+// ---- collapse="max" ---------------------------------------------------------------------------
 
-// A piece of a gradient but for what the winners add to it: another gradient, or 0.
+// Fills a piece of a gradient with the addend or 0, before the argmax channels are updated.
 template <class T, int V>
-__device__ __forceinline__ void fill_piece(bool adds, Rows<const T> from, Rows<T> out, Span span,
-                                           int lanes) {
+__device__ __forceinline__ void fill_piece(bool has_addend, Rows<const T> from, Rows<T> out,
+                                           Span span, int lanes) {
   constexpr int U = 4;
   lanes = opaque(lanes);
   const int tx = threadIdx.x & (lanes - 1), ty = threadIdx.x / lanes, height = kThreads / lanes;
@@ -61,22 +60,22 @@ __device__ __forceinline__ void fill_piece(bool adds, Rows<const T> from, Rows<T
 #pragma unroll 1
     for (int column = span.column_begin + tx; column < span.column_end; column += lanes) {
       Pack<T, V> pack[U] = {};
-      if (adds) {
-        load_rows<false>(pack, from.at(row, column * V).data, height * from.line, row, height,
+      if (has_addend) {
+        load_rows<false>(pack, from.at(row, column * V).data, height * from.row_stride, row, height,
                          span.row_end);
       }
       T* to = out.at(row, column * V).data;
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        if (row + u * height < span.row_end) store(to + u * height * out.line, pack[u]);
+        if (row + u * height < span.row_end) store(to + u * height * out.row_stride, pack[u]);
       }
     }
   }
 }
 
-// Both of the above for maps of maxima. Of the features the channels that won are all that is read,
-// and in place all that is written. One that is none, which only a direct call can name, has no
-// gradient.
+// Gradients of collapse="max", with or without an addend. Reads the features at the argmax channels
+// only. In place, also writes only there. Channels out of range, which only a direct call of the
+// operator can pass, are skipped.
 template <bool fp64>
 __global__ void __launch_bounds__(kThreads, kGradientBlocks)
     max_map_backward_kernel(const __grid_constant__ SweepParams params) {
@@ -87,12 +86,12 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
       using A = Accumulator<T>;
       const int64_t sample = opaque(b);
       const Rows<const T> x(target_of(view), view, sample);
-      const Rows<const T> base(feature.add, view, sample);
+      const Rows<const T> base(feature.addend, view, sample);
       const Rows<T> out(feature.out, view, sample);
-      const bool adds = feature.add.data;
+      const bool has_addend = feature.addend.data;
       if (base.data != out.data) {
         with_vector<T>(view.access, [&](auto vector) {
-          fill_piece<T, decltype(vector)::value>(adds, base, out, span, view.access.lanes);
+          fill_piece<T, decltype(vector)::value>(has_addend, base, out, span, view.access.lanes);
         });
         __syncthreads();
       }
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
           continue;
         }
         const A slope = exponent.slope(widen(*x.at(row, at).data));
-        const A sum = adds ? widen(*base.at(row, at).data) : A(0);
+        const A sum = has_addend ? widen(*base.at(row, at).data) : A(0);
         narrow(sum + A(g) * map[n] * slope, *out.at(row, at).data);
       }
     });
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
 void launch_attention_map_backward(const SweepParams& params, const Launch& launch) {
   if (params.features[0].channels) {
     AT_FUSED_LAUNCH_DTYPES(max_map_backward_kernel, params, launch);
-  } else if (params.features[0].add.data) {
+  } else if (params.features[0].addend.data) {
     AT_FUSED_LAUNCH_POWERS(attention_tap_backward_kernel, params, launch);
   } else {
     AT_FUSED_LAUNCH_POWERS(attention_map_backward_kernel, params, launch);

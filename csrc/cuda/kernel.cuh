@@ -1,5 +1,4 @@
-// What every kernel is made of: numbers, loads of many at once, what the threads of a block do
-// together, and its launch.
+// Building blocks of the kernels: conversions, powers, vector loads, block reductions, launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,7 +16,6 @@ namespace at_fused {
 
 // ---- types ------------------------------------------------------------------------------------
 
-// Sums are fp64 for fp64 and fp32 for all others.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -31,8 +29,8 @@ __device__ __forceinline__ void narrow(double x, double& to) { to = x; }
 __device__ __forceinline__ void narrow(float x, __half& to) { to = __float2half_rn(x); }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
-// Calls f(T{}) with the type that a dtype stands for. Kernels for lists without fp64 have no code
-// for it, and with that half the registers.
+// Calls f(T{}) with the type of a dtype. Instances without fp64 have no code for it, which halves
+// their registers.
 template <bool fp64, class F>
 __device__ __forceinline__ void with_dtype(Dtype dtype, F f) {
   switch (dtype) {
@@ -47,12 +45,12 @@ __device__ __forceinline__ void with_dtype(Dtype dtype, F f) {
   }
 }
 
-// Blocks that a multiprocessor must have registers for; those for fp64 take more.
+// Blocks per multiprocessor that registers must allow; fp64 needs more registers.
 template <bool fp64>
-constexpr int kBlocks = fp64 ? 2 : kBlocksPerMultiprocessor;
+constexpr int kMinBlocks = fp64 ? 2 : kBlocksPerMultiprocessor;
 
-// The value, opaque to the compiler. Else it takes what every variant of a loop would need out of
-// the loop around them all, and runs out of registers.
+// Hides a value from the optimiser. Otherwise nvcc hoists the loop invariants of all variants of a
+// loop out of the enclosing loop, and spills registers.
 #if defined(AT_FUSED_EMULATED)
 #define AT_FUSED_OPAQUE(constraint, x)
 #else
@@ -71,12 +69,10 @@ __device__ __forceinline__ double opaque(double x) {
   return x;
 }
 
-// ---- powers ------------------------------------------------------------------------------------
+// ---- power(x) = |x|^p, slope(x) = (d/dx |x|^p) / p = |x|^(p-1) * sign(x) -----------------------
 
-// |x|^p and its derivative over p: |x|^(p-1) * sign(x).
-
-// How many rows a thread has under way: with three blocks on a multiprocessor 4 x 16 bytes a
-// thread are more than twice what the memory's latency needs; fewer where a power makes long code.
+// rows_in_flight is the number of rows that a thread loads before it uses them. With three blocks
+// per multiprocessor, 4 loads of 16 bytes per thread are over twice what hides the memory latency.
 struct Square {
   static constexpr int rows_in_flight = 4;
   template <class A>
@@ -90,7 +86,8 @@ struct Square {
   __device__ explicit Square(double) {}
 };
 
-// Any exponent, the usual ones by multiplication. The branch is the same in all threads.
+// Any exponent; 1, 2 and 4 by multiplication. The branch is uniform. Fewer rows in flight, because
+// the code of a power is long.
 struct AnyPower {
   static constexpr int rows_in_flight = 2;
   double p;
@@ -104,7 +101,7 @@ struct AnyPower {
   }
   template <class A>
   __device__ __forceinline__ A slope(A x) const {
-    const A sign = x > 0 ? A(1) : x < 0 ? A(-1) : x;  // 0 and NaN stay
+    const A sign = x > 0 ? A(1) : x < 0 ? A(-1) : x;  // keeps 0 and NaN
     return p == 2 ? x : p == 1 ? sign : p == 4 ? x * x * x : pow(x < 0 ? -x : x, A(p - 1)) * sign;
   }
 };
@@ -117,7 +114,7 @@ using WordOf = std::conditional_t<
     std::conditional_t<bytes == 8, unsigned long long,
                        std::conditional_t<bytes == 4, unsigned, unsigned short>>>;
 
-// n adjacent elements, moved by one instruction.
+// n adjacent elements, loaded or stored by one instruction.
 template <class T, int n>
 struct Pack {
   using Word = WordOf<sizeof(T) * n>;
@@ -140,7 +137,7 @@ struct Pack {
 template <class T>
 constexpr int kVector = kVectorBytes / sizeof(T);
 
-// Calls f(vector) with the elements that are moved at a time.
+// Calls f(n) with the elements per load as a compile-time constant.
 template <class T, class F>
 __device__ __forceinline__ void with_vector(const Access& access, F f) {
   if (access.vector > 1) {
@@ -150,13 +147,13 @@ __device__ __forceinline__ void with_vector(const Access& access, F f) {
   }
 }
 
-// A factor of the rows under way in planar features: single elements are a fraction of the bytes.
+// More rows in flight for planar features read by single elements, which are fewer bytes.
 template <int V>
-constexpr int kTimesRows = V == 1 ? 2 : 1;
+constexpr int kRowFactor = V == 1 ? 2 : 1;
 
-// U rows, `step` elements and `height` row numbers apart, as far as they are below `rows`. The
-// others are zeroed: left alone, their registers would be taken for values of the round before.
-// `constant`: in global memory that no thread writes during the launch.
+// Loads rows row, row + height, ... (U of them, `step` elements apart) that are below `rows`. Zeros
+// the others, so that their registers do not stay live across iterations. `constant` selects the
+// read-only cache, for global memory that no thread writes during the launch.
 template <bool constant, class T, int n, int U>
 __device__ __forceinline__ void load_rows(Pack<T, n> (&pack)[U], const T* from, int64_t step,
                                           int row, int height, int rows) {
@@ -186,7 +183,7 @@ __device__ __forceinline__ void store(T* to, Pack<T, n> pack) {
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The first bytes of every block's shared memory.
+// State of a block's reductions, at the start of its shared memory.
 struct Control {
   double sums[3 * kWarps];
   bool last;
@@ -198,11 +195,11 @@ __device__ inline double warp_sum(double value) {
   return value;
 }
 
-// The sum over the block of each of n values, the same bits in every thread.
+// Sums each of n values over the block. All threads get the same bits.
 template <int n>
 __device__ void block_sum(double (&value)[n], Control& control) {
   static_assert(n <= 3);
-  __syncthreads();  // the last sums may still be read
+  __syncthreads();  // other threads may still read the previous sums
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     value[i] = warp_sum(value[i]);
@@ -216,8 +213,7 @@ __device__ void block_sum(double (&value)[n], Control& control) {
   }
 }
 
-// The addition is a release of what this thread has seen, and an acquire of what was released by
-// those who added before: less than a full fence on either side.
+// Atomic addition with acquire-release order, which is cheaper than two full fences.
 __device__ inline uint32_t fetch_add_acq_rel(uint32_t* counter, uint32_t value) {
 #if defined(AT_FUSED_EMULATED)
   return emulator::atomic_add(counter, value, std::memory_order_acq_rel);
@@ -231,8 +227,8 @@ __device__ inline uint32_t fetch_add_acq_rel(uint32_t* counter, uint32_t value) 
 #endif
 }
 
-// Adds `arrivals` to a counter, after all that this block has written. True in the one block that
-// makes it `total`, which then sees what all the others wrote.
+// Adds `arrivals` to a counter after the writes of this block. Returns true in the block that
+// brings the counter to `total`; that block sees the writes of all others.
 __device__ inline bool arrives_last(uint32_t* counter, uint32_t arrivals, uint32_t total,
                                     Control& control) {
   __syncthreads();
@@ -243,7 +239,7 @@ __device__ inline bool arrives_last(uint32_t* counter, uint32_t arrivals, uint32
   return control.last;
 }
 
-// The list's member whose tasks `task` is among.
+// Returns the index of the feature or pair that owns a task.
 template <class Members>
 __device__ __forceinline__ int member_of(const Members& members, int count, int task) {
   int i = 0;
@@ -253,11 +249,10 @@ __device__ __forceinline__ int member_of(const Members& members, int count, int 
 
 // ---- launches ---------------------------------------------------------------------------------
 
-// Launches the instance for the list's dtypes: with fp64, or without.
+// Launches the kernel's instance with or without fp64.
 #define AT_FUSED_LAUNCH_DTYPES(kernel, params, launch) \
   launch_kernel(#kernel, launch.fp64 ? kernel<true> : kernel<false>, params, launch)
-// p = 2 has its own, for it is what nearly everybody uses; other exponents, and lists with fp64,
-// take theirs by branches that all threads go alike.
+// p = 2, the usual exponent, has its own instance. Others, and lists with fp64, branch at run time.
 #define AT_FUSED_LAUNCH_POWERS(kernel, params, launch)     \
   launch_kernel(#kernel,                                   \
                 launch.fp64     ? kernel<AnyPower, true>   \
@@ -269,10 +264,10 @@ template <class Params>
 void launch_kernel(const char* name, void (*kernel)(Params), const Params& params,
                    const Launch& launch) {
   cudaError_t error = cudaSuccess;
-  // All that there is: another thread may be about to launch the kernel with more than this one.
-  if (launch.shared_bytes > kSharedBytesWithoutAsking) {
+  // Sets the device's maximum, because another thread may launch the same kernel with more.
+  if (launch.shared_bytes > kDefaultSharedBytes) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 int(launch.most_shared_bytes));
+                                 int(launch.max_shared_bytes));
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(launch.blocks));
@@ -281,7 +276,7 @@ void launch_kernel(const char* name, void (*kernel)(Params), const Params& param
   config.stream = static_cast<cudaStream_t>(launch.stream);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // errors of a launch are not to be reported a second time
+  cudaGetLastError();  // clears the error, which is thrown here
   throw std::runtime_error(std::string("at_fused: ") + name + ": " + cudaGetErrorString(error));
 }
 

@@ -1,4 +1,4 @@
-// The operators for losses on CUDA devices: arguments to plans, plans to launches.
+// The loss operators on CUDA devices: they plan and launch the kernels.
 
 #include <algorithm>
 #include <utility>
@@ -9,54 +9,53 @@
 namespace at_fused {
 namespace {
 
-// Launches a list of pairs in parts. `options` are those of all parts. Student gradients are
-// written to `outs`, unless that is null, where samples stay on chip. `give_maps(at, pair)` gives
-// pair number `at` the maps in global memory that it needs.
-template <class GiveMaps>
-Tensor launch_pairs(const LossArguments& loss, LossParams options, const OnDevice& device,
+// Launches a list of pairs, kMaxPairs per launch. `options` are common to all launches. If `outs`
+// is not null, students cached in shared memory write their gradients there. `set_maps(i, pair)`
+// sets the maps in global memory that pair i needs.
+template <class SetMaps>
+Tensor launch_pairs(const LossArguments& loss, LossParams options, const DeviceScope& device,
                     bool raw_maps, const Feature* outs,
-                    void (*run)(const LossParams&, const Launch&), GiveMaps give_maps) {
+                    void (*run)(const LossParams&, const Launch&), SetMaps set_maps) {
   Tensor result = loss.new_loss();
   options.p = loss.p;
   options.eps = loss.eps;
   options.eps_mode = loss.eps_mode;
   options.form = loss.form;
-  options.add = loss.reduction == Reduction::sum;
-  options.of_samples = loss.reduction == Reduction::sample;
+  options.sums_pairs = loss.reduction == Reduction::sum;
+  options.per_sample = loss.reduction == Reduction::sample;
   options.loss_fp64 = loss.fp64;
   options.loss = result.mutable_data_ptr();
   std::vector<std::pair<LossParams, Launch>> launches;
   int64_t samples = 0;
   for (size_t begin = 0; begin < loss.pairs.size(); begin += kMaxPairs) {
     LossParams params = options;
-    params.continues = options.add && begin > 0;
+    params.continues_sum = options.sums_pairs && begin > 0;
     params.count = int32_t(std::min<size_t>(kMaxPairs, loss.pairs.size() - begin));
     for (size_t at = begin; at < begin + size_t(params.count); ++at) {
       samples += loss.pairs[at].student.B;
       check_extent(loss.pairs[at].student, samples);
       check_extent(loss.pairs[at].teacher, samples);
     }
-    const OnChip chip = plan_pairs(params.pairs, &loss.pairs[begin], params.count, raw_maps,
-                                   outs ? outs + begin : nullptr, loss.fp64, device.limits);
+    const SharedBytes shared = plan_pairs(params.pairs, &loss.pairs[begin], params.count, raw_maps,
+                                          outs ? outs + begin : nullptr, loss.fp64, device.limits);
     for (int32_t i = 0; i < params.count; ++i) {
       const size_t at = begin + size_t(i);
-      params.pairs[i].number = int32_t(at);
+      params.pairs[i].index = int32_t(at);
       params.pairs[i].weight = loss.sample_weight(at);
-      give_maps(at, params.pairs[i]);
+      set_maps(at, params.pairs[i]);
     }
-    const int64_t blocks = number_tasks(params.pairs, params.count);
+    const int64_t blocks = assign_tasks(params.pairs, params.count);
     for (int32_t i = 0; i < params.count; ++i) {
       params.pairs[i].first_sample = params.samples;
       params.samples += params.pairs[i].B;
     }
-    params.map_bytes = int32_t(chip.map_bytes);
-    const int64_t of_features = kScratchBytes + chip.map_bytes + chip.kept_bytes;
-    const int64_t shared_bytes = kControlBytes + (raw_maps ? 0 : of_features);
+    params.map_bytes = int32_t(shared.map_bytes);
+    const int64_t feature_bytes = kScratchBytes + shared.map_bytes + shared.student_bytes;
+    const int64_t shared_bytes = kControlBytes + (raw_maps ? 0 : feature_bytes);
     launches.emplace_back(params, device.launch(blocks, shared_bytes, loss.fp64));
   }
-  // A sum, the samples' losses, which need no start value, and counters (params.h). Of this call
-  // alone: what an operator kept from torch's allocator might be a CUDA graph's, or a pool's that
-  // ends.
+  // The workspace: a sum, the samples' losses, and counters, which must start at 0. It is allocated
+  // per call: a persistent buffer could belong to a CUDA graph, or to a memory pool that is freed.
   const int64_t counters = int64_t(launches.size()) + samples, stride = 1;
   const int64_t size = 1 + samples + divide_up(counters, 2);
   Tensor workspace = new_tensor(1, &size, &stride, ScalarType::Double, loss.device);
@@ -82,16 +81,15 @@ Tensor launch_pairs(const LossArguments& loss, LossParams options, const OnDevic
 
 Tensor compute_loss(const LossArguments& loss, bool student_grad, bool teacher_grad,
                     Tensors& student_maps, Tensors& teacher_maps) {
-  const OnDevice device(loss.device);
+  const DeviceScope device(loss.device);
   LossParams options{};
   options.scale = 1;
   options.gradient[kStudent] = student_grad;
   options.gradient[kTeacher] = teacher_grad;
   return launch_pairs(loss, options, device, false, nullptr, launch_at_loss,
                       [&](size_t at, PairParams& pair) {
-                        // Without a gradient to come only blocks that share a sample need maps, to
-                        // meet.
-                        if (!student_grad && !teacher_grad && pair.samples) return;
+                        // Without gradients, only blocks that share a sample need global maps.
+                        if (!student_grad && !teacher_grad && pair.samples_per_task) return;
                         student_maps.push_back(new_map(loss.pairs[at].student, loss.device));
                         teacher_maps.push_back(new_map(loss.pairs[at].teacher, loss.device));
                         pair.sides[kStudent].maps = student_maps.back().mutable_data_ptr();
@@ -99,49 +97,48 @@ Tensor compute_loss(const LossArguments& loss, bool student_grad, bool teacher_g
                       });
 }
 
-// Students that are too large to stay on chip are swept by a second launch, from the coefficients
-// that the first one leaves.
+// Students too large for shared memory are swept by a second launch, from the coefficients that the
+// first one writes.
 Tensor compute_value_and_grad(const LossArguments& loss, const Gradients& gradients,
                               const LossGradient& loss_gradient, double scale) {
-  const OnDevice device(loss.device);
+  const DeviceScope device(loss.device);
   const size_t count = loss.pairs.size();
-  Tensors maps;                // until the launches are on their way
-  std::vector<Maps> k(count);  // of students that are left
-  const auto keep_map = [&](const Feature& feature) {
+  Tensors maps;                // keeps the memory of maps until the kernels are launched
+  std::vector<Maps> k(count);  // coefficients of students for the second launch
+  const auto add_map = [&](const Feature& feature) {
     maps.push_back(new_map(feature, loss.device));
     return Maps(maps.back());
   };
   LossParams options{};
   options.scale = scale;
-  options.sample_step = loss_gradient.sample_stride;
+  options.sample_stride = loss_gradient.sample_stride;
   options.loss_gradient_fp64 = loss_gradient.fp64;
   options.gradient[kStudent] = true;
   Tensor result = launch_pairs(loss, options, device, false, gradients.out.data(),
                                launch_at_value_and_grad, [&](size_t at, PairParams& pair) {
-                                 pair.loss_gradient = loss_gradient.of(int64_t(at));
+                                 pair.loss_gradient = loss_gradient.address(int64_t(at));
                                  if (pair.out.data) return;
-                                 k[at] = keep_map(loss.pairs[at].student);
-                                 pair.sides[kStudent].maps = k[at].first;
-                                 if (!pair.samples)
-                                   pair.sides[kTeacher].maps =
-                                       keep_map(loss.pairs[at].teacher).first;
+                                 k[at] = add_map(loss.pairs[at].student);
+                                 pair.sides[kStudent].maps = k[at].data;
+                                 if (!pair.samples_per_task)
+                                   pair.sides[kTeacher].maps = add_map(loss.pairs[at].teacher).data;
                                });
-  const LossGradient none({}, {}, {});  // it is in the coefficients
+  const LossGradient no_gradient({}, {}, {});  // the coefficients already include it
   compute_gradients(
-      {gradients, none, Ints(count), k, std::vector<Maps>(count), loss.p, loss.device});
+      {gradients, no_gradient, Ints(count), k, std::vector<Maps>(count), loss.p, loss.device});
   return result;
 }
 
 Tensor compute_map_loss(const LossArguments& loss, const std::vector<Maps>& student_maps,
                         const std::vector<Maps>& teacher_maps) {
-  const OnDevice device(loss.device);
+  const DeviceScope device(loss.device);
   LossParams options{};
   options.scale = 1;
   options.gradient[kStudent] = options.gradient[kTeacher] = true;
   return launch_pairs(loss, options, device, true, nullptr, launch_map_loss,
                       [&](size_t at, PairParams& pair) {
-                        pair.sides[kStudent].maps = student_maps[at].first;
-                        pair.sides[kTeacher].maps = teacher_maps[at].first;
+                        pair.sides[kStudent].maps = student_maps[at].data;
+                        pair.sides[kTeacher].maps = teacher_maps[at].data;
                       });
 }
 

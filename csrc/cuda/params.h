@@ -1,5 +1,4 @@
-// What the kernels are given, as plain structs that the host writes from a plan (plan.h); and the
-// kernels' launchers.
+// Kernel parameters, which the host fills according to plan.h, and launch functions.
 #pragma once
 
 #include <cstdint>
@@ -8,57 +7,57 @@
 
 namespace at_fused {
 
-constexpr int kThreads = 256;  // of every block
-// Blocks that run on a multiprocessor at a time, for which the kernels leave registers; fewer where
-// they keep samples in its shared memory, or have more under way.
+constexpr int kThreads = 256;  // per block
+// Resident blocks per multiprocessor that registers must allow. Kernels that cache samples in
+// shared memory, or have more loads in flight, run fewer.
 constexpr int kBlocksPerMultiprocessor = 3;
 constexpr int kGradientBlocks = 2;
-constexpr int kVectorBytes = 16;  // of the widest load
-// Of a block's shared memory.
+constexpr int kVectorBytes = 16;  // widest load
+// Shared memory per block.
 constexpr int32_t kControlBytes = 256;   // kernel.cuh: Control
-constexpr int32_t kScratchBytes = 8192;  // attention_map.cuh: a value per thread and element
-constexpr int32_t kMaximumBytes = 2 * kScratchBytes;  // likewise, with the channel of each
-constexpr int32_t kSharedBytesWithoutAsking = 48 << 10;
+constexpr int32_t kScratchBytes = 8192;  // attention_map.cuh: a sum per thread and vector element
+constexpr int32_t kArgmaxScratchBytes = 2 * kScratchBytes;  // the same, with channels
+constexpr int32_t kDefaultSharedBytes = 48 << 10;           // more needs cudaFuncSetAttribute
 
-constexpr int kLaunchBytes = 4096;  // of structs that every launch may carry
-constexpr int kMaxPairs = 16;       // of one launch; longer lists take several
-constexpr int kMaxFeatures = 24;    // likewise
+constexpr int kMaxParamBytes = 4096;  // kernel parameters that every CUDA version allows
+constexpr int kMaxPairs = 16;         // per launch
+constexpr int kMaxFeatures = 24;      // per launch
 
-// How a block reads a feature. A row is all positions of `channels_per_row` channels (planar) or
-// the channels of a position (interleaved).
+// Parameters of a block's reads of a feature. A row is all positions of `channels_per_row` channels
+// (planar), or all channels of a position (interleaved).
 struct Access {
-  int16_t vector;            // elements of a load: 16 bytes of them where alignment permits, else 1
-  int16_t channels_per_row;  // channels read as one row, so that it is a whole number of vectors
-  int16_t lanes;  // threads side by side in a row, a power of two; the others take other rows
+  int16_t vector;            // elements per load: 16 bytes if alignment permits, else 1 element
+  int16_t channels_per_row;  // more than 1 if only several channels are a whole number of vectors
+  int16_t lanes;             // threads per row, a power of two
 };
 
 struct View {
   const void* data;
-  int64_t batch, line;
+  int64_t batch_stride, line_stride;
   int32_t C, N;
   Dtype dtype;
   Layout layout;
   Access access;
 };
 
-// A tensor of a feature's shape and layout that moves in the same vectors: its gradient.
+// A tensor with the shape, layout and access of a feature, such as its gradient.
 struct Target {
   void* data;
-  int64_t batch, line;
+  int64_t batch_stride, line_stride;
 };
 
-// What a member of a list has of its launch's tasks.
+// The tasks of one feature or pair in a launch.
 struct Tasks {
-  int64_t tasks, bytes_of_task;
+  int64_t tasks, bytes_per_task;
   int32_t first_task;
 };
 
 struct MapFeature : Tasks {
   View view;
   void* map;
-  int32_t* channels;  // that won each position's maximum, if the map is one
+  int32_t* channels;  // argmax channels for collapse "max", else null
   double scale;
-  int32_t pieces, positions;  // of a sample, and of a piece
+  int32_t pieces, positions_per_piece;  // per sample, and per piece
 };
 
 struct MapParams {
@@ -67,23 +66,23 @@ struct MapParams {
   MapFeature features[kMaxFeatures];
 };
 
-// A gradient, made in row_pieces x column_pieces pieces of a sample.
+// A gradient. A sample is split into row_pieces x column_pieces pieces.
 struct SweepFeature : Tasks {
   View view;
   Target out;
-  Target add;  // what the gradient is added to, which may be `out`; null: nothing
+  Target addend;  // may be `out`; null data means 0
   const void* k;
-  const int32_t* channels;         // as in MapFeature
-  const void* loss_gradient;       // of this feature's pair; null is 1
-  int32_t samples, B;              // in a task, and in all
-  int32_t row_pieces, rows;        // rows in a piece
-  int32_t column_pieces, columns;  // vectors in a piece
+  const int32_t* channels;                   // as in MapFeature
+  const void* loss_gradient;                 // of this feature's pair; null means 1
+  int32_t samples_per_task, B;               // per task, and in total
+  int32_t row_pieces, rows_per_piece;        // per sample, and per piece
+  int32_t column_pieces, columns_per_piece;  // the same, in vectors
 };
 
 struct SweepParams {
   double p;
-  double scale;         // of the gradients, as each feature's loss_gradient
-  int64_t sample_step;  // from one sample's loss gradient to the next; 0: they have one
+  double scale;           // factor of all gradients
+  int64_t sample_stride;  // stride of the loss gradient; 0 if all samples share one value
   int32_t count;
   bool loss_gradient_fp64;
   SweepFeature features[kMaxFeatures];
@@ -93,59 +92,60 @@ enum Side { kStudent, kTeacher };
 
 struct PairSide {
   View view;
-  void* maps;    // (B, N); null where nobody needs them
-  double scale;  // of the channel sums
+  void* maps;    // (B, N) in global memory; null if not needed
+  double scale;  // factor of the channel sums
 };
 
 struct PairParams : Tasks {
   PairSide sides[2];
-  const void* mask;  // (B, N), fp64 where a side is; null: ones
-  double weight;     // of a sample
-  // The student's gradient, where a whole sample stays on chip and is swept at once. Without it the
-  // coefficients are all that the launch makes.
+  const void* mask;  // (B, N), fp64 if a side is, else fp32; null means all ones
+  double weight;     // of a sample in the loss
+  // The student's gradient if the launch writes it, from a student cached in shared memory. If
+  // null, the launch writes coefficients.
   Target out;
-  const void* loss_gradient;  // null is 1
-  int32_t number;             // in the list
+  const void* loss_gradient;  // null means 1
+  int32_t index;              // index in the list
   int32_t B;
-  int32_t first_sample;
-  int32_t samples;            // whole samples of a task; 0: samples are shared by several blocks
-  int32_t pieces, positions;  // of each map of a sample, and of a piece
+  int32_t first_sample;                 // index of the first sample among those of the launch
+  int32_t samples_per_task;             // per task; 0 if several blocks share a sample
+  int32_t pieces, positions_per_piece;  // per map, and per piece
 };
 
 struct LossParams {
   double p, eps;
-  double scale;         // as in SweepParams
-  int64_t sample_step;  // likewise
+  double scale;           // as in SweepParams
+  int64_t sample_stride;  // as in SweepParams
   bool loss_gradient_fp64;
-  bool gradient[2];  // the maps that are left become coefficients
+  bool gradient[2];  // per side: write coefficients instead of raw maps
   Form form;
   EpsMode eps_mode;
-  int32_t count, samples;  // pairs, and samples in all of them
-  bool add;                // sum over pairs; else a loss for each
-  bool of_samples;         // a loss for each sample: neither is summed
-  bool continues;          // a launch before this one began the sum
+  int32_t count, samples;  // pairs, and samples of all pairs
+  bool sums_pairs;         // reduction "sum": sum over pairs
+  bool per_sample;         // reduction "sample": no sums
+  bool continues_sum;      // an earlier launch began the sum
   bool loss_fp64;
   void* loss;
-  // The workspace. The counters are 0 before a launch.
-  uint32_t* finished;  // samples
-  uint32_t* arrived;   // pieces of each shared sample
+  // The workspace. Counters are 0 before a launch.
+  uint32_t* finished;  // counts finished samples
+  uint32_t* arrived;   // counts finished pieces of each shared sample
   double* sample_losses;
   double* sum;
-  int32_t map_bytes;  // shared memory for the two maps of a whole sample
+  int32_t map_bytes;  // shared memory for both maps of a whole sample
   PairParams pairs[kMaxPairs];
 };
 
-static_assert(sizeof(MapParams) <= kLaunchBytes && sizeof(SweepParams) <= kLaunchBytes);
-static_assert(sizeof(LossParams) <= kLaunchBytes);
+static_assert(sizeof(MapParams) <= kMaxParamBytes && sizeof(SweepParams) <= kMaxParamBytes);
+static_assert(sizeof(LossParams) <= kMaxParamBytes);
 
 struct Launch {
   int64_t blocks;
-  int64_t shared_bytes, most_shared_bytes;  // of a block, and that the device lets one have
-  bool fp64;                                // some tensor is
+  int64_t shared_bytes, max_shared_bytes;  // per block: used, and the device's maximum
+  bool fp64;                               // if any tensor is
   void* stream;
 };
 
-// Features with channels have maps of maxima, those with `add` are taps: all of a launch, or none.
+// Features with `channels` have collapse "max", those with `addend` are taps. All features of a
+// launch must agree in both.
 void launch_attention_map(const MapParams& params, const Launch& launch);
 void launch_attention_map_backward(const SweepParams& params, const Launch& launch);
 void launch_map_loss(const LossParams& params, const Launch& launch);

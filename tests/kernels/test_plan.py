@@ -1,4 +1,4 @@
-"""The launch configuration (csrc/cuda/plan.h): what it covers, aligns, fits and fills."""
+"""The launch configuration (csrc/cuda/plan.h): coverage, alignment, shared memory, occupancy."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from benchmarks.cases import CASES, LARGE, TIMED_CASES
 
 DEVICES = {"A100": Limits(108, 166912, 167936), "sm_86": Limits(20, 101376, 102400), "H100": H100}
 THREADS = 256
-RESERVED = 1024  # of shared memory, by the system for each block
-REGISTERS = 65536  # of a multiprocessor; a thread has 80 at the most: test_cuda_compile.py
+RESERVED = 1024  # bytes of shared memory that CUDA reserves per block
+REGISTERS = 65536  # per multiprocessor; at most 80 per thread (test_cuda_compile.py)
 
 
 @st.composite
@@ -40,8 +40,8 @@ def features(draw: st.DrawFn, b: int, n: int) -> Feature:
     c = draw(st.one_of(st.integers(1, 80), st.sampled_from([128, 256, 512, 2048])))
     x = dense(b, c, n, dtype, layout)
     return x._replace(
-        batch=x.batch + draw(st.sampled_from([0, 0, 1, 8])),
-        line=x.line + draw(st.sampled_from([0, 0, 1, 8])),
+        batch_stride=x.batch_stride + draw(st.sampled_from([0, 0, 1, 8])),
+        line_stride=x.line_stride + draw(st.sampled_from([0, 0, 1, 8])),
         address=x.address + draw(st.sampled_from([0, 0, 0, BYTES[dtype]])),
     )
 
@@ -58,13 +58,13 @@ def outs_of(xs: Sequence[Feature], shift: int = 0) -> list[Feature]:
 
 
 def check_order(launch: Launch) -> None:
-    """Every member's tasks are there once, those that read most before all others."""
-    assert sorted(m.number for m in launch.members) == list(range(len(launch.members)))
+    """Check that task numbers are contiguous and that members with large tasks come first."""
+    assert sorted(m.index for m in launch.members) == list(range(len(launch.members)))
     first = 0
     for member in launch.members:
         assert member.first_task == first
         first += member.tasks
-    sizes = [m.bytes_of_task for m in launch.members]
+    sizes = [m.bytes_per_task for m in launch.members]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -77,31 +77,32 @@ def check_access(x: Feature, access: Access, whole: bool) -> None:
         return
     assert vector * BYTES[x.dtype] == 16
     assert x.address % 16 == 0
-    assert x.B == 1 or x.batch % vector == 0
+    assert x.B == 1 or x.batch_stride % vector == 0
     if x.layout == INTERLEAVED:
         assert per_row == 1
         assert x.C % vector == 0
-        assert x.N == 1 or x.line % vector == 0
+        assert x.N == 1 or x.line_stride % vector == 0
     else:
         assert (x.N * per_row) % vector == 0
-        assert per_row == x.C or (x.line * per_row) % vector == 0
+        assert per_row == x.C or (x.line_stride * per_row) % vector == 0
     if per_row > 1:
-        assert whole  # a row of several channels is one block's
-        assert x.line == x.N
+        assert whole  # rows of several channels cannot be split
+        assert x.line_stride == x.N
 
 
 def check_map(x: Feature, access: Access, member: Member) -> None:
     check_access(x, access, whole=member.pieces == 1)
-    assert (member.pieces - 1) * member.positions < x.N <= member.pieces * member.positions
-    assert member.pieces == 1 or member.positions % 32 == 0
+    positions = member.positions_per_piece
+    assert (member.pieces - 1) * positions < x.N <= member.pieces * positions
+    assert member.pieces == 1 or positions % 32 == 0
     if x.layout == INTERLEAVED:
-        assert access.lanes <= 32  # they meet by shuffles
-    if access.channels_per_row > 1:  # whose sums meet at once
+        assert access.lanes <= 32  # they sum by warp shuffles
+    if access.channels_per_row > 1:  # their channels are summed in one pass
         assert access.lanes * access.vector >= x.N * access.channels_per_row
 
 
 def extent(x: Feature, access: Access) -> tuple[int, int]:
-    """Rows and columns of a feature, in vectors."""
+    """Return the rows of a feature and its columns in vectors."""
     if x.layout == INTERLEAVED:
         return x.N, x.C // access.vector
     return x.C // access.channels_per_row, x.N * access.channels_per_row // access.vector
@@ -111,12 +112,14 @@ def check_pair(s: Feature, t: Feature, member: Member) -> None:
     assert member.teacher
     check_map(s, member.student, member)
     check_map(t, member.teacher, member)
-    whole = member.samples > 0
-    assert member.tasks == (math.ceil(s.B / member.samples) if whole else s.B * 2 * member.pieces)
-    assert not whole or member.pieces == 1
+    if member.samples_per_task > 0:
+        assert member.tasks == math.ceil(s.B / member.samples_per_task)
+        assert member.pieces == 1
+    else:
+        assert member.tasks == s.B * 2 * member.pieces
 
 
-GIVEN = {
+STRATEGIES = {
     "data": st.lists(pairs(), min_size=1, max_size=4),
     "device": st.sampled_from(list(DEVICES)),
     "shift": st.sampled_from([0, 0, 4]),
@@ -124,62 +127,63 @@ GIVEN = {
 
 
 @settings(deadline=None, max_examples=300)
-@given(**GIVEN)
-def test_losses(data: list[tuple[Feature, Feature]], device: str, shift: int) -> None:
-    """Alone, and with gradients of students that stay on chip."""
+@given(**STRATEGIES)
+def test_plans_of_losses_are_valid(
+    data: list[tuple[Feature, Feature]], device: str, shift: int
+) -> None:
+    """Without gradients, and with gradients of students cached in shared memory."""
     students, teachers = zip(*data, strict=True)
     limits = DEVICES[device]
     fp64 = any(x.dtype == 1 for x in (*students, *teachers))
     for outs in (None, outs_of(students, shift)):
         launch = plan_pairs(students, teachers, limits, outs, fp64)
         check_order(launch)
-        # More than 48 KB must be asked for.
-        assert launch.shared <= (limits.shared_per_block if launch.kept_bytes else 48 << 10)
-        if launch.kept_bytes:  # two blocks side by side
+        # More than 48 KB needs an opt-in.
+        assert launch.shared <= (limits.shared_per_block if launch.student_bytes else 48 << 10)
+        if launch.student_bytes:  # two blocks fit on a multiprocessor
             assert 2 * (launch.shared + RESERVED) <= limits.shared_per_multiprocessor
         for member in launch.members:
-            s, t = data[member.number]
+            s, t = data[member.index]
             check_pair(s, t, member)
-            if member.samples:  # the maps of whole samples are on chip
+            if member.samples_per_task:  # maps of whole samples are in shared memory
                 assert launch.map_bytes >= 2 * s.N * (8 if fp64 else 4)
-            if member.kept:
+            if member.caches_student:
                 assert outs
-                assert member.samples
-                assert launch.kept_bytes >= s.bytes
-                check_access(outs[member.number], member.student, whole=True)
+                assert member.samples_per_task
+                assert launch.student_bytes >= s.bytes
+                check_access(outs[member.index], member.student, whole=True)
 
 
 @settings(deadline=None, max_examples=300)
-@given(**GIVEN, apart=st.sampled_from([0, 0, 1, 8]))
-def test_gradients(
-    data: list[tuple[Feature, Feature]], device: str, shift: int, apart: int
+@given(**STRATEGIES, gap=st.sampled_from([0, 0, 1, 8]))
+def test_plans_of_gradients_are_valid(
+    data: list[tuple[Feature, Feature]], device: str, shift: int, gap: int
 ) -> None:
     students, teachers = zip(*data, strict=True)
     outs = outs_of(students, shift)
-    # What the gradient is added to moves in the same vectors, or none of the three does.
     addends = [
-        out._replace(address=t.address, line=out.line + apart)
+        out._replace(address=t.address, line_stride=out.line_stride + gap)
         for out, t in zip(outs, teachers, strict=True)
     ]
     for added in (None, addends):
         launch = plan_sweeps(students, outs, DEVICES[device], added)
         check_order(launch)
         for member in launch.members:
-            i, sweep = member.number, member.sweep
+            i, sweep = member.index, member.sweep
             assert sweep
             for x in (students[i], outs[i], *([addends[i]] if added else [])):
                 check_access(x, member.student, whole=True)
             rows, columns = extent(students[i], member.student)
-            assert (sweep.row_pieces - 1) * sweep.rows < rows <= sweep.row_pieces * sweep.rows
-            assert (sweep.column_pieces - 1) * sweep.columns < columns
-            assert columns <= sweep.column_pieces * sweep.columns
+            height, width = sweep.rows_per_piece, sweep.columns_per_piece
+            assert (sweep.row_pieces - 1) * height < rows <= sweep.row_pieces * height
+            assert (sweep.column_pieces - 1) * width < columns <= sweep.column_pieces * width
             pieces = sweep.row_pieces * sweep.column_pieces
-            assert member.tasks == math.ceil(students[i].B / member.samples) * pieces
+            assert member.tasks == math.ceil(students[i].B / member.samples_per_task) * pieces
 
 
-# ---- what fills a device -------------------------------------------------------------------------
+# ---- occupancy -----------------------------------------------------------------------------------
 
-# Stages of ResNets, WRNs and EfficientNets, and the blocks of vision transformers: (C, N).
+# (C, height) of stages of ResNets, WRNs and EfficientNets; (C, N) of vision transformers.
 SQUARES = [(64, 56), (128, 28), (256, 14), (512, 7), (256, 56), (512, 28), (1024, 14), (2048, 7)]
 SQUARES += [
     (16, 32),
@@ -192,7 +196,7 @@ SQUARES += [
     (128, 8),
     (256, 8),
 ]
-SQUARES += [(48, 38), (40, 57), (24, 150)]  # no row of channels is whole vectors
+SQUARES += [(48, 38), (40, 57), (24, 150)]  # N is not a multiple of a vector
 TOKENS = [(192, 196), (384, 197), (768, 197), (1024, 576)]
 USUAL = [
     dense(b, c, n, dtype, layout)
@@ -204,46 +208,51 @@ USUAL = [
 
 
 def check_reads(x: Feature, access: Access, rows: int, columns: int) -> None:
-    """At least 64 bytes side by side, and three loads of a thread under way: if there are as many.
+    """Check that reads are coalesced to 64 bytes, and that threads have three loads in flight.
 
-    ``rows`` and ``columns`` are those of a task, in vectors.
+    A task that is too small for either is exempt. ``columns`` of the task are in vectors.
     """
     lanes = access.lanes
-    of_a_row = columns * access.vector * BYTES[x.dtype]
-    side_by_side = min(lanes, columns) * access.vector * BYTES[x.dtype]
-    assert side_by_side >= min(64, of_a_row), x
+    row_bytes = columns * access.vector * BYTES[x.dtype]
+    coalesced = min(lanes, columns) * access.vector * BYTES[x.dtype]
+    assert coalesced >= min(64, row_bytes), x
     if rows * columns < 3 * THREADS:
         return
     height = THREADS // lanes
     assert rows / height >= 3, x
-    # Lanes past the end of a row and rows past the last one idle: no more than half of them.
-    turns = math.ceil(columns / lanes) * math.ceil(rows / height)
-    assert rows * columns >= 0.5 * turns * THREADS, x
+    # At most half of the threads idle, past the end of a row or past the last row.
+    steps = math.ceil(columns / lanes) * math.ceil(rows / height)
+    assert rows * columns >= 0.5 * steps * THREADS, x
 
 
 @pytest.mark.parametrize("x", USUAL, ids=lambda x: "-".join(map(str, (*x[:3], *x[6:]))))
-def test_reads_are_wide_and_many(x: Feature) -> None:
-    (swept,) = plan_sweeps([x], [x], H100).members
-    assert swept.sweep
-    check_reads(x, swept.student, swept.sweep.rows, swept.sweep.columns)
-    (lost,) = plan_pairs([x], [x], H100).members
+def test_reads_are_coalesced_and_in_flight(x: Feature) -> None:
+    (gradient,) = plan_sweeps([x], [x], H100).members
+    assert gradient.sweep
+    check_reads(
+        x, gradient.student, gradient.sweep.rows_per_piece, gradient.sweep.columns_per_piece
+    )
+    (loss,) = plan_pairs([x], [x], H100).members
     (both,) = plan_pairs([x], [x], H100, [x]).members
-    for member in (lost, both):
-        positions = min(member.positions, x.N)
+    for member in (loss, both):
+        positions = min(member.positions_per_piece, x.N)
         rows, columns = extent(x._replace(N=positions), member.student)
         check_reads(x, member.student, rows, columns)
 
 
 def blocks(launch: Launch) -> int:
-    """Blocks that a multiprocessor has room for."""
+    """Return the number of blocks that fit on a multiprocessor."""
     by_shared_memory = H100.shared_per_multiprocessor // (launch.shared + RESERVED)
     return min(REGISTERS // (80 * THREADS), by_shared_memory)
 
 
 def tail(launch: Launch) -> float:
-    """The last task's bytes over those of the average slot: it may run alone so long."""
-    total = sum(m.tasks * m.bytes_of_task for m in launch.members)
-    return launch.members[-1].bytes_of_task / (total / (H100.multiprocessors * blocks(launch)))
+    """Return the share of the run time in which the last task may run alone.
+
+    That is the bytes of the last task over the average bytes of a resident block.
+    """
+    total = sum(m.tasks * m.bytes_per_task for m in launch.members)
+    return launch.members[-1].bytes_per_task / (total / (H100.multiprocessors * blocks(launch)))
 
 
 @pytest.mark.parametrize("layout", [PLANAR, INTERLEAVED], ids=["planar", "interleaved"])
@@ -282,29 +291,29 @@ def test_large_and_small_samples_fill_the_device(
     assert both.tasks >= H100.multiprocessors
 
 
-def test_sevens_are_read_in_vectors() -> None:
-    """7x7 maps, where no row of one channel is whole vectors: rows of 4 or 8 channels are."""
-    for dtype, fold in ((0, 4), (3, 8), (1, 2)):
+def test_seven_by_seven_maps_are_read_in_vectors() -> None:
+    """Rows of 2, 4 or 8 channels are whole vectors, rows of one channel are not."""
+    for dtype, per_row in ((0, 4), (3, 8), (1, 2)):
         s = dense(32, 512, 49, dtype)
         (member,) = plan_pairs([s], [s], H100, fp64=dtype == 1).members
-        assert member.student == Access(16 // BYTES[dtype], fold, 64)
-    odd = dense(32, 510, 49)  # samples that start anywhere
+        assert member.student == Access(16 // BYTES[dtype], per_row, 64)
+    odd = dense(32, 510, 49)  # samples are not aligned
     assert plan_pairs([odd], [odd], H100).members[0].student[:2] == (1, 1)
 
 
-def test_on_chip_or_read_again() -> None:
-    """A student's sample stays on chip where that and the list's maps leave room for two blocks."""
+def test_students_are_cached_if_two_blocks_fit() -> None:
+    """Students in shared memory must leave room for two blocks on a multiprocessor."""
     fits, large = dense(128, 16, 1024), dense(32, 64, 3136)
-    assert plan_pairs([fits], [fits], H100, [fits]).kept_bytes == fits.bytes
+    assert plan_pairs([fits], [fits], H100, [fits]).student_bytes == fits.bytes
     launch = plan_pairs([large], [large], H100, [large])
-    assert launch.kept_bytes == 0
-    assert not launch.members[0].kept
-    # 100 KB beside maps of its own; beside those of 56x56 there is room for one block alone.
+    assert launch.student_bytes == 0
+    assert not launch.members[0].caches_student
+    # A student of 100 KB fits with its own maps, but not with the larger maps of 56x56.
     last = dense(32, 512, 49)
-    assert plan_pairs([last], [last], H100, [last]).members[0].kept
+    assert plan_pairs([last], [last], H100, [last]).members[0].caches_student
     mixed = [large, last]
-    assert plan_pairs(mixed, mixed, H100, mixed).kept_bytes == 0
-    # A smaller one is kept in such a list, and the large one is not.
+    assert plan_pairs(mixed, mixed, H100, mixed).student_bytes == 0
+    # In a list with a large student, a smaller one is still cached.
     small = dense(32, 256, 64)
     launch = plan_pairs([large, small], [large, small], H100, [large, small])
-    assert [m.number for m in launch.members if m.kept] == [1]
+    assert [m.index for m in launch.members if m.caches_student] == [1]

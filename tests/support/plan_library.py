@@ -1,4 +1,4 @@
-"""csrc/cuda/plan.h, compiled for ctypes (plan/plan.cpp)."""
+"""Python interface to csrc/cuda/plan.h, compiled for ctypes by tests/kernels/plan/plan.cpp."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from native import built
+from native import build_library
 from outside import ROOT, TESTS
 
 CSRC = ROOT / "csrc"
@@ -17,7 +17,7 @@ PLANAR, INTERLEAVED = 0, 1
 
 
 class Limits(ctypes.Structure):
-    """plan.h: Limits."""
+    """Limits in plan.h."""
 
     _fields_ = (
         ("multiprocessors", ctypes.c_int32),
@@ -30,13 +30,13 @@ H100 = Limits(132, 232448, 233472)
 
 
 class Feature(NamedTuple):
-    """feature.h: Feature, in the order of plan.cpp."""
+    """Feature in feature.h, in the order of plan.cpp."""
 
     B: int
     C: int
     N: int
-    batch: int
-    line: int
+    batch_stride: int
+    line_stride: int
     address: int
     dtype: int
     layout: int
@@ -55,11 +55,11 @@ def _functions() -> ctypes.CDLL:
     source = TESTS / "kernels/plan/plan.cpp"
     options = ["-std=c++17", "-O1", "-fPIC"]
     headers = [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.h")]
-    return ctypes.CDLL(str(built("plan", [(source, options)], ["-shared"], headers)))
+    return ctypes.CDLL(str(build_library("plan", [(source, options)], ["-shared"], headers)))
 
 
 class Access(NamedTuple):
-    """params.h: Access."""
+    """Access in params.h."""
 
     vector: int
     channels_per_row: int
@@ -67,45 +67,45 @@ class Access(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """params.h: the pieces of SweepFeature."""
+    """The pieces of SweepFeature in params.h."""
 
     row_pieces: int
-    rows: int
+    rows_per_piece: int
     column_pieces: int
-    columns: int
+    columns_per_piece: int
 
 
 class Member(NamedTuple):
     """A feature or a pair of a launch, in the order of its tasks."""
 
-    number: int  # in the list
+    index: int  # in the list
     first_task: int
     tasks: int
-    bytes_of_task: int  # read, at the most
-    samples: int  # whole ones of a task; of pairs 0: they are shared
+    bytes_per_task: int  # upper bound of the bytes read
+    samples_per_task: int  # 0 if several blocks share a sample
     pieces: int  # of a sample's map
-    positions: int  # of a piece
-    student: Access  # or the feature
+    positions_per_piece: int
+    student: Access  # or of the feature
     teacher: Access | None = None
     sweep: Sweep | None = None
-    kept: bool = False  # on chip, where its gradient is made as well
+    caches_student: bool = False  # in shared memory, to write its gradient in the same launch
 
 
 class Launch(NamedTuple):
-    """A launch's members, and the bytes that each of its blocks has in shared memory."""
+    """The members of a launch, and the bytes of shared memory per block."""
 
     members: list[Member]
     shared: int = 0
     map_bytes: int = 0
-    kept_bytes: int = 0
+    student_bytes: int = 0
 
 
-def _given(features: Sequence[Feature] | None) -> Any:
+def _array(features: Sequence[Feature] | None) -> Any:
     flat = [number for x in features or () for number in x]
     return (ctypes.c_int64 * len(flat))(*flat) if features else None
 
 
-def _called(name: str, *arguments: Any, count: int) -> Iterator[int]:
+def _call(name: str, *arguments: Any, count: int) -> Iterator[int]:
     out = (ctypes.c_int64 * (3 + 24 * count))()
     getattr(_functions(), f"plan_{name}_c")(count, *arguments, out)
     return iter(out)
@@ -122,9 +122,9 @@ def plan_sweeps(
     limits: Limits,
     addends: Sequence[Feature] | None = None,
 ) -> Launch:
-    """The launch of attention_map_backward, or of a tap's with what it is added to."""
-    given = map(_given, (features, outs, addends))
-    numbers = _called("sweeps", *given, ctypes.byref(limits), count=len(features))
+    """Plan a launch of attention_map_backward, or of a tap if there are ``addends``."""
+    arrays = map(_array, (features, outs, addends))
+    numbers = _call("sweeps", *arrays, ctypes.byref(limits), count=len(features))
     return Launch(
         [_member(numbers)._replace(sweep=Sweep(*itertools.islice(numbers, 4))) for _ in features]
     )
@@ -137,13 +137,13 @@ def plan_pairs(
     outs: Sequence[Feature] | None = None,
     fp64: bool = False,
 ) -> Launch:
-    """The launch of at_loss; with ``outs`` of at_value_and_grad."""
-    given = *map(_given, (students, teachers, outs)), ctypes.c_bool(fp64)
-    numbers = _called("pairs", *given, ctypes.byref(limits), count=len(students))
+    """Plan a launch of at_loss, or of at_value_and_grad if there are ``outs``."""
+    arrays = *map(_array, (students, teachers, outs)), ctypes.c_bool(fp64)
+    numbers = _call("pairs", *arrays, ctypes.byref(limits), count=len(students))
     shared = list(itertools.islice(numbers, 3))
     members = [
         _member(numbers)._replace(
-            teacher=Access(*itertools.islice(numbers, 3)), kept=bool(next(numbers))
+            teacher=Access(*itertools.islice(numbers, 3)), caches_student=bool(next(numbers))
         )
         for _ in students
     ]

@@ -1,4 +1,4 @@
-// Every load and store of a kernel: bounds, alignment, races, and what they move.
+// Instrumentation of kernel loads and stores: checks bounds, alignment and races, and counts bytes.
 #include <bit>
 
 #include "state.h"
@@ -7,22 +7,22 @@ namespace emulator {
 
 namespace {
 
-// The library's own memory, which is not watched: the linker's names for its ends.
+// Linker symbols for the ends of this library's static memory, where accesses are not checked.
 extern "C" __attribute__((visibility("hidden"))) char __ehdr_start[], _end[];
 
-bool is_own(uintptr_t address) {
+bool is_static(uintptr_t address) {
   return address >= reinterpret_cast<uintptr_t>(__ehdr_start) &&
          address < reinterpret_cast<uintptr_t>(_end);
 }
 
 Page& page_of(uintptr_t address) {
   uintptr_t number = address / Page::kBytes;
-  auto& [known, page] = state.recent_pages[number % state.recent_pages.size()];
-  if (known == number && page) return *page;
-  auto& kept = state.pages[number];
-  if (!kept) kept = std::make_unique<Page>();
-  known = number;
-  page = kept.get();
+  auto& [recent, page] = state.recent_pages[number % state.recent_pages.size()];
+  if (recent == number && page) return *page;
+  auto& owner = state.pages[number];
+  if (!owner) owner = std::make_unique<Page>();
+  recent = number;
+  page = owner.get();
   return *page;
 }
 
@@ -41,7 +41,7 @@ void count(Page& page, uintptr_t at, size_t size, Access access) {
 }  // namespace
 
 void track(uintptr_t a, size_t size, Access access) {
-  if (is_own(a) || state.params_region.has(a)) return;
+  if (is_static(a) || state.params_region.has(a)) return;
   if (a & (size - 1)) fail("misaligned access", "%zu bytes at 0x%zx", size, a);
   Thread& t = *state.current;
   if (!state.shared_region.has(a)) {
@@ -56,11 +56,12 @@ void track(uintptr_t a, size_t size, Access access) {
   if (offset >= bytes || size > bytes - offset)
     fail("out of bounds of shared memory", "%zu bytes at offset %td of %zu", size,
          static_cast<ptrdiff_t>(offset), bytes);
-  if (access == Access::kAtomic) fail("unknown to the emulator", "an atomic on shared memory");
+  if (access == Access::kAtomic)
+    fail("not supported by the emulator", "an atomic on shared memory");
   b.shadow.access(&b.shared_cells[offset / 4], a, size, access, t);
 }
 
-void close_pages() {
+void count_distinct_bytes() {
   for (const auto& [number, page] : state.pages) {
     for (uint64_t bits : page->loaded)
       state.counters.distinct_load_bytes += static_cast<uint64_t>(std::popcount(bits));
@@ -73,43 +74,43 @@ void close_pages() {
 
 namespace {
 
-// Host code of an instrumented file comes here as well, perhaps in other threads of the process:
-// only the stack tells.
-bool is_watched(uintptr_t address) {
+// The host code of an instrumented file calls the hooks too, possibly in other threads of the
+// process. Kernels are recognised by their stack.
+bool is_kernel_access(uintptr_t address) {
   auto stack = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
   return state.stacks.has(stack) && !state.stacks.has(address);
 }
 
-void touch(void* p, size_t size, Access access) {
+void on_access(void* p, size_t size, Access access) {
   auto a = reinterpret_cast<uintptr_t>(p);
-  if (is_watched(a)) track(a, size, access);
+  if (is_kernel_access(a)) track(a, size, access);
 }
 
-// Of unknown alignment, which kernels have only for what they do not share.
-void touch_range(void* p, size_t size, Access access) {
-  for (size_t i = 0; i < size; ++i) touch(static_cast<char*>(p) + i, 1, access);
+// Accesses of unknown alignment. In kernels only unshared memory has them.
+void on_bytes(void* p, size_t size, Access access) {
+  for (size_t i = 0; i < size; ++i) on_access(static_cast<char*>(p) + i, 1, access);
 }
 
 }  // namespace
 
 }  // namespace emulator
 
-// g++ -fsanitize=thread makes kernels call these at each load and store. Hidden, so that they bind
-// within this library, whatever else the process holds.
-#define ON(name, check, size, access)                                   \
+// With -fsanitize=thread, g++ inserts a call of these hooks at every load and store. Hidden
+// visibility keeps them apart from those of other libraries in the process.
+#define HOOK(name, check, size, access)                                 \
   extern "C" __attribute__((visibility("hidden"))) void __tsan_##name { \
     emulator::check(p, size, emulator::Access::access);                 \
   }
-#define ON_SIZE(n)                                      \
-  ON(read##n(void* p), touch, n, kRead)                 \
-  ON(write##n(void* p), touch, n, kWrite)               \
-  ON(unaligned_read##n(void* p), touch_range, n, kRead) \
-  ON(unaligned_write##n(void* p), touch_range, n, kWrite)
-ON_SIZE(1)
-ON_SIZE(2)
-ON_SIZE(4)
-ON_SIZE(8)
-ON_SIZE(16)
-ON(read_range(void* p, unsigned long n), touch_range, n, kRead)
-ON(write_range(void* p, unsigned long n), touch_range, n, kWrite)
+#define HOOKS_OF_SIZE(n)                               \
+  HOOK(read##n(void* p), on_access, n, kRead)          \
+  HOOK(write##n(void* p), on_access, n, kWrite)        \
+  HOOK(unaligned_read##n(void* p), on_bytes, n, kRead) \
+  HOOK(unaligned_write##n(void* p), on_bytes, n, kWrite)
+HOOKS_OF_SIZE(1)
+HOOKS_OF_SIZE(2)
+HOOKS_OF_SIZE(4)
+HOOKS_OF_SIZE(8)
+HOOKS_OF_SIZE(16)
+HOOK(read_range(void* p, unsigned long n), on_bytes, n, kRead)
+HOOK(write_range(void* p, unsigned long n), on_bytes, n, kWrite)
 extern "C" __attribute__((visibility("hidden"))) void __tsan_init() {}

@@ -1,6 +1,7 @@
-// Runs CUDA kernels on the CPU, every thread a fiber, and reports misuse: what the stand-ins for
-// CUDA's headers (include/) and the tests call. It has what the package's kernels use of CUDA, and
-// no more: one dimension, whole warps, dynamic shared memory, counters that atomics add to.
+// The CUDA emulator runs kernels on the CPU, every thread as a fiber, and reports their errors.
+// This is its interface for the stand-ins of CUDA's headers (include/) and for the tests. It
+// supports only the features of CUDA that the kernels use: one-dimensional grids, __syncthreads,
+// xor shuffles of whole warps, dynamic shared memory, and atomic additions.
 // tests/support/cuda_emulator.py builds it together with the kernels.
 #pragma once
 
@@ -11,8 +12,8 @@
 
 extern "C" {
 
-// Bytes are summed over every thread's accesses of global memory, so a value that a whole warp
-// reads counts 32 times; the distinct_ members count each byte once per launch.
+// Counts accesses to global memory per thread, so a value that a whole warp reads counts 32 times.
+// The distinct_ members count each byte once per launch.
 struct emulator_counters_t {
   uint64_t launches;
   uint64_t load_bytes, store_bytes, atomics;
@@ -22,13 +23,14 @@ struct emulator_counters_t {
 };
 
 #define EMULATOR_API __attribute__((visibility("default")))
-// So many blocks are resident at a time, and start in ascending order, of odd seeds shuffled.
+// Runs `resident_blocks` blocks at a time. Blocks start in ascending order, or shuffled if the seed
+// is odd.
 EMULATOR_API void emulator_schedule(uint64_t seed, int resident_blocks);
-// attribute: a cudaDeviceAttr.
+// `attribute` is a cudaDeviceAttr.
 EMULATOR_API void emulator_set_attribute(int attribute, int value);
-// Returns the totals since the last call.
+// Writes the totals since the last call.
 EMULATOR_API void emulator_take_counters(emulator_counters_t* out);
-// Text of the last report, "" if the last launch was clean.
+// Returns the error of the last launch, or "".
 EMULATOR_API const char* emulator_last_error();
 }
 
@@ -41,14 +43,14 @@ struct LaunchShape {
   size_t dynamic_shared;
 };
 
-// For the device; all of these may switch to another fiber.
+// Device functions. All except dynamic_shared may switch to another fiber.
 void block_barrier(Site site);
 uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site);
 uint32_t atomic_add(uint32_t* address, uint32_t value, std::memory_order order,
                     Site site = Site::current());
 char* dynamic_shared();
 
-// For the host. Runs the grid to its end; body reads the kernel's arguments from params.
+// Host functions. launch() runs the whole grid; `body` reads the kernel's arguments from `params`.
 int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), void* params,
            size_t params_size);
 int set_max_dynamic_shared(const void* kernel, int bytes);

@@ -31,28 +31,28 @@ namespace emulator {
 
 namespace {
 
-// Whom the last switch left: AddressSanitizer only then tells where its stack lies.
-Context* left = nullptr;
+// The context that the last switch left. AddressSanitizer reports its stack only after the switch.
+Context* previous = nullptr;
 
-void arrive([[maybe_unused]] void* fake_stack) {
+void finish_switch([[maybe_unused]] void* fake_stack) {
 #if EMULATOR_ASAN
-  __sanitizer_finish_switch_fiber(fake_stack, &left->bottom, &left->size);
+  __sanitizer_finish_switch_fiber(fake_stack, &previous->bottom, &previous->size);
 #endif
 }
 
 }  // namespace
 
-void entered() { arrive(nullptr); }
+void finish_first_switch() { finish_switch(nullptr); }
 
-void prepare(Context& c, char* bottom, size_t size, [[maybe_unused]] size_t number,
-             void (*entry)()) {
+void make_context(Context& c, char* bottom, size_t size, [[maybe_unused]] size_t number,
+                  void (*entry)()) {
   c.bottom = bottom;
   c.size = size;
 #if EMULATOR_ASAN
-  ASAN_UNPOISON_MEMORY_REGION(bottom, size);  // an abandoned fiber's marks
+  ASAN_UNPOISON_MEMORY_REGION(bottom, size);  // an abandoned fiber leaves it poisoned
 #endif
 #if defined(__x86_64__)
-  // Tops at one offset of every page would share a few sets of the cache.
+  // Staggers the tops: at the same page offset they would compete for a few cache sets.
   auto** sp = reinterpret_cast<void**>(bottom + size - 64 - number % 64 * 64);
   *--sp = nullptr;
   *--sp = reinterpret_cast<void*>(entry);
@@ -70,7 +70,7 @@ void prepare(Context& c, char* bottom, size_t size, [[maybe_unused]] size_t numb
 void switch_context(Context& from, Context& to, [[maybe_unused]] bool last) {
   void* fake_stack = nullptr;
 #if EMULATOR_ASAN
-  left = &from;
+  previous = &from;
   __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack, to.bottom, to.size);
 #endif
 #if defined(__x86_64__)
@@ -78,7 +78,7 @@ void switch_context(Context& from, Context& to, [[maybe_unused]] bool last) {
 #else
   swapcontext(&from.context, &to.context);
 #endif
-  arrive(fake_stack);
+  finish_switch(fake_stack);
 }
 
 }  // namespace emulator

@@ -1,4 +1,4 @@
-// Launches, the device's attributes, and what the tests call.
+// Launches, device attributes, and the interface for the tests.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -23,13 +23,13 @@ Region reserve(size_t bytes) {
   return {reinterpret_cast<uintptr_t>(p), bytes};
 }
 
-void start(Block& b, size_t slot, uint32_t index) {
+void start_block(Block& b, size_t slot, uint32_t index) {
   const LaunchShape& shape = state.shape;
   b.index = index;
   b.live = shape.block;
   b.now = b.last_barrier = 1;
   b.arrived = 0;
-  b.known = nullptr;
+  b.clock = nullptr;
   b.shadow.reset();
   size_t bytes = shape.dynamic_shared;
   b.shared = reinterpret_cast<char*>(state.shared_region.begin + slot * kSharedSlot + kSharedGap);
@@ -52,7 +52,7 @@ void start(Block& b, size_t slot, uint32_t index) {
     t.index = i;
     t.lane = i % 32;
     t.id = 1 + (index << 10 | i);
-    prepare(t.context, stack, kStackBytes, number, run_body);
+    make_context(t.context, stack, kStackBytes, number, run_body);
   }
 }
 
@@ -66,7 +66,7 @@ void run_grid() {
     bool live = false;
     for (size_t slot = 0; slot < state.blocks.size(); ++slot) {
       Block& b = *state.blocks[slot];
-      if (!b.live && next < blocks) start(b, slot, order[next++]);
+      if (!b.live && next < blocks) start_block(b, slot, order[next++]);
       live |= b.live > 0;
     }
     if (!live) return;
@@ -75,11 +75,11 @@ void run_grid() {
 }
 
 cudaError_t prepare_launch(const void* kernel, const LaunchShape& shape) {
-  int most =
+  int max_shared =
       std::max(device_attribute(cudaDevAttrMaxSharedMemoryPerBlock), state.max_shared[kernel]);
-  // The limit of blocks is the emulator's own.
+  // CUDA allows more blocks, but Thread::id has 32 bits for block and thread.
   if (shape.grid == 0 || shape.grid >= 1u << 21 || shape.block == 0 || shape.block > kMaxThreads ||
-      shape.dynamic_shared > static_cast<size_t>(most))
+      shape.dynamic_shared > static_cast<size_t>(max_shared))
     return cudaErrorInvalidValue;
   size_t resident = std::min(shape.grid, static_cast<uint32_t>(state.resident));
   if (state.stacks.size == 0) {
@@ -88,9 +88,9 @@ cudaError_t prepare_launch(const void* kernel, const LaunchShape& shape) {
   }
   state.shape = shape;
   state.random = (state.seed + 1) * 0x9e3779b97f4a7c15ull | 1;
-  state.seed = state.random >> 1;  // another order at the next launch
+  state.seed = state.random >> 1;  // the next launch gets another order
   state.failed = false;
-  state.active.clear();
+  state.ready_warps.clear();
   state.blocks.resize(resident);
   for (auto& b : state.blocks) {
     if (!b) b = std::make_unique<Block>();
@@ -110,11 +110,11 @@ int launch(const void* kernel, const LaunchShape& shape, void (*body)(void*), vo
   state.params = params;
   state.params_region = {reinterpret_cast<uintptr_t>(params), params_size};
   run_grid();
-  close_pages();
+  count_distinct_bytes();
   state.global.reset();
   state.released.clear();
-  uint64_t& most = state.counters.max_dynamic_shared;
-  most = std::max(most, uint64_t{shape.dynamic_shared});
+  uint64_t& max_shared = state.counters.max_dynamic_shared;
+  max_shared = std::max(max_shared, uint64_t{shape.dynamic_shared});
   ++state.counters.launches;
   return state.last_error = state.failed ? cudaErrorLaunchFailure : cudaSuccess;
 }

@@ -1,5 +1,4 @@
-// Kernels with a planted bug each, which every seed must bring to light, and right ones, of which
-// no seed may report anything.
+// Kernels to test the emulator. Buggy ones must be reported for every seed, correct ones for none.
 #include <cuda_runtime.h>
 
 #include <vector>
@@ -25,7 +24,7 @@ __global__ void missing_barrier(float* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = s[(threadIdx.x + 32) % blockDim.x];
 }
 
-// The second round's writes meet the first round's reads.
+// The writes of the second round race with the reads of the first.
 __global__ void missing_second_barrier(float* out) {
   auto* s = shared<float>();
   float sum = 0;
@@ -45,7 +44,7 @@ __global__ void race_in_warp(float* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = s[threadIdx.x ^ 1];
 }
 
-// A shuffle orders no memory.
+// A shuffle does not order memory accesses.
 __global__ void shuffle_for_barrier(float* out) {
   auto* s = shared<float>();
   s[threadIdx.x] = 1;
@@ -60,7 +59,7 @@ __global__ void off_by_one(float* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = s[threadIdx.x + 1];
 }
 
-// Two lanes' halves of a word are no race.
+// Accesses of two lanes to different halves of a word do not race.
 __global__ void halves(const unsigned short* in, unsigned short* out) {
   auto* s = shared<unsigned short>();
   s[threadIdx.x] = in[threadIdx.x];
@@ -129,8 +128,8 @@ __global__ void copy16(const uint4* in, uint4* out) {
 
 enum class Bug { kNone, kNoRelease, kNoAcquire, kNoBarrier, kLateRead };
 
-// The last block to arrive adds up what the others wrote.
-__global__ void hand_over(Bug bug, int* partial, unsigned* counter, int* out) {
+// The last block to finish sums the results of all blocks.
+__global__ void sum_blocks(Bug bug, int* partial, unsigned* counter, int* out) {
   auto* last = shared<int>();
   unsigned mine = blockIdx.x * blockDim.x + threadIdx.x;
   partial[mine] = 1;
@@ -162,43 +161,43 @@ int run(unsigned grid, unsigned block, size_t shared_bytes, void (*kernel)(Exp..
   return cudaLaunchKernelEx(&config, kernel, std::forward<Act>(args)...);
 }
 
-int run_hand_over(Bug bug) {
+int run_sum_blocks(Bug bug) {
   std::vector<int> partial(8 * 64), out(8 * 64);
   unsigned counter = 0;
-  if (int error = run(8, 64, 16, hand_over, bug, partial.data(), &counter, out.data()))
+  if (int error = run(8, 64, 16, sum_blocks, bug, partial.data(), &counter, out.data()))
     return error;
   return out[63] == 8 ? 0 : -1;
 }
 
 }  // namespace
 
-// Exported under its name: returns a cudaError_t, or -1 for a wrong result. The library's own
-// memory is not watched, so what the kernels use lies on the heap.
+// Exports a function that returns a cudaError_t, or -1 for a wrong result. Data is on the heap,
+// because the emulator does not check static memory.
 #define CASE(name) EXPORTED int name()
 #define NEW(type) std::vector<type>(4096).data()
 
-CASE(wrong_missing_barrier) { return run(2, 64, 256, missing_barrier, NEW(float)); }
-CASE(wrong_missing_second_barrier) { return run(2, 64, 256, missing_second_barrier, NEW(float)); }
-CASE(wrong_race_in_warp) { return run(2, 64, 256, race_in_warp, NEW(float)); }
-CASE(wrong_shuffle_for_barrier) { return run(2, 64, 256, shuffle_for_barrier, NEW(float)); }
-CASE(wrong_off_by_one) { return run(2, 64, 256, off_by_one, NEW(float)); }
-CASE(wrong_uninitialised) { return run(2, 64, 512, off_by_one, NEW(float)); }
-CASE(wrong_divergent_barriers) { return run(1, 64, 0, divergent_barriers, NEW(int)); }
-CASE(wrong_mask_lacks_caller) { return run(1, 32, 0, mask_lacks_caller, NEW(int)); }
-CASE(wrong_mask_lacks_source) { return run(1, 16, 0, mask_lacks_source, NEW(int)); }
-CASE(wrong_mask_of_ended) { return run(1, 32, 0, mask_of_ended, NEW(int)); }
-CASE(wrong_mask_of_missing) { return run(1, 16, 0, mask_of_ended, NEW(int)); }
-CASE(wrong_shuffle_against_barrier) { return run(1, 32, 0, shuffle_against_barrier, NEW(int)); }
-CASE(wrong_misaligned) { return run(1, 32, 0, misaligned, NEW(int), NEW(uint4)); }
-CASE(wrong_misaligned_members) { return run(1, 32, 0, misaligned_members, NEW(int), NEW(int)); }
-CASE(wrong_global_race) { return run(1, 64, 0, global_race, NEW(int)); }
-CASE(wrong_read_then_written) { return run(1, 64, 0, read_then_written, NEW(int), NEW(int)); }
-CASE(wrong_neighbour_block) { return run(2, 1, 0, neighbour_block, NEW(int), NEW(int)); }
-CASE(wrong_no_release) { return run_hand_over(Bug::kNoRelease); }
-CASE(wrong_no_acquire) { return run_hand_over(Bug::kNoAcquire); }
-CASE(wrong_no_barrier) { return run_hand_over(Bug::kNoBarrier); }
-CASE(wrong_late_read) { return run_hand_over(Bug::kLateRead); }
+CASE(buggy_missing_barrier) { return run(2, 64, 256, missing_barrier, NEW(float)); }
+CASE(buggy_missing_second_barrier) { return run(2, 64, 256, missing_second_barrier, NEW(float)); }
+CASE(buggy_race_in_warp) { return run(2, 64, 256, race_in_warp, NEW(float)); }
+CASE(buggy_shuffle_for_barrier) { return run(2, 64, 256, shuffle_for_barrier, NEW(float)); }
+CASE(buggy_off_by_one) { return run(2, 64, 256, off_by_one, NEW(float)); }
+CASE(buggy_uninitialised) { return run(2, 64, 512, off_by_one, NEW(float)); }
+CASE(buggy_divergent_barriers) { return run(1, 64, 0, divergent_barriers, NEW(int)); }
+CASE(buggy_mask_lacks_caller) { return run(1, 32, 0, mask_lacks_caller, NEW(int)); }
+CASE(buggy_mask_lacks_source) { return run(1, 16, 0, mask_lacks_source, NEW(int)); }
+CASE(buggy_mask_of_ended) { return run(1, 32, 0, mask_of_ended, NEW(int)); }
+CASE(buggy_mask_of_missing) { return run(1, 16, 0, mask_of_ended, NEW(int)); }
+CASE(buggy_shuffle_against_barrier) { return run(1, 32, 0, shuffle_against_barrier, NEW(int)); }
+CASE(buggy_misaligned) { return run(1, 32, 0, misaligned, NEW(int), NEW(uint4)); }
+CASE(buggy_misaligned_members) { return run(1, 32, 0, misaligned_members, NEW(int), NEW(int)); }
+CASE(buggy_global_race) { return run(1, 64, 0, global_race, NEW(int)); }
+CASE(buggy_read_then_written) { return run(1, 64, 0, read_then_written, NEW(int), NEW(int)); }
+CASE(buggy_neighbour_block) { return run(2, 1, 0, neighbour_block, NEW(int), NEW(int)); }
+CASE(buggy_no_release) { return run_sum_blocks(Bug::kNoRelease); }
+CASE(buggy_no_acquire) { return run_sum_blocks(Bug::kNoAcquire); }
+CASE(buggy_no_barrier) { return run_sum_blocks(Bug::kNoBarrier); }
+CASE(buggy_late_read) { return run_sum_blocks(Bug::kLateRead); }
 
-CASE(right_hand_over) { return run_hand_over(Bug::kNone); }
-CASE(right_copy16) { return run(16, 64, 1024, copy16, NEW(uint4), NEW(uint4)); }
-CASE(right_halves) { return run(1, 64, 128, halves, NEW(unsigned short), NEW(unsigned short)); }
+CASE(correct_sum_blocks) { return run_sum_blocks(Bug::kNone); }
+CASE(correct_copy16) { return run(16, 64, 1024, copy16, NEW(uint4), NEW(uint4)); }
+CASE(correct_halves) { return run(1, 64, 128, halves, NEW(unsigned short), NEW(unsigned short)); }

@@ -1,4 +1,4 @@
-// Which thread runs next, what threads do together, and the reports.
+// Scheduling of threads, barriers, shuffles and atomics, and error reports.
 #include <bit>
 #include <cstdarg>
 #include <cstdio>
@@ -7,8 +7,8 @@
 
 #include "state.h"
 
-// As cuda_runtime.h has them, which declares them const: to one thread they are, so g++ needs to
-// report no access of them.
+// Defined here instead of including cuda_runtime.h, which declares them const, so that g++ does not
+// instrument accesses to them.
 struct dim3 {
   unsigned x;
 };
@@ -30,17 +30,18 @@ uint32_t next_random() {
 
 namespace {
 
-// Null if none can run. Favours the current warp, whose stacks the cache holds.
-Thread* pick() {
-  if (state.active.empty()) return nullptr;
+// Returns a random ready thread, or null. Prefers the current warp, because its stacks are cached.
+Thread* pick_thread() {
+  if (state.ready_warps.empty()) return nullptr;
   uint32_t random = next_random();
   Warp* w = state.current ? state.current->warp : nullptr;
-  if (!w || !w->ready || random >> 29 == 0) w = state.active[(random >> 5) % state.active.size()];
+  if (!w || !w->ready || random >> 29 == 0)
+    w = state.ready_warps[(random >> 5) % state.ready_warps.size()];
   int from = static_cast<int>(random & 31);
   return w->threads + ((std::countr_zero(std::rotr(w->ready, from)) + from) & 31);
 }
 
-// To the host if next is null.
+// Switches to a thread, or to the host if `next` is null.
 void switch_to(Context& from, Thread* next, bool last) {
   if (next && &next->context == &from) return;
   state.current = next;
@@ -51,21 +52,21 @@ void switch_to(Context& from, Thread* next, bool last) {
   switch_context(from, next ? next->context : state.host, last);
 }
 
-void let_others_run() { switch_to(state.current->context, pick(), false); }
+void yield_thread() { switch_to(state.current->context, pick_thread(), false); }
 
-void unready(Thread& t) {
+void set_waiting(Thread& t) {
   Warp& w = *t.warp;
   w.ready &= ~(1u << t.lane);
   if (w.ready) return;
-  Warp* last = state.active.back();
-  state.active[w.active] = last;
-  last->active = w.active;
-  state.active.pop_back();
+  Warp* last = state.ready_warps.back();
+  state.ready_warps[w.ready_index] = last;
+  last->ready_index = w.ready_index;
+  state.ready_warps.pop_back();
 }
 
 void wait() {
-  unready(*state.current);
-  let_others_run();
+  set_waiting(*state.current);
+  yield_thread();
 }
 
 // ---- reports ------------------------------------------------------------------------------------
@@ -81,8 +82,9 @@ void report(const Thread& t, const std::string& text) {
   if (t.site.line()) state.error += ", last synchronised at " + describe(t.site);
 }
 
-// A barrier completes once no thread runs. What is left waits in a shuffle for lanes at a barrier.
-void report_stuck() {
+// If no thread is ready, not all threads of a block wait at the barrier, which would complete it.
+// So some lanes wait in a shuffle for lanes that are at the barrier.
+void report_deadlock() {
   for (const auto& b : state.blocks)
     for (const Warp& w : b->warps) {
       if (!w.in_shuffle) continue;
@@ -112,11 +114,11 @@ void fail(const char* kind, const char* format, ...) {
   __builtin_unreachable();
 }
 
-// ---- what threads do together -------------------------------------------------------------------
+// ---- barriers, shuffles, atomics ----------------------------------------------------------------
 
 namespace {
 
-Thread& enter(const Site& site) {
+Thread& record_site(const Site& site) {
   state.current->site = site;
   return *state.current;
 }
@@ -125,7 +127,7 @@ void complete_barrier(Block& b) {
   if (b.arrived == 0 || b.arrived < b.live) return;
   b.arrived = 0;
   b.last_barrier = ++b.now;
-  for (Thread& t : b.threads) b.known = joined(b.known, std::exchange(t.known, nullptr));
+  for (Thread& t : b.threads) b.clock = joined(b.clock, std::exchange(t.clock, nullptr));
   for (Warp& w : b.warps)
     if (uint32_t lanes = std::exchange(w.at_barrier, 0)) set_ready(w, lanes);
 }
@@ -138,18 +140,18 @@ void end_thread(Thread& t) {
     fail("warp mask", "this thread ended while lane %u waits for it at %s", o.lane,
          describe(o.site).c_str());
   }
-  unready(t);
+  set_waiting(t);
   --b.live;
   complete_barrier(b);
-  switch_to(t.context, b.live ? pick() : nullptr, true);
+  switch_to(t.context, b.live ? pick_thread() : nullptr, true);
 }
 
 }  // namespace
 
 void set_ready(Warp& w, uint32_t lanes) {
   if (!w.ready) {
-    w.active = static_cast<uint32_t>(state.active.size());
-    state.active.push_back(&w);
+    w.ready_index = static_cast<uint32_t>(state.ready_warps.size());
+    state.ready_warps.push_back(&w);
   }
   w.ready |= lanes;
 }
@@ -157,38 +159,38 @@ void set_ready(Warp& w, uint32_t lanes) {
 void run_threads() {
   blockDim.x = state.shape.block;
   gridDim.x = state.shape.grid;
-  if (Thread* t = pick())
+  if (Thread* t = pick_thread())
     switch_to(state.host, t, false);
   else
-    report_stuck();
+    report_deadlock();
 }
 
 void run_body() {
-  entered();
+  finish_first_switch();
   state.body(state.params);
   end_thread(*state.current);
   __builtin_unreachable();
 }
 
 void block_barrier(Site site) {
-  Thread& t = enter(site);
+  Thread& t = record_site(site);
   Block& b = *t.block;
-  if (b.arrived == 0) b.first = &t;
-  if (const Site& other = b.first->site;
+  if (b.arrived == 0) b.first_arrived = &t;
+  if (const Site& other = b.first_arrived->site;
       other.line() != site.line() || std::strcmp(other.file_name(), site.file_name()) != 0)
     fail("divergent barriers", "one thread waits at %s, %s at %s", describe(site).c_str(),
-         describe_thread(b.first->id).c_str(), describe(other).c_str());
+         describe_thread(b.first_arrived->id).c_str(), describe(other).c_str());
   ++b.arrived;
   t.warp->at_barrier |= 1u << t.lane;
   complete_barrier(b);
   if (t.warp->at_barrier >> t.lane & 1)
     wait();
   else
-    let_others_run();
+    yield_thread();
 }
 
 uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site) {
-  Thread& t = enter(site);
+  Thread& t = record_site(site);
   Warp& w = *t.warp;
   if (mask != w.all)
     fail("warp mask", "mask 0x%08x at %s is not the warp's, 0x%08x", mask, describe(site).c_str(),
@@ -213,24 +215,24 @@ uint64_t shuffle_xor(unsigned mask, uint64_t value, int lanes, Site site) {
   }
   w.in_shuffle = 0;
   set_ready(w, mask);
-  let_others_run();
+  yield_thread();
   return w.result[t.lane];
 }
 
 uint32_t atomic_add(uint32_t* address, uint32_t value, std::memory_order order, Site site) {
-  Thread& t = enter(site);
-  if (next_random() & 1) let_others_run();
+  Thread& t = record_site(site);
+  if (next_random() & 1) yield_thread();
   if (kTrack) {
     track(reinterpret_cast<uintptr_t>(address), sizeof value, Access::kAtomic);
     Block& b = *t.block;
     ClockRef& released = state.released[address];
     if (order == std::memory_order_acquire || order == std::memory_order_acq_rel)
-      t.known = joined(t.known, released);
+      t.clock = joined(t.clock, released);
     if (order == std::memory_order_release || order == std::memory_order_acq_rel) {
       auto mine = std::make_shared<Clock>();
       mine->add_block(b.index, b.last_barrier);
       mine->add_thread(t.id, b.now++);
-      released = joined(joined(joined(mine, b.known), t.known), released);
+      released = joined(joined(joined(mine, b.clock), t.clock), released);
     }
   }
   return std::exchange(*address, *address + value);

@@ -1,6 +1,6 @@
-// What the sanitized library has in place of others' code: no kernels of higher levels, and under
-// ThreadSanitizer torch's parallel_for by threads that it knows. OpenMP's, which meet in code that
-// is not instrumented, would look like races.
+// Stand-ins for the sanitized library: no kernels for AVX2 and AVX-512, and under ThreadSanitizer a
+// parallel_for with std::thread. OpenMP is not instrumented, so its synchronisation is invisible
+// and would cause false reports.
 #include <torch/csrc/stable/c/shim.h>
 
 #include <thread>

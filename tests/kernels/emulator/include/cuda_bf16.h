@@ -1,4 +1,4 @@
-// Stand-in for CUDA's header of this name: torch's bfloat16, which rounds alike.
+// Stand-in for CUDA's header. torch's bfloat16 rounds like CUDA's.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

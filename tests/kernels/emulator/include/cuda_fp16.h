@@ -1,4 +1,4 @@
-// Stand-in for CUDA's header of this name: torch's half precision, which rounds alike.
+// Stand-in for CUDA's header. torch's half rounds like CUDA's.
 #pragma once
 
 #include <torch/headeronly/util/Half.h>

@@ -1,5 +1,5 @@
-// Stand-in for CUDA's header of this name: what the package uses of it. g++ compiles kernels with
-// it, and the emulator runs them.
+// Stand-in for the parts of CUDA's header that the package uses. With it, g++ compiles kernels for
+// the emulator.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 
 #include "../emulator.h"
 
-// ---- for the device -----------------------------------------------------------------------------
+// ---- device -------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -19,8 +19,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-// With a constructor where CUDA's is an aggregate: g++ would split *p = uint4{...} into four
-// stores, and the emulator is to see the one that the GPU makes.
+// Has a constructor, unlike CUDA's: g++ would split *p = uint4{...} into four stores, where the GPU
+// makes one.
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
   uint4() = default;
@@ -49,7 +49,6 @@ __forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lanes,
   return value;
 }
 
-// Plain: g++ reports it as such.
 template <class T>
 __forceinline__ T __ldg(const T* p) {
   return *p;
@@ -57,9 +56,9 @@ __forceinline__ T __ldg(const T* p) {
 
 __forceinline__ constexpr int min(int a, int b) { return b < a ? b : a; }
 
-// ---- for the host -------------------------------------------------------------------------------
+// ---- host: enumerators have the values of CUDA's
+// -------------------------------------------------
 
-// Numbers as CUDA's.
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
