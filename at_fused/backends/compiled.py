@@ -52,7 +52,7 @@ class _CPU(_Library):
             isa = os.environ.get("AT_FUSED_CPU_ISA")
             if isa and isa != self.isa():
                 warn(
-                    f"AT_FUSED_CPU_ISA must be one of {', '.join(self.isa_levels())} on this "
+                    f"AT_FUSED_CPU_ISA must be one of {', '.join(self.instruction_sets())} on this "
                     f"machine, got {isa!r}; using {self.isa()} instead"
                 )
             return
@@ -68,7 +68,7 @@ class _CPU(_Library):
         """Return the instruction set in use: "baseline", "avx2" or "avx512"."""
         return str(torch.ops.at_fused.cpu_isa())
 
-    def isa_levels(self) -> list[str]:
+    def instruction_sets(self) -> list[str]:
         """Return the instruction sets that this processor supports, lowest first."""
         return list(torch.ops.at_fused.cpu_isa_levels())
 

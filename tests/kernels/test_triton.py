@@ -1,7 +1,6 @@
-"""The Triton back end's own ways: how it cuts work, launches it, and copies nothing.
+"""The Triton back end: launches, copies, scalar arguments, bounds, and a few calls of the contract.
 
-On a GPU, or else under the interpreter. What it computes is the contract's, of every back end: a
-few calls of it are here, as the whole takes the interpreter minutes.
+Runs on a GPU, or in the interpreter, which takes minutes for the whole contract.
 """
 
 from __future__ import annotations
@@ -51,29 +50,29 @@ def feature(*shape: int, layout: str = "planar", dtype: torch.dtype = torch.floa
     return x if layout == "planar" else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def results(layout: str) -> list[Tensor]:
-    """All that the operators on lists return for one list of unequal pairs."""
+def all_results(layout: str) -> list[Tensor]:
+    """Return the results of the list operators for pairs of different sizes and dtypes."""
     torch.manual_seed(0)
     sizes, dtypes = ((11, 13), (3, 5), (2, 4)), (torch.float32, torch.float64, torch.bfloat16)
     s = [feature(2, 12, *n, layout=layout, dtype=d) for n, d in zip(sizes, dtypes, strict=True)]
     t = [feature(2, 9, *n) for n in sizes]
     maps = backend.attention_map([*s, *t], 2.0, "mean")
     masks = [torch.rand_like(q) for q in maps[:3]]
-    winners = backend.attention_map(s, 2.0, "max")[3:]
-    summed, slopes = backend.map_loss(
+    argmax = backend.attention_map(s, 2.0, "max")[3:]
+    loss_of_maps, ks = backend.map_loss(
         maps[:3], maps[3:], [], "code", "sum", "max", 1e-6, True, True
     )
-    found = [*maps, *winners, summed, *slopes]
-    for channels in ([], winners):
-        found += backend.attention_map_backward(s, slopes[:3], None, [0, 1, 2], 2.0, (), channels)
+    results = [*maps, *argmax, loss_of_maps, *ks]
+    for channels in ([], argmax):
+        results += backend.attention_map_backward(s, ks[:3], None, [0, 1, 2], 2.0, (), channels)
     for arguments in (
         loss_arguments(s, t, form="paper", p=3.0, collapse="sum", weights=[1.0, 0.5, -2.0]),
         loss_arguments(s, t, masks=masks, reduction="sample", eps_mode="add", eps=0.3),
     ):
         value, gradients = backend.at_value_and_grad(*arguments, 8.0, None)
         total, coefficients = backend.at_loss(*arguments, True, True)
-        found += [value, *gradients, total, *coefficients]
-    return found
+        results += [value, *gradients, total, *coefficients]
+    return results
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def results(layout: str) -> list[Tensor]:
     [("planar", 2.0, "code", "max"), ("interleaved", 3.0, "paper", "add")],
 )
 def test_values_and_gradients(layout: str, p: float, form: str, eps_mode: str) -> None:
-    """A few calls of the contract and of the operators' tests, for every run."""
+    """A few calls of the contract, for the default run of the tests."""
     features = [
         feature(2, 20, 3, 5, layout=layout),
         feature(3, 5, 2, 3, layout=layout, dtype=torch.bfloat16),
@@ -101,22 +100,22 @@ def test_values_and_gradients(layout: str, p: float, form: str, eps_mode: str) -
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_lists_of_several_launches_and_samples_of_several_programs(
+def test_splitting_lists_and_samples_keeps_results(
     layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = results(layout)
+    whole = all_results(layout)
     monkeypatch.setattr(launch, "MAX_ENTRIES", 2)
     monkeypatch.setattr(launch, "_PIECE_BYTES", 1024)
     monkeypatch.setattr(loss, "_MAX_UNSPLIT_BYTES", 1024)
-    pieces = results(layout)
+    pieces = all_results(layout)
     torch.testing.assert_close(pieces, whole)
-    # In whatever order the programs come.
-    assert all(map(torch.equal, results(layout), pieces))
+    # Atomics do not make results depend on the order of programs.
+    assert all(map(torch.equal, all_results(layout), pieces))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("collapse", ["mean", "max"])
-def test_taps_are_one_launch_without_copies(
+def test_taps_take_one_launch_without_copies(
     collapse: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launches: list[Any] = []
@@ -126,35 +125,35 @@ def test_taps_are_one_launch_without_copies(
     arguments = x, q, 2.0, collapse, q.int() if collapse == "max" else None
     backend.attention_tap_backward_(gradient, *arguments)
     result = backend.attention_tap_backward(gradient, *arguments)
-    ((in_place, *_),), ((apart, *_),) = launches
+    ((in_place, *_),), ((new, *_),) = launches
     assert in_place.feature.data is x
     assert in_place.coefficients is q
     assert in_place.gradient.data is in_place.addend.data is gradient
-    # All is copied where only the winners change.
-    assert apart.gradient.data is result
-    assert apart.addend.data is (result if collapse == "max" else gradient)
+    # With "max", the gradient is copied first, then its argmax channels change.
+    assert new.gradient.data is result
+    assert new.addend.data is (result if collapse == "max" else gradient)
 
 
-def test_nothing_beyond_a_tensor_is_touched(tmp_path: Path) -> None:
+def test_accesses_stay_within_tensors(tmp_path: Path) -> None:
     arguments = str(SUPPORT / "guarded.py"), "42", "triton"
-    assert "nothing" in output_of(tmp_path, *arguments, TRITON_INTERPRET="1")
+    assert "no access out of bounds" in output_of(tmp_path, *arguments, TRITON_INTERPRET="1")
 
 
 @triton.jit
-def _unpack(record, whole, real):  # type: ignore[no-untyped-def]
-    tl.store(whole, decode_int(record[0]))
+def _unpack(record, integer, real):  # type: ignore[no-untyped-def]
+    tl.store(integer, decode_int(record[0]))
     tl.store(real, decode_double(record[1]))
 
 
 @pytest.mark.parametrize("n", [0, 1, 16, 2**31 - 1])
-def test_scalars_arrive_as_they_are(n: int) -> None:
-    whole, real = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.float64)
+def test_scalar_arguments_keep_their_value(n: int) -> None:
+    integer, real = torch.zeros((), dtype=torch.int32), torch.zeros((), dtype=torch.float64)
     for x in (0.0, 1.0, -1 / 3, 5e-324, -1.7e308, float("inf")):
-        launch.start(_unpack, 1, (encode_int(n), encode_double(x)), whole, real)
-        assert (whole.item(), real.item()) == (n, x)
+        launch.start(_unpack, 1, (encode_int(n), encode_double(x)), integer, real)
+        assert (integer.item(), real.item()) == (n, x)
 
 
-def test_triton_is_not_imported_with_the_package() -> None:
+def test_import_of_the_package_does_not_import_triton() -> None:
     code = "import sys, torch; had = 'triton' in sys.modules; import at_fused; " + (
         "from at_fused.backends import triton; assert had or 'triton' not in sys.modules"
     )

@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, which needs no GPU: registers, stack, widths of accesses."""
+"""Compile the CUDA kernels with nvcc and read their registers, stack and 128-bit accesses."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from native import once
+from native import cached
 from outside import ROOT
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 class Kernel(NamedTuple):
-    """One instance of a kernel on one architecture; accesses are instructions of 128 bits."""
+    """An instance of a kernel on one architecture. Accesses count instructions of 128 bits."""
 
     registers: int
-    stack: int  # bytes: spilled registers would be here
-    constant: int  # loads by the cache for what no thread writes
-    loads: int  # others, from global or any memory
+    stack: int  # bytes, with spilled registers
+    constant: int  # loads through the read-only cache
+    loads: int  # other loads
     stores: int
 
 
@@ -32,7 +32,7 @@ def run(*command: str | Path) -> str:
 
 
 def compiled() -> Path:
-    """A folder with each source's PTX, and what ptxas says of it, for each architecture."""
+    """Return a folder with the PTX and the output of ptxas for each source and architecture."""
     options = "-std=c++17", "-O3"
 
     def make(folder: Path) -> None:
@@ -41,20 +41,20 @@ def compiled() -> Path:
             ptx = folder / f"{source.stem}.{architecture}.ptx"
             run("nvcc", *options, "-ptx", f"-arch={architecture}", "-o", ptx, source)
             cubin = ptx.with_suffix(".cubin")
-            said = run("nvcc", "-cubin", f"-arch={architecture}", "-Xptxas=-v", "-o", cubin, ptx)
-            ptx.with_suffix(".txt").write_text(said)
+            log = run("nvcc", "-cubin", f"-arch={architecture}", "-Xptxas=-v", "-o", cubin, ptx)
+            ptx.with_suffix(".txt").write_text(log)
 
         folder.mkdir()
         jobs = [(s, a) for s in sorted((ROOT / "csrc/cuda").glob("*.cu")) for a in ARCHITECTURES]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, jobs))
 
-    made_of = run("nvcc", "--version"), options, ARCHITECTURES
-    return once("ptx", made_of, [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")], make)
+    key = run("nvcc", "--version"), options, ARCHITECTURES
+    return cached("ptx", key, [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*")], make)
 
 
-def short(mangled: str) -> str:
-    """``at_loss_kernel<Square, false>`` of a mangled name."""
+def demangled(mangled: str) -> str:
+    """Return a kernel's name and template arguments, such as ``at_loss_kernel<Square, false>``."""
     pattern = r"at_fused\d+(\w+?_kernel)(?:I(?:N?S_\d+(\w+?)E)?((?:Lb[01]E)+))?"
     name, exponent, flags = re.search(pattern, mangled).groups()
     values = ["true" if flag == "1" else "false" for flag in re.findall(r"Lb([01])E", flags or "")]
@@ -62,15 +62,15 @@ def short(mangled: str) -> str:
 
 
 def kernels() -> dict[tuple[str, str], Kernel]:
-    """Every instance by its architecture and name."""
-    found = {}
+    """Return all kernel instances by architecture and name."""
+    instances = {}
     wide = r"(?:\.\w+)*\.v(?:4\.\w32|2\.\w64)\s"
     for ptx in sorted(compiled().glob("*.ptx")):
-        said, text = ptx.with_suffix(".txt").read_text(), ptx.read_text()
+        log, text = ptx.with_suffix(".txt").read_text(), ptx.read_text()
         bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", text, re.S))
-        stacks = dict(re.findall(r"properties for (\w+)\s+(\d+) bytes stack frame", said))
+        stacks = dict(re.findall(r"properties for (\w+)\s+(\d+) bytes stack frame", log))
         entries = re.findall(
-            r"entry function '(\w+)' for '(\w+)'.*?Used (\d+) registers", said, re.S
+            r"entry function '(\w+)' for '(\w+)'.*?Used (\d+) registers", log, re.S
         )
         for mangled, architecture, registers in entries:
             counts = [
@@ -78,5 +78,5 @@ def kernels() -> dict[tuple[str, str], Kernel]:
                 for pattern in (r"\bld\.global\.nc", r"\bld(?!\.param|\.global\.nc)", r"\bst\b")
             ]
             kernel = Kernel(int(registers), int(stacks[mangled]), *counts)
-            found[architecture, short(mangled)] = kernel
-    return found
+            instances[architecture, demangled(mangled)] = kernel
+    return instances

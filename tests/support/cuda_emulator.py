@@ -1,8 +1,10 @@
-"""The package's CUDA kernels as a back end for CPU tensors: compiled as C++ and emulated.
+"""Runs the CUDA kernels on CPU tensors: compiles them as C++ and emulates the threads.
 
-    callbacks   every access of a kernel is watched: races, uninitialised or misaligned accesses
-    sanitizers  AddressSanitizer and UndefinedBehaviorSanitizer over kernels and operators: for a
-                Python in which these are loaded (test_sanitizers.py)
+There are two modes:
+
+    callbacks   checks every access for races, misalignment and uninitialised memory
+    sanitizers  runs kernels and operators under AddressSanitizer and UndefinedBehaviorSanitizer,
+                which test_sanitizers.py preloads into Python
 
 The library registers the operators under ``at_fused_emulated``.
 """
@@ -19,7 +21,7 @@ from types import SimpleNamespace
 from typing import TypeVar
 
 import torch
-from native import built
+from native import build_library
 from outside import ROOT, TESTS
 from torch.utils import cpp_extension
 
@@ -34,10 +36,10 @@ MODE = os.environ.get("AT_FUSED_EMULATOR", "callbacks")
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-DAT_FUSED_EMULATED"]
 COMMON += ["-Wno-unknown-pragmas", "-Wno-attributes"]
 COMMON += [f"-I{EMULATOR / 'include'}", f"-I{EMULATOR}"]
-# Splitting of 16-byte accesses would hide them from the alignment check and the counters.
-WATCHED = ["-O1", "-fno-tree-sra", "-fno-tree-fre", "-fsanitize=thread"]
-WATCHED += ["--param=tsan-instrument-func-entry-exit=0"]
-# Checks of addresses are calls, which are compiled in a third of the time.
+# -fno-tree-*: g++ must not split 16-byte accesses, which are counted and checked for alignment.
+INSTRUMENTED = ["-O1", "-fno-tree-sra", "-fno-tree-fre", "-fsanitize=thread"]
+INSTRUMENTED += ["--param=tsan-instrument-func-entry-exit=0"]
+# Threshold 0 replaces inline address checks by calls, which compile three times as fast.
 SANITIZED = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SANITIZED += ["--param=asan-instrumentation-with-call-threshold=0"]
 
@@ -45,15 +47,17 @@ SANITIZED += ["--param=asan-instrumentation-with-call-threshold=0"]
 def build(
     name: str, mode: str, kernels: list[Path], host: list[Path], link: list[str], *options: str
 ) -> Path:
-    """Build a library of the emulator, kernels and host code, once for what it is made of."""
-    for_kernels, for_host = (WATCHED, ["-O2"]) if mode == "callbacks" else (SANITIZED, SANITIZED)
+    """Build a library of the emulator, kernels and host code, or return the cached one."""
+    for_kernels, for_host = (
+        (INSTRUMENTED, ["-O2"]) if mode == "callbacks" else (SANITIZED, SANITIZED)
+    )
     jobs = [(file, [*COMMON, *options, *for_kernels, "-x", "c++"]) for file in kernels]
     host = [*host, *sorted(EMULATOR.glob("*.cpp"))]
     jobs += [(file, [*COMMON, *options, *for_host]) for file in host]
     link = ["-shared", "-ldl", *["-fsanitize=address,undefined"] * (mode == "sanitizers"), *link]
     folders = EMULATOR, EMULATOR / "include", *{file.parent for file in kernels}, ROOT / "csrc"
     headers = [file for folder in folders for file in folder.glob("*.*h")]
-    return built(f"{name}_{mode}", jobs, link, headers, torch.__version__)
+    return build_library(f"{name}_{mode}", jobs, link, headers, torch.__version__)
 
 
 def build_operators(mode: str = MODE) -> Path:
@@ -66,7 +70,7 @@ def build_operators(mode: str = MODE) -> Path:
 
 
 class Counters(ctypes.Structure):
-    """Fields of ``emulator_counters_t`` in emulator.h."""
+    """``emulator_counters_t`` in emulator.h."""
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("launches", "load_bytes", "store_bytes", "atomics")),
@@ -78,22 +82,22 @@ class Counters(ctypes.Structure):
 
 
 class Emulator(ctypes.CDLL):
-    """A library of kernels, with the emulator's own functions."""
+    """A library of kernels with the functions of the emulator."""
 
-    # cudaDeviceAttr
-    SHARED_WITHOUT_ASKING, MULTIPROCESSORS, COMPUTE_CAPABILITY_MAJOR = 8, 16, 75
+    # Values of cudaDeviceAttr.
+    DEFAULT_SHARED_PER_BLOCK, MULTIPROCESSORS, COMPUTE_CAPABILITY_MAJOR = 8, 16, 75
     SHARED_PER_MULTIPROCESSOR, SHARED_PER_BLOCK = 81, 97
 
     def schedule(self, seed: int = 0, resident: int = 4) -> None:
-        """Choose how threads and blocks take turns, and how many blocks are resident at a time."""
+        """Set the seed of the thread and block order, and the number of resident blocks."""
         self.emulator_schedule(ctypes.c_uint64(seed), resident)
 
     def set_attribute(self, attribute: int, value: int) -> None:
-        """Make the device another."""
+        """Set an attribute of the emulated device."""
         self.emulator_set_attribute(attribute, value)
 
     def counted(self, call: Callable[[], T]) -> tuple[T, Counters]:
-        """Return what a call returns, and the counters of its launches."""
+        """Return the result of a call and the counters of its launches."""
         counters = Counters()
         self.emulator_take_counters(ctypes.byref(counters))
         result = call()
@@ -101,7 +105,7 @@ class Emulator(ctypes.CDLL):
         return result, counters
 
     def error(self) -> str:
-        """Return what the last launch reported."""
+        """Return the error of the last launch, or ""."""
         function = self.emulator_last_error
         function.restype = ctypes.c_char_p
         return function().decode()
@@ -109,7 +113,7 @@ class Emulator(ctypes.CDLL):
 
 @cache
 def load() -> tuple[Emulator, SimpleNamespace]:
-    """The emulator, and the operators that run in it."""
+    """Return the emulator and its operators."""
     library = str(build_operators())
     define = torch.library.Library("at_fused_emulated", "DEF")
     for name in OPERATORS:
@@ -124,7 +128,7 @@ def load() -> tuple[Emulator, SimpleNamespace]:
 def emulated(
     multiprocessors: int = 132, shared: int = 232448, seed: int = 0, resident: int = 4
 ) -> Iterator[Emulator]:
-    """Run CPU tensors on the CUDA kernels, on a device of the given size."""
+    """Run CPU tensors on the emulated CUDA kernels, with the given size of the device."""
     emulator, functions = load()
     emulator.schedule(seed, resident)
     emulator.set_attribute(Emulator.MULTIPROCESSORS, multiprocessors)

@@ -1,9 +1,11 @@
-"""Calls operators with arguments that no caller of this package passes: ``hostile.py SEED COUNT``.
+"""Fuzzes the operators with invalid arguments.
 
-Every argument of a right call may be replaced by one of its kind that is wrong, odd or huge. What
-comes must be an exception, or what plain PyTorch gives. A crash is the end of this process, which
-test_robustness.py and test_sanitizers.py wait for: each call is printed before it is made, and can
-be repeated: ``hostile.py SEED 1 BACKEND NUMBER``. ``hostile.py kept``: memory, in JSON.
+    hostile.py SEED COUNT [BACKEND [NUMBER]]   runs COUNT random calls, from call NUMBER on
+    hostile.py kept                            prints the memory that operators retain, as JSON
+
+Arguments of valid calls are replaced by wrong, odd or huge values of the same type. A call must
+raise an exception or return the result of plain PyTorch. Each call is printed before it runs, so
+that a crash can be reproduced: ``hostile.py SEED 1 BACKEND NUMBER``.
 """
 
 from __future__ import annotations
@@ -28,20 +30,17 @@ import at_fused
 from at_fused.backends import OPERATORS
 
 warnings.simplefilter("ignore")
-# What a wrong argument may raise: torch's own checks and conversions among it.
+# The errors that wrong arguments may raise, here or in torch.
 ERRORS = (RuntimeError, ValueError, TypeError, LookupError, MemoryError, OverflowError)
-# Plain PyTorch makes results of 2^31 and 2^33 elements.
+# Plain PyTorch would allocate results of 2^31 and 2^33 elements.
 HUGE = (2**40, 2**62) if "eager" in sys.argv else (2**31, 2**33, 2**40, 2**62)
-# AddressSanitizer ends the process where memory runs out.
+# AddressSanitizer aborts if memory runs out.
 HUGE = (2**62,) if "asan" in os.environ.get("LD_PRELOAD", "") else HUGE
 
 
-# ---- right calls ---------------------------------------------------------------------------------
-
+# ---- valid calls ---------------------------------------------------------------------------------
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
 CHANNELS = (1, 3, 5, 17, 40)
 
 
@@ -49,25 +48,25 @@ def feature(r: random.Random, b: int, spatial: tuple[int, ...], channels: Sequen
     return torch.randn(b, r.choice(channels), *spatial).to(r.choice(DTYPES))
 
 
-def wide(x: Tensor) -> torch.dtype:
+def map_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def map_for(x: Tensor, skip: int = 0) -> Tensor:
-    return torch.randn(x.shape[0], math.prod(x.shape[2:]) - skip, dtype=wide(x))
+    return torch.randn(x.shape[0], math.prod(x.shape[2:]) - skip, dtype=map_dtype(x))
 
 
 def channels_for(x: Tensor, skip: int = 0) -> Tensor:
     return torch.randint(x.shape[1], map_for(x, skip).shape, dtype=torch.int32)
 
 
-def right_call(name: str, r: random.Random, channels: Sequence[int] = CHANNELS) -> list[Any]:
-    """Arguments that the operator takes."""
+def valid_call(name: str, r: random.Random, channels: Sequence[int] = CHANNELS) -> list[Any]:
+    """Return random valid arguments of an operator."""
     b, n = r.randint(1, 4), r.randint(1, 3)
     sizes = [tuple(r.randint(1, 9) for _ in range(r.randint(1, 3))) for _ in range(n)]
     xs, ys = ([feature(r, b, size, channels) for size in sizes] for _ in range(2))
     x, p, collapse = xs[0], r.choice((1.0, 2.0, 2.5, 4.0)), r.choice(("mean", "sum"))
-    above = r.choice((None, torch.randn(()), torch.randn(n), torch.randn(n, b)))
+    upstream = r.choice((None, torch.randn(()), torch.randn(n), torch.randn(n, b)))
     skips = [r.randint(0, x.shape[2] - 1) if x.dim() == 3 else 0 for x in xs]
     skips = skips if r.random() < 0.5 else []
     each = list(zip(xs, skips or [0] * n, strict=True))
@@ -75,7 +74,7 @@ def right_call(name: str, r: random.Random, channels: Sequence[int] = CHANNELS) 
         return [xs, p, r.choice((collapse, "max")), skips]
     if name == "attention_map_backward":
         winners = [channels_for(*x) for x in each] if r.random() < 0.5 else []
-        return [xs, [map_for(*x) for x in each], above, list(range(n)), p, skips, winners]
+        return [xs, [map_for(*x) for x in each], upstream, list(range(n)), p, skips, winners]
     if name.startswith("attention_tap_backward"):
         maximum = r.random() < 0.3
         rest = ("max", channels_for(x)) if maximum else (collapse, None)
@@ -88,10 +87,10 @@ def right_call(name: str, r: random.Random, channels: Sequence[int] = CHANNELS) 
         maps = [[map_for(x) for x in xs] for _ in range(2)]
         return [*maps, weights, *options, *flags]
     masks = [
-        torch.rand(map_for(*x).shape, dtype=torch.promote_types(wide(x[0]), wide(y)))
+        torch.rand(map_for(*x).shape, dtype=torch.promote_types(map_dtype(x[0]), map_dtype(y)))
         for x, y in zip(each, ys, strict=True)
     ]
-    rest = flags if name == "at_loss" else (2.0, above)
+    rest = flags if name == "at_loss" else (2.0, upstream)
     return [xs, ys, r.choice(([], masks)), weights, skips * 2, p, collapse, *options, *rest]
 
 
@@ -99,7 +98,7 @@ def right_call(name: str, r: random.Random, channels: Sequence[int] = CHANNELS) 
 
 
 def huge(x: Tensor, r: random.Random) -> Tensor:
-    """With another size of the first dimension, or of one behind the second, without memory."""
+    """Return a huge expanded tensor. Its size differs in one dimension, not in the channels."""
     d = r.choice([d for d in range(max(1, x.dim())) if d != 1])
     shape = [*x.shape[:d], r.choice(HUGE), *x.shape[d + 1 :]]
     return torch.ones(1, dtype=x.dtype).expand(shape)
@@ -122,7 +121,7 @@ ODD: list[Callable[[Tensor, random.Random], Any]] = [
     lambda x, r: torch.nested.nested_tensor([x, x[:1]]) if x.dim() else x,
     lambda x, r: x.to("meta"),
     lambda x, r: x.detach().requires_grad_() if x.is_floating_point() else x,
-    # The same sizes, every stride 1.
+    # Overlapping: every stride is 1.
     lambda x, r: torch.randn(sum(x.shape) + 1).to(x).as_strided(x.shape, [1] * x.dim()),
     lambda x, r: x[:1].expand(x.shape) if x.dim() else x,
     lambda x, r: x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() else x,
@@ -137,14 +136,14 @@ STRINGS = ("", "mean", "sum", "max", "none", "sample", "code", "paper", "add", "
 
 
 def wrong(value: Any, kind: str, r: random.Random) -> Any:
-    """Something else of an argument's kind."""
+    """Return another value of an argument's type, which the operator may not accept."""
     if isinstance(value, Tensor):
         return r.choice(ODD)(value, r)
     if isinstance(value, list):
         return wrong_list(value, kind, r)
     if isinstance(value, bool):
         return not value
-    if "Tensor" in kind:  # None where a tensor may be
+    if "Tensor" in kind:  # the value is None
         return r.choice((torch.randn(()), torch.randn(3), torch.zeros(4, dtype=torch.int64)))
     return r.choice({"float": FLOATS, "int": INTS, "str": STRINGS}[kind])
 
@@ -160,11 +159,13 @@ def wrong_list(values: list[Any], kind: str, r: random.Random) -> list[Any]:
 
 
 def overlap(arguments: list[Any], r: random.Random) -> None:
-    """Gives two tensors parts of one memory."""
-    where = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.dtype == torch.float]
-    if len(where) < 2:
+    """Replace two tensors by overlapping views of one storage."""
+    candidates = [
+        i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.dtype == torch.float
+    ]
+    if len(candidates) < 2:
         return
-    chosen = r.sample(where, 2)
+    chosen = r.sample(candidates, 2)
     memory = torch.randn(max(arguments[i].numel() for i in chosen) + 4)
     for i in chosen:
         begin, shape = r.randint(0, 4), arguments[i].shape
@@ -175,7 +176,7 @@ def overlap(arguments: list[Any], r: random.Random) -> None:
 
 
 def hostile_call(name: str, r: random.Random) -> list[Any]:
-    arguments = right_call(name, r)
+    arguments = valid_call(name, r)
     kinds = [str(a.type) for a in getattr(torch.ops.at_fused, name).default._schema.arguments]
     if r.random() < 0.15:
         overlap(arguments, r)
@@ -184,7 +185,7 @@ def hostile_call(name: str, r: random.Random) -> list[Any]:
         try:
             arguments[i] = wrong(arguments[i], kinds[i], r)
         except ERRORS:
-            continue  # torch has no such tensor
+            continue  # torch cannot create such a tensor
     return arguments
 
 
@@ -193,29 +194,29 @@ def tensors_of(*values: Any) -> list[Tensor]:
 
 
 def results_of(name: str, arguments: list[Any]) -> list[Tensor] | Exception:
-    """What a call gives, gradients and all, or raises."""
+    """Return the results of a call and its gradients, or the exception that it raises."""
     try:
-        given = getattr(torch.ops.at_fused, name).default(*arguments)
-        found = tensors_of(arguments[0] if given is None else given)
+        output = getattr(torch.ops.at_fused, name).default(*arguments)
+        results = tensors_of(arguments[0] if output is None else output)
         leaves = [x for x in tensors_of(arguments) if x.requires_grad and x.is_leaf]
-        roots = [x.double().sum() for x in found if x.requires_grad]
+        roots = [x.double().sum() for x in results if x.requires_grad]
         if leaves and roots:
             total = torch.stack(roots).sum()
-            found += tensors_of(torch.autograd.grad(total, leaves, allow_unused=True))
-        return [x.detach() for x in found]
+            results += tensors_of(torch.autograd.grad(total, leaves, allow_unused=True))
+        return [x.detach() for x in results]
     except ERRORS as error:
         return error
 
 
-def differ(found: list[Tensor], right: list[Tensor]) -> bool:
-    """Whether a result is another than plain PyTorch's; sums of infinities have no one result."""
-    if [(x.shape, x.dtype) for x in found] != [(x.shape, x.dtype) for x in right]:
+def differ(results: list[Tensor], expected: list[Tensor]) -> bool:
+    """Return True if results differ. Non-finite ones are ignored: sums of infinities vary."""
+    if [(x.shape, x.dtype) for x in results] != [(x.shape, x.dtype) for x in expected]:
         return True
-    for x, y in zip(found, right, strict=True):
+    for x, y in zip(results, expected, strict=True):
         if x.numel() and not (x.is_meta or y.is_meta):
             bound = 0.02 * y.double().abs().max() + 1e-6
-            off = (x.double() - y.double()).abs().max()
-            if x.isfinite().all() and bound.isfinite() and off > bound:
+            error = (x.double() - y.double()).abs().max()
+            if x.isfinite().all() and bound.isfinite() and error > bound:
                 return True
     return False
 
@@ -229,60 +230,57 @@ def described(value: Any) -> str:
     return f"{kind} {tuple(value.shape)}/{value.stride()}"
 
 
-def is_right(i: int, seed: int) -> bool | None:
-    """Whether a call gave what plain PyTorch gives; None where it raised."""
+def matches_eager(i: int, seed: int) -> bool | None:
+    """Return True if call ``i`` gives the results of plain PyTorch, None if it raises."""
     r = random.Random(f"{seed}/{i}")
     torch.manual_seed(r.randrange(2**31))
     name = r.choice(OPERATORS)
     arguments = hostile_call(name, r)
     print(f"{i}: {name}({tree_map(described, arguments)})", flush=True)
     try:
-        same = copy.deepcopy(arguments)
+        duplicate = copy.deepcopy(arguments)
     except ERRORS:
-        same = None
-    found = results_of(name, arguments)
-    if isinstance(found, Exception) or same is None:
+        duplicate = None
+    results = results_of(name, arguments)
+    if isinstance(results, Exception) or duplicate is None:
         return None
     with at_fused.use_backend("eager"):
-        right = results_of(name, same)
-    if isinstance(right, Exception) or not differ(found, right):
+        expected = results_of(name, duplicate)
+    if isinstance(expected, Exception) or not differ(results, expected):
         return True
-    print(f"   WRONG {found}, right {right}", flush=True)
+    print(f"   WRONG {results}, expected {expected}", flush=True)
     return False
 
 
 def main(seed: int, count: int, backend: str = "cpu", first: int = 0) -> int:
     with use(backend):
-        rights = [is_right(i, seed) for i in range(first, first + count)]
-    raised, wrong_results = rights.count(None), rights.count(False)
+        matches = [matches_eager(i, seed) for i in range(first, first + count)]
+    raised, wrong_results = matches.count(None), matches.count(False)
     print(f"{count} calls of {backend}, {raised} raised, {wrong_results} wrong", flush=True)
     return bool(wrong_results)
 
 
-def kept() -> dict[str, int]:
-    """Bytes that each operator keeps of its first call, besides its outputs.
-
-    A later call may find enough in what an earlier one has kept.
-    """
-    found = {}
+def retained_bytes() -> dict[str, int]:
+    """Return the bytes that each operator's first call retains, besides its outputs."""
+    retained = {}
     for name in OPERATORS:
-        arguments = right_call(name, random.Random(0))
-        result = None  # that of the last call does not go while the next one is watched
+        arguments = valid_call(name, random.Random(0))
+        result = None  # frees the previous result outside the profile
         with torch.profiler.profile(profile_memory=True) as profile:
             result = getattr(torch.ops.at_fused, name)(*arguments)
-            gc.collect()  # Triton's interpreter leaves cycles
-        found[name] = sum(event.self_cpu_memory_usage for event in profile.events())
-        found[name] -= sum(x.nbytes for x in tensors_of(result))
-    return found
+            gc.collect()  # Triton's interpreter leaves reference cycles
+        retained[name] = sum(event.self_cpu_memory_usage for event in profile.events())
+        retained[name] -= sum(x.nbytes for x in tensors_of(result))
+    return retained
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["kept"]:
-        found = {}
+        retained = {}
         for name in ALL_BACKENDS:
             with use(name):
-                found[name] = kept()
-        print(json.dumps(found))
+                retained[name] = retained_bytes()
+        print(json.dumps(retained))
         sys.exit()
     seed, count, *rest = sys.argv[1:]
     sys.exit(main(int(seed), int(count), *rest[:1], *map(int, rest[1:])))

@@ -1,4 +1,4 @@
-"""Programs and libraries that the tests compile, each once for what it is made of."""
+"""Builds programs and libraries for the tests, and caches them by a hash of their inputs."""
 
 from __future__ import annotations
 
@@ -15,51 +15,52 @@ COMPILER = os.environ.get("CXX", "g++")
 
 
 def run(command: Sequence[str | Path]) -> None:
-    """Runs a compiler; its words are in the error."""
+    """Run a compiler, and raise its output on errors."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
 
 
-def once(
-    name: str, made_of: Iterable[object], files: Iterable[Path], make: Callable[[Path], None]
+def cached(
+    name: str, key: Iterable[object], files: Iterable[Path], make: Callable[[Path], None]
 ) -> Path:
-    """What ``make`` leaves at the path it is given, kept by the hash of what it is made of.
+    """Return the cached result of ``make(path)``, which must create ``path``.
 
-    Beside that path it may leave what it likes. Of several processes one makes it, the others wait.
+    The cache key is the hash of ``key`` and of the contents of ``files``. ``make`` may create other
+    files in the folder of ``path``, which is deleted. Only one process runs it; others wait.
     """
-    found = hashlib.sha256(repr(list(made_of)).encode())
+    digest = hashlib.sha256(repr(list(key)).encode())
     for file in sorted(set(files)):
-        found.update(file.read_bytes())
+        digest.update(file.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"at_fused_tests_{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    target = folder / f"{name}_{found.hexdigest()[:16]}"
+    target = folder / f"{name}_{digest.hexdigest()[:16]}"
     with open(f"{target}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=folder) as work:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            made = Path(work) / "made"
-            make(made)
-            os.replace(made, target)
+            result = Path(work) / "result"
+            make(result)
+            os.replace(result, target)
     return target
 
 
-def built(
+def build_library(
     name: str,
     jobs: Sequence[tuple[Path, Sequence[str]]],
     link: Sequence[str],
     headers: Iterable[Path],
     key: str = "",
 ) -> Path:
-    """What the linker makes of the files, each compiled with its options."""
+    """Compile each file of ``jobs`` with its options, link them, and return the cached result."""
 
-    def make(made: Path) -> None:
+    def make(result: Path) -> None:
         def compile_one(job: tuple[Path, Sequence[str]]) -> Path:
-            compiled = made.with_name(f"{job[0].name}.o")
+            compiled = result.with_name(f"{job[0].name}.o")
             run([COMPILER, *job[1], "-c", job[0], "-o", compiled])
             return compiled
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, jobs))
-        run([COMPILER, *objects, *link, "-o", made])
+        run([COMPILER, *objects, *link, "-o", result])
 
-    return once(name, (COMPILER, jobs, link, key), [*headers, *(file for file, _ in jobs)], make)
+    return cached(name, (COMPILER, jobs, link, key), [*headers, *(file for file, _ in jobs)], make)

@@ -1,4 +1,4 @@
-"""torch.cuda's graphs, streams, events and pools as far as our programs use them, on the CPU."""
+"""CPU stand-ins for the graphs, streams, events and memory pools of torch.cuda."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # before torch.cuda is replaced, which it takes apart
+import torch._dynamo  # must be imported before torch.cuda is patched
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 class Graph(TorchDispatchMode):
-    """Keeps the operators that run while it is captured, and runs them into the same memory."""
+    """A graph that records operators, and replays them into the same memory."""
 
-    ran = 0  # operators of all graphs: the device's clock
+    replayed = 0  # operators of all graphs, as a clock for Event
     capturing = False
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Graph(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+            raise RuntimeError("operation not permitted when stream is capturing\nsecond line")
         result = function(*args, **(kwargs or {}))
         self.calls.append((function, args, kwargs or {}, result))
         return result
@@ -39,32 +39,31 @@ class Graph(TorchDispatchMode):
     def replay(self) -> None:
         assert not Graph.capturing
         for function, args, kwargs, result in self.calls:
-            again = function(*args, **kwargs)
-            for x, y in zip(tree_leaves(result), tree_leaves(again), strict=True):
+            new_result = function(*args, **kwargs)
+            for x, y in zip(tree_leaves(result), tree_leaves(new_result), strict=True):
                 if isinstance(x, Tensor) and x.data_ptr() != y.data_ptr():
                     x.copy_(y)
-        Graph.ran += len(self.calls)
+        Graph.replayed += len(self.calls)
 
 
 class Event:
     def __init__(self, enable_timing: bool = False) -> None:
-        self.at = 0
+        self.time = 0
 
     def record(self) -> None:
-        self.at = Graph.ran
+        self.time = Graph.replayed
 
     def elapsed_time(self, end: Event) -> float:
-        return float(end.at - self.at)
+        return float(end.time - self.time)
 
     def synchronize(self) -> None:
         pass
 
 
 def captures() -> Any:
-    """``torch.cuda.graph``, with what a capture that fails leaves.
+    """Return a stand-in for ``torch.cuda.graph`` with the state that a failed capture leaves.
 
-    Its pool, and an older torch's generator, stay as in a capture; the allocator, and so the next
-    capture, asks its graph.
+    Its pool stays in recording mode, and the next capture checks that its graph is still alive.
     """
     Graph.capturing = False
     recording: list[Any] = []
@@ -72,7 +71,7 @@ def captures() -> Any:
 
     @contextmanager
     def graph(graph: Graph, pool: Any = None) -> Iterator[None]:
-        assert all(each() for each in graphs)
+        assert all(failed() for failed in graphs)
         if pool is not None and pool in recording:
             raise RuntimeError("already recording to mempool_id")
         Graph.capturing = True
@@ -88,7 +87,7 @@ def captures() -> Any:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts these in torch.cuda's place."""
+    """Replace the parts of torch.cuda by these stand-ins."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     stand_ins: dict[str, Any] = {
         "CUDAGraph": Graph,

@@ -1,7 +1,8 @@
-"""Eight threads call everything at once: ``threaded.py ROUNDS``, or ``threaded.py race``.
+"""Calls all operators from eight threads at once.
 
-Every result must have the bits that one thread alone gets. ``race`` lets all write one gradient in
-place, which no caller may do: ThreadSanitizer has to see it. ``digest`` is of one thread.
+threaded.py ROUNDS   checks that all results have the bits that a single thread computes
+threaded.py race     writes one gradient from all threads, which ThreadSanitizer must report
+threaded.py digest   prints a hash of the results of a single thread
 """
 
 from __future__ import annotations
@@ -21,36 +22,36 @@ import at_fused
 from at_fused import _ops
 
 THREADS = 8
-Work = Callable[[], list[Tensor]]
+Call = Callable[[], list[Tensor]]
 
 
-def differentiated(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+def with_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
 
 def leaf(x: Tensor) -> Tensor:
-    """A tensor of its own on memory that is shared.
+    """Return a new leaf that shares the memory of ``x``.
 
-    Of one leaf, two threads may wait for each other without end, in torch itself: one holds
-    Python's lock and wants the leaf's, for its gradient's node, and the other the reverse.
+    Threads that share a leaf can deadlock in torch: one holds the GIL and waits for the lock of the
+    leaf's gradient accumulator, and the other the reverse.
     """
     return x.detach().requires_grad_(x.requires_grad)
 
 
-# One sample cut into several tasks, several in one, and less than two threads are worth.
+# Several tasks per sample, several samples per task, and too little work for a second thread.
 SHAPES = (1, 24, 60, 50), (40, 7, 12, 9), (2, 3, 5, 4)
 
 
-def works(*shapes: tuple[int, ...]) -> list[Work]:
-    """Calls of all operators, on features whose memory the threads share."""
+def all_calls(*shapes: tuple[int, ...]) -> list[Call]:
+    """Return calls of all operators, on features that threads may share."""
     torch.manual_seed(0)
-    found: list[Work] = []
+    calls: list[Call] = []
 
     def add(function: Callable[..., list[Tensor]], *tensors: Tensor, **options: Any) -> None:
-        found.append(lambda: function(*map(leaf, tensors), **options))
+        calls.append(lambda: function(*map(leaf, tensors), **options))
 
     def loss(s: Tensor, t: Tensor, **options: Any) -> list[Tensor]:
-        return differentiated(at_fused.at_loss(s, t, **options), s)
+        return with_gradients(at_fused.at_loss(s, t, **options), s)
 
     def value_and_grad(s: Tensor, t: Tensor, **options: Any) -> list[Tensor]:
         return list(at_fused.at_value_and_grad(s, t, **options))
@@ -58,7 +59,7 @@ def works(*shapes: tuple[int, ...]) -> list[Work]:
     def tap(s: Tensor, t: Tensor, **options: Any) -> list[Tensor]:
         y, q = at_fused.attention_tap(s, **options)
         loss = at_fused.map_loss(q, at_fused.attention_map(t, **options), form="paper")
-        # What follows has a gradient, and no value: torch's sum is another on other threads.
+        # The value of the sum is not returned: torch's sum depends on the number of threads.
         return [loss.detach(), *torch.autograd.grad(loss + (y * y).sum(), s)]
 
     dtypes = torch.float32, torch.bfloat16
@@ -80,16 +81,16 @@ def works(*shapes: tuple[int, ...]) -> list[Work]:
         add(value_and_grad, *flat, **tokens)
         add(tap, s, t)
         add(tap, s, t, collapse="max")
-    return found
+    return calls
 
 
 def digest() -> str:
-    """A hash of all results."""
-    found = hashlib.sha256()
-    for call in works():
+    """Return a hash of all results."""
+    sha256 = hashlib.sha256()
+    for call in all_calls():
         for x in call():
-            found.update(x.flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+            sha256.update(x.flatten().view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def in_threads(work: Callable[[int], None]) -> None:
@@ -98,16 +99,16 @@ def in_threads(work: Callable[[int], None]) -> None:
             result.result()
 
 
-def same_bits(rounds: int) -> None:
-    calls = works()
-    alone = [call() for call in calls]
+def check_same_bits(rounds: int) -> None:
+    calls = all_calls()
+    expected = [call() for call in calls]
 
     def work(thread: int) -> None:
         order = random.Random(thread)
         for _ in range(rounds):
             for i in order.sample(range(len(calls)), len(calls)):
-                found = calls[i]()
-                assert all(map(torch.equal, found, alone[i])), f"call {i} in thread {thread}"
+                results = calls[i]()
+                assert all(map(torch.equal, results, expected[i])), f"call {i} in thread {thread}"
 
     in_threads(work)
 
@@ -130,5 +131,5 @@ if __name__ == "__main__":
         case "race":
             race()
         case rounds:
-            same_bits(int(rounds))
+            check_same_bits(int(rounds))
             print("done")

@@ -1,10 +1,10 @@
-"""Compiles the Triton kernels ahead of time, as the back end would launch them, without a GPU.
+"""Compiles the Triton kernels ahead of time without a GPU.
 
     python tests/support/triton_compile.py [--everything]   registers, spills and widths, as JSON
-    python tests/support/triton_compile.py --kernels        how many kernels serve all batch sizes
+    python tests/support/triton_compile.py --kernels        compilations per kernel, as JSON
 
-Needs Triton without TRITON_INTERPRET. The arguments are those of real calls of the back end, whose
-launches are caught; Triton's own binder then decides what they are specialised on.
+Needs Triton without TRITON_INTERPRET. It intercepts the launches of real calls of the back end.
+Triton's own binder decides how the arguments specialise a kernel.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TARGETS = {
 
 
 class Call(NamedTuple):
-    """A launch that was caught."""
+    """An intercepted launch."""
 
     kernel: Any
     programs: int
@@ -51,20 +51,20 @@ class Call(NamedTuple):
     constants: dict[str, Any]
 
 
-def caught(function: Callable[[], object]) -> list[Call]:
-    """Return the launches that a call of the back end makes; none of them runs."""
+def launches_of(function: Callable[[], object]) -> list[Call]:
+    """Return the launches of a call of the back end, without running them."""
     calls: list[Call] = []
 
-    def catch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         calls.append(Call(kernel, programs, arguments, constants))
 
-    with mock.patch.multiple(launch, start=catch, on_device=lambda _: nullcontext()):
+    with mock.patch.multiple(launch, start=record, on_device=lambda _: nullcontext()):
         function()
     return calls
 
 
-def compile_for(target: GPUTarget) -> None:
-    """Give Triton as much of a driver as compiling takes."""
+def set_target(target: GPUTarget) -> None:
+    """Install a driver that is sufficient to compile for a target."""
     driver = SimpleNamespace(
         get_current_target=lambda: target,
         get_current_device=lambda: 0,
@@ -75,19 +75,19 @@ def compile_for(target: GPUTarget) -> None:
 
 def compiled(call: Call, target: GPUTarget) -> Any:
     """Return Triton's compiled kernel for a launch."""
-    compile_for(target)
+    set_target(target)
     call.kernel.device_caches.clear()
     options = launch.options(cuda=target.backend == "cuda")
     return call.kernel.warmup(*call.arguments, grid=(call.programs,), **call.constants, **options)
 
 
-def specialized(call: Call) -> str:
-    """Return the part of a launch that Triton compiles for."""
+def specialisation(call: Call) -> str:
+    """Return the part of a launch's arguments that Triton compiles a kernel for."""
     binder = call.kernel.device_caches[0][-1]
     return str(binder(*call.arguments, **call.constants)[1])
 
 
-# ---- what came out: spills in bytes, widths as the bits of each access ---------------------------
+# ---- figures: spills in bytes, widths of accesses in bits ----------------------------------------
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -128,7 +128,7 @@ def _hip_figures(kernel: Any) -> dict[str, Any]:
     access = r"\b(?:global|buffer|flat)_{}_(\w+?)(?:_d16\w*)?\b"
     return {
         "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
-        # Scalar registers spill into lanes of vector registers; private memory is what costs.
+        # Scalar registers spill into vector registers, which is cheap. Only private memory counts.
         "spills": int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1]),
         "loads": Counter(map(_hip_bits, re.findall(access.format("load"), text))),
         "stores": Counter(map(_hip_bits, re.findall(access.format("store"), text))),
@@ -136,7 +136,7 @@ def _hip_figures(kernel: Any) -> dict[str, Any]:
 
 
 def row(variant: Variant, call: Call, target: str) -> dict[str, Any]:
-    """Compile a variant for one of ``TARGETS``; return its figures."""
+    """Compile a variant for one of ``TARGETS`` and return its figures."""
     kernel = compiled(call, TARGETS[target])
     figures = _hip_figures if TARGETS[target].backend == "hip" else _cuda_figures
     return {
@@ -158,13 +158,13 @@ LAYOUTS = "planar", "interleaved"
 
 
 class Variant(NamedTuple):
-    """A call of an operator that one kernel is compiled for."""
+    """A call of an operator that launches one kernel."""
 
     operator: str
     dtype: torch.dtype = FP32
     layout: str = "planar"
     p: float = 2.0
-    shape: tuple[int, ...] = LARGE  # FAR has offsets beyond 31 bits; one of TOKENS is skipped
+    shape: tuple[int, ...] = LARGE  # FAR has offsets over 31 bits; with TOKENS one token is skipped
     pairs: int = 1
     collapse: str = "mean"
     reduction: str = "sum"
@@ -173,27 +173,28 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
-        """All that is not a default."""
+        """The fields that differ from the defaults."""
         default = self._field_defaults.get
         return ", ".join(f"{k}={v}" for k, v in self._asdict().items() if v != default(k))
 
     @property
     def wide(self) -> tuple[bool, bool]:
-        """Return whether features are read, and gradients written, by 128 bits."""
-        aligned, every = self.shape != ODD, self.collapse != "max"  # not the winners alone
+        """Pair of flags: features are read, and gradients written, by 128 bits."""
+        # With "max" the gradient accesses argmax channels only.
+        aligned, dense = self.shape != ODD, self.collapse != "max"
         loads, stores = {
             "map": (True, False),
             "loss": (True, False),
             "value and gradient": (True, True),
-            "backward": (every, every),
-            "tap": (every, every),
+            "backward": (dense, dense),
+            "tap": (dense, dense),
             "map loss": (False, False),
         }[self.operator]
         return aligned and loads, aligned and stores
 
     def feature(self) -> Tensor:
-        """Memory that nobody reads."""
-        b, c, h, *more = self.shape  # h are the tokens of three
+        """Return a feature of the shape and layout, not initialised."""
+        b, c, h, *more = self.shape  # h is the number of tokens in three dimensions
         w = math.prod(more)
         if self.shape == FAR:
             far = torch.empty(2**31 + h * w * c, dtype=self.dtype)
@@ -204,16 +205,16 @@ class Variant(NamedTuple):
         return torch.empty(b, h, *more, c, dtype=self.dtype).movedim(-1, 1)
 
     def call(self) -> Call:
-        """The launch."""
+        """Return the launch of the operator."""
         s, t = ([self.feature() for _ in range(self.pairs)] for _ in range(2))
         skip = int(self.shape == TOKENS)
         maps = [new_map(x[:, :, skip:]) for x in s]
-        above = maps[0].new_empty((len(s), len(s[0])) if self.reduction == "sample" else ())
+        upstream = maps[0].new_empty((len(s), len(s[0])) if self.reduction == "sample" else ())
         calls = operators(
             s,
             t,
             maps,
-            above,
+            upstream,
             p=self.p,
             collapse=self.collapse,
             skips=[1] * skip,
@@ -222,15 +223,15 @@ class Variant(NamedTuple):
             reduction=self.reduction,
             eps_mode=self.eps_mode,
         )
-        (only,) = caught(calls[self.operator])
-        return only
+        (call,) = launches_of(calls[self.operator])
+        return call
 
 
 def operators(
     s: list[Tensor],
     t: list[Tensor],
     maps: list[Tensor],
-    above: Tensor,
+    upstream: Tensor,
     p: float = 2.0,
     collapse: str = "mean",
     skips: Sequence[int] = (),
@@ -238,7 +239,7 @@ def operators(
     scale: float = 1.0,
     **options: Any,
 ) -> dict[str, Callable[[], object]]:
-    """Calls of all operators; of a tap the first teacher is the gradient."""
+    """Return calls of all operators. The tap takes the first teacher as gradient."""
     pairs = list(range(len(s)))
     arguments = loss_arguments(s, t, skip_tokens=[*skips, *skips], p=p, **options)
     pair_options = arguments[3], *arguments[-4:]
@@ -247,16 +248,16 @@ def operators(
         "map": lambda: backend.attention_map(s, p, collapse, skips),
         "loss": lambda: backend.at_loss(*arguments, True, False),
         "backward": lambda: backend.attention_map_backward(
-            s, maps, above, pairs, p, skips, winners
+            s, maps, upstream, pairs, p, skips, winners
         ),
         "tap": lambda: backend.attention_tap_backward_(*tapped),
-        "value and gradient": lambda: backend.at_value_and_grad(*arguments, scale, above),
+        "value and gradient": lambda: backend.at_value_and_grad(*arguments, scale, upstream),
         "map loss": lambda: backend.map_loss(maps, maps, *pair_options, True, False),
     }
 
 
 def variants() -> Iterator[Variant]:
-    """The kernels that matter: each operator, dtype, layout, and kind of exponent."""
+    """Yield the variants to compile: operators, dtypes, layouts, exponents and options."""
     for operator in ("map", "loss", "backward", "value and gradient"):
         shape = SMALL if operator == "value and gradient" else LARGE
         for layout, dtype in product(LAYOUTS, (FP32, BF16)):
@@ -302,40 +303,40 @@ def variants() -> Iterator[Variant]:
     yield Variant("map loss", reduction="none", shape=ODD, pairs=4)
 
 
-# ---- one kernel for many calls -------------------------------------------------------------------
+# ---- compilations per kernel ---------------------------------------------------------------------
 
-STAGES = {  # channels of both sides, height and width
+STAGES = {  # (channels, height) of both sides
     "three stages of a WRN": ((32, 32), (64, 16), (128, 8)),
-    "one of a ResNet": ((64, 56),),
-    "four of a ResNet": ((256, 56), (512, 28), (1024, 14), (2048, 7)),
+    "one stage of a ResNet": ((64, 56),),
+    "four stages of a ResNet": ((256, 56), (512, 28), (1024, 14), (2048, 7)),
 }
 
 
-def a_step(stages: tuple[tuple[int, int], ...], batch: int) -> dict[str, Callable[[], object]]:
-    """The operators on a batch; all that may vary from step to step is another for each batch."""
+def step(stages: tuple[tuple[int, int], ...], batch: int) -> dict[str, Callable[[], object]]:
+    """Return calls of the operators. All that may vary between steps depends on ``batch``."""
     s, t = ([torch.empty(batch, c, size, size) for c, size in stages] for _ in range(2))
-    # Its place is odd for every other batch; it is stretched from one element.
-    above = torch.empty(2 * batch)[batch - 1].expand(len(s))
+    # The alignment of the loss gradient varies with the batch. It is expanded from one element.
+    upstream = torch.empty(2 * batch)[batch - 1].expand(len(s))
     weights = [(batch - 1) / (3 + i) for i in range(len(s))]
     numbers = {"weights": weights, "eps": batch * 1e-9, "scale": 2.0 ** (batch - 1)}
-    return operators(s, t, [new_map(x) for x in s], above, reduction="none", **numbers)
+    return operators(s, t, [new_map(x) for x in s], upstream, reduction="none", **numbers)
 
 
 def kernels() -> dict[str, int]:
-    """Count the compilations of each for batches of all kinds that Triton tells apart."""
-    compile_for(TARGETS["sm_90"])
-    found: dict[str, set[str]] = {}
+    """Count the compilations of each kernel over batch sizes that Triton may specialise on."""
+    set_target(TARGETS["sm_90"])
+    keys: dict[str, set[str]] = {}
     for name, stages in STAGES.items():
         for batch in (*range(1, 20), 31, 32, 33, 64, 96, 127, 128, 129, 256, 1024):
-            for operator, call in a_step(stages, batch).items():
-                for launched in caught(call):
+            for operator, call in step(stages, batch).items():
+                for launched in launches_of(call):
                     kernel = f"{operator} of {name}, {launched.kernel.fn.__name__}"
-                    found.setdefault(kernel, set()).add(specialized(launched))
-    return {name: len(keys) for name, keys in found.items()}
+                    keys.setdefault(kernel, set()).add(specialisation(launched))
+    return {name: len(each) for name, each in keys.items()}
 
 
 def rows(everything: bool) -> Iterator[dict[str, Any]]:
-    """Every variant for every target; or in turn for one of the CUDA targets, and for gfx942."""
+    """Yield the figures of every variant for every target, or for one CUDA target and gfx942."""
     cuda = [target for target in TARGETS if target != "gfx942"]
     for number, variant in enumerate(variants()):
         call = variant.call()
@@ -344,5 +345,5 @@ def rows(everything: bool) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    found = kernels() if "--kernels" in sys.argv else list(rows("--everything" in sys.argv))
-    print(json.dumps(found, indent=1))
+    figures = kernels() if "--kernels" in sys.argv else list(rows("--everything" in sys.argv))
+    print(json.dumps(figures, indent=1))
