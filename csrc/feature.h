@@ -82,8 +82,8 @@ struct Pair {
   int64_t bytes_of_sample() const { return sample_bytes(student) + sample_bytes(teacher); }
 };
 
-// Normalises a map: q = Q / value, and Q / norm = q * to_unit. to_unit is 0 if the divisor is
-// constant, so that it has no derivative with respect to Q.
+// The divisor of a map: q = Q / value, and Q / norm = q * to_unit. to_unit is 0 if the divisor is
+// constant, because it then has no derivative with respect to Q.
 struct Divisor {
   double value, inverse, to_unit;
 

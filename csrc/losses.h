@@ -147,8 +147,8 @@ struct LossArguments {
 
 // ---- operators --------------------------------------------------------------------------------
 
-// Implemented per device. If a side needs a gradient, its maps become coefficient maps; otherwise
-// they stay raw and masked.
+// Implemented per device. Maps of a side with a gradient become coefficients, others raw and
+// masked.
 Tensor compute_loss(const LossArguments& loss, bool student_grad, bool teacher_grad,
                     Tensors& student_maps, Tensors& teacher_maps);
 Tensor compute_value_and_grad(const LossArguments& loss, const Gradients& gradients,

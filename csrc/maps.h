@@ -81,8 +81,7 @@ inline Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
 
 // ---- the tap ----------------------------------------------------------------------------------
 
-// out = gradient + scale * k[n] * |x|^(p-1) * sign(x). All three tensors have one layout. `out` may
-// be `gradient`.
+// out = gradient + scale * k[n] * |x|^(p-1) * sign(x), in one layout. `out` may be `gradient`.
 struct Tap {
   Feature feature, gradient, out;
   Maps k, channels;  // gradient of the map; argmax channels for "max", else null

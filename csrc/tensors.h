@@ -42,8 +42,7 @@ inline Dtype dtype_of(const Tensor& tensor) {
                                        : Dtype::bfloat16;
 }
 
-// Flattens (B, C, *spatial) to (B, C, N) without a copy. Returns false if the spatial dimensions do
-// not flatten, or if the strides match neither layout.
+// Flattens (B, C, *spatial) to (B, C, N) without a copy. Returns false if no native layout matches.
 inline bool describe(const Tensor& tensor, Feature& feature) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
@@ -68,8 +67,7 @@ inline bool describe(const Tensor& tensor, Feature& feature) {
   return planar || interleaved || N == 1;
 }
 
-// Returns the tensor as a feature. Replaces the tensor by a contiguous copy if it has no native
-// layout.
+// Returns the tensor as a feature. Replaces it by a contiguous copy if it has no native layout.
 inline Feature native_feature(Tensor& tensor, Device device) {
   STD_TORCH_CHECK(tensor.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
   STD_TORCH_CHECK(tensor.numel() > 0, "at_fused: features must not be empty");
@@ -91,7 +89,7 @@ inline int64_t total_bytes(const std::vector<Feature>& features) {
   return total;
 }
 
-// Returns how many leading tokens of feature `index` its map leaves out.
+// Returns the number of leading tokens that the map of feature `index` skips.
 inline int64_t skipped_tokens(const Ints& skip_tokens, size_t features, size_t index,
                               const Tensor& feature) {
   if (skip_tokens.empty()) return 0;
@@ -107,8 +105,7 @@ inline int64_t skipped_tokens(const Ints& skip_tokens, size_t features, size_t i
 
 // ---- new tensors ------------------------------------------------------------------------------
 
-// Returns the message of torch's last error. The function is looked up at run time, because only
-// torch 2.13 and later have it.
+// Returns torch's last error message. Only torch 2.13 and later have the function for it.
 inline std::string last_error_message() {
   using Function = const char*();
   const auto message = reinterpret_cast<Function*>(

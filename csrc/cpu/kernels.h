@@ -1,6 +1,6 @@
 // The interface between the operators and the kernels of an instruction set: plain structs and
-// function pointers. No inline function of the standard library may be instantiated in the kernels:
-// the linker keeps one copy of it, and if that was compiled for AVX-512, older processors crash.
+// function pointers. It has no types of the standard library, because the linker keeps one copy of
+// each inline function. If it kept a copy compiled for AVX-512, older processors would crash.
 #pragma once
 
 #include <cstdint>

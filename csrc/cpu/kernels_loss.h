@@ -26,9 +26,8 @@ AT_FUSED_INLINE void store_fp64(T* to, Wide v, int count) {
   }
 }
 
-// Calls f(u, s, t, i, count) for each pair of vectors that starts at position i. The partial last
-// one is padded with zeros. u cycles through 0 ... accumulators - 1: with one sum per u, an
-// addition need not wait for the result of the previous one.
+// Calls f(u, s, t, i, count) for each pair of vectors, from position i; zeros pad the partial last
+// one. u cycles through 0 ... accumulators - 1: one sum per u hides the latency of additions.
 constexpr int accumulators = 4;
 
 template <class S, class T, class F>

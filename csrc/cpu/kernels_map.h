@@ -23,8 +23,8 @@ struct Prefetch {
 // Adds `rows` channels to the map in one pass. The sequential reads of each channel suit hardware
 // prefetchers, and the map stays in the L1 cache.
 template <int rows, class T, class A, class P>
-AT_FUSED_INLINE void add_channels(const T* x, int64_t line_stride, int64_t n, P p, bool first,
-                                  A scale, Prefetch prefetch, A* map) {
+AT_FUSED_INLINE void add_channels(const T* x, int64_t stride, int64_t n, P p, bool first, A scale,
+                                  Prefetch prefetch, A* map) {
   constexpr int width = lanes<A>;
   const char* next = reinterpret_cast<const char*>(x) + prefetch.distance;
   const auto previous = [&](int64_t at, int count) AT_FUSED_LAMBDA {
@@ -38,7 +38,7 @@ AT_FUSED_INLINE void add_channels(const T* x, int64_t line_stride, int64_t n, P 
     VectorPair<Vec<A>> totals = load_pair(x + i);
     totals.low = p.power(totals.low), totals.high = p.power(totals.high);
     for (int r = 1; r < rows; ++r) {
-      const VectorPair<Vec<A>> channel = load_pair(x + r * line_stride + i);
+      const VectorPair<Vec<A>> channel = load_pair(x + r * stride + i);
       totals.low += p.power(channel.low), totals.high += p.power(channel.high);
     }
     store(map + i, (previous(i, width) + totals.low) * scale);
@@ -49,7 +49,7 @@ AT_FUSED_INLINE void add_channels(const T* x, int64_t line_stride, int64_t n, P 
   const auto add_vector = [&](int count, auto&& load_vector) AT_FUSED_LAMBDA {
     const Vec<A> sums = previous(i, count);
     Vec<A> total = p.power(load_vector(x + i));
-    for (int r = 1; r < rows; ++r) total += p.power(load_vector(x + r * line_stride + i));
+    for (int r = 1; r < rows; ++r) total += p.power(load_vector(x + r * stride + i));
     store_up_to(map + i, (sums + total) * scale, count);
     i += count;
   };
@@ -60,16 +60,15 @@ AT_FUSED_INLINE void add_channels(const T* x, int64_t line_stride, int64_t n, P 
 }
 
 template <class T, class A, class P>
-void attention_map_planar(const T* x, int64_t C, int64_t line_stride, int64_t n, P p, A scale,
-                          A* map) {
+void attention_map_planar(const T* x, int64_t C, int64_t stride, int64_t n, P p, A scale, A* map) {
   constexpr int64_t tile = 16384 / sizeof(A);  // half of a 32 KB L1 cache
   for (int64_t i = 0; i < n; i += tile) {
     const int64_t count = n - i < tile ? n - i : tile;
-    const Prefetch prefetch(8 * line_stride * int64_t(sizeof(T)), count / (2 * lanes<A>));
+    const Prefetch prefetch(8 * stride * int64_t(sizeof(T)), count / (2 * lanes<A>));
     int64_t c = 0;
     const auto add = [&](auto rows) {
       for (; c + rows <= C; c += rows) {
-        add_channels<rows>(x + c * line_stride + i, line_stride, count, p, c == 0,
+        add_channels<rows>(x + c * stride + i, stride, count, p, c == 0,
                            c + rows == C ? scale : A(1), prefetch, map + i);
       }
     };
@@ -141,17 +140,15 @@ void attention_map_position_pairs(const BFloat16* x, int64_t n, P p, float scale
 }
 
 template <int vectors, class T, class A, class P>
-void interleaved_map(const T* x, int64_t C, int64_t line_stride, int64_t n, P p, A scale, A* map) {
+void interleaved_map(const T* x, int64_t C, int64_t stride, int64_t n, P p, A scale, A* map) {
   constexpr int width = lanes<A>;
   if constexpr (vectors == 1 && std::is_same_v<T, BFloat16>) {
-    if (C == width && line_stride == C) return attention_map_position_pairs(x, n, p, scale, map);
+    if (C == width && stride == C) return attention_map_position_pairs(x, n, p, scale, map);
   }
   const auto add = [&](int count) AT_FUSED_LAMBDA {
     Vec<A> totals[width];
     for (int j = count; j < width; ++j) totals[j] = Vec<A>{};
-    for (int j = 0; j < count; ++j, x += line_stride) {
-      totals[j] = add_position<vectors, T, A>(x, C, p);
-    }
+    for (int j = 0; j < count; ++j, x += stride) totals[j] = add_position<vectors, T, A>(x, C, p);
     store_up_to(map, sum_each<A>(totals) * scale, count);
   };
   for (; n >= width; n -= width, map += width) add(width);
@@ -160,14 +157,14 @@ void interleaved_map(const T* x, int64_t C, int64_t line_stride, int64_t n, P p,
 
 // Makes the number of vectors of channels a compile-time constant if it is at most four.
 template <class T, class A, int vectors = 0, class P>
-void attention_map_interleaved(const T* x, int64_t C, int64_t line_stride, int64_t n, P p, A scale,
+void attention_map_interleaved(const T* x, int64_t C, int64_t stride, int64_t n, P p, A scale,
                                A* map) {
   if (C / lanes<A> == vectors) {
-    interleaved_map<vectors, T, A>(x, C, line_stride, n, p, scale, map);
+    interleaved_map<vectors, T, A>(x, C, stride, n, p, scale, map);
   } else if constexpr (vectors < 4) {
-    attention_map_interleaved<T, A, vectors + 1>(x, C, line_stride, n, p, scale, map);
+    attention_map_interleaved<T, A, vectors + 1>(x, C, stride, n, p, scale, map);
   } else {
-    interleaved_map<-1, T, A>(x, C, line_stride, n, p, scale, map);
+    interleaved_map<-1, T, A>(x, C, stride, n, p, scale, map);
   }
 }
 

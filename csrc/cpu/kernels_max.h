@@ -24,7 +24,6 @@ struct Maximum {
   }
 };
 
-// Overload for reduce_each().
 template <int segment, int begin, class A, int... i>
 AT_FUSED_INLINE Maximum<A> join_halves(Maximum<A> a, Maximum<A> b,
                                        std::integer_sequence<int, i...> lanes) {
@@ -37,7 +36,7 @@ template <class T, class A, class P>
 void max_map(const Feature& feature, const T* x, int64_t n, P p, A* map, int32_t* channels) {
   using Index = typename Maximum<A>::Index;
   constexpr int width = lanes<A>;
-  const int64_t C = feature.C, line_stride = feature.line_stride;
+  const int64_t C = feature.C, stride = feature.line_stride;
   Index lane;
   for (int i = 0; i < width; ++i) lane[i] = i;
   for (int64_t i = 0; i < n; i += width) {
@@ -45,16 +44,16 @@ void max_map(const Feature& feature, const T* x, int64_t n, P p, A* map, int32_t
     auto maximum = Maximum<A>::lowest();
     if (feature.layout == Layout::planar) {
       for (int64_t c = 0; c < C; ++c) {
-        maximum.update(load_up_to(x + c * line_stride + i, count), Index{} + int(c));
+        maximum.update(load_up_to(x + c * stride + i, count), Index{} + int(c));
       }
     } else {
       Maximum<A> maxima[width] = {};
       for (int j = 0; j < count; ++j) {
         maxima[j] = Maximum<A>::lowest();
-        // Zeros after the last channel never win: a 0 of a real channel comes first.
+        // Zero padding never wins: its channel numbers are higher than those of any channel.
         for (int64_t c = 0; c < C; c += width) {
           const int rest = C - c < width ? int(C - c) : width;
-          maxima[j].update(load_up_to(x + (i + j) * line_stride + c, rest), lane + int(c));
+          maxima[j].update(load_up_to(x + (i + j) * stride + c, rest), lane + int(c));
         }
       }
       maximum =

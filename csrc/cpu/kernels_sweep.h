@@ -11,8 +11,7 @@ T* line_of(const Feature& feature, int64_t b, int64_t line) {
   return static_cast<T*>(const_cast<void*>(sample_of(feature, b))) + line * feature.line_stride;
 }
 
-// Returns true if non-temporal stores pay: partially written cache lines must be few or none, as
-// each costs more than many full ones save.
+// Returns true if non-temporal stores pay off: one partially written cache line costs a lot.
 template <class T>
 bool should_stream(const T* out, int64_t line_stride, int64_t n) {
   const uint64_t alignment =

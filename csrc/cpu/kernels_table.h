@@ -1,5 +1,4 @@
-// The kernels of one instruction set. kernels_*.cpp define AT_FUSED_VECTOR_BYTES, then include this
-// file.
+// The kernels of one instruction set. kernels_*.cpp define AT_FUSED_VECTOR_BYTES and include this.
 //
 // Results have the same bits for any number of threads, because the value of a position does not
 // depend on the bounds of its task: a partial vector does the arithmetic of a full one.
@@ -19,16 +18,16 @@ void attention_map(const Feature& feature, int64_t b, int64_t begin, int64_t end
     using T = decltype(element);
     using A = decltype(accumulator);
     const bool planar = feature.layout == Layout::planar;
-    const int64_t C = feature.C, line_stride = feature.line_stride, n = end - begin;
-    const T* x = static_cast<const T*>(sample_of(feature, b)) + begin * (planar ? 1 : line_stride);
+    const int64_t C = feature.C, stride = feature.line_stride, n = end - begin;
+    const T* x = static_cast<const T*>(sample_of(feature, b)) + begin * (planar ? 1 : stride);
     A* out = static_cast<A*>(map) + begin;
     with_exponent(p, [&](auto exponent) {
       if (channels) {
         max_map(feature, x, n, exponent, out, channels + begin);
       } else if (planar) {
-        attention_map_planar<T, A>(x, C, line_stride, n, exponent, A(scale), out);
+        attention_map_planar<T, A>(x, C, stride, n, exponent, A(scale), out);
       } else {
-        attention_map_interleaved<T, A>(x, C, line_stride, n, exponent, A(scale), out);
+        attention_map_interleaved<T, A>(x, C, stride, n, exponent, A(scale), out);
       }
     });
   });

@@ -257,7 +257,7 @@ AT_FUSED_INLINE Vec<float> positive_power(Vec<float> x, double p) {
   const float low = float(p - high);
   const auto subnormal = x < 0x1p-126f;
   const Word bits = bit_cast<Word>(subnormal ? x * 0x1p24f : x);
-  // Subtracting the bits of sqrt(1/2) makes the mantissa lie in [sqrt(1/2), sqrt(2)).
+  // Subtracting the bits of sqrt(1/2) yields a mantissa in [sqrt(1/2), sqrt(2)).
   const Whole whole = (Whole)(bits - 0x3f3504f3u) >> 23;
   const Vec<float> mantissa = bit_cast<Vec<float>>(bits - ((Word)whole << 23));
   const Vec<float> exponent =

@@ -72,8 +72,7 @@ constexpr int64_t kPositionStep = 256;     // minimum positions of a part of a r
 
 // Splits B samples of `lines` lines into tasks. A task has several small samples, or a multiple of
 // `step` lines of a large one. `total` is the bytes of the whole list. Four tasks per thread
-// balance the load; bounds on their size limit the wait for the last task and the cost of
-// scheduling.
+// balance the load; bounds on their size limit the wait for the last task and the scheduling cost.
 void split(std::vector<Task>& tasks, int64_t total, size_t index, int64_t B, int64_t lines,
            int64_t sample_bytes, int64_t step) {
   const int64_t threads = torch::stable::get_num_threads();
@@ -95,8 +94,7 @@ void split_lines(std::vector<Task>& tasks, int64_t total, size_t index, const Fe
   split(tasks, total, index, feature.B, lines(feature), sample_bytes(feature), 1);
 }
 
-// Runs f(task) for every task. Idle threads take the next task, so results must not depend on the
-// thread.
+// Runs f(task) for every task. Idle threads take the next one: results must not depend on threads.
 template <class F>
 void run_tasks(const std::vector<Task>& tasks, int64_t total_bytes, const F& f) {
   std::atomic<size_t> next{0};
@@ -133,8 +131,8 @@ void advise_huge_pages([[maybe_unused]] const Feature& feature) {
 
 // Returns true for gradients too large for the last-level cache. A gradient that fits with its
 // features and a third tensor (the teacher's features or the upstream gradient) stays cached for
-// the next operator. For larger ones, non-temporal stores avoid reading each cache line before
-// writing.
+// the next operator. For larger ones, non-temporal stores avoid reading cache lines before writing
+// them.
 bool writes_past_caches(int64_t bytes) {
   static const int64_t cache_kib = [] {
     int64_t kib = 32 << 10;  // default outside Linux; sysconf would add all caches of a socket
@@ -229,9 +227,9 @@ Tensor run_pairs(const LossArguments& loss, bool student_grad, bool teacher_grad
   };
   run_tasks(tasks, total, [&](const Task& task) {
     const Pair& pair = loss.pairs[task.index];
-    // With a sweep, one sample at a time, so that the sweep finds the student's in the L2 cache.
-    // Otherwise all teacher samples, then all student samples: long sequential reads, and the
-    // backward pass finds the student's in a cache.
+    // With a sweep, process one sample at a time, while the student's features are in the L2 cache.
+    // Otherwise process all teacher samples, then all student samples. These are long sequential
+    // reads, and they leave the students in a cache for the backward pass.
     const int64_t step = sweep ? 1 : task.b1 - task.b0;
     for (int64_t first = task.b0; first < task.b1; first += step) {
       const int64_t end = first + step;

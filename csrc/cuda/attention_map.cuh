@@ -156,8 +156,8 @@ __device__ __forceinline__ void reduce_tile(const View& x, const Tile& tile, con
   });
 }
 
-// Writes the map of a tile to `out`, which points to position `tile.begin`. The map is fp64 for
-// fp64 features, else fp32.
+// Writes the map of a tile to `out`, which starts at position `tile.begin`: fp64 for fp64 features,
+// else fp32.
 template <class E, bool fp64, bool caches>
 __device__ __forceinline__ void map_tile(const View& x, const Tile& tile, double p, double scale,
                                          char* cache, void* out) {

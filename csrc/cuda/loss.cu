@@ -249,7 +249,7 @@ void launch_at_value_and_grad(const LossParams& params, const Launch& launch) {
 }
 
 // Losses of a list of pairs of raw maps and, if requested, dL/dQ. The arithmetic is in fp64, which
-// needs the registers of kBlocks<true>.
+// needs the registers of kMinBlocks<true>.
 __global__ void __launch_bounds__(kThreads, kMinBlocks<true>)
     map_loss_kernel(const __grid_constant__ LossParams params) {
   AT_FUSED_DYNAMIC_SHARED(bytes);

@@ -97,8 +97,7 @@ Tensor compute_loss(const LossArguments& loss, bool student_grad, bool teacher_g
                       });
 }
 
-// Students too large for shared memory are swept by a second launch, from the coefficients that the
-// first one writes.
+// A second launch sweeps students too large for shared memory, from coefficients of the first one.
 Tensor compute_value_and_grad(const LossArguments& loss, const Gradients& gradients,
                               const LossGradient& loss_gradient, double scale) {
   const DeviceScope device(loss.device);

@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<fp64>)
 
 // ---- collapse="max" -----------------------------------------------------------------------------
 
-// The running maximum of |x| and its channel. NaN is the largest; of equal values the first channel
-// wins.
+// The running maximum of |x| and its channel. NaN is the largest value; the first of equals wins.
 template <class A>
 struct Maximum {
   A value = -1;     // below every |x|

@@ -23,8 +23,8 @@ constexpr int kMaxParamBytes = 4096;  // kernel parameters that every CUDA versi
 constexpr int kMaxPairs = 16;         // per launch
 constexpr int kMaxFeatures = 24;      // per launch
 
-// Parameters of a block's reads of a feature. A row is all positions of `channels_per_row` channels
-// (planar), or all channels of a position (interleaved).
+// The access pattern of a block. A row is all positions of `channels_per_row` channels (planar), or
+// all channels of a position (interleaved).
 struct Access {
   int16_t vector;            // elements per load: 16 bytes if alignment permits, else 1 element
   int16_t channels_per_row;  // more than 1 if only several channels are a whole number of vectors
@@ -57,7 +57,7 @@ struct MapFeature : Tasks {
   void* map;
   int32_t* channels;  // argmax channels for collapse "max", else null
   double scale;
-  int32_t pieces, positions_per_piece;  // per sample, and per piece
+  int32_t pieces, positions_per_piece;
 };
 
 struct MapParams {
@@ -72,11 +72,11 @@ struct SweepFeature : Tasks {
   Target out;
   Target addend;  // may be `out`; null data means 0
   const void* k;
-  const int32_t* channels;                   // as in MapFeature
-  const void* loss_gradient;                 // of this feature's pair; null means 1
-  int32_t samples_per_task, B;               // per task, and in total
-  int32_t row_pieces, rows_per_piece;        // per sample, and per piece
-  int32_t column_pieces, columns_per_piece;  // the same, in vectors
+  const int32_t* channels;    // as in MapFeature
+  const void* loss_gradient;  // of this feature's pair; null means 1
+  int32_t samples_per_task, B;
+  int32_t row_pieces, rows_per_piece;
+  int32_t column_pieces, columns_per_piece;  // columns are vectors
 };
 
 struct SweepParams {
@@ -104,11 +104,11 @@ struct PairParams : Tasks {
   // null, the launch writes coefficients.
   Target out;
   const void* loss_gradient;  // null means 1
-  int32_t index;              // index in the list
+  int32_t index;              // in the list
   int32_t B;
-  int32_t first_sample;                 // index of the first sample among those of the launch
-  int32_t samples_per_task;             // per task; 0 if several blocks share a sample
-  int32_t pieces, positions_per_piece;  // per map, and per piece
+  int32_t first_sample;      // index of the first sample among those of the launch
+  int32_t samples_per_task;  // 0 if several blocks share a sample
+  int32_t pieces, positions_per_piece;
 };
 
 struct LossParams {
@@ -144,8 +144,7 @@ struct Launch {
   void* stream;
 };
 
-// Features with `channels` have collapse "max", those with `addend` are taps. All features of a
-// launch must agree in both.
+// `channels` mean collapse "max", and `addend` a tap. All features of a launch must agree in both.
 void launch_attention_map(const MapParams& params, const Launch& launch);
 void launch_attention_map_backward(const SweepParams& params, const Launch& launch);
 void launch_map_loss(const LossParams& params, const Launch& launch);

@@ -1,5 +1,4 @@
-// The launch configuration: splits a list of features or pairs into thread blocks, from shapes,
-// dtypes and the limits of the device. Plain C++, so that it is tested without a GPU.
+// Splits a list of features or pairs into thread blocks, for the limits of a device. Plain C++.
 #pragma once
 
 #include <algorithm>
@@ -20,8 +19,7 @@ struct Limits {
 constexpr int64_t kMaxExtent = int64_t(1) << 30;  // samples, channels, positions: 32-bit loops
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
-// Minimum loads per thread, and minimum bytes of a piece that follow from it. Fewer do not use the
-// memory bandwidth.
+// Minimum loads per thread and bytes per piece: fewer do not use the full memory bandwidth.
 constexpr int64_t kMinLoads = 3;
 constexpr int64_t kMinPieceBytes = kMinLoads * kThreads * kVectorBytes;
 // Maximum bytes of a task of several small samples.
@@ -34,8 +32,8 @@ inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // ---- access -----------------------------------------------------------------------------------
 
-// Returns the number of channels that form a row of whole, aligned vectors. Returns 0 if there is
-// none, or if the row is too long for one pass of a block.
+// Returns the number of channels that form a row of aligned vectors. Returns 0 if none do, or if
+// the row is too long for one pass of a block.
 inline int64_t channels_per_row(const Feature& x, int64_t vector) {
   const auto aligned = [&](int64_t count, int64_t stride) {
     return count == 1 || stride % vector == 0;

@@ -20,8 +20,7 @@ inline void plan_map(MapFeature& feature, const Feature& x, int64_t total, const
 }
 
 // Splits the gradient of a feature into pieces. It is added to `addend` unless that is null. A
-// piece has whole rows if the feature is interleaved, and all rows if it is planar with few of
-// them.
+// piece has whole rows if the feature is interleaved, and all rows if it is planar with few rows.
 inline void plan_sweep(SweepFeature& feature, const Feature& x, const Feature& out, int64_t total,
                        const Limits& limits, const Feature* addend = nullptr) {
   const Access access = access_of(x, {&out, addend});

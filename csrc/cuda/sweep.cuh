@@ -1,5 +1,4 @@
-// The backward sweep over a piece of a sample: out = addend + g * k[n] * |x|^(p-1) * sign(x), with
-// an optional addend.
+// The backward sweep: out = addend + g * k[n] * |x|^(p-1) * sign(x), with an optional addend.
 #pragma once
 
 #include "kernel.cuh"
@@ -40,8 +39,7 @@ __device__ __forceinline__ Target target_of(const View& x) {
 }
 
 // Reads U rows, `height` apart, and writes g * factor(u, j) * slope plus the addend for element j
-// of row u. `to` and `addend` may be the same memory: a thread reads each element before it writes
-// it.
+// of row u. `to` may be the addend's memory: a thread reads each element before it writes it.
 template <class T, int V, int U, bool shared, bool has_addend, class E, class A, class F>
 __device__ __forceinline__ void sweep_rows(Rows<const T> from, Rows<T> to, Rows<const T> addend,
                                            int row, int64_t height, int rows, E e, A g, F factor) {
@@ -116,8 +114,7 @@ __device__ __forceinline__ void sweep_interleaved(Rows<const T> x, Rows<T> out,
 }
 
 // Sweeps a piece of sample b. k is the sample's coefficient map, in fp64 for fp64 features and else
-// in fp32; g is a factor. If `shared`, the sample is read from `cache`, a dense copy in shared
-// memory.
+// in fp32; g is a factor. `shared` reads the sample from `cache`, a dense copy in shared memory.
 template <class E, bool fp64, bool shared, bool has_addend>
 __device__ __forceinline__ void sweep_piece(const View& x, const Target& out, const Target& addend,
                                             int b, Span span, double p, double g, const void* k,

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch._dynamo
 from back_ends import ALL_BACKENDS, use
-from hostile import right_call, tensors_of
+from hostile import tensors_of, valid_call
 from matrix import crossed
 from outside import SUPPORT, output_of
 from reference import loss_arguments, reference_loss
@@ -33,7 +33,7 @@ def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tenso
 
 @crossed(operator=OPERATORS, seed=range(2))
 def test_opcheck(backend: str, operator: str, seed: int) -> None:
-    arguments = right_call(operator, random.Random(seed))
+    arguments = valid_call(operator, random.Random(seed))
     differentiated = operator not in ("attention_tap_backward_", "at_value_and_grad")
     for x in tensors_of(arguments[:2]) if differentiated else ():
         x.requires_grad_()

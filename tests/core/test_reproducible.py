@@ -8,7 +8,7 @@ import pytest
 import torch
 from back_ends import use
 from outside import SUPPORT, output_of
-from threaded import differentiated, digest, same_bits, works
+from threaded import all_calls, check_same_bits, digest, with_gradients
 from torch import Tensor
 
 import at_fused
@@ -20,7 +20,7 @@ from at_fused.backends import cpu
 def test_same_bits_in_every_run(name: str) -> None:
     """Compare a first run with those of eight concurrent callers."""
     with use(name):
-        same_bits(rounds=1)
+        check_same_bits(rounds=1)
 
 
 def compute_large(layout: torch.memory_format) -> list[Tensor]:
@@ -33,7 +33,7 @@ def compute_large(layout: torch.memory_format) -> list[Tensor]:
             t = torch.randn_like(s.detach())
             loss = at_fused.at_loss([s, t], [t, s], reduction="none")
             maps = at_fused.attention_map(s), at_fused.attention_map(t)
-            results += [*differentiated(loss, s), *maps]
+            results += [*with_gradients(loss, s), *maps]
     return results
 
 
@@ -42,7 +42,7 @@ def test_same_bits_for_any_number_of_threads(layout: torch.memory_format) -> Non
     def results(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
         torch.manual_seed(0)
-        return compute_large(layout) + [x for call in works() for x in call()]
+        return compute_large(layout) + [x for call in all_calls() for x in call()]
 
     with use("cpu"):
         expected = results(1)
@@ -51,7 +51,7 @@ def test_same_bits_for_any_number_of_threads(layout: torch.memory_format) -> Non
 
 
 @pytest.mark.parametrize(
-    "isa", [None, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in cpu.isa_levels())]
+    "isa", [None, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in cpu.instruction_sets())]
 )
 def test_same_bits_in_another_process(tmp_path: Path, isa: str | None) -> None:
     """Vary the hash seed, the number of threads and addresses."""

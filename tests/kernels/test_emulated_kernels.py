@@ -125,9 +125,7 @@ def test_a_tap_reads_twice_and_writes_once(
 
 
 @every
-def test_max_accesses_argmax_channels(
-    emulator: Emulator, size: Any, dtype: Any, layout: Any
-) -> None:
+def test_max_accesses_argmax_only(emulator: Emulator, size: Any, dtype: Any, layout: Any) -> None:
     x = torch.randn(size).to(dtype, memory_format=layout)
     (q, channels), forward = emulator.counted(partial(_ops.attention_map, [x], 2.0, "max"))
     assert 16 * forward.loads[4] == forward.load_bytes == x.nbytes

@@ -1,8 +1,8 @@
-"""On a real GPU: the contract on its back ends, graphs, streams, memory, launches.
+"""Tests on a GPU: the contract, CUDA graphs, streams, memory pools, synchronisation, peak memory.
 
-Without a GPU none of this is collected, except for AT_FUSED_GPU_DRY_RUN=1: this runs on the CPU
-what does not need a GPU, with stand-ins for graphs and streams, so that these tests are not first
-run on a machine that has one. The tests marked smoke are the first that scripts/gpu_check.py runs.
+Without a GPU nothing is collected, unless AT_FUSED_GPU_DRY_RUN=1. The dry run checks these tests on
+the CPU, with stand-ins for graphs and streams; tests that need a GPU are skipped.
+scripts/gpu_check.py runs tests marked smoke first.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ BACKENDS = [
 ]
 
 pytestmark = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device: not part of the dry run")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs, streams and pools: in a dry run what stands in for them."""
+    """Install stand-ins for graphs, streams and pools in a dry run."""
     if not GPU:
         pretend_cuda.install(monkeypatch)
 
 
 @pytest.fixture(params=BACKENDS)
 def gpu(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on every back end for GPUs."""
+    """Run the test on every back end for GPUs."""
     with at_fused.use_backend(request.param):
         yield request.param
 
 
-# ---- tests of other files: these fixtures put all tensors on the device --------------------------
+# ---- tests of other files, with fixtures that create tensors on the device -----------------------
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def fast_backend(backend: str) -> str:
 
 
 def imported(module: ModuleType, *names: str) -> dict[str, Callable[..., None]]:
-    """The module's tests of these names, or all that run on a back end."""
+    """Return the module's tests with these names, or by default all with a back end fixture."""
     if names:
         return {f"test_{name}": getattr(module, f"test_{name}") for name in names}
     return {
@@ -112,19 +112,19 @@ Program = Callable[..., list[Tensor]]
 
 
 def pairs() -> Pairs:
-    """Four pairs: of either layout and another dtype, of whole samples and of shared ones."""
+    """Return pairs of both layouts and two dtypes; blocks share the samples of the last one."""
     with torch.device(DEVICE):
         students = [
             features(8, 16, 32, 32),
             features(8, 32, 16, 16, layout="interleaved"),
             features(8, 64, 7, 7, dtype=torch.bfloat16),
-            features(5, 96, 56, 56),  # does not fit on chip
+            features(5, 96, 56, 56),  # does not fit in shared memory
         ]
         teachers = [features(x.shape[0], 48, *x.shape[2:]) for x in students]
     return [x.requires_grad_() for x in students], teachers
 
 
-def change(inputs: Pairs) -> None:
+def randomise(inputs: Pairs) -> None:
     with torch.no_grad():
         for x in (*inputs[0], *inputs[1]):
             x.copy_(torch.randn_like(x))
@@ -141,22 +141,22 @@ def value_and_gradients(students: list[Tensor], teachers: list[Tensor]) -> list[
 
 
 def maps_and_their_loss(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
-    """Sums and maxima, and the gradients of both."""
-    plain = [x.detach() for x in students]
-    above = torch.stack([_ops.attention_map([x], 2.0, "mean")[0].sum() for x in plain])
-    other = _ops.attention_map(teachers, 2.0, "mean")
+    """Compute maps, their loss and the gradients, with collapse "max" and "mean"."""
+    xs = [x.detach() for x in students]
+    upstream = torch.stack([_ops.attention_map([x], 2.0, "mean")[0].sum() for x in xs])
+    teacher_maps = _ops.attention_map(teachers, 2.0, "mean")
     results = []
     for collapse in ("max", "mean"):
-        found = _ops.attention_map(plain, 3.0, collapse)
-        maps, channels = found[: len(plain)], found[len(plain) :]
-        loss, ks = MAP_LOSS([q.float() for q in maps], other, *LOSS, False)
-        rest = above, [*range(len(plain))], 3.0, [], channels
-        results += [*found, loss, *ks, *_ops.attention_map_backward(plain, ks, *rest)]
+        outputs = _ops.attention_map(xs, 3.0, collapse)
+        maps, channels = outputs[: len(xs)], outputs[len(xs) :]
+        loss, ks = MAP_LOSS([q.float() for q in maps], teacher_maps, *LOSS, False)
+        rest = upstream, [*range(len(xs))], 3.0, [], channels
+        results += [*outputs, loss, *ks, *_ops.attention_map_backward(xs, ks, *rest)]
     return results
 
 
 def taps(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
-    """Gradients added to others, new and in place."""
+    """Add gradients of maps to upstream gradients, out of place and in place."""
     results = []
     for x in (student.detach() for student in students):
         for collapse in ("mean", "max"):
@@ -174,38 +174,38 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ---- what can be run on the CPU as well ----------------------------------------------------------
+# ---- determinism, compile, values ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_same_bits_in_every_run(gpu: str, program: Program) -> None:
+def test_repeated_runs_are_bitwise_equal(gpu: str, program: Program) -> None:
     inputs = pairs()
-    once = program(*inputs)
+    expected = program(*inputs)
     for _ in range(10):
-        assert same_bits(once, program(*inputs))
+        assert same_bits(expected, program(*inputs))
 
 
-def a_loss(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+def compiled_loss(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     weights = [1, 2, 3, 4][: len(students)]
     loss = at_fused.at_loss([x * 2 for x in students], teachers, weights=weights)
     return [3 * loss + at_fused.at(students[0]).square().mean()]
 
 
-def a_gradient(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+def compiled_gradient(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     loss, gradients = at_fused.at_value_and_grad([x * 2 for x in students], teachers)
     return [loss * 3, *(g + 1 for g in gradients)]
 
 
-def a_loss_of_maps(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+def compiled_map_loss(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     maps = [[at_fused.attention_map(x) for x in side] for side in (students, teachers)]
     return [at_fused.map_loss(*maps, form="paper") * 3]
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
-@pytest.mark.parametrize("program", [a_loss, a_gradient, a_loss_of_maps])
-def test_compiled(gpu: str, program: Program, mode: str) -> None:
-    """In its own graphs warmed up, captured and replayed with new data, two side by side."""
+@pytest.mark.parametrize("program", [compiled_loss, compiled_gradient, compiled_map_loss])
+def test_compiled_programs_match_eager(gpu: str, program: Program, mode: str) -> None:
+    """Two inputs at a time, so that two CUDA graphs are captured and replayed with new data."""
     torch._dynamo.reset()
     counters.clear()
     both = [pairs(), tuple(side[:2] for side in pairs())]
@@ -217,13 +217,13 @@ def test_compiled(gpu: str, program: Program, mode: str) -> None:
 
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()
-        found = [run(*inputs) for inputs in both]
-        found = [with_gradients(x, inputs[0]) for x, inputs in zip(found, both, strict=True)]
-        for results, inputs in zip(found, both, strict=True):
+        results = [run(*inputs) for inputs in both]
+        results = [with_gradients(x, inputs[0]) for x, inputs in zip(results, both, strict=True)]
+        for actual, inputs in zip(results, both, strict=True):
             expected = with_gradients(program(*inputs), inputs[0])
-            torch.testing.assert_close(results, expected)
-            change(inputs)
-    assert not (GPU and counters["inductor"]["cudagraph_skips"])  # else nothing was captured
+            torch.testing.assert_close(actual, expected)
+            randomise(inputs)
+    assert not (GPU and counters["inductor"]["cudagraph_skips"])  # the graphs were captured
 
 
 @pytest.mark.smoke
@@ -231,8 +231,8 @@ def test_compiled(gpu: str, program: Program, mode: str) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
-def test_numbers(backend: str, dtype: torch.dtype, layout: str) -> None:
-    """Pairs alone, and a list of more blocks than the device runs at a time."""
+def test_values_match_the_reference(backend: str, dtype: torch.dtype, layout: str) -> None:
+    """Single pairs, and a list with more blocks than the device runs at a time."""
     sizes = (64, 56), (128, 28), (256, 14), (512, 7), (16, 32), (3, 5)
     batch = 32 if GPU else 1
     students = [features(batch, c, h, h, layout=layout, dtype=dtype) for c, h in sizes]
@@ -242,15 +242,15 @@ def test_numbers(backend: str, dtype: torch.dtype, layout: str) -> None:
         assert_matches_reference(pair[:1], pair[1:], scale=2.0**12)
 
 
-# ---- graphs, streams and pools: in a dry run stand-ins -------------------------------------------
+# ---- graphs, streams and pools: stand-ins in a dry run -------------------------------------------
 
 
 def capture(program: Program, inputs: Pairs) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A graph of the program, and where its results are after each replay."""
+    """Capture a graph of the program; return it and the results that replays overwrite."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):  # compiles, loads and allocates what a capture may not
+        for _ in range(3):  # warm-up: a capture must not compile or load kernels
             program(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -265,8 +265,8 @@ def capture(program: Program, inputs: Pairs) -> tuple[torch.cuda.CUDAGraph, list
 def test_graph_capture_and_replay(gpu: str, program: Program) -> None:
     inputs = pairs()
     graph, results = capture(program, inputs)
-    for replays in (1, 1, 3):  # each sets its counters to zero itself
-        change(inputs)
+    for replays in (1, 1, 3):  # each replay must reset its counters
+        randomise(inputs)
         for _ in range(replays):
             graph.replay()
         assert same_bits(results, program(*inputs))
@@ -274,14 +274,14 @@ def test_graph_capture_and_replay(gpu: str, program: Program) -> None:
 
 @pytest.mark.smoke
 @pytest.mark.usefixtures("cuda")
-def test_streams_at_once(gpu: str) -> None:
-    """Replays of a graph beside calls."""
+def test_concurrent_streams(gpu: str) -> None:
+    """Graph replays run concurrently with direct calls."""
     inputs = [pairs() for _ in range(4)]
     expected = [[program(*x) for program in PROGRAMS] for x in inputs]
     graphs = [[capture(program, x) for program in PROGRAMS] for x in inputs[:2]]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
-    found: list[tuple[list[Tensor], list[Tensor]]] = []
+    outcomes: list[tuple[list[Tensor], list[Tensor]]] = []
     for _ in range(ROUNDS):
         for k, program in enumerate(PROGRAMS):
             for i, stream in enumerate(streams):
@@ -292,25 +292,25 @@ def test_streams_at_once(gpu: str) -> None:
                         results = [x.clone() for x in results]
                     else:
                         results = program(*inputs[i])
-                found.append((results, expected[i][k]))
+                outcomes.append((results, expected[i][k]))
     torch.cuda.synchronize()
-    assert all(same_bits(*each) for each in found)
+    assert all(same_bits(*each) for each in outcomes)
 
 
 @pytest.mark.smoke
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_memory_pool_that_dies(gpu: str, program: Program) -> None:
-    """A stream's first call allocates in it: nothing of that may be left for the next."""
+def test_nothing_is_retained_in_a_memory_pool(gpu: str, program: Program) -> None:
+    """The first call of a stream allocates in a pool. The next call must not depend on the pool."""
     inputs = pairs()
     expected = program(*inputs)
     pool, side = torch.cuda.MemPool(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         with torch.cuda.use_mem_pool(pool):
-            found = program(*inputs)
-        assert same_bits(found, expected)
-        del found
+            results = program(*inputs)
+        assert same_bits(results, expected)
+        del results
         torch.cuda.synchronize()
         blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
         assert not [block for block in blocks if block["state"] == "active_allocated"]
@@ -318,32 +318,32 @@ def test_a_memory_pool_that_dies(gpu: str, program: Program) -> None:
         assert same_bits(program(*inputs), expected)
 
 
-# ---- what needs a GPU ----------------------------------------------------------------------------
+# ---- synchronisation, memory, devices: need a GPU ------------------------------------------------
 
 
 @needs_gpu
-def test_nothing_waits_for_the_device(gpu: str) -> None:
+def test_calls_do_not_synchronise(gpu: str) -> None:
     students, teachers = pairs()
     scale = torch.ones((), device=DEVICE)
 
-    def everything() -> None:
+    def call_all() -> None:
         loss_and_gradients(students, teachers)
         at_fused.at_value_and_grad(students, teachers, scale=scale)
         at_fused.at(students[0]).sum().backward()
         maps_and_their_loss(students, teachers)
 
-    everything()
+    call_all()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        everything()
+        call_all()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def peak(run: Callable[[], object]) -> int:
-    """Bytes allocated at the most, beyond those before."""
+    """Return the peak of bytes allocated by a call."""
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # a cached block may be larger than what is asked for
+    torch.cuda.empty_cache()  # a cached block may be larger than requested
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     result = run()
@@ -354,14 +354,14 @@ def peak(run: Callable[[], object]) -> int:
 
 @needs_gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_memory(gpu: str, layout: str) -> None:
+def test_peak_memory(gpu: str, layout: str) -> None:
     with torch.device(DEVICE):
-        # 16 MB each: the allocator rounds to 2.
+        # 16 MB each, because the allocator rounds up to 2 MB.
         s = features(16, 64, 64, 64, layout=layout).requires_grad_()
         t = features(16, 64, 64, 64, layout=layout)
     loss_and_gradients([s], [t])
     value_and_gradients([s], [t])
-    # A map is a 64th of its feature.
+    # The maps have 1/64 of the features' bytes.
     assert peak(lambda: at_fused.at_loss(s, t)) < (s.nbytes + t.nbytes) / 8
     loss = at_fused.at_loss(s, t)
     assert peak(lambda: torch.autograd.grad(loss, s)) <= s.nbytes + (1 << 20)
@@ -370,7 +370,7 @@ def test_memory(gpu: str, layout: str) -> None:
 
 
 @needs_gpu
-def test_a_device_that_is_not_the_current_one(gpu: str) -> None:
+def test_tensors_on_another_than_the_current_device(gpu: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
     with torch.device("cuda:1"):
@@ -382,13 +382,13 @@ def test_a_device_that_is_not_the_current_one(gpu: str) -> None:
         at_fused.at_loss(students, [x.to("cuda:0") for x in teachers])
 
 
-# ---- whole steps ---------------------------------------------------------------------------------
+# ---- training steps ------------------------------------------------------------------------------
 
 
-def test_memory_of_a_step_with_attention_transfer(gpu: str) -> None:
-    def second(step: Callable[[], object]) -> int:
+def test_peak_memory_of_a_training_step(gpu: str) -> None:
+    def peak_after_warm_up(step: Callable[[], object]) -> int:
         step()
         return peak(step)
 
-    take = second if GPU else test_transfer_training.PeakMemory().measure
+    take = peak_after_warm_up if GPU else test_transfer_training.PeakMemory().measure
     test_transfer_training.check_memory(DEVICE, take)

@@ -112,11 +112,10 @@ def check_pair(s: Feature, t: Feature, member: Member) -> None:
     assert member.teacher
     check_map(s, member.student, member)
     check_map(t, member.teacher, member)
-    if member.samples_per_task > 0:
-        assert member.tasks == math.ceil(s.B / member.samples_per_task)
-        assert member.pieces == 1
-    else:
-        assert member.tasks == s.B * 2 * member.pieces
+    whole = member.samples_per_task > 0
+    tasks = math.ceil(s.B / member.samples_per_task) if whole else s.B * 2 * member.pieces
+    assert member.tasks == tasks
+    assert not whole or member.pieces == 1
 
 
 STRATEGIES = {
@@ -128,9 +127,7 @@ STRATEGIES = {
 
 @settings(deadline=None, max_examples=300)
 @given(**STRATEGIES)
-def test_plans_of_losses_are_valid(
-    data: list[tuple[Feature, Feature]], device: str, shift: int
-) -> None:
+def test_loss_plans_are_valid(data: list[tuple[Feature, Feature]], device: str, shift: int) -> None:
     """Without gradients, and with gradients of students cached in shared memory."""
     students, teachers = zip(*data, strict=True)
     limits = DEVICES[device]
@@ -208,10 +205,7 @@ USUAL = [
 
 
 def check_reads(x: Feature, access: Access, rows: int, columns: int) -> None:
-    """Check that reads are coalesced to 64 bytes, and that threads have three loads in flight.
-
-    A task that is too small for either is exempt. ``columns`` of the task are in vectors.
-    """
+    """Check that tasks read 64 adjacent bytes, with three loads in flight, unless too small."""
     lanes = access.lanes
     row_bytes = columns * access.vector * BYTES[x.dtype]
     coalesced = min(lanes, columns) * access.vector * BYTES[x.dtype]
@@ -228,10 +222,9 @@ def check_reads(x: Feature, access: Access, rows: int, columns: int) -> None:
 @pytest.mark.parametrize("x", USUAL, ids=lambda x: "-".join(map(str, (*x[:3], *x[6:]))))
 def test_reads_are_coalesced_and_in_flight(x: Feature) -> None:
     (gradient,) = plan_sweeps([x], [x], H100).members
-    assert gradient.sweep
-    check_reads(
-        x, gradient.student, gradient.sweep.rows_per_piece, gradient.sweep.columns_per_piece
-    )
+    sweep = gradient.sweep
+    assert sweep
+    check_reads(x, gradient.student, sweep.rows_per_piece, sweep.columns_per_piece)
     (loss,) = plan_pairs([x], [x], H100).members
     (both,) = plan_pairs([x], [x], H100, [x]).members
     for member in (loss, both):
@@ -247,10 +240,7 @@ def blocks(launch: Launch) -> int:
 
 
 def tail(launch: Launch) -> float:
-    """Return the share of the run time in which the last task may run alone.
-
-    That is the bytes of the last task over the average bytes of a resident block.
-    """
+    """Return the bytes of the last task, which may run alone, over the average of a slot."""
     total = sum(m.tasks * m.bytes_per_task for m in launch.members)
     return launch.members[-1].bytes_per_task / (total / (H100.multiprocessors * blocks(launch)))
 

@@ -1,7 +1,5 @@
 """Runs the CUDA kernels on CPU tensors: compiles them as C++ and emulates the threads.
 
-There are two modes:
-
     callbacks   checks every access for races, misalignment and uninitialised memory
     sanitizers  runs kernels and operators under AddressSanitizer and UndefinedBehaviorSanitizer,
                 which test_sanitizers.py preloads into Python
@@ -48,13 +46,12 @@ def build(
     name: str, mode: str, kernels: list[Path], host: list[Path], link: list[str], *options: str
 ) -> Path:
     """Build a library of the emulator, kernels and host code, or return the cached one."""
-    for_kernels, for_host = (
-        (INSTRUMENTED, ["-O2"]) if mode == "callbacks" else (SANITIZED, SANITIZED)
-    )
+    is_sanitized = mode == "sanitizers"
+    for_kernels, for_host = (SANITIZED, SANITIZED) if is_sanitized else (INSTRUMENTED, ["-O2"])
     jobs = [(file, [*COMMON, *options, *for_kernels, "-x", "c++"]) for file in kernels]
     host = [*host, *sorted(EMULATOR.glob("*.cpp"))]
     jobs += [(file, [*COMMON, *options, *for_host]) for file in host]
-    link = ["-shared", "-ldl", *["-fsanitize=address,undefined"] * (mode == "sanitizers"), *link]
+    link = ["-shared", "-ldl", *["-fsanitize=address,undefined"] * is_sanitized, *link]
     folders = EMULATOR, EMULATOR / "include", *{file.parent for file in kernels}, ROOT / "csrc"
     headers = [file for folder in folders for file in folder.glob("*.*h")]
     return build_library(f"{name}_{mode}", jobs, link, headers, torch.__version__)

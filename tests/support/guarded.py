@@ -30,10 +30,7 @@ mappings: list[mmap.mmap] = []  # keeps guard pages mapped while their tensor is
 
 
 def guarded(x: Tensor, at_end: bool, beyond: int = 0) -> Tensor:
-    """Return a copy of a dense tensor next to an inaccessible page, after its end or before it.
-
-    With ``beyond``, the tensor starts that many bytes later and reaches into the page.
-    """
+    """Return a copy of a dense tensor that ends or begins at a guard page, or ``beyond`` it."""
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     inner = x.permute(order).contiguous()
     size = inner.numel() * inner.element_size()

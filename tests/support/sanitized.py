@@ -1,7 +1,5 @@
 """Copies of the package with a CPU library that is built under sanitizers.
 
-There are two modes:
-
     address  AddressSanitizer and UndefinedBehaviorSanitizer
     thread   ThreadSanitizer
 

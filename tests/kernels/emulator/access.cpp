@@ -86,7 +86,7 @@ void on_access(void* p, size_t size, Access access) {
   if (is_kernel_access(a)) track(a, size, access);
 }
 
-// Accesses of unknown alignment. In kernels only unshared memory has them.
+// Accesses of unknown alignment. In kernels, these are only to memory that threads do not share.
 void on_bytes(void* p, size_t size, Access access) {
   for (size_t i = 0; i < size; ++i) on_access(static_cast<char*>(p) + i, 1, access);
 }

@@ -1,8 +1,6 @@
-// The CUDA emulator runs kernels on the CPU, every thread as a fiber, and reports their errors.
-// This is its interface for the stand-ins of CUDA's headers (include/) and for the tests. It
-// supports only the features of CUDA that the kernels use: one-dimensional grids, __syncthreads,
-// xor shuffles of whole warps, dynamic shared memory, and atomic additions.
-// tests/support/cuda_emulator.py builds it together with the kernels.
+// The interface of the CUDA emulator, which runs kernels on the CPU with a fiber per thread, and
+// reports their errors. It supports only the CUDA features that the kernels use: one-dimensional
+// grids, __syncthreads, xor shuffles of whole warps, dynamic shared memory, and atomic additions.
 #pragma once
 
 #include <atomic>

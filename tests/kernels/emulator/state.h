@@ -58,7 +58,7 @@ enum class Access { kRead, kWrite, kAtomic };
 struct Event {
   uint32_t thread;  // Thread::id; 0 if there was no access
   uint32_t time : 30;
-  uint32_t several : 1;  // other threads of the block made the same access since its last barrier
+  uint32_t several : 1;  // other threads of the block did the same since its last barrier
   uint32_t atomic : 1;
 
   uint32_t block() const { return (thread - 1) >> 10; }

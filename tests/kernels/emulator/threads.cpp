@@ -82,8 +82,8 @@ void report(const Thread& t, const std::string& text) {
   if (t.site.line()) state.error += ", last synchronised at " + describe(t.site);
 }
 
-// If no thread is ready, not all threads of a block wait at the barrier, which would complete it.
-// So some lanes wait in a shuffle for lanes that are at the barrier.
+// No thread is ready, and no barrier is complete: some lanes wait in a shuffle for lanes at a
+// barrier.
 void report_deadlock() {
   for (const auto& b : state.blocks)
     for (const Warp& w : b->warps) {
