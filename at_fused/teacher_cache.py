@@ -162,7 +162,7 @@ def _fingerprints(x: Tensor) -> list[bytes]:
     factors = _mix(torch.arange(1, count + 1, device=x.device)) | 1
     sums = []
     for part in x.detach().split(max(1, _CHUNK // count)):
-        # view(dtype) needs a last dimension with stride 1.
+        # With a last dimension of size 1, any strides can be viewed as another dtype.
         lanes = part.reshape(len(part), -1).unsqueeze(-1).view(lane).flatten(1)
         sums.append((lanes * factors).sum(1))
     hashes = _mix(torch.cat(sums) + int.from_bytes(start, "little", signed=True))
