@@ -263,10 +263,7 @@ class TappedNetwork:
         return max(tap.layout.skip_tokens if tap.layout else 0 for tap in self.taps)
 
     def check_graph(self, maps: list[Tensor]) -> None:
-        """Raise if a map has no graph, but its layer or an earlier one has trained parameters.
-
-        A part of the network may run under ``no_grad`` if nothing in it is trained.
-        """
+        """Raise if a map has no graph, but its layer or an earlier one has trained parameters."""
         network = unwrap(self.model)
         for tap, q in zip(self.taps, maps, strict=True):
             if torch.is_grad_enabled() and not (q.requires_grad or tap.grad_mode):

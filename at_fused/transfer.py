@@ -225,10 +225,9 @@ class AttentionTransfer:
         """Return the loss between the student's last forward pass and the teacher's pass on ``x``.
 
         Args:
-            x: the teacher's input, with the samples of the student's pass in the same order. A
-                mapping (also transformers' BatchEncoding) gives keyword arguments,
-                ``teacher(**x)``, a tuple positional ones, ``teacher(*x)``. With a cache it must
-                hold exactly one tensor.
+            x: the teacher's input, with the student's samples in the same order. A mapping (also
+                transformers' BatchEncoding) gives keyword arguments, ``teacher(**x)``, a tuple
+                positional ones, ``teacher(*x)``. With a cache it must hold exactly one tensor.
             index: with a cache, the samples' numbers in the data set, (B,) int64 or ints.
             seed: with a cache, the seed of the transform that made ``x``.
             mask, sample_weights: as in :func:`at_fused.at_loss`.
