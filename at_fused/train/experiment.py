@@ -303,7 +303,7 @@ class Experiment:
         return checkpoint
 
     def _check_settings(self, path: Path, state: dict[str, Any], job: Job) -> None:
-        """Raise CheckpointError if a file was made with other settings."""
+        """Raise CheckpointError if a file has other settings than the job."""
         old, new = state.get("settings", {}), job.settings
         pending = {"teacher_weights", "beta"} - new.keys()
         names = sorted((old.keys() | new.keys()) - pending)

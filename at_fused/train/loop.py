@@ -45,7 +45,7 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-        # 130 is the shells' convention for Ctrl-C. SIGTERM got what its sender asked for: 0.
+        # 130 is the shells' convention for Ctrl-C. A stop by SIGTERM is a success.
         self.status = 130 if number == signal.SIGINT else 0
 
 

@@ -41,7 +41,7 @@ from at_fused.train.saved import load_network
 
 Array = NDArray[np.float64]
 
-MIN_SEEDS = 3  # for an interval: with two seeds it would be 12.7 standard errors
+MIN_SEEDS = 3  # for an interval, which two seeds would make 12.7 standard errors wide
 # Okabe & Ito's palette, for colour-blind readers.
 COLOURS = ("#7f7f7f", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 

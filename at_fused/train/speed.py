@@ -159,7 +159,7 @@ def _silence_stderr() -> Iterator[None]:
 
 
 def peak_memory(device: torch.device, function: Callable[[], object]) -> int:
-    """Return the peak number of bytes that ``function()`` allocates on a device."""
+    """Return the peak of the bytes that ``function()`` allocates on a device."""
     was_enabled = gc.isenabled()
     gc.disable()  # it would free older tensors and so lower the count
     try:
