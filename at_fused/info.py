@@ -38,7 +38,7 @@ def facts() -> dict[str, str | int]:
     """
     build, not_compiled = build_info(), why_not_compiled()
     if build:
-        isas = ", ".join(build.cpu_isa_levels)
+        isas = ", ".join(build.cpu_instruction_sets)
         built = f"{build.compiler} against torch {build.torch}, CPU instruction sets {isas}"
     else:
         built = f"nothing compiled: {not_compiled.reason}" if not_compiled else "unknown"

@@ -15,8 +15,8 @@ PYBIND11_MODULE(_build_info, m) {
   m.attr("compiler") = AT_FUSED_COMPILER;
   m.attr("cuda") = AT_FUSED_CUDA;
 #if defined(__x86_64__)
-  m.attr("cpu_isa_levels") = pybind11::make_tuple("baseline", "avx2", "avx512");
+  m.attr("cpu_instruction_sets") = pybind11::make_tuple("baseline", "avx2", "avx512");
 #else
-  m.attr("cpu_isa_levels") = pybind11::make_tuple("baseline");
+  m.attr("cpu_instruction_sets") = pybind11::make_tuple("baseline");
 #endif
 }

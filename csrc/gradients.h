@@ -34,7 +34,7 @@ struct LossGradient {
     for (size_t i = 0; i < features.size(); ++i) {
       const int64_t pair = pairs.empty() ? int64_t(i) : pairs[i];
       STD_TORCH_CHECK(rank == 0 || (pair >= 0 && pair < gradient->size(0)),
-                      "at_fused: the loss gradient has no value for pair number ", pair);
+                      "at_fused: the loss gradient has no value for pair ", pair);
       STD_TORCH_CHECK(rank < 2 || gradient->size(1) == features[i].size(0),
                       "at_fused: a loss gradient (pairs, B) must have the batch size of the "
                       "features, ",

@@ -65,10 +65,12 @@ struct LossArguments {
         eps_mode(option_of<EpsMode>("eps_mode", eps_mode, {"max", "add"})),
         eps(eps) {
     STD_TORCH_CHECK(!student.empty() && teacher.size() == student.size(),
-                    "at_fused: as many teachers as students, got ", student.size(), " and ",
-                    teacher.size());
+                    "at_fused: student and teacher must have the same number of tensors, at least "
+                    "one, got ",
+                    student.size(), " and ", teacher.size());
     STD_TORCH_CHECK(weights.empty() || weights.size() == student.size(),
-                    "at_fused: a weight per pair, got ", weights.size(), " for ", student.size());
+                    "at_fused: weights must have one number per pair, got ", weights.size(),
+                    " for ", student.size());
     STD_TORCH_CHECK(eps > 0 && std::isfinite(eps),
                     "at_fused: eps must be a finite number > 0, got ", eps);
     device = device_of(student[0]);
@@ -79,10 +81,11 @@ struct LossArguments {
                     double exponent, const std::string& collapse) {
     check_exponent(p = exponent);
     const Collapse mode = collapse_of(collapse);
-    STD_TORCH_CHECK(mode != Collapse::max, "at_fused: collapse must be 'mean' or 'sum' here");
+    STD_TORCH_CHECK(mode != Collapse::max,
+                    "at_fused: collapse must be 'mean' or 'sum' for a loss, got 'max'");
     const size_t n = student.size();
-    STD_TORCH_CHECK(masks.empty() || masks.size() == n, "at_fused: a mask per pair, got ",
-                    masks.size(), " for ", n);
+    STD_TORCH_CHECK(masks.empty() || masks.size() == n,
+                    "at_fused: masks must have one mask per pair, got ", masks.size(), " for ", n);
     const auto feature_of = [&](Tensor& tensor, size_t index) {
       const int64_t skip = skipped_tokens(skip_tokens, 2 * n, index, tensor);
       return without_first(native_feature(tensor, device), skip);
@@ -96,7 +99,7 @@ struct LossArguments {
       if (!masks.empty()) {
         pair.mask = contiguous_map(masks[i], pair.student, device, accumulate_dtype(pair.fp64()),
                                    "at_fused: a mask must be (B, N) on the features' device, "
-                                   "float64 where a feature of the pair is and float32 otherwise")
+                                   "float64 if a feature of the pair is and float32 otherwise")
                         .data;
       }
       add(pair);
@@ -112,7 +115,7 @@ struct LossArguments {
                             (dtype == ScalarType::Float || dtype == ScalarType::Double) &&
                             map.size(0) == student[i].size(0) && map.size(1) == student[i].size(1),
                         "at_fused: maps must be (B, N), not empty, float32 or float64, on one "
-                        "device, and both of a pair of one size");
+                        "device, and of the same shape in a pair");
         if (!map.is_contiguous()) map = torch::stable::contiguous(map);
         const int64_t B = map.size(0), N = map.size(1);
         return Feature{map.const_data_ptr(), dtype_of(map), Layout::planar, B, 1, N, N, N};
@@ -141,7 +144,7 @@ struct LossArguments {
     pairs.push_back(pair);
     fp64 |= pair.fp64();
     STD_TORCH_CHECK(reduction != Reduction::sample || pair.student.B == pairs[0].student.B,
-                    "at_fused: a loss for each sample needs pairs of one batch size");
+                    "at_fused: reduction 'sample' needs the same batch size in all pairs");
   }
 };
 

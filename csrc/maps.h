@@ -60,10 +60,10 @@ inline Tensors attention_map_backward(Tensors tensors, Tensors coefficients,
                                       std::optional<Tensor> loss_gradient, Ints pairs, double p,
                                       Ints skip_tokens, Tensors channels) {
   const size_t n = tensors.size();
-  STD_TORCH_CHECK(coefficients.size() == n, "at_fused: a coefficient map per feature");
+  STD_TORCH_CHECK(coefficients.size() == n, "at_fused: coefficients must have one map per feature");
   STD_TORCH_CHECK(channels.empty() || channels.size() == n,
-                  "at_fused: a map of channels per feature, or none");
-  STD_TORCH_CHECK(pairs.size() == n, "at_fused: a pair number per feature");
+                  "at_fused: channels must have one map per feature, or be empty");
+  STD_TORCH_CHECK(pairs.size() == n, "at_fused: pairs must have one number per feature");
   check_exponent(p);
   if (n == 0) return {};
   const LossGradient upstream(loss_gradient, tensors, pairs);
@@ -104,7 +104,7 @@ inline Tensor tap_backward(bool in_place, Tensor gradient, Tensor feature, Tenso
                       device_of(gradient) == device_of(feature),
                   "at_fused: a gradient must have the shape, dtype and device of its feature");
   STD_TORCH_CHECK((mode == Collapse::max) == channels.has_value(),
-                  "at_fused: a map of channels belongs to collapse 'max', and to no other");
+                  "at_fused: channels must be passed with collapse 'max', and only then");
   const Tensor original = feature;
   Tap tap{};
   tap.device = device_of(feature);

@@ -72,8 +72,8 @@ inline Feature native_feature(Tensor& tensor, Device device) {
   STD_TORCH_CHECK(tensor.dim() >= 3, "at_fused: features must be (B, C, *spatial)");
   STD_TORCH_CHECK(tensor.numel() > 0, "at_fused: features must not be empty");
   // Expanded tensors can be larger than memory: this bound keeps sums of bytes below 2^63.
-  STD_TORCH_CHECK(tensor.numel() <= int64_t(1) << 44, "at_fused: at most 2^44 elements, got ",
-                  tensor.numel());
+  STD_TORCH_CHECK(tensor.numel() <= int64_t(1) << 44,
+                  "at_fused: features may have at most 2^44 elements, got ", tensor.numel());
   STD_TORCH_CHECK(device_of(tensor) == device, "at_fused: all features must be on the same device");
   Feature feature;
   if (!describe(tensor, feature)) {
@@ -110,7 +110,7 @@ inline std::string last_error_message() {
   using Function = const char*();
   const auto message = reinterpret_cast<Function*>(
       dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
-  return message ? message() : "torch could not make one, for lack of memory most likely";
+  return message ? message() : "probably out of memory";
 }
 
 // torch::stable::new_empty and empty_like look up their operators by name in every call. For a list
@@ -123,7 +123,8 @@ inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* stri
                                device.index, &handle)) {
     int64_t count = 1;
     for (int64_t d = 0; d < rank; ++d) count *= sizes[d];
-    STD_TORCH_CHECK(false, "at_fused: no result of ", count, " elements: ", last_error_message());
+    STD_TORCH_CHECK(false, "at_fused: cannot allocate a result of ", count,
+                    " elements: ", last_error_message());
   }
   return Tensor(handle);
 }

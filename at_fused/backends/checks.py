@@ -113,7 +113,7 @@ def check_attention_map_backward(
     count = len(features)
     require(
         len(coefficients) == len(pairs) == count and len(channels) in (0, count),
-        "a coefficient map and a pair number per feature, and a map of channels or none",
+        "coefficients, pairs and channels must have one entry per feature; channels may be empty",
     )
     maximums: Sequence[Tensor | None] = channels or [None] * count
     for each in zip(without_skipped(features, skip_tokens), coefficients, maximums, strict=True):
@@ -132,7 +132,7 @@ def check_tap(gradient: Tensor, feature: Tensor, map_gradient: Tensor, *rest: An
     )
     require(
         (collapse == "max") == (channels is not None),
-        "a map of channels belongs to collapse 'max', and to no other",
+        "channels must be passed with collapse 'max', and only then",
     )
     _check_map(feature, map_gradient, channels)
 
@@ -157,15 +157,20 @@ def _check_pairs(
     form, reduction, eps_mode, eps = options
     n = len(student)
     require(
-        n > 0 and len(teacher) == n, f"as many teachers as students, got {n} and {len(teacher)}"
+        n > 0 and len(teacher) == n,
+        "student and teacher must have the same number of tensors, at least one, got "
+        f"{n} and {len(teacher)}",
     )
-    require(len(weights) in (0, n), f"a weight per pair, got {len(weights)} for {n}")
+    require(
+        len(weights) in (0, n), f"weights must have one number per pair, got {len(weights)} for {n}"
+    )
     for name, value in (("form", form), ("reduction", reduction), ("eps_mode", eps_mode)):
         _check_choice(name, value)
     require(0 < eps < math.inf, f"eps must be a finite number > 0, got {eps}")
     one_batch = all(x.shape[:1] == student[0].shape[:1] for x in student)
     require(
-        reduction != "sample" or one_batch, "a loss for each sample needs pairs of one batch size"
+        reduction != "sample" or one_batch,
+        "reduction 'sample' needs the same batch size in all pairs",
     )
 
 
@@ -182,8 +187,10 @@ def check_at_loss(
     _check_pairs(student, teacher, weights, *options[2:])
     features, count = [*student, *teacher], len(student)
     check_attention_map(features, options.p, options.collapse, skip_tokens)
-    require(options.collapse != "max", "collapse must be 'mean' or 'sum' here")
-    require(len(masks) in (0, count), f"a mask per pair, got {len(masks)}")
+    require(options.collapse != "max", "collapse must be 'mean' or 'sum' for a loss, got 'max'")
+    require(
+        len(masks) in (0, count), f"masks must have one mask per pair, got {len(masks)} for {count}"
+    )
     mapped = without_skipped(features, skip_tokens)
     for i, (s, t) in enumerate(zip(mapped[:count], mapped[count:], strict=True)):
         shape = _shape_of_map(s)
@@ -212,6 +219,6 @@ def check_map_loss(
             and q.device == student[0].device
             and q.dtype in _WIDE
             and q.shape == student[i % len(student)].shape,
-            "maps must be (B, N), not empty, float32 or float64, on one device, and both of a "
-            "pair of one size",
+            "maps must be (B, N), not empty, float32 or float64, on one device, and of the same "
+            "shape in a pair",
         )

@@ -70,7 +70,7 @@ class _CPU(_Library):
 
     def instruction_sets(self) -> list[str]:
         """Return the instruction sets that this processor supports, lowest first."""
-        return list(torch.ops.at_fused.cpu_isa_levels())
+        return list(torch.ops.at_fused.cpu_instruction_sets())
 
     def reason(self) -> str:
         """Return the instruction set in use, or why the library is not in use."""

@@ -353,10 +353,10 @@ STABLE_TORCH_LIBRARY_IMPL(at_fused, CPU, m) { at_fused::register_operators(m); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(at_fused, m) {
   m.def("cpu_isa() -> str");
-  m.def("cpu_isa_levels() -> str[]");
+  m.def("cpu_instruction_sets() -> str[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(at_fused, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&at_fused::cpu_isa));
-  m.impl("cpu_isa_levels", TORCH_BOX(&at_fused::cpu_instruction_sets));
+  m.impl("cpu_instruction_sets", TORCH_BOX(&at_fused::cpu_instruction_sets));
 }

@@ -50,7 +50,7 @@ class DeviceScope {
   }
 
   Launch launch(int64_t blocks, int64_t shared_bytes, bool fp64) const {
-    STD_TORCH_CHECK(blocks <= kMaxBlocks, "at_fused: too many blocks for one launch: ", blocks);
+    STD_TORCH_CHECK(blocks <= kMaxBlocks, "at_fused: the launch needs too many blocks: ", blocks);
     return {blocks, shared_bytes, limits.shared_bytes_per_block, fp64, stream};
   }
 
@@ -62,8 +62,10 @@ class DeviceScope {
 
 inline void check_extent(const Feature& x, int64_t samples) {
   STD_TORCH_CHECK(x.C <= kMaxExtent && x.N <= kMaxExtent,
-                  "at_fused: at most 2^30 channels and 2^30 positions, got ", x.C, " and ", x.N);
-  STD_TORCH_CHECK(samples <= kMaxExtent, "at_fused: at most 2^30 samples, got ", samples);
+                  "at_fused: features may have at most 2^30 channels and 2^30 positions, got ", x.C,
+                  " and ", x.N);
+  STD_TORCH_CHECK(samples <= kMaxExtent, "at_fused: lists may have at most 2^30 samples, got ",
+                  samples);
 }
 
 }  // namespace at_fused

@@ -49,9 +49,9 @@ FLOATING, SPATIAL = "float16, bfloat16, float32 or float64", r"\(B, C, \*spatial
 # Invalid arguments of some operators, and regular expressions for their errors.
 INVALID: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
     ("at_loss", "at_value_and_grad", "map_loss"): [
-        ({"student": []}, "as many teachers"),
-        ({"teacher": []}, "as many teachers"),
-        ({"weights": [1.0, 2.0]}, "a weight per pair"),
+        ({"student": []}, "same number of tensors"),
+        ({"teacher": []}, "same number of tensors"),
+        ({"weights": [1.0, 2.0]}, "weights must have one number per pair"),
         ({"form": "book"}, "form must be 'code' or 'paper', got 'book'"),
         ({"reduction": "mean"}, "reduction must be 'sum', 'none' or 'sample', got 'mean'"),
         ({"eps_mode": "min"}, "eps_mode must be 'max' or 'add', got 'min'"),
@@ -62,16 +62,16 @@ INVALID: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
         *(({"p": p}, "p must be a finite number >= 1, got") for p in (0.5, math.inf, math.nan)),
     ],
     ("at_loss", "at_value_and_grad"): [
-        ({"collapse": "max"}, "'mean' or 'sum' here"),
+        ({"collapse": "max"}, "'mean' or 'sum' for a loss, got 'max'"),
         ({"student": [torch.randn(2, 3)]}, SPATIAL),
         ({"student": [X[:0]]}, "empty"),
         ({"student": [X.int()]}, FLOATING),
         ({"teacher": [torch.randn(2, 3, 4, 5)]}, "same B and positions"),
         ({"teacher": [X[:1]]}, "same B and positions"),
-        ({"student": BATCHES, "teacher": BATCHES, "reduction": "sample"}, "one batch size"),
-        ({"masks": [Q, Q]}, "a mask per pair"),
-        (TWO | {"masks": [Q]}, "a mask per pair"),
-        (TWO | {"weights": [1.0]}, "a weight per pair"),
+        ({"student": BATCHES, "teacher": BATCHES, "reduction": "sample"}, "same batch size"),
+        ({"masks": [Q, Q]}, "masks must have one mask per pair"),
+        (TWO | {"masks": [Q]}, "masks must have one mask per pair"),
+        (TWO | {"weights": [1.0]}, "weights must have one number per pair"),
         *(
             ({"masks": [mask]}, r"a mask must be \(B, N\).* float32 otherwise")
             for mask in (torch.rand(2, 15), ONE_SAMPLE, Q.double(), Q > 0, Q.view(2, 4, 4))
@@ -101,13 +101,13 @@ INVALID: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
         ),
     ],
     ("map_loss",): [
-        ({"teacher": [torch.ones(2, 5)]}, "both of a pair of one size"),
+        ({"teacher": [torch.ones(2, 5)]}, "the same shape in a pair"),
         ({"student": [Q.half()]}, "float32 or float64"),
         ({"student": [Q.unsqueeze(2)]}, r"maps must be \(B, N\)"),
         ({"student": [Q[:0]], "teacher": [Q[:0]]}, "not empty"),
         (
             {"student": [Q, ONE_SAMPLE], "teacher": [Q, ONE_SAMPLE], "reduction": "sample"},
-            "one batch size",
+            "same batch size",
         ),
     ],
     ("attention_map",): [
@@ -121,9 +121,9 @@ INVALID: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
             ({"coefficients": [k]}, r"must be \(B, N\)")
             for k in (torch.rand(2, 15), Q.t(), Q.double(), ONE_SAMPLE, Q[:, :4])
         ),
-        ({"coefficients": []}, "coefficient map.*per feature"),
-        ({"pairs": [0, 1]}, "pair number per feature"),
-        (TWO_FEATURES | {"pairs": [0]}, "pair number per feature"),
+        ({"coefficients": []}, "coefficients.*per feature"),
+        ({"pairs": [0, 1]}, "pairs.*per feature"),
+        (TWO_FEATURES | {"pairs": [0]}, "pairs.*per feature"),
         ({"pairs": [1], "loss_gradient": torch.ones(1)}, "pair number 1|pair 1"),
         ({"pairs": [-1], "loss_gradient": torch.ones(3)}, "pair number -1|pair -1"),
         ({"pairs": [2], "loss_gradient": torch.ones(2, 2)}, "pair number 2|pair 2"),
@@ -145,7 +145,7 @@ INVALID: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
             for k in (Q[:, 1:], ONE_SAMPLE, Q.view(2, 4, 4), Q.double(), Q.half())
         ),
         *(
-            (change, "a map of channels belongs to collapse 'max', and to no other")
+            (change, "channels must be passed with collapse 'max', and only then")
             for change in ({"collapse": "max"}, {"channels": CHANNELS})
         ),
         *(

@@ -25,7 +25,9 @@ def test_rounding_of_all_16_bit_values(dtype: torch.dtype) -> None:
 
 def test_failed_allocation_of_a_map_raises() -> None:
     x = torch.zeros(1, dtype=torch.float64).expand(1, 1, 2**22, 2**22)
-    with pytest.raises(RuntimeError, match=f"at_fused: no result of {2**44} elements: .*memory"):
+    with pytest.raises(
+        RuntimeError, match=f"cannot allocate a result of {2**44} elements: .*memory"
+    ):
         _ops.attention_map([x], 2.0, "mean")
 
 
