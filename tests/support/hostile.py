@@ -73,8 +73,8 @@ def valid_call(name: str, r: random.Random, channels: Sequence[int] = CHANNELS) 
     if name == "attention_map":
         return [xs, p, r.choice((collapse, "max")), skips]
     if name == "attention_map_backward":
-        winners = [channels_for(*x) for x in each] if r.random() < 0.5 else []
-        return [xs, [map_for(*x) for x in each], upstream, list(range(n)), p, skips, winners]
+        argmax = [channels_for(*x) for x in each] if r.random() < 0.5 else []
+        return [xs, [map_for(*x) for x in each], upstream, list(range(n)), p, skips, argmax]
     if name.startswith("attention_tap_backward"):
         maximum = r.random() < 0.3
         rest = ("max", channels_for(x)) if maximum else (collapse, None)

@@ -218,7 +218,7 @@ class Variant(NamedTuple):
             p=self.p,
             collapse=self.collapse,
             skips=[1] * skip,
-            winners=[q.to(torch.int32) for q in maps] if self.collapse == "max" else [],
+            argmax=[q.to(torch.int32) for q in maps] if self.collapse == "max" else [],
             masks=maps if self.masked else (),
             reduction=self.reduction,
             eps_mode=self.eps_mode,
@@ -235,7 +235,7 @@ def operators(
     p: float = 2.0,
     collapse: str = "mean",
     skips: Sequence[int] = (),
-    winners: Sequence[Tensor] = (),
+    argmax: Sequence[Tensor] = (),
     scale: float = 1.0,
     **options: Any,
 ) -> dict[str, Callable[[], object]]:
@@ -243,12 +243,12 @@ def operators(
     pairs = list(range(len(s)))
     arguments = loss_arguments(s, t, skip_tokens=[*skips, *skips], p=p, **options)
     pair_options = arguments[3], *arguments[-4:]
-    tapped = t[0], s[0], maps[0], p, collapse, *winners
+    tapped = t[0], s[0], maps[0], p, collapse, *argmax
     return {
         "map": lambda: backend.attention_map(s, p, collapse, skips),
         "loss": lambda: backend.at_loss(*arguments, True, False),
         "backward": lambda: backend.attention_map_backward(
-            s, maps, upstream, pairs, p, skips, winners
+            s, maps, upstream, pairs, p, skips, argmax
         ),
         "tap": lambda: backend.attention_tap_backward_(*tapped),
         "value and gradient": lambda: backend.at_value_and_grad(*arguments, scale, upstream),
