@@ -36,13 +36,14 @@ INTRODUCTION = f"""\
 `python -m benchmarks.report` makes this page from the `<device>.json` files next to it.
 [README.md](README.md) says how to add a device.
 
-- Times are medians in milliseconds; MB are 10^6 bytes. Rounds run all programs, in random order.
+- Times are medians in milliseconds; MB are 10^6 bytes. Each round runs all programs, shuffled.
 - *eager* is the authors' loss in eager PyTorch. *compile* is torch.compile of it.
 - *over eager* and *over compile* are speedups: their time over the time of at_fused.
-- *one read* is the memory floor: the time to read the input once, as an integer maximum does.
-  No forward pass can be faster.
-- On a GPU, programs run in CUDA graphs, each after a read of other data; tiny calls do not. A star
-  marks a program that could not be captured. Its time includes launches by the host.
+- *one read* is the memory floor: the time to read the input once, measured with an integer
+  maximum. No forward pass can be faster.
+- On a GPU, programs run in CUDA graphs, and each starts with other data in the L2 cache. Tiny calls
+  run without either. A star marks a program that could not be captured. Its time includes launches
+  by the host.
 
 Three cases are timed. All stages of a case are one call.
 

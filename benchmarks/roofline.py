@@ -182,19 +182,19 @@ def text(rows: Sequence[Row]) -> str:
     return f"""\
 # Roofline: bytes and launches, counted without a GPU
 
-`python -m benchmarks.roofline` counts, and writes this page. MB are 10^6 bytes. `cases.py` has the
-cases. The CUDA kernels run in the CUDA emulator, as on an H100: 1/{DIVISOR} of each batch on
-1/{DIVISOR} of the multiprocessors, times {DIVISOR}.
+`python -m benchmarks.roofline` counts them, and writes this page. MB are 10^6 bytes. `cases.py`
+defines the cases. The CUDA emulator runs the kernels as on an H100: 1/{DIVISOR} of each batch on
+1/{DIVISOR} of the multiprocessors. All counts are then multiplied by {DIVISOR}.
 
 {table(rows)}
 
 - *minimum*: forward reads S and T and writes both maps. Backward reads S and k and writes dS. Value
   and gradient reads S and T and writes dS. S and T are the features, k the coefficients dL/dQ.
-- *at_fused*: bytes read or written, each byte once per launch. The excess is up to 4 % of maps. If
-  several blocks share a sample, the last block reads the maps that the others wrote. In value and
-  gradient, students that are too large to stay on chip are read again by a second launch, with
-  their coefficients.
-- *launches* are kernels. Not counted: the counters that are zeroed before a loss.
+- *at_fused*: bytes read or written, each byte once per launch. The excess over the minimum has two
+  causes. If several blocks share a sample, the last block reads the maps that the others wrote. In
+  value and gradient, a second launch rereads students that are too large to stay on chip, with
+  their coefficients. Apart from these students, the excess is below 4 %.
+- *launches* are kernels. The memset that zeroes the counters of a loss is not counted.
 - *eager*: each operator of eager PyTorch is a launch that reads its inputs and writes its outputs.
 """
 

@@ -176,24 +176,25 @@ PARTS = {
         "Speed of at_loss on three cases",
         "*Value and gradient* is one call of `at_value_and_grad`; the others run forward and "
         "backward. In the chart, times are relative to one read of the input. The lines are lower "
-        "bounds: the bytes that a pass must move, at the rate of one read. Forward reads both "
-        "features. Backward reads the student's feature and writes its gradient. Value and "
-        "gradient (dotted) reads the student's feature only once.",
+        "bounds: the time to move the bytes that a pass must move, at the rate of one read. "
+        "Forward reads both features. Backward reads the student's feature and writes its "
+        "gradient. Value and gradient (dotted) reads the student's feature only once.",
         cases,
     ),
     "sizes": Part("Time by feature size", "Forward and backward of one pair, fp32 NCHW.", sizes),
     "memory": Part(
         "Peak memory by batch size",
-        "Most bytes that forward and backward of case b allocate, fp32 NCHW. In parentheses: "
-        "relative to the gradient itself.",
+        "Peak memory that forward and backward of case b allocate, fp32 NCHW. In parentheses: "
+        "relative to the gradient.",
         memory,
     ),
     "calls": Part("Tiny calls", "Overhead of a call, on tiny features.", calls),
     "steps": Part(
         "Training steps",
         "Forward and backward of whole networks without the optimizer, fp32 NCHW. WRN: batch 128, "
-        "32x32. ResNet: batch 16, 224x224. *Peak* is the most memory that a step allocates. The "
-        "last columns compare it with the student alone, and with the teacher but no AT.",
+        "32x32. ResNet: batch 16, 224x224. *Peak* is the largest amount of memory that a step "
+        "allocates. The last columns compare it with the student alone, and with a step that runs "
+        "the teacher without AT.",
         steps,
     ),
 }

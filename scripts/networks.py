@@ -237,10 +237,10 @@ def page() -> str:
 INTRODUCTION = """# Layers found in networks
 
 This page lists the layers that `match_layers` finds in networks with random weights, and that
-`AttentionTransfer(student, teacher, example=x)` taps: the last block of each stage, and the size of
-its map. In a pair of networks, layers with maps of one size are paired. Networks with a single
-size, such as ViTs, get up to four pairs of blocks at proportional depth. `1+196` means one class
-token, which is left out, and 196 patches. If a network is refused, name its layers with
+`AttentionTransfer(student, teacher, example=x)` taps: the last block of each stage, with the size
+of its map. Layers of student and teacher are paired if their maps have the same size. Networks with
+a single size, such as ViTs, get up to four pairs of blocks at proportional depth. `1+196` means one
+class token, which is left out, and 196 patches. If a network is refused, name its layers with
 `layers=[...]`, or pass the option that the message asks for. `scripts/networks.py` writes this
 page, and a test compares it with the script's output."""
 
