@@ -1,6 +1,6 @@
 """Tapped networks: hooks on a user's modules, and the maps that they made in the last pass.
 
-Copies and pickles of a module leave these hooks out, since a copied hook would have lost its
+Copies and pickles of a module leave these hooks out, because a copied hook would have lost its
 AttentionTransfer. An AttentionTransfer that is copied with its networks adds hooks to the copies.
 """
 
@@ -158,7 +158,7 @@ class TappedNetwork:
     """A network with hooks on its layers.
 
     The layouts of named layers are inferred in one more run, on the arguments of the first pass.
-    Convolutions and their norms need no such run, since their channels come first.
+    Convolutions and their norms need no such run, because their channels come first.
     """
 
     def __init__(
@@ -213,8 +213,8 @@ class TappedNetwork:
         missing = {id(x) for x in tensors_in(batch)} - {id(ref()) for ref in latest}
         if any(id(ref()) in missing for inputs in earlier for ref in inputs):
             raise RuntimeError(
-                f"AttentionTransfer: x was the input of an earlier pass of the {self.side}, but "
-                f"not of its last; call at(x) after each {self.side}(x)"
+                f"AttentionTransfer: x must be the input of the {self.side}'s last pass, got the "
+                f"input of an earlier one; call at(x) after each {self.side}(x)"
             )
         for name, module, _ in self.layers:
             if name not in maps:

@@ -127,7 +127,7 @@ class ObservedRun(TorchFunctionMode):
         self.has_gather = self.has_reorder = False
         inputs = [x for x in tensors_in(arguments) if x.dim() > 0]
         if not inputs:
-            raise TypeError("example (or the first batch) must hold a tensor, got none")
+            raise TypeError("example (or the first batch) must contain a tensor, got none")
         main = max(inputs, key=lambda x: (x.dim() > 1, x.numel()))
         # Detectors take a list of images.
         is_list = len(arguments[0]) > 0 and isinstance(arguments[0][0], list) and main.dim() == 3

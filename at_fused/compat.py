@@ -67,8 +67,8 @@ def _pooled_at_loss(student: Features, teacher: Features, p: float, reduction: s
         differences = [n - m for n, m in zip(s.shape[2:], t.shape[2:], strict=False)]
         if min(differences) < 0 < max(differences):
             raise ValueError(
-                f"student and teacher of pair {i} must have one size, or one must be at least as "
-                f"large in each dimension, got {format_size(s)} and {format_size(t)}"
+                f"student and teacher of pair {i} must have the same size, or one must be at least "
+                f"as large in each dimension, got {format_size(s)} and {format_size(t)}"
             )
     return at_loss(students, teachers, p=p, absolute=False, resize="features", reduction=reduction)
 
@@ -383,20 +383,20 @@ def pair_betas(
     check_choice("target", target, tuple(_PROGRAMS))
     if not shapes or any(len(x) < 3 or min(x) < 1 or x[0] != shapes[0][0] for x in shapes):
         raise ValueError(
-            "shapes must be a list of (B, C, H, W), or another rank, with one per pair, sizes > 0 "
+            "shapes must be a list of one (B, C, H, W), or another rank, per pair, with sizes > 0 "
             f"and the same B, got {shapes!r:.80}"
         )
     (power, old), (new_power, new) = _PROGRAMS[source], _PROGRAMS[target]
     if power != new_power and distance is None:
         raise ValueError(
             f"no beta converts {source!r} to {target!r}: one sums norms ||qs - qt||, the other "
-            "their squares, so that gradients differ by twice the norm in each sample; set "
+            "their squares, so their gradients differ by twice the norm of each sample; set "
             "distance=... to the norm at which they should agree"
         )
     if power == new_power and distance is not None:
         pair = f"{source!r} and {target!r}"
         raise ValueError(
-            f"distance must be None between {pair}, where no distance is needed, got {distance!r}"
+            f"distance must be None between {pair}, which do not need one, got {distance!r}"
         )
     distances = _per_pair("distance", 0.5 if distance is None else distance, len(shapes))
     if not all(0 < d <= 2 for d in distances):

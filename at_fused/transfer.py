@@ -142,7 +142,7 @@ class AttentionTransfer:
         if networks[0] is networks[1]:
             raise ValueError("student and teacher must be two networks, got the same one twice")
         if layers is None and example is None:
-            raise ValueError("layers or example must be given: names, or an input to find layers")
+            raise ValueError("pass layers (names), or example (an input to find them)")
         if cache is not None and not isinstance(cache, TeacherCache):
             raise TypeError(f"cache must be a TeacherCache or None, got {type_name(cache)}")
         if cache is not None and any("forward" in vars(module) for module in teacher.modules()):
@@ -312,7 +312,7 @@ class AttentionTransfer:
         is_parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if is_parallel and find_ddp(model) is None:
             raise ValueError(
-                "beta: 'auto' needs the student in its DistributedDataParallel, since otherwise "
+                "beta: 'auto' needs the student in its DistributedDataParallel; otherwise "
                 "each process measures its own beta; use AttentionTransfer(ddp, ...) or a number"
             )
         self._auto.add(gradient_ratio(task_loss, transfer_loss, model).ratio, model)
@@ -331,7 +331,7 @@ class AttentionTransfer:
         args, kwargs = arguments_of(x)
         # This teacher may be the student of another AttentionTransfer, with hooks of its own.
         with evaluating(self._teacher.model), only_hooks_of(self._teacher.last_pass):
-            # Keep the logits only, since the output may hold features.
+            # Keep only the logits: the output may hold features.
             logits = logits_of(self._teacher.model(*args, **kwargs))
         return self._teacher.take_maps(x), logits
 
@@ -341,12 +341,12 @@ class AttentionTransfer:
                 raise ValueError(f"index and seed need a cache, got {index!r:.80} and {seed!r}")
             return self._run_teacher(x)
         if index is None:
-            raise ValueError("index must be given with a cache: the samples' numbers")
+            raise ValueError("index (the numbers of the samples) is required with a cache")
         args, kwargs = arguments_of(x)
         (rows, *others), name = (*args, *kwargs.values()), next(iter(kwargs), None)
         if others or not isinstance(rows, Tensor):
             kinds = ", ".join(map(type_name, (rows, *others)))
-            raise TypeError(f"x must be one tensor with a cache, also in a mapping, got {kinds}")
+            raise TypeError(f"x must be one tensor with a cache, or a mapping of one, got {kinds}")
 
         def compute(rows: Tensor) -> tuple[list[Tensor], Tensor | None]:
             maps, logits = self._run_teacher({name: rows} if kwargs else rows)
@@ -371,7 +371,7 @@ class AttentionTransfer:
             return q  # text or a signal
         if size is None:
             raise ValueError(
-                f"map_size must be (H, W) of {count} tokens, since the other network's map is "
+                f"map_size must be (H, W) of {count} tokens, because the other network's map is "
                 f"{format_size(tuple(partner.shape[1:]))}, got {map_size}"
             )
         return q.unflatten(1, tuple(size))

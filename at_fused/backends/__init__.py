@@ -128,7 +128,7 @@ def _force(name: str) -> None:
 class use_backend:  # noqa: N801 - used like torch.no_grad
     """Choice of the back end that runs the operators: a setting, or a context manager.
 
-    Devices that the back end does not support keep their fastest one. The choice holds for all
+    Devices that the back end does not support keep their fastest one. The choice applies to all
     threads of the process, like the flags of ``torch.backends``. Do not change it while another
     thread calls the operators: torch updates its kernel tables without a lock, so that those calls
     may fail.

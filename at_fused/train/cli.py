@@ -115,7 +115,7 @@ def configure(flags: dict[str, Any], content: str | None) -> tuple[Config, Path 
     if "resume" in flags:
         if "out" in flags or "config" in flags:
             raise ConfigError(
-                "resume: continues in a folder with its config.toml; drop --out and --config"
+                "resume: uses the folder and the config.toml of the run; drop --out and --config"
             )
         if "epochs" in flags:  # for students only: the teacher is already trained
             layer["teacher_epochs"] = options.resolve(layer).teacher_epochs
@@ -132,7 +132,7 @@ def _apply_flags(flags: dict[str, Any], layer: dict[str, Any]) -> Config:
             raise ConfigError(f"{name}: has no effect in this run: {reason}")
     if unknown := own.keys() - {*config.compare}:
         methods = ", ".join(config.compare)
-        raise ConfigError(f"set: got an option of {min(unknown)}, but --compare is {methods}")
+        raise ConfigError(f"set: got an option for {min(unknown)}, but --compare is {methods}")
     if _world_size() > 1 and config.nproc not in (1, _world_size()):
         raise ConfigError(
             f"nproc: got {config.nproc}, but the launcher started {_world_size()} processes"

@@ -368,9 +368,9 @@ class Config:
     beta: float | str | None = option(
         None,
         number_or("auto", 0, 1e9),
-        "weight of the transfer loss (1000 for AT), or auto: set by the first gradients",
+        "weight of the transfer loss (1000 for AT), or auto: measured in the first steps",
     )
-    betas: tuple[float, ...] = option((), list_of(number(0, 1e9)), "values that --validation tries")
+    betas: tuple[float, ...] = option((), list_of(number(0, 1e9)), "betas to try with --validation")
     beta_schedule: str = option(
         "constant", choice("constant", "linear", "cosine"), "linear and cosine decay to 0"
     )

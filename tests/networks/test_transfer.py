@@ -189,7 +189,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"layers": [3]}, TypeError, r"layers\[0\] must be a name or a pair"),
     ({"layers": [("groups.1", "groups.7")]}, ValueError, "teacher WRN has no module .*: groups"),
     ({"layers": ["groups.0", "groups.0"]}, ValueError, "'groups.0' must be named only"),
-    ({"layers": None}, ValueError, "layers or example must be given"),
+    ({"layers": None}, ValueError, r"pass layers \(names\), or example"),
     ({"beta": "much"}, ValueError, "beta must be a number or 'auto', got 'much'$"),
     ({"beta": None}, TypeError, "beta must be a number"),
     ({"beta": float("nan")}, ValueError, "beta must be finite"),
@@ -202,7 +202,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"skip_tokens": 1, "channel_dim": 1}, ValueError, "skip_tokens is for token features"),
     ({"map_size": (4, 4), "attend": "channel"}, ValueError, "map_size is for spatial"),
     ({"resize": "maps", "attend": "channel"}, ValueError, "resize is for spatial attention"),
-    ({"example": []}, TypeError, r"example \(or the first batch\) must hold"),
+    ({"example": []}, TypeError, r"example \(or the first batch\) must contain"),
     ({"cache": "folder"}, TypeError, "cache must be a TeacherCache"),
 ]
 
@@ -278,7 +278,7 @@ def test_teacher_runs_once_per_cached_sample(tmp_path: Path) -> None:
     assert [n for n in batch_sizes if n > 1] == [4, 4, 4, 4]
     with pytest.raises(RuntimeError, match="sample 7 is not the input"):
         call(at, indices, x + 1)
-    with pytest.raises(ValueError, match="index must be given"):
+    with pytest.raises(ValueError, match=r"index \(the numbers of the samples\) is required"):
         call(at)
 
 

@@ -254,7 +254,7 @@ def test_errors_in_a_file_are_one_line(check_error: Any, content: str, message: 
         ("--root=x", "--root: has no effect in this run: it requires that data is fashion-mnist"),
         ("--teacher-lr=1 --teacher-from=x", "it requires that teacher_from is not given"),
         ("--cache=5 --no-augment", "argument --cache: got 5, expected 0 or 1 with --no-augment"),
-        ("--method=kd --set=at.beta=1", "got an option of at, but --compare is kd"),
+        ("--method=kd --set=at.beta=1", "got an option for at, but --compare is kd"),
         ("--set=kd.beta=1", "--set: kd.beta: got 'kd', expected one of at, at+kd, channel-at"),
         ("--optimizer=adamw", "argument --lr: required with adamw"),
         ("--nesterov --momentum=0", "argument --nesterov: got True, expected false when momentum"),

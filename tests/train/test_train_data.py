@@ -199,7 +199,7 @@ def test_subsets_keep_the_class_balance() -> None:
         assert torch.equal(subset, subset.sort().values)
     assert torch.equal(stratified_subset(labels, 0.1), small)
     assert torch.equal(hold_out(labels, 0.1)[1], held_out)
-    with pytest.raises(ConfigError, match=r"validation: got 0\.1,.* expected 0, as classes 3 have"):
+    with pytest.raises(ConfigError, match=r"validation: got 0\.1,.* 0, because classes 3 have"):
         hold_out(torch.tensor([0, 0, 3]), 0.1)
 
 

@@ -189,7 +189,7 @@ def test_resume_refuses_other_settings(tmp_path: Path, capsys: pytest.CaptureFix
         (1, "--set=none.lr=0.7", f"{last} lr 0.5 (now 0.7); a run must not mix both"),
         (1, "--epochs=7", f"{last} epochs 6 (now 7); a run must not mix both"),
         (1, "--epochs=5", f"{last} epochs 6 (now 5); a run must not mix both"),
-        (2, "--out=elsewhere", "argument --resume: continues in a folder"),
+        (2, "--out=elsewhere", "argument --resume: uses the folder"),
     ):
         assert message in error(status, "--resume", out, flags)
     # Networks are also checked against an edited config.toml, and against their job.

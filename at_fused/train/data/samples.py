@@ -322,8 +322,8 @@ def hold_out(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     classes, counts = torch.unique(labels, return_counts=True)
     if single := classes[counts == 1].tolist():
         raise ConfigError(
-            f"validation: got {fraction}, which holds out an image of each class; expected 0, as "
-            f"classes {', '.join(map(str, single[:5]))} have only one training image"
+            f"validation: got {fraction}, which holds out an image of each class; expected 0, "
+            f"because classes {', '.join(map(str, single[:5]))} have only one training image"
         )
     kept = _sample_per_class(labels, lambda n: min(n - 1, max(1, n - round(fraction * n))))
     is_held_out = torch.ones(len(labels), dtype=torch.bool)
