@@ -331,7 +331,7 @@ def _warn_single_position(i: int) -> None:
 def gradient_scale(
     scale: float | Tensor, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, Tensor | None]:
-    """Return a checked scale as a factor on the host, and as a tensor if it is one."""
+    """Check a scale; return (scale, None) for a number, and (1.0, scale) for a tensor."""
     if not isinstance(scale, Tensor):
         scale = check_finite("scale", scale)
         if not -torch.finfo(dtype).max <= scale <= torch.finfo(dtype).max:
@@ -360,7 +360,7 @@ def _check_factor(name: str, factor: object, x: Tensor) -> Tensor:
 
 
 def check_sample_weights(factor: object, students: list[Tensor]) -> Tensor | None:
-    """Return None, or the weights (B,), with the B of every pair."""
+    """Return the checked weights (B,), or None; every pair must have this batch size."""
     if factor is None:
         return None
     factor = _check_factor("sample_weights", factor, students[0])
@@ -374,7 +374,7 @@ def check_sample_weights(factor: object, students: list[Tensor]) -> Tensor | Non
 
 
 def check_masks(mask: object, students: list[Tensor], skip_tokens: int = 0) -> list[Tensor] | None:
-    """Return None, or a mask (B, *spatial) for each pair; its size may differ from the map's."""
+    """Return a checked mask (B, *spatial) per pair, or None; it may differ from the map in size."""
     if mask is None:
         return None
     if isinstance(mask, Tensor):

@@ -1,4 +1,4 @@
-"""Tapped networks: hooks on a user's modules, and the maps that they made in the last pass.
+"""Tapped networks: hooks on a user's modules, and the maps that they computed in the last pass.
 
 Copies and pickles of a module leave these hooks out, because a copied hook would have lost its
 AttentionTransfer. An AttentionTransfer that is copied with its networks adds hooks to the copies.
@@ -27,7 +27,7 @@ from at_fused._options import LossArguments
 
 
 class TappedLayer(NamedTuple):
-    """A layer to tap; its layout is None until a run shows it."""
+    """A layer to tap; its layout is None until a run reveals it."""
 
     name: str
     module: nn.Module
@@ -60,7 +60,7 @@ class LastPass:
 
 
 def _in_backward() -> bool:
-    """Return True where checkpointing recomputes a part of the network."""
+    """Return True during a backward pass, in which checkpointing recomputes layers."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -263,7 +263,7 @@ class TappedNetwork:
         return max(tap.layout.skip_tokens if tap.layout else 0 for tap in self.taps)
 
     def check_graph(self, maps: list[Tensor]) -> None:
-        """Raise if a map has no graph, but its layer or an earlier one has trained parameters."""
+        """Raise if a layer ran without gradients, but its part of the network is trained."""
         network = unwrap(self.model)
         for tap, q in zip(self.taps, maps, strict=True):
             if torch.is_grad_enabled() and not (q.requires_grad or tap.grad_mode):

@@ -88,9 +88,8 @@ def feature_layouts(
 ) -> tuple[FeatureLayout, FeatureLayout]:
     """Return the layouts of student and teacher, from one value for both sides or one for each.
 
-    ``has_tokens``: True for each side with features (B, N, C), also if that is not known yet. A
-    token option must be usable on one side at least if its value is shared, and on its own side
-    otherwise.
+    ``has_tokens`` is True for a side with features (B, N, C), and while that is unknown. A token
+    option for one side needs tokens on that side. A shared one needs them on at least one side.
     """
     options = layout_options(channel_dim, skip_tokens, map_size)
     sides = {name: per_side(name, value) for name, value in options.items()}
@@ -114,7 +113,7 @@ def layout_options(channel_dim: Any, skip_tokens: Any, map_size: Any) -> dict[st
 def check_token_option(
     name: str, value: Any, sides: Sequence[Any], tokens: Sequence[bool], rule: str
 ) -> None:
-    """Raise if a side has no tokens for its option; a shared value may serve one side alone."""
+    """Raise a ValueError if a side has no tokens for its option, or neither for a shared value."""
     unused = [bool(side) and not has for side, has in zip(sides, tokens, strict=True)]
     if all(unused) or (any(unused) and sides[0] is not value):
         raise ValueError(
@@ -125,7 +124,7 @@ def check_token_option(
 def per_side(name: str, value: Any) -> tuple[Any, Any]:
     """Return the student's and the teacher's value of an option."""
     is_pair = isinstance(value, (tuple, list))
-    if name == "map_size" and is_pair:  # which is itself a sequence
+    if name == "map_size" and is_pair:  # a single map size is a sequence, too
         is_pair = any(n is None or isinstance(n, (tuple, list)) for n in value)
     if not is_pair:
         return value, value

@@ -70,7 +70,7 @@ def call_unchecked(
     """Call the operator on common arguments without checks in Python; return None for all others.
 
     For small features, Python takes most of the time. The operator itself checks what memory safety
-    needs. The conditions below exclude what it would accept and ``at_loss`` does not. After None,
+    needs. The conditions below reject what it would accept but ``at_loss`` does not. After None,
     call ``checked_inputs``, which raises an error if an argument is wrong.
     """
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):
@@ -166,13 +166,15 @@ def checked_inputs(student: Any, teacher: Any, arguments: LossArguments) -> Loss
     inputs = _make_inputs(students, teachers, arguments, layouts[0])
     if not (layouts[0].skip_tokens or layouts[1].skip_tokens):
         return inputs
-    originals = [(y, x) for y, features in zip(layouts, sides, strict=True) for x in features]
+    originals = [
+        (layout, x) for layout, features in zip(layouts, sides, strict=True) for x in features
+    ]
     return inputs._replace(
         full_features=[
-            y.all_tokens().to_channels_first(x) if y.has_tokens(x) else view
-            for (y, x), view in zip(originals, students + teachers, strict=True)
+            layout.all_tokens().to_channels_first(x) if layout.has_tokens(x) else view
+            for (layout, x), view in zip(originals, students + teachers, strict=True)
         ],
-        skip_tokens=[y.skip_tokens if y.has_tokens(x) else 0 for y, x in originals],
+        skip_tokens=[layout.skip_tokens if layout.has_tokens(x) else 0 for layout, x in originals],
     )
 
 

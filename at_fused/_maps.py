@@ -17,7 +17,7 @@ from at_fused._layouts import FeatureLayout
 from at_fused.backends import eager
 from at_fused.backends.outputs import accumulate_dtype
 
-_MAX_FP32_SIZE = 32  # of a map, in a dimension: up to here fp32 weights are exact to 2e-6
+_MAX_FP32_SIZE = 32  # up to this height or width, fp32 weights are exact to 2e-6
 
 
 def attention_maps(
@@ -59,7 +59,7 @@ def _signed_map(x: Tensor, p: float, collapse: str) -> Tensor:
 
 
 def pool(x: Tensor, size: list[int]) -> Tensor:
-    """Pool a feature adaptively, 16-bit ones in fp32: torch would round the means to 16 bits."""
+    """Pool a feature adaptively; 16-bit ones in fp32, because torch would round the means."""
     if list(x.shape[2:]) == size:
         return x
     pools = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}

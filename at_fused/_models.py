@@ -17,7 +17,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Hook:
     """A hook of this package on a user's module."""
 
-    # The only owner of hooks that act in this pass; None: all hooks act.
+    # The owner of the only hooks that act in this pass; None if all act.
     acting: ClassVar[object] = None
 
     @property

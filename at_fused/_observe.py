@@ -37,10 +37,10 @@ _CHANNELS_FIRST = re.compile(
 )
 _CHANNELS_LAST = re.compile(r"linear|(layer|rms)_norm|embedding")
 _REORDERING = ("flip", "fliplr", "flipud", "rot90", "roll", "einsum", "stack", "unbind")
-_OF_ANY_RANK = ("GroupNorm", "SyncBatchNorm", "PReLU")
+_RANK_AGNOSTIC = ("GroupNorm", "SyncBatchNorm", "PReLU")
 # More than class, distillation and register tokens: other features, or a prompt.
 _MAX_EXTRA_TOKENS = 16
-# The centres and half the side of patches to change, as parts of time, height and width.
+# Centres and half the side length of the changed patches, as fractions of time, height and width.
 _PROBES, _PROBE_RADIUS = ((0.2, 0.3, 0.8), (0.8, 0.6, 0.2)), 1 / 16
 
 
@@ -80,7 +80,7 @@ class ModuleCall:
         return self.layout.size(self.output_shapes[0]) if self.layout else None
 
     def format_shape(self, channels: str = "") -> str:
-        """Return the feature's shape as text, with its number of channels or the text given."""
+        """Return the feature's shape as text; ``channels`` replaces the number of channels."""
         assert self.layout
         shape, (channel_dim, skip, tokens) = self.output_shapes[0], self.layout
         sides = ["L"] if len(shape) == 3 else ["T", "H", "W"][5 - len(shape) :]
@@ -305,9 +305,13 @@ class ObservedRun(TorchFunctionMode):
         return FeatureLayout(channel_dim), ""
 
     def _channel_dim(self, shape: Shape) -> int | None:
-        """Return the channel dimension by shape, else by channels and positions, or by either."""
+        """Return the channel dimension, or None if it is unknown.
+
+        Compares the shape with those that operators returned: the whole shape, else the numbers of
+        channels and positions, else the spatial size. Else, concatenated tokens have channels last.
+        """
         if len(shape) == 4 and len(set(shape[1:])) == 1 and shape in self.channels_last:
-            return None  # it may have been permuted since
+            return None  # a permutation of equal dimensions would not show
         splits = [(s[1], s[2:]) for s in self.channels_first] + [
             (s[-1], s[1:-1]) for s in self.channels_last
         ]
@@ -471,7 +475,7 @@ def channels_first_rank(module: nn.Module) -> int | None:
         name = next(bases, nn.Module).__name__
         if spatial := re.match(r"(?:Lazy)?\w*(?:Conv|Norm|Pool)\w*?([123])d", name):
             ranks.add(int(spatial[1]) + 2)
-        elif name not in _OF_ANY_RANK and list(each.parameters(recurse=False)):
+        elif name not in _RANK_AGNOSTIC and list(each.parameters(recurse=False)):
             return None
     return ranks.pop() if len(ranks) == 1 and 3 not in ranks else None
 

@@ -1,7 +1,7 @@
-"""Pairs of student and teacher layers: named by the user, or found on an example.
+"""Pairs of student and teacher layers: named by the user, or matched on an example.
 
-A stage is the part of a network that works at one map size. Found pairs are the last blocks of the
-stages that both networks have. The module calls of a run form a tree. A module that works at
+A stage is the part of a network that works at one map size. Matched pairs are the last blocks of
+the stages that both networks have. The module calls of a run form a tree. A module that works at
 several sizes is split into the modules inside it; any other module is a block.
 """
 
@@ -333,7 +333,7 @@ class NetworkStages:
 
 
 def split_single_block(blocks: list[ModuleCall]) -> list[ModuleCall]:
-    """Return the blocks, or the blocks inside if there is one that repeats a class of module."""
+    """Return the blocks, or those inside a single block that repeats one class of module."""
     inside = [call for call in blocks[0].children if call.has_parameters()]
     is_repeated = len(inside) > 1 and len({type(call.module) for call in inside}) == 1
     if len(blocks) > 1 or not is_repeated:
@@ -384,7 +384,7 @@ def _is_named_stem_or_head(call: ModuleCall) -> bool:
 def _is_before_resizing(size: Size | None, call: ModuleCall) -> bool:
     """Return True for a size that differs from the output's and lies between it and the input's.
 
-    Other sizes are of rearranged features, or of pooled ones that return as weights.
+    Other sizes belong to rearranged features, or to pooled ones that become weights (SE).
     """
     first, last = call.input_size or size, call.size
     if not (size and first and last and len(size) == len(first) == len(last)) or size == last:

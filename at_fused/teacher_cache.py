@@ -154,7 +154,7 @@ def _fingerprints(x: Tensor) -> list[bytes]:
     """Return 8 bytes per row for its bytes, dtype and shape, the same on all devices.
 
     Sums the products mod 2^64 of integer lanes of at most 32 bits with odd factors. The sum always
-    changes if one lane does; if several do, it stays the same in one case of 2^32.
+    changes if one lane does. If several do, it stays the same with probability 2^-32.
     """
     start = hashlib.sha256(repr((str(x.dtype), tuple(x.shape[1:]))).encode()).digest()[:8]
     lane = {1: torch.uint8, 2: torch.int16}.get(x.element_size(), torch.int32)
@@ -172,7 +172,7 @@ def _fingerprints(x: Tensor) -> list[bytes]:
 # ---- tensors as records --------------------------------------------------------------------------
 
 
-def _to_bytes(result: Any, count: int) -> list[bytes]:
+def _to_records(result: Any, count: int) -> list[bytes]:
     """Return the result of ``compute`` as one record per sample: JSON header, then arrays."""
     try:
         (*maps,), logits = result
@@ -195,12 +195,12 @@ def _to_bytes(result: Any, count: int) -> list[bytes]:
     return [line + ctypes.string_at(row.data_ptr(), len(row)) for row in torch.cat(parts, 1)]
 
 
-def _to_tensors(path: str, records: list[bytes | None]) -> dict[str, Tensor]:
+def _from_records(path: str, records: list[bytes | None]) -> dict[str, Tensor]:
     """Return the arrays of a batch from its records without fingerprints."""
     stored = [record for record in records if record is not None]
     line = stored[0][: stored[0].index(b"\n") + 1] if stored else b""
     if len(stored) < len(records) or not all(record.startswith(line) for record in stored):
-        raise _stale(path, "samples of this batch are missing, or differ in shape or dtype")
+        raise _stale_error(path, "samples of this batch are missing, or differ in shape or dtype")
     rows = torch.frombuffer(bytearray().join(stored), dtype=torch.uint8)
     rows, start, arrays = rows.view(len(stored), -1), len(line), {}
     for name, (dtype, *shape) in json.loads(line).items():
@@ -214,7 +214,7 @@ def _to_tensors(path: str, records: list[bytes | None]) -> dict[str, Tensor]:
 # ---- the database --------------------------------------------------------------------------------
 
 
-def _stale(path: str, problem: str) -> StaleCacheError:
+def _stale_error(path: str, problem: str) -> StaleCacheError:
     advice = "delete it, use another folder, or use no cache"
     return StaleCacheError(f"{path}: {problem}. This cache is stale or damaged: {advice}")
 
@@ -251,7 +251,7 @@ class _Table:
             raise OSError(f"{self.path}: {error}; {advice}") from error
         # A UnicodeDecodeError comes from a message that quotes damaged bytes.
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            raise _stale(self.path, f"not a valid database: {error}") from error
+            raise _stale_error(self.path, f"not a valid database: {error}") from error
 
     def read(self, keys: Sequence[tuple[int, bytes]]) -> list[bytes | None]:
         """Return the bytes of the arrays by (sample number, fingerprint), None if not stored."""
@@ -259,21 +259,23 @@ class _Table:
             return [self._record(database, *key) for key in keys]
 
     def write(self, records: Sequence[tuple[int, bytes]]) -> None:
-        """Store records by sample number; records that another process has stored stay."""
+        """Store records by sample number; keep those that another process has stored."""
         rows = [(i, _checksum(self.name, i, content) + content) for i, content in records]
         with self.transaction("IMMEDIATE") as database:
             database.executemany(f'INSERT OR IGNORE INTO "{self.name}" VALUES (?, ?)', rows)
 
-    def _record(self, database: sqlite3.Connection, number: int, mark: bytes) -> bytes | None:
+    def _record(
+        self, database: sqlite3.Connection, number: int, fingerprint: bytes
+    ) -> bytes | None:
         query = f'SELECT record FROM "{self.name}" WHERE number = ?'
         row = database.execute(query, (number,)).fetchone()
         if row is None:
             return None
         record = row[0] if isinstance(row[0], bytes) else b""
         if record[:4] != _checksum(self.name, number, record[4:]):
-            raise _stale(self.path, f"record {number} does not match its checksum")
-        if record[4:12] != mark:
-            raise _stale(
+            raise _stale_error(self.path, f"record {number} does not match its checksum")
+        if record[4:12] != fingerprint:
+            raise _stale_error(
                 self.path,
                 f"sample {number} is not the input that the cache was made from: the data set "
                 "changed, or its transform is random (seed it; in Python, pass seed= as well)",
@@ -350,11 +352,11 @@ class TeacherCache:
         missing = [row for row, record in enumerate(records) if record is None]
         if missing:
             rows = x if len(missing) == len(x) else x[torch.tensor(missing, device=x.device)]
-            new = zip(missing, _to_bytes(compute(rows), len(missing)), strict=True)
+            new = zip(missing, _to_records(compute(rows), len(missing)), strict=True)
             table.write([(keys[row][0], keys[row][1] + sample) for row, sample in new])
             # Read all samples, since another process may have stored some of them first.
             records = table.read(keys)
-        arrays = {name: t.to(x.device) for name, t in _to_tensors(table.path, records).items()}
+        arrays = {name: t.to(x.device) for name, t in _from_records(table.path, records).items()}
         logits = arrays.pop("logits", None)
         return list(arrays.values()), logits
 

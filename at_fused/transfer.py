@@ -66,8 +66,8 @@ class AttentionTransfer:
 
         beta * sum_j w_j L_j        L_j of at_loss, between the maps of the j-th pair of layers
 
-    The loss is a mean over the batch; with DistributedDataParallel over the process's part, and
-    gradients are averaged. So ``beta`` means the same on one device and on eight.
+    The loss is a mean over the batch. With DistributedDataParallel it is a mean over each process's
+    share, and gradients are averaged. So ``beta`` means the same on one device and on eight.
 
     The student's maps hold its graph up to the tapped layers. ``at(x)`` passes the graph on to the
     loss, and a backward pass through the network frees it as usual. Without either, it lives until
@@ -85,7 +85,7 @@ class AttentionTransfer:
             tuple positional ones. Both networks run on it in the constructor, in eval mode and
             without gradients, to infer the layout of their features. Without it, named layers take
             one more run, on the first batch, except torch's own convolutions, norms and poolings.
-        beta: a finite number, which can be changed at any time; the paper has 1e3 with form="code".
+        beta: a finite number, which can be changed at any time. The paper uses 1e3, form="code".
             "auto" makes the gradient of this loss for the student's weights three times that of
             the task loss. It is measured in the first ten calls with gradients, which take
             ``task_loss``, and then fixed. If that loss needs ``teacher_output``, call ``prepare``
@@ -101,7 +101,7 @@ class AttentionTransfer:
         map_size: (H, W) of tokens; None is inferred from the run, or else is the partner's (H, W).
         cache: a :class:`at_fused.TeacherCache` for the teacher's maps. Not allowed if the teacher's
             ``forward`` was replaced, as accelerate does: its precision is then unknown.
-        verbose: whether to print the pairs found, the layers left out, and a measured beta.
+        verbose: whether to print the matched pairs, the layers left out, and a measured beta.
         options: p, collapse, form, weights, resize (None or "maps"), attend ("spatial" or
             "channel"), absolute, eps, eps_mode of :func:`at_fused.at_loss`.
 

@@ -57,7 +57,7 @@ class Timer:
         return {}
 
     def prepare(self, program: Program) -> tuple[Program, str]:
-        """Return what ``measure`` runs, and why it is not a CUDA graph ("" if it is)."""
+        """Return the callable for ``measure``, and why it is not a CUDA graph ("" if it is)."""
         return program, ""
 
     def measure(self, run: Program) -> float:
@@ -135,7 +135,7 @@ class GraphTimer(Timer):
 
 
 class PeakMemory(Timer):
-    """Meter of the most bytes that a run allocates beyond what existed before."""
+    """Meter of the peak memory that a run allocates on top of existing memory, in bytes."""
 
     unit, min_rounds, max_rounds = "bytes", 1, 1
 
@@ -171,7 +171,9 @@ class Comparison(NamedTuple):
         that the previous program filled, then affect all programs equally.
         """
         programs = {(name, ""): run for name, run in self.others.items()}
-        programs |= {(name, on): run for on in self.backends for name, run in self.ours.items()}
+        programs |= {
+            (name, backend): run for backend in self.backends for name, run in self.ours.items()
+        }
         uncaptured: dict[tuple[str, str], str] = {}
         samples: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
 
@@ -200,7 +202,7 @@ class Comparison(NamedTuple):
 
         def row(backend: str) -> Row:
             def select(values: dict[tuple[str, str], Any]) -> dict[str, Any]:
-                return {name: value for (name, on), value in values.items() if on in ("", backend)}
+                return {name: value for (name, b), value in values.items() if b in ("", backend)}
 
             head = {**self.setting, "backend": backend, "rounds": rounds}
             head[self.meter.unit] = select(medians)

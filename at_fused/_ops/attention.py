@@ -8,8 +8,7 @@ stages of a network need one call and, on a GPU, one launch. ``skip_tokens`` is 
 number for each feature: that many leading positions of a feature (B, C, N) are left out of its map
 and get a zero gradient.
 
-``attention_map`` with ``collapse="max"`` returns n maps, then n int32 maps with the channel of each
-maximum.
+``attention_map`` with ``collapse="max"`` returns n maps, then n int32 maps of argmax channels.
 
 ``attention_map_backward`` multiplies the coefficients by ``loss_gradient``: None, a scalar, one
 value per pair, or one per pair and sample. ``pairs`` has the pair's index for each feature.

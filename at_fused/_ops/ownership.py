@@ -29,7 +29,7 @@ _observed: list[Counts] | None = None
 
 
 def may_write(gradient: Tensor, like: Tensor) -> bool:
-    """Return True if ``gradient`` has no other owner, and the strides and dtype of ``like``.
+    """Return True if ``gradient`` has no other owner and has the strides and dtype of ``like``.
 
     Call it on the first argument of the ``backward`` of the tap that ``calibrate`` measured.
     """

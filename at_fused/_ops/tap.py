@@ -4,8 +4,8 @@
     attention_tap_backward_    the same, written into the incoming gradient
 
 Both read G, A and dL/dQ once and write G + scale * p * dL/dQ[b, n] * |A|^(p-1) * sign(A). dL/dQ is
-(B, N), and ``scale`` is 1/C for ``collapse="mean"``. With "max", ``channels`` (B, N) names the
-channel of each position that gets the map's gradient.
+(B, N), and ``scale`` is 1/C for ``collapse="mean"``. With "max", ``channels`` (B, N) holds the
+argmax channel of each position, and only this channel gets the map's gradient.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ define(f"attention_tap_backward_(Tensor(a!) gradient, {_ARGUMENTS}) -> ()")
 # ---- autograd of the operators -------------------------------------------------------------------
 
 
-def _gradient_of_map(
+def _gradient_through_map(
     feature: Tensor, map_gradient: Tensor, p: float, collapse: str, channels: Tensor | None = None
 ) -> Tensor:
     """Compute the feature's gradient through its map."""
-    max_channels = [] if channels is None else [channels]
-    return map_gradients_backward([feature], [map_gradient], p, collapse, [], max_channels)[0]
+    argmax_channels = [] if channels is None else [channels]
+    return map_gradients_backward([feature], [map_gradient], p, collapse, [], argmax_channels)[0]
 
 
 def _backward_autograd(
     gradient: Tensor, feature: Tensor, map_gradient: Tensor, *rest: Any
 ) -> Tensor:
     if is_transformed() or needs_graph([gradient, feature, map_gradient]):
-        return gradient + _gradient_of_map(feature, map_gradient, *rest)
+        return gradient + _gradient_through_map(feature, map_gradient, *rest)
     operator = operators.attention_tap_backward.default
     return call_below_autograd(operator, gradient, feature, map_gradient, *rest)
 
@@ -133,9 +133,9 @@ class _Tap(torch.autograd.Function):
             options, (map_gradient, *channels) = options.with_all_tokens(map_gradient, *channels)
         rest = options.view(x), map_gradient, *options[:2], *channels
         if gradient is None:
-            return options.restore(_gradient_of_map(*rest), x), None
+            return options.restore(_gradient_through_map(*rest), x), None
         if skips and options.channelwise:  # the map has no tokens to pad
-            return gradient + options.restore(_gradient_of_map(*rest), x), None
+            return gradient + options.restore(_gradient_through_map(*rest), x), None
         return options.restore(attention_tap_backward(options.view(gradient), *rest), x), None
 
 
@@ -151,9 +151,9 @@ def attention_tap(
     if not (x.requires_grad and torch.is_grad_enabled()):
         operator = operators.attention_map.default
         return x, call_below_autograd(operator, [options.view(x)], p, collapse)[0]
-    ownership.calibrate(_plain_tap)
+    ownership.calibrate(_calibration_tap)
     return apply(_Tap, x, options)
 
 
-def _plain_tap(x: Tensor) -> tuple[Tensor, ...]:
+def _calibration_tap(x: Tensor) -> tuple[Tensor, ...]:
     return apply(_Tap, x, _TapOptions(2.0, "sum", FeatureLayout(), False))

@@ -121,7 +121,7 @@ def times_loss_gradient(k: Tensor, loss_gradient: Tensor | None, pair: int) -> T
 
 
 def _sweep(x: Tensor, k: Tensor, p: float, channels: Tensor | None) -> Tensor:
-    """Return k[b, n] * |x|^(p-1) * sign(x), with zeros outside ``channels`` if they are given."""
+    """Return k[b, n] * |x|^(p-1) * sign(x); 0 outside ``channels`` unless that is None."""
     k = k.reshape(x.shape[0], 1, *x.shape[2:])
     if channels is None:
         return k * slope(x, p)

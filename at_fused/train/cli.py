@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _parse_set(arguments: list[str]) -> dict[str, dict[str, Any]]:
-    own: dict[str, dict[str, Any]] = {}
+    method_options: dict[str, dict[str, Any]] = {}
     with error_prefix("set"):
         for argument in arguments:
             if not (parts := re.fullmatch(r"(.+)\.(\w+)=(.*)", argument)):
@@ -91,8 +91,8 @@ def _parse_set(arguments: list[str]) -> dict[str, dict[str, Any]]:
             method, name, value = parts.groups()
             with error_prefix(f"{method}.{name}"):
                 parse = options.method_rule(method, name).parse
-                own.setdefault(method, {})[name] = parse(value)
-    return own
+                method_options.setdefault(method, {})[name] = parse(value)
+    return method_options
 
 
 def _world_size() -> int:
@@ -125,12 +125,12 @@ def configure(flags: dict[str, Any], content: str | None) -> tuple[Config, Path 
 def _apply_flags(flags: dict[str, Any], layer: dict[str, Any]) -> Config:
     """Return the configuration of flags on top of a file; raise if a flag has no effect."""
     general = {name: flags[name] for name in OPTIONS if name in flags}
-    own = _parse_set(flags.get("set", []))
-    config = options.resolve(layer, {**general, "method": own})
+    method_options = _parse_set(flags.get("set", []))
+    config = options.resolve(layer, {**general, "method": method_options})
     for name in general:
         if reason := options.reason_unused(config, name, _world_size()):
             raise ConfigError(f"{name}: has no effect in this run: {reason}")
-    if unknown := own.keys() - {*config.compare}:
+    if unknown := method_options.keys() - {*config.compare}:
         methods = ", ".join(config.compare)
         raise ConfigError(f"set: got an option for {min(unknown)}, but --compare is {methods}")
     if _world_size() > 1 and config.nproc not in (1, _world_size()):

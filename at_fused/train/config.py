@@ -191,7 +191,7 @@ METHOD_OPTIONS: tuple[str, ...] = (
 )
 TEACHER_OPTIONS = ("teacher_epochs", "teacher_lr", "teacher_weight_decay")
 # Options, another option, values: the options have an effect only with one of these values.
-READ_ONLY_IF: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
+USED_ONLY_IF: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("beta", "betas", "beta_schedule"), "compare", WITH_BETA),
     (("p", "collapse", "form"), "compare", WITH_AT),
     (("T", "alpha"), "compare", WITH_KD),
@@ -432,16 +432,16 @@ class Config:
 
     def for_teacher(self) -> Config:
         """Return the configuration that trains the teacher; ``self`` must be resolved."""
-        own = {name.removeprefix("teacher_"): getattr(self, name) for name in TEACHER_OPTIONS}
-        return replace(self, **own, cache=0, labels=0, method={})
+        options = {name.removeprefix("teacher_"): getattr(self, name) for name in TEACHER_OPTIONS}
+        return replace(self, **options, cache=0, labels=0, method={})
 
     def for_method(self, method: str) -> Config:
         """Return the configuration of a method's students."""
-        own = self.method.get(method, {})
+        options = self.method.get(method, {})
         # A general beta applies to the general form only.
-        has_other_form = own.get("form", self.form) != self.form and self.beta != "auto"
+        has_other_form = options.get("form", self.form) != self.form and self.beta != "auto"
         unset = {"beta": None} if has_other_form else {}
-        return replace(self, **{**unset, **own})
+        return replace(self, **{**unset, **options})
 
     def initial_beta(self, method: str) -> float | str:
         """Return a method's beta at step 0, or "auto"; ``self`` must be ``for_method(method)``."""
@@ -453,16 +453,16 @@ class Config:
 OPTIONS: dict[str, Rule] = {f.name: f.metadata["rule"] for f in fields(Config) if f.metadata}
 
 
-def methods_reading(name: str) -> tuple[str, ...]:
-    """Return the methods that read an option."""
-    methods = [values for names, by, values in READ_ONLY_IF if name in names and by == "compare"]
+def methods_using(name: str) -> tuple[str, ...]:
+    """Return the methods that use an option."""
+    methods = [values for names, by, values in USED_ONLY_IF if name in names and by == "compare"]
     return methods[0] if methods else METHODS
 
 
 def method_rule(method: str, name: str) -> Rule:
     """Return the rule of a method's own option; raise ConfigError if it has no such option."""
     choice(*METHOD_OPTIONS).check(name)
-    choice(*methods_reading(name)).check(method)
+    choice(*methods_using(name)).check(method)
     return OPTIONS[name]
 
 
@@ -488,21 +488,21 @@ def from_toml(content: str) -> dict[str, Any]:
             raise ConfigError(f"no option {name!r}{suggest(name, [*OPTIONS, 'method'])}")
         with error_prefix(name):
             options[name] = OPTIONS[name].check(value)
-    for method, own in methods.items():
-        for name, value in own.items():
+    for method, method_options in methods.items():
+        for name, value in method_options.items():
             with error_prefix(f"{method}.{name}"):
-                own[name] = method_rule(method, name).check(value)
+                method_options[name] = method_rule(method, name).check(value)
     return {**options, "method": methods}
 
 
 def to_toml(config: Config) -> str:
-    """Return a configuration as TOML, with the options that were not given as comments."""
+    """Return a configuration as TOML; options without an override are comments."""
 
     def line(name: str, value: Any) -> str:
         # JSON strings, numbers, lists and booleans are valid TOML.
         return f"{name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}"
 
-    own = [(name, table) for name, table in config.overrides.get("method", {}).items() if table]
+    methods = [(name, table) for name, table in config.overrides.get("method", {}).items() if table]
     rest = {n: getattr(config, n) for n in OPTIONS if n not in config.overrides}
     lines = [
         *(line(name, value) for name, value in config.overrides.items() if name in OPTIONS),
@@ -510,7 +510,7 @@ def to_toml(config: Config) -> str:
         "# The run's other options. To change one, remove its #.",
         *(f"# {line(name, value)}" for name, value in rest.items() if value is not None),
     ]
-    for method, options in own:
+    for method, options in methods:
         lines += ["", f"[method.{json.dumps(method)}]", *(line(*item) for item in options.items())]
     return "\n".join(lines).strip() + "\n"
 
@@ -545,11 +545,11 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
     _check_combination(config)
     size = config.image_size or DEFAULT_SIZES.get(config.data)
     unset = [name for name in TEACHER_OPTIONS if getattr(config, name) is None]
-    own = {name: getattr(config, name.removeprefix("teacher_")) for name in unset}
+    teacher_options = {name: getattr(config, name.removeprefix("teacher_")) for name in unset}
     root, is_default_root = config.root, config.data == "fashion-mnist" and "root" not in options
     if is_default_root and not Path(root, "FashionMNIST").is_dir() and FASHION_MNIST.is_dir():
         root = str(FASHION_MNIST)
-    return replace(config, image_size=size, root=root, **own)
+    return replace(config, image_size=size, root=root, **teacher_options)
 
 
 def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
@@ -568,8 +568,8 @@ def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
 
     methods, has_new_form = {}, "form" in layer
     for method in dict.fromkeys([*base.get("method", {}), *layer.get("method", {})]):
-        before, own = (each.get("method", {}).get(method, {}) for each in (base, layer))
-        if options := remaining(before, has_new_form or "form" in own) | own:
+        below, above = (each.get("method", {}).get(method, {}) for each in (base, layer))
+        if options := remaining(below, has_new_form or "form" in above) | above:
             methods[method] = options
     return {**remaining(base, has_new_form), **layer, "method": methods}
 
@@ -612,22 +612,22 @@ def _check_combination(config: Config) -> None:
 
 def reason_unused(config: Config, name: str, processes: int = 1) -> str:
     """Return the reason why an option has no effect in a run, or an empty string."""
-    reading = [method for method in config.compare if method in methods_reading(name)]
+    using = [method for method in config.compare if method in methods_using(name)]
     key = "beta" if name == "betas" else name
     # A teacher without an lr of its own takes the students'.
     lr = getattr(config, f"teacher_{name}", None)
     teaches = config.trains_teacher and lr == getattr(config, name)
-    if reading and not teaches and all(key in config.method.get(m, {}) for m in reading):
-        return f"--set overrides it for {', '.join(reading)}"
+    if using and not teaches and all(key in config.method.get(m, {}) for m in using):
+        return f"--set overrides it for {', '.join(using)}"
     is_used, reason = {
-        "T": (any(config.for_method(method).alpha for method in reading), "alpha is 0"),
+        "T": (any(config.for_method(method).alpha for method in using), "alpha is 0"),
         "init": (config.trains_teacher or not config.student_from, "all weights come from files"),
         **dict.fromkeys(
             ("lr_factor", "reset_momentum"), (bool(config.lr_drops), "lr_drops is empty")
         ),
         "sync_norm": (max(config.nproc, processes) > 1, "there is only one process"),
     }.get(name, (True, ""))
-    for names, other, values in READ_ONLY_IF:
+    for names, other, values in USED_ONLY_IF:
         value, verb = getattr(config, other), "includes" if other == "compare" else "is"
         kinds = {*value} if other == "compare" else {"own" if is_import_path(value) else value}
         if name in names and not kinds & {*values}:

@@ -31,7 +31,7 @@ from at_fused.train.config import (
     ConfigError,
     error_summary,
     format_value,
-    methods_reading,
+    methods_using,
     to_toml,
 )
 from at_fused.train.data import SCAN_FILE, Data, prepare_data
@@ -110,8 +110,8 @@ class Experiment:
         self.example: Tensor = next(data.evaluate.batches([torch.arange(2)], None))[0]
         self.loaded: list[str] = []  # a line for each file of weights
         self._initial_weights: dict[str, dict[str, Tensor]] = {}  # by "student" and "teacher"
-        self.teacher = self._initial_network("teacher", TEACHER_SEED)
-        student = self._initial_network("student", 0)
+        self.teacher = self._first_network("teacher", TEACHER_SEED)
+        student = self._first_network("student", 0)
         # Hashes of weights; the teacher's is set once it is trained.
         self._teacher_hash = TeacherHash(self.teacher)() if config.teacher_from else ""
         self._student_hash = TeacherHash(student)() if config.student_from else ""
@@ -129,7 +129,7 @@ class Experiment:
         assert self._out is not None
         return self._out
 
-    def _network(self, side: str, seed: int) -> nn.Module:
+    def _new_network(self, side: str, seed: int) -> nn.Module:
         """Return a new network, with weights from its file if one was given."""
         name, data = getattr(self.config, side), self.data
         torch.manual_seed(seed)
@@ -138,10 +138,10 @@ class Experiment:
             model.load_state_dict(self._initial_weights[side], strict=False)
         return model
 
-    def _initial_network(self, side: str, seed: int) -> nn.Module:
+    def _first_network(self, side: str, seed: int) -> nn.Module:
         """Return the first network of a side, and keep the weights of its file for later ones."""
         name, option = getattr(self.config, side), f"{side}_from"
-        model = self._network(side, seed)
+        model = self._new_network(side, seed)
         try:
             with evaluating(model):
                 model(self.example)
@@ -228,17 +228,17 @@ class Experiment:
             yield self._make_job("teacher", "none", TEACHER_SEED, config.for_teacher())
         for method in filter(self._searches_beta, config.compare):
             for beta in config.betas:
-                own = replace(config.for_method(method), beta=beta)
+                job_config = replace(config.for_method(method), beta=beta)
                 for i in range(SEARCH_SEEDS):
                     name = f"{method}-beta{format_value(beta)}-seed{i}"
-                    yield self._make_job(name, method, SEARCH_SEED + i, own)
+                    yield self._make_job(name, method, SEARCH_SEED + i, job_config)
         # Seed by seed, so that a slowdown of the machine affects all methods equally.
         for seed in range(config.seeds):
             for method in config.compare:
-                own = config.for_method(method)
+                job_config = config.for_method(method)
                 if self._searches_beta(method):  # None before the search has finished
-                    own = replace(own, beta=self.result.chosen_beta(method))
-                yield self._make_job(f"{method}-seed{seed}", method, seed, own)
+                    job_config = replace(job_config, beta=self.result.chosen_beta(method))
+                yield self._make_job(f"{method}-seed{seed}", method, seed, job_config)
 
     def _searches_beta(self, method: str) -> bool:
         """Return True if validation images choose a method's beta."""
@@ -258,7 +258,7 @@ class Experiment:
         """Return what determines a network, except its seed and a future teacher or beta."""
         # Weights are identified by their hash, as files may move.
         ignored = CHANGEABLE_OPTIONS | {"teacher_from", "student_from"}
-        ignored |= {name for name in OPTIONS if method not in methods_reading(name)}
+        ignored |= {name for name in OPTIONS if method not in methods_using(name)}
         if seed >= SEARCH_SEED or not self._searches_beta(method):
             ignored |= {"betas"}
             config = replace(config, beta=config.initial_beta(method))
@@ -346,7 +346,7 @@ class Experiment:
                 stack.callback(self._metrics.close)
             self.callbacks.on_run_start(self)
             if self.config.teacher_from and self.config.needs_teacher:
-                self._evaluate_given_teacher()
+                self._evaluate_loaded_teacher()
             for job in self.jobs():
                 self.callbacks.on_job_start(job)
                 self._train(job)
@@ -382,7 +382,7 @@ class Experiment:
             scan = json.dumps(asdict(self.data.scan), indent=1)
             checkpoints.atomic_write(self.out / SCAN_FILE, scan.encode())
 
-    def _evaluate_given_teacher(self) -> None:
+    def _evaluate_loaded_teacher(self) -> None:
         teacher = self.teacher.eval().requires_grad_(False)
         self.result.teacher = accuracy(teacher, self.data.evaluate, self.device)
         if self.result.teacher is None:
@@ -440,7 +440,7 @@ class Experiment:
         side = "teacher" if job.is_teacher else "student"
         mode = self._mode("teacher" if job.is_teacher else job.method)
         mode = replace(mode, compile=mode.compile and compiles)
-        student = mode.to_layout(self._network(side, job.seed))
+        student = mode.to_layout(self._new_network(side, job.seed))
         if parallel.world_size() > 1 and self.config.sync_norm:
             student = parallel.convert_sync_batchnorm(student, self.device)
         teacher = self.teacher
@@ -474,7 +474,7 @@ class Experiment:
     def _cache(self, job: Job) -> TeacherCache | None:
         if not self.config.cache or job.method not in NEEDS_TEACHER:
             return None
-        # Few labels: each seed has other images, and the cache index counts the student's images.
+        # With few labels each seed has its own images, and the cache index counts only these.
         name = f"seed{job.seed}" if self.config.labels else "all"
         # Machines may share a file system, but must not share a cache.
         node = parallel.process_info().node

@@ -80,7 +80,7 @@ class Curve:
     @property
     def selected(self) -> Point:
         """The point of the saved weights: the best on validation images, or the last."""
-        # The first of equal points, as in Trainer._evaluate.
+        # max returns the first of equal points, as Trainer._evaluate does.
         if "validation" in self.points[-1]:
             return max(self.points, key=lambda point: point["validation"])
         return self.points[-1]
@@ -375,7 +375,7 @@ class Trainer:
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(gpus), self.mode.autocast(self.device):
             terms = self.objective.unwrapped()(batch, beta)
-        # Weighted before the backward pass through synchronised statistics.
+        # Weight the losses before the backward pass, as synchronised statistics mix the ranks.
         task, transfer = weight * (terms.loss - terms.transfer), weight * terms.transfer
         gradients = shared_gradients(task, transfer, student)
         with torch.no_grad():

@@ -250,7 +250,7 @@ class FlipSymmetry(Gradients):
         return at_fused.input_gradient(self._student_logits, x, batch.y, create_graph=True).flip(-1)
 
 
-# Called with ``config.for_method(method)``, the networks and a cache.
+# Factories. Their arguments are ``config.for_method(method)``, the networks and a cache.
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "none": Objective,
     "at": Attention,

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from at_fused.train.config import ConfigError
 
-# For ranks that hang. A rank that dies is noticed at once.
+# For ranks that hang: the end of a rank is noticed at once.
 _TIMEOUT = timedelta(minutes=30)
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class ProcessInfo(NamedTuple):
     node: int = 0
 
 
-# torchrun's, in the order of ProcessInfo.
+# torchrun's environment variables, in the order of ProcessInfo.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
@@ -198,7 +198,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         dist.all_reduce(count)
         mean = all_reduce(y.sum(dim=(0, 2, 3))) / count
         centred = y - mean[:, None, None]
-        # Of centred values: E[x^2] - E[x]^2 would cancel.
+        # Uses centred values, because E[x^2] - E[x]^2 would cancel.
         variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
         running: Any = (self.num_batches_tracked, self.running_mean, self.running_var)
         running[0].add_(1)

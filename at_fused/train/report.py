@@ -29,8 +29,8 @@ from at_fused.train.config import (
     TITLES,
     Config,
     format_value,
-    methods_reading,
     methods_to_draw,
+    methods_using,
     published_errors,
     to_toml,
 )
@@ -264,14 +264,18 @@ def options_table(config: Config, result: Result) -> str:
     if config.trains_teacher:
         trainings.append(("teacher", config.for_teacher(), teacher_names))
     for method in config.compare:
-        own = config.for_method(method)
+        method_config = config.for_method(method)
         chosen = result.chosen_beta(method) if config.betas else None
-        if own.beta is None and (chosen is not None or not config.betas):
-            own = replace(own, beta=own.initial_beta(method) if chosen is None else chosen)
-        trainings.append((method, own, [name for name in names if method in methods_reading(name)]))
+        if method_config.beta is None and (chosen is not None or not config.betas):
+            method_config = replace(
+                method_config, beta=method_config.initial_beta(method) if chosen is None else chosen
+            )
+        trainings.append(
+            (method, method_config, [name for name in names if method in methods_using(name)])
+        )
     rows = []
-    for title, own, used in trainings:
-        values = {name: getattr(own, name) for name in used}
+    for title, training_config, used in trainings:
+        values = {name: getattr(training_config, name) for name in used}
         cells = {n: "not chosen yet" if v is None else format_value(v) for n, v in values.items()}
         rows.append({"": title, **cells})
     return table(names, rows)

@@ -200,7 +200,10 @@ def set_record(number: int, value: str) -> Callable[[Path], None]:
 # Damage to the file, and the error. A record's checksum covers its number, so "moved" fails.
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another file": (lambda f: f.write_text("mine" * 99), "not a valid database: file is"),
-    "cut": (set_record(4, "substr(record, 1, 99) || x'00'"), "record 4 does not match its check"),
+    "truncated": (
+        set_record(4, "substr(record, 1, 99) || x'00'"),
+        "record 4 does not match its check",
+    ),
     "number": (set_record(4, "7"), "record 4 does not match its checksum"),
     "moved": (set_record(4, "(SELECT record FROM TABLE WHERE number = 5)"), "record 4 does not m"),
 }

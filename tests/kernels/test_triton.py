@@ -80,7 +80,7 @@ def all_results(layout: str) -> list[Tensor]:
     [("planar", 2.0, "code", "max"), ("interleaved", 3.0, "paper", "add")],
 )
 def test_values_and_gradients(layout: str, p: float, form: str, eps_mode: str) -> None:
-    """A few calls of the contract, for the default run of the tests."""
+    """Check a few calls of the contract, for the default run of the tests."""
     features = [
         feature(2, 20, 3, 5, layout=layout),
         feature(3, 5, 2, 3, layout=layout, dtype=torch.bfloat16),

@@ -44,7 +44,7 @@ def one_thread() -> None:
 
 
 def run_until(step: int, config: Config, out: Path) -> None:
-    """Start a run that SIGTERM stops in a student's step."""
+    """Start a run, and stop it by SIGTERM in a step of a student."""
     with pytest.MonkeyPatch.context() as patch:
         stop_at_step(step, patch)
         with pytest.raises(Stopped):
@@ -60,7 +60,7 @@ def metrics_without_times(out: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("every", [7, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_killed_run_resumes_to_the_same_weights(every: int, tmp_path: Path) -> None:
-    """Killed before a step, where momentum and a scheduled beta continue, or within a write."""
+    """Kill the run before a step or within a write; momentum and a scheduled beta must continue."""
     run(small(compare=["kd"], epochs=1), tmp_path / "teacher")
     teacher = str(tmp_path / "teacher/teacher.pt")
     config = small(compare=["at"], epochs=5, evaluate_every=2, checkpoint_every=2,
@@ -109,7 +109,7 @@ def test_stopped_run_keeps_random_state_and_pending_evaluation(
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signal_finishes_the_step_and_saves(number: int, status: int, tmp_path: Path) -> None:
-    """On the command line, and again with --resume."""
+    """Check the exit status, the message and the checkpoint of a run from the command line."""
     file = tmp_path / "config.toml"
     file.write_text(to_toml(small(compare=["none"], epochs=100_000)))
     out = tmp_path / "run"
@@ -144,7 +144,7 @@ def test_second_signal_has_its_default_effect() -> None:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def interrupted(out: Path) -> Path:
+def start_and_interrupt(out: Path) -> Path:
     """Start a run and stop it after five steps, with checkpoints of steps 3 and 5."""
     config = small(compare=["none"], checkpoint_every=3)
     run_until(4, config, out)
@@ -162,8 +162,8 @@ def check_exit(status: int, *words: str | Path) -> None:
 def test_damaged_file_is_an_error_and_resume_works_without_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Include a finished network, as its accuracy was reported."""
-    out, config = interrupted(tmp_path / "run"), small(compare=["none"], checkpoint_every=3)
+    """Damage a checkpoint, and a finished network with an already reported accuracy."""
+    out, config = start_and_interrupt(tmp_path / "run"), small(compare=["none"], checkpoint_every=3)
     last = out / "checkpoints/none-seed0/step-00000005.pt"
     run(config, tmp_path / "reference")
     for file in (last, out / "student_none-seed0.pt"):
@@ -182,7 +182,7 @@ def test_resume_refuses_other_settings(tmp_path: Path, capsys: pytest.CaptureFix
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     assert "config.toml: [Errno 2] No such file" in error(2, "--resume", tmp_path)
-    out = interrupted(tmp_path / "run")
+    out = start_and_interrupt(tmp_path / "run")
     last = f"at-fused-train: {out}/checkpoints/none-seed0/step-00000005.pt: was trained with"
     for status, flags, message in (
         (1, "--momentum=0.5", f"{last} momentum 0.9 (now 0.5); a run must not mix both"),
@@ -205,7 +205,7 @@ def test_resume_refuses_other_settings(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_finished_run_can_be_extended(tmp_path: Path) -> None:
-    """By seeds, methods and epochs, with the same bits as a run that had them from the start."""
+    """Add seeds, methods and epochs; the result must equal a run that had them from the start."""
     out, steady = tmp_path / "run", {"lr_schedule": "step", "lr_drops": (), "evaluate_every": 1}
     more = steady | {"compare": ["none", "kd"], "seeds": 2, "epochs": 4}
     run(small(**steady, compare=["none"], epochs=2), out)
@@ -225,7 +225,7 @@ def test_finished_run_can_be_extended(tmp_path: Path) -> None:
 
 
 def test_refused_settings_change_no_file(tmp_path: Path) -> None:
-    """Another teacher, a longer-trained one, and other initial weights."""
+    """Try another teacher, a longer-trained one, and other initial weights."""
 
     def digests() -> dict[str, str]:
         return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.glob("*.*")}
@@ -254,7 +254,7 @@ def test_refused_settings_change_no_file(tmp_path: Path) -> None:
 
 
 def test_validation_refuses_more_epochs(tmp_path: Path) -> None:
-    """Validation selects one of all evaluations; the shorter run had other ones."""
+    """Refuse, because validation selects one of all evaluations, and a shorter run had others."""
     config = small(lr_schedule="step", lr_drops=(), compare=["none"], validation=0.2)
     run(config, tmp_path)
     with pytest.raises(CheckpointError, match=r"was trained with epochs 6 \(now 8\)"):
@@ -329,7 +329,7 @@ def test_nonfinite_loss_stops_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_diverging_network_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also a teacher that diverges in its last step, after which no loss is computed."""
+    """Check a student, and a teacher that diverges after its last loss was computed."""
     wild = {"none": {"lr": 1000.0, "weight_decay": 10}}
     config = small(compare=["none"], epochs=40, evaluate_every=40, method=wild)
     assert cli.run(config, tmp_path / "run") == 1

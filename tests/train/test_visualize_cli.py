@@ -89,11 +89,14 @@ def test_figure_has_a_column_per_network_and_a_row_per_stage(
 
 
 @needs_torchvision
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("is_custom", [False, True])
 def test_images_are_those_of_the_run(
-    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    is_custom: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A folder's without skipped images and denormalised; custom images scaled to [0, 1]."""
+    """Expect denormalised images of a folder, without skipped ones, or scaled custom images."""
     calls: list[Any] = []
     figure = visualize.figure
     monkeypatch.setattr(
@@ -102,7 +105,7 @@ def test_images_are_those_of_the_run(
     mean, std = (0.4, 0.5, 0.6), (0.3, 0.3, 0.2)
     options: dict[str, Any] = {"data": "folder", "root": "pets", "mean": mean, "std": std}
     monkeypatch.chdir(tmp_path)
-    if own:
+    if is_custom:
         options = {"data": "pets:data"}
         noise = Noise(12, ["ant", "bee", "cat"], transform=lambda x: x[:1])
         pets = SimpleNamespace(data=lambda root: [noise] * 2)
@@ -130,9 +133,9 @@ def test_images_are_those_of_the_run(
     ((images, keywords),) = calls
     ((expected, _, _),) = data.evaluate.batches([torch.arange(3)], None)
     assert torch.equal(images, expected)
-    assert keywords["names"] == (["ant", "bee", "cat"] if own else ["ant", "ant", "bee"])
-    assert (keywords["mean"], keywords["std"]) == ((None, None) if own else (mean, std))
-    if own:
+    assert keywords["names"] == (["ant", "bee", "cat"] if is_custom else ["ant", "ant", "bee"])
+    assert (keywords["mean"], keywords["std"]) == ((None, None) if is_custom else (mean, std))
+    if is_custom:
         noise.transform = lambda x: x
         data, message = open_data("pets:data", ""), "images must be a tensor (B, 1, H, W) or "
         save()

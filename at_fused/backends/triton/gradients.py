@@ -32,31 +32,32 @@ from at_fused.backends.triton.tiles import (
     times_loss_gradient,
 )
 
-_MAX_CHANNELS_BLOCK = 128  # maxima per program, one per thread: their addresses are scattered
+_ARGMAX_BLOCK = 128  # positions per program, one per thread: the channels are scattered
 
 
 class Sweep(NamedTuple):
     """Record of a feature and its gradient, to which ``addend`` is added if there is one.
 
     The addend may share the gradient's memory: each element is read before it is written. With
-    ``max_channels`` only those channels are written, and an addend must be the gradient's memory.
+    ``argmax_channels`` only those channels are written. An addend must then be the gradient's
+    memory.
     """
 
     feature: Feature
     gradient: Feature
     addend: Feature | None
     coefficients: Tensor  # (B, N)
-    max_channels: Tensor | None  # (B, N)
+    argmax_channels: Tensor | None  # (B, N)
     pair: int  # this and the following with ``encode_int``
     tiles_c: int
     tiles_n: int
 
 
 @triton.jit
-def _store_at_max(feature, gradient, addend, max_channels, k, b, n, P: tl.constexpr):
-    """Store the gradient at the maximum channel of positions n; leave other elements untouched."""
+def _store_at_argmax(feature, gradient, addend, argmax_channels, k, b, n, P: tl.constexpr):
+    """Store the gradient at the argmax channel of positions n; leave other elements untouched."""
     inside = n < positions_of(feature)
-    c = tl.load(max_channels + b.to(tl.int64) * positions_of(feature) + n, mask=inside, other=-1)
+    c = tl.load(argmax_channels + b.to(tl.int64) * positions_of(feature) + n, mask=inside, other=-1)
     is_valid = (c >= 0) & (c < channels_of(feature))
     x = tl.load(addresses(feature, b, c, n), mask=is_valid, other=0.0)
     result = k * slope(x.to(k.dtype), P)
@@ -77,11 +78,13 @@ def _sweep_tile(entry, program, factor, loss_gradient, P: tl.constexpr):
     k = tl.load(entry.coefficients + b.to(tl.int64) * positions + n, mask=n < positions, other=0.0)
     k *= decode_double(factor).to(k.dtype)
     k = times_loss_gradient(k, loss_gradient, entry.pair, b)
-    if entry.max_channels is None:
+    if entry.argmax_channels is None:
         c = first + tl.arange(0, entry.feature.BLOCK_C)
         store_gradient(entry.feature, entry.gradient, k, b, c, n, P, entry.addend)
     else:
-        _store_at_max(entry.feature, entry.gradient, entry.addend, entry.max_channels, k, b, n, P)
+        _store_at_argmax(
+            entry.feature, entry.gradient, entry.addend, entry.argmax_channels, k, b, n, P
+        )
 
 
 @triton.jit
@@ -100,20 +103,20 @@ def _sweep_and_programs(
     gradient: Feature,
     addend: Feature | None,
     coefficients: Tensor,
-    max_channels: Tensor | None,
+    argmax_channels: Tensor | None,
     pair: int = 0,
 ) -> tuple[Sweep, int]:
     """Return the record of a feature's sweep, and its number of programs."""
     batch, positions = coefficients.shape
     tiles_c = -(-feature.data.shape[1] // feature.BLOCK_C.value)
-    if max_channels is not None:
-        max_channels = max_channels.contiguous()
+    if argmax_channels is not None:
+        argmax_channels = argmax_channels.contiguous()
         tiles_c = 1
-        block = min(launch.next_power_of_2(positions), _MAX_CHANNELS_BLOCK)
+        block = min(launch.next_power_of_2(positions), _ARGMAX_BLOCK)
         feature = feature._replace(BLOCK_N=constexpr(block))
     tiles_n = -(-positions // feature.BLOCK_N.value)
     numbers = map(encode_int, (pair, tiles_c, tiles_n))
-    entry = Sweep(feature, gradient, addend, coefficients.contiguous(), max_channels, *numbers)
+    entry = Sweep(feature, gradient, addend, coefficients.contiguous(), argmax_channels, *numbers)
     return entry, batch * tiles_c * tiles_n
 
 

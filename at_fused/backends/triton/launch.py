@@ -21,8 +21,8 @@ from at_fused.backends.triton.tiles import Entry, Feature, LossGradient, encode_
 MAX_ENTRIES = 8
 
 _TILE = 4096  # elements per tile: 32 per thread
-_ROW_BYTES = 512  # of a tile, along the contiguous dimension
-_PIECE_BYTES = 64 * 1024  # approximate work of a program, if samples are split
+_ROW_BYTES = 512  # bytes of a tile along the contiguous dimension
+_PIECE_BYTES = 64 * 1024  # approximate bytes that a program reads of a split sample
 
 constexpr = functools.lru_cache(maxsize=4096, typed=True)(tl.constexpr)  # typed: True is not 1
 
@@ -60,10 +60,10 @@ def _layout(
         return None
     inner, outer = (positions, channels) if planar else (channels, positions)
     # The stride of a dimension of size 1 is arbitrary.
-    line = (channel if planar else position) if outer > 1 else 0
+    line_stride = (channel if planar else position) if outer > 1 else 0
     # A single sample gets the stride of a dense batch, so that it needs no kernel of its own.
-    batch = stride[0] if shape[0] > 1 else max(outer * line, inner)
-    align = math.gcd(batch, line, inner, 16)
+    batch_stride = stride[0] if shape[0] > 1 else max(outer * line_stride, inner)
+    align = math.gcd(batch_stride, line_stride, inner, 16)
 
     elements = _TILE >> halvings
     # fp64, a general power, and an address per element need more registers per element.
@@ -71,9 +71,9 @@ def _layout(
         elements = elements // 2 if needs_more else elements
     across = min(next_power_of_2(inner), _ROW_BYTES // itemsize, elements)
     down = min(next_power_of_2(outer), elements // across)
-    wide = (outer - 1) * line + inner >= 2**31
+    wide = (outer - 1) * line_stride + inner >= 2**31
     compiled = planar, align, wide, *((down, across) if planar else (across, down))
-    numbers = batch // align, line // align, inner // align, outer
+    numbers = batch_stride // align, line_stride // align, inner // align, outer
     return Feature(None, *numbers, *map(constexpr, compiled))
 
 

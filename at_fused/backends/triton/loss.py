@@ -18,10 +18,10 @@ from at_fused.backends.triton.gradients import sweep
 from at_fused.backends.triton.loss_of_maps import (
     MapPair,
     add_to_loss,
-    is_last,
+    arrives_last,
     loss_call,
-    loss_of_sample,
     map_pairs,
+    sample_loss,
 )
 from at_fused.backends.triton.maps import new_map
 from at_fused.backends.triton.tiles import (
@@ -76,14 +76,14 @@ def _loss_of_pair(pair, program, call, scale, loss_gradient, P: tl.constexpr, ME
     begin = program % pieces * span
     store_map(pair.student, pair.maps.student, b, begin, span, P, MEAN)
     store_map(pair.teacher, pair.maps.teacher, b, begin, span, P, MEAN)
-    if is_last(call.counters + decode_int(pair.maps.first_sample) + b, pieces):
+    if arrives_last(call.counters + decode_int(pair.maps.first_sample) + b, pieces):
         factor = times_loss_gradient(decode_double(scale), loss_gradient, pair.maps.pair_index, b)
         s_factor = factor * P
         t_factor = factor * P
         if MEAN:
             s_factor = s_factor / channels_of(pair.student)
             t_factor = t_factor / channels_of(pair.teacher)
-        value = loss_of_sample(pair.maps, call, b, s_factor, t_factor)
+        value = sample_loss(pair.maps, call, b, s_factor, t_factor)
         if pair.gradient is not None:
             tl.debug_barrier()
             _sweep_sample(pair, b, P)

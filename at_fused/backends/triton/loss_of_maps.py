@@ -47,10 +47,10 @@ class MapPair(NamedTuple):
 
 
 class LossCall(NamedTuple):
-    """Record of the results and the options of a list.
+    """Record of the results and the options of a list of pairs.
 
-    ``losses`` (fp64) has an element per sample, then one per pair. ``counters`` (int32) has the
-    same and one for the list; all are 0 before the first launch of a list.
+    ``losses`` (fp64) has an element per sample, then one per pair. ``counters`` (int32) has as
+    many, and one for the list. They are 0 before the first launch.
     """
 
     loss: Tensor
@@ -84,20 +84,20 @@ def _load_map(q, mask, row, n, positions):
 
 @triton.jit
 def _divisor(squares, eps, ADD: tl.constexpr):
-    """Return the divisor that turns Q into q, and (Q / ||Q||) / q (0 if q ignores the norm)."""
+    """Return the divisor of Q in q = Q / divisor, and (Q / ||Q||) / q, or 0 if it is constant."""
     if ADD:
         norm = tl.sqrt(squares)
         divisor = norm + eps
-        unit = tl.where(norm == 0.0, 0.0, divisor / tl.where(norm == 0.0, 1.0, norm))
+        to_unit = tl.where(norm == 0.0, 0.0, divisor / tl.where(norm == 0.0, 1.0, norm))
     else:
         constant = squares <= eps * eps
         divisor = tl.where(constant, eps, tl.sqrt(squares))
-        unit = tl.where(constant, 0.0, 1.0)
-    return divisor, unit
+        to_unit = tl.where(constant, 0.0, 1.0)
+    return divisor, to_unit
 
 
 @triton.jit
-def loss_of_sample(pair, call, b, s_factor, t_factor):
+def sample_loss(pair, call, b, s_factor, t_factor):
     """Return a sample's loss; write factor * dL/dQ for each side that has a gradient.
 
     Computes in fp64. If the pair has a mask, a side without a gradient is masked in place.
@@ -113,8 +113,8 @@ def loss_of_sample(pair, call, b, s_factor, t_factor):
         t = _load_map(pair.teacher, pair.mask, row, start + block, positions)
         s_squares += s * s
         t_squares += t * t
-    s_divisor, s_unit = _divisor(tl.sum(s_squares, 0), eps, call.ADD)
-    t_divisor, t_unit = _divisor(tl.sum(t_squares, 0), eps, call.ADD)
+    s_divisor, s_to_unit = _divisor(tl.sum(s_squares, 0), eps, call.ADD)
+    t_divisor, t_to_unit = _divisor(tl.sum(t_squares, 0), eps, call.ADD)
 
     squares = tl.zeros([pair.BLOCK], tl.float64)
     s_products = tl.zeros([pair.BLOCK], tl.float64)
@@ -137,8 +137,8 @@ def loss_of_sample(pair, call, b, s_factor, t_factor):
         loss = weight * (square / positions)
         slope = 2.0 * weight / positions
 
-    s_sum = s_unit * tl.sum(s_products, 0)
-    t_sum = t_unit * tl.sum(t_products, 0)
+    s_sum = s_to_unit * tl.sum(s_products, 0)
+    t_sum = t_to_unit * tl.sum(t_products, 0)
     s_slope = slope * s_factor / s_divisor
     t_slope = slope * t_factor / t_divisor
     for start in range(0, positions, pair.BLOCK):
@@ -166,14 +166,14 @@ def _store(out, values, row, n, positions):
 
 # ---- sums over samples ---------------------------------------------------------------------------
 #
-# Programs that share a sample, a pair or a list increment a counter. The last one sees all results
-# of the others and adds them up.
+# Programs that share a sample, a pair or a list increment a counter. The last one sees the results
+# of all others and finishes the work.
 
 
 @triton.jit
-def is_last(counter, count):
-    """Return True in the last of ``count`` programs that call this."""
-    # All threads must have written their results before one thread counts the program.
+def arrives_last(counter, count):
+    """Increment a counter; return True in the last of ``count`` programs."""
+    # All threads must have written their results before one thread increments the counter.
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
 
@@ -200,12 +200,12 @@ def add_to_loss(pair, call, b, value):
         index = decode_int(pair.pair_index)
         count = decode_int(pair.samples)
         samples = decode_int(call.samples)
-        if is_last(call.counters + samples + index, count):
+        if arrives_last(call.counters + samples + index, count):
             total = _sum_in_order(call.losses + first, count)
             if call.SUM:
                 tl.store(call.losses + samples + index, total)
                 pairs = decode_int(call.pairs)
-                if is_last(call.counters + samples + pairs, pairs):
+                if arrives_last(call.counters + samples + pairs, pairs):
                     total = _sum_in_order(call.losses + samples, pairs)
                     tl.store(call.loss, total.to(call.loss.dtype.element_ty))
             else:
@@ -214,7 +214,7 @@ def add_to_loss(pair, call, b, value):
 
 @triton.jit
 def _loss_of_maps(pair, b, call):
-    value = loss_of_sample(pair, call, b, 1.0, 1.0)
+    value = sample_loss(pair, call, b, 1.0, 1.0)
     add_to_loss(pair, call, b, value)
 
 

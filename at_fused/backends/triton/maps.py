@@ -36,7 +36,7 @@ class Map(NamedTuple):
 
     feature: Feature
     out: Tensor
-    max_channels: Any
+    argmax_channels: Any
     pieces: int  # per sample; this and the next with ``encode_int``
     tiles: int  # per piece, along the positions
 
@@ -54,8 +54,8 @@ def _rank(x):
 
 
 @triton.jit
-def _store_max(feature, out, max_channels, b, begin, span, P: tl.constexpr):
-    """Store the largest |x|^p of each position, and its channel in ``max_channels``."""
+def _store_max_map(feature, out, argmax_channels, b, begin, span, P: tl.constexpr):
+    """Store the largest |x|^p of each position, and its channel in ``argmax_channels``."""
     ACC: tl.constexpr = out.dtype.element_ty
     channels = channels_of(feature)
     positions = positions_of(feature)
@@ -76,7 +76,7 @@ def _store_max(feature, out, max_channels, b, begin, span, P: tl.constexpr):
         maximum = tl.max(largest, 0)
         c = tile + tl.arange(0, feature.BLOCK_C)[:, None]
         first_channel = tl.min(tl.where(largest == maximum[None, :], c, channels), 0)
-        tl.store(max_channels + row + n, first_channel, mask=inside)
+        tl.store(argmax_channels + row + n, first_channel, mask=inside)
         tl.store(out + row + n, power(maximum.to(ACC, bitcast=True), P), mask=inside)
 
 
@@ -86,10 +86,10 @@ def _map_of_feature(entry, program, P: tl.constexpr, MEAN: tl.constexpr):
     span = decode_int(entry.tiles) * entry.feature.BLOCK_N
     b = program // pieces
     begin = program % pieces * span
-    if entry.max_channels is None:
+    if entry.argmax_channels is None:
         store_map(entry.feature, entry.out, b, begin, span, P, MEAN)
     else:
-        _store_max(entry.feature, entry.out, entry.max_channels, b, begin, span, P)
+        _store_max_map(entry.feature, entry.out, entry.argmax_channels, b, begin, span, P)
 
 
 @triton.jit

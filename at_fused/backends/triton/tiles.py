@@ -104,15 +104,14 @@ def times_loss_gradient(k, gradient, pair, b):
 class Feature(NamedTuple):
     """Record of a feature, or its gradient, as (B, C, N).
 
-    Of C and N, ``inner`` is the size of the contiguous dimension; ``outer`` and ``line`` are size
-    and stride of the other one. ``batch`` is the stride of a sample. ``batch``, ``line`` and
-    ``inner`` are in units of ALIGN elements: the kernel multiplies by the constant ALIGN, which
-    tells the compiler how wide an access may be.
+    Of C and N, ``inner`` is the size of the contiguous dimension. ``outer`` and ``line_stride`` are
+    size and stride of the other one. Strides and ``inner`` are in units of ALIGN elements: the
+    kernel multiplies by the constant ALIGN, which tells the compiler how wide an access may be.
     """
 
     data: Any
-    batch: int
-    line: int
+    batch_stride: int
+    line_stride: int
     inner: int
     outer: int
     PLANAR: Any
@@ -149,10 +148,10 @@ def addresses(feature, b, c, n):
         c = c.to(tl.int64)
         n = n.to(tl.int64)
     if feature.PLANAR:
-        offsets = c * feature.line * feature.ALIGN + n
+        offsets = c * feature.line_stride * feature.ALIGN + n
     else:
-        offsets = c + n * feature.line * feature.ALIGN
-    return feature.data + b.to(tl.int64) * feature.batch * feature.ALIGN + offsets
+        offsets = c + n * feature.line_stride * feature.ALIGN
+    return feature.data + b.to(tl.int64) * feature.batch_stride * feature.ALIGN + offsets
 
 
 # ---- powers --------------------------------------------------------------------------------------
@@ -160,9 +159,9 @@ def addresses(feature, b, c, n):
 
 @triton.jit
 def _power_fp32(a, P: tl.constexpr):
-    # a = 2^e * m with m near 1, so that a^p = 2^(p e) * 2^(p log2 m). Rounding p log2(a) itself,
-    # which may be 100, would change the fourth digit of the result from the end. HIGH is p rounded
-    # down to 8 binary places, so that HIGH * e is exact.
+    # a = 2^e * m with m near 1, so that a^p = 2^(p e) * 2^(p log2 m). p log2(a) itself may be 100,
+    # and rounding it to fp32 would cost the result two decimal digits. HIGH is p rounded down to 8
+    # binary places, so that HIGH * e is exact.
     LOW: tl.constexpr = P % 0.00390625
     HIGH: tl.constexpr = P - LOW
     small = a < 1.1754943508222875e-38
