@@ -88,7 +88,7 @@ struct Divisor {
   double value, inverse, to_unit;
 
   AT_FUSED_HOST_DEVICE Divisor(double norm, EpsMode mode, double eps) {
-    // A NaN norm compares false, so it is not replaced by eps.
+    // The comparison is false for a NaN norm, so that eps does not replace it.
     const bool constant = norm <= (mode == EpsMode::max ? eps : 0.0);
     value = mode == EpsMode::add ? norm + eps : constant ? eps : norm;
     inverse = 1.0 / value;
@@ -97,17 +97,17 @@ struct Divisor {
 };
 
 // Reads an fp32 or fp64 value, such as a loss gradient or a mask; 1 if the pointer is null.
-AT_FUSED_HOST_DEVICE inline double factor_of(const void* values, bool fp64, int64_t at) {
+AT_FUSED_HOST_DEVICE inline double value_or_one(const void* values, bool fp64, int64_t index) {
   return !values ? 1.0
-         : fp64  ? static_cast<const double*>(values)[at]
-                 : double(static_cast<const float*>(values)[at]);
+         : fp64  ? static_cast<const double*>(values)[index]
+                 : double(static_cast<const float*>(values)[index]);
 }
 
-AT_FUSED_HOST_DEVICE inline void store_loss(void* losses, bool fp64, int64_t at, double loss) {
+AT_FUSED_HOST_DEVICE inline void store_value(void* values, bool fp64, int64_t index, double value) {
   if (fp64) {
-    static_cast<double*>(losses)[at] = loss;
+    static_cast<double*>(values)[index] = value;
   } else {
-    static_cast<float*>(losses)[at] = float(loss);
+    static_cast<float*>(values)[index] = float(value);
   }
 }
 

@@ -48,7 +48,7 @@ struct LossGradient {
                 : nullptr;
   }
   double value(int64_t pair, int64_t b) const {
-    return factor_of(address(pair), fp64, b * sample_stride);
+    return value_or_one(address(pair), fp64, b * sample_stride);
   }
 };
 
@@ -141,7 +141,7 @@ inline void check_no_overlap(const Tensor& gradient) {
   }
 }
 
-inline uintptr_t storage_of(const Tensor& tensor) {
+inline uintptr_t storage_address(const Tensor& tensor) {
   int64_t offset = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
   // An integer, because arithmetic on the null pointer of an empty tensor is undefined.
@@ -151,7 +151,7 @@ inline uintptr_t storage_of(const Tensor& tensor) {
 
 // Replaces an input by a copy if it shares its storage with a gradient that is written in place.
 inline void copy_if_aliased(const Tensor& gradient, Tensor& input) {
-  if (storage_of(input) == storage_of(gradient)) input = torch::stable::clone(input);
+  if (storage_address(input) == storage_address(gradient)) input = torch::stable::clone(input);
 }
 
 }  // namespace at_fused

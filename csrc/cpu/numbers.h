@@ -71,8 +71,8 @@ AT_FUSED_INLINE V read(const void* from) {
   return v;
 }
 
-// Prevents the compiler from fusing the multiplication that computes v into a following addition:
-// the difference of two equal products would not be 0.
+// Prevents the compiler from fusing the multiplication that computes v with a following addition.
+// With a fused one, the difference of two equal products would not be 0.
 template <class V>
 AT_FUSED_INLINE V without_fma(V v) {
 #if defined(__x86_64__)

@@ -68,7 +68,7 @@ struct Task {
 };
 
 constexpr int64_t kSerialBytes = 1 << 16;  // smaller lists run faster on one thread
-constexpr int64_t kPositionStep = 256;     // minimum positions of a part of a row
+constexpr int64_t kPositionStep = 256;     // positions are split at multiples of this
 
 // Splits B samples of `lines` lines into tasks. A task has several small samples, or a multiple of
 // `step` lines of a large one. `total` is the bytes of the whole list. Four tasks per thread
@@ -94,7 +94,7 @@ void split_lines(std::vector<Task>& tasks, int64_t total, size_t index, const Fe
   split(tasks, total, index, feature.B, lines(feature), sample_bytes(feature), 1);
 }
 
-// Runs f(task) for every task. Idle threads take the next one: results must not depend on threads.
+// Runs f(task) for every task. Idle threads take the next task, so f must not depend on the thread.
 template <class F>
 void run_tasks(const std::vector<Task>& tasks, int64_t total_bytes, const F& f) {
   std::atomic<size_t> next{0};
@@ -135,7 +135,7 @@ void advise_huge_pages([[maybe_unused]] const Feature& feature) {
 // them.
 bool writes_past_caches(int64_t bytes) {
   static const int64_t cache_kib = [] {
-    int64_t kib = 32 << 10;  // default outside Linux; sysconf would add all caches of a socket
+    int64_t kib = 32 << 10;  // if Linux does not say; sysconf would add all caches of a socket
     std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kib;
     return kib;
   }();
@@ -160,7 +160,7 @@ Tensor reduce(const LossArguments& loss, const Losses& losses) {
   if (loss.reduction == Reduction::sum) values.push_back(total);
   Tensor result = loss.new_loss();
   for (size_t i = 0; i < values.size(); ++i) {
-    store_loss(result.mutable_data_ptr(), loss.fp64, int64_t(i), values[i]);
+    store_value(result.mutable_data_ptr(), loss.fp64, int64_t(i), values[i]);
   }
   return result;
 }
@@ -180,7 +180,7 @@ void apply_mask(const Pair& pair, const Feature& feature, int64_t b, void* map) 
   if (!pair.mask) return;
   const auto multiply = [&](auto* values) {
     for (int64_t n = 0; n < feature.N; ++n) {
-      values[n] *= factor_of(pair.mask, pair.fp64(), b * feature.N + n);
+      values[n] *= value_or_one(pair.mask, pair.fp64(), b * feature.N + n);
     }
   };
   accumulates_fp64(feature) ? multiply(static_cast<double*>(map))

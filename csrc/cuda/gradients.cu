@@ -20,8 +20,8 @@ __device__ __forceinline__ void sweep_task(const SweepParams& params, F f) {
   const int b1 = min(b0 + feature.samples_per_task, feature.B);
   const int64_t size = accumulate_size(x.dtype == Dtype::float64);
   for (int b = b0; b < b1; ++b) {
-    const double g = params.scale * factor_of(feature.loss_gradient, params.loss_gradient_fp64,
-                                              opaque(b) * params.sample_stride);
+    const double g = params.scale * value_or_one(feature.loss_gradient, params.loss_gradient_fp64,
+                                                 opaque(b) * params.sample_stride);
     f(feature, b, span, static_cast<const char*>(feature.k) + int64_t(b) * x.N * size, g);
   }
 }

@@ -12,9 +12,9 @@ struct SampleMap {
   void* output;  // the map or its coefficients; may be `input`; null if not needed
   bool fp64;
 
-  __device__ __forceinline__ double load(int n) const { return factor_of(input, fp64, n); }
+  __device__ __forceinline__ double load(int n) const { return value_or_one(input, fp64, n); }
   __device__ __forceinline__ void store(int n, double value) const {
-    store_loss(output, fp64, n, value);
+    store_value(output, fp64, n, value);
   }
 };
 
@@ -31,7 +31,7 @@ __device__ __forceinline__ double finish_sample(const LossParams& params, const 
                                                 Control& control) {
   const int N = pair.sides[kStudent].view.N;
   const auto mask = [&](int n) {
-    return factor_of(pair.mask, maps[0].fp64 || maps[1].fp64, int64_t(b) * N + n);
+    return value_or_one(pair.mask, maps[0].fp64 || maps[1].fp64, int64_t(b) * N + n);
   };
   // Each position belongs to one thread, so a result may overwrite its input.
   const auto read = [&](int side, int n) { return maps[side].load(n) * mask(n); };
@@ -72,7 +72,7 @@ __device__ __forceinline__ double finish_sample(const LossParams& params, const 
          : distance == 0 ? 0.0
                          : weight / distance) *
         params.scale *
-        factor_of(pair.loss_gradient, params.loss_gradient_fp64, b * params.sample_stride);
+        value_or_one(pair.loss_gradient, params.loss_gradient_fp64, b * params.sample_stride);
     double g[2], projection[2];
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
@@ -103,7 +103,7 @@ __device__ __forceinline__ void store_sample_loss(const LossParams& params, int 
   if (threadIdx.x > 0) return;
   const PairParams& pair = params.pairs[i];
   if (params.per_sample) {
-    store_loss(params.loss, params.loss_fp64, int64_t(pair.index) * pair.B + b, loss);
+    store_value(params.loss, params.loss_fp64, int64_t(pair.index) * pair.B + b, loss);
   } else {
     params.sample_losses[pair.first_sample + b] = loss;
   }
@@ -130,11 +130,11 @@ __device__ inline void finish_loss(const LossParams& params, int samples, Contro
   for (int i = 0; i < params.count; ++i) {
     total += control.sums[i];
     if (!params.sums_pairs) {
-      store_loss(params.loss, params.loss_fp64, params.pairs[i].index, control.sums[i]);
+      store_value(params.loss, params.loss_fp64, params.pairs[i].index, control.sums[i]);
     }
   }
   if (!params.sums_pairs) return;
-  store_loss(params.loss, params.loss_fp64, 0, total);
+  store_value(params.loss, params.loss_fp64, 0, total);
   *params.sum = total;
 }
 

@@ -19,7 +19,7 @@ struct Limits {
 constexpr int64_t kMaxExtent = int64_t(1) << 30;  // samples, channels, positions: 32-bit loops
 constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 
-// Minimum loads per thread and bytes per piece: fewer do not use the full memory bandwidth.
+// Minimum loads per thread and bytes per piece. With fewer, memory bandwidth is left unused.
 constexpr int64_t kMinLoads = 3;
 constexpr int64_t kMinPieceBytes = kMinLoads * kThreads * kVectorBytes;
 // Maximum bytes of a task of several small samples.
@@ -100,7 +100,7 @@ inline int64_t samples_per_task(int64_t sample_bytes, int64_t total, const Limit
 }
 
 // Returns the number of positions in a piece of about `bytes`.
-inline int64_t positions_of(int64_t N, int64_t position_bytes, int64_t bytes) {
+inline int64_t piece_positions(int64_t N, int64_t position_bytes, int64_t bytes) {
   return std::min(N, round_up(divide_up(bytes, position_bytes), kPositionStep));
 }
 inline int64_t position_bytes(const Feature& x) { return x.C * element_size(x.dtype); }
@@ -138,7 +138,7 @@ inline void split_pair(PairParams& pair, const Pair& source, const Feature* out,
   // Rows of several channels cannot be split, and both sides are split at the same positions.
   const bool joins = student_access.channels_per_row > 1 || teacher_access.channels_per_row > 1;
   const int64_t positions =
-      whole || joins ? N : positions_of(N, divide_up(bytes, 2 * N), piece_bytes(total, limits));
+      whole || joins ? N : piece_positions(N, divide_up(bytes, 2 * N), piece_bytes(total, limits));
   pair.sides[kStudent] = {map_view(student, student_access, positions), nullptr, student_scale};
   pair.sides[kTeacher] = {map_view(teacher, teacher_access, positions), nullptr, teacher_scale};
   pair.mask = mask;

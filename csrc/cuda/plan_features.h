@@ -9,9 +9,10 @@ namespace at_fused {
 inline void plan_map(MapFeature& feature, const Feature& x, int64_t total, const Limits& limits) {
   const Access access = access_of(x);
   // Rows of several channels cannot be split.
-  const int64_t positions = access.channels_per_row > 1
-                                ? x.N
-                                : positions_of(x.N, position_bytes(x), piece_bytes(total, limits));
+  const int64_t positions =
+      access.channels_per_row > 1
+          ? x.N
+          : piece_positions(x.N, position_bytes(x), piece_bytes(total, limits));
   feature.view = map_view(x, access, positions);
   feature.pieces = int32_t(divide_up(x.N, positions));
   feature.positions_per_piece = int32_t(positions);
