@@ -289,7 +289,9 @@ def check_sizes(students: list[Tensor], teachers: list[Tensor], resize: str | No
             same = False
             if resize is None or s.dim() != t.dim():
                 advice = ", or in Python pass resize='maps' (at_loss also takes 'features')"
-                if s.dim() != t.dim():
+                if s.dim() == t.dim() == 3:
+                    advice += "; at_loss needs channel_dim=-1 for tokens (B, N, C)"
+                elif s.dim() != t.dim():
                     advice = " and rank (for tokens, at_loss has channel_dim=-1 and map_size)"
                 sizes = f"{format_size(s)} and {format_size(t)}"
                 raise ValueError(

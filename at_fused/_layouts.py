@@ -182,7 +182,7 @@ def check_module_options(
     options = {name: as_python(name, value) for name, value in options.items()}
     for name in options:
         if name not in allowed:
-            raise TypeError(f"{owner} has no option {name!r}")
+            raise TypeError(f"{owner} has no option {name!r}; it has {', '.join(sorted(allowed))}")
     check_options(options, choices)
     feature_layouts(
         options.get("channel_dim", 1), options.get("skip_tokens", 0), options.get("map_size")

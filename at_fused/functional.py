@@ -184,7 +184,8 @@ def at_value_and_grad(
     Source: Zagoruyko & Komodakis, ICLR 2017, section 3.1; the gradient in closed form.
     """
     for name in options.keys() - ATOptions.__annotations__.keys():
-        raise TypeError(f"at_value_and_grad has no option {name!r}")
+        names = ", ".join(sorted(ATOptions.__annotations__))
+        raise TypeError(f"at_value_and_grad has no option {name!r}; it has {names}")
     arguments = LossArguments(mask=mask, sample_weights=sample_weights, **options)
     loss, gradients = _value_and_grad.at_value_and_grad(student, teacher, arguments, scale)
     return loss, gradients[0] if isinstance(student, Tensor) else gradients

@@ -33,6 +33,7 @@ TYPE_ERRORS: dict[str, tuple[Any, ...]] = {
 VALUE_ERRORS: dict[str, tuple[Any, ...]] = {
     "same batch size, got 2 and 1": (X, Y[:1]),
     "same map size.*4x4 and 3x4.*resize=": (X, Y[:, :, :3]),
+    "same map size.*16 and 12.*tokens": (X.flatten(2), Y[:, :, :3].flatten(2)),
     "pair 1.*4x4 and 2x4": ([X, X], [Y, Y[:, :, :2]]),
     "same number of tensors, got 2 and 1": ([X, X], [Y]),
     "student must not be an empty list": ([], []),

@@ -80,5 +80,5 @@ def test_scale_beyond_float32_for_float64_features() -> None:
 
 def test_unknown_options_raise() -> None:
     s = torch.randn(2, 3, 4, 4)
-    with pytest.raises(TypeError, match="at_value_and_grad has no option 'power'"):
+    with pytest.raises(TypeError, match="at_value_and_grad has no option 'power'; it has a"):
         at_fused.at_value_and_grad(s, s, power=2)

@@ -213,10 +213,11 @@ def networks() -> tuple[nn.Module, nn.Module]:
     def head() -> nn.Module:
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
-    blocks = nn.Sequential(conv(8, 2), *(conv(8) for _ in range(8)))
-    student = OrderedDict(layer2=conv(3), layer3=conv(8, 2), head=head())
-    teacher = OrderedDict(layer2=conv(3), blocks=blocks, head=head())
-    return nn.Sequential(student), nn.Sequential(teacher)
+    def network(depth: int) -> nn.Module:
+        layer4 = nn.Sequential(conv(8, 2), *(conv(8) for _ in range(depth - 1)))
+        return nn.Sequential(OrderedDict(layer3=conv(3), layer4=layer4, head=head()))
+
+    return network(2), network(3)
 
 
 def predefined_names(page: Path) -> dict[str, Any]:
