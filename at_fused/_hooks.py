@@ -243,13 +243,13 @@ class TappedNetwork:
     def _explain_missing_map(self, name: str, module: nn.Module) -> str:
         message = f"AttentionTransfer: the {self.side}'s layer {name!r} returned no map: "
         if dict(unwrap(self.model).named_modules()).get(name) is not module:
-            return message + "it was replaced after AttentionTransfer was made; replace it before"
+            return message + "it was replaced after AttentionTransfer was created; do so before"
         if not any(hook in self.hooks for hook in module._forward_hooks.values()):
             return message + "its hook was removed, for example by at.remove()"
         return message + (
             f"it did not run. Call the {self.side} itself, not its forward, before each at(x). In "
-            "a GraphModule, name a layer that its graph calls. If torch.compile compiled it, or a "
-            "copy, before it had hooks: set torch._dynamo.config.skip_nnmodule_hook_guards = False "
+            "a GraphModule, name a layer that its graph calls. If torch.compile compiled it or a "
+            "copy before it had hooks, set torch._dynamo.config.skip_nnmodule_hook_guards = False "
             "and call torch._dynamo.reset()"
         )
 
