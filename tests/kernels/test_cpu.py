@@ -12,7 +12,7 @@ TIES = (0.5, 1.5, 1 + 2**-9, 1 + 2**-12)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding_of_all_16_bit_values(dtype: torch.dtype) -> None:
-    """All 16-bit values times factors that yield ties, subnormals, overflow and NaN."""
+    """Round all 16-bit values times factors that yield ties, subnormals, overflow and NaN."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x.reshape(1, 2**8, 2**8)
     for factor in (*TIES, 1.0, 3.14159, 2**-10, 2**-20, 2**-35, 2**12, -1.0):

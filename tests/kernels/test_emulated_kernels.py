@@ -63,7 +63,7 @@ def all_results(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
     "seeds", [range(4), pytest.param(range(4, 12), marks=pytest.mark.exhaustive)], ids=str
 )
 def test_results_do_not_depend_on_thread_order(multiprocessors: int, seeds: range) -> None:
-    """Random orders of threads, warps and blocks, with 1 to 16 resident blocks."""
+    """Run threads, warps and blocks in random orders, with 1 to 16 resident blocks."""
     shapes = [(2, 24, 30, 31), (3, 5, 7, 7), (1, 64, 20, 16)]
     students = [torch.randn(shape, requires_grad=True) for shape in shapes]
     students[2] = students[2].detach().to(memory_format=torch.channels_last).requires_grad_()

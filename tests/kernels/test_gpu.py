@@ -205,7 +205,7 @@ def compiled_map_loss(students: list[Tensor], teachers: list[Tensor]) -> list[Te
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize("program", [compiled_loss, compiled_gradient, compiled_map_loss])
 def test_compiled_programs_match_eager(gpu: str, program: Program, mode: str) -> None:
-    """Two inputs at a time, so that two CUDA graphs are captured and replayed with new data."""
+    """Run two inputs per step, so that two CUDA graphs are captured and replayed with new data."""
     torch._dynamo.reset()
     counters.clear()
     both = [pairs(), tuple(side[:2] for side in pairs())]
@@ -232,7 +232,7 @@ def test_compiled_programs_match_eager(gpu: str, program: Program, mode: str) ->
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
 def test_values_match_the_reference(backend: str, dtype: torch.dtype, layout: str) -> None:
-    """Single pairs, and a list with more blocks than the device runs at a time."""
+    """Test single pairs, and a list with more blocks than the device runs at a time."""
     sizes = (64, 56), (128, 28), (256, 14), (512, 7), (16, 32), (3, 5)
     batch = 32 if GPU else 1
     students = [features(batch, c, h, h, layout=layout, dtype=dtype) for c, h in sizes]

@@ -128,7 +128,7 @@ STRATEGIES = {
 @settings(deadline=None, max_examples=300)
 @given(**STRATEGIES)
 def test_loss_plans_are_valid(data: list[tuple[Feature, Feature]], device: str, shift: int) -> None:
-    """Without gradients, and with gradients of students cached in shared memory."""
+    """Plan without gradients, and with gradients of students cached in shared memory."""
     students, teachers = zip(*data, strict=True)
     limits = DEVICES[device]
     fp64 = any(x.dtype == 1 for x in (*students, *teachers))

@@ -183,7 +183,7 @@ def test_preset_table_has_published_and_median_errors() -> None:
 
 
 def test_stdout_has_summary_options_and_evaluations(quick: Run, lines: Lines) -> None:
-    """Without a terminal, as in a batch job."""
+    """Check the output without a terminal, as in a batch job."""
     out, stdout = quick
     for name, fact in (
         ("folder", f"{out}"),
@@ -221,8 +221,8 @@ def test_peak_memory_counts_the_tensors_of_a_step(capfd: pytest.CaptureFixture[s
 # ---- teacher and cache
 
 
-def test_a_given_teacher_is_not_trained(tmp_path: Path) -> None:
-    """From a file of this program or a state_dict; methods without a teacher have none."""
+def test_a_loaded_teacher_is_not_trained(tmp_path: Path) -> None:
+    """Load it from a file of this program or a state_dict; methods without a teacher skip it."""
     run(small(compare=["at"]), tmp_path / "first")
     torch.save(weights(tmp_path / "first")["teacher.pt"], tmp_path / "plain.pt")
     for name in ("first/teacher.pt", "plain.pt"):

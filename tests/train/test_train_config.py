@@ -44,7 +44,7 @@ def test_preset_survives_a_round_trip_through_toml(name: str) -> None:
 
 
 def test_flags_override_the_preset() -> None:
-    """Including its learning rates of single methods."""
+    """Check also the preset's learning rates of single methods."""
     config = configuration("--lr=0.01", "--beta=500", "--compare=none,at,kd")
     assert config.method == {}
     for method in config.compare:

@@ -160,7 +160,7 @@ def check_augmentation_is_reproducible(samples: Samples) -> None:
 
 @needs_torchvision
 def test_augmentation_depends_on_seed_and_number_only(from_files: Callable[..., Samples]) -> None:
-    """Neither on chunks nor on workers; it leaves the global generators unchanged."""
+    """Vary chunks and workers; check also that the global generators stay unchanged."""
     before = random_states()
     check_augmentation_is_reproducible(in_memory())
     samples = from_files()
@@ -737,7 +737,7 @@ def test_example_of_custom_data_opens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_torchvision
 def test_torchvision_networks_train_on_a_folder(tmp_path: Path) -> None:
-    """With a worker, and layers matched automatically."""
+    """Train with a worker, on automatically matched layers."""
     for part, each in (("train", 4), ("val", 1)):
         write_images(tmp_path, part, ("ant", "bee"), each)
     config = resolve(

@@ -125,7 +125,7 @@ def worker_ids(process: int) -> list[int]:
 
 @pytest.mark.exhaustive
 def test_nproc_forwards_signals_and_exits_if_a_rank_dies(tmp_path: Path) -> None:
-    """First SIGTERM to the parent; then, after --resume, SIGKILL to a rank."""
+    """Send SIGTERM to the parent and, after --resume, SIGKILL to a rank."""
     file, out = tmp_path / "config.toml", tmp_path / "run"
     file.write_text(to_toml(small(compare=["none"], epochs=100_000, nproc=2)))
     process = start_training(out, "--config", str(file), "--out", str(out))
@@ -185,7 +185,7 @@ def machines(tmp_path: Path) -> list[Path]:
 def test_two_machines_train_like_one_process(
     resumes: bool, machines: list[Path], tmp_path: Path
 ) -> None:
-    """From the start, or from a run with a teacher and a checkpoint.
+    """Start a new run, or resume one with a teacher and a checkpoint.
 
     Without --out the folder's name has the time, which may differ between processes.
     """
@@ -222,7 +222,7 @@ def test_two_machines_train_like_one_process(
 def test_different_flags_on_a_machine_stop_all_ranks(
     second: str, message: str, machines: list[Path]
 ) -> None:
-    """With one line of error, and no rank left waiting."""
+    """Expect status 1 on both machines, the message of rank 0, and no folder."""
     words = ["--preset=digits-quick", "--image-size=8", "--method=none", "--out=run"]
     done = run_on_two_machines(machines, *words, second=(second,))
     assert [status for status, _, _ in done] == [1, 1], done
@@ -234,7 +234,7 @@ def test_different_flags_on_a_machine_stop_all_ranks(
 
 
 def test_sync_batchnorm_has_statistics_of_the_full_batch() -> None:
-    """With a mean far from 0, and in eval mode."""
+    """Use a mean far from 0; compare also in eval mode."""
     torch.manual_seed(0)
     x, norm = torch.randn(7, 3, 4, 5) * 3 + 100, nn.BatchNorm2d(3)
     expected, parts = norm(x), [slice(0, 4), slice(4, 7)]
@@ -267,7 +267,7 @@ def test_gradient_ratio_refuses_fsdp_shards() -> None:
 
 
 def test_auto_beta_is_the_same_on_all_ranks() -> None:
-    """AttentionTransfer in a user's loop, where each rank measures its part of the batch."""
+    """Use AttentionTransfer in a user's loop, where each rank measures its part of the batch."""
     torch.manual_seed(0)
     x, y = torch.randn(8, 1, 12, 12), torch.arange(8) % 3
 

@@ -194,7 +194,7 @@ def test_last_layer_is_skipped_for_another_number_of_classes(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_nonfinite_weights_are_refused(value: float, tmp_path: Path) -> None:
-    """Including float64 values that overflow in float32."""
+    """Refuse also float64 values that overflow in float32."""
     torch.save(
         WEIGHTS | {"bn.running_var": torch.full((16,), value, dtype=torch.float64)},
         tmp_path / "w.pth",
