@@ -57,11 +57,11 @@ struct LossGradient {
 // the feature is replaced by a contiguous copy.
 inline Tensor gradient_buffer(const Tensor& out, Tensor& tensor, Feature& feature,
                               Feature& buffer) {
-  if (describe(out, buffer) && buffer.layout == feature.layout) return out;
+  if (view_as_feature(out, buffer) && buffer.layout == feature.layout) return out;
   tensor = torch::stable::contiguous(tensor);
   Tensor contiguous = torch::stable::new_empty(tensor, tensor.sizes());
-  describe(tensor, feature);
-  describe(contiguous, buffer);
+  view_as_feature(tensor, feature);
+  view_as_feature(contiguous, buffer);
   return contiguous;
 }
 

@@ -111,11 +111,11 @@ inline Tensor tap_backward(bool in_place, Tensor gradient, Tensor feature, Tenso
   tap.feature = native_feature(feature, tap.device);
   Tensor out = in_place ? gradient : new_like(original);
   const Tensor buffer = gradient_buffer(out, feature, tap.feature, tap.out);
-  if (!describe(gradient, tap.gradient) || tap.gradient.layout != tap.feature.layout) {
+  if (!view_as_feature(gradient, tap.gradient) || tap.gradient.layout != tap.feature.layout) {
     Tensor copy = torch::stable::empty_like(buffer);
     torch::stable::copy_(copy, gradient);
     gradient = copy;
-    describe(gradient, tap.gradient);
+    view_as_feature(gradient, tap.gradient);
   }
   tap.p = p;
   tap.scale = p * collapse_scale(mode, tap.feature);

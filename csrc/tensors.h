@@ -42,8 +42,8 @@ inline Dtype dtype_of(const Tensor& tensor) {
                                        : Dtype::bfloat16;
 }
 
-// Flattens (B, C, *spatial) to (B, C, N) without a copy. Returns false if no native layout matches.
-inline bool describe(const Tensor& tensor, Feature& feature) {
+// Views (B, C, *spatial) as (B, C, N). Returns false if the strides match no native layout.
+inline bool view_as_feature(const Tensor& tensor, Feature& feature) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
   int64_t N = 1, position = 0;  // stride of the flattened positions
@@ -76,9 +76,9 @@ inline Feature native_feature(Tensor& tensor, Device device) {
                   "at_fused: features may have at most 2^44 elements, got ", tensor.numel());
   STD_TORCH_CHECK(device_of(tensor) == device, "at_fused: all features must be on the same device");
   Feature feature;
-  if (!describe(tensor, feature)) {
+  if (!view_as_feature(tensor, feature)) {
     tensor = torch::stable::contiguous(tensor);
-    describe(tensor, feature);
+    view_as_feature(tensor, feature);
   }
   return feature;
 }
@@ -132,7 +132,7 @@ inline Tensor new_tensor(int64_t rank, const int64_t* sizes, const int64_t* stri
 // torch.empty_like, with a fast path for dense tensors.
 inline Tensor new_like(const Tensor& tensor) {
   Feature feature;
-  if (tensor.dim() < 3 || !describe(tensor, feature) ||
+  if (tensor.dim() < 3 || !view_as_feature(tensor, feature) ||
       feature.line_stride != line_length(feature) ||
       feature.batch_stride != feature.C * feature.N) {
     return torch::stable::empty_like(tensor);

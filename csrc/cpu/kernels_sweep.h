@@ -106,11 +106,11 @@ void sweep_maxima(const Sweep& sweep, P p) {
   for (int64_t n = planar ? 0 : sweep.begin; n < (planar ? feature.N : sweep.end); ++n) {
     const int64_t c = sweep.channels[n], line = planar ? c : n, i = planar ? n : c;
     if (c < 0 || c >= feature.C || line < sweep.begin || line >= sweep.end) continue;
-    T* at = line_of<T>(out, sweep.b, line) + i;
+    T* target = line_of<T>(out, sweep.b, line) + i;
     const A factor = A(sweep.gradient) * static_cast<const A*>(sweep.k)[n];
     const Vec<A> x = load_partial(line_of<T>(feature, sweep.b, line) + i, 1);
     const Vec<A> value = without_fma(factor * p.slope(x));
-    store_partial(at, sweep.addend ? load_partial(at, 1) + value : value, 1);
+    store_partial(target, sweep.addend ? load_partial(target, 1) + value : value, 1);
   }
 }
 

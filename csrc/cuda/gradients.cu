@@ -104,15 +104,15 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks)
         const int channel = channels[n];
         if (channel < 0 || channel >= view.C) continue;
         const int row = planar ? channel / per_row : n;
-        const int at = planar ? channel % per_row * view.N + n : channel;
-        const int column = at / view.access.vector;
+        const int element = planar ? channel % per_row * view.N + n : channel;
+        const int column = element / view.access.vector;
         if (row < span.row_begin || row >= span.row_end || column < span.column_begin ||
             column >= span.column_end) {
           continue;
         }
-        const A slope = exponent.slope(widen(*x.at(row, at).data));
-        const A sum = has_addend ? widen(*base.at(row, at).data) : A(0);
-        narrow(sum + A(g) * map[n] * slope, *out.at(row, at).data);
+        const A slope = exponent.slope(widen(*x.at(row, element).data));
+        const A sum = has_addend ? widen(*base.at(row, element).data) : A(0);
+        narrow(sum + A(g) * map[n] * slope, *out.at(row, element).data);
       }
     });
   });

@@ -147,7 +147,7 @@ __device__ __forceinline__ void with_vector(const Access& access, F f) {
   }
 }
 
-// More rows in flight for planar features read by single elements, which are fewer bytes.
+// More rows in flight for planar features read by single elements, because these are fewer bytes.
 template <int V>
 constexpr int kRowFactor = V == 1 ? 2 : 1;
 

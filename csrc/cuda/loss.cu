@@ -169,9 +169,9 @@ __device__ __forceinline__ bool run_sample(const LossParams& params, int i, int 
   __syncthreads();  // other threads may still read the previous sample's maps
   // Not unrolled over the two sides, which would double the code.
 #pragma unroll 1
-  for (int at = whole ? 0 : piece; at < (whole ? 2 : piece + 1); at += 1) {
+  for (int part = whole ? 0 : piece; part < (whole ? 2 : piece + 1); part += 1) {
     const PairParams& pair = params.pairs[opaque(i)];
-    const int side = at / pieces, begin = at % pieces * pair.positions_per_piece;
+    const int side = part / pieces, begin = part % pieces * pair.positions_per_piece;
     const View& x = pair.sides[side].view;
     map_tile<E, fp64, caches>(
         x, {b, begin, min(begin + pair.positions_per_piece, x.N), shared.scratch}, params.p,

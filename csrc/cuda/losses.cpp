@@ -10,8 +10,8 @@ namespace at_fused {
 namespace {
 
 // Launches a list of pairs, kMaxPairs per launch. `options` are common to all launches. If `outs`
-// is not null, students cached in shared memory write their gradients there. `set_maps(i, pair)`
-// sets the maps in global memory that pair i needs.
+// is not null, students cached in shared memory write their gradients there. `set_maps(index,
+// pair)` sets the maps in global memory that a pair needs.
 template <class SetMaps>
 Tensor launch_pairs(const LossArguments& loss, LossParams options, const DeviceScope& device,
                     bool raw_maps, const Feature* outs,
@@ -31,18 +31,18 @@ Tensor launch_pairs(const LossArguments& loss, LossParams options, const DeviceS
     LossParams params = options;
     params.continues_sum = options.sums_pairs && begin > 0;
     params.count = int32_t(std::min<size_t>(kMaxPairs, loss.pairs.size() - begin));
-    for (size_t at = begin; at < begin + size_t(params.count); ++at) {
-      samples += loss.pairs[at].student.B;
-      check_extent(loss.pairs[at].student, samples);
-      check_extent(loss.pairs[at].teacher, samples);
+    for (size_t index = begin; index < begin + size_t(params.count); ++index) {
+      samples += loss.pairs[index].student.B;
+      check_extent(loss.pairs[index].student, samples);
+      check_extent(loss.pairs[index].teacher, samples);
     }
     const SharedBytes shared = plan_pairs(params.pairs, &loss.pairs[begin], params.count, raw_maps,
                                           outs ? outs + begin : nullptr, loss.fp64, device.limits);
     for (int32_t i = 0; i < params.count; ++i) {
-      const size_t at = begin + size_t(i);
-      params.pairs[i].index = int32_t(at);
-      params.pairs[i].weight = loss.sample_weight(at);
-      set_maps(at, params.pairs[i]);
+      const size_t index = begin + size_t(i);
+      params.pairs[i].index = int32_t(index);
+      params.pairs[i].weight = loss.sample_weight(index);
+      set_maps(index, params.pairs[i]);
     }
     const int64_t blocks = assign_tasks(params.pairs, params.count);
     for (int32_t i = 0; i < params.count; ++i) {
@@ -87,11 +87,11 @@ Tensor compute_loss(const LossArguments& loss, bool student_grad, bool teacher_g
   options.gradient[kStudent] = student_grad;
   options.gradient[kTeacher] = teacher_grad;
   return launch_pairs(loss, options, device, false, nullptr, launch_at_loss,
-                      [&](size_t at, PairParams& pair) {
+                      [&](size_t index, PairParams& pair) {
                         // Without gradients, only blocks that share a sample need global maps.
                         if (!student_grad && !teacher_grad && pair.samples_per_task) return;
-                        student_maps.push_back(new_map(loss.pairs[at].student, loss.device));
-                        teacher_maps.push_back(new_map(loss.pairs[at].teacher, loss.device));
+                        student_maps.push_back(new_map(loss.pairs[index].student, loss.device));
+                        teacher_maps.push_back(new_map(loss.pairs[index].teacher, loss.device));
                         pair.sides[kStudent].maps = student_maps.back().mutable_data_ptr();
                         pair.sides[kTeacher].maps = teacher_maps.back().mutable_data_ptr();
                       });
@@ -114,13 +114,14 @@ Tensor compute_value_and_grad(const LossArguments& loss, const Gradients& gradie
   options.loss_gradient_fp64 = loss_gradient.fp64;
   options.gradient[kStudent] = true;
   Tensor result = launch_pairs(loss, options, device, false, gradients.out.data(),
-                               launch_at_value_and_grad, [&](size_t at, PairParams& pair) {
-                                 pair.loss_gradient = loss_gradient.address(int64_t(at));
+                               launch_at_value_and_grad, [&](size_t index, PairParams& pair) {
+                                 pair.loss_gradient = loss_gradient.address(int64_t(index));
                                  if (pair.out.data) return;
-                                 k[at] = add_map(loss.pairs[at].student);
-                                 pair.sides[kStudent].maps = k[at].data;
+                                 k[index] = add_map(loss.pairs[index].student);
+                                 pair.sides[kStudent].maps = k[index].data;
                                  if (!pair.samples_per_task)
-                                   pair.sides[kTeacher].maps = add_map(loss.pairs[at].teacher).data;
+                                   pair.sides[kTeacher].maps =
+                                       add_map(loss.pairs[index].teacher).data;
                                });
   const LossGradient no_gradient({}, {}, {});  // the coefficients already include it
   compute_gradients(
@@ -135,9 +136,9 @@ Tensor compute_map_loss(const LossArguments& loss, const std::vector<Maps>& stud
   options.scale = 1;
   options.gradient[kStudent] = options.gradient[kTeacher] = true;
   return launch_pairs(loss, options, device, true, nullptr, launch_map_loss,
-                      [&](size_t at, PairParams& pair) {
-                        pair.sides[kStudent].maps = student_maps[at].data;
-                        pair.sides[kTeacher].maps = teacher_maps[at].data;
+                      [&](size_t index, PairParams& pair) {
+                        pair.sides[kStudent].maps = student_maps[index].data;
+                        pair.sides[kTeacher].maps = teacher_maps[index].data;
                       });
 }
 

@@ -34,12 +34,12 @@ void compute_maps(const MapArguments& arguments) {
   const bool is_max = arguments.collapse == Collapse::max;
   const int64_t total = total_bytes(arguments.features);
   std::vector<MapFeature> list;
-  for (size_t at = 0; at < arguments.features.size(); ++at) {
-    const Feature& x = arguments.features[at];
+  for (size_t i = 0; i < arguments.features.size(); ++i) {
+    const Feature& x = arguments.features[i];
     MapFeature& feature = list.emplace_back();
     check_extent(x, x.B);
-    feature.map = arguments.maps[at].data;
-    feature.channels = arguments.channels[at].channels(0);
+    feature.map = arguments.maps[i].data;
+    feature.channels = arguments.channels[i].channels(0);
     feature.scale = collapse_scale(arguments.collapse, x);
     plan_map(feature, x, total, device.limits);
   }
@@ -53,18 +53,18 @@ void compute_gradients(const SweepArguments& arguments) {
   const std::vector<Feature>& features = arguments.gradients.features;
   const LossGradient& upstream = arguments.loss_gradient;
   int64_t total = 0;
-  for (size_t at = 0; at < features.size(); ++at) {
-    if (arguments.k[at].data) total += total_bytes(features[at]);
+  for (size_t i = 0; i < features.size(); ++i) {
+    if (arguments.k[i].data) total += total_bytes(features[i]);
   }
   std::vector<SweepFeature> list;
-  for (size_t at = 0; at < features.size(); ++at) {
-    if (!arguments.k[at].data) continue;
+  for (size_t i = 0; i < features.size(); ++i) {
+    if (!arguments.k[i].data) continue;
     SweepFeature& feature = list.emplace_back();
-    check_extent(features[at], features[at].B);
-    feature.k = arguments.k[at].data;
-    feature.channels = arguments.channels[at].channels(0);
-    feature.loss_gradient = upstream.address(arguments.pairs[at]);
-    plan_sweep(feature, features[at], arguments.gradients.out[at], total, device.limits);
+    check_extent(features[i], features[i].B);
+    feature.k = arguments.k[i].data;
+    feature.channels = arguments.channels[i].channels(0);
+    feature.loss_gradient = upstream.address(arguments.pairs[i]);
+    plan_sweep(feature, features[i], arguments.gradients.out[i], total, device.limits);
   }
   launch_features(list, SweepParams{arguments.p, 1, upstream.sample_stride, 0, upstream.fp64, {}},
                   0, device, launch_attention_map_backward);
