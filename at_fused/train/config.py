@@ -368,7 +368,7 @@ class Config:
     beta: float | str | None = option(
         None,
         number_or("auto", 0, 1e9),
-        "weight of the transfer loss (AT: 1000, or the preset's), or auto: measured in the first steps",
+        "weight of the transfer loss (AT: 1000 or the preset's); auto: measured in the first steps",
     )
     betas: tuple[float, ...] = option((), list_of(number(0, 1e9)), "betas to try with --validation")
     beta_schedule: str = option(
