@@ -88,8 +88,8 @@ def figures(result: Result) -> list[str]:
     line = (
         f"{results.machine_of(result)}, {kernels}, torch {torch}, {result['date']}. Speedup: "
         f"geometric mean (minimum to maximum) over {settings} settings of case, dtype and layout. "
-        "Memory: a training step with `AttentionTransfer` and `at.prepare(x)`, over a step that runs "
-        "the teacher after the student."
+        "Memory: a training step with `AttentionTransfer` and `at.prepare(x)`, over a step that "
+        "runs the teacher after the student."
     )
     return [line, "", *tables.figures(cases, steps)]
 
