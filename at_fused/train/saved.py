@@ -111,9 +111,12 @@ class WeightsFile(NamedTuple):
 
     @property
     def state(self) -> dict[str, Any]:
-        """The content if this program wrote the file, else an empty dictionary."""
+        """The content if ``save_network`` wrote the file, else an empty dictionary.
+
+        Files of 0.1.0 have no images: they are only weights.
+        """
         is_ours = isinstance(self.content, dict) and self.content.get("what") == "network"
-        return self.content if is_ours else {}
+        return self.content if is_ours and "images" in self.content else {}
 
 
 def read_weights(source: str, option: str, network: str = "") -> WeightsFile:

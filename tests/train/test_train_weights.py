@@ -263,6 +263,16 @@ def open_for_eval(path: Path | str, network: str, data: Data) -> nn.Module:
     return model
 
 
+def test_network_of_0_1_0_is_read_as_weights(digits: Data, tmp_path: Path) -> None:
+    path, sizes = tmp_path / "teacher.pt", {"classes": 10, "channels": 1, "image_size": 8}
+    state = {"format": 1, "what": "network", "model": WEIGHTS, "network": NAME, **sizes}
+    torch.save({**state, "points": [], "peak_bytes": 0, "run": "teacher"}, path)
+    assert has_weights(open_for_eval(path, NAME, digits), WEIGHTS)
+    assert has_weights(loaded(path, data=digits)[0], WEIGHTS)
+    with pytest.raises(ConfigError, match="does not name its network"):
+        open_for_eval(path, "", digits)
+
+
 def test_saved_network_is_restored(digits: Data, tmp_path: Path) -> None:
     path = tmp_path / "student.pt"
     save_network(path, NAME, network(seed=1), digits, run="at-seed0")
