@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import venv
+from importlib.util import find_spec
 from pathlib import Path
 
 SMOKE = Path(__file__).resolve().parent / "smoke.py"
@@ -34,12 +36,13 @@ def run(*command: str | Path, **options: object) -> str:
 
 def repaired(wheel: Path, out: Path) -> Path:
     """Return the wheel with the tag of the oldest Linux that it runs on."""
-    before = set(out.glob("*.whl"))
     exclude = [f"--exclude={name}" for name in EXCLUDED]
     run("auditwheel", "show", wheel)
-    run("auditwheel", "repair", "--plat=auto", *exclude, "-w", out, wheel)
-    (path,) = set(out.glob("*.whl")) - before
-    return path
+    # Not straight into out, which may have a wheel of this name, or be the folder of this one.
+    with tempfile.TemporaryDirectory() as work:
+        run("auditwheel", "repair", "--plat=auto", *exclude, "-w", work, wheel)
+        (path,) = Path(work).iterdir()
+        return Path(shutil.copy(path, out))
 
 
 def try_out(wheel: Path, libraries: list[str]) -> None:
@@ -50,7 +53,8 @@ def try_out(wheel: Path, libraries: list[str]) -> None:
         python = folder / "bin/python"
         packages = sysconfig.get_path("purelib", vars={"base": str(folder)})
         # After the environment's own packages: only at_fused and pip come from those.
-        Path(packages, "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        torch = Path(find_spec("torch").origin).parents[1]
+        Path(packages, "torch.pth").write_text(f"{torch}\n")
         env = {k: v for k, v in os.environ.items() if not k.startswith(("AT_FUSED_", "PYTHON"))}
         env["PATH"] = str(folder / "bin")
         pip = ("-m", "pip", "install", "-q", "--no-deps", "--no-index")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 warnings.simplefilter("error")
 import at_fused  # noqa: E402
 from at_fused.backends import backend_by_device  # noqa: E402
+from at_fused.backends.compiled import build_info  # noqa: E402
 from at_fused.info import lines  # noqa: E402
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -35,6 +36,7 @@ def main(libraries: list[str]) -> None:
     table = at_fused.backends()
     assert at_fused.__file__.startswith(sys.prefix), f"imported {at_fused.__file__}"
     assert table["cpu"].available == ("cpu" in libraries), table["cpu"].reason
+    assert (build_info() is not None) == bool(libraries), "the wheel has no record of its build"
     assert ("installed with AT_FUSED_CPP=0" in "\n".join(lines())) == (not libraries)
     if "cuda" in libraries and torch.version.cuda:
         assert backend_by_device()["cuda"] == "cuda", table["cuda"].reason

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -86,12 +88,48 @@ def test_check_says_what_is_not_ready(
     assert message in done.stderr
 
 
-def test_local_version_is_appended(checkout: Path) -> None:
-    assert not run_release("local-version", "cu13", folder=checkout).returncode
-    assert (checkout / "at_fused/_version.py").read_text() == '__version__ = "0.2.0+cu13"\n'
+def test_local_version_is_set_once(checkout: Path) -> None:
+    for _ in range(2):
+        assert not run_release("local-version", "cu13", folder=checkout).returncode
+        assert (checkout / "at_fused/_version.py").read_text() == '__version__ = "0.2.0+cu13"\n'
+
+
+def test_notes_are_those_of_the_version(checkout: Path) -> None:
+    changelog = "# Changelog\n\n## 0.2.0 (2026-12-01)\n\nA [page](docs/a.md), a [site](https://b.example).\n"
+    (checkout / "CHANGELOG.md").write_text(f"{changelog}\n## 0.1.0\n\nOld.\n")
+    page = "https://git.example/at_fused/blob/v0.2.0/docs/a.md"
+    expected = f"A [page]({page}), a [site](https://b.example)."
+    assert run_release("notes", folder=checkout).stdout.strip() == expected
+
+
+def test_notes_of_another_version_are_refused(checkout: Path) -> None:
+    (checkout / "CHANGELOG.md").write_text("## 0.2.01 (unreleased)\n\nText.\n")
+    done = run_release("notes", folder=checkout)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_toolkit_does_not_overwrite_a_folder(checkout: Path) -> None:
+    done = run_release("toolkit", str(checkout), folder=checkout)
+    assert done.returncode == 1
+    assert "exists" in done.stderr
+
+
+def test_wheel_is_repaired_over_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auditwheel's output may have the name of a wheel in the folder, or of its input."""
+    tool, wheel = tmp_path / "auditwheel", tmp_path / "a.whl"
+    tool.write_text('#!/bin/sh\n[ "$1" = show ] || cp "$7" "$6"\n')
+    tool.chmod(0o755)
+    wheel.write_text("wheel")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    repaired = runpy.run_path(str(ROOT / "scripts/check_wheel.py"))["repaired"]
+    for folder in (tmp_path / "out", tmp_path / "out", tmp_path):
+        folder.mkdir(exist_ok=True)
+        assert repaired(wheel, folder).read_text() == "wheel"
 
 
 def test_unknown_step_prints_usage() -> None:
     done = run_release("publish", folder=ROOT)
     assert done.returncode == 1
-    assert "usage: release.sh check TAG | sdist | wheel" in done.stderr
+    assert "usage: release.sh check TAG | notes | sdist | wheel" in done.stderr
