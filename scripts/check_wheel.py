@@ -51,14 +51,14 @@ def try_out(wheel: Path, libraries: list[str]) -> None:
         folder = Path(work, "env")
         venv.create(folder, with_pip=True)
         python = folder / "bin/python"
-        packages = sysconfig.get_path("purelib", vars={"base": str(folder)})
-        # After the environment's own packages: only at_fused and pip come from those.
-        torch = Path(find_spec("torch").origin).parents[1]
-        Path(packages, "torch.pth").write_text(f"{torch}\n")
         env = {k: v for k, v in os.environ.items() if not k.startswith(("AT_FUSED_", "PYTHON"))}
         env["PATH"] = str(folder / "bin")
         pip = ("-m", "pip", "install", "-q", "--no-deps", "--no-index")
         run(python, *pip, wheel.resolve(), cwd=work, env=env)
+        # Not before: pip would count an at_fused that lies next to torch as installed.
+        packages = sysconfig.get_path("purelib", vars={"base": str(folder)})
+        torch = Path(find_spec("torch").origin).parents[1]
+        Path(packages, "torch.pth").write_text(f"{torch}\n")
         run(python, SMOKE, *libraries, cwd=work, env=env)
 
 
