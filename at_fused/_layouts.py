@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -96,8 +96,11 @@ def feature_layouts(
     layouts = [_checked_layout(*side) for side in zip(*sides.values(), strict=True)]
     tokens = [y.channel_dim != 1 and has for y, has in zip(layouts, has_tokens, strict=True)]
     lacking = [n for n, has in zip(("student", "teacher"), tokens, strict=True) if not has]
-    who = "neither side has tokens" if len(lacking) == 2 else f"the {''.join(lacking)} has none"
-    rule = f"need channel_dim=-1 (got {options['channel_dim']!r}); {who}"
+
+    def rule() -> str:
+        who = "neither side has tokens" if len(lacking) == 2 else f"the {''.join(lacking)} has none"
+        return f"need channel_dim=-1 (got {options['channel_dim']!r}); {who}"
+
     for name in ("skip_tokens", "map_size"):
         check_token_option(name, options[name], sides[name], tokens, rule)
     student, teacher = (y if y.channel_dim != 1 else CHANNELS_FIRST for y in layouts)
@@ -111,13 +114,17 @@ def layout_options(channel_dim: Any, skip_tokens: Any, map_size: Any) -> dict[st
 
 
 def check_token_option(
-    name: str, value: Any, sides: Sequence[Any], tokens: Sequence[bool], rule: str
+    name: str, value: Any, sides: Sequence[Any], tokens: Sequence[bool], rule: Callable[[], str]
 ) -> None:
-    """Raise a ValueError if a side has no tokens for its option, or neither for a shared value."""
+    """Raise a ValueError if a side has no tokens for its option, or neither for a shared value.
+
+    ``rule`` is called for the error only: torch.compile of torch 2.13 cannot format numbers if
+    shapes are dynamic.
+    """
     unused = [bool(side) and not has for side, has in zip(sides, tokens, strict=True)]
     if all(unused) or (any(unused) and sides[0] is not value):
         raise ValueError(
-            f"{name} is for token features (B, N, C), which {rule}, got {name}={value!r}"
+            f"{name} is for token features (B, N, C), which {rule()}, got {name}={value!r}"
         )
 
 
