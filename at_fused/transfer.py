@@ -323,13 +323,11 @@ class AttentionTransfer:
     def _check_token_options(self) -> None:
         """Raise if an option of tokens was passed for a network without token features."""
         has_tokens = [any(map(side.token_size, range(len(self.pairs)))) for side in self._sides]
-
-        def rule() -> str:
-            return "no layer of its network returns"
-
         for name, value in self._token_options.items():
             values = [getattr(side.overrides, name) for side in self._sides]
-            check_token_option(name, value, values, has_tokens, rule)
+            check_token_option(
+                name, value, values, has_tokens, lambda: "no layer of its network returns"
+            )
 
     def _run_teacher(self, x: Any) -> tuple[list[Tensor], Tensor | None]:
         args, kwargs = arguments_of(x)

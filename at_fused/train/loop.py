@@ -98,7 +98,7 @@ class Job:
     data: Data
     train: Samples  # data.train or a subset of it
     checkpoints: Path
-    # What determines the network; stored in its files and compared on --resume.
+    # The settings that determine the network, stored in its files and compared on --resume.
     settings: Mapping[str, Any]
 
     @property

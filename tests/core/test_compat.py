@@ -278,7 +278,7 @@ def test_converted_betas_give_equal_losses(source: str) -> None:
             losses = [family[target]([a], [b], c) for a, b, c in zip(s, t, betas, strict=True)]
             count = len(s) if target == "aberhu" else 1
             assert_same(sum(losses) / count, family[source](s, t, 1e3), (s, t), 1e-9)
-            # Of the squared losses, only paper-squared sums over positions, so sizes matter.
+            # paper-squared is the only squared loss that sums over positions, so sizes matter.
             if len(set(sizes)) > 1 and source != target and "paper-squared" in (source, target):
                 with pytest.raises(ValueError, match=r"no single beta.*pair_betas"):
                     compat.convert_beta(1e3, source, target, shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import runpy
@@ -47,6 +48,12 @@ def test_workflows_run_existing_files(path: Path) -> None:
 def test_workflow_jobs_have_a_timeout(path: Path) -> None:
     jobs = path.read_text().partition("\njobs:\n")[2]
     assert len(re.findall(r"^  \w+:$", jobs, re.M)) == jobs.count("timeout-minutes:")
+
+
+def test_wheels_are_repaired_without_the_libraries_of_torch() -> None:
+    (command,) = re.findall(r'^repair-wheel-command = "(.+)"$', text("pyproject.toml"), re.M)
+    excluded = re.search(r"^EXCLUDED = (\(.+\))$", text("scripts/check_wheel.py"), re.M)[1]
+    assert re.findall(r"--exclude '(.+?)'", command) == [*ast.literal_eval(excluded)]
 
 
 def run_release(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
